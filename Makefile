@@ -1,0 +1,50 @@
+# make demo: convert a real model and show the result.  make test / make lint: what CI runs.
+# Needs python3 >= 3.11 and nothing else; everything is installed into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := mhconvert convert cli eval heal tests
+DEMO := demo/smollm2-135m-mla
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed
+	$(BIN)/mhconvert smollm2-135m --to mla --effort quick --calibration-tokens 4096 -o $(DEMO) --force
+	@echo
+	@echo '$$ mhconvert generate $(DEMO) --chat "What is the capital of France?"'
+	@$(BIN)/mhconvert generate $(DEMO) --chat "What is the capital of France?" --max-new-tokens 40
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev .venv/typing
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	MYPYPATH=.venv/typing $(BIN)/mypy -p mhconvert
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "mhconvert needs Python 3.11 or newer and '$(PYTHON)' is not; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ .venv/installed
+
+# Type checkers do not follow the import hook of an editable install: give them the tree as the wheel has it.
+.venv/typing: pyproject.toml | .venv/bin/python
+	@rm -rf $@ && mkdir -p $@/mhconvert
+	@for file in mhconvert/*.py mhconvert/py.typed; do ln -s "$(CURDIR)/$$file" $@/mhconvert/; done
+	@for folder in convert cli eval heal; do ln -s "$(CURDIR)/$$folder" $@/mhconvert/$$folder; done

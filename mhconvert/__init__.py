@@ -1,0 +1,37 @@
+"""Rewrite the attention of pretrained language models.
+
+`mhconvert.convert(recipe)`, `mhconvert.plan(recipe)`, `mhconvert.evaluate(...)`, `mhconvert.inspect(...)` and
+`mhconvert.generate(...)` are what the command line calls. Nothing heavy is imported until one of them is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from mhconvert.version import __version__
+
+_PUBLIC = {
+    "convert": ("mhconvert.convert", None),
+    "plan": ("mhconvert.api", "plan"),
+    "evaluate": ("mhconvert.api", "evaluate"),
+    "inspect": ("mhconvert.api", "inspect"),
+    "generate": ("mhconvert.api", "generate"),
+    "Recipe": ("mhconvert.convert.recipe", "Recipe"),
+    "Calibration": ("mhconvert.convert.recipe", "Calibration"),
+    "MhconvertError": ("mhconvert.convert.errors", "MhconvertError"),
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mhconvert' has no attribute '{name}'")
+    module_name, attribute = _PUBLIC[name]
+    module = importlib.import_module(module_name)
+    return getattr(module, attribute) if attribute else module
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,113 @@
+"""The public functions, one for each command. They compose the pass with healing and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mhconvert.convert.progress import Listener, Progress, ignore
+from mhconvert.convert.recipe import Recipe
+
+
+def convert(
+    recipe: Recipe, *, resume: bool = False, force: bool = False, on_progress: Listener | None = None
+) -> dict[str, Any]:
+    """Write the checkpoint that `recipe` describes and return its report (also `report.json` in the folder).
+
+    resume: continue an interrupted run of the same recipe in `OUT.partial`. force: replace an existing output folder.
+    The donor is only read. Raises MhconvertError; an output folder that exists afterwards is whole.
+    """
+    from mhconvert.convert import pipeline
+    from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.report import write_report
+    from mhconvert.heal import local
+
+    return pipeline.run(
+        recipe,
+        fit=local.fit,
+        measure=Fidelity,
+        finish=write_report,
+        resume=resume,
+        force=force,
+        on_progress=on_progress,
+    )
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What `convert` would do: sizes per layer, KV arithmetic, disk and memory needed. Writes nothing."""
+    from mhconvert.convert import pipeline
+
+    return pipeline.plan(recipe)
+
+
+def evaluate(
+    checkpoint: str,
+    *,
+    text: Path,
+    against: str | None = None,
+    sequence_length: int = 1024,
+    sequences: int = 16,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Perplexity of both models, KL(donor ‖ converted) and top-1 agreement on a text file.
+
+    The text is tokenised by the donor's tokenizer without special tokens; its first sequences × sequence_length
+    tokens are rows without overlap; float32; sequence_length − 1 predictions a row, one mean over all.
+    against: the donor; None: the one named in the checkpoint's `mhconvert.json`.
+    Returns perplexity {donor, converted}, kl, top1_agreement, tokens (predictions), seconds, and the inputs.
+    """
+    from mhconvert.convert.errors import MhconvertError
+    from mhconvert.eval import fidelity, load
+
+    tell = on_progress or ignore
+    against = against or load.recorded_donor(checkpoint)
+    tell(Progress("donor", 0, 1, against))
+    donor = load.open_model(against, device=device, trust_remote_code=trust_remote_code)
+    rows = fidelity.text_rows(donor.tokenizer(), text, sequence_length, sequences)
+    donor.require_length(sequence_length)
+    converted = load.open_model(checkpoint, device=device, trust_remote_code=trust_remote_code)
+    if converted.vocab_size != donor.vocab_size:
+        raise MhconvertError(
+            f"{checkpoint} has {converted.vocab_size} tokens and {against} has {donor.vocab_size}; "
+            "they can be compared only over one vocabulary"
+        )
+    result = fidelity.evaluate(
+        converted.model(), donor.model(), rows, lambda done, total: tell(Progress("rows", done, total))
+    )
+    inputs = {"checkpoint": checkpoint, "against": against, "text": str(text)}
+    return inputs | {"sequence_length": sequence_length, "sequences": sequences} | result
+
+
+def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Attention geometry, KV bytes, and which methods apply, of a donor or a converted checkpoint. Reads no weights."""
+    from mhconvert.eval import inspection
+
+    return inspection.inspect(reference, trust_remote_code=trust_remote_code)
+
+
+def generate(
+    checkpoint: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """A continuation of `prompt` by a converted checkpoint or a donor: greedy, or sampled at `temperature` > 0.
+
+    chat: the prompt is a user's message in the model's chat template. on_text is given the prompt (not in chat)
+    and then the text as it appears.
+    Returns prompt, text, prompt_tokens, new_tokens, kv_bytes_per_token (measured on the cache), seconds.
+    """
+    from mhconvert.eval import generation, load
+
+    opened = load.open_model(checkpoint, device=device, trust_remote_code=trust_remote_code)
+    options = generation.Options(max_new_tokens, chat, temperature, seed)
+    return {"checkpoint": checkpoint} | generation.generate(opened, prompt, options, on_text)
