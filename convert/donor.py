@@ -1,0 +1,242 @@
+"""A model reference made into config, tokenizer, and one decoder layer at a time."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from mhconvert.convert import hub, resolve
+from mhconvert.convert.errors import CheckpointError, UnsupportedError
+from mhconvert.convert.families import Family, family_of
+from mhconvert.convert.gguf_model import gguf_generation_config, gguf_tokenizer
+from mhconvert.convert.progress import Listener, ignore
+from mhconvert.convert.sources import TensorSource
+
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HEAD_BLOCK = 1 << 14  # rows of the output embedding cast to fp32 at a time
+STALE = "rotary_emb.inv_freq"  # old checkpoints store this buffer; it follows from the config
+
+
+def open_donor(reference: str, *, trust_remote_code: bool = False, on_progress: Listener = ignore) -> Donor:
+    """The donor that `reference` names. Config and tokenizer are fetched; weights wait for `Donor.source`.
+
+    trust_remote_code: lets a custom tokenizer run its own code; models are always transformers' own classes.
+    Raises CheckpointError when there is nothing readable, UnsupportedError for an unknown model type.
+    """
+    return Donor(resolve.resolve(reference, on_progress=on_progress), trust_remote_code=trust_remote_code)
+
+
+class Donor:
+    """A pretrained model, only read, one decoder layer at a time.
+
+    reference: what the user wrote. name: short, for `./<name>-<method>`. hub_id: where it is published, if
+    known. notice: what the user should know about where it came from. licence: its id, if stated.
+    config: transformers' config. dtype: of the stored weights (GGUF: float32). folder: where its files are.
+    """
+
+    def __init__(self, place: resolve.Place, *, trust_remote_code: bool = False) -> None:
+        self._place = place
+        self._trust = trust_remote_code
+        self.reference, self.name, self.hub_id = place.reference, place.name, place.hub_id
+        self.notice, self.folder, self.licence = place.notice, place.folder, place.licence
+        self.config: Any = place.config
+        self.config._attn_implementation = "sdpa"
+        self._outer: dict[str, Tensor] = {}
+
+    @cached_property
+    def source(self) -> TensorSource:
+        """The weights, downloaded if need be and checked against the config: every name and shape.
+
+        Raises CheckpointError for a tensor that is missing, surplus or misshapen, UnsupportedError for one
+        stored in another dtype than STORED_DTYPES.
+        """
+        _ = self.family  # refuses an unsupported model before anything is downloaded or read
+        source = self._place.open_source()
+        self._check(source)
+        return source
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype as the config states it; unstated, as they are stored (on the Hub: float32)."""
+        stated = getattr(self.config, "dtype", None)
+        if stated is not None:
+            return getattr(torch, stated) if isinstance(stated, str) else stated
+        if self._place.hub_reference is not None:
+            return torch.float32  # nothing is downloaded just to find out
+        source = self._place.open_source()
+        return source.dtype(source.names()[0])
+
+    def tokenizer(self) -> Any:
+        """The donor's tokenizer. Raises CheckpointError when it has none that transformers can load."""
+        if self._place.header is not None:
+            return gguf_tokenizer(self._place.header)
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._trust)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the tokenizer in {self.folder} cannot be loaded: {reason}") from error
+
+    def decoder_layer(
+        self, index: int, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
+        """transformers' own decoder layer `index`: eval mode, no gradients; dropping it frees its memory."""
+        stock = self._layers[index]
+        layer = copy.deepcopy(stock, {id(self.config): self.config})
+        prefix = f"{self._layer_prefix}{index}."
+        weights = {
+            name: self.source.read(prefix + name).to(device=device, dtype=dtype)
+            for name in layer.state_dict()
+        }
+        layer.load_state_dict(weights, strict=True, assign=True)
+        return layer.eval().requires_grad_(False)
+
+    def rotary(self, device: torch.device | str) -> nn.Module:
+        """The donor's rotary embedding: (hidden states, position_ids [B, T]) -> cos, sin [B, T, head_dim]."""
+        stock = getattr(self._base, self.family.rotary)
+        return type(stock)(self.config).to(device)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Hidden states [B, T, hidden_size] in fp32 on the device of `input_ids` [B, T]."""
+        rows = F.embedding(input_ids.cpu(), self._read_outer(self._embedding))
+        return rows.to(device=input_ids.device, dtype=torch.float32)
+
+    def head(self, hidden: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
+        """Final norm and lm_head: layer output [..., hidden_size] -> logits [..., vocab_size], fp32.
+
+        rounded_to: compute as if the weights were stored in that dtype.
+        """
+        stored = rounded_to or self.dtype
+        norm_name = f"{self.family.base}.{self.family.final_norm}"
+        norm = copy.deepcopy(getattr(self._base, self.family.final_norm))
+        weights = {
+            k: self._read_outer(f"{norm_name}.{k}").to(stored).to(hidden.device, torch.float32)
+            for k in norm.state_dict()
+        }
+        norm.load_state_dict(weights, strict=True, assign=True)
+        tied = self.config.tie_word_embeddings
+        output = self._read_outer(self._embedding if tied else "lm_head.weight")
+        with torch.no_grad():
+            normed = norm(hidden.float())
+            if output.dtype == stored == torch.float32 and output.device == hidden.device:
+                return F.linear(normed, output)
+            blocks = (block.to(stored).to(hidden.device, torch.float32) for block in output.split(HEAD_BLOCK))
+            return torch.cat([F.linear(normed, block) for block in blocks], dim=-1)
+
+    def model(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Any:
+        """The whole donor in memory: only for sampling, evaluation and generation."""
+        model = _skeleton(self.config)
+        weights = {name: self.source.read(name).to(device=device, dtype=dtype) for name in self._expected}
+        if self.config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights[self._embedding]
+        model.load_state_dict(weights, strict=True, assign=True)
+        setattr(getattr(model, self.family.base), self.family.rotary, self.rotary(device))
+        model.tie_weights()
+        model.generation_config = self.generation_config()
+        return model.eval().requires_grad_(False)
+
+    def generation_config(self) -> GenerationConfig:
+        """The donor's generation settings; from its config when it ships none."""
+        if self._place.header is not None:
+            return gguf_generation_config(self._place.header)
+        if (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_model_config(self.config)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the config asks for, and its shape; a tied lm_head is not among them."""
+        return dict(self._expected)
+
+    def layer_tensor_names(self, index: int) -> list[str]:
+        """Names in `source` of the tensors of decoder layer `index`."""
+        return [name for name in self._expected if name.startswith(f"{self._layer_prefix}{index}.")]
+
+    def outer_tensor_names(self) -> list[str]:
+        """Names in `source` of every tensor outside the decoder layers; a tied lm_head is not among them."""
+        return [name for name in self._expected if not name.startswith(self._layer_prefix)]
+
+    def copy_files(self, out: Path) -> None:
+        """Put tokenizer, chat template, generation settings and licence into `out`: files byte for byte."""
+        if self._place.header is not None:
+            self.tokenizer().save_pretrained(out)
+            self.generation_config().save_pretrained(out)
+            return
+        patterns = (*hub.CARRIED_FILES, *(hub.TOKENIZER_CODE if self._trust else ()))
+        for file in sorted({f for pattern in patterns for f in self.folder.glob(pattern) if f.is_file()}):
+            shutil.copyfile(file, out / file.name)
+
+    @cached_property
+    def family(self) -> Family:
+        """The donor's row of `families.FAMILIES`. Raises UnsupportedError when it has none."""
+        return family_of(self.config)
+
+    @cached_property
+    def _stock(self) -> Any:
+        return _skeleton(self.config)
+
+    @property
+    def _base(self) -> Any:
+        return getattr(self._stock, self.family.base)
+
+    @property
+    def _layers(self) -> Any:
+        return getattr(self._base, self.family.layers)
+
+    @property
+    def _layer_prefix(self) -> str:
+        return f"{self.family.base}.{self.family.layers}."
+
+    @property
+    def _embedding(self) -> str:
+        return f"{self.family.base}.{self.family.embedding}.weight"
+
+    @cached_property
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        tied = self.config.tie_word_embeddings
+        shapes = {name: tuple(weight.shape) for name, weight in self._stock.state_dict().items()}
+        return {name: shape for name, shape in shapes.items() if not (tied and name == "lm_head.weight")}
+
+    def _read_outer(self, name: str) -> Tensor:
+        if name not in self._outer:
+            self._outer[name] = self.source.read(name)
+        return self._outer[name]
+
+    def _check(self, source: TensorSource) -> None:
+        names, where = set(source.names()), self._place.weights_place
+        for name, shape in self._expected.items():
+            if name not in names:
+                raise CheckpointError(f"tensor {name} is missing from {where}; download the checkpoint again")
+            if source.shape(name) != shape:
+                raise CheckpointError(
+                    f"tensor {name} in {where} has shape {list(source.shape(name))}, "
+                    f"but its config asks for {list(shape)}"
+                )
+            if source.dtype(name) not in STORED_DTYPES:
+                kind = str(source.dtype(name)).removeprefix("torch.")
+                raise UnsupportedError(
+                    f"tensor {name} in {where} is stored as {kind}; use the plain bf16 or fp16 donor"
+                )
+        surplus = sorted(n for n in names - set(self._expected) if not n.endswith(STALE))
+        if surplus == ["lm_head.weight"] and _same(source, surplus[0], self._embedding):
+            return
+        if surplus:
+            raise CheckpointError(
+                f"tensor {surplus[0]} in {where} has no place in {type(self._stock).__name__} "
+                "as its config describes it"
+            )
+
+
+def _same(source: TensorSource, left: str, right: str) -> bool:
+    return source.shape(left) == source.shape(right) and torch.equal(source.read(left), source.read(right))
+
+
+def _skeleton(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()

@@ -1,0 +1,25 @@
+"""Faults a user can mend. `str(error)` is one line: what is wrong, where, and the way out."""
+
+
+class MhconvertError(Exception):
+    """The base of every fault that the command line prints without a traceback (exit 1)."""
+
+
+class UnsupportedError(MhconvertError):
+    """The donor has a feature that the method cannot carry over."""
+
+
+class CheckpointError(MhconvertError):
+    """A checkpoint cannot be found, read or trusted: missing shard, truncated file, NaN weights."""
+
+
+class BudgetError(MhconvertError):
+    """A KV budget or rank that the donor's geometry cannot express."""
+
+
+class OutputError(MhconvertError):
+    """The output folder exists, or the disk cannot hold it."""
+
+
+class CalibrationError(MhconvertError):
+    """Calibration text that is missing, unreadable or too short."""

@@ -1,0 +1,26 @@
+"""What a long run tells whoever watches it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` units of `stage` are finished; `message` is for people.
+
+    Stages in order: "donor", "calibrate" (unit: tokens), "layers" (unit: decoder layers), "verify", "done".
+    `error` is the relative squared error of the layer just finished, where there is one.
+    """
+
+    stage: str
+    done: int
+    total: int
+    message: str = ""
+    error: float | None = None
+
+
+Listener = Callable[[Progress], None]
+
+
+def ignore(_: Progress) -> None:
+    """A listener that shows nothing."""

@@ -1,0 +1,243 @@
+"""Tiny random donors, written to disk as people publish them: a folder of safetensors, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+TEXT = (
+    "The cache of a transformer holds the keys and the values of every token it has read. "
+    "A latent holds less, and from it both can be had again. The river ran slowly past the town, "
+    "and in the evening the boats came home; nobody counted them, for there were always enough. "
+    "Water boils at 100 degrees at sea level, and at 95 degrees on a mountain of 1500 metres.\n"
+)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|bos|>{{ m['role'] }}\n{{ m['content'] }}<|eos|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|bos|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(vocab: int = 320) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `vocab` ≥ 258 tokens; 0 is <|bos|>, 1 is <|eos|> (also the padding)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<|bos|>", "<|eos|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|eos|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_config(
+    *,
+    family: str = "llama",
+    heads: int = 4,
+    kv_heads: int = 2,
+    hidden: int = 64,
+    head_dim: int | None = None,
+    layers: int = 2,
+    vocab: int = 320,
+    tied: bool = True,
+    rope: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """A config of `family` (its model_type). `rope` updates rope_parameters; `settings` go in as they are."""
+    return AutoConfig.for_model(
+        family,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        hidden_size=hidden,
+        head_dim=head_dim or hidden // heads,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0} | (rope or {}),
+        **({"max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1} | settings),
+    )
+
+
+def make_model(config: Any, *, seed: int = 0, std: float = 0.15) -> Any:
+    """A random fp32 model in eval mode: matrices N(0, std²); vectors shifted by N(0, 0.1²)."""
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(noise * std if weight.dim() > 1 else weight + 0.1 * noise)
+    return model
+
+
+def make_donor(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shards: int = 1,
+    seed: int = 0,
+    std: float = 0.15,
+    **config: Any,
+) -> Path:
+    """Write a donor folder at `path` and return it; `config` goes to `make_config`.
+
+    shards=1: model.safetensors; more: that many shards and an index. Tied donors store no lm_head.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    settings = make_config(**config)
+    model = make_model(settings, seed=seed, std=std).to(dtype)
+    settings.dtype = dtype
+    settings.architectures = [type(model).__name__]
+    settings.save_pretrained(path)
+    model.generation_config.save_pretrained(path)
+    make_tokenizer(settings.vocab_size).save_pretrained(path)
+    (path / "LICENSE").write_text("Tiny test licence\n", encoding="utf-8")
+    write_weights(path, stored_weights(model), shards)
+    return path
+
+
+def stored_weights(model: Any) -> dict[str, Tensor]:
+    """The tensors a publisher writes: without lm_head when it is tied."""
+    tied = model.config.tie_word_embeddings
+    return {
+        name: weight.detach().clone().contiguous()
+        for name, weight in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+
+
+def write_weights(path: Path, weights: dict[str, Tensor], shards: int = 1) -> None:
+    """`weights` as model.safetensors, or dealt out to `shards` files with an index."""
+    if shards == 1:
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        return
+    files = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
+    place = {name: files[n * shards // len(weights)] for n, name in enumerate(weights)}
+    for file in files:
+        save_file(
+            {k: w for k, w in weights.items() if place[k] == file}, path / file, metadata={"format": "pt"}
+        )
+    total = sum(w.numel() * w.element_size() for w in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": place}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def make_gguf(
+    path: Path,
+    *,
+    quantization: str = "F32",
+    seed: int = 0,
+    std: float = 0.15,
+    architecture: str = "llama",
+    pre: str = "gpt-2",
+    facts: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+    **config: Any,
+) -> Path:
+    """Write a llama-architecture GGUF file at `path` and return it.
+
+    Matrices are stored in `quantization`, vectors in F32; q and k rows are permuted as llama.cpp stores them.
+    Row lengths must divide by 32 for the quantised types. architecture, pre (the pre-tokenizer's
+    name), facts (whole numbers and text) and tensors go into the file as they are.
+    """
+    import gguf
+
+    settings = make_config(**config)
+    model = make_model(settings, seed=seed, std=std)
+    writer = gguf.GGUFWriter(str(path), architecture)
+    _write_gguf_facts(writer, settings, pre)
+    for key, value in (facts or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+    for name, array in (tensors or {}).items():
+        writer.add_tensor(name, array)
+    kind = gguf.GGMLQuantizationType[quantization]
+    for name, weight in stored_weights(model).items():
+        array = weight.numpy()
+        if ".q_proj." in name:
+            array = _interleave(array, settings.num_attention_heads)
+        if ".k_proj." in name:
+            array = _interleave(array, settings.num_key_value_heads)
+        if array.ndim > 1 and quantization not in ("F32", "F16"):
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(
+                gguf_name(name), array.astype(np.float16) if kind == 1 and array.ndim > 1 else array
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
+
+
+GGUF_NAMES = (
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+    ("model.layers", "blk"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+)
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name for the transformers tensor `name`."""
+    for ours, theirs in sorted(GGUF_NAMES, key=lambda pair: -len(pair[0])):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _interleave(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of one head: halves (r0 r1 … | i0 i1 …) -> pairs (r0 i0 r1 i1 …), llama.cpp's RoPE layout."""
+    rows = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
+
+
+def _write_gguf_facts(writer: Any, config: Any, pre: str) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokenizer = json.loads(make_tokenizer(config.vocab_size).backend_tokenizer.to_str())
+    vocab = tokenizer["model"]["vocab"]
+    tokens = [token for token, _ in sorted(vocab.items(), key=lambda item: item[1])]
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    tokens += [f"<|unused_{n}|>" for n in range(len(tokens), config.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t in special else 5 if t.startswith("<|unused") else 1 for t in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(1)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
