@@ -1,0 +1,138 @@
+"""Calibration rows, and the two streams of hidden states that pass through the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhconvert.convert.donor import Donor
+from mhconvert.convert.errors import CalibrationError
+from mhconvert.convert.progress import Listener
+from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.text import sampled_rows, text_rows
+
+STEP_TOKENS = 8192  # that pass through a layer at the same time
+
+# Tokens when the recipe does not say: text costs a forward pass, sampling one step for each token of a row.
+DEFAULT_TOKENS = {
+    ("text", "cpu"): {"quick": 16384, "default": 65536, "high": 131072},
+    ("text", "cuda"): {"quick": 65536, "default": 131072, "high": 262144},
+    ("self", "cpu"): {"quick": 8192, "default": 16384, "high": 65536},
+    ("self", "cuda"): {"quick": 65536, "default": 131072, "high": 262144},
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids (rows, length): `fit` is what the conversion sees, `held_out` what it is measured on."""
+
+    fit: Tensor
+    held_out: Tensor
+
+    @property
+    def all(self) -> Tensor:
+        """Both, the fit's rows first."""
+        return torch.cat((self.fit, self.held_out))
+
+
+def token_count(recipe: Recipe, device: torch.device) -> int:
+    """Calibration tokens of a run: the recipe's, or the default for its source, device and effort."""
+    if recipe.calibration.tokens is not None:
+        return recipe.calibration.tokens
+    source = "self" if "self" in recipe.calibration.sources else "text"
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    return DEFAULT_TOKENS[source, kind][recipe.effort]
+
+
+def check(recipe: Recipe, config: Any) -> None:
+    """Raises CalibrationError for settings that no text can satisfy."""
+    part = recipe.calibration
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and part.sequence_length > limit:
+        raise CalibrationError(
+            f"sequence_length={part.sequence_length} is more than the donor reads ({limit} tokens)"
+        )
+    if part.sequence_length < 8:
+        raise CalibrationError(f"sequence_length={part.sequence_length} is too short; use at least 8")
+    if part.tokens is not None and part.tokens < part.sequence_length:
+        raise CalibrationError(
+            f"{part.tokens} calibration tokens do not fill one row of {part.sequence_length}; ask for more, or for "
+            "shorter rows with --sequence-length"
+        )
+    if "self" in part.sources and len(part.sources) > 1:
+        raise CalibrationError("calibration 'self' stands alone; leave it out to use files")
+    if part.held_out < 2:
+        raise CalibrationError(f"held_out={part.held_out} rows measure nothing; use at least 2")
+
+
+def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listener) -> Rows:
+    """The rows that `recipe` asks for, from its files, dataset or the donor itself."""
+    part = recipe.calibration
+    fit = token_count(recipe, device) // part.sequence_length
+    wanted, length = fit + part.held_out, part.sequence_length
+    tokenizer = donor.tokenizer()
+    if part.sources == ("self",):
+        dtype = torch.float32 if device.type == "cpu" else donor.dtype
+        model = donor.model(device, dtype)
+        ids = sampled_rows(model, tokenizer, wanted, length, recipe.seed, on_progress)
+    else:
+        ids = text_rows(part.sources, tokenizer, wanted, length, recipe.seed)
+    if int(ids.max()) >= donor.config.vocab_size:
+        raise CalibrationError(
+            f"the tokenizer gives token {int(ids.max())} and the donor's vocabulary has {donor.config.vocab_size}"
+        )
+    return Rows(ids[:fit], ids[fit:])
+
+
+class _Given(nn.Module):
+    """Stands in a decoder layer for its attention and hands back what was computed before."""
+
+    output: Tensor
+
+    def forward(self, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return self.output, None
+
+
+class Layer:
+    """One donor decoder layer taken apart: attention input, attention, and the rest of the block.
+
+    Streams are (N, L, D) float32 on the CPU; a few rows at a time pass through the layer's device.
+    """
+
+    def __init__(self, module: Any, norm: str, position_embeddings: tuple[Tensor, Tensor]):
+        self.module = module
+        self.attention = module.self_attn
+        self._norm = getattr(module, norm)
+        self._position_embeddings = position_embeddings
+
+    def attention_inputs(self, hidden: Tensor) -> Tensor:
+        """What the attention reads of the block's input."""
+        return self._by_rows(self._norm, hidden)
+
+    def attend(self, attention: nn.Module, inputs: Tensor) -> Tensor:
+        """The outputs of `attention`, the donor's or a converted one."""
+        return self._by_rows(lambda x: attention(x, self._position_embeddings, None)[0], inputs)
+
+    def complete(self, hidden: Tensor, attention_outputs: Tensor) -> None:
+        """Replace the block's input by its output, given its attention's output; in place."""
+        given = _Given()
+        self.module.self_attn = given
+        device = self._position_embeddings[0].device
+        rows = max(1, STEP_TOKENS // hidden.shape[1])
+        with torch.inference_mode():
+            for h, y in zip(hidden.split(rows), attention_outputs.split(rows), strict=True):
+                given.output = y.to(device)
+                h.copy_(self.module(h.to(device)))
+        self.module.self_attn = self.attention
+
+    def _by_rows(self, function: Any, tensor: Tensor) -> Tensor:
+        device = self._position_embeddings[0].device
+        result = torch.empty_like(tensor)
+        rows = max(1, STEP_TOKENS // tensor.shape[1])
+        with torch.no_grad():
+            for source, target in zip(tensor.split(rows), result.split(rows), strict=True):
+                target.copy_(function(source.to(device)))
+        return result

@@ -1,0 +1,49 @@
+"""Linear algebra of the surgeries: pure functions in float64 / complex128."""
+
+import torch
+from torch import Tensor
+
+
+def symmetric_power(matrix: Tensor, exponent: float, rank_tolerance: float = 1e-12) -> Tensor:
+    """`matrix ** exponent` of a positive semi-definite matrix, on its range: zero eigenvalues stay zero.
+
+    matrix (n, n) symmetric, float64. Eigenvalues below `rank_tolerance` times the largest count as zero, so a
+    negative exponent gives the pseudo-inverse's power.
+    """
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    floor = values.amax(dim=-1, keepdim=True).clamp_min(0) * rank_tolerance
+    positive = values > floor
+    powers = torch.where(positive, values.clamp_min(torch.finfo(values.dtype).tiny) ** exponent, 0.0)
+    return (vectors * powers.unsqueeze(-2)) @ vectors.mT
+
+
+def low_rank(moment: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`up @ down @ y ≈ y`: the best rank-`rank` map when errors are measured by `metric`.
+
+    moment (n, n) = E[y yᵀ]; metric (n, n) positive semi-definite: minimises E[(y − ŷ)ᵀ metric (y − ŷ)].
+    Returns up (n, rank), down (rank, n); up @ down is the identity on the metric's range when rank ≥ n.
+    Source: whitened SVD (SVD-LLM v2; CARE, arXiv 2603.17946, section 3), with a metric on the output side too.
+    """
+    root, inverse_root = symmetric_power(metric, 0.5), symmetric_power(metric, -0.5)
+    _, vectors = torch.linalg.eigh(root @ moment @ root)
+    leading = vectors.flip(-1)[:, :rank]  # eigh sorts upwards
+    return inverse_root @ leading, leading.mT @ root
+
+
+def complex_pca(moments: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (F, G), largest first, and eigenvectors (F, G, G) of M^½ E[z zᴴ] M^½ for each frequency.
+
+    moments (F, G, G) complex Hermitian E[z zᴴ]; weights (F, G) the diagonal of M, not negative.
+    A complex mixing of heads inside one frequency commutes with RoPE (RoRoPE of TransMLA, arXiv 2502.07864,
+    section 4.2, uses real rotations; the complex ones compact no worse).
+    """
+    root = weights.sqrt().to(moments.dtype)
+    values, vectors = torch.linalg.eigh(root[:, :, None] * moments * root[:, None, :])
+    return values.flip(-1).clamp_min(0), vectors.flip(-1)
+
+
+def realified(matrix: Tensor) -> Tensor:
+    """A complex-linear map (a, b) as the real map (2a, 2b) on half-split vectors [real parts; imaginary parts]."""
+    return torch.cat(
+        (torch.cat((matrix.real, -matrix.imag), dim=-1), torch.cat((matrix.imag, matrix.real), dim=-1)), dim=-2
+    )

@@ -1,0 +1,58 @@
+"""The conversion methods, by name; each is one folder beside this file."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+METHODS = {"mla": "mhconvert.convert.mla"}
+METHOD_NAMES = tuple(METHODS)
+
+
+class Method(Protocol):
+    """All that the pass knows of a method. Building one raises every refusal, before any weight is read.
+
+    replaced: prefixes of a decoder layer's tensors that the method writes anew. model_class: the transformers
+    class that holds the result.
+    """
+
+    replaced: tuple[str, ...]
+
+    @property
+    def model_class(self) -> Any: ...
+
+    def kv_elements(self) -> int:
+        """Cache elements per token of the converted model, all layers."""
+        ...
+
+    def layer_sizes(self, index: int) -> dict[str, int]:
+        """Planned sizes of one layer; those that the pass chooses are missing."""
+        ...
+
+    def new_parameters(self) -> int:
+        """Parameters that the method writes in one layer, at most."""
+        ...
+
+    def convert(
+        self, attention: Any, index: int, inputs: Any, targets: Any, position_embeddings: Any, rotary: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """A new attention module for layer `index` and what was chosen for it."""
+        ...
+
+    def restore(self, index: int, chosen: dict[str, Any]) -> None:
+        """Take over a layer that an interrupted run finished, from what `convert` said was chosen."""
+        ...
+
+    def finish(self) -> Any:
+        """The configuration of the converted model."""
+        ...
+
+
+def settings_class(method: str) -> Any:
+    """The frozen dataclass of choices of `method`; imports no torch."""
+    return importlib.import_module(f"{METHODS[method]}.settings").SETTINGS
+
+
+def build_method(name: str, config: Any, settings: Any, effort: str) -> Method:
+    """The method `name` for a donor with `config`. Raises UnsupportedError or BudgetError."""
+    return importlib.import_module(f"{METHODS[name]}.method").METHOD(config, settings, effort)

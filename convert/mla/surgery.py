@@ -1,0 +1,227 @@
+"""Closed-form surgery of one layer: grouped-query attention in, latent attention out. Pure, float64.
+
+Shapes: H query heads, G KV heads, d head_dim, F = d / 2 rotary frequencies, D hidden_size, r kv_lora_rank,
+R rotary components kept (a rotary key of 2R elements). Pair (i, i + F) of a head is one complex number, which
+RoPE multiplies by exp(iθt); the score at distance Δ is Re Σ conj(q) exp(−iθΔ) k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mhconvert.convert.linalg import complex_pca, low_rank, realified
+
+TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """A donor layer: q (H, d, D), k (G, d, D), v (G, d, D), o (D, H, d), all float64; y = W x."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+
+    @property
+    def group(self) -> Tensor:
+        """(H,) which KV head each query head reads."""
+        heads, kv_heads = self.q.shape[0], self.k.shape[0]
+        return torch.arange(heads) // (heads // kv_heads)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What calibration says of one layer's attention input x. float64.
+
+    query_moment (D, D) = E[x xᵀ] over tokens. key_moment (D, D) and key_mean (D,): the same and E[x] with each
+    token counted by how much an error in its key shows in the layer's output: a sink token, one in a row, takes
+    most of the attention. phases (H, F) complex: E[exp(−iθΔ)] over the distances that each head attends over, which is the constant
+    that best replaces RoPE in a component.
+    """
+
+    query_moment: Tensor
+    key_moment: Tensor
+    key_mean: Tensor
+    phases: Tensor
+
+
+@dataclass(frozen=True)
+class RotaryBasis:
+    """Components of the keys inside each frequency, ordered by score variance.
+
+    mixing (F, G, G) complex: key head g = Σ_r mixing[f, g, r] · component r; down (F, G, G) complex: its inverse;
+    damage (F, G): expected squared score error of replacing component (f, r)'s RoPE by the constant phases.
+    """
+
+    mixing: Tensor
+    down: Tensor
+    damage: Tensor
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """The converted layer. frequencies: R indices into the donor's; the tensors are those of `LatentAttention`."""
+
+    frequencies: list[int]
+    q_proj: Tensor
+    kv_a_proj_with_mqa: Tensor
+    kv_b_proj: Tensor
+    o_proj: Tensor
+    o_bias: Tensor
+
+
+def complex_pairs(weight: Tensor) -> Tensor:
+    """(heads, d, D) real, half-split RoPE layout -> (F, heads, D) complex."""
+    half = weight.shape[1] // 2
+    return torch.complex(weight[:, :half], weight[:, half:]).transpose(0, 1)
+
+
+def rotary_basis(weights: AttentionWeights, statistics: LayerStatistics) -> RotaryBasis:
+    """Complex PCA across KV heads in each frequency, weighted by the energy of the queries that read each head."""
+    queries, keys = complex_pairs(weights.q), complex_pairs(weights.k)  # F H D, F G D
+    query_energy = _energy(queries, statistics.query_moment)  # F H
+    kv_heads = keys.shape[1]
+    energy = query_energy.unflatten(1, (kv_heads, -1)).sum(-1)  # F G
+    energy = energy.clamp_min(energy.amax() * 1e-12).clamp_min(TINY)
+    key_moment = statistics.key_moment.to(torch.complex128)
+    values, vectors = complex_pca(keys @ key_moment @ keys.mH, energy)
+    root = energy.sqrt().to(torch.complex128)
+    share = query_energy.unflatten(1, (kv_heads, -1)) / energy.unsqueeze(-1)  # F G n: of each head in its group
+    lost = 1 - statistics.phases.abs().square().mT.unflatten(1, (kv_heads, -1))  # F G n
+    damage = 0.5 * values * torch.einsum("fgn,fgr->fr", share * lost, vectors.abs().square())
+    return RotaryBasis(vectors / root.unsqueeze(-1), vectors.mH * root.unsqueeze(-2), damage)
+
+
+def kept_components(damage: Tensor, count: int) -> Tensor:
+    """(F, G) bool: the `count` components whose loss of RoPE would hurt most."""
+    kept = torch.zeros(damage.numel(), dtype=torch.bool)
+    kept[damage.flatten().argsort(descending=True, stable=True)[:count]] = True
+    return kept.view(damage.shape)
+
+
+def series_components(damage: Tensor, count: int) -> Tensor:
+    """(F, G) bool: one component, the one that hurts most, in each of the `count` highest frequencies.
+
+    That is one geometric series from 1 for every layer, which stock latent-attention classes express by
+    rope_theta and qk_rope_head_dim; the lowest frequencies are the cheapest to leave out.
+    """
+    kept = torch.zeros(damage.shape, dtype=torch.bool)
+    kept[torch.arange(count), damage[:count].argmax(-1)] = True
+    return kept
+
+
+def convert_layer(
+    weights: AttentionWeights,
+    statistics: LayerStatistics,
+    basis: RotaryBasis,
+    kept: Tensor,
+    rank: int,
+    value_weight: float,
+    output_bias: bool = True,
+) -> LatentWeights:
+    """The latent attention that best stands for `weights` at R = kept.sum() components and a latent of `rank`.
+
+    kept (F, G) bool. The latent holds the other components and all values jointly: errors of keys count by the
+    queries that read them, errors of values by o_proj, and `value_weight` is the price of a relative error of
+    the values against one of the scores. Means are left out of the latent: the keys' cancels in the softmax, the
+    values' becomes o_proj's bias, unless there is none (`output_bias` False: then it stays in).
+    """
+    frequency, component = kept.nonzero(as_tuple=True)
+    rope_keys = _rope_keys(weights, basis, frequency, component)
+    rope_queries = _rope_queries(weights, basis, frequency, component)
+    nope_queries = _nope_queries(weights, statistics.phases)  # H d D
+    key_maps = _nope_key_maps(basis, kept)  # G d 2n: from the components without RoPE to each head's key
+    key_rows = _component_rows(weights, basis, kept)  # 2n D
+
+    rows = torch.cat((key_rows, weights.v.flatten(0, 1)))  # y = rows @ x
+    mean = rows @ statistics.key_mean
+    if not output_bias:
+        mean[len(key_rows) :] = 0
+    moment = rows @ statistics.key_moment @ rows.mT - torch.outer(mean, mean)
+    metric = _metric(weights, statistics, nope_queries, key_maps, value_weight)
+    up, down = low_rank(moment, metric, rank)
+
+    group, keys = weights.group, key_rows.shape[0]
+    head_dim = weights.q.shape[1]
+    key_up = (key_maps @ up[:keys])[group]  # H d r
+    value_up = up[keys:].unflatten(0, (-1, head_dim))[group]  # H d r
+    missing_values = (mean - up @ (down @ mean))[keys:].view(-1, head_dim)[group]  # H d
+    return LatentWeights(
+        frequencies=frequency.tolist(),
+        q_proj=torch.cat((nope_queries, rope_queries), dim=1).flatten(0, 1),
+        kv_a_proj_with_mqa=torch.cat((down @ rows, rope_keys)),
+        kv_b_proj=torch.cat((key_up, value_up), dim=1).flatten(0, 1),
+        o_proj=weights.o.flatten(1),
+        o_bias=torch.einsum("Dhd,hd->D", weights.o, missing_values),
+    )
+
+
+def _rope_keys(weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor) -> Tensor:
+    """(2R, D): the kept components as linear functions of x, half-split."""
+    rows = torch.einsum("kg,kgD->kD", basis.down[frequency, component], complex_pairs(weights.k)[frequency])
+    return torch.cat((rows.real, rows.imag))
+
+
+def _rope_queries(weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor) -> Tensor:
+    """(H, 2R, D): each head's query on the kept components, q · conj(mixing of its key head)."""
+    mixing = basis.mixing[frequency][:, weights.group, :]  # R H G
+    chosen = mixing.gather(2, component.view(-1, 1, 1).expand(-1, mixing.shape[1], 1))  # R H 1
+    rows = (complex_pairs(weights.q)[frequency] * chosen.conj()).transpose(0, 1)  # H R D
+    return torch.cat((rows.real, rows.imag), dim=1)
+
+
+def _nope_queries(weights: AttentionWeights, phases: Tensor) -> Tensor:
+    """(H, d, D): queries with the constant that replaces exp(−iθΔ) folded in, q · conj(phase)."""
+    rows = complex_pairs(weights.q).transpose(0, 1) * phases.conj().unsqueeze(-1)  # H F D
+    return torch.cat((rows.real, rows.imag), dim=1)
+
+
+def _nope_key_maps(basis: RotaryBasis, kept: Tensor) -> Tensor:
+    """(G, d, 2n): from the n components without RoPE, [real; imaginary], to each head's half-split key."""
+    frequency, component = (~kept).nonzero(as_tuple=True)
+    frequencies, kv_heads = kept.shape
+    maps = torch.zeros(kv_heads, frequencies, len(frequency), dtype=torch.complex128)
+    maps[:, frequency, torch.arange(len(frequency))] = basis.mixing[frequency, :, component].mT
+    return realified(maps)
+
+
+def _component_rows(weights: AttentionWeights, basis: RotaryBasis, kept: Tensor) -> Tensor:
+    """(2n, D): the components without RoPE as linear functions of x, [real; imaginary]."""
+    frequency, component = (~kept).nonzero(as_tuple=True)
+    return _rope_keys(weights, basis, frequency, component)
+
+
+def _metric(
+    weights: AttentionWeights,
+    statistics: LayerStatistics,
+    nope_queries: Tensor,
+    key_maps: Tensor,
+    value_weight: float,
+) -> Tensor:
+    """The quadratic form in which errors of [components without RoPE; values] are measured."""
+    group = weights.group
+    reads = nope_queries @ statistics.query_moment @ nope_queries.mT  # H d d
+    keys = sum(key_maps[g].mT @ reads[group == g].sum(0) @ key_maps[g] for g in range(len(key_maps)))
+    assert isinstance(keys, Tensor)
+    outputs = torch.einsum("Dhd,Dhe->hde", weights.o, weights.o)
+    values = torch.block_diag(*(outputs[group == g].sum(0) for g in range(len(key_maps))))
+    value_rows = weights.v.flatten(0, 1)
+    value_energy = (values * (value_rows @ statistics.key_moment @ value_rows.mT)).sum()
+    scale = value_weight * _score_energy(weights, statistics) / value_energy.clamp_min(TINY)
+    return torch.block_diag(keys, scale * values)
+
+
+def _score_energy(weights: AttentionWeights, statistics: LayerStatistics) -> Tensor:
+    """Σ over heads and frequencies of E|q|² E|k|²: the scale of the scores' variance."""
+    query_energy = _energy(complex_pairs(weights.q), statistics.query_moment)
+    key_energy = _energy(complex_pairs(weights.k), statistics.key_moment)
+    return (query_energy * key_energy[:, weights.group]).sum()
+
+
+def _energy(rows: Tensor, moment: Tensor) -> Tensor:
+    """E|rows · x|²: rows (F, heads, D) complex, moment (D, D) real -> (F, heads)."""
+    return ((rows @ moment.to(rows.dtype)) * rows.conj()).sum(-1).real

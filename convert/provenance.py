@@ -1,0 +1,88 @@
+"""What a checkpoint carries beside its weights: config and code, tokenizer, and where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import platform
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mhconvert.convert.checkpoint import write_json
+from mhconvert.convert.donor import Donor
+from mhconvert.convert.methods import Method
+from mhconvert.convert.recipe import Recipe, save_recipe
+from mhconvert.convert.verify_child import peak_memory
+from mhconvert.version import __version__
+
+PROVENANCE = "mhconvert.json"
+RECIPE = "recipe.yaml"
+PROMPT = "The history of science shows that"
+
+
+def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype) -> None:
+    """config.json with `auto_map`, the modeling files it names, tokenizer and generation settings."""
+    config, model = method.finish(), method.model_class
+    config.dtype = dtype
+    config.architectures = [model.__name__]
+    config_file = Path(inspect.getfile(type(config)))
+    model_file = Path(inspect.getfile(model))
+    config.auto_map = {
+        "AutoConfig": f"{config_file.stem}.{type(config).__name__}",
+        "AutoModelForCausalLM": f"{model_file.stem}.{model.__name__}",
+    }
+    donor.copy_files(folder)
+    config.save_pretrained(folder)
+    for file in (config_file, model_file):
+        (folder / file.name).write_bytes(file.read_bytes())
+    if not (folder / "generation_config.json").is_file():
+        donor.generation_config().save_pretrained(folder)
+
+
+def write_probe(path: Path, input_ids: Tensor, logits: Tensor) -> None:
+    """Rows and the logits that the converted model gives for them: what a reload is compared with."""
+    save_file({"input_ids": input_ids.contiguous(), "logits": logits.contiguous()}, path)
+
+
+def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[str, Any]) -> None:
+    """mhconvert.json: the recipe as run, versions, each layer's error, and hashes of the files; recipe.yaml."""
+    save_recipe(recipe, folder / RECIPE)
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name != PROVENANCE]
+    write_json(
+        folder / PROVENANCE,
+        {
+            "recipe": report["recipe"],
+            "donor": {"reference": donor.reference, "hub_id": donor.hub_id, "licence": donor.licence},
+            "versions": versions(),
+            "layers": report["layers"],
+            "sha256": {file.name: sha256(file) for file in files},
+        },
+    )
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides a result's bits."""
+    return {
+        "mhconvert": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def peak_rss() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    return peak_memory()

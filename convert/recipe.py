@@ -1,0 +1,116 @@
+"""A recipe: everything that decides what a conversion produces. Frozen; a dict or YAML and back; unknown keys refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.methods import METHOD_NAMES, settings_class
+
+Effort = Literal["quick", "default", "high"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that the statistics and the layer-local fit see.
+
+    sources: files (.txt, .jsonl with a `text` field; globs are expanded), dataset names, or "self" (sampled
+    from the donor). tokens: how many in all (None: by source and device). sequence_length: tokens a row.
+    held_out: rows of the same text kept out of statistics and fit, on which fidelity is measured.
+    """
+
+    sources: tuple[str, ...] = ("self",)
+    tokens: int | None = None
+    sequence_length: int = 512
+    held_out: int = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One conversion. `settings` belongs to the method (`convert/<method>/settings.py`).
+
+    dtype: of the written weights (None: the donor's). device: torch device (None: CUDA if present).
+    max_shard_size: bytes, or text such as "5GB". fit_steps: None: by effort; 0: closed form only.
+    """
+
+    model: str
+    method: str
+    settings: Any = None
+    output: str | None = None
+    calibration: Calibration = field(default_factory=Calibration)
+    effort: Effort = "default"
+    fit_steps: int | None = None
+    seed: int = 0
+    dtype: str | None = None
+    device: str | None = None
+    max_shard_size: str = "5GB"
+    verify: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHOD_NAMES:
+            raise MhconvertError(f"unknown method '{self.method}'; choose one of {', '.join(METHOD_NAMES)}")
+        if self.settings is None:
+            object.__setattr__(self, "settings", settings_class(self.method)())
+        if self.effort not in ("quick", "default", "high"):
+            raise MhconvertError(f"effort '{self.effort}' is not one of quick, default, high")
+        if self.fit_steps is not None and self.fit_steps < 0:
+            raise MhconvertError(f"fit_steps={self.fit_steps} is negative; 0 means the closed form alone")
+
+    def output_folder(self, donor_name: str) -> Path:
+        """Where the checkpoint goes: `output`, or `./<donor>-<method>`."""
+        return Path(self.output) if self.output else Path(f"{donor_name}-{self.method}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON/YAML types; `from_dict` of it equals this recipe."""
+        plain = dataclasses.asdict(self)
+        plain["calibration"]["sources"] = list(self.calibration.sources)
+        return plain
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Recipe:
+        """Raises MhconvertError on a key that no part of a recipe has, or one that is missing."""
+        values = dict(data)
+        method = values.get("method", "")
+        if method not in METHOD_NAMES:
+            raise MhconvertError(f"unknown method '{method}'; choose one of {', '.join(METHOD_NAMES)}")
+        if values.get("settings") is not None:
+            values["settings"] = _build(settings_class(method), values["settings"], "settings")
+        if values.get("calibration") is not None:
+            part = dict(values["calibration"])
+            sources = part.get("sources", ("self",))
+            part["sources"] = (sources,) if isinstance(sources, str) else tuple(sources)
+            values["calibration"] = _build(Calibration, part, "calibration")
+        return _build(Recipe, values, "recipe")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file. Raises MhconvertError when it is not one."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MhconvertError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise MhconvertError(f"recipe {path} is not a mapping of settings")
+    return Recipe.from_dict(data)
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write `recipe` as YAML that `load_recipe` reads back to an equal recipe."""
+    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _build(kind: Any, values: dict[str, Any], place: str) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise MhconvertError(f"{place} has no key '{unknown[0]}'; it has {', '.join(sorted(known))}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise MhconvertError(f"{place}: {error}") from error

@@ -1,0 +1,147 @@
+"""Load a converted checkpoint as a stranger would, and print what it does as one line of JSON.
+
+Run by `verify.py` as `python -I verify_child.py FOLDER PROBE OPTIONS` in a process where mhconvert cannot be
+imported: only torch, transformers and the files in the folder are used. `cache_storage` is also what `mhconvert.eval`
+measures caches with, so that there is one definition of a cache's size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+def cache_storage(cache: Any) -> tuple[int, int]:
+    """(bytes, elements) of tensor storage that a transformers cache holds, all layers, every storage counted once.
+
+    Storage rather than shape: a slice of a larger buffer costs the whole buffer. Counters that a static cache keeps
+    (integer tensors of one element or none) are left out.
+    """
+    import torch
+
+    size = elements = 0
+    seen: set[int] = set()
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            if not isinstance(value, torch.Tensor) or value.numel() == 0 or not value.is_floating_point():
+                continue
+            storage = value.untyped_storage()
+            if storage.data_ptr() in seen:
+                continue
+            seen.add(storage.data_ptr())
+            size += storage.nbytes()
+            elements += storage.nbytes() // value.element_size()
+    return size, elements
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process in bytes: VmHWM where there is /proc, else getrusage.
+
+    (On Linux ru_maxrss begins at the resident size of the process that started this one.)
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _compare(model: Any, probe: str) -> dict[str, float]:
+    """The largest |Δ logit| of the model's forward against `probe`, row by row, and the probe's own spread.
+
+    probe: safetensors with input_ids (rows, length) and logits (rows, length, vocab_size) float32.
+    """
+    import torch
+    from safetensors import safe_open
+
+    largest = squares = 0.0
+    spread: list[float] = []
+    finite = True
+    with safe_open(probe, framework="pt") as file:
+        input_ids = file.get_tensor("input_ids").long()
+        expected_rows = file.get_slice("logits")
+        norm = 0.0
+        for row in range(input_ids.shape[0]):
+            logits = model(input_ids=input_ids[row : row + 1], use_cache=False).logits[0].float()
+            expected = expected_rows[row : row + 1][0].float()
+            spread.append(expected.std().item())
+            finite = finite and bool(torch.isfinite(logits).all())
+            norm += expected.square().sum(dtype=torch.float64).item()
+            difference = logits.sub_(expected)
+            squares += difference.square().sum(dtype=torch.float64).item()
+            largest = max(largest, difference.abs().max().item())
+    return {
+        "largest_logit_difference": largest,
+        "relative_logit_error": (squares / max(norm, 1e-30)) ** 0.5,
+        "logit_spread": min(spread),
+        "finite": finite,
+    }
+
+
+def _generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> dict[str, Any]:
+    """A greedy continuation of `prompt`, and the size of the cache object that `generate` gave back."""
+    encoded = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    cache = output.past_key_values
+    tokens = int(cache.get_seq_length())
+    size, elements = cache_storage(cache)
+    return {
+        "sample": {
+            "prompt": prompt,
+            "text": tokenizer.decode(
+                output.sequences[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True
+            ),
+        },
+        "cache": {
+            "type": type(cache).__name__,
+            "tokens": tokens,
+            "bytes": size,
+            "bytes_per_token": size / tokens,
+            "elements_per_token": elements / tokens,
+        },
+    }
+
+
+def main(folder: str, probe: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Everything that is asked of the checkpoint; the folder's own code is all that is trusted."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
+    if options.get("threads"):
+        torch.set_num_threads(options["threads"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32
+    )
+    model.eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    with torch.inference_mode():
+        result: dict[str, Any] = _compare(model, probe)
+        result |= _generate(model, tokenizer, options["prompt"], options["max_new_tokens"])
+    return result | {
+        "model_class": type(model).__name__,
+        "module": type(model).__module__.split(".")[0],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": peak_memory(),
+    }
+
+
+if __name__ == "__main__":
+    sys.modules["mhconvert"] = None  # type: ignore[assignment]
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_MODULES_CACHE": sys.argv[4]}
+    print(json.dumps(main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))

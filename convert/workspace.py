@@ -1,0 +1,214 @@
+"""OUT.partial: where a run keeps what it has finished, so that it can be cut short and go on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mhconvert.convert.calibrate import Rows
+from mhconvert.convert.checkpoint import ShardWriter, byte_size, check_space, replace_folder, write_json
+from mhconvert.convert.errors import MhconvertError, OutputError
+from mhconvert.convert.recipe import Recipe
+
+WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
+NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may change
+
+
+@dataclass
+class Streams:
+    """Hidden states between two layers, float32 on the CPU.
+
+    teacher (N, L, D): all calibration rows through the donor, the `fitted` ones first, then the held-out ones.
+    student (M, L, D): the held-out rows through the converted layers. outputs: the donor's attention outputs of
+    the fitted rows in the layer at hand.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    fitted: int
+    outputs: Tensor
+
+    @property
+    def teacher_fit(self) -> Tensor:
+        return self.teacher[: self.fitted]
+
+    @property
+    def teacher_held(self) -> Tensor:
+        return self.teacher[self.fitted :]
+
+
+class Workspace:
+    """A run's folder. Use as a context: it is locked inside, and cleared when the run fails for good.
+
+    An interrupt or a full disk leaves it for `resume`. `layers`: what was chosen and measured for each finished
+    layer. A layer counts as finished when `state.json` says so; everything it needs was written before.
+    """
+
+    def __init__(self, output: Path, recipe: Recipe, needed: int, *, resume: bool, force: bool):
+        self.output, self.partial = output, output.with_name(output.name + ".partial")
+        self._recipe, self._needed = recipe, needed
+        self._resume, self._force = resume, force
+        self._work = self.partial / WORK
+        self.layers: list[dict[str, Any]] = []
+        self.earlier_seconds = 0.0
+        self._begun = time.perf_counter()
+        self._streams: Streams | None = None
+        self._writer: ShardWriter | None = None
+
+    @property
+    def probe(self) -> Path:
+        """Where the logits go that the reload is compared with."""
+        return self._work / "probe.safetensors"
+
+    @property
+    def streams_ready(self) -> bool:
+        """Whether an earlier run, or `begin`, has left streams."""
+        return self._streams is not None
+
+    @property
+    def streams(self) -> Streams:
+        assert self._streams is not None
+        return self._streams
+
+    def __enter__(self) -> Workspace:
+        state = self._work / "state.json"
+        found = self.partial.exists()
+        if found and not self._resume and not self._force:
+            finished = len(json.loads(state.read_text())["layers"]) if state.is_file() else 0
+            raise OutputError(
+                f"{self.partial} holds an interrupted run ({finished} layers finished); --resume continues it, "
+                "--force starts over"
+            )
+        if found and not (self._resume and state.is_file()):
+            shutil.rmtree(self.partial)
+        if not self.partial.exists():
+            check_space(self.partial, self._needed)
+        try:
+            self._work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.partial} cannot be made: {error.strerror}") from error
+        self._lock()
+        if state.is_file():
+            self._load(json.loads(state.read_text()))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._lock_file.close()
+        if isinstance(error, MhconvertError):
+            shutil.rmtree(self.partial, ignore_errors=True)
+        elif isinstance(error, (OSError, SafetensorError)) and _disk_full(error):
+            raise OutputError(
+                f"the disk is full; {len(self.layers)} layers are finished in {self.partial}: free some space and "
+                "run the same command with --resume"
+            ) from error
+
+    def rows(self, draw: Callable[[], Rows]) -> Rows:
+        """The calibration rows of this run: drawn once, then the same after every resume."""
+        path = self._work / "rows.safetensors"
+        if not path.is_file():
+            rows = draw()
+            _save({"fit": rows.fit, "held_out": rows.held_out}, path)
+            return rows
+        return Rows(**load_file(path))
+
+    def begin(
+        self, teacher: Tensor, student: Tensor, fitted: int, outer: Iterable[tuple[str, Tensor]], tensors: int
+    ) -> None:
+        """Start with the embedded rows, and write the tensors that lie outside the layers."""
+        limit = byte_size(self._recipe.max_shard_size)
+        self._writer = ShardWriter(self.partial, limit, tensors)
+        self._tensors = tensors
+        for name, tensor in outer:
+            self._writer.add(name, tensor)
+        self._streams = Streams(teacher, student, fitted, teacher[:0])
+        self._commit()
+
+    def finish_layer(self, tensors: Iterable[tuple[str, Tensor]], chosen: dict[str, Any]) -> None:
+        """Make a layer durable: its tensors, the streams behind it, and then the word that it is finished."""
+        assert self._writer is not None
+        for name, tensor in tensors:
+            self._writer.add(name, tensor)
+        self._writer.flush()
+        self.layers.append(chosen)
+        self._commit()
+
+    def finish_tensors(self) -> int:
+        """Complete the shards and their index; returns the bytes of all tensors."""
+        assert self._writer is not None
+        return self._writer.finish()
+
+    def publish(self) -> None:
+        """Give the folder its final name."""
+        shutil.rmtree(self._work)
+        replace_folder(self.partial, self.output)
+
+    def _commit(self) -> None:
+        assert self._writer is not None
+        count = len(self.layers)
+        _save({"teacher": self.streams.teacher, "student": self.streams.student}, self._stream_file(count))
+        state = {
+            "recipe": self._result_recipe(),
+            "layers": self.layers,
+            "fitted": self.streams.fitted,
+            "seconds": self.earlier_seconds + time.perf_counter() - self._begun,
+            "tensors": self._tensors,
+            "writer": self._writer.state,
+        }
+        write_json(self._work / "state.json", state)
+        self._stream_file(count - 1).unlink(missing_ok=True)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if state["recipe"] != self._result_recipe():
+            keys = [k for k, v in self._result_recipe().items() if state["recipe"].get(k) != v]
+            raise OutputError(
+                f"{self.partial} was started with another {keys[0]}; --resume needs the same command, --force "
+                "starts over"
+            )
+        self.layers, self.earlier_seconds = state["layers"], state["seconds"]
+        self._tensors = state["tensors"]
+        streams = load_file(self._stream_file(len(self.layers)))
+        self._streams = Streams(streams["teacher"], streams["student"], state["fitted"], streams["teacher"][:0])
+        limit = byte_size(self._recipe.max_shard_size)
+        self._writer = ShardWriter(self.partial, limit, self._tensors, state["writer"])
+
+    def _result_recipe(self) -> dict[str, Any]:
+        values = {k: v for k, v in self._recipe.to_dict().items() if k not in NOT_THE_RESULT}
+        return json.loads(json.dumps(values))
+
+    def _stream_file(self, layers: int) -> Path:
+        return self._work / f"streams-{layers:05d}.safetensors"
+
+    def _lock(self) -> None:
+        self._lock_file = open(self._work / "lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock_file.close()
+            raise OutputError(f"another run is writing {self.partial}; wait for it, or choose another -o") from error
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    partial = path.with_name(path.name + ".new")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def _disk_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+

@@ -1,0 +1,1 @@
+"""Training that repairs a converted model, layer-local or end to end."""
