@@ -1,0 +1,1 @@
+"""Measuring models: fidelity to a donor, cost, and reports of both."""

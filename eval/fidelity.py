@@ -1,0 +1,146 @@
+"""How near a converted model stays to its donor: perplexity, KL divergence, top-1 agreement.
+
+Streaming: rows of logits go in, float64 sums stay. `evaluate` is the protocol behind the numbers in the README.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mhconvert.convert.errors import MhconvertError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+CHUNK = 128  # positions whose probabilities are in memory at once: 128 x 49,152 x 4 bytes = 25 MB
+
+
+@dataclass
+class Fidelity:
+    """Sums over predictions, in natural logarithms. The divergence is KL(donor ‖ converted).
+
+    A prediction is one position's logits and the token that follows it.
+    """
+
+    tokens: int = 0
+    donor_nll: float = 0.0
+    converted_nll: float = 0.0
+    divergence: float = 0.0
+    agreements: int = 0
+
+    def add(self, donor: Tensor, converted: Tensor, targets: Tensor) -> None:
+        """Take in predictions. donor, converted (positions, vocab_size) any float; targets (positions,) int64.
+
+        The sums do not depend on how positions are grouped into calls, to float64 rounding.
+        """
+        if donor.shape != converted.shape or targets.shape != donor.shape[:1]:
+            raise ValueError(
+                f"shapes {tuple(donor.shape)}, {tuple(converted.shape)}, {tuple(targets.shape)} do not fit"
+            )
+        for start in range(0, targets.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            wanted = targets[rows, None]
+            reference = donor[rows].float().log_softmax(-1)
+            candidate = converted[rows].float().log_softmax(-1)
+            self.donor_nll -= reference.gather(1, wanted).sum(dtype=torch.float64).item()
+            self.converted_nll -= candidate.gather(1, wanted).sum(dtype=torch.float64).item()
+            self.agreements += int((reference.argmax(-1) == candidate.argmax(-1)).sum())
+            probability = reference.exp()
+            # A token that both rule out (-inf) adds nothing; one that only the converted model rules out, infinity.
+            terms = torch.where(probability > 0, probability * (reference - candidate), 0.0)
+            self.divergence += terms.sum(dtype=torch.float64).item()
+        self.tokens += targets.shape[0]
+
+    def result(self) -> dict[str, Any]:
+        """perplexity {donor, converted}, kl (nats a token), top1_agreement (share), tokens (predictions)."""
+        if not self.tokens:
+            raise MhconvertError("there is no prediction to measure; rows need at least 2 tokens")
+        return {
+            "perplexity": {
+                "donor": _perplexity(self.donor_nll, self.tokens),
+                "converted": _perplexity(self.converted_nll, self.tokens),
+            },
+            "kl": self.divergence / self.tokens,
+            "top1_agreement": self.agreements / self.tokens,
+            "tokens": self.tokens,
+        }
+
+
+def compare_rows(
+    donor: Callable[[Tensor], Tensor],
+    converted: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    on_row: Callable[[int, int], None] | None = None,
+) -> Fidelity:
+    """The fidelity over `rows` (number, length) of token ids, length − 1 predictions a row.
+
+    donor and converted map token ids (1, length) to logits (1, length, vocab_size); one row of each is in
+    memory at a time.
+    """
+    fidelity = Fidelity()
+    with torch.inference_mode():
+        for index, row in enumerate(rows):
+            ids = row[None]
+            fidelity.add(donor(ids)[0, :-1], converted(ids)[0, :-1], row[1:])
+            if on_row is not None:
+                on_row(index + 1, len(rows))
+    return fidelity
+
+
+def text_rows(tokenizer: Any, text: Path, sequence_length: int, sequences: int) -> Tensor:
+    """The first sequences × sequence_length tokens of the file, no special tokens, rows without overlap.
+
+    Returns (sequences, sequence_length) int64. Raises MhconvertError when the text is unreadable or too short.
+    """
+    if sequence_length < 2 or sequences < 1:
+        raise MhconvertError(
+            f"sequence length {sequence_length} and {sequences} sequences make no prediction; use at least 2 and 1"
+        )
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MhconvertError(f"text file {text} cannot be read: {error}") from error
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    needed = sequence_length * sequences
+    if len(ids) < needed:
+        raise MhconvertError(
+            f"{text} has {len(ids)} tokens and {sequences} × {sequence_length} = {needed} are asked for; "
+            f"choose --sequences ≤ {len(ids) // sequence_length} or a shorter --sequence-length"
+        )
+    return torch.tensor(ids[:needed], dtype=torch.long).view(sequences, sequence_length)
+
+
+def evaluate(
+    converted: torch.nn.Module,
+    donor: torch.nn.Module,
+    rows: Tensor,
+    on_row: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """`Fidelity.result()` of two causal language models over `rows`, and the seconds it took."""
+    started = time.perf_counter()
+    fidelity = compare_rows(_logits(donor), _logits(converted), rows, on_row)
+    return fidelity.result() | {"seconds": time.perf_counter() - started}
+
+
+def _logits(model: Any) -> Callable[[Tensor], Tensor]:
+    def forward(input_ids: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=input_ids.to(model.device), use_cache=False).logits
+        return logits.cpu()
+
+    return forward
+
+
+def _perplexity(nll: float, tokens: int) -> float:
+    """exp(nll / tokens); infinity where that is beyond float64."""
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        return math.inf

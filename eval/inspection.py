@@ -1,0 +1,124 @@
+"""What a model's attention looks like, what its cache costs, and what could be done about it. Reads configs only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mhconvert.convert import families, pipeline
+from mhconvert.convert.donor import open_donor
+from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.methods import METHODS
+from mhconvert.convert.recipe import Recipe
+from mhconvert.eval.load import converted_method, read_config
+
+CONTEXTS = (8_192, 32_768, 131_072)
+
+
+def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Facts of the model `reference`: JSON-ready.
+
+    model_type, converted_by, dtype, attention {layers, heads, …}, kv {elements_per_token, bytes_per_token,
+    bytes {"8192": …}} at the stored dtype, methods {name: {applies, reason | kv_bytes_per_token, output_bytes}}.
+    """
+    made_by = converted_method(reference)
+    donor = None
+    if made_by is None:
+        donor = open_donor(reference, trust_remote_code=trust_remote_code)
+        config, dtype = donor.config, donor.dtype
+    else:
+        config = read_config(reference, made_by)
+        dtype = _torch_dtype(config.dtype)
+    elements = sum(cache_elements(config))
+    bytes_per_token = elements * dtype.itemsize
+    return {
+        "reference": reference,
+        "notice": getattr(donor, "notice", None),
+        "model_type": config.model_type,
+        "converted_by": made_by,
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": attention(config),
+        "kv": {
+            "elements_per_token": elements,
+            "bytes_per_token": bytes_per_token,
+            "bytes": {str(length): length * bytes_per_token for length in CONTEXTS},
+        },
+        "methods": _methods(reference, config, made_by, trust_remote_code),
+    }
+
+
+def cache_elements(config: Any) -> list[int]:
+    """Elements that one token adds to each layer's cache."""
+    text = config.get_text_config()
+    layers = range(text.num_hidden_layers)
+    if getattr(text, "rope_frequencies", None) is not None:
+        return [text.latent_rank(i) + 2 * len(text.layer_frequencies(i)) for i in layers]
+    if getattr(text, "kv_lora_rank", None) is not None:
+        return [text.kv_lora_rank + text.qk_rope_head_dim for _ in layers]
+    return [2 * _kv_heads(text) * _head_dim(text) for _ in layers]
+
+
+def attention(config: Any) -> dict[str, Any]:
+    """The attention's geometry in the config's own words."""
+    text = config.get_text_config()
+    facts: dict[str, Any] = {
+        "num_hidden_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "num_attention_heads": text.num_attention_heads,
+    }
+    if getattr(text, "rope_frequencies", None) is not None:
+        layers = range(text.num_hidden_layers)
+        facts["kind"] = "latent (MLA)"
+        facts["kv_lora_rank"] = _one_or_all([text.latent_rank(i) for i in layers])
+        facts["qk_rope_head_dim"] = _one_or_all([2 * len(text.layer_frequencies(i)) for i in layers])
+        facts["qk_nope_head_dim"], facts["v_head_dim"] = text.qk_nope_head_dim, text.v_head_dim
+    else:
+        heads, groups = text.num_attention_heads, _kv_heads(text)
+        facts["kind"] = "multi-head" if heads == groups else "multi-query" if groups == 1 else "grouped-query"
+        facts["num_key_value_heads"], facts["head_dim"] = groups, _head_dim(text)
+    rope = getattr(text, "rope_parameters", None) or {}
+    facts["rope_type"], facts["rope_theta"] = rope.get("rope_type", "default"), rope.get("rope_theta")
+    facts["max_position_embeddings"] = getattr(text, "max_position_embeddings", None)
+    return facts
+
+
+def _methods(reference: str, config: Any, made_by: str | None, trust: bool) -> dict[str, Any]:
+    if made_by is not None:
+        refusal = f"it is already converted by {made_by}; convert the original donor"
+        return {name: {"applies": False, "reason": refusal} for name in METHODS}
+    found: dict[str, dict[str, Any]] = {}
+    for name, reason in families.refusals(config).items():
+        found[name] = {"applies": False, "reason": reason}
+        if reason is not None:
+            continue
+        try:
+            plan = pipeline.plan(Recipe(model=reference, method=name, trust_remote_code=trust))
+        except MhconvertError as error:
+            found[name]["reason"] = str(error)
+            continue
+        cost = plan["kv_bytes_per_token"]["converted"]
+        found[name] = {"applies": True, "kv_bytes_per_token": cost, "output_bytes": plan["output_bytes"]}
+    return found
+
+
+def _kv_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _one_or_all(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    """A config's dtype, which may be a torch dtype, its name, or absent (float32)."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, str(dtype or "float32"), None)
+    if not isinstance(found, torch.dtype):
+        raise MhconvertError(f"dtype '{dtype}' in config.json is not one that torch has")
+    return found

@@ -1,0 +1,120 @@
+"""Open a model for measuring: a converted checkpoint by the package's own classes, anything else as a donor."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhconvert.convert.donor import Donor, open_donor
+from mhconvert.convert.errors import CheckpointError, MhconvertError
+from mhconvert.convert.methods import METHODS
+
+PROVENANCE = "mhconvert.json"
+
+
+@dataclass
+class OpenModel:
+    """A model whose config is known and whose weights are read when `model` is called. Float32, eval mode."""
+
+    reference: str
+    config: Any
+    device: str
+    donor: Donor | None
+    trust_remote_code: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.get_text_config().vocab_size)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        if self.donor is not None:
+            return self.donor.tokenizer()
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.reference)
+
+    def model(self) -> Any:
+        """The whole model on the device."""
+        if self.donor is not None:
+            return self.donor.model(torch.device(self.device), torch.float32).eval()
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                self.reference, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.reference} does not load: {_first_line(error)}") from error
+        return model.to(self.device).eval()
+
+    def require_length(self, tokens: int) -> None:
+        """Raises MhconvertError when `tokens` are more than the model was made for."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if limit and tokens > limit:
+            raise MhconvertError(f"{self.reference} reads at most {limit} tokens and {tokens} are asked for")
+
+
+def converted_method(reference: str) -> str | None:
+    """The method that made the checkpoint in the folder `reference`; None if that is not a folder made by one."""
+    try:
+        config = json.loads((Path(reference) / "config.json").read_text(encoding="utf-8"))
+        method = str(config.get("model_type", "")).split("_")[0]
+    except (OSError, ValueError, AttributeError):
+        return None
+    return method if method in METHODS else None
+
+
+def read_config(folder: str, method: str) -> Any:
+    """The config of a converted checkpoint, by the package's classes."""
+    from transformers import AutoConfig
+
+    importlib.import_module(METHODS[method]).register()
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}/config.json does not load: {_first_line(error)}") from error
+
+
+def open_model(reference: str, *, device: str | None = None, trust_remote_code: bool = False) -> OpenModel:
+    """`reference` opened: a folder that mhconvert wrote, or whatever `open_donor` takes. No weights are read yet.
+
+    device: a torch device; None: CUDA if present. Code inside a folder runs only with trust_remote_code.
+    """
+    place = _device(device)
+    method = converted_method(reference)
+    if method is not None:
+        config = read_config(reference, method)
+        return OpenModel(reference, config, place, None, trust_remote_code)
+    donor = open_donor(reference, trust_remote_code=trust_remote_code)
+    return OpenModel(reference, donor.config, place, donor, trust_remote_code)
+
+
+def recorded_donor(checkpoint: str) -> str:
+    """The donor named in the checkpoint's provenance. Raises MhconvertError when there is none."""
+    path = Path(checkpoint) / PROVENANCE
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["recipe"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MhconvertError(
+            f"{checkpoint} does not say what it was made from; name the donor with --against"
+        ) from error
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise MhconvertError(f"device '{name}' cannot be used: {_first_line(error)}") from error
+    return name
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,158 @@
+"""The measured facts of a conversion: `report.json`, the model card beside the weights, and the table for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mhconvert.eval.units import count, duration, number, share, size
+
+REPORT = "report.json"
+CARD = "README.md"
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write `report.json` and the model card (README.md) into `folder`."""
+    text = json.dumps(json_safe(report), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    (folder / CARD).write_text(model_card(report, licence_file(folder)), encoding="utf-8")
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with every float that JSON cannot write (nan, infinities) as null, and paths as text."""
+    if isinstance(value, dict):
+        return {str(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(quantity, donor, converted, remark): the table that the command line and the model card show.
+
+    A quantity that the report lacks has no row.
+    """
+    table: list[tuple[str, str, str, str]] = []
+    perplexity = report.get("perplexity") or {}
+    if "converted" in perplexity:
+        donor, converted = perplexity.get("donor"), perplexity["converted"]
+        times = f"× {converted / donor:.3f}" if donor and converted is not None else ""
+        table.append(("perplexity", number(donor), number(converted), times))
+    if report.get("kl") is not None:
+        table.append(("KL from the donor", "0", number(report["kl"]), "nats a token"))
+    if report.get("top1_agreement") is not None:
+        table.append(("top-1 agreement", "100 %", share(report["top1_agreement"]), ""))
+    cache = report.get("kv_bytes_per_token") or {}
+    if cache:
+        donor, converted = cache.get("donor"), cache.get("converted")
+        part = share(converted / donor) + " of the donor's" if donor and converted else ""
+        measured = ", measured" if report.get("verified") else ", computed"
+        table.append(("KV cache a token", size(donor), size(converted), part + measured))
+    parameters = report.get("parameters") or {}
+    if parameters:
+        table.append(("parameters", count(parameters.get("donor")), count(parameters.get("converted")), ""))
+    if report.get("seconds") is not None:
+        table.append(("time to convert", "", duration(report["seconds"]), ""))
+    if report.get("peak_rss_bytes") is not None:
+        table.append(("peak memory", "", size(report["peak_rss_bytes"]), "resident"))
+    return table
+
+
+def show(report: dict[str, Any], console: Any) -> None:
+    """Print the table, a sample continuation and how to load the checkpoint on a rich console."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    method = str(report.get("method", "")).upper()
+    table = Table(
+        title=f"{report.get('donor_name') or report.get('donor', '')} → {method}", title_justify="left"
+    )
+    for heading, side in (("", "left"), ("donor", "right"), ("converted", "right"), ("", "left")):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for row in rows(report):
+        table.add_row(*row)
+    console.print(table)
+    sample = report.get("sample") or {}
+    if sample:
+        console.print(f"[bold]{escape(sample['prompt'])}[/bold]{escape(sample.get('converted') or '')}")
+    if report.get("output"):
+        console.print(f"\n{escape(str(report['output']))} loads with plain transformers:", highlight=False)
+        console.print(f"[dim]{escape(loading(str(report['output'])))}[/dim]", highlight=False, soft_wrap=True)
+
+
+def loading(folder: str) -> str:
+    """Python that loads `folder` where mhconvert is not installed."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)\n'
+    )
+
+
+def licence_file(folder: Path) -> str | None:
+    """The name of the donor's licence file as carried over into `folder`."""
+    found = sorted(path.name for path in folder.glob("LICENSE*")) if folder.is_dir() else []
+    return found[0] if found else None
+
+
+def model_card(report: dict[str, Any], licence: str | None = None) -> str:
+    """The README.md of a converted checkpoint: what it is, what was measured and how, how to load it."""
+    base = report.get("hub_id")
+    method = str(report.get("method", ""))
+    name = Path(str(report.get("output", ""))).name
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    head += [f"base_model: {base}"] if base else []
+    head += [f"license: {report['licence']}"] if report.get("licence") else []
+    head += ["tags:", "- mhconvert", f"- {method}", "---", ""]
+    about = [
+        f"# {name}",
+        "",
+        f"{base or report.get('donor', 'A pretrained model')} with its attention rewritten as {method.upper()} "
+        f"by mhconvert {report.get('versions', {}).get('mhconvert', '')}."
+        " The tokenizer and the chat template are the base model's, unchanged.",
+        "",
+    ]
+    return "\n".join(head + about + _measured(report) + _usage(name) + _origin(report, licence))
+
+
+def _measured(report: dict[str, Any]) -> list[str]:
+    lines = ["## Measured", "", "| | base model | this model | |", "|---|---:|---:|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(report)]
+    calibration = report.get("calibration") or {}
+    if calibration:
+        source = calibration.get("source") or calibration.get("sources") or "self"
+        source = ", ".join(source) if isinstance(source, (list, tuple)) else source
+        held_out = calibration.get("held_out_tokens")
+        lines += [
+            "",
+            f"Calibrated on {calibration.get('tokens', 'an unrecorded number of')} tokens of: {source}"
+            + (" (text sampled from the base model itself)." if source == "self" else ".")
+            + " Perplexity, KL and agreement are measured on"
+            + (f" {held_out} tokens" if held_out else " rows")
+            + " of the same text that were held out of the conversion; `mhconvert eval` measures on any text.",
+        ]
+    return [*lines, ""]
+
+
+def _usage(name: str) -> list[str]:
+    note = "The folder carries its own modeling file, which is why `trust_remote_code=True` is needed."
+    return ["## Use", "", "```python", loading(name).rstrip(), "```", "", note, ""]
+
+
+def _origin(report: dict[str, Any], licence: str | None) -> list[str]:
+    terms = f"The base model's licence applies and is carried over in `{licence}`." if licence else ""
+    terms = terms or "The base model's licence applies; its folder had no licence file to carry over."
+    notice = report.get("notice")
+    return (
+        ["## Origin", "", terms]
+        + (["", str(notice)] if notice else [])
+        + [
+            "",
+            "`mhconvert.json` holds the recipe as run and the versions; `report.json` every measured number.",
+            "",
+        ]
+    )
