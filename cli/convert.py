@@ -1,0 +1,122 @@
+"""`mhconvert DONOR --to METHOD`: a pretrained model in, a converted checkpoint out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TextIO
+
+import typer
+
+from mhconvert.cli import options as o
+from mhconvert.cli.output import Flags, calm_transformers, execute
+from mhconvert.cli.progress import progress
+from mhconvert.convert.methods import settings_class
+
+INTERRUPTED = "interrupted; the same command with --resume continues after the last finished layer"
+METHOD_OPTIONS = ("kv_budget", "kv_lora_rank", "qk_rope_head_dim", "profile")
+
+
+def command(
+    donor: o.Donor,
+    to: o.Method,
+    output: o.Output = None,
+    kv_budget: o.KvBudget = None,
+    kv_lora_rank: o.KvLoraRank = None,
+    qk_rope_head_dim: o.QkRopeHeadDim = None,
+    profile: o.Profile = None,
+    effort: o.Effort = "default",
+    fit_steps: o.FitSteps = None,
+    calibration: o.Calibration = None,
+    calibration_tokens: o.CalibrationTokens = None,
+    sequence_length: o.RowLength = 512,
+    seed: o.Seed = 0,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    max_shard_size: o.MaxShardSize = "5GB",
+    no_verify: o.NoVerify = False,
+    resume: o.Resume = False,
+    force: o.Force = False,
+    dry_run: o.DryRun = False,
+    trust_remote_code: o.Trust = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Convert DONOR's attention; DONOR itself is only read."""
+    given = locals()
+    settings = _method_options(to, given)
+
+    def work(_: TextIO) -> dict[str, Any]:
+        from mhconvert import api
+
+        calm_transformers()
+        recipe = _recipe(given, settings)
+        if dry_run:
+            return api.plan(recipe)
+        with progress(quiet) as listener:
+            return api.convert(recipe, resume=resume, force=force, on_progress=listener)
+
+    execute(Flags(json, quiet, debug), work, show_plan if dry_run else _show(quiet), interrupted=INTERRUPTED)
+
+
+def _method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The method's own options that have a value. Raises BadParameter for one that the method does not have."""
+    chosen = {name: given[name] for name in METHOD_OPTIONS if given[name] is not None}
+    for name in chosen.keys() - {field.name for field in dataclasses.fields(settings_class(method))}:
+        raise typer.BadParameter(f"--{name.replace('_', '-')} does not apply to {method}")
+    return chosen
+
+
+def _recipe(given: dict[str, Any], settings: dict[str, Any]) -> Any:
+    from mhconvert.convert.recipe import Calibration, Recipe
+
+    sources = tuple(given["calibration"] or ("self",))
+    same = ("effort", "fit_steps", "seed", "dtype", "device", "max_shard_size", "trust_remote_code")
+    return Recipe(
+        model=given["donor"],
+        method=given["to"],
+        settings=settings_class(given["to"])(**settings),
+        output=str(given["output"]) if given["output"] is not None else None,
+        calibration=Calibration(sources, given["calibration_tokens"], given["sequence_length"]),
+        verify=not given["no_verify"],
+        **{name: given[name] for name in same},
+    )
+
+
+def _show(quiet: bool) -> Any:
+    def folder(report: dict[str, Any], console: Any) -> None:
+        console.out(report["output"], highlight=False)
+
+    def table(report: dict[str, Any], console: Any) -> None:
+        from mhconvert.eval.report import show
+
+        show(report, console)
+
+    return folder if quiet else table
+
+
+def show_plan(plan: dict[str, Any], console: Any) -> None:
+    """Print what a conversion would do and need."""
+    from rich.table import Table
+
+    from mhconvert.eval.units import share, size
+
+    cache = plan["kv_bytes_per_token"]
+    table = Table(title=f"{plan['donor']} → {plan['output']} (nothing was written)", title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in (
+        ("method", plan["method"]),
+        ("KV cache a token", f"{size(cache['donor'])} → {size(cache['converted'])}"),
+        ("share of the donor's", share(cache["converted"] / cache["donor"])),
+        ("size of the result", size(plan.get("output_bytes"))),
+        ("disk needed", size(plan.get("disk_needed_bytes"))),
+        ("memory needed", size(plan.get("memory_needed_bytes"))),
+    ):
+        table.add_row(name, value)
+    for label, key in (("latent width", "kv_lora_rank"), ("rotary key width", "qk_rope_head_dim")):
+        widths = [layer[key] for layer in plan.get("layers", []) if key in layer]
+        if widths:
+            low, high = min(widths), max(widths)
+            table.add_row(label, str(low) if low == high else f"{low} to {high}, by layer")
+    console.print(table)

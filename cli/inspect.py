@@ -1,0 +1,63 @@
+"""`mhconvert inspect`: the attention of a donor or converted checkpoint, and what could be done about it."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO
+
+from mhconvert.cli import options as o
+from mhconvert.cli.output import Flags, calm_transformers, execute
+
+
+def command(
+    model: o.Model,
+    trust_remote_code: o.Trust = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show attention geometry, KV cache sizes and the methods that apply. Reads no weights."""
+
+    def work(_: TextIO) -> dict[str, Any]:
+        from mhconvert import api
+
+        calm_transformers()
+        return api.inspect(model, trust_remote_code=trust_remote_code)
+
+    execute(Flags(json, quiet, debug), work, show)
+
+
+def show(facts: dict[str, Any], console: Any) -> None:
+    """Print an inspection."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mhconvert.eval.units import count, size
+
+    table = Table(
+        title=escape(f"{facts['reference']} ({facts['model_type']}, {facts['dtype']})"), title_justify="left"
+    )
+    table.add_column("attention")
+    table.add_column("", justify="right")
+    for name, value in facts["attention"].items():
+        if value is not None:
+            table.add_row(name, _short(value))
+    table.add_section()
+    table.add_row("KV elements a token", count(facts["kv"]["elements_per_token"]))
+    table.add_row("KV bytes a token", count(facts["kv"]["bytes_per_token"]))
+    for length, held in facts["kv"]["bytes"].items():
+        table.add_row(f"KV cache at {int(length):,} tokens", size(held))
+    console.print(table)
+    for name, method in facts["methods"].items():
+        if method["applies"]:
+            cost = f"KV cache a token → {size(method['kv_bytes_per_token'])}"
+            console.print(f"{name}: applies; {cost}, output {size(method['output_bytes'])}", highlight=False)
+        else:
+            console.print(escape(f"{name}: {method['reason']}"), highlight=False)
+    if facts.get("notice"):
+        console.print(escape(facts["notice"]), highlight=False)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{min(value)} to {max(value)}, by layer"
+    return f"{value:,.10g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,89 @@
+"""`mhconvert DONOR --to METHOD` and the subcommands. The first word that is not a subcommand is a donor."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from mhconvert.cli import convert, donors, evaluate, generate, inspect
+from mhconvert.version import __version__
+
+HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
+
+\b
+  mhconvert smollm2-135m --to mla            convert into ./smollm2-135m-mla
+  mhconvert llama3.2-1b --to mla --kv-budget 0.25
+                                             keep a quarter of the KV cache
+  mhconvert ./my-model --to mla --dry-run    the plan and its costs
+
+DONOR is an alias (mhconvert donors), org/name[@revision], a folder, or a .gguf file.
+`mhconvert DONOR --help` shows every option of a conversion."""
+
+app = typer.Typer(
+    name="mhconvert",
+    help=HELP,
+    subcommand_metavar="DONOR --to METHOD | COMMAND [ARGS]...",
+    options_metavar="",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "convert": convert.command,
+    "inspect": inspect.command,
+    "eval": evaluate.command,
+    "generate": generate.command,
+    "donors": donors.command,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name, options_metavar="[OPTIONS]")(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mhconvert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def arguments(words: list[str]) -> list[str]:
+    """The words with `convert` before them where they name a donor instead of a subcommand."""
+    if not words or words[0] in COMMANDS or (words[0] in ("-h", "--help", "--version") and len(words) == 1):
+        return words
+    return ["convert", *words]
+
+
+def _misspelt(words: list[str]) -> str | None:
+    """The subcommand that was probably meant, where a conversion was not."""
+    if not words or words[0].startswith("-") or "--to" in words:
+        return None
+    return next(iter(difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.7)), None)
+
+
+def main() -> None:
+    """The entry point of the `mhconvert` script."""
+    words = sys.argv[1:]
+    given = arguments(words)
+    meant = _misspelt(words) if given != words else None
+    if meant is not None:
+        print(f"mhconvert: '{words[0]}' is no subcommand; did you mean 'mhconvert {meant}'?", file=sys.stderr)
+        raise SystemExit(2)
+    app(args=given, prog_name="mhconvert")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The options of the command line as types: flag, unit and effect of each in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mhconvert.convert.methods import METHOD_NAMES
+
+
+def _known_method(name: str) -> str:
+    if name not in METHOD_NAMES:
+        raise typer.BadParameter(f"'{name}' is not a method; choose one of {', '.join(METHOD_NAMES)}")
+    return name
+
+
+# Every command
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, logs and the traceback of an error.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="Torch device; CUDA if present, else the CPU.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes inside the model folder.")
+]
+
+# Conversion
+Donor = Annotated[
+    str, typer.Argument(metavar="DONOR", help="Alias, org/name[@revision], folder, or .gguf file.")
+]
+Method = Annotated[
+    str, typer.Option("--to", callback=_known_method, metavar="METHOD", help="mla: latent attention.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; ./DONOR-METHOD.")
+]
+KvBudget = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Share of the donor's KV elements to keep, in (0, 1]; 0.5."),
+]
+KvLoraRank = Annotated[
+    int | None, typer.Option(metavar="N", help="Width of the latent, instead of --kv-budget.")
+]
+QkRopeHeadDim = Annotated[
+    int | None, typer.Option(metavar="N", help="Width of the rotary key, instead of --kv-budget.")
+]
+Profile = Annotated[
+    Literal["quality", "portable"] | None,
+    typer.Option(help="quality: sizes may differ by layer (default); portable: one size for all layers."),
+]
+Effort = Annotated[
+    Literal["quick", "default", "high"],
+    typer.Option(help="quick: the closed form alone; default: and a fit of every layer; high: a longer fit."),
+]
+FitSteps = Annotated[
+    int | None, typer.Option(metavar="N", help="Optimiser steps a layer, whatever the effort; 0: none.")
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE|DATASET|self",
+        help="Text to calibrate on (.txt, .jsonl, quoted globs); may be repeated; self: sampled from DONOR (default).",
+    ),
+]
+CalibrationTokens = Annotated[
+    int | None, typer.Option(metavar="N", help="Calibration tokens in all; by source and device.")
+]
+RowLength = Annotated[int, typer.Option(metavar="N", help="Tokens in a calibration row.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of every random choice.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Of the written weights; the donor's (GGUF: float32)."),
+]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Of one safetensors file.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Skip the reload in a bare process (it holds the whole model).")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its costs; write nothing.")]
+
+# Measuring and generating
+Model = Annotated[
+    str, typer.Argument(metavar="DONOR_OR_CKPT", help="A donor, or a folder that mhconvert wrote.")
+]
+Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A folder that mhconvert wrote, or a donor.")]
+Text = Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to measure on.")]
+Against = Annotated[
+    str | None, typer.Option(metavar="DONOR", help="The model to compare with; the one CKPT was made from.")
+]
+SequenceLength = Annotated[int, typer.Option(metavar="L", help="Tokens a row.")]
+Sequences = Annotated[int, typer.Option(metavar="N", help="Rows: the first N × L tokens are used.")]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.")]
+Chat = Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message in the chat template.")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="0: greedy; above: sampled.")]

@@ -1,0 +1,128 @@
+"""How every command ends: one result on stdout, everything else on stderr, one line for an error, an exit code.
+
+0 done · 1 a fault that the message explains · 2 wrong usage (from typer) · 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn, TextIO
+
+import typer
+
+from mhconvert.convert.errors import MhconvertError
+
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What all commands share."""
+
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+
+Work = Callable[[TextIO], dict[str, Any]]
+Show = Callable[[dict[str, Any], Any], None]
+
+
+def execute(flags: Flags, work: Work, show: Show, *, interrupted: str = "interrupted") -> NoReturn:
+    """Run `work(stdout)`, show its result, exit.
+
+    Within `work`, only the stream it is given reaches stdout. `show(result, console)` prints for people.
+    """
+    _calm(flags)
+    try:
+        with _guarded_stdout() as stdout:
+            result = work(stdout)
+        _print(flags, result, show)
+    except KeyboardInterrupt as error:
+        _fail(flags, interrupted, error, 130)
+    except MhconvertError as error:
+        _fail(flags, " ".join(str(error).split()), error, 1)
+    except BrokenPipeError:  # the reader of stdout has gone; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise typer.Exit(1) from None
+    except Exception as error:
+        hint = "" if flags.debug else " (--debug shows where)"
+        _fail(flags, f"{type(error).__name__}: {' '.join(str(error).split())}{hint}", error, 1)
+    raise typer.Exit(0)
+
+
+def _print(flags: Flags, result: dict[str, Any], show: Show) -> None:
+    if flags.json:
+        from mhconvert.eval.report import json_safe
+
+        print(json.dumps(json_safe(result), ensure_ascii=False, allow_nan=False), flush=True)
+        return
+    from rich.console import Console
+
+    show(result, Console(width=None if sys.stdout.isatty() else 120))
+    sys.stdout.flush()
+
+
+def _fail(flags: Flags, message: str, error: BaseException, code: int) -> NoReturn:
+    if flags.debug:
+        traceback.print_exception(error)
+    print(f"mhconvert: {message}", file=sys.stderr, flush=True)
+    if flags.json:
+        print(json.dumps({"error": message}, ensure_ascii=False), flush=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _guarded_stdout() -> Iterator[TextIO]:
+    """The real stdout; whatever else writes to stdout, Python or C or a child process, reaches stderr."""
+    real, copy = sys.stdout, None
+    real.flush()
+    try:
+        if real.fileno() == 1:
+            copy = os.dup(1)
+            os.dup2(2, 1)
+    except io.UnsupportedOperation:  # a stream in memory
+        pass
+    sys.stdout = sys.stderr
+    try:
+        if copy is None:
+            yield real
+        else:
+            with os.fdopen(os.dup(copy), "w", encoding=real.encoding, errors=real.errors) as stream:
+                yield stream
+    finally:
+        sys.stdout = real
+        if copy is not None:
+            os.dup2(copy, 1)
+            os.close(copy)
+
+
+def _calm(flags: Flags) -> None:
+    """Keep the libraries' own warnings and bars away unless --debug asks for them. Before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if flags.quiet or flags.json or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(
+        level=logging.DEBUG if flags.debug else logging.ERROR, stream=sys.stderr, format=LOG_FORMAT
+    )
+    if flags.debug:
+        return
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
+def calm_transformers() -> None:
+    """Silence transformers' progress bars; it must be imported first, so commands that load models call this."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,268 @@
+"""Words to library calls, and library results to stdout, stderr and exit codes. The library itself is replaced."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mhconvert import api
+from mhconvert.cli.main import arguments
+from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.progress import Progress
+from mhconvert.convert.recipe import Recipe
+from tests.conftest import Main
+
+REPORT = {
+    "output": "out",
+    "method": "mla",
+    "donor": "tiny",
+    "perplexity": {"donor": 20.0, "converted": 25.0},
+    "kl": float("inf"),
+    "top1_agreement": 0.75,
+    "kv_bytes_per_token": {"donor": 4096, "converted": 2048},
+    "layers": [{"index": 0, "relative_error": 0.1}],
+    "seconds": 2.0,
+    "peak_rss_bytes": 2**30,
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, dict[str, Any]]]:
+    """The conversions asked for; each one reports two layers, chats on stdout, and gives REPORT."""
+    seen: list[tuple[Recipe, dict[str, Any]]] = []
+
+    def convert(recipe: Recipe, **options: Any) -> dict[str, Any]:
+        seen.append((recipe, options))
+        print("a library chats")
+        for done in (1, 2):
+            options["on_progress"](Progress("layers", done, 2, error=0.125))
+        return REPORT
+
+    monkeypatch.setattr(api, "convert", convert)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], []),
+        (["--help"], ["--help"]),
+        (["--version"], ["--version"]),
+        (["inspect", "x"], ["inspect", "x"]),
+        (["smollm2-135m", "--to", "mla"], ["convert", "smollm2-135m", "--to", "mla"]),
+        (["--to", "mla", "./eval"], ["convert", "--to", "mla", "./eval"]),
+        (["x", "--help"], ["convert", "x", "--help"]),
+    ],
+)
+def test_a_word_that_is_no_subcommand_is_a_donor(words: list[str], expected: list[str]) -> None:
+    assert arguments(words) == expected
+
+
+def test_defaults(main: Main, calls: list) -> None:
+    assert main("tiny", "--to", "mla") == 0
+    recipe, options = calls[0]
+    assert recipe == Recipe(model="tiny", method="mla")
+    assert (options["resume"], options["force"]) == (False, False)
+
+
+def test_every_option_reaches_the_recipe(main: Main, calls: list) -> None:
+    words = (
+        "tiny --to mla -o out --kv-lora-rank 24 --qk-rope-head-dim 8 --profile portable --effort quick --fit-steps 3"
+        " --calibration a.txt --calibration b*.jsonl --calibration-tokens 99 --sequence-length 64 --seed 5"
+        " --dtype bfloat16 --device cpu --max-shard-size 1GB --no-verify --resume --force --trust-remote-code"
+    )
+    assert main(*words.split()) == 0
+    recipe, options = calls[0]
+    plain = recipe.to_dict()
+    assert plain.pop("calibration") == {
+        "sources": ["a.txt", "b*.jsonl"],
+        "tokens": 99,
+        "sequence_length": 64,
+        "held_out": 4,
+    }
+    settings = plain.pop("settings")
+    assert {key: settings[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "profile")} == {
+        "kv_lora_rank": 24,
+        "qk_rope_head_dim": 8,
+        "profile": "portable",
+    }
+    assert plain == {
+        "model": "tiny",
+        "method": "mla",
+        "output": "out",
+        "effort": "quick",
+        "fit_steps": 3,
+        "seed": 5,
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "max_shard_size": "1GB",
+        "verify": False,
+        "trust_remote_code": True,
+    }
+    assert (options["resume"], options["force"]) == (True, True)
+
+
+def test_json_is_one_object_and_all_else_is_on_stderr(
+    main: Main, calls: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("tiny", "--to", "mla", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out, parse_constant=pytest.fail) == REPORT | {"kl": None}
+    assert "a library chats" in captured.err
+    assert "layers 2/2 · relative error 0.1250" in captured.err
+
+
+def test_table(main: Main, calls: list, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("tiny", "--to", "mla") == 0
+    captured = capsys.readouterr()
+    assert "× 1.250" in captured.out
+    assert "a library chats" not in captured.out
+
+
+def test_quiet_is_the_folder_alone(main: Main, calls: list, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("tiny", "--to", "mla", "--quiet") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "out\n"
+    assert captured.err == "a library chats\n"
+
+
+def test_dry_run_plans(
+    main: Main, monkeypatch: pytest.MonkeyPatch, calls: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = {
+        "donor": "tiny",
+        "output": "tiny-mla",
+        "method": "mla",
+        "kv_bytes_per_token": {"donor": 4096, "converted": 1024},
+        "layers": [{"index": 0, "kv_lora_rank": 24, "qk_rope_head_dim": 8}],
+    }
+    monkeypatch.setattr(api, "plan", lambda recipe: plan)
+    assert main("tiny", "--to", "mla", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "4 KiB → 1 KiB" in out
+    assert "25 %" in out
+    assert "nothing was written" in out
+    assert main("tiny", "--to", "mla", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == plan
+    assert calls == []
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def convert(*_: Any, **__: Any) -> dict[str, Any]:
+        raise error
+
+    monkeypatch.setattr(api, "convert", convert)
+
+
+def test_a_fault_is_one_line(
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, MhconvertError("kv_budget=2 is\noutside (0, 1]"))
+    assert main("tiny", "--to", "mla") == 1
+    captured = capsys.readouterr()
+    assert captured.err == "mhconvert: kv_budget=2 is outside (0, 1]\n"
+    assert captured.out == ""
+    assert main("tiny", "--to", "mla", "--json") == 1
+    assert json.loads(capsys.readouterr().out) == {"error": "kv_budget=2 is outside (0, 1]"}
+
+
+def test_a_surprise_is_one_line_too(
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, RuntimeError("shapes differ"))
+    assert main("tiny", "--to", "mla") == 1
+    assert capsys.readouterr().err == "mhconvert: RuntimeError: shapes differ (--debug shows where)\n"
+    assert main("tiny", "--to", "mla", "--debug") == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_ctrl_c_tells_how_to_go_on(
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, KeyboardInterrupt())
+    assert main("tiny", "--to", "mla") == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tiny", "--to"),
+        ("tiny --to moa", "'moa' is not a method; choose one of"),
+        ("tiny --to mla --effort huge", "huge"),
+        ("tiny --to mla --kv-budget much", "--kv-budget"),
+        ("tiny more --to mla", "more"),
+        ("tiny --to mla --no-such-option", "no-such-option"),
+        ("inspct tiny", "did you mean 'mhconvert inspect'?"),
+        ("eval tiny", "--text"),
+    ],
+)
+def test_wrong_usage(main: Main, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+    assert main(*words.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_settings_are_a_fault_with_the_range(
+    main: Main, calls: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("tiny", "--to", "mla", "--kv-budget", "1.5") == 1
+    assert "kv_budget=1.5 is outside (0, 1]" in capsys.readouterr().err
+    assert calls == []
+
+
+def test_version_and_help_import_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    script = (
+        "import sys, runpy\n"
+        "sys.argv = ['mhconvert', '--help']\n"
+        "try: runpy.run_module('mhconvert.cli.main', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'huggingface_hub'} & sys.modules.keys()))\n"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    assert done.stdout.strip().endswith("[]")
+    assert "DONOR --to METHOD" in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_donors_are_listed(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("donors") == 0
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in capsys.readouterr().out
+    assert main("donors", "--json") == 0
+    assert (
+        json.loads(capsys.readouterr().out)["donors"]["smollm2-135m"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+
+
+def test_version(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    import mhconvert
+
+    assert main("--version") == 0
+    assert capsys.readouterr().out == f"mhconvert {mhconvert.__version__}\n"
+
+
+def test_stray_writers_of_file_descriptor_1(tmp_path: Path) -> None:
+    """C code and child processes write past sys.stdout; the one JSON object still stands alone."""
+    script = tmp_path / "stray.py"
+    script.write_text(
+        "import os\n"
+        "from mhconvert.cli.output import Flags, execute\n"
+        "def work(stdout):\n"
+        "    os.system('echo a child process'); os.write(1, b'from C\\n'); print('from Python')\n"
+        "    return {'answer': 1}\n"
+        "try: execute(Flags(json=True), work, None)\n"
+        "except Exception as exit: raise SystemExit(exit.exit_code)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"answer": 1}
+    for words in ("a child process", "from C", "from Python"):
+        assert words in done.stderr

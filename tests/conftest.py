@@ -1,0 +1,64 @@
+"""What all tests share: no network, few threads, and the measuring data where there is some."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+import pytest
+import torch
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+Main = Callable[..., int]
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real texts and checkpoints that MHCONVERT_DATA names."""
+    folder = os.environ.get("MHCONVERT_DATA")
+    if not folder:
+        pytest.skip("MHCONVERT_DATA names no folder with real data")
+    return Path(folder)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Runs `mhconvert WORD ...` in a process of its own; stdout and stderr apart."""
+
+    def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "mhconvert.cli.main", *map(str, words)],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"COLUMNS": "120"} | environment,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Main:
+    """Runs `mhconvert WORD ...` in this process and returns its exit code; capsys has what it printed."""
+
+    def run(*words: object) -> int:
+        from mhconvert.cli.main import main as entry
+
+        monkeypatch.setattr(sys, "argv", ["mhconvert", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            entry()
+        return int(exit_.value.code or 0)
+
+    return run

@@ -1,0 +1,57 @@
+"""Inspection: geometry and cache arithmetic from configs alone, and why a method does not apply."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mhconvert import api
+from mhconvert.convert.mla.configuration_mla import MLALlamaConfig
+from mhconvert.eval.inspection import attention, cache_elements
+from tests.donors import make_config, make_donor
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "kind"), [(4, 4, "multi-head"), (4, 2, "grouped-query"), (4, 1, "multi-query")]
+)
+def test_donor_geometry(heads: int, kv_heads: int, kind: str) -> None:
+    config = make_config(heads=heads, kv_heads=kv_heads, hidden=64, layers=3)
+    assert cache_elements(config) == [2 * kv_heads * 16] * 3
+    facts = attention(config)
+    assert (facts["kind"], facts["head_dim"], facts["num_key_value_heads"]) == (kind, 16, kv_heads)
+
+
+def test_converted_geometry() -> None:
+    config = MLALlamaConfig(
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_size=64,
+        kv_lora_rank=[24, 20],
+        rope_frequencies=[[0, 1, 2, 3], [0, 2]],
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    )
+    assert cache_elements(config) == [24 + 8, 20 + 4]
+    facts = attention(config)
+    assert facts["kv_lora_rank"] == [24, 20]
+    assert facts["qk_rope_head_dim"] == [8, 4]
+
+
+def test_a_donor(tmp_path: Path) -> None:
+    facts = api.inspect(str(make_donor(tmp_path / "whole", layers=2, kv_heads=2)))
+    assert facts["kv"]["bytes_per_token"] == 2 * 2 * 2 * 16 * 4
+    assert facts["kv"]["bytes"]["32768"] == 32_768 * 512
+    assert facts["methods"]["mla"]["applies"]
+    assert facts["methods"]["mla"]["kv_bytes_per_token"] <= 256
+    assert facts["methods"]["mla"]["output_bytes"] > 0
+    assert facts["methods"]["moh"]["reason"]
+    json.dumps(facts)
+
+
+def test_refused_by_name(tmp_path: Path) -> None:
+    donor = make_donor(tmp_path / "windowed", family="mistral", sliding_window=64)
+    mla = api.inspect(str(donor))["methods"]["mla"]
+    assert not mla["applies"]
+    assert "sliding_window=64" in mla["reason"]

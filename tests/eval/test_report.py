@@ -1,0 +1,107 @@
+"""What people read: report.json is strict JSON, the card carries the measured numbers, units are right."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from mhconvert.eval import units
+from mhconvert.eval.report import CARD, REPORT, model_card, rows, show, write_report
+
+FULL = {
+    "output": "some/where/tiny-mla",
+    "method": "mla",
+    "donor": "tiny",
+    "hub_id": "org/tiny",
+    "licence": "apache-2.0",
+    "notice": "taken from somewhere else",
+    "perplexity": {"donor": 20.0, "converted": 25.0},
+    "kl": 0.25,
+    "top1_agreement": 0.75,
+    "kv_bytes_per_token": {"donor": 4096, "converted": 1280},
+    "parameters": {"donor": 1000, "converted": 990},
+    "layers": [{"index": 0, "relative_error": math.nan}],
+    "seconds": 61.0,
+    "peak_rss_bytes": 3 * 2**30,
+    "sample": {"prompt": "Once [upon]", "converted": " a time [/b]"},
+    "calibration": {"source": "self", "tokens": 4096},
+    "verified": {"largest_logit_difference": 0.0},
+    "versions": {"mhconvert": "0.1.0"},
+}
+
+
+def test_report_is_strict_json(tmp_path: Path) -> None:
+    write_report(tmp_path, FULL)
+    report = json.loads((tmp_path / REPORT).read_text(), parse_constant=pytest.fail)
+    assert report["layers"] == [{"index": 0, "relative_error": None}]
+    assert report["perplexity"] == FULL["perplexity"]
+
+
+def test_card_front_matter_and_numbers(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("terms")
+    write_report(tmp_path, FULL)
+    card = (tmp_path / CARD).read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == "org/tiny"
+    assert head["license"] == "apache-2.0"
+    assert head["library_name"] == "transformers"
+    assert "mla" in head["tags"]
+    assert "| perplexity | 20 | 25 | × 1.250 |" in card
+    assert "| KV cache a token | 4 KiB | 1.25 KiB | 31.2 % of the donor's, measured |" in card
+    assert "carried over in `LICENSE`" in card
+    assert 'from_pretrained("tiny-mla", trust_remote_code=True)' in card
+    assert "sampled from the base model itself" in card
+
+
+def test_an_unverified_cache_is_not_called_measured() -> None:
+    report = FULL | {"verified": None}
+    assert any("computed" in row[3] for row in rows(report))
+    assert not any("measured" in row[3] for row in rows(report))
+
+
+def test_missing_facts_have_no_row() -> None:
+    assert rows({"output": "x", "method": "mla"}) == []
+    assert "None" not in model_card({"output": "x", "method": "mla", "donor": "folder"})
+
+
+def test_table_for_people() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    show(FULL, console)
+    text = console.export_text()
+    for words in (
+        "perplexity",
+        "× 1.250",
+        "75 %",
+        "1:01",
+        "3 GiB",
+        "Once [upon] a time [/b]",
+        "trust_remote_code=True",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (units.size(46_080), "45 KiB"),
+        (units.size(0), "0 B"),
+        (units.size(5 * 2**40), "5 TiB"),
+        (units.size(None), ""),
+        (units.duration(8.25), "8.2 s"),
+        (units.duration(75), "1:15"),
+        (units.duration(4000), "1:06:40"),
+        (units.duration(59.97), "60.0 s"),
+        (units.share(0.5), "50 %"),
+        (units.number(22.7512), "22.75"),
+        (units.number(math.inf), "not finite"),
+        (units.count(1_234_567), "1,234,567"),
+    ],
+)
+def test_units(text: str, expected: str) -> None:
+    assert text == expected

@@ -1,0 +1,115 @@
+"""What the wheel holds is what the tree holds, and what a checkpoint ships needs nothing of ours."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mhconvert
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FOLDERS = ("mhconvert", "convert", "cli", "eval", "heal", "recipes")
+
+
+def code_folders() -> dict[str, str]:
+    """Import name -> folder, of every folder of ours that holds a Python file."""
+    found = {}
+    for top in FOLDERS:
+        for folder in {path.parent for path in (ROOT / top).rglob("*.py")}:
+            place = folder.relative_to(ROOT).as_posix()
+            name = place.replace("/", ".")
+            found[name if name.startswith("mhconvert") else f"mhconvert.{name}"] = place
+    return found
+
+
+def test_packages_are_the_tree() -> None:
+    setuptools = PROJECT["tool"]["setuptools"]
+    assert sorted(setuptools["packages"]) == sorted(code_folders())
+    assert setuptools["package-dir"] == code_folders()
+
+
+def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+    ]
+    built = subprocess.run([*map(str, command), str(source)], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    expected = {"mhconvert/py.typed"}
+    for name, place in code_folders().items():
+        files = [*(ROOT / place).glob("*.py"), *(ROOT / place).glob("*.yaml")]
+        expected |= {f"{name.replace('.', '/')}/{file.name}" for file in files}
+    assert held == expected
+
+
+def shipped_files() -> list[Path]:
+    return sorted((*ROOT.glob("convert/*/modeling_*.py"), *ROOT.glob("convert/*/configuration_*.py")))
+
+
+@pytest.mark.parametrize("path", shipped_files(), ids=lambda path: path.name)
+def test_shipped_files_need_nothing_of_ours(path: Path) -> None:
+    allowed = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
+    siblings = {other.stem for other in shipped_files() if other.parent == path.parent}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1
+            assert node.module in siblings
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            assert node.module.split(".")[0] in allowed
+
+
+def test_imports_go_one_way() -> None:
+    """cli -> {heal, eval} -> convert."""
+    forbidden = {"convert": ("cli", "eval", "heal"), "eval": ("cli", "heal"), "heal": ("cli", "eval")}
+    for top, others in forbidden.items():
+        for path in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+                assert not module.startswith(tuple(f"mhconvert.{other}" for other in others)), (
+                    f"{path}: {module}"
+                )
+
+
+def test_one_version() -> None:
+    assert mhconvert.__version__ == importlib.metadata.version("mhconvert")
+
+
+def test_the_convert_package_is_the_convert_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mhconvert import api
+
+    monkeypatch.setattr(api, "convert", lambda *arguments, **options: (arguments, options))
+    assert mhconvert.convert("recipe", force=True) == (("recipe",), {"force": True})
+    from mhconvert.convert.errors import MhconvertError
+
+    assert mhconvert.MhconvertError is MhconvertError
+
+
+def test_the_public_names_exist() -> None:
+    for name in mhconvert.__all__:
+        assert getattr(mhconvert, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        _ = mhconvert.absent
