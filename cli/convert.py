@@ -102,7 +102,8 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
     from mhconvert.eval.units import share, size
 
     cache = plan["kv_bytes_per_token"]
-    table = Table(title=f"{plan['donor']} → {plan['output']} (nothing was written)", title_justify="left")
+    console.out(f"{plan['donor']} → {plan['output']} (nothing was written)", highlight=False)
+    table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     for name, value in (

@@ -44,17 +44,14 @@ def command(
 
 def show(result: dict[str, Any], console: Any) -> None:
     """Print an evaluation."""
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from mhconvert.eval.report import rows
 
     title = f"{result['text']}: {result['sequences']} × {result['sequence_length']} tokens"
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("")
-    for heading in (result["against"], result["checkpoint"]):
-        table.add_column(escape(heading), justify="right")
-    table.add_column("")
-    for row in rows({key: result[key] for key in ("perplexity", "kl", "top1_agreement")}):
+    console.out(title, highlight=False)
+    console.out(f"{result['against']} → {result['checkpoint']}", highlight=False)
+    table = Table("", Column("donor", justify="right"), Column("converted", justify="right"), "")
+    for row in rows({key: value for key, value in result.items() if key != "seconds"}):
         table.add_row(*row)
     console.print(table)

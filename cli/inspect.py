@@ -33,10 +33,9 @@ def show(facts: dict[str, Any], console: Any) -> None:
 
     from mhconvert.eval.units import count, size
 
-    table = Table(
-        title=escape(f"{facts['reference']} ({facts['model_type']}, {facts['dtype']})"), title_justify="left"
-    )
-    table.add_column("attention")
+    console.out(f"{facts['reference']} ({facts['model_type']}, {facts['dtype']})", highlight=False)
+    table = Table(show_header=False)
+    table.add_column("")
     table.add_column("", justify="right")
     for name, value in facts["attention"].items():
         if value is not None:

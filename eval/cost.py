@@ -1,4 +1,4 @@
-"""What a model costs to run: bytes in the cache it really fills, parameters, resident memory."""
+"""What a model costs to run: the cache that it really fills."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert.verify_child import cache_storage, peak_memory
+from mhconvert.convert.verify_child import cache_storage
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,3 @@ def measure_cache(model: Any, *, prompt_tokens: int = 16, new_tokens: int = 4) -
     cache = output.past_key_values
     size, elements = cache_storage(cache)
     return CacheCost(type(cache).__name__, int(cache.get_seq_length()), size, elements)
-
-
-def parameters(model: torch.nn.Module) -> int:
-    """Elements of all parameters, each tied tensor once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def peak_rss() -> int:
-    """The largest resident size that this process has had, in bytes."""
-    return peak_memory()

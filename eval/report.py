@@ -52,6 +52,11 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         part = share(converted / donor) + " of the donor's" if donor and converted else ""
         measured = ", measured" if report.get("verified") else ", computed"
         table.append(("KV cache a token", size(donor), size(converted), part + measured))
+    elements = report.get("kv_elements_per_token") or {}
+    if elements:
+        part = share(elements["converted"] / elements["donor"]) + " of the donor's, measured"
+        donor, converted = (f"{elements[key]:,.10g}" for key in ("donor", "converted"))
+        table.append(("KV elements a token", donor, converted, part))
     parameters = report.get("parameters") or {}
     if parameters:
         table.append(("parameters", count(parameters.get("donor")), count(parameters.get("converted")), ""))
@@ -65,14 +70,11 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def show(report: dict[str, Any], console: Any) -> None:
     """Print the table, a sample continuation and how to load the checkpoint on a rich console."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     method = str(report.get("method", "")).upper()
-    table = Table(
-        title=f"{report.get('donor_name') or report.get('donor', '')} → {method}", title_justify="left"
-    )
-    for heading, side in (("", "left"), ("donor", "right"), ("converted", "right"), ("", "left")):
-        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    console.out(f"{report.get('donor_name') or report.get('donor', '')} → {method}", highlight=False)
+    table = Table("", Column("donor", justify="right"), Column("converted", justify="right"), "")
     for row in rows(report):
         table.add_row(*row)
     console.print(table)

@@ -57,10 +57,11 @@ def evaluate(
     The text is tokenised by the donor's tokenizer without special tokens; its first sequences × sequence_length
     tokens are rows without overlap; float32; sequence_length − 1 predictions a row, one mean over all.
     against: the donor; None: the one named in the checkpoint's `mhconvert.json`.
-    Returns perplexity {donor, converted}, kl, top1_agreement, tokens (predictions), seconds, and the inputs.
+    Returns perplexity {donor, converted}, kl, top1_agreement, tokens (predictions), kv_elements_per_token (measured
+    on cache objects), seconds, and the inputs.
     """
     from mhconvert.convert.errors import MhconvertError
-    from mhconvert.eval import fidelity, load
+    from mhconvert.eval import cost, fidelity, load
 
     tell = on_progress or ignore
     against = against or load.recorded_donor(checkpoint)
@@ -74,9 +75,13 @@ def evaluate(
             f"{checkpoint} has {converted.vocab_size} tokens and {against} has {donor.vocab_size}; "
             "they can be compared only over one vocabulary"
         )
+    models = {"donor": donor.model(), "converted": converted.model()}
     result = fidelity.evaluate(
-        converted.model(), donor.model(), rows, lambda done, total: tell(Progress("rows", done, total))
+        models["converted"], models["donor"], rows, lambda done, total: tell(Progress("rows", done, total))
     )
+    result["kv_elements_per_token"] = {
+        name: cost.measure_cache(model).elements_per_token for name, model in models.items()
+    }
     inputs = {"checkpoint": checkpoint, "against": against, "text": str(text)}
     return inputs | {"sequence_length": sequence_length, "sequences": sequences} | result
 

@@ -7,7 +7,7 @@ import torch
 from transformers import StaticCache
 
 from mhconvert.convert.verify_child import cache_storage
-from mhconvert.eval.cost import measure_cache, parameters, peak_rss
+from mhconvert.eval.cost import measure_cache
 from tests.donors import make_config, make_model
 
 
@@ -38,15 +38,3 @@ def test_a_slice_costs_the_buffer_behind_it() -> None:
     held, _ = cache_storage(cache)
     cache.layers[0].keys = cache.layers[0].keys[:, :, :1]
     assert cache_storage(cache)[0] == held
-
-
-def test_parameters_count_tied_weights_once() -> None:
-    tied, apart = (make_model(make_config(tied=tied, vocab=320, hidden=64)) for tied in (True, False))
-    assert parameters(apart) - parameters(tied) == 320 * 64
-
-
-def test_peak_rss_is_this_process() -> None:
-    before = peak_rss()
-    block = torch.ones(64 * 2**20 // 4)
-    assert peak_rss() >= before
-    assert peak_rss() > block.nbytes

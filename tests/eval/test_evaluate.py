@@ -55,6 +55,7 @@ def test_perplexity_is_the_exponential_of_transformers_loss(pair: tuple[Path, Pa
     assert result["perplexity"]["donor"] == pytest.approx(math.exp(loss(donor, rows)), rel=1e-4)
     assert result["perplexity"]["converted"] == pytest.approx(math.exp(loss(other, rows)), rel=1e-4)
     assert result["kl"] > 0
+    assert result["kv_elements_per_token"] == {"donor": 2 * 2 * 2 * 16, "converted": 2 * 2 * 2 * 16}
     assert 0 <= result["top1_agreement"] < 1
 
 

@@ -1,0 +1,86 @@
+"""Whole tiny models converted in memory, layer by layer as the pass does it, and how results are compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.convert.mla.method import MLA
+from mhconvert.convert.mla.settings import MLASettings
+from tests.donors import make_config, make_model
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}  # attention_scaling 1.139
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+def donor_model(seed: int = 0, **config: Any) -> Any:
+    """A random two-layer donor; `config` goes to `make_config`."""
+    return make_model(make_config(**config), seed=seed)
+
+
+def token_ids(rows: int, length: int, seed: int = 1) -> Tensor:
+    """(rows, length) ids within the vocabulary of `make_config`, none of them special."""
+    return torch.randint(2, 320, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rotary_of(model: Any, length: int) -> tuple[Tensor, Tensor]:
+    """cos, sin (1, length, head_dim) of the model's rotary embedding."""
+    return model.model.rotary_emb(torch.zeros(1), torch.arange(length).unsqueeze(0))
+
+
+@torch.no_grad()
+def attention_inputs(model: Any, ids: Tensor) -> list[Tensor]:
+    """Per layer, what its attention reads when the model reads `ids` (N, L): (N, L, D)."""
+    found: list[Tensor] = []
+    hooks = [
+        layer.input_layernorm.register_forward_hook(lambda _, __, output: found.append(output))
+        for layer in model.model.layers
+    ]
+    model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def latent_layers(donor: Any, method: MLA, ids: Tensor) -> list[Any]:
+    """The latent attention of every layer, from closed forms on `ids` (N, L)."""
+    embeddings, layers = rotary_of(donor, ids.shape[1]), []
+    inputs = attention_inputs(donor, ids)
+    for index, (layer, x) in enumerate(zip(donor.model.layers, inputs, strict=True)):
+        with torch.no_grad():
+            targets = layer.self_attn(x, embeddings, None)[0]
+        rotary = donor.model.rotary_emb
+        layers.append(method.convert(layer.self_attn, index, x, targets, embeddings, rotary)[0])
+    return layers
+
+
+def converted(donor: Any, settings: MLASettings | None = None, seed: int = 1) -> Any:
+    """The latent-attention model of `donor`, fp32 and in eval mode, calibrated on four random rows."""
+    method = MLA(donor.config, settings or MLASettings(), "quick")
+    layers = latent_layers(donor, method, token_ids(4, 32, seed))
+    model = method.model_class(method.finish()).eval()
+    state = {name: tensor for name, tensor in donor.state_dict().items() if ".self_attn." not in name}
+    for index, layer in enumerate(layers):
+        state |= {f"model.layers.{index}.self_attn.{name}": t for name, t in layer.state_dict().items()}
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
+    """The model's logits (N, L, V) for `ids` without a cache."""
+    return model(input_ids=ids, use_cache=False, **inputs).logits
