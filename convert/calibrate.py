@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import CalibrationError
 from mhconvert.convert.progress import Listener
 from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.text import sampled_rows, text_rows
+from mhconvert.convert.verify_child import cache_storage
 
 STEP_TOKENS = 8192  # that pass through a layer at the same time
 
 # Tokens when the recipe does not say: text costs a forward pass, sampling one step for each token of a row.
 DEFAULT_TOKENS = {
-    ("text", "cpu"): {"quick": 16384, "default": 65536, "high": 131072},
+    ("text", "cpu"): {"quick": 8192, "default": 32768, "high": 131072},
     ("text", "cuda"): {"quick": 65536, "default": 131072, "high": 262144},
-    ("self", "cpu"): {"quick": 8192, "default": 16384, "high": 65536},
+    ("self", "cpu"): {"quick": 4096, "default": 16384, "high": 65536},
     ("self", "cuda"): {"quick": 65536, "default": 131072, "high": 262144},
 }
 
@@ -127,6 +129,14 @@ class Layer:
                 given.output = y.to(device)
                 h.copy_(self.module(h.to(device)))
         self.module.self_attn = self.attention
+
+    def cache_elements(self, attention: nn.Module, inputs: Tensor) -> float:
+        """Elements that one token of `inputs` leaves in a transformers cache object."""
+        cache = DynamicCache()
+        row = inputs[:1].to(self._position_embeddings[0].device)
+        with torch.no_grad():
+            attention(row, self._position_embeddings, None, past_key_values=cache)
+        return cache_storage(cache)[1] / row.shape[1]
 
     def _by_rows(self, function: Any, tensor: Tensor) -> Tensor:
         device = self._position_embeddings[0].device

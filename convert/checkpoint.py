@@ -61,7 +61,9 @@ class ShardWriter:
         """Append one tensor, in a new shard if it does not fit the current one."""
         data = tensor.detach().cpu().contiguous()
         raw = data.view(torch.uint8).reshape(-1) if data.numel() else data.new_empty(0, dtype=torch.uint8)
-        if not self._shards or (self._shards[-1]["bytes"] and self._shards[-1]["bytes"] + len(raw) > self.limit):
+        if not self._shards or (
+            self._shards[-1]["bytes"] and self._shards[-1]["bytes"] + len(raw) > self.limit
+        ):
             self._start()
         shard = self._shards[-1]
         begin = shard["bytes"]
@@ -83,7 +85,8 @@ class ShardWriter:
 
     def finish(self) -> int:
         """Write the headers and the index and give the shards their names; returns the bytes of all tensors."""
-        total, where = sum(shard["bytes"] for shard in self._shards), {}
+        total = sum(shard["bytes"] for shard in self._shards)
+        where: dict[str, str] = {}
         for number, shard in enumerate(self._shards, start=1):
             name = self._final_name(number)
             header = json.dumps({"__metadata__": {"format": "pt"}} | shard["tensors"]).encode()

@@ -130,6 +130,10 @@ class Donor:
             blocks = (block.to(stored).to(hidden.device, torch.float32) for block in output.split(HEAD_BLOCK))
             return torch.cat([F.linear(normed, block) for block in blocks], dim=-1)
 
+    def release(self) -> None:
+        """Let go of the embedding and the head; they are read again when they are needed."""
+        self._outer.clear()
+
     def model(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Any:
         """The whole donor in memory: only for sampling, evaluation and generation."""
         model = _skeleton(self.config)

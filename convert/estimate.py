@@ -64,7 +64,11 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES + STREAM_COPIES * streams + layer_memory + embedding + probe,
-        "calibration": {"sources": list(recipe.calibration.sources), "tokens": tokens, "sequence_length": length},
+        "calibration": {
+            "sources": list(recipe.calibration.sources),
+            "tokens": tokens,
+            "sequence_length": length,
+        },
     }
 
 
@@ -77,5 +81,3 @@ def _parameters(donor: Donor, method: Method) -> tuple[int, int, int]:
     replaced = sum(n for name, n in sizes.items() if name.removeprefix(prefix).startswith(method.replaced))
     outer = sum(math.prod(shapes[name]) for name in donor.outer_tensor_names())
     return outer, sum(sizes.values()), replaced
-
-

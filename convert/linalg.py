@@ -3,18 +3,16 @@
 import torch
 from torch import Tensor
 
+RANK_TOLERANCE = 1e-12  # of the largest eigenvalue: what is smaller counts as zero
 
-def symmetric_power(matrix: Tensor, exponent: float, rank_tolerance: float = 1e-12) -> Tensor:
-    """`matrix ** exponent` of a positive semi-definite matrix, on its range: zero eigenvalues stay zero.
 
-    matrix (n, n) symmetric, float64. Eigenvalues below `rank_tolerance` times the largest count as zero, so a
-    negative exponent gives the pseudo-inverse's power.
-    """
+def roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The square root of a positive semi-definite matrix (n, n), and the pseudo-inverse of that root. float64."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    floor = values.amax(dim=-1, keepdim=True).clamp_min(0) * rank_tolerance
-    positive = values > floor
-    powers = torch.where(positive, values.clamp_min(torch.finfo(values.dtype).tiny) ** exponent, 0.0)
-    return (vectors * powers.unsqueeze(-2)) @ vectors.mT
+    positive = values > values[-1].clamp_min(0) * RANK_TOLERANCE
+    root = torch.where(positive, values.clamp_min(0).sqrt(), 0.0)
+    inverse = torch.where(positive, 1 / root.clamp_min(torch.finfo(root.dtype).tiny), 0.0)
+    return (vectors * root) @ vectors.mT, (vectors * inverse) @ vectors.mT
 
 
 def low_rank(moment: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +22,7 @@ def low_rank(moment: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]
     Returns up (n, rank), down (rank, n); up @ down is the identity on the metric's range when rank ≥ n.
     Source: whitened SVD (SVD-LLM v2; CARE, arXiv 2603.17946, section 3), with a metric on the output side too.
     """
-    root, inverse_root = symmetric_power(metric, 0.5), symmetric_power(metric, -0.5)
+    root, inverse_root = roots(metric)
     _, vectors = torch.linalg.eigh(root @ moment @ root)
     leading = vectors.flip(-1)[:, :rank]  # eigh sorts upwards
     return inverse_root @ leading, leading.mT @ root
@@ -45,5 +43,6 @@ def complex_pca(moments: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 def realified(matrix: Tensor) -> Tensor:
     """A complex-linear map (a, b) as the real map (2a, 2b) on half-split vectors [real parts; imaginary parts]."""
     return torch.cat(
-        (torch.cat((matrix.real, -matrix.imag), dim=-1), torch.cat((matrix.imag, matrix.real), dim=-1)), dim=-2
+        (torch.cat((matrix.real, -matrix.imag), dim=-1), torch.cat((matrix.imag, matrix.real), dim=-1)),
+        dim=-2,
     )

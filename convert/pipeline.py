@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.convert import calibrate, checkpoint, estimate, provenance
+from mhconvert.convert import calibrate, checkpoint, estimate, proof, provenance
+from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
-from mhconvert.convert.errors import CheckpointError, MhconvertError
+from mhconvert.convert.errors import CheckpointError
 from mhconvert.convert.methods import Method, build_method
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
-from mhconvert.convert.verify import verify
 from mhconvert.convert.workspace import Streams, Workspace
 
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
@@ -33,7 +33,7 @@ FIT_TOKENS = 1536  # a step
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What `run` would do: sizes, KV arithmetic, disk and memory. Reads no weights, writes nothing."""
-    device = _device(recipe.device)
+    device = pick_device(recipe.device)
     donor, method = _open(recipe, ignore)
     checkpoint.check_free(recipe.output_folder(donor.name), force=True)
     return estimate.plan(recipe, donor, method, device)
@@ -56,7 +56,7 @@ def run(
     Raises MhconvertError for what a user can mend; the output folder then does not exist or is as it was.
     """
     started, tell = time.perf_counter(), on_progress or ignore
-    device = _device(recipe.device)
+    device = pick_device(recipe.device)
     donor, method = _open(recipe, tell)
     output, dtype = recipe.output_folder(donor.name), estimate.output_dtype(recipe, donor)
     checkpoint.check_free(output, force)
@@ -66,15 +66,19 @@ def run(
     with space:
         rows = space.rows(lambda: calibrate.draw(recipe, donor, device, tell))
         layers = _convert_layers(recipe, donor, method, device, rows, space, fit, tell)
-        report = _report(recipe, donor, method, rows, layers, sizes) | {"output": str(output)}
-        report |= _fidelity(donor, space.streams, rows, measure, dtype, device, space.probe)
+        report = proof.known_facts(recipe, donor, rows, layers, sizes) | {"output": str(output)}
+        report |= proof.fidelity(donor, space.streams, rows, measure, dtype, device, space.probe)
+        space.release_streams()
+        donor.release()
         space.finish_tensors()
         provenance.write_config(space.partial, method, donor, dtype)
         tell(Progress("verify", 0, 1))
         if recipe.verify:
-            _verify(report, space)
+            proof.reload(report, space)
         report["seconds"] = time.perf_counter() - started + space.earlier_seconds
-        report["peak_rss_bytes"] = max(provenance.peak_rss(), report.get("verified", {}).get("peak_rss_bytes", 0))
+        report["peak_rss_bytes"] = max(
+            provenance.peak_rss(), report.get("verified", {}).get("peak_rss_bytes", 0)
+        )
         finish(space.partial, report)
         provenance.write_provenance(space.partial, recipe, donor, report)
         space.publish()
@@ -122,17 +126,21 @@ def _convert_layers(
         layer = calibrate.Layer(
             donor.decoder_layer(index, device), donor.family.attention_norm, position_embeddings
         )
-        attention, chosen = _convert_layer(recipe, method, layer, index, streams, rotary, position_embeddings, fit)
+        attention, chosen = _convert_layer(
+            recipe, method, layer, index, streams, rotary, position_embeddings, fit
+        )
         _round_to(attention, dtype)
-        error = _advance(layer, attention, streams, dtype)
+        measured = _advance(layer, attention, streams, dtype)
+        error = measured["relative_error"]
         if not math.isfinite(error) or error > ABSURD_ERROR:
             raise CheckpointError(
                 f"layer {index}: the converted attention's relative error is {error:.3g}; its weights or "
                 "statistics are not usable. Try other calibration text or a larger budget"
             )
-        chosen |= {"index": index, "relative_error": error, "seconds": time.perf_counter() - begun}
-        space.finish_layer(_layer_tensors(donor, method, index, attention, dtype), chosen)
-        tell(Progress("layers", index + 1, total, f"layer {index + 1}/{total}", error))
+        chosen |= {"index": index, "seconds": time.perf_counter() - begun} | measured
+        tensors = _layer_tensors(donor, method, index, attention, dtype)
+        space.finish_layer(tensors, chosen, last=index + 1 == total)
+        tell(Progress("layers", index + 1, total, error=error))
     return space.layers
 
 
@@ -159,19 +167,26 @@ def _convert_layer(
     return attention, chosen
 
 
-def _advance(layer: calibrate.Layer, attention: Any, streams: Streams, dtype: torch.dtype) -> float:
-    """Move both streams past the layer; the held-out rows' relative squared error of the attention output."""
+def _advance(layer: calibrate.Layer, attention: Any, streams: Streams, dtype: torch.dtype) -> dict[str, Any]:
+    """Move both streams past the layer; what the held-out rows say of it.
+
+    relative_error: of the attention output, squared; kv_elements: what one token leaves in a cache object.
+    """
     held = streams.teacher_held
     inputs = layer.attention_inputs(held)
     outputs = layer.attend(layer.attention, inputs)
     converted = layer.attend(attention, inputs)
     error = ((converted - outputs).square().sum() / outputs.square().sum()).item()
+    elements = {
+        "donor": layer.cache_elements(layer.attention, inputs),
+        "converted": layer.cache_elements(attention, inputs),
+    }
     layer.complete(streams.teacher_fit, streams.outputs)
     layer.complete(held, outputs)
     _round_to(layer.module, dtype)
     student = streams.student
     layer.complete(student, layer.attend(attention, layer.attention_inputs(student)))
-    return error
+    return {"relative_error": error, "kv_elements": elements}
 
 
 @torch.no_grad()
@@ -190,80 +205,3 @@ def _layer_tensors(donor: Donor, method: Method, index: int, attention: Any, dty
             yield name, donor.source.read(name).to(dtype)
     for name, tensor in attention.state_dict().items():
         yield f"{prefix}self_attn.{name}", tensor.to(dtype)
-
-
-def _fidelity(
-    donor: Donor,
-    streams: Streams,
-    rows: calibrate.Rows,
-    measure: Callable[[], Any],
-    dtype: torch.dtype,
-    device: torch.device,
-    probe: Path,
-) -> dict[str, Any]:
-    """Perplexity, KL and agreement on the held-out rows; the student's logits of two rows go to `probe`."""
-    fidelity, kept = measure(), []
-    with torch.inference_mode():
-        for row, teacher, student in zip(rows.held_out, streams.teacher_held, streams.student, strict=True):
-            converted = donor.head(student.to(device), dtype).cpu()
-            fidelity.add(donor.head(teacher.to(device)).cpu()[:-1], converted[:-1], row[1:])
-            if len(kept) < 2:
-                kept.append(converted)
-    provenance.write_probe(probe, rows.held_out[: len(kept)], torch.stack(kept))
-    result = fidelity.result()
-    return {key: result[key] for key in ("perplexity", "kl", "top1_agreement")}
-
-
-def _verify(report: dict[str, Any], space: Workspace) -> None:
-    """Reload in a bare process; what it measures of the cache replaces what was computed."""
-    result = verify(space.partial, space.probe, prompt=provenance.PROMPT, threads=torch.get_num_threads())
-    report["verified"] = result
-    report["parameters"]["converted"] = result["parameters"]
-    report["sample"] = {"prompt": result["sample"]["prompt"], "converted": result["sample"]["text"]}
-    width = estimate.element_bytes(report["dtype"])
-    report["kv_bytes_per_token"]["converted"] = result["cache"]["elements_per_token"] * width
-
-
-def _report(
-    recipe: Recipe,
-    donor: Donor,
-    method: Method,
-    rows: calibrate.Rows,
-    layers: list[dict[str, Any]],
-    sizes: dict[str, Any],
-) -> dict[str, Any]:
-    """What is known before anything is measured."""
-    return {
-        "method": recipe.method,
-        "donor": recipe.model,
-        "donor_name": donor.name,
-        "hub_id": donor.hub_id,
-        "licence": donor.licence,
-        "notice": donor.notice,
-        "dtype": sizes["dtype"],
-        "kv_bytes_per_token": dict(sizes["kv_bytes_per_token"]),
-        "parameters": dict(sizes["parameters"]),
-        "layers": layers,
-        "calibration": {
-            "sources": list(recipe.calibration.sources),
-            "tokens": rows.fit.numel(),
-            "held_out_tokens": rows.held_out.numel(),
-            "sequence_length": rows.fit.shape[1],
-        },
-        "recipe": recipe.to_dict(),
-        "versions": provenance.versions(),
-    }
-
-
-def _device(name: str | None) -> torch.device:
-    """The torch device called `name`; None: CUDA if present. Raises MhconvertError when it cannot be used."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise MhconvertError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-

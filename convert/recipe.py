@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a conversion produces. Frozen; a dict or YAML and back; unknown keys refused."""
+"""A recipe: all that decides what a conversion produces. Frozen; to YAML and back; unknown keys refused."""
 
 from __future__ import annotations
 

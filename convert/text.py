@@ -119,7 +119,9 @@ def _open(source: str) -> list[tuple[str, str]]:
     if path.is_file() or path.suffix in TEXT_SUFFIXES:
         return [(source, _read(path))]
     if path.is_dir():
-        raise CalibrationError(f"calibration '{source}' is a folder; name its files, for example '{source}/*.jsonl'")
+        raise CalibrationError(
+            f"calibration '{source}' is a folder; name its files, for example '{source}/*.jsonl'"
+        )
     return [(source, _dataset(source))]
 
 

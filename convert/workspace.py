@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +23,7 @@ from mhconvert.convert.errors import MhconvertError, OutputError
 from mhconvert.convert.recipe import Recipe
 
 WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
+COMMIT_SHARE = 0.1  # of a run's time that commits may take: each writes both streams
 NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may change
 
 
@@ -64,7 +64,8 @@ class Workspace:
         self._work = self.partial / WORK
         self.layers: list[dict[str, Any]] = []
         self.earlier_seconds = 0.0
-        self._begun = time.perf_counter()
+        self._begun = self._committed = time.perf_counter()
+        self._commit_seconds = 0.0
         self._streams: Streams | None = None
         self._writer: ShardWriter | None = None
 
@@ -138,19 +139,27 @@ class Workspace:
         self._streams = Streams(teacher, student, fitted, teacher[:0])
         self._commit()
 
-    def finish_layer(self, tensors: Iterable[tuple[str, Tensor]], chosen: dict[str, Any]) -> None:
-        """Make a layer durable: its tensors, the streams behind it, and then the word that it is finished."""
+    def finish_layer(self, tensors: Iterable[tuple[str, Tensor]], chosen: dict[str, Any], last: bool) -> None:
+        """Write a layer. It is durable at once, or with the next layer where commits are slow.
+
+        A commit writes the tensors, the streams behind the layer, and then the word that it is finished.
+        """
         assert self._writer is not None
         for name, tensor in tensors:
             self._writer.add(name, tensor)
-        self._writer.flush()
         self.layers.append(chosen)
-        self._commit()
+        since = time.perf_counter() - self._committed
+        if last or self._commit_seconds < COMMIT_SHARE * since:
+            self._commit()
 
     def finish_tensors(self) -> int:
         """Complete the shards and their index; returns the bytes of all tensors."""
         assert self._writer is not None
         return self._writer.finish()
+
+    def release_streams(self) -> None:
+        """Let go of the streams' memory; the pass is over."""
+        self._streams = None
 
     def publish(self) -> None:
         """Give the folder its final name."""
@@ -159,18 +168,24 @@ class Workspace:
 
     def _commit(self) -> None:
         assert self._writer is not None
+        begun = time.perf_counter()
+        self._writer.flush()
         count = len(self.layers)
         _save({"teacher": self.streams.teacher, "student": self.streams.student}, self._stream_file(count))
         state = {
             "recipe": self._result_recipe(),
             "layers": self.layers,
             "fitted": self.streams.fitted,
-            "seconds": self.earlier_seconds + time.perf_counter() - self._begun,
+            "seconds": self.earlier_seconds + begun - self._begun,
             "tensors": self._tensors,
             "writer": self._writer.state,
         }
         write_json(self._work / "state.json", state)
-        self._stream_file(count - 1).unlink(missing_ok=True)
+        for stale in self._work.glob("streams-*.safetensors"):
+            if stale != self._stream_file(count):
+                stale.unlink()
+        self._committed = time.perf_counter()
+        self._commit_seconds = self._committed - begun
 
     def _load(self, state: dict[str, Any]) -> None:
         if state["recipe"] != self._result_recipe():
@@ -182,7 +197,9 @@ class Workspace:
         self.layers, self.earlier_seconds = state["layers"], state["seconds"]
         self._tensors = state["tensors"]
         streams = load_file(self._stream_file(len(self.layers)))
-        self._streams = Streams(streams["teacher"], streams["student"], state["fitted"], streams["teacher"][:0])
+        self._streams = Streams(
+            streams["teacher"], streams["student"], state["fitted"], streams["teacher"][:0]
+        )
         limit = byte_size(self._recipe.max_shard_size)
         self._writer = ShardWriter(self.partial, limit, self._tensors, state["writer"])
 
@@ -199,7 +216,9 @@ class Workspace:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock_file.close()
-            raise OutputError(f"another run is writing {self.partial}; wait for it, or choose another -o") from error
+            raise OutputError(
+                f"another run is writing {self.partial}; wait for it, or choose another -o"
+            ) from error
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -210,5 +229,3 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-
-

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.convert.methods import METHODS
@@ -86,7 +87,7 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
 
     device: a torch device; None: CUDA if present. Code inside a folder runs only with trust_remote_code.
     """
-    place = _device(device)
+    place = str(pick_device(device))
     method = converted_method(reference)
     if method is not None:
         config = read_config(reference, method)
@@ -104,16 +105,6 @@ def recorded_donor(checkpoint: str) -> str:
         raise MhconvertError(
             f"{checkpoint} does not say what it was made from; name the donor with --against"
         ) from error
-
-
-def _device(name: str | None) -> str:
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise MhconvertError(f"device '{name}' cannot be used: {_first_line(error)}") from error
-    return name
 
 
 def _first_line(error: BaseException) -> str:

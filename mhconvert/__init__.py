@@ -19,6 +19,7 @@ _PUBLIC = {
     "generate": ("mhconvert.api", "generate"),
     "Recipe": ("mhconvert.convert.recipe", "Recipe"),
     "Calibration": ("mhconvert.convert.recipe", "Calibration"),
+    "load_recipe": ("mhconvert.convert.recipe", "load_recipe"),
     "MhconvertError": ("mhconvert.convert.errors", "MhconvertError"),
 }
 

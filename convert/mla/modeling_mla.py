@@ -13,10 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, MistralForCausalLM
+from transformers import LlamaForCausalLM, LlamaModel, MistralForCausalLM, MistralModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from .configuration_mla import LatentAttentionFields, MLALlamaConfig, MLAMistralConfig
 
@@ -64,7 +69,9 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, head_dim] -> output [B, T, D], weights."""
         batch, length, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)  # B H T n+p
+        query = (
+            self.q_proj(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        )  # B H T n+p
         q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rot = (
             self.kv_a_proj_with_mqa(hidden_states)
@@ -77,8 +84,8 @@ class LatentAttention(nn.Module):
         if past_key_values is not None:
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
             if length == 1 and self.can_absorb(attention_mask):
-                output = self.absorbed_attention(q_nope, q_rot, latent, k_rot, attention_mask)
-                return self.o_proj(output), None
+                output, weights = self.absorbed_attention(q_nope, q_rot, latent, k_rot, attention_mask)
+                return self.o_proj(output), weights
 
         key, value = self.expand_kv(latent, k_rot)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -119,10 +126,11 @@ class LatentAttention(nn.Module):
 
     def absorbed_attention(
         self, q_nope: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Attention of one query token on the cache as it is, kv_b_proj folded into query and output.
 
-        q_nope [B, H, 1, n], q_rot [B, H, 1, p], latent [B, 1, S, r], k_rot [B, 1, S, p] -> [B, 1, H v].
+        q_nope [B, H, 1, n], q_rot [B, H, 1, p], latent [B, 1, S, r], k_rot [B, 1, S, p]
+        -> output [B, 1, H v], weights [B, H, 1, S].
         """
         weight = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
         k_up, v_up = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # H n r, H v r
@@ -138,15 +146,15 @@ class LatentAttention(nn.Module):
                 scores = scores + mask
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
         output = torch.einsum("bhr,hvr->bhv", torch.matmul(weights, latent), v_up)
-        return output.reshape(output.shape[0], 1, -1)
+        return output.reshape(output.shape[0], 1, -1), weights.unsqueeze(2)
 
 
-class LatentAttentionMixin:
-    """Replaces every `self_attn` of the donor's class, and keeps the rotary frequencies in float32."""
+class LatentAttentionModel:
+    """Mixed into the donor's decoder stack: replaces every `self_attn`, and keeps the rotary frequencies in float32."""
 
     def __init__(self, config: LatentAttentionFields):
         super().__init__(config)  # type: ignore[call-arg]
-        for layer_idx, layer in enumerate(self.model.layers):  # type: ignore[attr-defined]
+        for layer_idx, layer in enumerate(self.layers):  # type: ignore[attr-defined]
             layer.self_attn = LatentAttention(config, layer_idx)
         self.post_init()  # type: ignore[attr-defined]
 
@@ -167,9 +175,29 @@ class LatentAttentionMixin:
         return result
 
 
-class MLALlamaForCausalLM(LatentAttentionMixin, LlamaForCausalLM):
-    config: MLALlamaConfig
+class MLALlamaModel(LatentAttentionModel, LlamaModel):
+    config_class = MLALlamaConfig
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": LatentAttention}
 
 
-class MLAMistralForCausalLM(LatentAttentionMixin, MistralForCausalLM):
-    config: MLAMistralConfig
+class MLALlamaForCausalLM(LlamaForCausalLM):
+    config_class = MLALlamaConfig
+
+    def __init__(self, config: MLALlamaConfig):
+        super().__init__(config)
+        self.model = MLALlamaModel(config)
+        self.post_init()
+
+
+class MLAMistralModel(LatentAttentionModel, MistralModel):
+    config_class = MLAMistralConfig
+    _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": LatentAttention}
+
+
+class MLAMistralForCausalLM(MistralForCausalLM):
+    config_class = MLAMistralConfig
+
+    def __init__(self, config: MLAMistralConfig):
+        super().__init__(config)
+        self.model = MLAMistralModel(config)
+        self.post_init()

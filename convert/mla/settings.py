@@ -24,9 +24,13 @@ class MLASettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.kv_budget <= 1:
-            raise BudgetError(f"kv_budget={self.kv_budget} is outside (0, 1]; it is a share of the donor's KV cache")
+            raise BudgetError(
+                f"kv_budget={self.kv_budget} is outside (0, 1]; it is a share of the donor's KV cache"
+            )
         if (self.kv_lora_rank is None) != (self.qk_rope_head_dim is None):
             raise BudgetError("kv_lora_rank and qk_rope_head_dim go together; give both, or kv_budget alone")
         if self.profile not in ("quality", "portable"):
             raise BudgetError(f"profile '{self.profile}' is not one of quality, portable")
+
+
 SETTINGS = MLASettings

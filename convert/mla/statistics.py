@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 
 from mhconvert.convert.mla.surgery import AttentionWeights, LayerStatistics
 
-ATTENTION_TOKENS = 8192  # whose attention weights are computed one by one; enough for both uses of them
+ATTENTION_TOKENS = 4096  # whose attention weights are computed one by one; enough for both uses of them
 ATTENDED_SHARE = 0.3  # of the key moment that counts tokens by the attention they get
 MOMENT_BLOCK = 1 << 14  # tokens summed in float32 before the sum joins the float64 one
 
@@ -56,6 +56,7 @@ def observe(
         key_moment=(1 - share) * moment + share * attended_moment,
         key_mean=(1 - share) * mean + share * attended_mean,
         phases=attention_scaling**2 * (distances.to(turns.dtype) @ turns.mT),
+        rope_gain=attention_scaling**2,
     )
 
 

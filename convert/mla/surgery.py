@@ -39,14 +39,16 @@ class LayerStatistics:
 
     query_moment (D, D) = E[x xᵀ] over tokens. key_moment (D, D) and key_mean (D,): the same and E[x] with each
     token counted by how much an error in its key shows in the layer's output: a sink token, one in a row, takes
-    most of the attention. phases (H, F) complex: E[exp(−iθΔ)] over the distances that each head attends over, which is the constant
-    that best replaces RoPE in a component.
+    most of the attention. rope_gain: what the donor's RoPE multiplies every score by, 1 but for YaRN.
+    phases (H, F) complex: rope_gain · E[exp(−iθΔ)] over the distances that each head attends over, which is the
+    constant that best replaces RoPE in a component.
     """
 
     query_moment: Tensor
     key_moment: Tensor
     key_mean: Tensor
     phases: Tensor
+    rope_gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class RotaryBasis:
     """Components of the keys inside each frequency, ordered by score variance.
 
     mixing (F, G, G) complex: key head g = Σ_r mixing[f, g, r] · component r; down (F, G, G) complex: its inverse;
-    damage (F, G): expected squared score error of replacing component (f, r)'s RoPE by the constant phases.
+    damage (F, G): expected squared score error of replacing component (f, r)'s RoPE by the constant phases;
+    score_energy: Σ over heads and frequencies of E|q|² E|k|², the scale of the scores' variance.
     """
 
     mixing: Tensor
     down: Tensor
     damage: Tensor
+    score_energy: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,34 @@ def complex_pairs(weight: Tensor) -> Tensor:
 
 def rotary_basis(weights: AttentionWeights, statistics: LayerStatistics) -> RotaryBasis:
     """Complex PCA across KV heads in each frequency, weighted by the energy of the queries that read each head."""
-    queries, keys = complex_pairs(weights.q), complex_pairs(weights.k)  # F H D, F G D
-    query_energy = _energy(queries, statistics.query_moment)  # F H
-    kv_heads = keys.shape[1]
+    query_moment = _second_moment(weights.q, statistics.query_moment)  # H d H d
+    query_energy = query_moment.diagonal(0, 0, 2).diagonal(0, 0, 1).unflatten(1, (2, -1)).sum(1).mT  # F H
+    kv_heads = weights.k.shape[0]
     energy = query_energy.unflatten(1, (kv_heads, -1)).sum(-1)  # F G
     energy = energy.clamp_min(energy.amax() * 1e-12).clamp_min(TINY)
-    key_moment = statistics.key_moment.to(torch.complex128)
-    values, vectors = complex_pca(keys @ key_moment @ keys.mH, energy)
+    values, vectors = complex_pca(_pair_moments(weights.k, statistics.key_moment), energy)
     root = energy.sqrt().to(torch.complex128)
-    share = query_energy.unflatten(1, (kv_heads, -1)) / energy.unsqueeze(-1)  # F G n: of each head in its group
-    lost = 1 - statistics.phases.abs().square().mT.unflatten(1, (kv_heads, -1))  # F G n
+    share = query_energy.unflatten(1, (kv_heads, -1)) / energy.unsqueeze(
+        -1
+    )  # F G n: of each head in its group
+    lost = (statistics.rope_gain**2 - statistics.phases.abs().square()).clamp_min(0)  # H F
+    lost = lost.mT.unflatten(1, (kv_heads, -1))  # F G n
     damage = 0.5 * values * torch.einsum("fgn,fgr->fr", share * lost, vectors.abs().square())
-    return RotaryBasis(vectors / root.unsqueeze(-1), vectors.mH * root.unsqueeze(-2), damage)
+    return RotaryBasis(vectors / root.unsqueeze(-1), vectors.mH * root.unsqueeze(-2), damage, values.sum())
+
+
+def _second_moment(weight: Tensor, moment: Tensor) -> Tensor:
+    """E[y yᵀ] of y = weight · x: weight (heads, d, D) -> (heads, d, heads, d)."""
+    rows = weight.flatten(0, 1)
+    return (rows @ moment @ rows.mT).view(*weight.shape[:2], *weight.shape[:2])
+
+
+def _pair_moments(weight: Tensor, moment: Tensor) -> Tensor:
+    """E[z zᴴ] over heads in each frequency, z the complex pairs of weight (heads, d, D) · x -> (F, heads, heads)."""
+    full = _second_moment(weight, moment).unflatten(3, (2, -1)).unflatten(1, (2, -1))  # h 2 F g 2 F
+    same = full.diagonal(0, 2, 5)  # h 2 g 2 F: both of one frequency
+    parts = torch.complex(same[:, 0, :, 0] + same[:, 1, :, 1], same[:, 1, :, 0] - same[:, 0, :, 1])
+    return parts.permute(2, 0, 1)
 
 
 def kept_components(damage: Tensor, count: int) -> Tensor:
@@ -128,7 +148,8 @@ def convert_layer(
     kept (F, G) bool. The latent holds the other components and all values jointly: errors of keys count by the
     queries that read them, errors of values by o_proj, and `value_weight` is the price of a relative error of
     the values against one of the scores. Means are left out of the latent: the keys' cancels in the softmax, the
-    values' becomes o_proj's bias, unless there is none (`output_bias` False: then it stays in).
+    values' becomes o_proj's bias. Without one (`output_bias` False) both stay in: whatever constant the latent
+    lacked would show in the values.
     """
     frequency, component = kept.nonzero(as_tuple=True)
     rope_keys = _rope_keys(weights, basis, frequency, component)
@@ -138,11 +159,9 @@ def convert_layer(
     key_rows = _component_rows(weights, basis, kept)  # 2n D
 
     rows = torch.cat((key_rows, weights.v.flatten(0, 1)))  # y = rows @ x
-    mean = rows @ statistics.key_mean
-    if not output_bias:
-        mean[len(key_rows) :] = 0
+    mean = rows @ statistics.key_mean if output_bias else rows.new_zeros(len(rows))
     moment = rows @ statistics.key_moment @ rows.mT - torch.outer(mean, mean)
-    metric = _metric(weights, statistics, nope_queries, key_maps, value_weight)
+    metric = _metric(weights, statistics, nope_queries, key_maps, value_weight * basis.score_energy)
     up, down = low_rank(moment, metric, rank)
 
     group, keys = weights.group, key_rows.shape[0]
@@ -166,7 +185,9 @@ def _rope_keys(weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor,
     return torch.cat((rows.real, rows.imag))
 
 
-def _rope_queries(weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor) -> Tensor:
+def _rope_queries(
+    weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor
+) -> Tensor:
     """(H, 2R, D): each head's query on the kept components, q · conj(mixing of its key head)."""
     mixing = basis.mixing[frequency][:, weights.group, :]  # R H G
     chosen = mixing.gather(2, component.view(-1, 1, 1).expand(-1, mixing.shape[1], 1))  # R H 1
@@ -200,9 +221,12 @@ def _metric(
     statistics: LayerStatistics,
     nope_queries: Tensor,
     key_maps: Tensor,
-    value_weight: float,
+    value_price: Tensor,
 ) -> Tensor:
-    """The quadratic form in which errors of [components without RoPE; values] are measured."""
+    """The quadratic form in which errors of [components without RoPE; values] are measured.
+
+    value_price: what a relative error of 1 in the values counts.
+    """
     group = weights.group
     reads = nope_queries @ statistics.query_moment @ nope_queries.mT  # H d d
     keys = sum(key_maps[g].mT @ reads[group == g].sum(0) @ key_maps[g] for g in range(len(key_maps)))
@@ -211,17 +235,4 @@ def _metric(
     values = torch.block_diag(*(outputs[group == g].sum(0) for g in range(len(key_maps))))
     value_rows = weights.v.flatten(0, 1)
     value_energy = (values * (value_rows @ statistics.key_moment @ value_rows.mT)).sum()
-    scale = value_weight * _score_energy(weights, statistics) / value_energy.clamp_min(TINY)
-    return torch.block_diag(keys, scale * values)
-
-
-def _score_energy(weights: AttentionWeights, statistics: LayerStatistics) -> Tensor:
-    """Σ over heads and frequencies of E|q|² E|k|²: the scale of the scores' variance."""
-    query_energy = _energy(complex_pairs(weights.q), statistics.query_moment)
-    key_energy = _energy(complex_pairs(weights.k), statistics.key_moment)
-    return (query_energy * key_energy[:, weights.group]).sum()
-
-
-def _energy(rows: Tensor, moment: Tensor) -> Tensor:
-    """E|rows · x|²: rows (F, heads, D) complex, moment (D, D) real -> (F, heads)."""
-    return ((rows @ moment.to(rows.dtype)) * rows.conj()).sum(-1).real
+    return torch.block_diag(keys, value_price / value_energy.clamp_min(TINY) * values)

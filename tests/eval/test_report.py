@@ -59,12 +59,6 @@ def test_card_front_matter_and_numbers(tmp_path: Path) -> None:
     assert "sampled from the base model itself" in card
 
 
-def test_an_unverified_cache_is_not_called_measured() -> None:
-    report = FULL | {"verified": None}
-    assert any("computed" in row[3] for row in rows(report))
-    assert not any("measured" in row[3] for row in rows(report))
-
-
 def test_missing_facts_have_no_row() -> None:
     assert rows({"output": "x", "method": "mla"}) == []
     assert "None" not in model_card({"output": "x", "method": "mla", "donor": "folder"})

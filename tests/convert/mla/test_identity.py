@@ -42,7 +42,9 @@ def expect_identity(donor: Any) -> None:
     """Budget 1 gives the donor back: each layer's attention output, the logits, and the size of the cache."""
     model, ids = converted(donor, ALL), token_ids(2, 40, seed=7)
     embeddings = rotary_of(donor, 40)
-    for stock, latent, x in zip(donor.model.layers, model.model.layers, attention_inputs(donor, ids), strict=True):
+    for stock, latent, x in zip(
+        donor.model.layers, model.model.layers, attention_inputs(donor, ids), strict=True
+    ):
         with torch.no_grad():
             expected = stock.self_attn(x, embeddings, None)[0]
             assert relative(latent.self_attn(x, embeddings, None)[0], expected) < FLOAT32
@@ -64,7 +66,9 @@ def test_the_whole_budget_with_another_rope(rope: dict[str, Any]) -> None:
     expect_identity(donor)
 
 
-@pytest.mark.parametrize("config", [{"family": "mistral", "sliding_window": None}, {"tied": False, "head_dim": 32}])
+@pytest.mark.parametrize(
+    "config", [{"family": "mistral", "sliding_window": None}, {"tied": False, "head_dim": 32}]
+)
 def test_the_whole_budget_of_another_shape(config: dict[str, Any]) -> None:
     expect_identity(donor_model(**config))
 
@@ -112,19 +116,27 @@ def constant_phase_attention(
     def project(linear: nn.Linear, count: int) -> np.ndarray:
         return (x @ linear.weight.detach().double().numpy().T).reshape(batch, length, count, width)
 
-    q, k, v = (project(p, n) for p, n in zip(
-        (attention.q_proj, attention.k_proj, attention.v_proj), (heads, groups, groups), strict=True))
+    q, k, v = (
+        project(p, n)
+        for p, n in zip(
+            (attention.q_proj, attention.k_proj, attention.v_proj), (heads, groups, groups), strict=True
+        )
+    )
     q, z = q[..., :half] + 1j * q[..., half:], k[..., :half] + 1j * k[..., half:]
     of = np.arange(heads) // (heads // groups)
     distance = np.arange(length)[:, None] - np.arange(length)[None]
     scores = np.zeros((batch, heads, length, length))
     for f in range(half):
-        energy = np.array([(np.abs(q[:, :, of == g, f]) ** 2).mean((0, 1)).sum() for g in range(groups)]) ** 0.5
+        energy = (
+            np.array([(np.abs(q[:, :, of == g, f]) ** 2).mean((0, 1)).sum() for g in range(groups)]) ** 0.5
+        )
         weighted = (z[..., f] * energy).reshape(-1, groups)
         values, vectors = np.linalg.eigh(np.einsum("ng,nh->gh", weighted, weighted.conj()) / len(weighted))
         for rank, which in enumerate(np.argsort(-values)):
             axis = vectors[:, which]
-            part = np.einsum("g,h,blh->blg", axis / energy, axis.conj() * energy, z[..., f])  # of each head's key
+            part = np.einsum(
+                "g,h,blh->blg", axis / energy, axis.conj() * energy, z[..., f]
+            )  # of each head's key
             turn = np.exp(-1j * angles[f].item() * distance) * gain
             for h in range(heads):
                 factor = turn if kept[f, rank] else phases[h, f].item()
@@ -148,12 +160,16 @@ def test_the_full_rank_is_a_donor_with_constant_phases(kv_heads: int, rope: dict
     phases = torch.polar(*torch.rand(2, 4, frequencies, generator=generator, dtype=torch.float64).unbind())
     kept = torch.rand(frequencies, kv_heads, generator=generator) < share
     gain = rotary.attention_scaling**2
-    expected = constant_phase_attention(attention, config, rows, kept, phases * gain, rotary.inv_freq.double(), gain)
+    expected = constant_phase_attention(
+        attention, config, rows, kept, phases * gain, rotary.inv_freq.double(), gain
+    )
 
     weights, statistics = attention_weights(attention, config), statistics_of(rows, phases * gain, gain)
     rank = 2 * int((~kept).sum()) + kv_heads * config.head_dim
     latent = convert_layer(weights, statistics, rotary_basis(weights, statistics), kept, rank, 0.01)
-    angles = torch.outer(torch.arange(24, dtype=torch.float64), rotary.inv_freq.double()).repeat(1, 2).unsqueeze(0)
+    angles = (
+        torch.outer(torch.arange(24, dtype=torch.float64), rotary.inv_freq.double()).repeat(1, 2).unsqueeze(0)
+    )
     embeddings = (angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling)
     with torch.no_grad():
         output = latent_attention(donor, latent)(rows, embeddings)[0]
@@ -180,7 +196,10 @@ def test_absorbed_decode_is_expanded_decode(kv_heads: int) -> None:
 
 def test_half_split_and_interleaved_rotary_rows_score_alike() -> None:
     model = converted(donor_model())
-    attention, x = model.model.layers[0].self_attn, torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(1))
+    attention, x = (
+        model.model.layers[0].self_attn,
+        torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(1)),
+    )
     width, rank = attention.qk_rope_head_dim, attention.kv_lora_rank
     interleaved = torch.arange(width).view(2, -1).T.flatten()  # half-split rows in the order r0 i0 r1 i1 …
     with torch.no_grad():
@@ -188,7 +207,9 @@ def test_half_split_and_interleaved_rotary_rows_score_alike() -> None:
         k = attention.kv_a_proj_with_mqa(x)[:, None, :, rank:]
         cos, sin = attention.component_embeddings(rotary_of(model, 12))
         ours = apply_rotary_pos_emb(q, k, cos, sin)
-        theirs = apply_rotary_emb(q[..., interleaved], k[..., interleaved], torch.complex(cos, sin)[..., : width // 2])
+        theirs = apply_rotary_emb(
+            q[..., interleaved], k[..., interleaved], torch.complex(cos, sin)[..., : width // 2]
+        )
     assert relative(theirs[0] @ theirs[1].mT, ours[0] @ ours[1].mT) < FLOAT32
 
 

@@ -1,0 +1,95 @@
+"""Every way of reading the same tokens gives the same logits: caches, chunks, padding, batches, beams, attention kernels.
+
+Tolerance: another order of float32 sums in two layers, 1e-5 of the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+
+from tests.convert.mla.conversions import LLAMA3, converted, donor_model, logits, relative, token_ids
+
+FLOAT32 = 1e-5
+
+
+@pytest.fixture(scope="module", params=[{"kv_heads": 2}, {"kv_heads": 1, "rope": LLAMA3}], ids=["gqa", "mqa"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return converted(donor_model(**request.param))
+
+
+@torch.no_grad()
+def in_chunks(model: Any, ids: Tensor, cache: Cache, sizes: list[int], **inputs: Any) -> Tensor:
+    """Logits of all tokens, `sizes` of them at a time; an attention_mask (N, T) grows along."""
+    parts, seen, mask = [], 0, inputs.pop("attention_mask", None)
+    for chunk in ids.split(sizes, dim=1):
+        seen += chunk.shape[1]
+        known = {} if mask is None else {"attention_mask": mask[:, :seen]}
+        parts.append(model(input_ids=chunk, past_key_values=cache, use_cache=True, **known, **inputs).logits)
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1] * 12, [7] + [1] * 5, [5, 4, 3], [1, 8, 3]], ids=["single", "prefill", "chunks", "mixed"]
+)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cached_reading_is_uncached_reading(model: Any, sizes: list[int], kind: str) -> None:
+    ids = token_ids(3, 12)
+    cache: Cache = DynamicCache(config=model.config)
+    if kind == "static":
+        cache = StaticCache(config=model.config, max_cache_len=20)
+    assert relative(in_chunks(model, ids, cache, sizes), logits(model, ids)) < FLOAT32
+    assert cache.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_left_padding(model: Any, kind: str) -> None:
+    ids, pad = token_ids(3, 12), [0, 3, 7]
+    mask = torch.tensor([[0] * n + [1] * (12 - n) for n in pad])
+    cache: Cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=16)
+    padded = in_chunks(model, ids * mask, cache, [9, 1, 1, 1], attention_mask=mask)
+    for row, n in enumerate(pad):
+        assert relative(padded[row, n:], logits(model, ids[row : row + 1, n:])[0]) < FLOAT32
+
+
+def test_a_batch_is_its_rows(model: Any) -> None:
+    ids = token_ids(4, 15)
+    rows = torch.cat([logits(model, row.unsqueeze(0)) for row in ids])
+    assert relative(logits(model, ids), rows) < FLOAT32
+
+
+@pytest.mark.parametrize("sizes", [[12], [8, 1, 1, 2]], ids=["prefill", "cached"])
+def test_eager_is_sdpa(model: Any, sizes: list[int]) -> None:
+    ids = token_ids(2, 12)
+    mask = torch.tensor([[1] * 12, [0] * 4 + [1] * 8])
+    found = []
+    for kind in ("eager", "sdpa"):
+        model.set_attn_implementation(kind)
+        assert model.model.layers[0].self_attn.config._attn_implementation == kind
+        found.append(in_chunks(model, ids, DynamicCache(), sizes, attention_mask=mask))
+    assert relative(found[0][mask.bool()], found[1][mask.bool()]) < FLOAT32
+
+
+def test_reordered_beams(model: Any) -> None:
+    ids, order = token_ids(3, 10), torch.tensor([2, 0, 0])
+    cache = DynamicCache()
+    in_chunks(model, ids[:, :9], cache, [9])
+    cache.reorder_cache(order)
+    reordered = torch.cat((ids[order, :9], ids[:, 9:]), dim=1)
+    with torch.no_grad():
+        step = model(input_ids=ids[:, 9:], past_key_values=cache).logits
+    assert relative(step, logits(model, reordered)[:, 9:]) < FLOAT32
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
+def test_generation_with_the_cache_is_generation_without(model: Any, options: dict[str, Any]) -> None:
+    mask = torch.tensor([[0] * 5 + [1] * 4, [1] * 9])
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    inputs = {"input_ids": token_ids(2, 9) * mask + (1 - mask), "attention_mask": mask}
+    plain = {k: v for k, v in options.items() if k != "cache_implementation"}
+    expected = model.generate(**inputs, **settings, **plain, use_cache=False)
+    assert torch.equal(model.generate(**inputs, **settings, **options, disable_compile=True), expected)

@@ -1,0 +1,75 @@
+"""What a user may choose, and the refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from mhconvert.convert.errors import BudgetError, UnsupportedError
+from mhconvert.convert.mla.method import MLA
+from mhconvert.convert.mla.settings import MLASettings
+from tests.donors import make_config
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"kv_budget": 0}, r"kv_budget=0 is outside \(0, 1\]; it is a share of the donor's KV cache"),
+        ({"kv_budget": -0.5}, r"kv_budget=-0\.5 is outside \(0, 1\]"),
+        ({"kv_budget": 50}, r"kv_budget=50 is outside \(0, 1\]"),
+        ({"kv_budget": float("nan")}, r"kv_budget=nan is outside \(0, 1\]"),
+        ({"kv_lora_rank": 8}, "kv_lora_rank and qk_rope_head_dim go together; give both, or kv_budget alone"),
+        ({"qk_rope_head_dim": 8}, "kv_lora_rank and qk_rope_head_dim go together"),
+        ({"profile": "stock"}, "profile 'stock' is not one of quality, portable"),
+    ],
+)
+def test_refusals(choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        MLASettings(**choice)
+
+
+def test_the_ends_of_the_range_are_allowed() -> None:
+    assert MLASettings(kv_budget=1).kv_budget == 1
+    assert MLASettings(kv_budget=1e-9).kv_budget == 1e-9
+    assert MLASettings() == MLASettings(kv_budget=0.5, profile="quality")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MLASettings().kv_budget = 0.1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "message"),
+    [
+        ({"kv_budget": 0.01}, BudgetError, "choose between 0.0469 and 1"),
+        (
+            {"kv_lora_rank": 8, "qk_rope_head_dim": 18, "profile": "portable"},
+            BudgetError,
+            "exceeds head_dim = 16",
+        ),
+    ],
+)
+def test_the_method_refuses_before_it_reads_weights(
+    choice: dict[str, Any], error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        MLA(make_config(), MLASettings(**choice), "quick")
+
+
+def test_the_method_refuses_a_donor_it_cannot_carry_over() -> None:
+    with pytest.raises(UnsupportedError, match="attention_bias=True"):
+        MLA(make_config(attention_bias=True), MLASettings(), "quick")
+
+
+@pytest.mark.parametrize("effort", ["quick", "default", "high"])
+@pytest.mark.parametrize("profile", ["quality", "portable"])
+def test_the_plan_counts_the_cache_that_is_granted(effort: str, profile: Any) -> None:
+    method = MLA(make_config(layers=3), MLASettings(kv_budget=0.4, profile=profile), effort)
+    assert method.kv_elements() == 3 * round(0.4 * 64)
+    sizes = method.layer_sizes(0)
+    assert sizes["kv_elements"] == 26
+    if profile == "portable":
+        assert sizes["kv_lora_rank"] + sizes["qk_rope_head_dim"] == 26

@@ -1,0 +1,238 @@
+"""The pass from end to end on tiny donors: what it writes, what it promises, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mhconvert
+from mhconvert.convert import checkpoint, pipeline
+from mhconvert.convert.errors import CheckpointError, MhconvertError, OutputError
+from mhconvert.convert.mla.settings import MLASettings
+from mhconvert.convert.progress import Progress
+from mhconvert.convert.recipe import Calibration, Recipe, load_recipe
+from tests.donors import make_donor
+
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_donor(tmp_path_factory.mktemp("pipeline") / "tiny", layers=LAYERS, kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = (f"{n} boats came home past the town; {n * n} were counted.\n" for n in range(300))
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
+    def build(output: Path, **changes: Any) -> Recipe:
+        settings = {
+            "settings": MLASettings(kv_budget=0.5),
+            "calibration": Calibration((str(text),), tokens=1024, sequence_length=64, held_out=2),
+            "fit_steps": 3,
+            "verify": False,
+            "device": "cpu",
+        }
+        return Recipe(str(donor), "mla", output=str(output), **(settings | changes))
+
+    return build
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.safetensors"))}
+
+
+def stop_after(layers: int, error: BaseException) -> Callable[[Progress], None]:
+    def listen(event: Progress) -> None:
+        if event.stage == "layers" and event.done == layers:
+            raise error
+
+    return listen
+
+
+def test_a_whole_folder_with_measured_numbers(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    report = mhconvert.convert(recipe(tmp_path / "out", verify=True))
+    assert not (tmp_path / "out.partial").exists()
+    elements = LAYERS * 2 * 2 * 16  # layers · (K and V) · heads · head_dim
+    assert report["kv_bytes_per_token"] == {"donor": elements * 4, "converted": elements * 4 / 2}
+    assert report["verified"]["cache"]["elements_per_token"] == elements / 2
+    assert report["verified"]["relative_logit_error"] < 1e-5  # float32, five layers
+    assert [layer["index"] for layer in report["layers"]] == list(range(LAYERS))
+    for layer in report["layers"]:
+        assert layer["kv_lora_rank"] + layer["qk_rope_head_dim"] == 2 * 2 * 16 / 2
+        assert 0 <= layer["relative_error"] < 1
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["kl"] == report["kl"]
+    provenance = json.loads((tmp_path / "out" / "mhconvert.json").read_text())
+    assert hashes(tmp_path / "out").items() <= provenance["sha256"].items()
+    assert load_recipe(tmp_path / "out" / "recipe.yaml") == recipe(tmp_path / "out", verify=True)
+
+
+def test_the_donors_other_tensors_are_unchanged(
+    recipe: Callable[..., Recipe], donor: Path, tmp_path: Path
+) -> None:
+    mhconvert.convert(recipe(tmp_path / "out"))
+    before, after = load_file(donor / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    kept = {name for name in before if ".self_attn." not in name}
+    assert kept == {name for name in after if ".self_attn." not in name}
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_a_full_budget_is_the_donor(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    whole = recipe(tmp_path / "out", settings=MLASettings(kv_budget=1.0), fit_steps=0)
+    report = mhconvert.convert(whole)
+    assert report["kl"] < 1e-6
+    assert report["top1_agreement"] == 1
+    assert max(layer["relative_error"] for layer in report["layers"]) < 1e-9
+
+
+def test_divergence_falls_as_the_budget_grows(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    divergences = [
+        mhconvert.convert(recipe(tmp_path / str(share), settings=MLASettings(kv_budget=share), fit_steps=0))[
+            "kl"
+        ]
+        for share in (0.125, 0.5, 0.875)
+    ]
+    assert divergences == sorted(divergences, reverse=True)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "40KB"])
+def test_resume_gives_the_same_bytes(recipe: Callable[..., Recipe], tmp_path: Path, shard: str) -> None:
+    options = {"max_shard_size": shard}
+    mhconvert.convert(recipe(tmp_path / "whole", **options))
+    cut = recipe(tmp_path / "cut", **options)
+    for layers, resume in ((2, False), (4, True)):
+        with pytest.raises(KeyboardInterrupt):
+            mhconvert.convert(cut, resume=resume, on_progress=stop_after(layers, KeyboardInterrupt()))
+        assert not (tmp_path / "cut").exists()
+        assert (tmp_path / "cut.partial").is_dir()
+    first: list[int] = []
+    report = mhconvert.convert(
+        cut, resume=True, on_progress=lambda e: first.append(e.done) if e.stage == "layers" else None
+    )
+    assert first[0] > 0  # it did not begin again
+    assert [layer["index"] for layer in report["layers"]] == list(range(LAYERS))
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    assert len(hashes(tmp_path / "cut")) == (
+        1 if shard == "5GB" else len(list((tmp_path / "whole").glob("*.safetensors")))
+    )
+
+
+def test_an_interrupted_run_is_not_overwritten_unasked(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    cut = recipe(tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        mhconvert.convert(cut, on_progress=stop_after(2, KeyboardInterrupt()))
+    with pytest.raises(OutputError, match=r"holds an interrupted run .* --resume continues it"):
+        mhconvert.convert(cut)
+    with pytest.raises(OutputError, match=r"started with another seed"):
+        mhconvert.convert(recipe(tmp_path / "cut", seed=9), resume=True)
+    assert (tmp_path / "cut.partial").is_dir()  # refused, not deleted
+    mhconvert.convert(cut, force=True)
+    assert (tmp_path / "cut").is_dir()
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mhconvert.convert(recipe(tmp_path / "whole"))
+    add, calls = checkpoint.ShardWriter.add, []
+
+    def full(self: checkpoint.ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        calls.append(name)
+        if ".layers.3." in name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, name, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ShardWriter, "add", full)
+        with pytest.raises(OutputError, match=r"the disk is full; 3 layers .* --resume"):
+            mhconvert.convert(recipe(tmp_path / "cut"))
+    mhconvert.convert(recipe(tmp_path / "cut"), resume=True)
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_too_little_disk_is_seen_before_work(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    with pytest.raises(OutputError, match=r"GB free and the conversion needs"):
+        mhconvert.convert(recipe(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_nan_weight_leaves_nothing(text: Path, tmp_path: Path) -> None:
+    folder = make_donor(tmp_path / "bad", layers=3)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    part = Calibration((str(text),), tokens=512, sequence_length=64)
+    bad = Recipe(str(folder), "mla", output=str(tmp_path / "out"), calibration=part, fit_steps=0)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        mhconvert.convert(bad)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_weights_written_in_another_dtype_are_the_ones_measured(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    report = mhconvert.convert(recipe(tmp_path / "out", dtype="bfloat16", verify=True))
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert report["verified"]["relative_logit_error"] < 1e-5  # computed in float32 from the rounded weights
+    assert report["kv_bytes_per_token"]["converted"] == LAYERS * 2 * 2 * 16 / 2 * 2
+
+
+def test_portable_is_one_rank_and_one_series(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    portable = recipe(tmp_path / "out", settings=MLASettings(kv_budget=0.5, profile="portable"), verify=True)
+    mhconvert.convert(portable)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert isinstance(config["kv_lora_rank"], int)
+    series = config["rope_frequencies"]
+    assert all(frequencies == list(range(len(series[0]))) for frequencies in series)
+    assert config["attention_output_bias"] is False
+
+
+def test_a_dry_run_agrees_with_the_run(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    planned = pipeline.plan(recipe(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+    report = mhconvert.convert(recipe(tmp_path / "out", verify=True))
+    assert planned["kv_bytes_per_token"] == report["kv_bytes_per_token"]
+    assert planned["parameters"]["donor"] == report["parameters"]["donor"]
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert 0.9 * written < planned["output_bytes"] < 1.3 * written
+    assert planned["disk_needed_bytes"] > sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+
+
+def test_existing_output_stays_as_it_is(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(
+        OutputError, match=r"exists; choose another folder with -o, or replace it with --force"
+    ):
+        mhconvert.convert(recipe(tmp_path / "out"))
+    assert (tmp_path / "out" / "mine").read_text() == "x"
+    mhconvert.convert(recipe(tmp_path / "out"), force=True)
+    assert not (tmp_path / "out" / "mine").exists()
+
+
+def test_an_absurd_error_stops_with_the_layer(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_advance", lambda *_: float("nan"))
+    with pytest.raises(MhconvertError, match=r"layer 0: the converted attention's relative error is nan"):
+        mhconvert.convert(recipe(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
