@@ -25,9 +25,10 @@ HEADER_BYTES_A_TENSOR = 256  # reserved in a shard before its tensors are known
 def byte_size(text: str) -> int:
     """ "5GB" -> 5 000 000 000. Raises OutputError for what is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
-    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
+    size = int(float(match[1]) * UNITS.get(match[2], 0)) if match else 0
+    if not size:
         raise OutputError(f"max_shard_size '{text}' is not a size such as 5GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return size
 
 
 class ShardWriter:
@@ -90,6 +91,7 @@ class ShardWriter:
         for number, shard in enumerate(self._shards, start=1):
             name = self._final_name(number)
             header = json.dumps({"__metadata__": {"format": "pt"}} | shard["tensors"]).encode()
+            assert len(header) <= self._room, "a header longer than its room would run into the tensors"
             with open(self.folder / shard["file"], "r+b") as file:
                 file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
             os.replace(self.folder / shard["file"], self.folder / name)

@@ -110,12 +110,12 @@ def _token_rows(
 
 def _open(source: str) -> list[tuple[str, str]]:
     """(name, text) of each file that `source` stands for, or of the dataset of that name."""
-    if glob.has_magic(source):
+    path = Path(source)
+    if glob.has_magic(source) and not path.is_file():
         paths = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
         if not paths:
             raise CalibrationError(f"no calibration file matches '{source}'")
         return [(str(path), _read(path)) for path in paths]
-    path = Path(source)
     if path.is_file() or path.suffix in TEXT_SUFFIXES:
         return [(source, _read(path))]
     if path.is_dir():
@@ -134,11 +134,14 @@ def _read(path: Path) -> str:
     if path.suffix != ".jsonl":
         return content
     documents = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() also breaks inside strings
         if not line.strip():
             continue
         try:
-            documents.append(str(json.loads(line)["text"]))
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError("text is no string")
+            documents.append(text)
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(
                 f"calibration file {path}, line {number}: not a JSON object with a 'text' field"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +58,10 @@ def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
     elements = round(settings.kv_budget * donor)
     smallest = 3 if settings.profile == "quality" else 6
     if elements < smallest:
+        lowest = math.ceil(1e4 * smallest / donor) / 1e4
         raise BudgetError(
             f"kv_budget={settings.kv_budget} leaves {elements} of the donor's {donor} KV elements per token and "
-            f"layer; choose between {smallest / donor:.4f} and 1"
+            f"layer; choose between {lowest:.4f} and 1"
         )
     rank = rope = None
     if settings.profile == "portable":

@@ -1,4 +1,4 @@
-"""Every way of reading the same tokens gives the same logits: caches, chunks, padding, batches, beams, attention kernels.
+"""Every way of reading the same tokens gives the same logits: caches, chunks, padding, batches, beams, kernels.
 
 Tolerance: another order of float32 sums in two layers, 1e-5 of the logits.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -168,9 +169,9 @@ def test_the_error_never_rises_with_the_rank(groups: int, seed: int, bias: bool)
         output_error(surgery(weights, statistics, everything, rank, output_bias=bias), weights, spread)
         for rank in ranks
     ]
-    whole = torch.einsum("Dhd,hde,ef,hgf,Dhg->", weights.o, weights.v[weights.group], spread,
-                         weights.v[weights.group], weights.o).item()  # fmt: skip
-    assert all(later <= earlier + EXACT * whole for earlier, later in zip(errors, errors[1:], strict=False))
+    exact = torch.einsum("Dhd,hde->hDe", weights.o, weights.v[weights.group])
+    whole = torch.einsum("hij,jk,hik->", exact, spread, exact).item()
+    assert all(later <= earlier + EXACT * whole for earlier, later in pairwise(errors))
     assert errors[-1] <= EXACT * whole
 
 

@@ -1,0 +1,104 @@
+"""Recipes survive YAML, and what no recipe has is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mhconvert.convert.errors import BudgetError, MhconvertError
+from mhconvert.convert.mla.settings import MLASettings
+from mhconvert.convert.recipe import Calibration, Recipe, load_recipe, save_recipe
+
+PLAIN = {"model": "smollm2-135m", "method": "mla"}
+EVERYTHING = Recipe(
+    model="org/name@main",
+    method="mla",
+    settings=MLASettings(kv_lora_rank=88, qk_rope_head_dim=32, profile="portable"),
+    output="out/ä folder",
+    calibration=Calibration(sources=("a.txt", "b/*.jsonl"), tokens=4096, sequence_length=128, held_out=3),
+    effort="high",
+    fit_steps=0,
+    seed=7,
+    dtype="bfloat16",
+    device="cpu",
+    max_shard_size="500MB",
+    verify=False,
+    trust_remote_code=True,
+)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(**PLAIN), EVERYTHING], ids=["plain", "everything"])
+def test_the_yaml_round_trip(recipe: Recipe, tmp_path: Path) -> None:
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_every_choice_differs_from_its_default_in_the_round_trip() -> None:
+    plain = Recipe(**PLAIN)
+    same = [
+        f.name for f in dataclasses.fields(Recipe) if getattr(plain, f.name) == getattr(EVERYTHING, f.name)
+    ]
+    assert same == ["method"]
+
+
+def test_defaults() -> None:
+    recipe = Recipe.from_dict(PLAIN)
+    assert recipe.settings == MLASettings()
+    assert recipe.calibration.sources == ("self",)
+    assert recipe.output_folder("smollm2-135m") == Path("smollm2-135m-mla")
+    assert EVERYTHING.output_folder("x") == Path("out/ä folder")
+    assert Recipe.from_dict(PLAIN | {"calibration": {"sources": "a.txt"}}).calibration.sources == ("a.txt",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": 0.5}, "recipe has no key 'budget'; it has calibration, device,"),
+        ({"settings": {"rank": 3}}, "settings has no key 'rank'; it has kv_budget, kv_lora_rank, profile,"),
+        ({"calibration": {"files": []}}, "calibration has no key 'files'; it has held_out, sequence_length,"),
+        ({"method": "mqa"}, "unknown method 'mqa'; choose one of mla"),
+        ({"effort": "some"}, "effort 'some' is not one of quick, default, high"),
+        ({"fit_steps": -1}, "fit_steps=-1 is negative; 0 means the closed form alone"),
+    ],
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(MhconvertError, match=message):
+        Recipe.from_dict(PLAIN | change)
+
+
+def test_a_recipe_without_a_model() -> None:
+    with pytest.raises(MhconvertError, match=r"recipe: .*'model'"):
+        Recipe.from_dict({"method": "mla"})
+    with pytest.raises(MhconvertError, match="unknown method ''"):
+        Recipe.from_dict({"model": "x"})
+
+
+def test_a_setting_out_of_range() -> None:
+    with pytest.raises(BudgetError, match=r"kv_budget=3 is outside"):
+        Recipe.from_dict(PLAIN | {"settings": {"kv_budget": 3}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: [", "cannot be read"),
+        ("- a\n- b", "is not a mapping of settings"),
+        ("", "is not a mapping of settings"),
+        ("model: !!python/object/apply:os.system [echo]", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_recipe(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(MhconvertError, match=message) as caught:
+        load_recipe(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MhconvertError, match=r"none\.yaml cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
