@@ -1,4 +1,4 @@
-"""Linear algebra of the surgeries: pure functions in float64 / complex128."""
+"""Linear algebra of the surgeries: pure functions, in float64 / complex128 where they factorise."""
 
 import torch
 from torch import Tensor
@@ -46,3 +46,9 @@ def realified(matrix: Tensor) -> Tensor:
         (torch.cat((matrix.real, -matrix.imag), dim=-1), torch.cat((matrix.imag, matrix.real), dim=-1)),
         dim=-2,
     )
+
+
+def relative_error(output: Tensor, target: Tensor) -> float:
+    """‖output − target‖² / ‖target‖² over all elements, on the output's device."""
+    expected = target.to(output.device)
+    return ((output - expected).square().sum() / expected.square().sum()).item()

@@ -21,6 +21,7 @@ from mhconvert.convert import calibrate, checkpoint, estimate, proof, provenance
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError
+from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.methods import Method, build_method
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
@@ -176,7 +177,7 @@ def _advance(layer: calibrate.Layer, attention: Any, streams: Streams, dtype: to
     inputs = layer.attention_inputs(held)
     outputs = layer.attend(layer.attention, inputs)
     converted = layer.attend(attention, inputs)
-    error = ((converted - outputs).square().sum() / outputs.square().sum()).item()
+    error = relative_error(converted, outputs)
     elements = {
         "donor": layer.cache_elements(layer.attention, inputs),
         "converted": layer.cache_elements(attention, inputs),

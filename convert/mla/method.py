@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mhconvert.convert.families import require
+from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.mla import modeling_mla
 from mhconvert.convert.mla.budget import LayerBudget, check_series, layer_budget
 from mhconvert.convert.mla.settings import MLASettings
@@ -93,8 +94,9 @@ class MLA:
         )
         weights = attention_weights(attention, self.donor_config)
         basis = rotary_basis(weights, statistics)
+        device = position_embeddings[0].device
         rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
-        probe, expected = inputs[-rows:], targets[-rows:]
+        probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
         best: tuple[float, Any, Candidate] | None = None
         components = self.budget.component_choices(self.effort)
         queue = [Candidate(count, VALUE_WEIGHT) for count in components]
@@ -103,8 +105,9 @@ class MLA:
             candidate = queue.pop(0)
             tried.add(candidate)
             latent = self._surgery(weights, statistics, basis, candidate)
-            module = self._module(latent, index, position_embeddings[0].device)
-            error = _relative_error(module, probe, expected, position_embeddings)
+            module = self._module(latent, index, device)
+            with torch.no_grad():
+                error = relative_error(module(probe, position_embeddings)[0], expected)
             if best is None or error < best[0]:
                 best = (error, module, candidate)
             if not queue and self.effort != "quick":
@@ -189,16 +192,6 @@ def latent_config(donor_config: Any, output_bias: bool) -> Any:
     )
     config._attn_implementation = "sdpa"
     return config
-
-
-@torch.no_grad()
-def _relative_error(
-    module: nn.Module, inputs: Tensor, targets: Tensor, position_embeddings: tuple[Tensor, Tensor]
-) -> float:
-    """‖module(inputs) − targets‖² / ‖targets‖²."""
-    device = position_embeddings[0].device
-    output = module(inputs.to(device), position_embeddings)[0].cpu()
-    return ((output - targets).square().sum() / targets.square().sum()).item()
 
 
 METHOD = MLA

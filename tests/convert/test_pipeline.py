@@ -232,7 +232,7 @@ def test_existing_output_stays_as_it_is(recipe: Callable[..., Recipe], tmp_path:
 def test_an_absurd_error_stops_with_the_layer(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_advance", lambda *_: float("nan"))
+    monkeypatch.setattr(pipeline, "_advance", lambda *_: {"relative_error": float("nan")})
     with pytest.raises(MhconvertError, match=r"layer 0: the converted attention's relative error is nan"):
         mhconvert.convert(recipe(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

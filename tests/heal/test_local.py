@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.heal.local import fit
+from mhconvert.heal.local import UNSEEN, fit
 from tests.convert.mla.conversions import attention_inputs, converted, donor_model, rotary_of, token_ids
 
 Problem = tuple[nn.Module, Tensor, Tensor, tuple[Tensor, Tensor]]
@@ -96,3 +96,13 @@ def test_the_inputs_are_left_alone_and_need_no_gradient() -> None:
         fitted(attention, inputs, targets, embeddings, steps=2)
     assert torch.equal(inputs, before[0])
     assert torch.equal(targets, before[1])
+
+
+@pytest.mark.parametrize("budget", [0.98, 0.95, 0.5])
+def test_the_rows_that_judge_never_get_worse(budget: float) -> None:
+    """Few tokens can fit a nearly exact layer to themselves and hurt it elsewhere; then the closed form stays."""
+    attention, inputs, targets, embeddings = problem(budget)
+    unseen = slice(len(inputs) - max(1, len(inputs) // UNSEEN), None)
+    judged = (inputs[unseen], targets[unseen], embeddings)
+    trained = fitted(attention, inputs, targets, embeddings, steps=100)
+    assert error(trained, *judged) <= error(attention, *judged)
