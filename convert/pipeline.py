@@ -28,7 +28,7 @@ from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.workspace import Streams, Workspace
 
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
-FIT_STEPS = {"quick": 0, "default": 100, "high": 400}
+FIT_STEPS = {"quick": 0, "default": 80, "high": 400}
 FIT_TOKENS = 1536  # a step
 
 

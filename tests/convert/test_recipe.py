@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mhconvert.convert.errors import BudgetError, MhconvertError
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.recipe import Calibration, Recipe, load_recipe, save_recipe
 
+RECIPES = Path(str(files("mhconvert.recipes")))
 PLAIN = {"model": "smollm2-135m", "method": "mla"}
 EVERYTHING = Recipe(
     model="org/name@main",
@@ -102,3 +104,9 @@ def test_a_file_that_is_no_recipe(content: str, message: str, tmp_path: Path) ->
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MhconvertError, match=r"none\.yaml cannot be read"):
         load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_that_ship_are_recipes(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert path.name == f"{recipe.model}-{recipe.method}.yaml"
