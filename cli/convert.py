@@ -60,8 +60,11 @@ def command(
 
 
 def _method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The method's own options that have a value. Raises BadParameter for one that the method does not have."""
+    """The method's own options that have a value. Raises BadParameter for one that the method does not have,
+    and for two ways to say one thing."""
     chosen = {name: given[name] for name in METHOD_OPTIONS if given[name] is not None}
+    if "kv_budget" in chosen and {"kv_lora_rank", "qk_rope_head_dim"} & chosen.keys():
+        raise typer.BadParameter("give --kv-budget, or --kv-lora-rank and --qk-rope-head-dim, but not both")
     for name in chosen.keys() - {field.name for field in dataclasses.fields(settings_class(method))}:
         raise typer.BadParameter(f"--{name.replace('_', '-')} does not apply to {method}")
     return chosen

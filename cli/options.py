@@ -66,7 +66,7 @@ Calibration = Annotated[
     ),
 ]
 CalibrationTokens = Annotated[
-    int | None, typer.Option(metavar="N", help="Calibration tokens in all; by source and device.")
+    int | None, typer.Option(metavar="N", help="Calibration tokens in all; by source, device and effort.")
 ]
 RowLength = Annotated[int, typer.Option(metavar="N", help="Tokens in a calibration row.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of every random choice.")]

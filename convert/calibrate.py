@@ -55,7 +55,7 @@ def check(recipe: Recipe, config: Any) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit and part.sequence_length > limit:
         raise CalibrationError(
-            f"sequence_length={part.sequence_length} is more than the donor reads ({limit} tokens)"
+            f"sequence_length={part.sequence_length} is more than the donor reads; choose --sequence-length ≤ {limit}"
         )
     if part.sequence_length < 8:
         raise CalibrationError(f"sequence_length={part.sequence_length} is too short; use at least 8")

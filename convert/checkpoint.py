@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class ShardWriter:
         self.folder, self.limit = folder, limit
         self._room = -(-max(1, tensors) * HEADER_BYTES_A_TENSOR // 4096) * 4096
         self._shards: list[dict[str, Any]] = state["shards"] if state else []
+        self._unsynced: set[str] = set()
         for number, shard in enumerate(self._shards, start=1):
             final = folder / self._final_name(number)
             if final.exists():  # cut short while the shards were being named
@@ -71,6 +73,7 @@ class ShardWriter:
         with open(self.folder / shard["file"], "r+b") as file:
             file.seek(8 + self._room + begin)
             file.write(raw.numpy().data)
+        self._unsynced.add(shard["file"])
         shard["bytes"] = begin + len(raw)
         shard["tensors"][name] = {
             "dtype": DTYPE_NAMES[data.dtype],
@@ -80,9 +83,10 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Make what was added durable."""
-        if self._shards:
-            with open(self.folder / self._shards[-1]["file"], "r+b") as file:
+        for name in sorted(self._unsynced):
+            with open(self.folder / name, "r+b") as file:
                 os.fsync(file.fileno())
+        self._unsynced.clear()
 
     def finish(self) -> int:
         """Write the headers and the index and give the shards their names; returns the bytes of all tensors."""
@@ -120,12 +124,16 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def check_free(output: Path, force: bool) -> None:
-    """Raises OutputError when `output` exists and may not be replaced."""
-    if output.exists() and not force:
+def check_free(output: Path, force: bool, donor: Path | None = None) -> None:
+    """Raises OutputError when `output` exists and may not be replaced; what holds the folder `donor` never may."""
+    if os.path.lexists(output) and not force:
         raise OutputError(f"{output} exists; choose another folder with -o, or replace it with --force")
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file, not a folder; choose another name with -o")
+    if os.path.lexists(output) and not output.is_dir():
+        raise OutputError(f"{output} is no folder; choose another name with -o")
+    if not output.name or output.name == ".." or output.is_mount():
+        raise OutputError(f"'{output}' cannot be replaced as a whole; name a folder of its own with -o")
+    if donor is not None and donor.resolve().is_relative_to(output.resolve()):
+        raise OutputError(f"{output} holds the donor, which is only read; choose another folder with -o")
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -143,9 +151,10 @@ def check_space(folder: Path, needed: int) -> None:
 
 def replace_folder(partial: Path, output: Path) -> None:
     """Give the finished folder its name; an old folder of that name goes away only then."""
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.replace(output, old)
+    if not os.path.lexists(output):
+        os.replace(partial, output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    os.replace(output, old / output.name)
     os.replace(partial, output)
     shutil.rmtree(old, ignore_errors=True)

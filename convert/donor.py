@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from mhconvert.convert import hub, resolve
 from mhconvert.convert.errors import CheckpointError, UnsupportedError
 from mhconvert.convert.families import Family, family_of
 from mhconvert.convert.gguf_model import gguf_generation_config, gguf_tokenizer
 from mhconvert.convert.progress import Listener, ignore
-from mhconvert.convert.sources import TensorSource
+from mhconvert.convert.sources import TensorSource, read_json
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEAD_BLOCK = 1 << 14  # rows of the output embedding cast to fp32 at a time
@@ -78,11 +78,7 @@ class Donor:
         """The donor's tokenizer. Raises CheckpointError when it has none that transformers can load."""
         if self._place.header is not None:
             return gguf_tokenizer(self._place.header)
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._trust)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"the tokenizer in {self.folder} cannot be loaded: {reason}") from error
+        return resolve.load_tokenizer(self.folder, self._trust)
 
     def decoder_layer(
         self, index: int, device: torch.device | str, dtype: torch.dtype = torch.float32
@@ -147,10 +143,11 @@ class Donor:
         return model.eval().requires_grad_(False)
 
     def generation_config(self) -> GenerationConfig:
-        """The donor's generation settings; from its config when it ships none."""
+        """The donor's generation settings; from its config when it ships none. CheckpointError if unreadable."""
         if self._place.header is not None:
             return gguf_generation_config(self._place.header)
         if (self.folder / "generation_config.json").is_file():
+            read_json(self.folder / "generation_config.json")
             return GenerationConfig.from_pretrained(self.folder)
         return GenerationConfig.from_model_config(self.config)
 

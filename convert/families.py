@@ -109,6 +109,12 @@ def _qk_norm(config: Any) -> str | None:
     return name and f"{name}=True: QK-norm is not supported yet"
 
 
+def _heads(config: Any) -> str | None:
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    bad = groups < 1 or heads % groups
+    return f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}" if bad else None
+
+
 def _window(config: Any) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window:
@@ -130,4 +136,4 @@ def _rope(config: Any) -> str | None:
 
 Check = Callable[[Any], str | None]
 MODEL_CHECKS: tuple[Check, ...] = (_multimodal, _encoder, _unknown_family, _quantised)
-ATTENTION_CHECKS: tuple[Check, ...] = (_bias, _qk_norm, _window, _rope)
+ATTENTION_CHECKS: tuple[Check, ...] = (_heads, _bias, _qk_norm, _window, _rope)

@@ -36,7 +36,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """What `run` would do: sizes, KV arithmetic, disk and memory. Reads no weights, writes nothing."""
     device = pick_device(recipe.device)
     donor, method = _open(recipe, ignore)
-    checkpoint.check_free(recipe.output_folder(donor.name), force=True)
+    checkpoint.check_free(recipe.output_folder(donor.name), True, donor.folder)
     return estimate.plan(recipe, donor, method, device)
 
 
@@ -60,7 +60,7 @@ def run(
     device = pick_device(recipe.device)
     donor, method = _open(recipe, tell)
     output, dtype = recipe.output_folder(donor.name), estimate.output_dtype(recipe, donor)
-    checkpoint.check_free(output, force)
+    checkpoint.check_free(output, force, donor.folder)
     _ = donor.source  # downloads, and checks every name and shape
     sizes = estimate.plan(recipe, donor, method, device)
     space = Workspace(output, recipe, sizes["disk_needed_bytes"], resume=resume, force=force)

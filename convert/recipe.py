@@ -20,7 +20,7 @@ class Calibration:
     """Text that the statistics and the layer-local fit see.
 
     sources: files (.txt, .jsonl with a `text` field; globs are expanded), dataset names, or "self" (sampled
-    from the donor). tokens: how many in all (None: by source and device). sequence_length: tokens a row.
+    from the donor). tokens: how many in all (None: by source, device and effort). sequence_length: tokens a row.
     held_out: rows of the same text kept out of statistics and fit, on which fidelity is measured.
     """
 
@@ -61,6 +61,8 @@ class Recipe:
             raise MhconvertError(f"effort '{self.effort}' is not one of quick, default, high")
         if self.fit_steps is not None and self.fit_steps < 0:
             raise MhconvertError(f"fit_steps={self.fit_steps} is negative; 0 means the closed form alone")
+        if not 0 <= self.seed < 2**32:
+            raise MhconvertError(f"seed={self.seed} is not between 0 and {2**32 - 1}")
 
     def output_folder(self, donor_name: str) -> Path:
         """Where the checkpoint goes: `output`, or `./<donor>-<method>`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from mhconvert.convert import hub, wheel
 from mhconvert.convert.aliases import ALIASES, EMBEDDED, near_matches
@@ -19,6 +19,7 @@ from mhconvert.convert.errors import CheckpointError, UnsupportedError
 from mhconvert.convert.families import FAMILIES
 from mhconvert.convert.gguf import GGUFHeader, GGUFSource, read_gguf_header
 from mhconvert.convert.gguf_model import gguf_config
+from mhconvert.convert.methods import METHODS
 from mhconvert.convert.progress import Listener
 from mhconvert.convert.sources import SafetensorsSource, TensorSource, read_json
 
@@ -62,7 +63,7 @@ def resolve(reference: str, *, on_progress: Listener) -> Place:
     path = Path(reference).expanduser()
     if reference in ALIASES:
         return _from_alias(reference, on_progress)
-    if path.is_dir():
+    if reference and path.is_dir():
         return _from_folder(reference, path, name=path.resolve().name.lower())
     if path.suffix == ".gguf" or path.is_file():
         return _from_file(reference, path)
@@ -136,6 +137,10 @@ def read_config(folder: Path) -> Any:
     model_type = read_json(file).get("model_type")
     if model_type is None:
         raise CheckpointError(f"{file} names no model_type; it is not a transformers model")
+    if str(model_type).split("_")[0] in METHODS:
+        raise UnsupportedError(
+            f"{folder} is already converted ({model_type}); convert the donor it was made from"
+        )
     if model_type not in CONFIG_MAPPING:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedError(
@@ -147,6 +152,15 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(
             f"{file} is not a valid {model_type} config: {' '.join(str(error).split())}"
         ) from error
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer in `folder`. Raises CheckpointError when there is none that transformers can load."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
 
 
 def _licence(folder: Path) -> str | None:

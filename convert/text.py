@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,7 @@ def _token_rows(
 
 def _open(source: str) -> list[tuple[str, str]]:
     """(name, text) of each file that `source` stands for, or of the dataset of that name."""
+    source = os.path.expanduser(source)  # the shell leaves a quoted ~ alone
     path = Path(source)
     if glob.has_magic(source) and not path.is_file():
         paths = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]

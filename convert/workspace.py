@@ -8,9 +8,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from mhconvert.convert.errors import MhconvertError, OutputError
 from mhconvert.convert.recipe import Recipe
 
 WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
+LOCK = "lock"  # in it: held as long as a run lasts
 COMMIT_SHARE = 0.1  # of a run's time that commits may take: each writes both streams
 NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may change
 
@@ -62,6 +63,7 @@ class Workspace:
         self._recipe, self._needed = recipe, needed
         self._resume, self._force = resume, force
         self._work = self.partial / WORK
+        self._limit = byte_size(recipe.max_shard_size)
         self.layers: list[dict[str, Any]] = []
         self.earlier_seconds = 0.0
         self._begun = self._committed = time.perf_counter()
@@ -87,31 +89,37 @@ class Workspace:
     def __enter__(self) -> Workspace:
         state = self._work / "state.json"
         found = self.partial.exists()
-        if found and not self._resume and not self._force:
-            finished = len(json.loads(state.read_text())["layers"]) if state.is_file() else 0
-            raise OutputError(
-                f"{self.partial} holds an interrupted run ({finished} layers finished); --resume continues it, "
-                "--force starts over"
-            )
-        if found and not (self._resume and state.is_file()):
-            shutil.rmtree(self.partial)
-        if not self.partial.exists():
+        if not found:
             check_space(self.partial, self._needed)
+        elif not self._work.is_dir() and not (self.partial / "recipe.yaml").is_file():
+            raise OutputError(
+                f"{self.partial} is not the work of mhconvert; move it away, or choose another -o"
+            )
+        self._make()
         try:
-            self._work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.partial} cannot be made: {error.strerror}") from error
-        self._lock()
-        if state.is_file():
-            self._load(json.loads(state.read_text()))
+            if found and not self._resume and not self._force:
+                finished = len(json.loads(state.read_text())["layers"]) if state.is_file() else 0
+                raise OutputError(
+                    f"{self.partial} holds an interrupted run ({finished} layers finished); --resume continues "
+                    "it, --force starts over"
+                )
+            if found and not (self._resume and state.is_file()):
+                self._empty()
+                check_space(self.partial, self._needed)
+            if state.is_file():
+                self._load(json.loads(state.read_text()))
+        except BaseException:
+            self._lock_file.close()
+            raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self._lock_file.close()
         if isinstance(error, MhconvertError):
             shutil.rmtree(self.partial, ignore_errors=True)
+            with suppress(OSError):  # somebody else uses them by now
+                for folder in self._made:
+                    folder.rmdir()
         elif isinstance(error, (OSError, SafetensorError)) and _disk_full(error):
             raise OutputError(
                 f"the disk is full; {len(self.layers)} layers are finished in {self.partial}: free some space and "
@@ -131,8 +139,7 @@ class Workspace:
         self, teacher: Tensor, student: Tensor, fitted: int, outer: Iterable[tuple[str, Tensor]], tensors: int
     ) -> None:
         """Start with the embedded rows, and write the tensors that lie outside the layers."""
-        limit = byte_size(self._recipe.max_shard_size)
-        self._writer = ShardWriter(self.partial, limit, tensors)
+        self._writer = ShardWriter(self.partial, self._limit, tensors)
         self._tensors = tensors
         for name, tensor in outer:
             self._writer.add(name, tensor)
@@ -163,6 +170,7 @@ class Workspace:
 
     def publish(self) -> None:
         """Give the folder its final name."""
+        (self._work / "state.json").unlink()  # first: half a work folder is nothing to resume from
         shutil.rmtree(self._work)
         replace_folder(self.partial, self.output)
 
@@ -200,8 +208,7 @@ class Workspace:
         self._streams = Streams(
             streams["teacher"], streams["student"], state["fitted"], streams["teacher"][:0]
         )
-        limit = byte_size(self._recipe.max_shard_size)
-        self._writer = ShardWriter(self.partial, limit, self._tensors, state["writer"])
+        self._writer = ShardWriter(self.partial, self._limit, self._tensors, state["writer"])
 
     def _result_recipe(self) -> dict[str, Any]:
         values = {k: v for k, v in self._recipe.to_dict().items() if k not in NOT_THE_RESULT}
@@ -210,8 +217,15 @@ class Workspace:
     def _stream_file(self, layers: int) -> Path:
         return self._work / f"streams-{layers:05d}.safetensors"
 
-    def _lock(self) -> None:
-        self._lock_file = open(self._work / "lock", "w")  # noqa: SIM115
+    def _make(self) -> None:
+        """Make the work folder, remember which folders above it are new, and lock it."""
+        parents = self.partial.absolute().parents
+        self._made = [folder for folder in parents if not folder.exists()]
+        try:
+            self._work.mkdir(parents=True, exist_ok=True)
+            self._lock_file = open(self._work / LOCK, "w")  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"{self.partial} cannot be made: {error.strerror}") from error
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -219,6 +233,12 @@ class Workspace:
             raise OutputError(
                 f"another run is writing {self.partial}; wait for it, or choose another -o"
             ) from error
+
+    def _empty(self) -> None:
+        """Remove everything but the lock that this run holds."""
+        for path in (*self.partial.iterdir(), *self._work.iterdir()):
+            if path.name not in (WORK, LOCK):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

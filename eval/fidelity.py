@@ -111,9 +111,10 @@ def text_rows(tokenizer: Any, text: Path, sequence_length: int, sequences: int) 
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     needed = sequence_length * sequences
     if len(ids) < needed:
+        fewer = f"--sequences ≤ {len(ids) // sequence_length} or " if len(ids) >= sequence_length else ""
         raise MhconvertError(
             f"{text} has {len(ids)} tokens and {sequences} × {sequence_length} = {needed} are asked for; "
-            f"choose --sequences ≤ {len(ids) // sequence_length} or a shorter --sequence-length"
+            f"choose {fewer}a shorter --sequence-length, or more text"
         )
     return torch.tensor(ids[:needed], dtype=torch.long).view(sequences, sequence_length)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +28,12 @@ class Options:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise MhconvertError(f"--max-new-tokens {self.max_new_tokens} generates nothing; use at least 1")
-        if self.temperature < 0:
-            raise MhconvertError(f"--temperature {self.temperature} is negative; 0 is greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise MhconvertError(
+                f"--temperature {self.temperature} is not between 0, which is greedy, and infinity"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise MhconvertError(f"--seed {self.seed} is not between 0 and {2**32 - 1}")
 
 
 class _Listening(TextStreamer):

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert import families, pipeline
-from mhconvert.convert.donor import open_donor
-from mhconvert.convert.errors import MhconvertError
-from mhconvert.convert.methods import METHODS
+from mhconvert.convert import estimate, families
+from mhconvert.convert.donor import Donor, open_donor
+from mhconvert.convert.errors import CheckpointError, MhconvertError
+from mhconvert.convert.methods import METHODS, build_method
 from mhconvert.convert.recipe import Recipe
 from mhconvert.eval.load import converted_method, read_config
 
@@ -30,7 +30,10 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     else:
         config = read_config(reference, made_by)
         dtype = _torch_dtype(config.dtype)
-    elements = sum(cache_elements(config))
+    try:
+        elements = sum(cache_elements(config))
+    except (ValueError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{reference}/config.json is not whole: {error}") from error
     bytes_per_token = elements * dtype.itemsize
     return {
         "reference": reference,
@@ -44,7 +47,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
             "bytes_per_token": bytes_per_token,
             "bytes": {str(length): length * bytes_per_token for length in CONTEXTS},
         },
-        "methods": _methods(reference, config, made_by, trust_remote_code),
+        "methods": _methods(donor, config, made_by),
     }
 
 
@@ -83,8 +86,8 @@ def attention(config: Any) -> dict[str, Any]:
     return facts
 
 
-def _methods(reference: str, config: Any, made_by: str | None, trust: bool) -> dict[str, Any]:
-    if made_by is not None:
+def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str, Any]:
+    if donor is None:
         refusal = f"it is already converted by {made_by}; convert the original donor"
         return {name: {"applies": False, "reason": refusal} for name in METHODS}
     found: dict[str, dict[str, Any]] = {}
@@ -93,7 +96,9 @@ def _methods(reference: str, config: Any, made_by: str | None, trust: bool) -> d
         if reason is not None:
             continue
         try:
-            plan = pipeline.plan(Recipe(model=reference, method=name, trust_remote_code=trust))
+            recipe = Recipe(model=donor.reference, method=name)
+            method = build_method(name, config, recipe.settings, recipe.effort)
+            plan = estimate.plan(recipe, donor, method, torch.device("cpu"))
         except MhconvertError as error:
             found[name]["reason"] = str(error)
             continue

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.convert.methods import METHODS
+from mhconvert.convert.resolve import load_tokenizer
+from mhconvert.convert.sources import require_finite
 
 PROVENANCE = "mhconvert.json"
 
@@ -33,25 +37,32 @@ class OpenModel:
         return int(self.config.get_text_config().vocab_size)
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer."""
+        """The model's tokenizer. Raises CheckpointError when there is none that can be read."""
         if self.donor is not None:
             return self.donor.tokenizer()
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.reference)
+        return load_tokenizer(Path(self.reference), self.trust_remote_code)
 
     def model(self) -> Any:
-        """The whole model on the device."""
+        """The whole model on the device. Raises CheckpointError for weights that are missing, damaged or not finite."""
         if self.donor is not None:
             return self.donor.model(torch.device(self.device), torch.float32).eval()
         from transformers import AutoModelForCausalLM
 
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self.reference, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                self.reference,
+                dtype=torch.float32,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{self.reference} does not load: {_first_line(error)}") from error
+        model, loading = opened
+        for fault in ("missing", "unexpected", "mismatched"):  # transformers would go on with random weights
+            for name in sorted(map(str, loading[f"{fault}_keys"])):
+                raise CheckpointError(f"{self.reference} does not fit its config: tensor {name} is {fault}")
+        for name, weight in model.named_parameters():
+            require_finite(weight.detach(), name, Path(self.reference))
         return model.to(self.device).eval()
 
     def require_length(self, tokens: int) -> None:
@@ -78,7 +89,7 @@ def read_config(folder: str, method: str) -> Any:
     importlib.import_module(METHODS[method]).register()
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder}/config.json does not load: {_first_line(error)}") from error
 
 

@@ -69,9 +69,10 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, head_dim] -> output [B, T, D], weights."""
         batch, length, _ = hidden_states.shape
-        query = (
-            self.q_proj(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
-        )  # B H T n+p
+        query_width = (
+            self.qk_nope_head_dim + self.qk_rope_head_dim
+        )  # H is counted: tensor parallelism divides it
+        query = self.q_proj(hidden_states).view(batch, length, -1, query_width).transpose(1, 2)  # B H T n+p
         q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rot = (
             self.kv_a_proj_with_mqa(hidden_states)
@@ -116,13 +117,23 @@ class LatentAttention(nn.Module):
     def expand_kv(self, latent: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         """Latent [B, 1, S, r] and rotary key [B, 1, S, p] -> keys [B, H, S, n + p], values [B, H, S, v]."""
         batch, _, length, _ = latent.shape
-        expanded = self.kv_b_proj(latent).view(batch, length, self.num_heads, -1).transpose(1, 2)
-        k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        return torch.cat((k_nope, k_rot.expand(-1, self.num_heads, -1, -1)), dim=-1), value
+        widths = [self.qk_nope_head_dim, self.v_head_dim]
+        expanded = self.kv_b_proj(latent).view(batch, length, -1, sum(widths)).transpose(1, 2)
+        k_nope, value = expanded.split(widths, dim=-1)
+        return torch.cat((k_nope, k_rot.expand(-1, k_nope.shape[1], -1, -1)), dim=-1), value
 
     def can_absorb(self, attention_mask: Tensor | None) -> bool:
-        """Whether the mask is one that the absorbed form reads: none, or [B, 1, 1, S]."""
-        return attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
+        """Whether the absorbed form can read the mask (none, or [B, 1, 1, S]) and kv_b_proj's weight.
+
+        An adapter, a quantised or a divided kv_b_proj is more than its weight, or less: it has to be called.
+        """
+        up = self.kv_b_proj
+        plain = type(up) is nn.Linear and type(up.weight) is nn.Parameter and not hasattr(up, "_hf_hook")
+        plain = plain and not up._forward_hooks and not up._forward_pre_hooks
+        readable = attention_mask is None or (
+            isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
+        )
+        return plain and readable
 
     def absorbed_attention(
         self, q_nope: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, attention_mask: Tensor | None
@@ -132,7 +143,7 @@ class LatentAttention(nn.Module):
         q_nope [B, H, 1, n], q_rot [B, H, 1, p], latent [B, 1, S, r], k_rot [B, 1, S, p]
         -> output [B, 1, H v], weights [B, H, 1, S].
         """
-        weight = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
+        weight = self.kv_b_proj.weight.view(q_nope.shape[1], -1, self.kv_lora_rank)
         k_up, v_up = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # H n r, H v r
         latent, k_rot = latent.squeeze(1), k_rot.squeeze(1)
         q_latent = torch.einsum("bhn,hnr->bhr", q_nope.squeeze(2), k_up)

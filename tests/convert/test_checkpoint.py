@@ -183,8 +183,23 @@ def test_an_output_that_exists(tmp_path: Path) -> None:
         check_free(tmp_path, force=False)
     check_free(tmp_path, force=True)
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"is a file, not a folder"):
-        check_free(tmp_path / "file", force=True)
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(OutputError, match=r"is no folder"):
+            check_free(tmp_path / name, force=True)
+    for place in (Path("."), Path(".."), Path("/")):
+        with pytest.raises(OutputError, match=r"cannot be replaced as a whole"):
+            check_free(place, force=True)
+
+
+def test_the_donor_is_never_replaced(tmp_path: Path) -> None:
+    donor = tmp_path / "models" / "donor"
+    donor.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(donor)
+    for output in (donor, donor.parent, tmp_path / "link", tmp_path / "models" / ".." / "models" / "donor"):
+        with pytest.raises(OutputError, match=r"holds the donor, which is only read"):
+            check_free(output, True, donor)
+    check_free(donor / "converted", True, donor)
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,12 +214,25 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_finished_folder_takes_the_place_of_the_old(tmp_path: Path) -> None:
     partial, output = tmp_path / "out.partial", tmp_path / "out"
-    for folder, text in ((partial, "new"), (output, "old"), (tmp_path / "out.old", "older")):
+    for folder, text in ((partial, "new"), (output, "old"), (tmp_path / "out.old", "somebody's")):
         folder.mkdir()
         (folder / "file").write_text(text)
     replace_folder(partial, output)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
     assert (output / "file").read_text() == "new"
+    assert (tmp_path / "out.old" / "file").read_text() == "somebody's"
+
+
+def test_a_link_is_replaced_and_what_it_points_at_stays(tmp_path: Path) -> None:
+    partial, real, output = tmp_path / "out.partial", tmp_path / "real", tmp_path / "out"
+    partial.mkdir()
+    real.mkdir()
+    (real / "file").touch()
+    output.symlink_to(real)
+    replace_folder(partial, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "real"]
+    assert not output.is_symlink()
+    assert (real / "file").exists()
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

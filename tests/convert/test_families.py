@@ -40,6 +40,7 @@ def test_scalings_by_a_constant_apply(rope):
     ("config", "words"),
     [
         (make_config(attention_bias=True), "attention_bias=True: projections with biases"),
+        (make_config(heads=4, kv_heads=3), "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
         (make_config(mlp_bias=True), "mlp_bias=True: projections with biases"),
         (make_config(use_qk_norm=True), "use_qk_norm=True: QK-norm is not supported yet"),
         (make_config(family="mistral", sliding_window=128), "sliding_window=128: windowed attention"),

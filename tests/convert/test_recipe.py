@@ -64,6 +64,8 @@ def test_defaults() -> None:
         ({"calibration": {"files": []}}, "calibration has no key 'files'; it has held_out, sequence_length,"),
         ({"method": "mqa"}, "unknown method 'mqa'; choose one of mla"),
         ({"effort": "some"}, "effort 'some' is not one of quick, default, high"),
+        ({"seed": -1}, "seed=-1 is not between 0 and 4294967295"),
+        ({"seed": 2**64}, "is not between 0 and 4294967295"),
         ({"fit_steps": -1}, "fit_steps=-1 is negative; 0 means the closed form alone"),
     ],
 )

@@ -11,6 +11,7 @@ from mhconvert.convert.errors import CheckpointError, UnsupportedError
     [
         ("smollm2-135", "unknown donor 'smollm2-135': did you mean smollm2-135m"),
         ("xyzzy", "unknown donor 'xyzzy': 'mhconvert donors' lists the names; a Hub id (org/name), a folder"),
+        ("", "unknown donor ''"),
         ("./nowhere", "'./nowhere' is no folder, no .gguf file and no Hub id"),
         ("a/b/c", "'a/b/c' is no folder, no .gguf file and no Hub id"),
         ("nowhere.gguf", "file nowhere.gguf does not exist"),
@@ -50,6 +51,14 @@ def test_folders_that_are_no_model(tmp_path, files, words):
     with pytest.raises(CheckpointError) as error:
         open_donor(str(tmp_path))
     assert words in str(error.value)
+
+
+def test_a_converted_folder_is_no_donor(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mla_llama"}')
+    with pytest.raises(
+        UnsupportedError, match=r"is already converted \(mla_llama\); convert the donor it was"
+    ):
+        open_donor(str(tmp_path))
 
 
 def test_model_types_unknown_to_transformers(tmp_path):

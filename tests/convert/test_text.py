@@ -117,6 +117,12 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str) -> None:
         drawn(source)
 
 
+def test_a_quoted_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "a.txt", 0x1000, 0x100)
+    assert drawn("~/a.txt").equal(drawn("~/*.txt"))
+
+
 def test_globs(tmp_path: Path) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
     written(tmp_path / "deep" / "a.txt", 0x1000, 0x100)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mhconvert import api
-from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.eval.fidelity import text_rows
 from mhconvert.eval.load import converted_method, open_model, recorded_donor
+from tests.convert.mla.conversions import converted, donor_model
 from tests.donors import make_donor, make_tokenizer
 
 LENGTH, ROWS = 32, 3
@@ -73,6 +78,54 @@ def test_another_vocabulary_cannot_be_compared(pair: tuple[Path, Path], text: Pa
     small = make_donor(folder / "small", vocab=300)
     with pytest.raises(MhconvertError, match=r"300 tokens and .* has 320"):
         api.evaluate(str(small), against=str(pair[0]), text=text, sequence_length=LENGTH, sequences=ROWS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Path:
+    converted(donor_model()).save_pretrained(folder / "converted")
+    make_tokenizer().save_pretrained(folder / "converted")
+    return folder / "converted"
+
+
+def damaged(checkpoint: Path, place: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> str:
+    """A copy of `checkpoint` at `place` with its tensors changed."""
+    shutil.copytree(checkpoint, place)
+    weights = load_file(place / "model.safetensors")
+    change(weights)
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    return str(place)
+
+
+UP, NORM = "model.layers.1.self_attn.kv_b_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop(UP), f"tensor {UP} is missing"),
+        (lambda w: w.update(extra=torch.zeros(1)), "tensor extra is unexpected"),
+        (lambda w: w[NORM].fill_(math.nan), f"tensor {NORM} in .* holds NaN values"),
+    ],
+    ids=["missing", "unexpected", "nan"],
+)
+def test_a_damaged_checkpoint_is_not_measured(
+    checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], words: str
+) -> None:
+    """transformers gives a missing tensor random values and goes on."""
+    assert api.generate(str(checkpoint), "hi", max_new_tokens=2, device="cpu")["new_tokens"] > 0
+    with pytest.raises(CheckpointError, match=words):
+        api.generate(damaged(checkpoint, tmp_path / "damaged", change), "hi", device="cpu")
+
+
+def test_a_truncated_checkpoint_and_one_without_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 5000)
+    with pytest.raises(CheckpointError, match="does not load"):
+        api.generate(str(tmp_path / "cut"), "hi", device="cpu")
+    for file in (tmp_path / "cut").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="the tokenizer in .* cannot be loaded"):
+        api.generate(str(tmp_path / "cut"), "hi", device="cpu")
 
 
 def test_only_folders_made_by_a_method_are_opened_by_our_classes(

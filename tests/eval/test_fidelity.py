@@ -125,7 +125,9 @@ def test_text_becomes_rows_without_special_tokens(tmp_path: Path) -> None:
 def test_text_refusals(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("few words", encoding="utf-8")
-    with pytest.raises(MhconvertError, match=r"16 × 1024 = 16384 are asked for; choose --sequences ≤ 0"):
+    with pytest.raises(
+        MhconvertError, match=r"16 × 1024 = 16384 are asked for; choose a shorter --sequence-length"
+    ):
         text_rows(make_tokenizer(), text, 1024, 16)
     with pytest.raises(MhconvertError, match=r"absent\.txt cannot be read"):
         text_rows(make_tokenizer(), tmp_path / "absent.txt", 8, 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +45,15 @@ def test_chat_wraps_the_prompt(donor: str, tmp_path: Path) -> None:
         api.generate(str(mute), "hello", chat=True, device="cpu")
 
 
-def test_a_negative_temperature_is_refused(donor: str) -> None:
-    with pytest.raises(MhconvertError, match="negative"):
-        api.generate(donor, "x", temperature=-1, device="cpu")
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"seed": 2**70}]
+)
+def test_options_out_of_range_are_refused(donor: str, options: dict[str, Any]) -> None:
+    with pytest.raises(MhconvertError, match="is not between 0"):
+        api.generate(donor, "x", device="cpu", **options)
+
+
+@pytest.mark.parametrize("device", ["meta", "nonsense"])
+def test_a_device_that_cannot_compute_is_refused(donor: str, device: str) -> None:
+    with pytest.raises(MhconvertError, match=f"device '{device}' cannot be used"):
+        api.generate(donor, "x", device=device)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mhconvert import api
+from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.mla.configuration_mla import MLALlamaConfig
 from mhconvert.eval.inspection import attention, cache_elements
 from tests.donors import make_config, make_donor
@@ -48,6 +49,20 @@ def test_a_donor(tmp_path: Path) -> None:
     assert facts["methods"]["mla"]["output_bytes"] > 0
     assert facts["methods"]["moh"]["reason"]
     json.dumps(facts)
+
+
+def test_what_a_run_would_need_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a window shorter than a calibration row nor a file where the output would go."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short-mla").touch()
+    donor = make_donor(tmp_path / "short", max_position_embeddings=64)
+    assert api.inspect(str(donor))["methods"]["mla"]["applies"]
+
+
+def test_a_converted_config_that_is_not_whole(tmp_path: Path) -> None:
+    MLALlamaConfig(num_hidden_layers=2, rope_frequencies=[[0], [0]]).save_pretrained(tmp_path)
+    with pytest.raises(MhconvertError, match=r"is not whole: config\.json lacks kv_lora_rank"):
+        api.inspect(str(tmp_path))
 
 
 def test_refused_by_name(tmp_path: Path) -> None:

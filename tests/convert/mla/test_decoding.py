@@ -5,6 +5,7 @@ Tolerance: another order of float32 sums in two layers, 1e-5 of the logits.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -93,3 +94,40 @@ def test_generation_with_the_cache_is_generation_without(model: Any, options: di
     plain = {k: v for k, v in options.items() if k != "cache_implementation"}
     expected = model.generate(**inputs, **settings, **plain, use_cache=False)
     assert torch.equal(model.generate(**inputs, **settings, **options, disable_compile=True), expected)
+
+
+class Adapted(torch.nn.Linear):
+    """An adapter around a projection, as peft makes them: its weight is not all that it does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["class", "hook"])
+def test_a_projection_that_is_more_than_its_weight_is_called(kind: str) -> None:
+    """Decoding with an unmerged adapter on kv_b_proj is not decoding without it."""
+    model, ids = converted(donor_model()), token_ids(2, 9)
+    for layer in model.model.layers:
+        up = layer.self_attn.kv_b_proj
+        if kind == "class":
+            up.__class__ = Adapted
+        else:
+            up.register_forward_hook(lambda _, inputs, output: output + inputs[0].mean(-1, keepdim=True))
+    assert relative(in_chunks(model, ids, DynamicCache(), [6, 1, 1, 1]), logits(model, ids)) < FLOAT32
+
+
+def test_heads_may_be_divided_among_devices() -> None:
+    """Two halves of the heads, as tensor parallelism makes them, add up to the layer."""
+    whole = converted(donor_model(kv_heads=4)).model.layers[0].self_attn
+    x, embeddings = torch.randn(2, 7, 64), (torch.rand(1, 7, 16), torch.rand(1, 7, 16))
+    parts = torch.zeros(2, 7, 64)
+    with torch.no_grad():
+        for half in range(2):
+            part = copy.deepcopy(whole)
+            for name in ("q_proj", "kv_b_proj"):
+                weight = getattr(part, name).weight
+                getattr(part, name).weight = torch.nn.Parameter(weight.chunk(2)[half])
+            part.o_proj.weight = torch.nn.Parameter(part.o_proj.weight.chunk(2, dim=1)[half])
+            part.o_proj.bias = None if half else part.o_proj.bias
+            parts += part(x, embeddings)[0]
+        assert relative(parts, whole(x, embeddings)[0]) < FLOAT32
