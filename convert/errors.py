@@ -21,5 +21,9 @@ class OutputError(MhconvertError):
     """The output folder exists, or the disk cannot hold it."""
 
 
+class ReloadKilledError(MhconvertError):
+    """The process that reloads the result was killed; what is finished stays for --resume."""
+
+
 class CalibrationError(MhconvertError):
     """Calibration text that is missing, unreadable or too short."""

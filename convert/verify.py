@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mhconvert.convert import verify_child
-from mhconvert.convert.errors import CheckpointError
+from mhconvert.convert.errors import CheckpointError, ReloadKilledError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def verify(
     bytes, bytes_per_token, elements_per_token} of the float32 cache object; parameters; seconds; peak_rss_bytes (the
     child's peak and what this process held meanwhile).
     Raises CheckpointError when the folder does not load, or its logits differ by more than
-    `tolerance` standard deviations of the probe's.
+    `tolerance` standard deviations of the probe's; ReloadKilledError when the process was killed.
     """
     resident = _resident()
     options = json.dumps({"prompt": prompt, "max_new_tokens": max_new_tokens, "threads": threads})
@@ -45,6 +45,11 @@ def verify(
         command = [sys.executable, "-I", verify_child.__file__, str(folder), str(probe), options, modules]
         child = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", check=False
+        )
+    if child.returncode < 0:
+        raise ReloadKilledError(
+            f"the process that reloads {folder} was ended by signal {-child.returncode} (out of memory?); the same "
+            "command with --resume --no-verify keeps what is finished and skips this check"
         )
     if child.returncode != 0:
         logger.debug("the bare process said:\n%s", child.stderr)
@@ -65,10 +70,7 @@ def verify(
 
 
 def _reason(child: subprocess.CompletedProcess[str]) -> str:
-    """The last line that says something, or the signal that ended the process."""
-    if child.returncode < 0:
-        hint = "; out of memory? --no-verify skips this check" if child.returncode == -9 else ""
-        return f"the process was ended by signal {-child.returncode}{hint}"
+    """The last line that says something."""
     lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]
     return lines[-1] if lines else f"the process ended with status {child.returncode}"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mhconvert.convert.calibrate import Rows
 from mhconvert.convert.checkpoint import ShardWriter, byte_size, check_space, replace_folder, write_json
-from mhconvert.convert.errors import MhconvertError, OutputError
+from mhconvert.convert.errors import MhconvertError, OutputError, ReloadKilledError
 from mhconvert.convert.recipe import Recipe
 
 WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
@@ -54,8 +54,8 @@ class Streams:
 class Workspace:
     """A run's folder. Use as a context: it is locked inside, and cleared when the run fails for good.
 
-    An interrupt or a full disk leaves it for `resume`. `layers`: what was chosen and measured for each finished
-    layer. A layer counts as finished when `state.json` says so; everything it needs was written before.
+    An interrupt, a full disk or a killed reload leaves it for `resume`. `layers`: what was chosen and measured
+    for each finished layer. A layer is finished when `state.json` says so; all it needs was written before.
     """
 
     def __init__(self, output: Path, recipe: Recipe, needed: int, *, resume: bool, force: bool):
@@ -99,10 +99,8 @@ class Workspace:
         try:
             if found and not self._resume and not self._force:
                 finished = len(json.loads(state.read_text())["layers"]) if state.is_file() else 0
-                raise OutputError(
-                    f"{self.partial} holds an interrupted run ({finished} layers finished); --resume continues "
-                    "it, --force starts over"
-                )
+                held = f"{self.partial} holds an interrupted run ({finished} layers finished)"
+                raise OutputError(f"{held}; --resume continues it, --force starts over")
             if found and not (self._resume and state.is_file()):
                 self._empty()
                 check_space(self.partial, self._needed)
@@ -115,7 +113,7 @@ class Workspace:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self._lock_file.close()
-        if isinstance(error, MhconvertError):
+        if isinstance(error, MhconvertError) and not isinstance(error, ReloadKilledError):
             shutil.rmtree(self.partial, ignore_errors=True)
             with suppress(OSError):  # somebody else uses them by now
                 for folder in self._made:
@@ -211,8 +209,8 @@ class Workspace:
         self._writer = ShardWriter(self.partial, self._limit, self._tensors, state["writer"])
 
     def _result_recipe(self) -> dict[str, Any]:
-        values = {k: v for k, v in self._recipe.to_dict().items() if k not in NOT_THE_RESULT}
-        return json.loads(json.dumps(values))
+        recipe = json.loads(json.dumps(self._recipe.to_dict()))  # as state.json gives it back
+        return {key: value for key, value in recipe.items() if key not in NOT_THE_RESULT}
 
     def _stream_file(self, layers: int) -> Path:
         return self._work / f"streams-{layers:05d}.safetensors"

@@ -42,10 +42,10 @@ class LatentAttentionFields:
         return self.rope_frequencies[layer_idx]
 
 
+# kv_a_proj_with_mqa stays whole on every device, as what it makes, the cache, serves all heads.
 LATENT_TP_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
     "layers.*.self_attn.kv_b_proj": "colwise",
-    "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
     "layers.*.self_attn.o_proj": "rowwise",
 }
 

@@ -144,40 +144,6 @@ def test_an_interrupted_run_is_not_overwritten_unasked(recipe: Callable[..., Rec
     assert (tmp_path / "cut").is_dir()
 
 
-@pytest.mark.parametrize("options", [{}, {"resume": True}, {"force": True}], ids=["plain", "resume", "force"])
-def test_a_run_at_work_is_left_alone(
-    recipe: Callable[..., Recipe], tmp_path: Path, options: dict[str, bool]
-) -> None:
-    def second(event: Progress) -> None:
-        if event.stage in ("calibrate", "layers") and event.done == 0:
-            with pytest.raises(OutputError, match=r"another run is writing"):
-                mhconvert.convert(recipe(tmp_path / "out"), **options)
-
-    mhconvert.convert(recipe(tmp_path / "out"), on_progress=second)
-    assert (tmp_path / "out").is_dir()
-
-
-def test_a_folder_of_somebody_else_is_not_worked_in(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "mine").touch()
-    with pytest.raises(OutputError, match=r"is not the work of mhconvert"):
-        mhconvert.convert(recipe(tmp_path / "out"), force=True)
-    assert (tmp_path / "out.partial" / "mine").exists()
-
-
-def test_the_donor_is_not_replaced(recipe: Callable[..., Recipe], donor: Path) -> None:
-    with pytest.raises(OutputError, match=r"holds the donor"):
-        mhconvert.convert(recipe(donor), force=True)
-    assert (donor / "model.safetensors").is_file()
-
-
-def test_a_fault_leaves_no_empty_parents(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    lacking = Calibration((str(tmp_path / "none.txt"),), tokens=128, sequence_length=64)
-    with pytest.raises(MhconvertError, match=r"none\.txt cannot be read"):
-        mhconvert.convert(recipe(tmp_path / "a" / "b" / "out", calibration=lacking))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_full_disk_keeps_what_is_finished(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,10 +117,10 @@ def test_a_configuration_without_sizes_says_so() -> None:
         config.layer_frequencies(0)
 
 
-def test_the_parallel_plan_names_every_projection() -> None:
+def test_the_parallel_plan_divides_what_belongs_to_heads() -> None:
     plan = latent_tp_plan({"layers.*.self_attn.k_proj": "colwise", "layers.*.mlp.up_proj": "colwise"})
     held = {name.split(".")[-1] for name in plan}
-    assert held == {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "up_proj"}
+    assert held == {"q_proj", "kv_b_proj", "o_proj", "up_proj"}  # the cache, from kv_a, serves every head
     assert set(MLALlamaConfig.base_model_tp_plan) > set(plan) - {"layers.*.mlp.up_proj"}
 
 
