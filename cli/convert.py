@@ -28,7 +28,7 @@ def command(
     fit_steps: o.FitSteps = None,
     calibration: o.Calibration = None,
     calibration_tokens: o.CalibrationTokens = None,
-    sequence_length: o.RowLength = 512,
+    sequence_length: o.RowLength = None,
     seed: o.Seed = 0,
     dtype: o.Dtype = None,
     device: o.Device = None,

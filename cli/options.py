@@ -68,7 +68,9 @@ Calibration = Annotated[
 CalibrationTokens = Annotated[
     int | None, typer.Option(metavar="N", help="Calibration tokens in all; by source, device and effort.")
 ]
-RowLength = Annotated[int, typer.Option(metavar="N", help="Tokens in a calibration row.")]
+RowLength = Annotated[
+    int | None, typer.Option(metavar="N", help="Tokens in a calibration row  [default: 512].")
+]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of every random choice.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,

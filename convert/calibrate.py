@@ -13,9 +13,10 @@ from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import CalibrationError
 from mhconvert.convert.progress import Listener
 from mhconvert.convert.recipe import Recipe
-from mhconvert.convert.text import sampled_rows, text_rows
+from mhconvert.convert.text import check_sources, sampled_rows, text_rows
 from mhconvert.convert.verify_child import cache_storage
 
+DEFAULT_ROW = 512  # tokens
 STEP_TOKENS = 8192  # that pass through a layer at the same time
 
 # Tokens when the recipe does not say: text costs a forward pass, sampling one step for each token of a row.
@@ -49,32 +50,40 @@ def token_count(recipe: Recipe, device: torch.device) -> int:
     return DEFAULT_TOKENS[source, kind][recipe.effort]
 
 
+def row_length(recipe: Recipe, config: Any) -> int:
+    """Tokens in a calibration row: the recipe's, or DEFAULT_ROW where the donor reads that many."""
+    limit = getattr(config, "max_position_embeddings", None) or DEFAULT_ROW
+    return recipe.calibration.sequence_length or min(DEFAULT_ROW, limit)
+
+
 def check(recipe: Recipe, config: Any) -> None:
-    """Raises CalibrationError for settings that no text can satisfy."""
-    part = recipe.calibration
+    """Raises CalibrationError for settings that no text can satisfy, and for files that are not there."""
+    part, length = recipe.calibration, row_length(recipe, config)
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and part.sequence_length > limit:
+    if limit and length > limit:
         raise CalibrationError(
-            f"sequence_length={part.sequence_length} is more than the donor reads; choose --sequence-length ≤ {limit}"
+            f"sequence_length={length} is more than the donor reads; choose --sequence-length ≤ {limit}"
         )
-    if part.sequence_length < 8:
-        raise CalibrationError(f"sequence_length={part.sequence_length} is too short; use at least 8")
-    if part.tokens is not None and part.tokens < part.sequence_length:
+    if length < 8:
+        raise CalibrationError(f"sequence_length={length} is too short; use at least 8")
+    if part.tokens is not None and part.tokens < length:
         raise CalibrationError(
-            f"{part.tokens} calibration tokens do not fill one row of {part.sequence_length}; ask for more, or for "
+            f"{part.tokens} calibration tokens do not fill one row of {length}; ask for more, or for "
             "shorter rows with --sequence-length"
         )
     if "self" in part.sources and len(part.sources) > 1:
         raise CalibrationError("calibration 'self' stands alone; leave it out to use files")
+    if part.sources != ("self",):
+        check_sources(part.sources)
     if part.held_out < 2:
         raise CalibrationError(f"held_out={part.held_out} rows measure nothing; use at least 2")
 
 
 def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listener) -> Rows:
     """The rows that `recipe` asks for, from its files, dataset or the donor itself."""
-    part = recipe.calibration
-    fit = token_count(recipe, device) // part.sequence_length
-    wanted, length = fit + part.held_out, part.sequence_length
+    part, length = recipe.calibration, row_length(recipe, donor.config)
+    fit = -(-token_count(recipe, device) // length)  # no fewer tokens than asked for
+    wanted = fit + part.held_out
     tokenizer = donor.tokenizer()
     if part.sources == ("self",):
         dtype = torch.float32 if device.type == "cpu" else donor.dtype
@@ -87,6 +96,29 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
             f"the tokenizer gives token {int(ids.max())} and the donor's vocabulary has {donor.config.vocab_size}"
         )
     return Rows(ids[:fit], ids[fit:])
+
+
+@dataclass
+class Streams:
+    """Hidden states between two layers, float32 on the CPU.
+
+    teacher (N, L, D): all calibration rows through the donor, the `fitted` ones first, then the held-out ones.
+    student (M, L, D): the held-out rows through the converted layers. outputs: the donor's attention outputs of
+    the fitted rows in the layer at hand.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    fitted: int
+    outputs: Tensor
+
+    @property
+    def teacher_fit(self) -> Tensor:
+        return self.teacher[: self.fitted]
+
+    @property
+    def teacher_held(self) -> Tensor:
+        return self.teacher[self.fitted :]
 
 
 class _Given(nn.Module):

@@ -134,6 +134,8 @@ def check_free(output: Path, force: bool, donor: Path | None = None) -> None:
         raise OutputError(f"'{output}' cannot be replaced as a whole; name a folder of its own with -o")
     if donor is not None and donor.resolve().is_relative_to(output.resolve()):
         raise OutputError(f"{output} holds the donor, which is only read; choose another folder with -o")
+    if os.path.lexists(output) and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise OutputError(f"{output} is no checkpoint, and --force replaces nothing else; choose another -o")
 
 
 def check_space(folder: Path, needed: int) -> None:

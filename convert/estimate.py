@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert.calibrate import token_count
+from mhconvert.convert.calibrate import row_length, token_count
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.methods import Method
@@ -43,7 +43,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     outer, per_layer, attention = _parameters(donor, method)
     converted = outer + layers * (per_layer - attention + method.new_parameters())
     tokens = token_count(recipe, device)
-    length = recipe.calibration.sequence_length
+    length = row_length(recipe, config)
     held = recipe.calibration.held_out * length
     streams = 4 * config.hidden_size * (tokens + 2 * held)
     output_bytes = converted * width

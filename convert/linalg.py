@@ -49,6 +49,7 @@ def realified(matrix: Tensor) -> Tensor:
 
 
 def relative_error(output: Tensor, target: Tensor) -> float:
-    """‖output − target‖² / ‖target‖² over all elements, on the output's device."""
+    """‖output − target‖² / ‖target‖² over all elements, on the output's device; 0 when both are zero."""
     expected = target.to(output.device)
-    return ((output - expected).square().sum() / expected.square().sum()).item()
+    lost, whole = (output - expected).square().sum().item(), expected.square().sum().item()
+    return lost / whole if whole else (0.0 if lost == 0 else float("inf"))

@@ -21,6 +21,11 @@ class Method(Protocol):
     @property
     def model_class(self) -> Any: ...
 
+    @property
+    def decoder_class(self) -> Any:
+        """The same without its language-model head."""
+        ...
+
     def kv_elements(self) -> int:
         """Cache elements per token of the converted model, all layers."""
         ...

@@ -25,7 +25,7 @@ from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.methods import Method, build_method
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
-from mhconvert.convert.workspace import Streams, Workspace
+from mhconvert.convert.workspace import Workspace
 
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
 FIT_STEPS = {"quick": 0, "default": 80, "high": 400}
@@ -150,7 +150,7 @@ def _convert_layer(
     method: Method,
     layer: calibrate.Layer,
     index: int,
-    streams: Streams,
+    streams: calibrate.Streams,
     rotary: Any,
     position_embeddings: tuple[Tensor, Tensor],
     fit: Callable[..., None],
@@ -168,7 +168,9 @@ def _convert_layer(
     return attention, chosen
 
 
-def _advance(layer: calibrate.Layer, attention: Any, streams: Streams, dtype: torch.dtype) -> dict[str, Any]:
+def _advance(
+    layer: calibrate.Layer, attention: Any, streams: calibrate.Streams, dtype: torch.dtype
+) -> dict[str, Any]:
     """Move both streams past the layer; what the held-out rows say of it.
 
     relative_error: of the attention output, squared; kv_elements: what one token leaves in a cache object.

@@ -13,12 +13,13 @@ from mhconvert.convert import calibrate, estimate, provenance
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.verify import verify
-from mhconvert.convert.workspace import Streams, Workspace
+from mhconvert.convert.versions import versions
+from mhconvert.convert.workspace import Workspace
 
 
 def fidelity(
     donor: Donor,
-    streams: Streams,
+    streams: calibrate.Streams,
     rows: calibrate.Rows,
     measure: Callable[[], Any],
     dtype: torch.dtype,
@@ -78,5 +79,5 @@ def known_facts(
             "sequence_length": rows.fit.shape[1],
         },
         "recipe": recipe.to_dict(),
-        "versions": provenance.versions(),
+        "versions": versions(),
     }

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import platform
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +16,7 @@ from mhconvert.convert.donor import Donor
 from mhconvert.convert.methods import Method
 from mhconvert.convert.recipe import Recipe, save_recipe
 from mhconvert.convert.verify_child import peak_memory
-from mhconvert.version import __version__
+from mhconvert.convert.versions import versions
 
 PROVENANCE = "mhconvert.json"
 RECIPE = "recipe.yaml"
@@ -35,6 +32,7 @@ def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype)
     model_file = Path(inspect.getfile(model))
     config.auto_map = {
         "AutoConfig": f"{config_file.stem}.{type(config).__name__}",
+        "AutoModel": f"{model_file.stem}.{method.decoder_class.__name__}",
         "AutoModelForCausalLM": f"{model_file.stem}.{model.__name__}",
     }
     donor.copy_files(folder)
@@ -70,17 +68,6 @@ def sha256(path: Path) -> str:
     """The file's SHA-256 in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of everything that decides a result's bits."""
-    return {
-        "mhconvert": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def peak_rss() -> int:

@@ -20,13 +20,14 @@ class Calibration:
     """Text that the statistics and the layer-local fit see.
 
     sources: files (.txt, .jsonl with a `text` field; globs are expanded), dataset names, or "self" (sampled
-    from the donor). tokens: how many in all (None: by source, device and effort). sequence_length: tokens a row.
+    from the donor). tokens: how many in all (None: by source, device and effort).
+    sequence_length: tokens a row (None: 512, or what the donor reads).
     held_out: rows of the same text kept out of statistics and fit, on which fidelity is measured.
     """
 
     sources: tuple[str, ...] = ("self",)
     tokens: int | None = None
-    sequence_length: int = 512
+    sequence_length: int | None = None
     held_out: int = 4
 
 

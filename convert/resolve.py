@@ -155,7 +155,16 @@ def read_config(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer in `folder`. Raises CheckpointError when there is none that transformers can load."""
+    """The tokenizer in `folder`. Raises CheckpointError when there is none that transformers can load.
+
+    Raises UnsupportedError for one with code of its own, unless `trust_remote_code`: what is made from it would
+    ask for that code too.
+    """
+    settings = folder / "tokenizer_config.json"
+    if not trust_remote_code and settings.is_file() and "auto_map" in read_json(settings):
+        raise UnsupportedError(
+            f"the tokenizer in {folder} runs code of its own (auto_map); --trust-remote-code allows it"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

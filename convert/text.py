@@ -51,6 +51,15 @@ def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, 
     return torch.tensor(found)
 
 
+def check_sources(sources: tuple[str, ...]) -> None:
+    """Raises CalibrationError for a file that is not there, a pattern without a match, or a folder. Reads nothing."""
+    for source in sources:
+        for path in _paths(source):
+            if not os.access(path, os.R_OK):
+                reason = "no permission" if path.exists() else "there is no such file"
+                raise CalibrationError(f"calibration file {path} cannot be read: {reason}")
+
+
 def sampled_rows(
     model: Any, tokenizer: Any, rows: int, length: int, seed: int, on_progress: Listener
 ) -> Tensor:
@@ -111,20 +120,26 @@ def _token_rows(
 
 def _open(source: str) -> list[tuple[str, str]]:
     """(name, text) of each file that `source` stands for, or of the dataset of that name."""
+    paths = _paths(source)
+    return [(str(path), _read(path)) for path in paths] if paths else [(source, _dataset(source))]
+
+
+def _paths(source: str) -> list[Path]:
+    """The files that `source` stands for; none when it can only be the name of a dataset."""
     source = os.path.expanduser(source)  # the shell leaves a quoted ~ alone
     path = Path(source)
     if glob.has_magic(source) and not path.is_file():
         paths = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
         if not paths:
             raise CalibrationError(f"no calibration file matches '{source}'")
-        return [(str(path), _read(path)) for path in paths]
+        return paths
     if path.is_file() or path.suffix in TEXT_SUFFIXES:
-        return [(source, _read(path))]
+        return [path]
     if path.is_dir():
         raise CalibrationError(
             f"calibration '{source}' is a folder; name its files, for example '{source}/*.jsonl'"
         )
-    return [(source, _dataset(source))]
+    return []
 
 
 def _read(path: Path) -> str:

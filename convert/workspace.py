@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mhconvert.convert.calibrate import Rows
+from mhconvert.convert.calibrate import Rows, Streams
 from mhconvert.convert.checkpoint import ShardWriter, byte_size, check_space, replace_folder, write_json
 from mhconvert.convert.errors import MhconvertError, OutputError, ReloadKilledError
 from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.versions import versions
 
 WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
 LOCK = "lock"  # in it: held as long as a run lasts
 COMMIT_SHARE = 0.1  # of a run's time that commits may take: each writes both streams
 NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may change
-
-
-@dataclass
-class Streams:
-    """Hidden states between two layers, float32 on the CPU.
-
-    teacher (N, L, D): all calibration rows through the donor, the `fitted` ones first, then the held-out ones.
-    student (M, L, D): the held-out rows through the converted layers. outputs: the donor's attention outputs of
-    the fitted rows in the layer at hand.
-    """
-
-    teacher: Tensor
-    student: Tensor
-    fitted: int
-    outputs: Tensor
-
-    @property
-    def teacher_fit(self) -> Tensor:
-        return self.teacher[: self.fitted]
-
-    @property
-    def teacher_held(self) -> Tensor:
-        return self.teacher[self.fitted :]
 
 
 class Workspace:
@@ -180,6 +157,7 @@ class Workspace:
         _save({"teacher": self.streams.teacher, "student": self.streams.student}, self._stream_file(count))
         state = {
             "recipe": self._result_recipe(),
+            "versions": versions(),
             "layers": self.layers,
             "fitted": self.streams.fitted,
             "seconds": self.earlier_seconds + begun - self._begun,
@@ -200,6 +178,12 @@ class Workspace:
                 f"{self.partial} was started with another {keys[0]}; --resume needs the same command, --force "
                 "starts over"
             )
+        for name, version in versions().items():
+            if state["versions"].get(name) != version:
+                raise OutputError(
+                    f"{self.partial} was started with {name} {state['versions'].get(name)}, and this is {version}; "
+                    "use that version with --resume, or start over with --force"
+                )
         self.layers, self.earlier_seconds = state["layers"], state["seconds"]
         self._tensors = state["tensors"]
         streams = load_file(self._stream_file(len(self.layers)))

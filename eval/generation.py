@@ -69,6 +69,7 @@ def generate(
         "prompt_tokens": encoded["input_ids"].shape[1],
         "new_tokens": len(written),
         "kv_bytes_per_token": cache_storage(cache)[0] / int(cache.get_seq_length()),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "seconds": time.perf_counter() - started,
     }
 

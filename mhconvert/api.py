@@ -109,7 +109,8 @@ def generate(
 
     chat: the prompt is a user's message in the model's chat template. on_text is given the prompt (not in chat)
     and then the text as it appears.
-    Returns prompt, text, prompt_tokens, new_tokens, kv_bytes_per_token (measured on the cache), seconds.
+    Returns prompt, text, prompt_tokens, new_tokens, kv_bytes_per_token (measured on the cache, in
+    `dtype`), seconds.
     """
     from mhconvert.eval import generation, load
 

@@ -141,6 +141,11 @@ class MLA:
         """The transformers class that holds the result."""
         return MODELS[self.donor_config.model_type]
 
+    @property
+    def decoder_class(self) -> Any:
+        """The same without its language-model head."""
+        return self.model_class.decoder_class
+
     def _surgery(
         self, weights: AttentionWeights, statistics: LayerStatistics, basis: RotaryBasis, choice: Candidate
     ) -> LatentWeights:

@@ -193,10 +193,11 @@ class MLALlamaModel(LatentAttentionModel, LlamaModel):
 
 class MLALlamaForCausalLM(LlamaForCausalLM):
     config_class = MLALlamaConfig
+    decoder_class = MLALlamaModel
 
     def __init__(self, config: MLALlamaConfig):
         super().__init__(config)
-        self.model = MLALlamaModel(config)
+        self.model = self.decoder_class(config)
         self.post_init()
 
 
@@ -207,8 +208,9 @@ class MLAMistralModel(LatentAttentionModel, MistralModel):
 
 class MLAMistralForCausalLM(MistralForCausalLM):
     config_class = MLAMistralConfig
+    decoder_class = MLAMistralModel
 
     def __init__(self, config: MLAMistralConfig):
         super().__init__(config)
-        self.model = MLAMistralModel(config)
+        self.model = self.decoder_class(config)
         self.post_init()

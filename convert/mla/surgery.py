@@ -126,8 +126,9 @@ def kept_components(damage: Tensor, count: int) -> Tensor:
 def series_components(damage: Tensor, count: int) -> Tensor:
     """(F, G) bool: one component, the one that hurts most, in each of the `count` highest frequencies.
 
-    That is one geometric series from 1 for every layer, which stock latent-attention classes express by
-    rope_theta and qk_rope_head_dim; the lowest frequencies are the cheapest to leave out.
+    That is one geometric series from 1 for every layer (before the donor's RoPE scaling, if any), which stock
+    latent-attention classes express by rope_theta and qk_rope_head_dim; the lowest frequencies are the cheapest to
+    leave out.
     """
     kept = torch.zeros(damage.shape, dtype=torch.bool)
     kept[torch.arange(count), damage[:count].argmax(-1)] = True
@@ -235,4 +236,5 @@ def _metric(
     values = torch.block_diag(*(outputs[group == g].sum(0) for g in range(len(key_maps))))
     value_rows = weights.v.flatten(0, 1)
     value_energy = (values * (value_rows @ statistics.key_moment @ value_rows.mT)).sum()
-    return torch.block_diag(keys, value_price / value_energy.clamp_min(TINY) * values)
+    price = value_price / value_energy if value_energy > 0 else torch.zeros_like(value_price)
+    return torch.block_diag(keys, price * values)

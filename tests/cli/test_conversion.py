@@ -159,16 +159,18 @@ def test_faults_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_then_resume_gives_the_same_bytes(cli: Cli, words: list[str], tmp_path: Path) -> None:
-    words = [*words[:-1], "60"]  # fit steps: long enough that a busy machine can still interrupt it
-    whole, out = tmp_path / "whole", tmp_path / "again"
-    assert cli(*words, "-o", whole, "--no-verify").returncode == 0
+def test_ctrl_c_then_resume_gives_the_same_bytes(
+    cli: Cli, converted: tuple[Path, dict], words: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "again"
     process = subprocess.Popen(
         [sys.executable, "-m", "mhconvert.cli.main", *words, "-o", out],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # A test run in the background of a script ignores Ctrl-C, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -182,4 +184,4 @@ def test_ctrl_c_then_resume_gives_the_same_bytes(cli: Cli, words: list[str], tmp
     assert not out.exists()
     resumed = cli(*words, "-o", out, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert weights(out) == weights(whole)
+    assert weights(out) == weights(converted[0])

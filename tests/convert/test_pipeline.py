@@ -7,49 +7,19 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import mhconvert
-from mhconvert.convert import checkpoint, pipeline
-from mhconvert.convert.errors import CheckpointError, MhconvertError, OutputError
+from mhconvert.convert import checkpoint, pipeline, workspace
+from mhconvert.convert.errors import CalibrationError, CheckpointError, MhconvertError, OutputError
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.progress import Progress
 from mhconvert.convert.recipe import Calibration, Recipe, load_recipe
+from tests.convert.conftest import LAYERS
 from tests.donors import make_donor
-
-LAYERS = 5
-
-
-@pytest.fixture(scope="module")
-def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_donor(tmp_path_factory.mktemp("pipeline") / "tiny", layers=LAYERS, kv_heads=2)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (f"{n} boats came home past the town; {n * n} were counted.\n" for n in range(300))
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
-    def build(output: Path, **changes: Any) -> Recipe:
-        settings = {
-            "settings": MLASettings(kv_budget=0.5),
-            "calibration": Calibration((str(text),), tokens=1024, sequence_length=64, held_out=2),
-            "fit_steps": 3,
-            "verify": False,
-            "device": "cpu",
-        }
-        return Recipe(str(donor), "mla", output=str(output), **(settings | changes))
-
-    return build
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -220,6 +190,9 @@ def test_a_dry_run_agrees_with_the_run(recipe: Callable[..., Recipe], tmp_path: 
 def test_existing_output_stays_as_it_is(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(OutputError, match=r"is no checkpoint, and --force replaces nothing else"):
+        mhconvert.convert(recipe(tmp_path / "out"), force=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(
         OutputError, match=r"exists; choose another folder with -o, or replace it with --force"
     ):
@@ -227,6 +200,38 @@ def test_existing_output_stays_as_it_is(recipe: Callable[..., Recipe], tmp_path:
     assert (tmp_path / "out" / "mine").read_text() == "x"
     mhconvert.convert(recipe(tmp_path / "out"), force=True)
     assert not (tmp_path / "out" / "mine").exists()
+
+
+def test_another_version_does_not_continue_a_run(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = recipe(tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        mhconvert.convert(cut, on_progress=stop_after(2, KeyboardInterrupt()))
+    monkeypatch.setattr(workspace, "versions", lambda: {"torch": "0.0"})
+    with pytest.raises(OutputError, match=r"was started with torch .*, and this is 0\.0"):
+        mhconvert.convert(cut, resume=True)
+    assert (tmp_path / "cut.partial").is_dir()
+
+
+def test_a_layer_without_output_stays_without(text: Path, tmp_path: Path) -> None:
+    """Depth-upscaled models have layers whose o_proj is zero: there is nothing to fit, and nothing is lost."""
+    folder = make_donor(tmp_path / "upscaled", layers=2)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    part = Calibration((str(text),), tokens=512, sequence_length=64)
+    report = mhconvert.convert(
+        Recipe(str(folder), "mla", output=str(tmp_path / "out"), calibration=part, fit_steps=3)
+    )
+    assert report["layers"][1]["relative_error"] == 0
+    assert report["verified"]["relative_logit_error"] < 1e-5
+
+
+def test_missing_text_is_seen_before_the_weights(donor: Path, tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent.txt")
+    with pytest.raises(CalibrationError, match=r"absent\.txt cannot be read: there is no such file"):
+        pipeline.plan(Recipe(str(donor), "mla", calibration=Calibration((absent,))))
 
 
 def test_an_absurd_error_stops_with_the_layer(

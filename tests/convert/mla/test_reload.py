@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +70,18 @@ def test_the_reloaded_logits_are_the_same_bits(
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
     sizes = [model.config.latent_rank(n) + 2 * len(model.config.layer_frequencies(n)) for n in range(2)]
     assert result["cache"]["elements_per_token"] == sum(sizes)
+
+
+def test_the_decoder_alone_loads_too(tmp_path: Path) -> None:
+    folder, ids = tmp_path / "converted", token_ids(2, 12)
+    model = written(folder, MLASettings(kv_budget=0.5))
+    program = (
+        "import sys, torch; sys.modules['mhconvert'] = None\n"
+        "from transformers import AutoModel\n"
+        f"model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()\n"
+        f"torch.save(model(torch.tensor({ids.tolist()})).last_hidden_state, {str(tmp_path / 'hidden.pt')!r})\n"
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, env=environment)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "hidden.pt"), model.model(ids).last_hidden_state)
