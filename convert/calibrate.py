@@ -103,18 +103,12 @@ class Streams:
     """Hidden states between two layers, float32 on the CPU.
 
     teacher (N, L, D): all calibration rows through the donor, the `fitted` ones first, then the held-out ones.
-    student (M, L, D): the held-out rows through the converted layers. outputs: the donor's attention outputs of
-    the fitted rows in the layer at hand.
+    student (M, L, D): the held-out rows through the converted layers.
     """
 
     teacher: Tensor
     student: Tensor
     fitted: int
-    outputs: Tensor
-
-    @property
-    def teacher_fit(self) -> Tensor:
-        return self.teacher[: self.fitted]
 
     @property
     def teacher_held(self) -> Tensor:

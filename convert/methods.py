@@ -38,10 +38,14 @@ class Method(Protocol):
         """Parameters that the method writes in one layer, at most."""
         ...
 
+    def observe(self, attention: Any, inputs: Any, position_embeddings: Any, rotary: Any) -> Any:
+        """What `convert` needs of a donor's attention: the same for every budget, and kept past the layer."""
+        ...
+
     def convert(
-        self, attention: Any, index: int, inputs: Any, targets: Any, position_embeddings: Any, rotary: Any
+        self, statistics: Any, index: int, inputs: Any, targets: Any, position_embeddings: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """A new attention module for layer `index` and what was chosen for it."""
+        """A new attention module for layer `index`, observed as `statistics`, and what was chosen for it."""
         ...
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:

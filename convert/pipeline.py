@@ -8,28 +8,20 @@ converted model's (the student). Everything is written to OUT.partial, which is 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mhconvert.convert import calibrate, checkpoint, estimate, proof, provenance
+from mhconvert.convert import calibrate, checkpoint, estimate, proof, provenance, steps
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
-from mhconvert.convert.errors import CheckpointError
-from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.methods import Method, build_method
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.workspace import Workspace
-
-ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
-FIT_STEPS = {"quick": 0, "default": 80, "high": 400}
-FIT_TOKENS = 1536  # a step
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -43,7 +35,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 def run(
     recipe: Recipe,
     *,
-    fit: Callable[..., None],
+    fit: steps.Fit,
     measure: Callable[[], Any],
     finish: Callable[[Path, dict[str, Any]], None],
     resume: bool = False,
@@ -105,14 +97,12 @@ def _convert_layers(
     device: torch.device,
     rows: calibrate.Rows,
     space: Workspace,
-    fit: Callable[..., None],
+    fit: steps.Fit,
     tell: Listener,
 ) -> list[dict[str, Any]]:
     """Every layer, from the first that is not finished; leaves both streams behind the last layer."""
     total, dtype = donor.config.num_hidden_layers, estimate.output_dtype(recipe, donor)
-    rotary = donor.rotary(device)
-    positions = torch.arange(rows.fit.shape[1], device=device).unsqueeze(0)
-    position_embeddings = rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
+    place = steps.positions(donor, rows.fit.shape[1], device)
     for index, chosen in enumerate(space.layers):
         method.restore(index, chosen)
     if not space.streams_ready:
@@ -124,24 +114,12 @@ def _convert_layers(
     tell(Progress("layers", len(space.layers), total))
     for index in range(len(space.layers), total):
         begun = time.perf_counter()
-        layer = calibrate.Layer(
-            donor.decoder_layer(index, device), donor.family.attention_norm, position_embeddings
-        )
-        attention, chosen = _convert_layer(
-            recipe, method, layer, index, streams, rotary, position_embeddings, fit
-        )
-        _round_to(attention, dtype)
-        measured = _advance(layer, attention, streams, dtype)
-        error = measured["relative_error"]
-        if not math.isfinite(error) or error > ABSURD_ERROR:
-            raise CheckpointError(
-                f"layer {index}: the converted attention's relative error is {error:.3g}; its weights or "
-                "statistics are not usable. Try other calibration text or a larger budget"
-            )
-        chosen |= {"index": index, "seconds": time.perf_counter() - begun} | measured
+        layer = steps.read(donor, index, place, device)
+        attention, chosen = _convert_layer(recipe, method, layer, index, streams, place, fit, dtype)
+        chosen |= {"index": index, "seconds": time.perf_counter() - begun}
         tensors = _layer_tensors(donor, method, index, attention, dtype)
         space.finish_layer(tensors, chosen, last=index + 1 == total)
-        tell(Progress("layers", index + 1, total, error=error))
+        tell(Progress("layers", index + 1, total, error=chosen["relative_error"]))
     return space.layers
 
 
@@ -151,52 +129,14 @@ def _convert_layer(
     layer: calibrate.Layer,
     index: int,
     streams: calibrate.Streams,
-    rotary: Any,
-    position_embeddings: tuple[Tensor, Tensor],
-    fit: Callable[..., None],
+    place: steps.Positions,
+    fit: steps.Fit,
+    dtype: torch.dtype,
 ) -> tuple[Any, dict[str, Any]]:
-    """Closed form on the teacher's stream, then the fit to the donor's attention outputs."""
-    inputs = layer.attention_inputs(streams.teacher_fit)
-    targets = layer.attend(layer.attention, inputs)
-    attention, chosen = method.convert(layer.attention, index, inputs, targets, position_embeddings, rotary)
-    steps = FIT_STEPS[recipe.effort] if recipe.fit_steps is None else recipe.fit_steps
-    if steps:
-        rows = max(1, FIT_TOKENS // inputs.shape[1])
-        seed = recipe.seed * 1000 + index
-        fit(attention, inputs, targets, position_embeddings, steps=steps, rows=rows, seed=seed)
-    streams.outputs = targets
-    return attention, chosen
-
-
-def _advance(
-    layer: calibrate.Layer, attention: Any, streams: calibrate.Streams, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Move both streams past the layer; what the held-out rows say of it.
-
-    relative_error: of the attention output, squared; kv_elements: what one token leaves in a cache object.
-    """
-    held = streams.teacher_held
-    inputs = layer.attention_inputs(held)
-    outputs = layer.attend(layer.attention, inputs)
-    converted = layer.attend(attention, inputs)
-    error = relative_error(converted, outputs)
-    elements = {
-        "donor": layer.cache_elements(layer.attention, inputs),
-        "converted": layer.cache_elements(attention, inputs),
-    }
-    layer.complete(streams.teacher_fit, streams.outputs)
-    layer.complete(held, outputs)
-    _round_to(layer.module, dtype)
-    student = streams.student
-    layer.complete(student, layer.attend(attention, layer.attention_inputs(student)))
-    return {"relative_error": error, "kv_elements": elements}
-
-
-@torch.no_grad()
-def _round_to(attention: Any, dtype: torch.dtype) -> None:
-    """What is measured from here on are the weights as they will be written."""
-    for parameter in attention.parameters():
-        parameter.copy_(parameter.to(dtype))
+    """The new attention of one layer, what was chosen and what was measured; both streams move past it."""
+    seen = steps.observe(layer, method, streams.teacher, streams.fitted, place, dtype)
+    attention, chosen = steps.convert(recipe, method, index, seen, place, fit, dtype)
+    return attention, chosen | steps.follow(layer, index, attention, seen, streams.student)
 
 
 def _layer_tensors(donor: Donor, method: Method, index: int, attention: Any, dtype: torch.dtype) -> Any:

@@ -118,7 +118,7 @@ class Workspace:
         self._tensors = tensors
         for name, tensor in outer:
             self._writer.add(name, tensor)
-        self._streams = Streams(teacher, student, fitted, teacher[:0])
+        self._streams = Streams(teacher, student, fitted)
         self._commit()
 
     def finish_layer(self, tensors: Iterable[tuple[str, Tensor]], chosen: dict[str, Any], last: bool) -> None:
@@ -187,9 +187,7 @@ class Workspace:
         self.layers, self.earlier_seconds = state["layers"], state["seconds"]
         self._tensors = state["tensors"]
         streams = load_file(self._stream_file(len(self.layers)))
-        self._streams = Streams(
-            streams["teacher"], streams["student"], state["fitted"], streams["teacher"][:0]
-        )
+        self._streams = Streams(streams["teacher"], streams["student"], state["fitted"])
         self._writer = ShardWriter(self.partial, self._limit, self._tensors, state["writer"])
 
     def _result_recipe(self) -> dict[str, Any]:

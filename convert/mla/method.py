@@ -36,6 +36,15 @@ PROBE_TOKENS = {"quick": 1024, "default": 2048, "high": 4096}  # on which candid
 
 
 @dataclass(frozen=True)
+class Observed:
+    """All of a donor layer that its conversions read, whatever their budgets; float64 on the CPU."""
+
+    weights: AttentionWeights
+    statistics: LayerStatistics
+    basis: RotaryBasis
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One way to spend a layer's budget."""
 
@@ -75,25 +84,29 @@ class MLA:
         projections = heads * (head_dim + rope) + elements + heads * head_dim + 1
         return config.hidden_size * projections + 2 * rank * heads * head_dim
 
-    def convert(
-        self,
-        attention: Any,
-        index: int,
-        inputs: Tensor,
-        targets: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        rotary: Any,
-    ) -> tuple[nn.Module, dict[str, Any]]:
-        """The latent attention of layer `index`, fp32 on the rotary's device, and what was chosen for it.
-
-        inputs, targets (N, L, D): attention inputs and outputs of the donor's layer on calibration text.
-        """
+    def observe(
+        self, attention: Any, inputs: Tensor, position_embeddings: tuple[Tensor, Tensor], rotary: Any
+    ) -> Observed:
+        """The weights of a donor's attention, and what `inputs` (N, L, D), its calibration text, says of them."""
         scaling = float(getattr(rotary, "attention_scaling", 1.0))
         statistics = observe(
             attention, self.donor_config, inputs, position_embeddings, rotary.inv_freq, scaling
         )
         weights = attention_weights(attention, self.donor_config)
-        basis = rotary_basis(weights, statistics)
+        return Observed(weights, statistics, rotary_basis(weights, statistics))
+
+    def convert(
+        self,
+        statistics: Observed,
+        index: int,
+        inputs: Tensor,
+        targets: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The latent attention of layer `index`, fp32 on the embeddings' device, and what was chosen for it.
+
+        inputs, targets (N, L, D): attention inputs and outputs of the donor's layer on calibration text.
+        """
         device = position_embeddings[0].device
         rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
         probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
@@ -104,7 +117,7 @@ class MLA:
         while queue:
             candidate = queue.pop(0)
             tried.add(candidate)
-            latent = self._surgery(weights, statistics, basis, candidate)
+            latent = self._surgery(statistics, candidate)
             module = self._module(latent, index, device)
             with torch.no_grad():
                 error = relative_error(module(probe, position_embeddings)[0], expected)
@@ -146,16 +159,14 @@ class MLA:
         """The same without its language-model head."""
         return self.model_class.decoder_class
 
-    def _surgery(
-        self, weights: AttentionWeights, statistics: LayerStatistics, basis: RotaryBasis, choice: Candidate
-    ) -> LatentWeights:
+    def _surgery(self, seen: Observed, choice: Candidate) -> LatentWeights:
         rank = self.budget.elements - 2 * choice.components
         if self.settings.profile == "portable":
-            kept = series_components(basis.damage, choice.components)
+            kept = series_components(seen.basis.damage, choice.components)
         else:
-            kept = kept_components(basis.damage, choice.components)
+            kept = kept_components(seen.basis.damage, choice.components)
         bias = self.config.attention_output_bias
-        return convert_layer(weights, statistics, basis, kept, rank, choice.value_weight, bias)
+        return convert_layer(seen.weights, seen.statistics, seen.basis, kept, rank, choice.value_weight, bias)
 
     def _set(self, index: int, rank: int, frequencies: list[int]) -> None:
         self.config.kv_lora_rank[index] = rank

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mhconvert
-from mhconvert.convert import checkpoint, pipeline, workspace
+from mhconvert.convert import checkpoint, pipeline, steps, workspace
 from mhconvert.convert.errors import CalibrationError, CheckpointError, MhconvertError, OutputError
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.progress import Progress
@@ -237,7 +237,7 @@ def test_missing_text_is_seen_before_the_weights(donor: Path, tmp_path: Path) ->
 def test_an_absurd_error_stops_with_the_layer(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_advance", lambda *_: {"relative_error": float("nan")})
+    monkeypatch.setattr(steps, "relative_error", lambda *_: float("nan"))
     with pytest.raises(MhconvertError, match=r"layer 0: the converted attention's relative error is nan"):
         mhconvert.convert(recipe(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

@@ -59,7 +59,8 @@ def latent_layers(donor: Any, method: MLA, ids: Tensor) -> list[Any]:
         with torch.no_grad():
             targets = layer.self_attn(x, embeddings, None)[0]
         rotary = donor.model.rotary_emb
-        layers.append(method.convert(layer.self_attn, index, x, targets, embeddings, rotary)[0])
+        seen = method.observe(layer.self_attn, x, embeddings, rotary)
+        layers.append(method.convert(seen, index, x, targets, embeddings)[0])
     return layers
 
 

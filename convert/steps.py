@@ -1,0 +1,129 @@
+"""The steps that take one layer from the donor to a conversion; a pass takes them for each layer in turn.
+
+    observe (the donor's side, once) ▸ convert ▸ fit ▸ follow (each conversion's side)
+
+`pipeline` makes one conversion and writes it; `curve` makes several from one observation and writes none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.convert.calibrate import Layer
+from mhconvert.convert.donor import Donor
+from mhconvert.convert.errors import CheckpointError
+from mhconvert.convert.linalg import relative_error
+from mhconvert.convert.methods import Method
+from mhconvert.convert.recipe import Recipe
+
+ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
+FIT_STEPS = {"quick": 0, "default": 80, "high": 400}
+FIT_TOKENS = 1536  # a step
+
+Fit = Callable[..., None]  # `heal.local.fit`
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The donor's rotary embedding, and what it gives for one row of calibration text: cos, sin (1, L, d)."""
+
+    rotary: Any
+    embeddings: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The donor's side of one layer, the same for every conversion of it; (N, L, D) float32 on the CPU.
+
+    inputs, targets: of its attention, on the fitted rows; held_inputs, held_targets: on the held-out ones.
+    statistics: what the method keeps of it. kv_elements: what one token leaves in a cache object.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    held_inputs: Tensor
+    held_targets: Tensor
+    statistics: Any
+    kv_elements: float
+
+
+def positions(donor: Donor, length: int, device: torch.device) -> Positions:
+    """The positions of rows of `length` tokens."""
+    rotary = donor.rotary(device)
+    numbers = torch.arange(length, device=device).unsqueeze(0)
+    return Positions(rotary, rotary(torch.zeros(1, dtype=torch.float32, device=device), numbers))
+
+
+def read(donor: Donor, index: int, place: Positions, device: torch.device) -> Layer:
+    """Decoder layer `index` of the donor, the only one in memory."""
+    return Layer(donor.decoder_layer(index, device), donor.family.attention_norm, place.embeddings)
+
+
+def fit_steps(recipe: Recipe) -> int:
+    """Optimiser steps a layer: the recipe's own, or by effort; 0: the closed form alone."""
+    return FIT_STEPS[recipe.effort] if recipe.fit_steps is None else recipe.fit_steps
+
+
+def observe(
+    layer: Layer, method: Method, teacher: Tensor, fitted: int, place: Positions, dtype: torch.dtype
+) -> Observed:
+    """What the donor's attention does with the teacher's stream, of which the first `fitted` rows are for fitting.
+
+    Afterwards the stream is behind the layer, and the layer has the weights that will be written (`dtype`).
+    """
+    fit, held = teacher[:fitted], teacher[fitted:]
+    inputs = layer.attention_inputs(fit)
+    targets = layer.attend(layer.attention, inputs)
+    statistics = method.observe(layer.attention, inputs, place.embeddings, place.rotary)
+    held_inputs = layer.attention_inputs(held)
+    held_targets = layer.attend(layer.attention, held_inputs)
+    elements = layer.cache_elements(layer.attention, held_inputs)
+    layer.complete(fit, targets)
+    layer.complete(held, held_targets)
+    _round_to(layer.module, dtype)
+    return Observed(inputs, targets, held_inputs, held_targets, statistics, elements)
+
+
+def convert(
+    recipe: Recipe, method: Method, index: int, seen: Observed, place: Positions, fit: Fit, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The new attention of layer `index`, closed form and fit, in the weights that will be written."""
+    inputs, targets = seen.inputs, seen.targets
+    attention, chosen = method.convert(seen.statistics, index, inputs, targets, place.embeddings)
+    steps = fit_steps(recipe)
+    if steps:
+        rows = max(1, FIT_TOKENS // inputs.shape[1])
+        seed = recipe.seed * 1000 + index
+        fit(attention, inputs, targets, place.embeddings, steps=steps, rows=rows, seed=seed)
+    _round_to(attention, dtype)
+    return attention, chosen
+
+
+def follow(layer: Layer, index: int, attention: Any, seen: Observed, student: Tensor) -> dict[str, Any]:
+    """Move the student's stream past the converted layer; what the held-out rows say of it.
+
+    relative_error: of the attention output, squared; kv_elements: what one token leaves in a cache object.
+    Raises CheckpointError for an error that no conversion can have.
+    """
+    error = relative_error(layer.attend(attention, seen.held_inputs), seen.held_targets)
+    if not math.isfinite(error) or error > ABSURD_ERROR:
+        raise CheckpointError(
+            f"layer {index}: the converted attention's relative error is {error:.3g}; its weights or "
+            "statistics are not usable. Try other calibration text or a larger budget"
+        )
+    elements = layer.cache_elements(attention, seen.held_inputs)
+    layer.complete(student, layer.attend(attention, layer.attention_inputs(student)))
+    return {"relative_error": error, "kv_elements": {"donor": seen.kv_elements, "converted": elements}}
+
+
+@torch.no_grad()
+def _round_to(module: Any, dtype: torch.dtype) -> None:
+    """What is measured from here on are the weights as they will be written."""
+    for parameter in module.parameters():
+        parameter.copy_(parameter.to(dtype))
