@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mhconvert.convert.errors import BudgetError
+from mhconvert.convert.errors import BudgetError, UnsupportedError
 from mhconvert.convert.mla.settings import MLASettings
 
 # Shares of a layer's elements that the rotary key may take; each is tried on the layer's own output error.
@@ -15,6 +15,11 @@ ROPE_SHARES = {
     "default": (1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 2 / 5, 1 / 2),
     "high": (1 / 12, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 3 / 10, 1 / 3, 2 / 5, 1 / 2),
 }
+SMALLEST = 3  # elements: one rotary component and one of the latent
+ROUND_WIDTH = 16  # elements
+
+# (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) that the MLA prefill of vLLM 0.33 takes on Hopper and older GPUs.
+KERNEL_SHAPES = ((128, 64, 128), (192, 64, 256), (64, 64, 128), (256, 0, 256))
 
 
 @dataclass(frozen=True)
@@ -49,29 +54,54 @@ class LayerBudget:
 def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
     """The elements per token and layer that `settings` grant a donor with `config`.
 
-    Raises BudgetError, with the range that is possible, when its geometry cannot express them.
+    Profile portable: every layer's rotary key has the width that kernels want at this head_dim.
+    Raises BudgetError, with the nearest that is possible, when the geometry cannot express the sizes, and
+    UnsupportedError for a head_dim that the profile does not have.
     """
     kv_heads, head_dim = config.num_key_value_heads, config.head_dim
     donor = 2 * kv_heads * head_dim
     if settings.kv_lora_rank is not None and settings.qk_rope_head_dim is not None:
-        return _explicit(settings.kv_lora_rank, settings.qk_rope_head_dim, kv_heads, head_dim)
+        budget = _explicit(settings.kv_lora_rank, settings.qk_rope_head_dim, kv_heads, head_dim)
+        if settings.profile == "portable" and settings.qk_rope_head_dim != portable_rope(head_dim):
+            raise BudgetError(
+                f"qk_rope_head_dim={settings.qk_rope_head_dim} has no kernel at head_dim={head_dim}: --profile "
+                f"portable needs {portable_rope(head_dim)}; choose that or --profile quality"
+            )
+        return budget
     elements = round(settings.kv_budget * donor)
-    smallest = 3 if settings.profile == "quality" else 6
+    rope = portable_rope(head_dim) if settings.profile == "portable" else None
+    smallest = SMALLEST if rope is None else rope + 1
     if elements < smallest:
-        lowest = math.ceil(1e4 * smallest / donor) / 1e4
+        needs = f"{smallest}" if rope is None else f"{smallest} (a rotary key of {rope} and a latent)"
         raise BudgetError(
             f"kv_budget={settings.kv_budget} leaves {elements} of the donor's {donor} KV elements per token and "
-            f"layer; choose between {lowest:.4f} and 1"
+            f"layer, and --profile {settings.profile} needs {needs}; the nearest that it can: "
+            f"{_nearest(smallest, donor)}"
         )
-    rank = rope = None
-    if settings.profile == "portable":
-        components = head_dim // 2
-        while 2 * components > max(2, elements // 3):
-            components //= 2
-        rope = 2 * components
-        rank = min(elements - rope, donor - rope)
-        elements = rank + rope
+    rank = None if rope is None else elements - rope
     return LayerBudget(elements, rank, rope, donor, head_dim // 2, kv_heads)
+
+
+def portable_rope(head_dim: int) -> int:
+    """qk_rope_head_dim of the kernel shape whose non-rotary part is a whole head; values may be padded to theirs.
+
+    Raises UnsupportedError for a head_dim that has none.
+    """
+    for nope, rope, value in KERNEL_SHAPES:
+        if nope == head_dim and rope and value >= head_dim:
+            return rope
+    shapes = ", ".join(map(str, KERNEL_SHAPES))
+    raise UnsupportedError(
+        f"--profile portable cannot express head_dim={head_dim}: vLLM's MLA kernels accept (qk_nope_head_dim, "
+        f"qk_rope_head_dim, v_head_dim) = {shapes}, which leaves head_dim 64, 128 and 192; use --profile quality"
+    )
+
+
+def _nearest(smallest: int, donor: int) -> str:
+    """The smallest budgets that are possible, as `0.1693 (65 elements), …`; after the first, round widths."""
+    widths = [smallest, *(w for w in range(0, donor + 1, ROUND_WIDTH) if w > smallest)][:3]
+    shares = [math.ceil(1e4 * width / donor) / 1e4 for width in widths]
+    return ", ".join(f"{share:.4g} ({round(share * donor)} elements)" for share in shares)
 
 
 def _explicit(rank: int, rope: int, kv_heads: int, head_dim: int) -> LayerBudget:
@@ -86,13 +116,3 @@ def _explicit(rank: int, rope: int, kv_heads: int, head_dim: int) -> LayerBudget
             f"kv_lora_rank={rank} is outside 1 … 2·num_key_value_heads·head_dim − qk_rope_head_dim = {most}"
         )
     return LayerBudget(rank + rope, rank, rope, 2 * keys, head_dim // 2, kv_heads)
-
-
-def check_series(budget: LayerBudget) -> None:
-    """A stock class holds each frequency once. Raises BudgetError when the rotary key is wider than that."""
-    assert budget.qk_rope_head_dim is not None
-    if budget.qk_rope_head_dim > 2 * budget.frequencies:
-        raise BudgetError(
-            f"qk_rope_head_dim={budget.qk_rope_head_dim} exceeds head_dim = {2 * budget.frequencies}, the most "
-            "that --profile portable can express; choose less or --profile quality"
-        )

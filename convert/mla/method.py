@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mhconvert.convert.families import require
 from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.mla import modeling_mla
-from mhconvert.convert.mla.budget import LayerBudget, check_series, layer_budget
+from mhconvert.convert.mla.budget import LayerBudget, layer_budget
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.mla.statistics import attention_weights, observe
 from mhconvert.convert.mla.surgery import (
@@ -62,8 +62,6 @@ class MLA:
         require(config, "mla")
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.budget: LayerBudget = layer_budget(config, settings)
-        if settings.profile == "portable":
-            check_series(self.budget)
         self.config = latent_config(config, settings.profile == "quality")
 
     def kv_elements(self) -> int:

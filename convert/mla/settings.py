@@ -1,5 +1,8 @@
 """What a user may choose about an MLA conversion."""
 
+from __future__ import annotations
+
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +17,8 @@ class MLASettings:
 
     kv_lora_rank, qk_rope_head_dim: explicit sizes instead of the budget (both or neither); elements per token.
     profile "quality": ranks and rotary frequencies may differ from layer to layer; "portable": one rank and one
-    geometric frequency series for all layers, as stock latent-attention classes want it.
+    geometric frequency series for all layers, as stock latent-attention classes want it, in the widths that
+    serving kernels accept (head_dim 64 or 128: a rotary key of 64 elements).
     """
 
     kv_budget: float = 0.5
@@ -31,6 +35,14 @@ class MLASettings:
             raise BudgetError("kv_lora_rank and qk_rope_head_dim go together; give both, or kv_budget alone")
         if self.profile not in ("quality", "portable"):
             raise BudgetError(f"profile '{self.profile}' is not one of quality, portable")
+
+    def at_budget(self, share: float) -> MLASettings:
+        """The same choices at another budget. Raises BudgetError where explicit sizes have fixed it."""
+        if self.kv_lora_rank is not None:
+            raise BudgetError(
+                "kv_lora_rank and qk_rope_head_dim fix the KV budget; leave them out to vary it"
+            )
+        return dataclasses.replace(self, kv_budget=share)
 
 
 SETTINGS = MLASettings

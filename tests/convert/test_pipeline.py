@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -166,13 +167,17 @@ def test_weights_written_in_another_dtype_are_the_ones_measured(
     assert report["kv_bytes_per_token"]["converted"] == LAYERS * 2 * 2 * 16 / 2 * 2
 
 
-def test_portable_is_one_rank_and_one_series(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    portable = recipe(tmp_path / "out", settings=MLASettings(kv_budget=0.5, profile="portable"), verify=True)
-    mhconvert.convert(portable)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_portable_is_one_rank_and_one_series(
+    recipe: Callable[..., Recipe], tmp_path: Path, head_dim: int
+) -> None:
+    donor = make_donor(tmp_path / "donor", layers=2, head_dim=head_dim)
+    settings = MLASettings(kv_budget=0.5, profile="portable")
+    mhconvert.convert(dataclasses.replace(recipe(tmp_path / "out", settings=settings), model=str(donor)))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert isinstance(config["kv_lora_rank"], int)
-    series = config["rope_frequencies"]
-    assert all(frequencies == list(range(len(series[0]))) for frequencies in series)
+    assert config["kv_lora_rank"] == 2 * head_dim - 64  # half of 2 · 2 · head_dim elements
+    assert config["rope_frequencies"] == [list(range(32))] * 2
+    assert config["qk_nope_head_dim"] == config["v_head_dim"] == head_dim
     assert config["attention_output_bias"] is False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mhconvert.convert.errors import BudgetError
-from mhconvert.convert.mla.budget import ROPE_SHARES, LayerBudget, check_series, layer_budget
+from mhconvert.convert.errors import BudgetError, UnsupportedError
+from mhconvert.convert.mla.budget import KERNEL_SHAPES, ROPE_SHARES, LayerBudget, layer_budget
 from mhconvert.convert.mla.settings import MLASettings, Profile
 
 quick = settings(max_examples=200, deadline=None, derandomize=True)
@@ -66,31 +67,52 @@ def test_the_whole_budget_keeps_every_component(groups: int, head_dim: int, effo
 
 
 @quick
-@given(kv_heads, head_dims, budgets)
-def test_a_portable_split_is_one_series(groups: int, head_dim: int, share: float) -> None:
-    assume(round(share * 2 * groups * head_dim) >= 6)
+@given(kv_heads, st.sampled_from([64, 128, 192]), budgets)
+def test_a_portable_split_is_what_kernels_accept(groups: int, head_dim: int, share: float) -> None:
+    elements = round(share * 2 * groups * head_dim)
+    assume(elements > 64)
     budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=share, profile="portable"))
-    rope, rank = budget.qk_rope_head_dim, budget.kv_lora_rank
-    assert rope is not None
-    assert rank is not None
-    assert rope % 2 == 0
-    assert 2 <= rope <= head_dim
-    assert rank >= 1
-    assert rank + rope == budget.elements == round(share * 2 * groups * head_dim)
-    assert budget.component_choices("quick") == [rope // 2]
-    check_series(budget)
+    assert budget.qk_rope_head_dim == 64
+    assert budget.kv_lora_rank == elements - 64
+    assert budget.elements == elements
+    assert budget.component_choices("quick") == [32]  # no more than one for each of the donor's frequencies
+    assert any((head_dim, 64) == shape[:2] and shape[2] >= head_dim for shape in KERNEL_SHAPES)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 80, 96, 256])
+def test_a_head_without_a_kernel_is_refused(head_dim: int) -> None:
+    message = (
+        rf"--profile portable cannot express head_dim={head_dim}: .*\(64, 64, 128\).*use --profile quality"
+    )
+    for choice in ({"kv_budget": 0.5}, {"kv_lora_rank": 8, "qk_rope_head_dim": 8}):
+        with pytest.raises(UnsupportedError, match=message):
+            layer_budget(geometry(4, head_dim), MLASettings(**choice, profile="portable"))  # type: ignore[arg-type]
+
+
+def test_the_nearest_portable_budgets_are_listed() -> None:
+    with pytest.raises(BudgetError) as caught:
+        layer_budget(geometry(3, 64), MLASettings(kv_budget=0.125, profile="portable"))
+    assert str(caught.value) == (
+        "kv_budget=0.125 leaves 48 of the donor's 384 KV elements per token and layer, and --profile portable needs "
+        "65 (a rotary key of 64 and a latent); the nearest that it can: 0.1693 (65 elements), 0.2084 (80 elements), "
+        "0.25 (96 elements)"
+    )
 
 
 @quick
-@given(kv_heads, head_dims, st.sampled_from(["quality", "portable"]))
-def test_a_refusal_names_a_budget_that_is_possible(groups: int, head_dim: int, profile: Profile) -> None:
+@given(kv_heads, st.sampled_from([64, 128]), st.sampled_from(["quality", "portable"]))
+def test_a_refusal_names_budgets_that_are_possible(groups: int, head_dim: int, profile: Profile) -> None:
     donor = 2 * groups * head_dim
     with pytest.raises(BudgetError, match=rf"leaves 1 of the donor's {donor} KV elements") as caught:
         layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=1 / donor, profile=profile))
-    lowest = float(str(caught.value).rsplit("between ", 1)[1].split(" and")[0])
-    assert (
-        layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=lowest, profile=profile)).elements >= 3
-    )
+    listed = str(caught.value).rsplit("it can: ", 1)[1]
+    found = re.findall(r"([\d.]+) \((\d+) elements\)", listed)
+    assert len(found) == 3
+    for share, elements in found:
+        budget = layer_budget(
+            geometry(groups, head_dim), MLASettings(kv_budget=float(share), profile=profile)
+        )
+        assert budget.elements == int(elements)
 
 
 @pytest.mark.parametrize(("rank", "rope"), [(1, 2), (88, 32), (64, 192), (192, 192), (382, 2)])
@@ -114,8 +136,9 @@ def test_a_rank_that_is_out_of_range(rank: int) -> None:
         layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=rank, qk_rope_head_dim=32))
 
 
-def test_a_series_holds_each_frequency_once() -> None:
-    wide = layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=8, qk_rope_head_dim=66))
-    with pytest.raises(BudgetError, match=r"qk_rope_head_dim=66 exceeds head_dim = 64.*--profile quality"):
-        check_series(wide)
-    check_series(layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=8, qk_rope_head_dim=64)))
+def test_an_explicit_rotary_key_that_no_kernel_accepts() -> None:
+    message = r"qk_rope_head_dim=32 has no kernel at head_dim=64: --profile portable needs 64"
+    with pytest.raises(BudgetError, match=message):
+        layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=8, qk_rope_head_dim=32, profile="portable"))
+    settings = MLASettings(kv_lora_rank=8, qk_rope_head_dim=64, profile="portable")
+    assert layer_budget(geometry(3, 64), settings).elements == 72

@@ -144,14 +144,14 @@ def test_the_cache_is_latent_and_rotary_key_alone() -> None:
 
 @pytest.mark.parametrize(("profile", "kind"), [("quality", list), ("portable", int)])
 def test_the_profile_decides_the_kind_of_rank(profile: Any, kind: type) -> None:
-    model = converted(donor_model(), MLASettings(kv_budget=0.5, profile=profile))
+    model = converted(donor_model(head_dim=64), MLASettings(kv_budget=0.5, profile=profile))
     assert isinstance(model.config.kv_lora_rank, kind)
     sizes = {model.config.latent_rank(n) + 2 * len(model.config.layer_frequencies(n)) for n in range(2)}
-    assert sizes == {32}
+    assert sizes == {128}
     for layer in model.model.layers:
         assert (layer.self_attn.o_proj.bias is not None) == (profile == "quality")
         if profile == "portable":
-            assert layer.self_attn.rope_frequencies == list(range(len(layer.self_attn.rope_frequencies)))
+            assert layer.self_attn.rope_frequencies == list(range(32))
 
 
 def test_the_shared_rotary_key_turns_with_its_own_frequencies() -> None:

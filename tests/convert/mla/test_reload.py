@@ -43,7 +43,7 @@ def written(folder: Path, settings: MLASettings, **config: Any) -> Any:
         (MLASettings(kv_budget=0.5), {"rope": YARN}),
         (
             MLASettings(kv_budget=0.4, profile="portable"),
-            {"family": "mistral", "sliding_window": None, "tied": False},
+            {"family": "mistral", "sliding_window": None, "tied": False, "head_dim": 64},
         ),
     ],
     ids=["quality", "portable"],

@@ -44,11 +44,11 @@ def test_settings_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("choice", "error", "message"),
     [
-        ({"kv_budget": 0.01}, BudgetError, "choose between 0.0469 and 1"),
+        ({"kv_budget": 0.01}, BudgetError, r"the nearest that it can: 0\.0469 \(3 elements\)"),
         (
-            {"kv_lora_rank": 8, "qk_rope_head_dim": 18, "profile": "portable"},
-            BudgetError,
-            "exceeds head_dim = 16",
+            {"kv_lora_rank": 8, "qk_rope_head_dim": 8, "profile": "portable"},
+            UnsupportedError,
+            "--profile portable cannot express head_dim=16",
         ),
     ],
 )
@@ -67,9 +67,16 @@ def test_the_method_refuses_a_donor_it_cannot_carry_over() -> None:
 @pytest.mark.parametrize("effort", ["quick", "default", "high"])
 @pytest.mark.parametrize("profile", ["quality", "portable"])
 def test_the_plan_counts_the_cache_that_is_granted(effort: str, profile: Any) -> None:
-    method = MLA(make_config(layers=3), MLASettings(kv_budget=0.4, profile=profile), effort)
-    assert method.kv_elements() == 3 * round(0.4 * 64)
+    method = MLA(make_config(layers=3, head_dim=64), MLASettings(kv_budget=0.4, profile=profile), effort)
+    assert method.kv_elements() == 3 * round(0.4 * 256)
     sizes = method.layer_sizes(0)
-    assert sizes["kv_elements"] == 26
+    assert sizes["kv_elements"] == 102
     if profile == "portable":
-        assert sizes["kv_lora_rank"] + sizes["qk_rope_head_dim"] == 26
+        assert (sizes["kv_lora_rank"], sizes["qk_rope_head_dim"]) == (38, 64)
+
+
+def test_another_budget_is_the_same_otherwise() -> None:
+    settings = MLASettings(kv_budget=0.25, profile="portable")
+    assert settings.at_budget(0.75) == MLASettings(kv_budget=0.75, profile="portable")
+    with pytest.raises(BudgetError, match="leave them out to vary it"):
+        MLASettings(kv_lora_rank=8, qk_rope_head_dim=8).at_budget(0.75)
