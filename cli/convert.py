@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, TextIO
-
-import typer
 
 from mhconvert.cli import options as o
 from mhconvert.cli.output import Flags, calm_transformers, execute
 from mhconvert.cli.progress import progress
-from mhconvert.convert.methods import settings_class
+from mhconvert.cli.recipe import method_options, recipe_of
 
 INTERRUPTED = "interrupted; the same command with --resume continues after the last finished layer"
-METHOD_OPTIONS = ("kv_budget", "kv_lora_rank", "qk_rope_head_dim", "profile")
 
 
 def command(
@@ -24,6 +20,7 @@ def command(
     kv_lora_rank: o.KvLoraRank = None,
     qk_rope_head_dim: o.QkRopeHeadDim = None,
     profile: o.Profile = None,
+    tolerance: o.Tolerance = None,
     effort: o.Effort = "default",
     fit_steps: o.FitSteps = None,
     calibration: o.Calibration = None,
@@ -44,46 +41,26 @@ def command(
 ) -> None:
     """Convert DONOR's attention; DONOR itself is only read."""
     given = locals()
-    settings = _method_options(to, given)
+    settings = method_options(to, given)
 
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
 
         calm_transformers()
-        recipe = _recipe(given, settings)
+        recipe = recipe_of(
+            given,
+            settings,
+            tolerance=tolerance,
+            output=str(output) if output is not None else None,
+            max_shard_size=max_shard_size,
+            verify=not no_verify,
+        )
         if dry_run:
             return api.plan(recipe)
         with progress(quiet) as listener:
             return api.convert(recipe, resume=resume, force=force, on_progress=listener)
 
     execute(Flags(json, quiet, debug), work, show_plan if dry_run else _show(quiet), interrupted=INTERRUPTED)
-
-
-def _method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The method's own options that have a value. Raises BadParameter for one that the method does not have,
-    and for two ways to say one thing."""
-    chosen = {name: given[name] for name in METHOD_OPTIONS if given[name] is not None}
-    if "kv_budget" in chosen and {"kv_lora_rank", "qk_rope_head_dim"} & chosen.keys():
-        raise typer.BadParameter("give --kv-budget, or --kv-lora-rank and --qk-rope-head-dim, but not both")
-    for name in chosen.keys() - {field.name for field in dataclasses.fields(settings_class(method))}:
-        raise typer.BadParameter(f"--{name.replace('_', '-')} does not apply to {method}")
-    return chosen
-
-
-def _recipe(given: dict[str, Any], settings: dict[str, Any]) -> Any:
-    from mhconvert.convert.recipe import Calibration, Recipe
-
-    sources = tuple(given["calibration"] or ("self",))
-    same = ("effort", "fit_steps", "seed", "dtype", "device", "max_shard_size", "trust_remote_code")
-    return Recipe(
-        model=given["donor"],
-        method=given["to"],
-        settings=settings_class(given["to"])(**settings),
-        output=str(given["output"]) if given["output"] is not None else None,
-        calibration=Calibration(sources, given["calibration_tokens"], given["sequence_length"]),
-        verify=not given["no_verify"],
-        **{name: given[name] for name in same},
-    )
 
 
 def _show(quiet: bool) -> Any:
@@ -104,15 +81,19 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
 
     from mhconvert.eval.units import share, size
 
-    cache = plan["kv_bytes_per_token"]
+    cache, asked = plan["kv_bytes_per_token"], plan.get("tolerance")
+    part = share(cache["converted"] / cache["donor"])
     console.out(f"{plan['donor']} → {plan['output']} (nothing was written)", highlight=False)
     table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     for name, value in (
         ("method", plan["method"]),
-        ("KV cache a token", f"{size(cache['donor'])} → {size(cache['converted'])}"),
-        ("share of the donor's", share(cache["converted"] / cache["donor"])),
+        (
+            "KV cache a token",
+            f"{size(cache['donor'])} → {'at most ' if asked else ''}{size(cache['converted'])}",
+        ),
+        ("share of the donor's", f"the smallest within {asked}; it will be searched" if asked else part),
         ("size of the result", size(plan.get("output_bytes"))),
         ("disk needed", size(plan.get("disk_needed_bytes"))),
         ("memory needed", size(plan.get("memory_needed_bytes"))),

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mhconvert.cli import convert, donors, evaluate, generate, inspect
+from mhconvert.cli import convert, curve, donors, evaluate, generate, inspect
 from mhconvert.version import __version__
 
 HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
@@ -18,6 +18,10 @@ HELP = """Rewrite the attention of a pretrained language model so that its KV ca
   mhconvert smollm2-135m --to mla            convert into ./smollm2-135m-mla
   mhconvert llama3.2-1b --to mla --kv-budget 0.25
                                              keep a quarter of the KV cache
+  mhconvert llama3.2-1b --to mla --tolerance kl=0.05
+                                             the smallest cache that is this near to the donor
+  mhconvert curve smollm2-135m --to mla -o curve.svg
+                                             quality against KV budget, several at once
   mhconvert ./my-model --to mla --dry-run    the plan and its costs
 
 DONOR is an alias (mhconvert donors), org/name[@revision], a folder, or a .gguf file.
@@ -36,6 +40,7 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert.command,
+    "curve": curve.command,
     "inspect": inspect.command,
     "eval": evaluate.command,
     "generate": generate.command,

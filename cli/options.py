@@ -7,13 +7,30 @@ from typing import Annotated, Literal
 
 import typer
 
+from mhconvert.convert.errors import BudgetError
 from mhconvert.convert.methods import METHOD_NAMES
+from mhconvert.convert.tolerance import parse
 
 
 def _known_method(name: str) -> str:
     if name not in METHOD_NAMES:
         raise typer.BadParameter(f"'{name}' is not a method; choose one of {', '.join(METHOD_NAMES)}")
     return name
+
+
+def _known_tolerance(text: str | None) -> str | None:
+    try:
+        return text and str(parse(text))
+    except BudgetError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _shares(text: str) -> str:
+    try:
+        _ = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no list of shares such as 0.75,0.5,0.25") from None
+    return text
 
 
 # Every command
@@ -51,6 +68,14 @@ Profile = Annotated[
     Literal["quality", "portable"] | None,
     typer.Option(help="quality: sizes may differ by layer (default); portable: one size for all layers."),
 ]
+Tolerance = Annotated[
+    str | None,
+    typer.Option(
+        callback=_known_tolerance,
+        metavar="kl=NATS|ppl=RATIO",
+        help="Instead of --kv-budget: the smallest budget within it on held-out text, such as kl=0.05 or ppl=1.05.",
+    ),
+]
 Effort = Annotated[
     Literal["quick", "default", "high"],
     typer.Option(help="quick: the closed form alone; default: and a fit of every layer; high: a longer fit."),
@@ -83,6 +108,25 @@ NoVerify = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its costs; write nothing.")]
+
+# Several budgets
+Budgets = Annotated[
+    str, typer.Option(callback=_shares, metavar="SHARE,SHARE,…", help="KV budgets to measure, in one pass.")
+]
+CurveOutput = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write a plot (.svg, .png, .pdf) or all figures (.json); repeatable.",
+    ),
+]
+ForceFile = Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")]
+OwnText = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="UTF-8 text to measure on, not held-out rows.")
+]
+TextRows = Annotated[int, typer.Option(metavar="N", help="Rows of --text.")]
 
 # Measuring and generating
 Model = Annotated[

@@ -15,6 +15,7 @@ from mhconvert.eval.units import duration
 NAMES = {
     "donor": "opening the donor",
     "calibrate": "calibration text",
+    "search": "looking for the budget",
     "layers": "layers",
     "verify": "checking in a bare process",
     "rows": "rows",

@@ -2,12 +2,14 @@
 
     resolve ▸ plan ▸ for each layer: read ▸ observe ▸ convert ▸ fit ▸ check ▸ write ▸ finish ▸ verify
 
+A tolerance instead of a budget puts a search before the layers (`search`), and repeats them where it misses.
 Two streams of hidden states are all that passes from layer to layer: the donor's own (the teacher) and the
 converted model's (the student). Everything is written to OUT.partial, which is renamed when it is whole.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +23,20 @@ from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.methods import Method, build_method
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.search import Search, meet
 from mhconvert.convert.workspace import Workspace
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `run` would do: sizes, KV arithmetic, disk and memory. Reads no weights, writes nothing."""
+    """What `run` would do: sizes, KV arithmetic, disk and memory. Reads no weights, writes nothing.
+
+    With a tolerance the budget is searched: sizes are the most that it can come to, and layers are missing.
+    """
     device = pick_device(recipe.device)
     donor, method = _open(recipe, ignore)
     checkpoint.check_free(recipe.output_folder(donor.name), True, donor.folder)
-    return estimate.plan(recipe, donor, method, device)
+    sizes = estimate.plan(recipe, donor, method, device)
+    return sizes if recipe.tolerance is None else sizes | {"tolerance": recipe.tolerance, "layers": []}
 
 
 def run(
@@ -58,9 +65,15 @@ def run(
     space = Workspace(output, recipe, sizes["disk_needed_bytes"], resume=resume, force=force)
     with space:
         rows = space.rows(lambda: calibrate.draw(recipe, donor, device, tell))
-        layers = _convert_layers(recipe, donor, method, device, rows, space, fit, tell)
-        report = proof.known_facts(recipe, donor, rows, layers, sizes) | {"output": str(output)}
-        report |= proof.fidelity(donor, space.streams, rows, measure, dtype, device, space.probe)
+        attempt = functools.partial(
+            _attempt, donor=donor, device=device, rows=rows, space=space, fit=fit, measure=measure, tell=tell
+        )
+        if recipe.tolerance is None:
+            method, report = attempt(recipe)
+        else:
+            find = Search(recipe, donor, device, rows, fit, measure, tell).find
+            recipe, method, report = meet(recipe, space, find, attempt, tell)
+        report["output"] = str(output)
         space.release_streams()
         donor.release()
         space.finish_tensors()
@@ -80,14 +93,40 @@ def run(
 
 
 def _open(recipe: Recipe, tell: Listener) -> tuple[Donor, Method]:
-    """The donor and the method for it. Every refusal that needs no weights happens here."""
+    """The donor and the method for it (at the whole budget where it is searched).
+
+    Every refusal that needs no weights happens here.
+    """
     checkpoint.byte_size(recipe.max_shard_size)
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=tell)
     tell(Progress("donor", 1, 1, donor.notice or donor.name))
-    method = build_method(recipe.method, donor.config, recipe.settings, recipe.effort)
+    largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)
+    method = build_method(recipe.method, donor.config, largest.settings, recipe.effort)
     calibrate.check(recipe, donor.config)
     estimate.output_dtype(recipe, donor)
     return donor, method
+
+
+def _attempt(
+    recipe: Recipe,
+    *,
+    donor: Donor,
+    device: torch.device,
+    rows: calibrate.Rows,
+    space: Workspace,
+    fit: steps.Fit,
+    measure: Callable[[], Any],
+    tell: Listener,
+) -> tuple[Method, dict[str, Any]]:
+    """Convert every layer into `space`, and measure the result on the held-out rows."""
+    method = build_method(recipe.method, donor.config, recipe.settings, recipe.effort)
+    layers = _convert_layers(recipe, donor, method, device, rows, space, fit, tell)
+    sizes = estimate.plan(recipe, donor, method, device)
+    report = proof.known_facts(recipe, donor, rows, layers, sizes)
+    dtype, streams = estimate.output_dtype(recipe, donor), space.streams
+    hidden = (streams.teacher_held, [streams.student])
+    [found] = proof.fidelity(donor, *hidden, rows.held_out, measure, dtype, device, space.probe)
+    return method, report | found
 
 
 def _convert_layers(

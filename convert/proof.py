@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,38 @@ from mhconvert.convert.verify import verify
 from mhconvert.convert.versions import versions
 from mhconvert.convert.workspace import Workspace
 
+PROBE_ROWS = 2  # whose logits a reload is compared with
+
 
 def fidelity(
     donor: Donor,
-    streams: calibrate.Streams,
-    rows: calibrate.Rows,
+    teacher: Tensor,
+    students: Sequence[Tensor],
+    held_out: Tensor,
     measure: Callable[[], Any],
     dtype: torch.dtype,
     device: torch.device,
-    probe: Path,
-) -> dict[str, Any]:
-    """Perplexity, KL and agreement on the held-out rows; the student's logits of two rows go to `probe`."""
-    predictions = measure()
+    probe: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Perplexity, KL and agreement of each student with the teacher on the held-out rows.
+
+    teacher, students (M, L, D): hidden states behind the last layer. The first student's logits of two rows go
+    to `probe`.
+    """
+    predictions = [measure() for _ in students]
     kept: list[Tensor] = []
     with torch.inference_mode():
-        for row, teacher, student in zip(rows.held_out, streams.teacher_held, streams.student, strict=True):
-            converted = donor.head(student.to(device), dtype).cpu()
-            predictions.add(donor.head(teacher.to(device)).cpu()[:-1], converted[:-1], row[1:])
-            if len(kept) < 2:
-                kept.append(converted)
-    provenance.write_probe(probe, rows.held_out[: len(kept)], torch.stack(kept))
-    result = predictions.result()
-    return {key: result[key] for key in ("perplexity", "kl", "top1_agreement")}
+        for index, row in enumerate(held_out):
+            expected = donor.head(teacher[index].to(device)).cpu()[:-1]
+            for student, found in zip(students, predictions, strict=True):
+                converted = donor.head(student[index].to(device), dtype).cpu()
+                found.add(expected, converted[:-1], row[1:])
+                if probe is not None and student is students[0] and index < PROBE_ROWS:
+                    kept.append(converted)
+    if probe is not None:
+        provenance.write_probe(probe, held_out[: len(kept)], torch.stack(kept))
+    results = [found.result() for found in predictions]
+    return [{key: result[key] for key in ("perplexity", "kl", "top1_agreement")} for result in results]
 
 
 def reload(report: dict[str, Any], space: Workspace) -> None:
@@ -72,12 +82,17 @@ def known_facts(
         },
         "parameters": dict(sizes["parameters"]),
         "layers": layers,
-        "calibration": {
-            "sources": list(recipe.calibration.sources),
-            "tokens": rows.fit.numel(),
-            "held_out_tokens": rows.held_out.numel(),
-            "sequence_length": rows.fit.shape[1],
-        },
+        "calibration": calibration_facts(recipe, rows),
         "recipe": recipe.to_dict(),
         "versions": versions(),
+    }
+
+
+def calibration_facts(recipe: Recipe, rows: calibrate.Rows) -> dict[str, Any]:
+    """The text that was drawn, in tokens."""
+    return {
+        "sources": list(recipe.calibration.sources),
+        "tokens": rows.fit.numel(),
+        "held_out_tokens": rows.held_out.numel(),
+        "sequence_length": rows.fit.shape[1],
     }

@@ -11,6 +11,7 @@ import yaml
 
 from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.methods import METHOD_NAMES, settings_class
+from mhconvert.convert.tolerance import parse
 
 Effort = Literal["quick", "default", "high"]
 
@@ -37,11 +38,14 @@ class Recipe:
 
     dtype: of the written weights (None: the donor's). device: torch device (None: CUDA if present).
     max_shard_size: bytes, or text such as "5GB". fit_steps: None: by effort; 0: closed form only.
+    tolerance: "kl=0.05" (nats a token) or "ppl=1.05" (times the donor's perplexity) on the held-out rows: the
+    smallest KV budget that meets it is searched, instead of a budget in the settings.
     """
 
     model: str
     method: str
     settings: Any = None
+    tolerance: str | None = None
     output: str | None = None
     calibration: Calibration = field(default_factory=Calibration)
     effort: Effort = "default"
@@ -58,12 +62,24 @@ class Recipe:
             raise MhconvertError(f"unknown method '{self.method}'; choose one of {', '.join(METHOD_NAMES)}")
         if self.settings is None:
             object.__setattr__(self, "settings", settings_class(self.method)())
+        if self.tolerance is not None:
+            parse(self.tolerance)
+            free = self.settings.at_budget(type(self.settings)().kv_budget)  # refuses explicit sizes
+            if free != self.settings:
+                raise MhconvertError(
+                    f"a tolerance decides the KV budget; leave out kv_budget={self.settings.kv_budget} or the "
+                    "tolerance"
+                )
         if self.effort not in ("quick", "default", "high"):
             raise MhconvertError(f"effort '{self.effort}' is not one of quick, default, high")
         if self.fit_steps is not None and self.fit_steps < 0:
             raise MhconvertError(f"fit_steps={self.fit_steps} is negative; 0 means the closed form alone")
         if not 0 <= self.seed < 2**32:
             raise MhconvertError(f"seed={self.seed} is not between 0 and {2**32 - 1}")
+
+    def at_budget(self, share: float) -> Recipe:
+        """The same conversion at a KV budget of its own, without a tolerance."""
+        return dataclasses.replace(self, settings=self.settings.at_budget(share), tolerance=None)
 
     def output_folder(self, donor_name: str) -> Path:
         """Where the checkpoint goes: `output`, or `./<donor>-<method>`."""

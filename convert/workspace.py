@@ -24,6 +24,8 @@ from mhconvert.convert.versions import versions
 
 WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
 LOCK = "lock"  # in it: held as long as a run lasts
+STATE = "state.json"  # in it: what is finished
+ROWS = "rows.safetensors"  # in it: the calibration rows
 COMMIT_SHARE = 0.1  # of a run's time that commits may take: each writes both streams
 NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may change
 
@@ -32,7 +34,8 @@ class Workspace:
     """A run's folder. Use as a context: it is locked inside, and cleared when the run fails for good.
 
     An interrupt, a full disk or a killed reload leaves it for `resume`. `layers`: what was chosen and measured
-    for each finished layer. A layer is finished when `state.json` says so; all it needs was written before.
+    for each finished layer; `search`: what a search for the budget has found. A layer is finished when `state.json`
+    says so; all it needs was written before.
     """
 
     def __init__(self, output: Path, recipe: Recipe, needed: int, *, resume: bool, force: bool):
@@ -42,6 +45,7 @@ class Workspace:
         self._work = self.partial / WORK
         self._limit = byte_size(recipe.max_shard_size)
         self.layers: list[dict[str, Any]] = []
+        self.search: dict[str, Any] | None = None
         self.earlier_seconds = 0.0
         self._begun = self._committed = time.perf_counter()
         self._commit_seconds = 0.0
@@ -64,7 +68,7 @@ class Workspace:
         return self._streams
 
     def __enter__(self) -> Workspace:
-        state = self._work / "state.json"
+        state = self._work / STATE
         found = self.partial.exists()
         if not found:
             check_space(self.partial, self._needed)
@@ -79,7 +83,7 @@ class Workspace:
                 held = f"{self.partial} holds an interrupted run ({finished} layers finished)"
                 raise OutputError(f"{held}; --resume continues it, --force starts over")
             if found and not (self._resume and state.is_file()):
-                self._empty()
+                self._empty((LOCK,))
                 check_space(self.partial, self._needed)
             if state.is_file():
                 self._load(json.loads(state.read_text()))
@@ -103,7 +107,7 @@ class Workspace:
 
     def rows(self, draw: Callable[[], Rows]) -> Rows:
         """The calibration rows of this run: drawn once, then the same after every resume."""
-        path = self._work / "rows.safetensors"
+        path = self._work / ROWS
         if not path.is_file():
             rows = draw()
             _save({"fit": rows.fit, "held_out": rows.held_out}, path)
@@ -134,6 +138,13 @@ class Workspace:
         if last or self._commit_seconds < COMMIT_SHARE * since:
             self._commit()
 
+    def start_over(self, search: dict[str, Any]) -> None:
+        """Begin the layers again, with the same rows and what a search knows by now."""
+        (self._work / STATE).unlink()  # first: what it counts as finished is going
+        self._empty((LOCK, ROWS))
+        self.layers, self.search = [], search
+        self._streams = self._writer = None
+
     def finish_tensors(self) -> int:
         """Complete the shards and their index; returns the bytes of all tensors."""
         assert self._writer is not None
@@ -145,7 +156,7 @@ class Workspace:
 
     def publish(self) -> None:
         """Give the folder its final name."""
-        (self._work / "state.json").unlink()  # first: half a work folder is nothing to resume from
+        (self._work / STATE).unlink()  # first: half a work folder is nothing to resume from
         shutil.rmtree(self._work)
         replace_folder(self.partial, self.output)
 
@@ -159,12 +170,13 @@ class Workspace:
             "recipe": self._result_recipe(),
             "versions": versions(),
             "layers": self.layers,
+            "search": self.search,
             "fitted": self.streams.fitted,
             "seconds": self.earlier_seconds + begun - self._begun,
             "tensors": self._tensors,
             "writer": self._writer.state,
         }
-        write_json(self._work / "state.json", state)
+        write_json(self._work / STATE, state)
         for stale in self._work.glob("streams-*.safetensors"):
             if stale != self._stream_file(count):
                 stale.unlink()
@@ -185,6 +197,7 @@ class Workspace:
                     "use that version with --resume, or start over with --force"
                 )
         self.layers, self.earlier_seconds = state["layers"], state["seconds"]
+        self.search = state.get("search")
         self._tensors = state["tensors"]
         streams = load_file(self._stream_file(len(self.layers)))
         self._streams = Streams(streams["teacher"], streams["student"], state["fitted"])
@@ -214,10 +227,10 @@ class Workspace:
                 f"another run is writing {self.partial}; wait for it, or choose another -o"
             ) from error
 
-    def _empty(self) -> None:
-        """Remove everything but the lock that this run holds."""
+    def _empty(self, kept: tuple[str, ...]) -> None:
+        """Remove everything but the `kept` files of the work folder."""
         for path in (*self.partial.iterdir(), *self._work.iterdir()):
-            if path.name not in (WORK, LOCK):
+            if path.name not in (WORK, *kept):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -46,6 +46,11 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         table.append(("KL from the donor", "0", number(report["kl"]), "nats a token"))
     if report.get("top1_agreement") is not None:
         table.append(("top-1 agreement", "100 %", share(report["top1_agreement"]), ""))
+    tolerance = report.get("tolerance") or {}
+    if tolerance:
+        measure, limit = tolerance["asked"].split("=")
+        found = f"at budget {share(tolerance['kv_budget'])}, on held-out text"
+        table.append((f"tolerance {measure} ≤ {limit}", "", number(tolerance["measured"]), found))
     cache = report.get("kv_bytes_per_token") or {}
     if cache:
         donor, converted = cache.get("donor"), cache.get("converted")
@@ -63,6 +68,26 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         table.append(("time to convert", "", duration(report["seconds"]), ""))
     if report.get("peak_rss_bytes") is not None:
         table.append(("peak memory", "", size(report["peak_rss_bytes"]), "resident"))
+    return table
+
+
+def curve_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table of a curve: a line of titles, then one for each budget from the largest down."""
+    titles = ("KV budget", "KV cache a token", "perplexity", "", "KL", "top-1", "layer error", "time")
+    table: list[tuple[str, ...]] = [titles]
+    for point in result["points"]:
+        table.append(
+            (
+                share(point["kv_budget"]),
+                size(point["kv_bytes_per_token"]),
+                number(point["perplexity"]["converted"]),
+                f"× {point['perplexity_ratio']:.3f}",
+                number(point["kl"]),
+                share(point["top1_agreement"]),
+                number(point["mean_relative_error"]),
+                duration(point["seconds"]),
+            )
+        )
     return table
 
 

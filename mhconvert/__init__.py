@@ -1,7 +1,8 @@
 """Rewrite the attention of pretrained language models.
 
-`mhconvert.convert(recipe)`, `mhconvert.plan(recipe)`, `mhconvert.evaluate(...)`, `mhconvert.inspect(...)` and
-`mhconvert.generate(...)` are what the command line calls. Nothing heavy is imported until one of them is used.
+`mhconvert.convert(recipe)`, `mhconvert.plan(recipe)`, `mhconvert.curve(recipe, budgets)`, `mhconvert.evaluate(...)`,
+`mhconvert.inspect(...)` and `mhconvert.generate(...)` are what the command line calls. Nothing heavy is imported
+until one of them is used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from mhconvert.version import __version__
 _PUBLIC = {
     "convert": ("mhconvert.convert", None),
     "plan": ("mhconvert.api", "plan"),
+    "curve": ("mhconvert.api", "curve"),
     "evaluate": ("mhconvert.api", "evaluate"),
     "inspect": ("mhconvert.api", "inspect"),
     "generate": ("mhconvert.api", "generate"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def convert(
@@ -39,6 +42,42 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     from mhconvert.convert import pipeline
 
     return pipeline.plan(recipe)
+
+
+def curve(
+    recipe: Recipe,
+    budgets: Sequence[float] | None = None,
+    *,
+    text: Path | None = None,
+    sequences: int = 16,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """What the conversion that `recipe` describes would give at each KV budget, from one pass; writes nothing.
+
+    budgets: shares of the donor's KV elements, instead of the recipe's own (None: 75 % … 12.5 %). text: a UTF-8 file
+    to measure on, its first `sequences` rows as long as the calibration's, instead of its held-out rows.
+    Returns perplexity (the donor's), kv_elements_per_token, kv_bytes_per_token, calibration, measured_on,
+    measured_tokens, and points from the largest budget down: kv_budget, kv_elements_per_token, kv_bytes_per_token, kl,
+    perplexity, perplexity_ratio, top1_agreement, mean_relative_error, seconds. A point's figures are those of
+    `convert` at that budget; they are not smoothed.
+    """
+    from mhconvert.convert import curve as pass_
+    from mhconvert.eval import fidelity
+    from mhconvert.heal import local
+
+    def own_rows(tokenizer: Any, length: int) -> Tensor:
+        assert text is not None
+        return fidelity.text_rows(tokenizer, text, length, sequences)
+
+    result = pass_.run(
+        recipe,
+        budgets if budgets is not None else pass_.BUDGETS,
+        fit=local.fit,
+        measure=fidelity.Fidelity,
+        held_out=own_rows if text else None,
+        on_progress=on_progress,
+    )
+    return result | {"measured_on": str(text) if text else "held-out calibration text"}
 
 
 def evaluate(

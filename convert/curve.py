@@ -1,0 +1,172 @@
+"""Several budgets from one pass: what each would give, measured, and no checkpoint written.
+
+The donor's work is shared: each layer is read and observed once. Every budget has its own method and its own
+student stream, and takes the steps of a conversion (`steps`), so its figures are those of that conversion.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.convert import calibrate, estimate, proof, provenance, steps
+from mhconvert.convert.device import pick_device
+from mhconvert.convert.donor import Donor, open_donor
+from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.methods import Method, build_method
+from mhconvert.convert.progress import Listener, Progress, ignore
+from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.versions import versions
+
+BUDGETS = (0.75, 0.5, 0.375, 0.3125, 0.25, 0.1875, 0.125)
+
+HeldOut = Callable[[Any, int], Tensor]  # tokenizer, tokens a row -> rows of ids (N, L)
+
+
+@dataclass
+class Student:
+    """One budget on its way through the layers. hidden (M, L, D): the held-out rows behind the last of them."""
+
+    recipe: Recipe
+    method: Method
+    hidden: Tensor
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run(
+    recipe: Recipe,
+    budgets: Sequence[float] = BUDGETS,
+    *,
+    fit: steps.Fit,
+    measure: Callable[[], Any],
+    held_out: HeldOut | None = None,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Fidelity and cache of the conversion that `recipe` describes, at each of `budgets` instead of its own.
+
+    fit, measure: as in `pipeline.run`. held_out: rows to measure on instead of the calibration text's own.
+    Returns the donor's perplexity and KV sizes, the points from the largest budget down, and what was measured on.
+    Raises MhconvertError; a budget that the donor cannot express is refused before any weight is read.
+    """
+    started, tell = time.perf_counter(), on_progress or ignore
+    device = pick_device(recipe.device)
+    donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=tell)
+    tell(Progress("donor", 1, 1, donor.notice or donor.name))
+    recipes = at_budgets(recipe, budgets)
+    for each in recipes:
+        build_method(each.method, donor.config, each.settings, each.effort)
+    calibrate.check(recipe, donor.config)
+    dtype = estimate.output_dtype(recipe, donor)
+    measured_rows = held_out and held_out(donor.tokenizer(), calibrate.row_length(recipe, donor.config))
+    rows = calibrate.draw(recipe, donor, device, tell)
+    if measured_rows is not None:
+        rows = calibrate.Rows(rows.fit, measured_rows)
+    result = trace(recipes, donor, device, rows, fit=fit, measure=measure, tell=tell)
+    tell(Progress("done", 1, 1))
+    return {
+        "method": recipe.method,
+        "donor": recipe.model,
+        "donor_name": donor.name,
+        "effort": recipe.effort,
+        "fit_steps": steps.fit_steps(recipe),
+        "dtype": str(dtype).removeprefix("torch."),
+        "calibration": proof.calibration_facts(recipe, rows),
+        **result,
+        "recipe": recipe.to_dict(),
+        "versions": versions(),
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": provenance.peak_rss(),
+    }
+
+
+def at_budgets(recipe: Recipe, budgets: Sequence[float]) -> list[Recipe]:
+    """`recipe` at each budget, the largest first. Raises MhconvertError for none, or sizes fixed otherwise."""
+    if not budgets:
+        raise MhconvertError("a curve needs at least one budget")
+    if recipe.tolerance is not None:
+        raise MhconvertError("a curve shows every budget; leave the tolerance out")
+    return [recipe.at_budget(share) for share in sorted(set(budgets), reverse=True)]
+
+
+def trace(
+    recipes: Sequence[Recipe],
+    donor: Donor,
+    device: torch.device,
+    rows: calibrate.Rows,
+    *,
+    fit: steps.Fit,
+    measure: Callable[[], Any],
+    tell: Listener,
+) -> dict[str, Any]:
+    """One pass over the layers for all `recipes`, which differ in their budgets alone; a point for each."""
+    total, dtype = donor.config.num_hidden_layers, estimate.output_dtype(recipes[0], donor)
+    place, fitted = steps.positions(donor, rows.fit.shape[1], device), len(rows.fit)
+    teacher = donor.embed(rows.all)
+    begun = teacher[fitted:].to(dtype).float()
+    students = [
+        Student(each, build_method(each.method, donor.config, each.settings, each.effort), begun.clone())
+        for each in recipes
+    ]
+    tell(Progress("layers", 0, total))
+    for index in range(total):
+        error = _pass_layer(donor, index, teacher, fitted, students, place, device, fit, dtype)
+        tell(Progress("layers", index + 1, total, error=error))
+    hidden = [student.hidden for student in students]
+    found = proof.fidelity(donor, teacher[fitted:], hidden, rows.held_out, measure, dtype, device)
+    donor.release()
+    elements = sum(layer["kv_elements"]["donor"] for layer in students[0].layers)
+    return {
+        "perplexity": found[0]["perplexity"]["donor"],
+        "kv_elements_per_token": elements,
+        "kv_bytes_per_token": elements * dtype.itemsize,
+        "measured_tokens": rows.held_out.numel() - len(rows.held_out),  # the first of a row is not predicted
+        "points": [_point(s, result, dtype) for s, result in zip(students, found, strict=True)],
+    }
+
+
+def _pass_layer(
+    donor: Donor,
+    index: int,
+    teacher: Tensor,
+    fitted: int,
+    students: list[Student],
+    place: steps.Positions,
+    device: torch.device,
+    fit: steps.Fit,
+    dtype: torch.dtype,
+) -> float:
+    """Move the teacher and every student past a layer; the largest of their relative errors."""
+    layer = steps.read(donor, index, place, device)
+    seen = steps.observe(layer, students[0].method, teacher, fitted, place, dtype)
+    for student in students:
+        begun = time.perf_counter()
+        attention, _ = steps.convert(student.recipe, student.method, index, seen, place, fit, dtype)
+        student.layers.append(steps.follow(layer, index, attention, seen, student.hidden))
+        student.seconds += time.perf_counter() - begun
+    return float(max(student.layers[-1]["relative_error"] for student in students))
+
+
+def _point(student: Student, found: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """What one budget costs and keeps, named as in a conversion's report.
+
+    seconds: of its own surgery and fit, without the work that is shared.
+    """
+    elements = sum(layer["kv_elements"]["converted"] for layer in student.layers)
+    perplexity = found["perplexity"]
+    return {
+        "kv_budget": student.recipe.settings.kv_budget,
+        "kv_elements_per_token": elements,
+        "kv_bytes_per_token": elements * dtype.itemsize,
+        "kl": found["kl"],
+        "perplexity": perplexity,
+        "perplexity_ratio": perplexity["converted"] / perplexity["donor"],
+        "top1_agreement": found["top1_agreement"],
+        "mean_relative_error": sum(layer["relative_error"] for layer in student.layers) / len(student.layers),
+        "seconds": student.seconds,
+    }
