@@ -115,8 +115,8 @@ def trace(
     ]
     tell(Progress("layers", 0, total))
     for index in range(total):
-        error = _pass_layer(donor, index, teacher, fitted, students, place, device, fit, dtype)
-        tell(Progress("layers", index + 1, total, error=error))
+        _pass_layer(donor, index, teacher, fitted, students, place, device, fit, dtype)
+        tell(Progress("layers", index + 1, total))
     hidden = [student.hidden for student in students]
     found = proof.fidelity(donor, teacher[fitted:], hidden, rows.held_out, measure, dtype, device)
     donor.release()
@@ -140,8 +140,8 @@ def _pass_layer(
     device: torch.device,
     fit: steps.Fit,
     dtype: torch.dtype,
-) -> float:
-    """Move the teacher and every student past a layer; the largest of their relative errors."""
+) -> None:
+    """Move the teacher and every student past a layer."""
     layer = steps.read(donor, index, place, device)
     seen = steps.observe(layer, students[0].method, teacher, fitted, place, dtype)
     for student in students:
@@ -149,7 +149,6 @@ def _pass_layer(
         attention, _ = steps.convert(student.recipe, student.method, index, seen, place, fit, dtype)
         student.layers.append(steps.follow(layer, index, attention, seen, student.hidden))
         student.seconds += time.perf_counter() - begun
-    return float(max(student.layers[-1]["relative_error"] for student in students))
 
 
 def _point(student: Student, found: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

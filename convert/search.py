@@ -26,9 +26,9 @@ from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.tolerance import Tolerance, parse
 from mhconvert.convert.workspace import Workspace
 
-GRID = tuple(2 ** (-step / 2) for step in range(8, -1, -1))  # 1/16 … 1: where closed forms are measured
+GRID = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # where closed forms are measured
 LOOK_TOKENS = 8192  # of the calibration text that they see where a fit follows
-NEAR = (0.65, 0.85)  # of the budget that the closed form needs: where the fit is measured
+NEAR = (0.7, 0.9)  # of the budget that the closed form needs: where the fit is measured
 AIM = 0.95  # of the tolerance: what the interpolation aims at, so that the conversion seldom misses
 REACH = 1.5  # how far beyond the measured budgets the answer may lie
 NEGLIGIBLE = 1e-3  # of the aim: damage below it counts as this

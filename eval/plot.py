@@ -11,7 +11,6 @@ from typing import Any
 
 from mhconvert.convert.errors import MhconvertError, OutputError
 from mhconvert.eval.report import json_safe
-from mhconvert.eval.units import share
 
 PICTURES = (".svg", ".png", ".pdf")
 BLUE, GREY = "#1f5fa8", "#6b6b6b"
@@ -41,7 +40,10 @@ def write(result: dict[str, Any], file: Path) -> None:
                 json.dumps(json_safe(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
         else:
-            draw(result).savefig(file, dpi=160)
+            import matplotlib
+
+            with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+                draw(result).savefig(file, dpi=160)
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror}") from error
 
@@ -57,10 +59,10 @@ def draw(result: dict[str, Any]) -> Any:
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     points = sorted(result["points"], key=lambda point: point["kv_budget"])
-    _panel(left, points, "perplexity_ratio", "{:.2f} ×")
+    _panel(left, points, "perplexity_ratio", "{:.2f} ×", (1, 1.2, 1.5, 2, 3, 5, 7))
     left.set_title(f"Perplexity, times the donor's {result['perplexity']:.4g}", loc="left", fontsize=10)
     left.axhline(1, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-    _panel(right, points, "kl", "{:.2g}")
+    _panel(right, points, "kl", "{:.2g}", (1, 2, 5))
     right.set_title("KL from the donor, nats a token", loc="left", fontsize=10)
     steps = result["fit_steps"]
     how = f"{steps} fit steps a layer" if steps else "closed form"
@@ -79,30 +81,24 @@ def draw(result: dict[str, Any]) -> Any:
     return figure
 
 
-def _panel(axes: Any, points: list[dict[str, Any]], key: str, label: str) -> None:
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+def _panel(axes: Any, points: list[dict[str, Any]], key: str, label: str, ticks: tuple[float, ...]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
 
     found = [(p["kv_budget"], p[key]) for p in points if math.isfinite(p[key]) and p[key] > 0]
-    budgets, values = [b for b, _ in found], [v for _, v in found]
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.plot(budgets, values, color=BLUE, linewidth=1.6, marker="o", markersize=5, clip_on=False)
-    for budget, value in found:
-        axes.annotate(
-            label.format(value),
-            (budget, value),
-            xytext=(4, 5),
-            textcoords="offset points",
-            fontsize=8,
-            color=BLUE,
-        )
-    axes.xaxis.set_major_locator(FixedLocator(budgets))
+    budgets = [budget for budget, _ in found]
+    axes.set(xscale="log", yscale="log")
+    axes.plot(*zip(*found, strict=True), color=BLUE, linewidth=1.6, marker="o", markersize=5, clip_on=False)
+    for point in found:
+        text = label.format(point[1])
+        axes.annotate(text, point, (5, 5), textcoords="offset points", fontsize=8, color=BLUE)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(budgets, [share(budget) for budget in budgets], fontsize=8)
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set_xlabel("KV cache kept", fontsize=9)
+    axes.set_xticks(budgets, [f"{100 * budget:.4g}" for budget in budgets], fontsize=8)
+    axes.set_xlabel("KV cache kept, %", fontsize=9)
     axes.margins(x=0.1, y=0.15)
+    axes.yaxis.set_major_locator(LogLocator(subs=ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", which="major", color="#e4e4e4", linewidth=0.8)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -96,6 +96,7 @@ def test_every_option_reaches_the_recipe(main: Main, calls: list) -> None:
         "model": "tiny",
         "method": "mla",
         "output": "out",
+        "tolerance": None,
         "effort": "quick",
         "fit_steps": 3,
         "seed": 5,

@@ -44,7 +44,7 @@ def test_every_choice_differs_from_its_default_in_the_round_trip() -> None:
     same = [
         f.name for f in dataclasses.fields(Recipe) if getattr(plain, f.name) == getattr(EVERYTHING, f.name)
     ]
-    assert same == ["method"]
+    assert same == ["method", "tolerance"]  # a tolerance stands instead of sizes: test_tolerance.py
 
 
 def test_defaults() -> None:
