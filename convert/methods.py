@@ -58,7 +58,10 @@ class Method(Protocol):
 
 
 def settings_class(method: str) -> Any:
-    """The frozen dataclass of choices of `method`; imports no torch."""
+    """The frozen dataclass of choices of `method`; imports no torch.
+
+    It has `kv_budget`, a share of the donor's KV elements, and `at_budget(share)`, the same choices at another.
+    """
     return importlib.import_module(f"{METHODS[method]}.settings").SETTINGS
 
 

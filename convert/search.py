@@ -74,7 +74,7 @@ def meet(
 
 @dataclass(frozen=True)
 class Search:
-    """Measures budgets as `curve` does. The remaining fields are those of a conversion."""
+    """Measures budgets by `curve.trace`; the fields are its arguments. recipe: as asked, with a tolerance."""
 
     recipe: Recipe
     donor: Donor
@@ -187,5 +187,5 @@ def neat(budget: float) -> float:
 def _out_of_reach(target: Tolerance, measured: float) -> BudgetError:
     return BudgetError(
         f"no budget meets the tolerance {target}: with the donor's whole KV budget the conversion still measures "
-        f"{measured:.4g} (rounding to the weights' dtype, or the profile); ask for more, or another --dtype"
+        f"{measured:.4g}, as the weights' dtype or the profile cost that much; choose a larger one, or another of those"
     )

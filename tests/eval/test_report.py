@@ -36,6 +36,13 @@ FULL = {
 }
 
 
+def test_a_tolerance_has_a_row_of_its_own() -> None:
+    found = {"asked": "ppl=1.3", "kv_budget": 0.312, "measured": 1.25, "looked": [], "tried": []}
+    row = ("tolerance ppl ≤ 1.3", "", "1.25", "at budget 31.2 %, on held-out text")
+    assert row in rows(FULL | {"tolerance": found})
+    assert not [quantity for quantity, *_ in rows(FULL) if quantity.startswith("tolerance")]
+
+
 def test_report_is_strict_json(tmp_path: Path) -> None:
     write_report(tmp_path, FULL)
     report = json.loads((tmp_path / REPORT).read_text(), parse_constant=pytest.fail)
