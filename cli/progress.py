@@ -18,6 +18,7 @@ NAMES = {
     "layers": "layers",
     "verify": "checking in a bare process",
     "rows": "rows",
+    "speed": "decode steps",
 }
 EACH = ("layers",)  # stages of which every step has a line of its own; others one a tenth
 
