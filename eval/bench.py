@@ -119,11 +119,10 @@ def memory_needed(
     """
     text = converted.get_text_config()
     caches = [cache_elements(config) for config in (donor, converted)]
-    expanded = (
-        6 * text.num_attention_heads * text.head_dim
-    )  # keys, values, and both once more as they are put together
+    expanded = 6 * text.num_attention_heads * text.head_dim  # keys and values, and the parts they are made of
     prefill = max(map(sum, caches)) + 8 * text.hidden_size + 3 * text.intermediate_size + expanded
-    held = sum(map(sum, caches)) + max(map(max, caches)) + reexpand * (sum(caches[1]) + expanded)
+    held = sum(map(sum, caches)) + max(map(max, caches)) + 4 * text.num_attention_heads  # the last: scores
+    held += reexpand * (sum(caches[1]) + expanded)
     weights = _parameters(donor) + _parameters(converted)
     return width * (weights + load.context * prefill), width * load.context * held
 

@@ -130,6 +130,8 @@ def compare(
 
     donor and converted are causal language models in eval mode. on_step hears of every decode step of the donor.
     """
+    if load.compile:
+        torch.compiler.reset()  # what another context has left would make this one's shapes dynamic
     runs = {"donor": Run(donor, load), "converted": Run(converted, load)}
     for repetition in range(PREFILLS):
         if repetition and max(run.prefills[0] for run in runs.values()) > PATIENCE:
@@ -178,7 +180,11 @@ def switch_absorption(model: Any, on: bool) -> None:
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Wall time of `work`, the device's queue empty before and after."""
-    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
     wait()
     started = time.perf_counter()
     work()
