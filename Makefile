@@ -1,4 +1,4 @@
-# make demo: convert a real model and show the result.  make test / make lint: what CI runs.
+# make demo: convert a real model and show the result.  make bench: its shape's speed.  make test / make lint: what CI runs.
 # Needs python3 >= 3.11 and nothing else; everything is installed into .venv.
 
 PYTHON ?= python3
@@ -6,13 +6,16 @@ BIN := .venv/bin
 SOURCES := mhconvert convert cli eval heal tests
 DEMO := demo/smollm2-135m-mla
 
-.PHONY: demo test lint format clean
+.PHONY: demo bench test lint format clean
 
 demo: .venv/installed
 	$(BIN)/mhconvert smollm2-135m --to mla --effort quick --calibration-tokens 4096 -o $(DEMO) --force
 	@echo
 	@echo '$$ mhconvert generate $(DEMO) --chat "What is the capital of France?"'
 	@$(BIN)/mhconvert generate $(DEMO) --chat "What is the capital of France?" --max-new-tokens 40
+
+bench: .venv/installed
+	$(BIN)/mhconvert bench smollm2-135m --random --kv-budget 0.3125 --reexpand
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

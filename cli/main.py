@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mhconvert.cli import convert, curve, donors, evaluate, generate, inspect
+from mhconvert.cli import bench, convert, curve, donors, evaluate, generate, inspect
 from mhconvert.version import __version__
 
 HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
@@ -44,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect.command,
     "eval": evaluate.command,
     "generate": generate.command,
+    "bench": bench.command,
     "donors": donors.command,
 }
 for _name, _command in COMMANDS.items():

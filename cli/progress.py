@@ -19,6 +19,7 @@ NAMES = {
     "layers": "layers",
     "verify": "checking in a bare process",
     "rows": "rows",
+    "speed": "decode steps",
 }
 EACH = ("layers",)  # stages of which every step has a line of its own; others one a tenth
 

@@ -56,6 +56,10 @@ class Method(Protocol):
         """The configuration of the converted model."""
         ...
 
+    def example_config(self) -> Any:
+        """A configuration of the planned size that no weights were read for: enough to build and time a model."""
+        ...
+
 
 def settings_class(method: str) -> Any:
     """The frozen dataclass of choices of `method`; imports no torch.
@@ -63,6 +67,11 @@ def settings_class(method: str) -> Any:
     It has `kv_budget`, a share of the donor's KV elements, and `at_budget(share)`, the same choices at another.
     """
     return importlib.import_module(f"{METHODS[method]}.settings").SETTINGS
+
+
+def register(name: str) -> None:
+    """Make transformers' Auto classes know the models of the method `name` in this process."""
+    importlib.import_module(METHODS[name]).register()
 
 
 def build_method(name: str, config: Any, settings: Any, effort: str) -> Method:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
-from mhconvert.convert.methods import METHODS
+from mhconvert.convert.methods import METHODS, register
 from mhconvert.convert.resolve import load_tokenizer
 from mhconvert.convert.sources import require_finite
 
@@ -24,7 +23,7 @@ PROVENANCE = "mhconvert.json"
 
 @dataclass
 class OpenModel:
-    """A model whose config is known and whose weights are read when `model` is called. Float32, eval mode."""
+    """A model whose config is known and whose weights are read when `model` is called. Eval mode."""
 
     reference: str
     config: Any
@@ -42,16 +41,16 @@ class OpenModel:
             return self.donor.tokenizer()
         return load_tokenizer(Path(self.reference), self.trust_remote_code)
 
-    def model(self) -> Any:
+    def model(self, dtype: torch.dtype = torch.float32) -> Any:
         """The whole model on the device. Raises CheckpointError for weights that are missing, damaged or not finite."""
         if self.donor is not None:
-            return self.donor.model(torch.device(self.device), torch.float32).eval()
+            return self.donor.model(torch.device(self.device), dtype).eval()
         from transformers import AutoModelForCausalLM
 
         try:
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 self.reference,
-                dtype=torch.float32,
+                dtype=dtype,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
             )
@@ -86,7 +85,7 @@ def read_config(folder: str, method: str) -> Any:
     """The config of a converted checkpoint, by the package's classes."""
     from transformers import AutoConfig
 
-    importlib.import_module(METHODS[method]).register()
+    register(method)
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:

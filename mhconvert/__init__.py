@@ -1,8 +1,8 @@
 """Rewrite the attention of pretrained language models.
 
 `mhconvert.convert(recipe)`, `mhconvert.plan(recipe)`, `mhconvert.curve(recipe, budgets)`, `mhconvert.evaluate(...)`,
-`mhconvert.inspect(...)` and `mhconvert.generate(...)` are what the command line calls. Nothing heavy is imported
-until one of them is used.
+`mhconvert.inspect(...)`, `mhconvert.generate(...)` and `mhconvert.bench(...)` are what the command line calls. Nothing
+heavy is imported until one of them is used.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _PUBLIC = {
     "evaluate": ("mhconvert.api", "evaluate"),
     "inspect": ("mhconvert.api", "inspect"),
     "generate": ("mhconvert.api", "generate"),
+    "bench": ("mhconvert.api", "bench"),
     "Recipe": ("mhconvert.convert.recipe", "Recipe"),
     "Calibration": ("mhconvert.convert.recipe", "Calibration"),
     "load_recipe": ("mhconvert.convert.recipe", "load_recipe"),

@@ -156,3 +156,41 @@ def generate(
     opened = load.open_model(checkpoint, device=device, trust_remote_code=trust_remote_code)
     options = generation.Options(max_new_tokens, chat, temperature, seed)
     return {"checkpoint": checkpoint} | generation.generate(opened, prompt, options, on_text)
+
+
+def bench(
+    checkpoint: str,
+    *,
+    against: str | None = None,
+    contexts: Sequence[int] = (512, 2048, 8192),
+    batch: int = 8,
+    new_tokens: int = 16,
+    reexpand: bool = False,
+    static_cache: bool = False,
+    compile: bool = False,
+    random: str | None = None,
+    kv_budget: float | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Prefill and decode speed of a converted checkpoint and its donor, measured in turns, and their cache bytes.
+
+    against: the donor; None: the one named in `mhconvert.json`. contexts: cached tokens a row when the last of the
+    `new_tokens` timed steps is done; the rows are copies of one, whose prefill is what is timed. reexpand: time the
+    checkpoint without absorption too. compile: torch.compile of the decode step, on a static cache.
+    random: a method; `checkpoint` is then a donor, and random weights of its shape and of its conversion's
+    (at kv_budget) are timed. dtype None: bfloat16 on CUDA, else float32.
+    Returns rows, one a context: donor and converted {prefill_tokens_per_s, decode_tokens_per_s, step_seconds,
+    step_spread, steps, cache_bytes, cache_tokens}, ratio (of decode speeds, converted ÷ donor), cache_ratio; with
+    reexpand also reexpanded and ratio_to_reexpanded; and the inputs.
+    Raises MhconvertError, before weights are read, for what is not converted, has another shape than its donor, is
+    shorter than a context, or does not fit into memory.
+    """
+    from mhconvert.eval import bench as timing
+
+    options = timing.Options(tuple(contexts), batch, new_tokens, dtype, static_cache, compile, reexpand)
+    tell = on_progress or ignore
+    if random is not None:
+        return timing.bench_random(checkpoint, random, kv_budget, options, device, tell)
+    return timing.bench(checkpoint, against, options, device, tell)

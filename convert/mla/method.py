@@ -147,6 +147,15 @@ class MLA:
             config.kv_lora_rank = ranks.pop()
         return config
 
+    def example_config(self) -> Any:
+        """A configuration of the planned size: a quarter of a layer's elements rotate, where the pass would choose."""
+        choices = self.budget.component_choices("quick")
+        components = min(choices, key=lambda count: abs(count - self.budget.elements / 8))
+        frequencies = [index % self.budget.frequencies for index in range(components)]
+        for index in range(self.donor_config.num_hidden_layers):
+            self._set(index, self.budget.elements - 2 * components, frequencies)
+        return self.finish()
+
     @property
     def model_class(self) -> Any:
         """The transformers class that holds the result."""

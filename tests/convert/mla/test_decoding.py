@@ -18,9 +18,18 @@ from tests.convert.mla.conversions import LLAMA3, converted, donor_model, logits
 FLOAT32 = 1e-5
 
 
-@pytest.fixture(scope="module", params=[{"kv_heads": 2}, {"kv_heads": 1, "rope": LLAMA3}], ids=["gqa", "mqa"])
+@pytest.fixture(
+    scope="module",
+    params=[(32, {"kv_heads": 2}), (0, {"kv_heads": 2}), (2, {"kv_heads": 1, "rope": LLAMA3})],
+    ids=["absorbed", "expanded", "mqa"],
+)
 def model(request: pytest.FixtureRequest) -> Any:
-    return converted(donor_model(**request.param))
+    """Chunks of at most 32, 0 or 2 tokens meet the cache in absorbed form."""
+    most, config = request.param
+    model = converted(donor_model(**config))
+    for layer in model.model.layers:
+        layer.self_attn.max_absorbed_tokens = most
+    return model
 
 
 @torch.no_grad()

@@ -178,19 +178,22 @@ def test_the_full_rank_is_a_donor_with_constant_phases(kv_heads: int, rope: dict
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_absorbed_decode_is_expanded_decode(kv_heads: int) -> None:
+@pytest.mark.parametrize("new_tokens", [1, 5])
+def test_absorbed_decode_is_expanded_decode(
+    kv_heads: int, new_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = converted(donor_model(kv_heads=kv_heads))
     ids = token_ids(3, 20, seed=9)
-    outputs = []
-    for absorb in (True, False):
+    expand, outputs, expanded = LatentAttention.expand_kv, [], []
+    monkeypatch.setattr(LatentAttention, "expand_kv", lambda *a: expanded.append(1) or expand(*a))
+    for most, layers in ((new_tokens, 0), (new_tokens - 1, 2)):
         cache = DynamicCache(config=model.config)
+        monkeypatch.setattr(LatentAttention, "max_absorbed_tokens", most)
         with torch.no_grad():
-            model(input_ids=ids[:, :-1], past_key_values=cache)
-            for layer in model.model.layers:
-                layer.self_attn.can_absorb = lambda _, absorb=absorb: absorb
-            outputs.append(model(input_ids=ids[:, -1:], past_key_values=cache).logits)
-        for layer in model.model.layers:
-            del layer.self_attn.can_absorb
+            model(input_ids=ids[:, :-new_tokens], past_key_values=cache)
+            expanded.clear()
+            outputs.append(model(input_ids=ids[:, -new_tokens:], past_key_values=cache).logits)
+        assert len(expanded) == layers
     assert relative(*outputs) < 4e-6
 
 
