@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mhconvert.convert import calibrate, checkpoint, estimate, proof, provenance
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError
+from mhconvert.convert.families import layer_window
 from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.methods import Method, build_method
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.rotary import LayerRotary, layer_rotary
 from mhconvert.convert.workspace import Workspace
 
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
@@ -110,9 +111,7 @@ def _convert_layers(
 ) -> list[dict[str, Any]]:
     """Every layer, from the first that is not finished; leaves both streams behind the last layer."""
     total, dtype = donor.config.num_hidden_layers, estimate.output_dtype(recipe, donor)
-    rotary = donor.rotary(device)
-    positions = torch.arange(rows.fit.shape[1], device=device).unsqueeze(0)
-    position_embeddings = rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
+    rotary_module, length = donor.rotary(device), rows.fit.shape[1]
     for index, chosen in enumerate(space.layers):
         method.restore(index, chosen)
     if not space.streams_ready:
@@ -124,12 +123,14 @@ def _convert_layers(
     tell(Progress("layers", len(space.layers), total))
     for index in range(len(space.layers), total):
         begun = time.perf_counter()
+        rotary = layer_rotary(rotary_module, donor.config, index, length)
         layer = calibrate.Layer(
-            donor.decoder_layer(index, device), donor.family.attention_norm, position_embeddings
+            donor.decoder_layer(index, device),
+            donor.family.attention_norm,
+            rotary.embeddings,
+            layer_window(donor.config, index),
         )
-        attention, chosen = _convert_layer(
-            recipe, method, layer, index, streams, rotary, position_embeddings, fit
-        )
+        attention, chosen = _convert_layer(recipe, method, layer, index, streams, rotary, fit)
         _round_to(attention, dtype)
         measured = _advance(layer, attention, streams, dtype)
         error = measured["relative_error"]
@@ -151,19 +152,18 @@ def _convert_layer(
     layer: calibrate.Layer,
     index: int,
     streams: calibrate.Streams,
-    rotary: Any,
-    position_embeddings: tuple[Tensor, Tensor],
+    rotary: LayerRotary,
     fit: Callable[..., None],
 ) -> tuple[Any, dict[str, Any]]:
     """Closed form on the teacher's stream, then the fit to the donor's attention outputs."""
     inputs = layer.attention_inputs(streams.teacher_fit)
     targets = layer.attend(layer.attention, inputs)
-    attention, chosen = method.convert(layer.attention, index, inputs, targets, position_embeddings, rotary)
+    attention, chosen = method.convert(layer.attention, index, inputs, targets, rotary.embeddings, rotary)
     steps = FIT_STEPS[recipe.effort] if recipe.fit_steps is None else recipe.fit_steps
     if steps:
         rows = max(1, FIT_TOKENS // inputs.shape[1])
         seed = recipe.seed * 1000 + index
-        fit(attention, inputs, targets, position_embeddings, steps=steps, rows=rows, seed=seed)
+        fit(attention, inputs, targets, rotary.embeddings, steps=steps, rows=rows, seed=seed)
     streams.outputs = targets
     return attention, chosen
 

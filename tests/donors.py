@@ -24,6 +24,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|bos|>assistant\n{% endif %}"
 )
 
+DEFAULTS = {"max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1}
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
 
 def make_tokenizer(vocab: int = 320) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `vocab` ≥ 258 tokens; 0 is <|bos|>, 1 is <|eos|> (also the padding)."""
@@ -68,8 +71,7 @@ def make_config(
         num_hidden_layers=layers,
         vocab_size=vocab,
         tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0} | (rope or {}),
-        **({"max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1} | settings),
+        **(DEFAULTS | {"rope_parameters": DEFAULT_ROPE | (rope or {})} | settings),
     )
 
 
