@@ -77,7 +77,7 @@ class Donor:
     def tokenizer(self) -> Any:
         """The donor's tokenizer. Raises CheckpointError when it has none that transformers can load."""
         if self._place.header is not None:
-            return gguf_tokenizer(self._place.header)
+            return self._gguf_tokenizer
         return resolve.load_tokenizer(self.folder, self._trust)
 
     def decoder_layer(
@@ -175,6 +175,11 @@ class Donor:
         patterns = (*hub.CARRIED_FILES, *(hub.TOKENIZER_CODE if self._trust else ()))
         for file in sorted({f for pattern in patterns for f in self.folder.glob(pattern) if f.is_file()}):
             shutil.copyfile(file, out / file.name)
+
+    @cached_property
+    def _gguf_tokenizer(self) -> Any:
+        assert self._place.header is not None
+        return gguf_tokenizer(self._place.header)  # a large vocabulary's merges take a minute to work out
 
     @cached_property
     def family(self) -> Family:
