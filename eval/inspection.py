@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert import estimate, families
+from mhconvert.convert import estimate, families, refusals
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.convert.methods import METHODS, build_method
@@ -92,7 +92,7 @@ def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str,
         refusal = f"it is already converted by {made_by}; convert the original donor"
         return {name: {"applies": False, "reason": refusal} for name in METHODS}
     found: dict[str, dict[str, Any]] = {}
-    for name, reason in families.refusals(config).items():
+    for name, reason in refusals.refusals(config).items():
         found[name] = {"applies": False, "reason": reason}
         if reason is not None:
             continue

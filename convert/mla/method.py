@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mhconvert.convert.errors import UnsupportedError
-from mhconvert.convert.families import attention_facts, require, stock_refusal
+from mhconvert.convert.families import attention_facts
 from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.mla import modeling_mla
 from mhconvert.convert.mla.assembly import NormedWeights, at_mean_scale, module_tensors
@@ -29,6 +29,7 @@ from mhconvert.convert.mla.surgery import (
     rotary_basis,
     series_components,
 )
+from mhconvert.convert.refusals import require, stock_refusal
 
 VALUE_WEIGHT = 0.01  # price of a relative error in the values against one in the scores
 VALUE_WEIGHTS = (0.003, 0.03)  # tried beside it

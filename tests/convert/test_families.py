@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mhconvert.convert.errors import UnsupportedError
-from mhconvert.convert.families import FAMILIES, family_of, refusals, require
+from mhconvert.convert.families import FAMILIES, family_of
+from mhconvert.convert.refusals import refusals, require
 from tests.donors import make_config
 
 PLAIN = {"architectures": ["LlamaForCausalLM"]}
