@@ -1,17 +1,29 @@
-"""`mhconvert donors`: the aliases that DONOR may be, and the hub ids behind them."""
+"""`mhconvert donors`: the aliases that DONOR may be, and the hub ids behind them; `--families`: what can be converted."""
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
+
+import typer
 
 from mhconvert.cli import options as o
 from mhconvert.cli.output import Flags, execute
 
+Families = Annotated[
+    bool, typer.Option("--families", help="The table of model families and methods instead, as Markdown.")
+]
 
-def command(json: o.Json = False, quiet: o.Quiet = False, debug: o.Debug = False) -> None:
+
+def command(
+    families: Families = False, json: o.Json = False, quiet: o.Quiet = False, debug: o.Debug = False
+) -> None:
     """List the aliases of well-known donors with their hub ids."""
 
     def work(_: TextIO) -> dict[str, Any]:
+        if families:
+            from mhconvert.convert.family_table import family_table
+
+            return {"families": family_table()}
         from mhconvert.convert.aliases import ALIASES
 
         return {"donors": dict(ALIASES)}
@@ -20,7 +32,12 @@ def command(json: o.Json = False, quiet: o.Quiet = False, debug: o.Debug = False
 
 
 def show(result: dict[str, Any], console: Any) -> None:
-    """Print alias and hub id, one donor a line."""
+    """Print alias and hub id, one donor a line; or the table of families."""
+    if "families" in result:
+        from mhconvert.convert.family_table import markdown
+
+        console.out(markdown(result["families"]), highlight=False)
+        return
     width = max(map(len, result["donors"]))
     for alias, hub_id in result["donors"].items():
         console.out(f"{alias:<{width}}  {hub_id}", highlight=False)

@@ -130,19 +130,27 @@ class Layer:
     Streams are (N, L, D) float32 on the CPU; a few rows at a time pass through the layer's device.
     """
 
-    def __init__(self, module: Any, norm: str, position_embeddings: tuple[Tensor, Tensor]):
+    def __init__(
+        self,
+        module: Any,
+        norm: str | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        window: int | None = None,
+    ):
         self.module = module
         self.attention = module.self_attn
-        self._norm = getattr(module, norm)
+        self._norm = getattr(module, norm) if norm else None
         self._position_embeddings = position_embeddings
+        mask = self._attention_mask(window)
+        self._surroundings = {"position_embeddings": position_embeddings, "attention_mask": mask}
 
     def attention_inputs(self, hidden: Tensor) -> Tensor:
-        """What the attention reads of the block's input."""
-        return self._by_rows(self._norm, hidden)
+        """What the attention reads of the block's input; that itself where no norm precedes the attention."""
+        return self._by_rows(self._norm, hidden) if self._norm else hidden.clone()
 
     def attend(self, attention: nn.Module, inputs: Tensor) -> Tensor:
         """The outputs of `attention`, the donor's or a converted one."""
-        return self._by_rows(lambda x: attention(x, self._position_embeddings, None)[0], inputs)
+        return self._by_rows(lambda x: attention(x, **self._surroundings)[0], inputs)
 
     def complete(self, hidden: Tensor, attention_outputs: Tensor) -> None:
         """Replace the block's input by its output, given its attention's output; in place."""
@@ -161,8 +169,21 @@ class Layer:
         cache = DynamicCache()
         row = inputs[:1].to(self._position_embeddings[0].device)
         with torch.no_grad():
-            attention(row, self._position_embeddings, None, past_key_values=cache)
+            attention(row, **self._surroundings, past_key_values=cache)
         return cache_storage(cache)[1] / row.shape[1]
+
+    def _attention_mask(self, window: int | None) -> Tensor | None:
+        """Additive (1, 1, L, L); None where sdpa's own causal mask is the right one."""
+        cos = self._position_embeddings[0]
+        length = cos.shape[1]
+        windowed = window is not None and window < length
+        if not windowed and self.attention.config._attn_implementation == "sdpa":
+            return None
+        position = torch.arange(length, device=cos.device)
+        distance = position[:, None] - position[None]
+        hidden = (distance < 0) | (distance >= (window or length))
+        mask = torch.zeros(1, 1, length, length, device=cos.device)
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def _by_rows(self, function: Any, tensor: Tensor) -> Tensor:
         device = self._position_embeddings[0].device

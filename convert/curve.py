@@ -142,11 +142,11 @@ def _pass_layer(
     dtype: torch.dtype,
 ) -> None:
     """Move the teacher and every student past a layer."""
-    layer = steps.read(donor, index, place, device)
-    seen = steps.observe(layer, students[0].method, teacher, fitted, place, dtype)
+    layer, rotary = steps.read(donor, index, place, device)
+    seen = steps.observe(layer, students[0].method, teacher, fitted, rotary, dtype)
     for student in students:
         begun = time.perf_counter()
-        attention, _ = steps.convert(student.recipe, student.method, index, seen, place, fit, dtype)
+        attention, _ = steps.convert(student.recipe, student.method, index, seen, fit, dtype)
         student.layers.append(steps.follow(layer, index, attention, seen, student.hidden))
         student.seconds += time.perf_counter() - begun
 

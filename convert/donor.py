@@ -48,7 +48,7 @@ class Donor:
         self.reference, self.name, self.hub_id = place.reference, place.name, place.hub_id
         self.notice, self.folder, self.licence = place.notice, place.folder, place.licence
         self.config: Any = place.config
-        self.config._attn_implementation = "sdpa"
+        self.config._attn_implementation = _implementation(self.config)
         self._outer: dict[str, Tensor] = {}
 
     @cached_property
@@ -77,7 +77,7 @@ class Donor:
     def tokenizer(self) -> Any:
         """The donor's tokenizer. Raises CheckpointError when it has none that transformers can load."""
         if self._place.header is not None:
-            return gguf_tokenizer(self._place.header)
+            return self._gguf_tokenizer
         return resolve.load_tokenizer(self.folder, self._trust)
 
     def decoder_layer(
@@ -102,7 +102,7 @@ class Donor:
     def embed(self, input_ids: Tensor) -> Tensor:
         """Hidden states [B, T, hidden_size] in fp32 on the device of `input_ids` [B, T]."""
         rows = F.embedding(input_ids.cpu(), self._read_outer(self._embedding))
-        return rows.to(device=input_ids.device, dtype=torch.float32)
+        return rows.to(device=input_ids.device, dtype=torch.float32) * self._embedding_scale
 
     def head(self, hidden: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
         """Final norm and lm_head: layer output [..., hidden_size] -> logits [..., vocab_size], fp32.
@@ -122,9 +122,9 @@ class Donor:
         with torch.no_grad():
             normed = norm(hidden.float())
             if output.dtype == stored == torch.float32 and output.device == hidden.device:
-                return F.linear(normed, output)
+                return self._final(F.linear(normed, output))
             blocks = (block.to(stored).to(hidden.device, torch.float32) for block in output.split(HEAD_BLOCK))
-            return torch.cat([F.linear(normed, block) for block in blocks], dim=-1)
+            return self._final(torch.cat([F.linear(normed, block) for block in blocks], dim=-1))
 
     def release(self) -> None:
         """Let go of the embedding and the head; they are read again when they are needed."""
@@ -138,6 +138,9 @@ class Donor:
             weights["lm_head.weight"] = weights[self._embedding]
         model.load_state_dict(weights, strict=True, assign=True)
         setattr(getattr(model, self.family.base), self.family.rotary, self.rotary(device))
+        for module in model.modules():  # buffers that follow from the config and are not in the weights
+            if hasattr(module, "scalar_embed_scale"):
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
         model.tie_weights()
         model.generation_config = self.generation_config()
         return model.eval().requires_grad_(False)
@@ -174,9 +177,29 @@ class Donor:
             shutil.copyfile(file, out / file.name)
 
     @cached_property
+    def _gguf_tokenizer(self) -> Any:
+        assert self._place.header is not None
+        return gguf_tokenizer(self._place.header)  # a large vocabulary's merges take a minute to work out
+
+    @cached_property
     def family(self) -> Family:
         """The donor's row of `families.FAMILIES`. Raises UnsupportedError when it has none."""
         return family_of(self.config)
+
+    @property
+    def _embedding_scale(self) -> float:
+        """What Gemma and Granite multiply embeddings by."""
+        scale = getattr(self.config, "embedding_multiplier", None)
+        if scale is not None:
+            return float(scale)
+        embedding = getattr(self._base, self.family.embedding)
+        return float(getattr(embedding, "scalar_embed_scale", 1.0))
+
+    def _final(self, logits: Tensor) -> Tensor:
+        """What Granite and Gemma 2 do to logits."""
+        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @cached_property
     def _stock(self) -> Any:
@@ -240,4 +263,9 @@ def _same(source: TensorSource, left: str, right: str) -> bool:
 
 def _skeleton(config: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        return AutoModelForCausalLM.from_config(config, attn_implementation=_implementation(config)).eval()
+
+
+def _implementation(config: Any) -> str:
+    """transformers' attention that computes `config`'s: sdpa knows no soft-caps."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"

@@ -10,6 +10,7 @@ import torch
 from mhconvert.convert.calibrate import row_length, token_count
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.families import attention_facts
 from mhconvert.convert.methods import Method
 from mhconvert.convert.recipe import Recipe
 
@@ -39,7 +40,8 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     """The plan behind `--dry-run`: geometry, KV arithmetic, parameters, disk and memory needed."""
     config, dtype = donor.config, output_dtype(recipe, donor)
     layers, width = config.num_hidden_layers, dtype.itemsize
-    donor_elements = 2 * config.num_key_value_heads * config.head_dim * layers
+    facts = attention_facts(config)
+    donor_elements = 2 * facts.kv_heads * facts.head_dim * layers
     outer, per_layer, attention = _parameters(donor, method)
     converted = outer + layers * (per_layer - attention + method.new_parameters())
     tokens = token_count(recipe, device)

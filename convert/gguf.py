@@ -15,6 +15,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from mhconvert.convert.errors import CheckpointError, UnsupportedError
+from mhconvert.convert.gguf_names import ARCHITECTURES
 from mhconvert.convert.sources import read_bytes, require_finite
 
 MAGIC = b"GGUF"
@@ -24,23 +25,6 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 BLOCK = 1 << 22  # elements dequantised together, so that reading needs little more than the tensor itself
 
-# llama.cpp's architecture -> does it store q and k rows in its interleaved RoPE order?
-ARCHITECTURES = {"llama": True}
-
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 ROPE_FACTORS = (
     "rope_freqs.weight"  # per-frequency divisors; the config's business (gguf_model.py), not a weight
 )
@@ -154,7 +138,9 @@ class GGUFSource:
         self.path = Path(path)
         self.header = header or read_gguf_header(self.path)
         require_readable(self.header)
-        self._tensors = {hub_name(t.name): t for t in self.header.tensors.values() if t.name != ROPE_FACTORS}
+        self._architecture = ARCHITECTURES[self.header.architecture]
+        stored = (tensor for tensor in self.header.tensors.values() if tensor.name != ROPE_FACTORS)
+        self._tensors = {self._architecture.hub_name(tensor.name): tensor for tensor in stored}
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -171,7 +157,9 @@ class GGUFSource:
     def read(self, name: str) -> Tensor:
         tensor = dequantised(self.path, self._entry(name))
         require_finite(tensor, name, self.path)
-        if ARCHITECTURES[self.header.architecture]:
+        if name.endswith("norm.weight"):
+            tensor -= self._architecture.norm_offset
+        if self._architecture.interleaved:
             if name.endswith((".q_proj.weight", ".q_proj.bias")):
                 return _halves(tensor, self.header.fact("attention.head_count"))
             if name.endswith((".k_proj.weight", ".k_proj.bias")):
@@ -224,15 +212,6 @@ def dequantised(path: Path, tensor: GGUFTensor) -> Tensor:
 def kv_heads(header: GGUFHeader) -> int:
     """How many key/value heads the file's model has."""
     return int(header.fact("attention.head_count_kv", header.fact("attention.head_count")))
-
-
-def hub_name(name: str) -> str:
-    """The Hub's name of llama.cpp's tensor `name`; an unknown part stays, and the donor then refuses it."""
-    part, _, suffix = name.rpartition(".")
-    if part.startswith("blk."):
-        _, layer, part = part.split(".", 2)
-        return f"model.layers.{layer}.{NAMES.get(part, part)}.{suffix}"
-    return f"{NAMES.get(part, part)}.{suffix}"
 
 
 def _dequantise(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from mhconvert.convert.errors import CheckpointError, UnsupportedError
 from mhconvert.convert.gguf import ROPE_FACTORS, GGUFHeader, dequantised, kv_heads, require_readable
@@ -34,7 +40,7 @@ PRE_TOKENIZERS: dict[str, list[Any]] = {
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
-def gguf_config(header: GGUFHeader) -> LlamaConfig:
+def gguf_config(header: GGUFHeader) -> Any:
     """The transformers config of `header`'s model, dtype float32 (what its tensors dequantise to).
 
     Raises UnsupportedError for a RoPE scaling that the file does not state in full, CheckpointError for
@@ -47,30 +53,50 @@ def gguf_config(header: GGUFHeader) -> LlamaConfig:
         head_dim = int(
             header.fact("attention.key_length", header.fact("rope.dimension_count", hidden // heads))
         )
-        config = LlamaConfig(
-            hidden_size=hidden,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads(header),
-            head_dim=head_dim,
-            num_hidden_layers=int(header.fact("block_count")),
-            intermediate_size=int(header.fact("feed_forward_length")),
-            vocab_size=header.tensors["token_embd.weight"].shape[0],
-            max_position_embeddings=int(header.fact("context_length")),
-            rms_norm_eps=float(header.fact("attention.layer_norm_rms_epsilon")),
-            rope_parameters=_rope(header, head_dim),
-            attention_bias="blk.0.attn_q.bias" in header.tensors,
-            tie_word_embeddings="output.weight" not in header.tensors,
-            bos_token_id=ids["bos"],
-            eos_token_id=ids["eos"],
-            pad_token_id=ids["padding"],
-        )
+        common = {
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads(header),
+            "head_dim": head_dim,
+            "num_hidden_layers": int(header.fact("block_count")),
+            "intermediate_size": int(header.fact("feed_forward_length")),
+            "vocab_size": header.tensors["token_embd.weight"].shape[0],
+            "max_position_embeddings": int(header.fact("context_length")),
+            "rms_norm_eps": float(header.fact("attention.layer_norm_rms_epsilon")),
+            "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+            "tie_word_embeddings": "output.weight" not in header.tensors,
+            "bos_token_id": ids["bos"],
+            "eos_token_id": ids["eos"],
+            "pad_token_id": ids["padding"],
+        }
+        config: Any
+        if header.architecture == "gemma3":
+            config = _gemma3_config(header, common)
+        else:
+            config = LlamaConfig(**common, rope_parameters=_rope(header, head_dim))
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{header.path} lacks a fact about its model ({error}); use another file"
         ) from error
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = ["LlamaForCausalLM" if header.architecture == "llama" else "Gemma3ForCausalLM"]
     config.dtype = torch.float32
     return config
+
+
+GEMMA3_27B_LAYERS = 62  # the one size whose scores are not scaled by the root of head_dim
+
+
+def _gemma3_config(header: GGUFHeader, common: dict[str, Any]) -> Gemma3TextConfig:
+    """Gemma 3's layers are local but for every sixth, and the local ones turn by a base of their own."""
+    hidden, heads, head_dim = (common[key] for key in ("hidden_size", "num_attention_heads", "head_dim"))
+    largest = common["num_hidden_layers"] == GEMMA3_27B_LAYERS
+    local = {"rope_type": "default", "rope_theta": float(header.fact("rope.freq_base_swa", 10000.0))}
+    return Gemma3TextConfig(
+        **common,
+        query_pre_attn_scalar=hidden // heads if largest else head_dim,
+        sliding_window=int(header.fact("attention.sliding_window")),
+        rope_parameters={"sliding_attention": local, "full_attention": _rope(header, head_dim)},
+    )
 
 
 def gguf_generation_config(header: GGUFHeader) -> GenerationConfig:

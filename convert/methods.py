@@ -38,7 +38,7 @@ class Method(Protocol):
         """Parameters that the method writes in one layer, at most."""
         ...
 
-    def observe(self, attention: Any, inputs: Any, position_embeddings: Any, rotary: Any) -> Any:
+    def observe(self, attention: Any, inputs: Any, rotary: Any) -> Any:
         """What `convert` needs of a donor's attention: the same for every budget, and kept past the layer."""
         ...
 

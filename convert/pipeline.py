@@ -23,6 +23,7 @@ from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.methods import Method, build_method
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.rotary import LayerRotary
 from mhconvert.convert.search import Search, meet
 from mhconvert.convert.workspace import Workspace
 
@@ -153,8 +154,8 @@ def _convert_layers(
     tell(Progress("layers", len(space.layers), total))
     for index in range(len(space.layers), total):
         begun = time.perf_counter()
-        layer = steps.read(donor, index, place, device)
-        attention, chosen = _convert_layer(recipe, method, layer, index, streams, place, fit, dtype)
+        layer, rotary = steps.read(donor, index, place, device)
+        attention, chosen = _convert_layer(recipe, method, layer, index, streams, rotary, fit, dtype)
         chosen |= {"index": index, "seconds": time.perf_counter() - begun}
         tensors = _layer_tensors(donor, method, index, attention, dtype)
         space.finish_layer(tensors, chosen, last=index + 1 == total)
@@ -168,13 +169,13 @@ def _convert_layer(
     layer: calibrate.Layer,
     index: int,
     streams: calibrate.Streams,
-    place: steps.Positions,
+    rotary: LayerRotary,
     fit: steps.Fit,
     dtype: torch.dtype,
 ) -> tuple[Any, dict[str, Any]]:
     """The new attention of one layer, what was chosen and what was measured; both streams move past it."""
-    seen = steps.observe(layer, method, streams.teacher, streams.fitted, place, dtype)
-    attention, chosen = steps.convert(recipe, method, index, seen, place, fit, dtype)
+    seen = steps.observe(layer, method, streams.teacher, streams.fitted, rotary, dtype)
+    attention, chosen = steps.convert(recipe, method, index, seen, fit, dtype)
     return attention, chosen | steps.follow(layer, index, attention, seen, streams.student)
 
 

@@ -18,9 +18,11 @@ from torch import Tensor
 from mhconvert.convert.calibrate import Layer
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import CheckpointError
+from mhconvert.convert.families import layer_window
 from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.methods import Method
 from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.rotary import LayerRotary, layer_rotary
 
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
 FIT_STEPS = {"quick": 0, "default": 80, "high": 400}
@@ -31,10 +33,10 @@ Fit = Callable[..., None]  # `heal.local.fit`
 
 @dataclass(frozen=True)
 class Positions:
-    """The donor's rotary embedding, and what it gives for one row of calibration text: cos, sin (1, L, d)."""
+    """The donor's rotary module, and the number of tokens in a row of calibration text."""
 
-    rotary: Any
-    embeddings: tuple[Tensor, Tensor]
+    module: Any
+    length: int
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,30 @@ class Observed:
     """The donor's side of one layer, the same for every conversion of it; (N, L, D) float32 on the CPU.
 
     inputs, targets: of its attention, on the fitted rows; held_inputs, held_targets: on the held-out ones.
-    statistics: what the method keeps of it. kv_elements: what one token leaves in a cache object.
+    rotary: the layer's RoPE. statistics: what the method keeps of it. kv_elements: what one token leaves in a
+    cache object.
     """
 
     inputs: Tensor
     targets: Tensor
     held_inputs: Tensor
     held_targets: Tensor
+    rotary: LayerRotary
     statistics: Any
     kv_elements: float
 
 
 def positions(donor: Donor, length: int, device: torch.device) -> Positions:
     """The positions of rows of `length` tokens."""
-    rotary = donor.rotary(device)
-    numbers = torch.arange(length, device=device).unsqueeze(0)
-    return Positions(rotary, rotary(torch.zeros(1, dtype=torch.float32, device=device), numbers))
+    return Positions(donor.rotary(device), length)
 
 
-def read(donor: Donor, index: int, place: Positions, device: torch.device) -> Layer:
-    """Decoder layer `index` of the donor, the only one in memory."""
-    return Layer(donor.decoder_layer(index, device), donor.family.attention_norm, place.embeddings)
+def read(donor: Donor, index: int, place: Positions, device: torch.device) -> tuple[Layer, LayerRotary]:
+    """Decoder layer `index` of the donor, the only one in memory, and its RoPE."""
+    rotary = layer_rotary(place.module, donor.config, index, place.length)
+    window = layer_window(donor.config, index)
+    module = donor.decoder_layer(index, device)
+    return Layer(module, donor.family.attention_norm, rotary.embeddings, window), rotary
 
 
 def fit_steps(recipe: Recipe) -> int:
@@ -71,7 +76,7 @@ def fit_steps(recipe: Recipe) -> int:
 
 
 def observe(
-    layer: Layer, method: Method, teacher: Tensor, fitted: int, place: Positions, dtype: torch.dtype
+    layer: Layer, method: Method, teacher: Tensor, fitted: int, rotary: LayerRotary, dtype: torch.dtype
 ) -> Observed:
     """What the donor's attention does with the teacher's stream, of which the first `fitted` rows are for fitting.
 
@@ -80,27 +85,27 @@ def observe(
     fit, held = teacher[:fitted], teacher[fitted:]
     inputs = layer.attention_inputs(fit)
     targets = layer.attend(layer.attention, inputs)
-    statistics = method.observe(layer.attention, inputs, place.embeddings, place.rotary)
+    statistics = method.observe(layer.attention, inputs, rotary)
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)
     elements = layer.cache_elements(layer.attention, held_inputs)
     layer.complete(fit, targets)
     layer.complete(held, held_targets)
     _round_to(layer.module, dtype)
-    return Observed(inputs, targets, held_inputs, held_targets, statistics, elements)
+    return Observed(inputs, targets, held_inputs, held_targets, rotary, statistics, elements)
 
 
 def convert(
-    recipe: Recipe, method: Method, index: int, seen: Observed, place: Positions, fit: Fit, dtype: torch.dtype
+    recipe: Recipe, method: Method, index: int, seen: Observed, fit: Fit, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
     """The new attention of layer `index`, closed form and fit, in the weights that will be written."""
-    inputs, targets = seen.inputs, seen.targets
-    attention, chosen = method.convert(seen.statistics, index, inputs, targets, place.embeddings)
+    inputs, targets, embeddings = seen.inputs, seen.targets, seen.rotary.embeddings
+    attention, chosen = method.convert(seen.statistics, index, inputs, targets, embeddings)
     steps = fit_steps(recipe)
     if steps:
         rows = max(1, FIT_TOKENS // inputs.shape[1])
         seed = recipe.seed * 1000 + index
-        fit(attention, inputs, targets, place.embeddings, steps=steps, rows=rows, seed=seed)
+        fit(attention, inputs, targets, embeddings, steps=steps, rows=rows, seed=seed)
     _round_to(attention, dtype)
     return attention, chosen
 

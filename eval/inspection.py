@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert import estimate, families
+from mhconvert.convert import estimate, families, refusals
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.convert.methods import METHODS, build_method
@@ -56,7 +56,8 @@ def cache_elements(config: Any) -> list[int]:
     text = config.get_text_config()
     layers = range(text.num_hidden_layers)
     if getattr(text, "rope_frequencies", None) is not None:
-        return [text.latent_rank(i) + 2 * len(text.layer_frequencies(i)) for i in layers]
+        scales = text.num_key_scales
+        return [text.latent_rank(i) + 2 * len(text.layer_frequencies(i)) + scales for i in layers]
     if getattr(text, "kv_lora_rank", None) is not None:
         return [text.kv_lora_rank + text.qk_rope_head_dim for _ in layers]
     return [2 * _kv_heads(text) * _head_dim(text) for _ in layers]
@@ -80,7 +81,7 @@ def attention(config: Any) -> dict[str, Any]:
         heads, groups = text.num_attention_heads, _kv_heads(text)
         facts["kind"] = "multi-head" if heads == groups else "multi-query" if groups == 1 else "grouped-query"
         facts["num_key_value_heads"], facts["head_dim"] = groups, _head_dim(text)
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope = families.rope_settings(text)[0]
     facts["rope_type"], facts["rope_theta"] = rope.get("rope_type", "default"), rope.get("rope_theta")
     facts["max_position_embeddings"] = getattr(text, "max_position_embeddings", None)
     return facts
@@ -91,7 +92,7 @@ def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str,
         refusal = f"it is already converted by {made_by}; convert the original donor"
         return {name: {"applies": False, "reason": refusal} for name in METHODS}
     found: dict[str, dict[str, Any]] = {}
-    for name, reason in families.refusals(config).items():
+    for name, reason in refusals.refusals(config).items():
         found[name] = {"applies": False, "reason": reason}
         if reason is not None:
             continue

@@ -24,6 +24,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|bos|>assistant\n{% endif %}"
 )
 
+DEFAULTS = {"max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1}
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
 
 def make_tokenizer(vocab: int = 320) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `vocab` ≥ 258 tokens; 0 is <|bos|>, 1 is <|eos|> (also the padding)."""
@@ -68,8 +71,7 @@ def make_config(
         num_hidden_layers=layers,
         vocab_size=vocab,
         tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0} | (rope or {}),
-        **({"max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1} | settings),
+        **(DEFAULTS | {"rope_parameters": DEFAULT_ROPE | (rope or {})} | settings),
     )
 
 
@@ -149,9 +151,10 @@ def make_gguf(
     tensors: dict[str, np.ndarray] | None = None,
     **config: Any,
 ) -> Path:
-    """Write a llama-architecture GGUF file at `path` and return it.
+    """Write a GGUF file at `path` and return it: a llama, or with family="gemma3_text" and its architecture a Gemma 3.
 
-    Matrices are stored in `quantization`, vectors in F32; q and k rows are permuted as llama.cpp stores them.
+    Matrices are stored in `quantization`, vectors in F32; a llama's q and k rows are permuted as llama.cpp stores
+    them, a Gemma's norms hold 1 + weight.
     Row lengths must divide by 32 for the quantised types. architecture, pre (the pre-tokenizer's
     name), facts (whole numbers and text) and tensors go into the file as they are.
     """
@@ -166,17 +169,24 @@ def make_gguf(
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, array)
     kind = gguf.GGMLQuantizationType[quantization]
+    more = GEMMA3_GGUF_NAMES if settings.model_type == "gemma3_text" else ()
+
+    def stored_name(name: str) -> str:
+        return gguf_name(name, more)
+
     for name, weight in stored_weights(model).items():
         array = weight.numpy()
-        if ".q_proj." in name:
+        if settings.model_type == "gemma3_text":
+            array = array + np.float32(1) if name.endswith("norm.weight") else array
+        elif ".q_proj." in name:
             array = _interleave(array, settings.num_attention_heads)
-        if ".k_proj." in name:
+        elif ".k_proj." in name:
             array = _interleave(array, settings.num_key_value_heads)
         if array.ndim > 1 and quantization not in ("F32", "F16"):
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
+            writer.add_tensor(stored_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(
-                gguf_name(name), array.astype(np.float16) if kind == 1 and array.ndim > 1 else array
+                stored_name(name), array.astype(np.float16) if kind == 1 and array.ndim > 1 else array
             )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -202,9 +212,18 @@ GGUF_NAMES = (
 )
 
 
-def gguf_name(name: str) -> str:
-    """llama.cpp's name for the transformers tensor `name`."""
-    for ours, theirs in sorted(GGUF_NAMES, key=lambda pair: -len(pair[0])):
+GEMMA3_GGUF_NAMES = (
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("post_attention_layernorm", "post_attention_norm"),
+    ("pre_feedforward_layernorm", "ffn_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
+)
+
+
+def gguf_name(name: str, more: tuple[tuple[str, str], ...] = ()) -> str:
+    """llama.cpp's name for the transformers tensor `name`; `more` pairs win over the llama's."""
+    for ours, theirs in sorted((dict(GGUF_NAMES) | dict(more)).items(), key=lambda pair: -len(pair[0])):
         name = name.replace(ours, theirs)
     return name
 
@@ -222,8 +241,13 @@ def _write_gguf_facts(writer: Any, config: Any, pre: str) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    if config.model_type == "gemma3_text":
+        writer.add_key_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
+    else:
+        writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     tokenizer = json.loads(make_tokenizer(config.vocab_size).backend_tokenizer.to_str())

@@ -3,10 +3,12 @@
 
 def register() -> None:
     """Make transformers' Auto classes know the latent-attention models in this process; may be called again."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    from mhconvert.convert.mla.method import MODELS
+    from mhconvert.convert.families import FAMILIES
+    from mhconvert.convert.mla.method import model_class
 
-    for model in MODELS.values():
+    for model_type in FAMILIES:
+        model = model_class(CONFIG_MAPPING[model_type])
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)

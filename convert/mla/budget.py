@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mhconvert.convert.errors import BudgetError, UnsupportedError
+from mhconvert.convert.families import AttentionFacts, attention_facts
 from mhconvert.convert.mla.settings import MLASettings
 
 # Shares of a layer's elements that the rotary key may take; each is tried on the layer's own output error.
@@ -25,7 +26,8 @@ KERNEL_SHAPES = ((128, 64, 128), (192, 64, 256), (64, 64, 128), (256, 0, 256))
 @dataclass(frozen=True)
 class LayerBudget:
     """elements: of the latent cache per token and layer. kv_lora_rank, qk_rope_head_dim: fixed sizes, or None
-    when the pass chooses the split. donor_elements = 2 G d; frequencies F = d / 2; kv_heads G.
+    when the pass chooses the split. donor_elements = 2 G d; frequencies: rotary pairs of a head; kv_heads G;
+    key_scales: of the elements, those that hold 1 / RMS of a donor's normed keys.
     """
 
     elements: int
@@ -34,21 +36,27 @@ class LayerBudget:
     donor_elements: int
     frequencies: int
     kv_heads: int
+    key_scales: int = 0
 
     @property
     def all_components(self) -> int:
-        """G F: one for each rotary pair of each KV head."""
+        """One for each rotary pair of each KV head."""
         return self.frequencies * self.kv_heads
 
     def component_choices(self, effort: str) -> list[int]:
         """Numbers R of rotary components to try, each leaving the latent at least one element."""
         if self.qk_rope_head_dim is not None:
             return [self.qk_rope_head_dim // 2]
-        largest = min(self.all_components, (self.elements - 1) // 2)
-        counts = {min(largest, max(1, round(share * self.elements / 2))) for share in ROPE_SHARES[effort]}
-        if self.elements - 2 * self.all_components >= self.donor_elements // 2:
+        free = self.elements - self.key_scales
+        largest = min(self.all_components, (free - 1) // 2)
+        counts = {min(largest, max(1, round(share * free / 2))) for share in ROPE_SHARES[effort]}
+        if free >= self.donor_elements:
             counts = {self.all_components}  # every key rotates and every value fits: exact
         return sorted(counts)
+
+    def rank(self, components: int) -> int:
+        """Width of the latent beside `components` rotary ones."""
+        return self.elements - self.key_scales - 2 * components
 
 
 def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
@@ -58,10 +66,11 @@ def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
     Raises BudgetError, with the nearest that is possible, when the geometry cannot express the sizes, and
     UnsupportedError for a head_dim that the profile does not have.
     """
-    kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-    donor = 2 * kv_heads * head_dim
+    facts = attention_facts(config)
+    head_dim, scales = facts.head_dim, facts.key_scales
+    donor = 2 * facts.kv_heads * head_dim
     if settings.kv_lora_rank is not None and settings.qk_rope_head_dim is not None:
-        budget = _explicit(settings.kv_lora_rank, settings.qk_rope_head_dim, kv_heads, head_dim)
+        budget = _explicit(settings.kv_lora_rank, settings.qk_rope_head_dim, facts)
         if settings.profile == "portable" and settings.qk_rope_head_dim != portable_rope(head_dim):
             raise BudgetError(
                 f"qk_rope_head_dim={settings.qk_rope_head_dim} has no kernel at head_dim={head_dim}: --profile "
@@ -70,7 +79,7 @@ def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
         return budget
     elements = round(settings.kv_budget * donor)
     rope = portable_rope(head_dim) if settings.profile == "portable" else None
-    smallest = SMALLEST if rope is None else rope + 1
+    smallest = (SMALLEST if rope is None else rope + 1) + scales
     if elements < smallest:
         needs = f"{smallest}" if rope is None else f"{smallest} (a rotary key of {rope} and a latent)"
         raise BudgetError(
@@ -79,7 +88,7 @@ def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
             f"{_nearest(smallest, donor)}"
         )
     rank = None if rope is None else elements - rope
-    return LayerBudget(elements, rank, rope, donor, head_dim // 2, kv_heads)
+    return LayerBudget(elements, rank, rope, donor, facts.rotary_dim // 2, facts.kv_heads, scales)
 
 
 def portable_rope(head_dim: int) -> int:
@@ -104,15 +113,19 @@ def _nearest(smallest: int, donor: int) -> str:
     return ", ".join(f"{share:.4g} ({round(share * donor)} elements)" for share in shares)
 
 
-def _explicit(rank: int, rope: int, kv_heads: int, head_dim: int) -> LayerBudget:
-    keys = kv_heads * head_dim
-    if rope < 2 or rope % 2 or rope > keys:
+def _explicit(rank: int, rope: int, facts: AttentionFacts) -> LayerBudget:
+    keys, turned = facts.kv_heads * facts.head_dim, facts.kv_heads * facts.rotary_dim
+    if rope < 2 or rope % 2 or rope > turned:
+        width = "head_dim" if turned == keys else "rotary width"
         raise BudgetError(
-            f"qk_rope_head_dim={rope} must be even and between 2 and num_key_value_heads·head_dim = {keys}"
+            f"qk_rope_head_dim={rope} must be even and between 2 and num_key_value_heads·{width} = {turned}"
         )
     most = 2 * keys - rope
     if not 1 <= rank <= most:
         raise BudgetError(
             f"kv_lora_rank={rank} is outside 1 … 2·num_key_value_heads·head_dim − qk_rope_head_dim = {most}"
         )
-    return LayerBudget(rank + rope, rank, rope, 2 * keys, head_dim // 2, kv_heads)
+    scales = facts.key_scales
+    return LayerBudget(
+        rank + rope + scales, rank, rope, 2 * keys, facts.rotary_dim // 2, facts.kv_heads, scales
+    )

@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mhconvert.convert.families import require
+from mhconvert.convert.errors import UnsupportedError
+from mhconvert.convert.families import attention_facts
 from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.mla import modeling_mla
+from mhconvert.convert.mla.assembly import NormedWeights, at_mean_scale, module_tensors
 from mhconvert.convert.mla.budget import LayerBudget, layer_budget
+from mhconvert.convert.mla.donor_attention import attention_weights, output_bias, qk_norm
 from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.mla.statistics import attention_weights, observe
+from mhconvert.convert.mla.statistics import observe
 from mhconvert.convert.mla.surgery import (
-    AttentionWeights,
     LatentWeights,
     LayerStatistics,
     RotaryBasis,
@@ -25,11 +28,9 @@ from mhconvert.convert.mla.surgery import (
     rotary_basis,
     series_components,
 )
+from mhconvert.convert.refusals import require, stock_refusal
+from mhconvert.convert.rotary import LayerRotary
 
-MODELS: dict[str, Any] = {
-    "llama": modeling_mla.MLALlamaForCausalLM,
-    "mistral": modeling_mla.MLAMistralForCausalLM,
-}
 VALUE_WEIGHT = 0.01  # price of a relative error in the values against one in the scores
 VALUE_WEIGHTS = (0.003, 0.03)  # tried beside it
 PROBE_TOKENS = {"quick": 1024, "default": 2048, "high": 4096}  # on which candidates are compared
@@ -39,7 +40,8 @@ PROBE_TOKENS = {"quick": 1024, "default": 2048, "high": 4096}  # on which candid
 class Observed:
     """All of a donor layer that its conversions read, whatever their budgets; float64 on the CPU."""
 
-    weights: AttentionWeights
+    weights: NormedWeights
+    output_bias: Tensor
     statistics: LayerStatistics
     basis: RotaryBasis
 
@@ -61,6 +63,10 @@ class MLA:
         """Raises UnsupportedError or BudgetError before any weight is read."""
         require(config, "mla")
         self.donor_config, self.settings, self.effort = config, settings, effort
+        self.facts = attention_facts(config)
+        reason = stock_refusal(config) if settings.profile == "portable" else None
+        if reason is not None:
+            raise UnsupportedError(f"profile portable cannot hold this donor: {reason}; use quality")
         self.budget: LayerBudget = layer_budget(config, settings)
         self.config = latent_config(config, settings.profile == "quality")
 
@@ -75,23 +81,28 @@ class MLA:
 
     def new_parameters(self) -> int:
         """Parameters of one layer's attention at its widest rotary key."""
-        config = self.donor_config
-        heads, head_dim, elements = config.num_attention_heads, config.head_dim, self.budget.elements
-        rope = 2 * max(self.budget.component_choices(self.effort))
-        rank = elements - 2 * min(self.budget.component_choices(self.effort))
-        projections = heads * (head_dim + rope) + elements + heads * head_dim + 1
-        return config.hidden_size * projections + 2 * rank * heads * head_dim
+        facts, hidden, choices = self.facts, self.donor_config.hidden_size, self._component_choices()
+        heads, head_dim, rope = facts.heads, facts.head_dim, 2 * max(choices)
+        elements = self.budget.elements - facts.key_scales
+        queries = hidden * heads * (head_dim + rope)
+        if facts.qk_norm is not None:
+            queries = heads * head_dim * (hidden + head_dim + rope) + facts.kv_heads * head_dim * hidden
+        projections = hidden * (elements + heads * head_dim + 1)
+        return queries + projections + 2 * self.budget.rank(min(choices)) * heads * head_dim
 
-    def observe(
-        self, attention: Any, inputs: Tensor, position_embeddings: tuple[Tensor, Tensor], rotary: Any
-    ) -> Observed:
+    def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
         """The weights of a donor's attention, and what `inputs` (N, L, D), its calibration text, says of them."""
-        scaling = float(getattr(rotary, "attention_scaling", 1.0))
         statistics = observe(
-            attention, self.donor_config, inputs, position_embeddings, rotary.inv_freq, scaling
+            attention,
+            self.donor_config,
+            inputs,
+            rotary.embeddings,
+            rotary.inv_freq,
+            rotary.attention_scaling,
         )
-        weights = attention_weights(attention, self.donor_config)
-        return Observed(weights, statistics, rotary_basis(weights, statistics))
+        plain, norm = attention_weights(attention, self.facts), qk_norm(attention, self.facts)
+        weights = at_mean_scale(plain, norm, self.facts, statistics)
+        return Observed(weights, output_bias(attention), statistics, rotary_basis(weights.linear, statistics))
 
     def convert(
         self,
@@ -109,14 +120,13 @@ class MLA:
         rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
         probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
         best: tuple[float, Any, Candidate] | None = None
-        components = self.budget.component_choices(self.effort)
+        components = self._component_choices()
         queue = [Candidate(count, VALUE_WEIGHT) for count in components]
         tried: set[Candidate] = set()
         while queue:
             candidate = queue.pop(0)
             tried.add(candidate)
-            latent = self._surgery(statistics, candidate)
-            module = self._module(latent, index, device)
+            module = self._module(self._surgery(statistics, candidate), statistics, index, device)
             with torch.no_grad():
                 error = relative_error(module(probe, position_embeddings)[0], expected)
             if best is None or error < best[0]:
@@ -153,44 +163,42 @@ class MLA:
         components = min(choices, key=lambda count: abs(count - self.budget.elements / 8))
         frequencies = [index % self.budget.frequencies for index in range(components)]
         for index in range(self.donor_config.num_hidden_layers):
-            self._set(index, self.budget.elements - 2 * components, frequencies)
+            self._set(index, self.budget.rank(components), frequencies)
         return self.finish()
 
     @property
     def model_class(self) -> Any:
         """The transformers class that holds the result."""
-        return MODELS[self.donor_config.model_type]
+        return model_class(type(self.donor_config))
 
     @property
     def decoder_class(self) -> Any:
         """The same without its language-model head."""
         return self.model_class.decoder_class
 
+    def _component_choices(self) -> list[int]:
+        return self.budget.component_choices(self.effort)
+
     def _surgery(self, seen: Observed, choice: Candidate) -> LatentWeights:
-        rank = self.budget.elements - 2 * choice.components
+        rank = self.budget.rank(choice.components)
         if self.settings.profile == "portable":
             kept = series_components(seen.basis.damage, choice.components)
         else:
             kept = kept_components(seen.basis.damage, choice.components)
-        bias = self.config.attention_output_bias
-        return convert_layer(seen.weights, seen.statistics, seen.basis, kept, rank, choice.value_weight, bias)
+        # A mean left out of the keys cancels in the softmax only where no norm scales them.
+        bias = self.config.attention_output_bias and self.facts.qk_norm is None
+        weights = seen.weights.linear
+        return convert_layer(weights, seen.statistics, seen.basis, kept, rank, choice.value_weight, bias)
 
     def _set(self, index: int, rank: int, frequencies: list[int]) -> None:
         self.config.kv_lora_rank[index] = rank
         self.config.rope_frequencies[index] = list(frequencies)
 
-    def _module(self, latent: LatentWeights, index: int, device: torch.device) -> Any:
-        rank = latent.kv_b_proj.shape[1]
-        self._set(index, rank, latent.frequencies)
+    def _module(self, latent: LatentWeights, seen: Observed, index: int, device: torch.device) -> Any:
+        self._set(index, latent.kv_b_proj.shape[1], latent.frequencies)
         with torch.device("meta"):
             module = modeling_mla.LatentAttention(copy.deepcopy(self.config), index)
-        tensors = {
-            "q_proj.weight": latent.q_proj,
-            "kv_a_proj_with_mqa.weight": latent.kv_a_proj_with_mqa,
-            "kv_b_proj.weight": latent.kv_b_proj,
-            "o_proj.weight": latent.o_proj,
-            "o_proj.bias": latent.o_bias,
-        }
+        tensors = module_tensors(latent, seen.weights, self.facts, seen.output_bias)
         if not self.config.attention_output_bias:
             del tensors["o_proj.bias"]
         state = {name: t.to(device, torch.float32).contiguous() for name, t in tensors.items()}
@@ -198,9 +206,15 @@ class MLA:
         return module.eval().requires_grad_(False)
 
 
+def model_class(donor_config_class: Any) -> Any:
+    """The transformers class that holds a converted donor of a configuration class."""
+    donor = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
+    return getattr(modeling_mla, f"MLA{donor.__name__}")
+
+
 def latent_config(donor_config: Any, output_bias: bool) -> Any:
     """The donor's configuration as that of its latent-attention class; each layer's sizes are still empty."""
-    config_class = MODELS[donor_config.model_type].config_class
+    config_class, facts = model_class(type(donor_config)).config_class, attention_facts(donor_config)
     values = donor_config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"):
         values.pop(key, None)
@@ -209,11 +223,15 @@ def latent_config(donor_config: Any, output_bias: bool) -> Any:
         **values,
         kv_lora_rank=[0] * layers,
         rope_frequencies=[[] for _ in range(layers)],
-        qk_nope_head_dim=donor_config.head_dim,
-        v_head_dim=donor_config.head_dim,
+        qk_nope_head_dim=facts.head_dim,
+        v_head_dim=facts.head_dim,
         attention_output_bias=output_bias,
+        attention_input_bias=facts.input_bias,
+        softmax_scale=facts.scale,
+        attention_softcap=facts.softcap,
+        qk_norm=facts.qk_norm,
     )
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "sdpa" if facts.softcap is None else "eager"
     return config
 
 

@@ -13,18 +13,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, LlamaModel, MistralForCausalLM, MistralModel
+from transformers import MODEL_MAPPING
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # the one that knows softcap
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .configuration_mla import LatentAttentionFields, MLALlamaConfig, MLAMistralConfig
+from . import configuration_mla
+from .configuration_mla import LatentAttentionFields
+
+
+class HeadwiseLinear(nn.Module):
+    """A linear map of its own for each head: [B, T, H, in] -> [B, H, T, out]; weight (H, out, in)."""
+
+    def __init__(self, heads: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(x.transpose(1, 2), self.weight.mT)
 
 
 class LatentAttention(nn.Module):
@@ -32,6 +41,11 @@ class LatentAttention(nn.Module):
 
     The cache holds the latent [B, 1, S, r] as its keys and the rotated shared key [B, 1, S, p] as its values.
     A few query tokens meet the cache in absorbed form; more of them expand it to per-head keys and values.
+
+    A donor with QK-norm divides a key head by its RMS. That is one number for each token and head, so the latent
+    and the rotary key stay linear in the hidden state, the cache holds k = num_key_scales numbers 1 / RMS behind the
+    rotary key, and each score is multiplied by its own: exact. `k_proj` is the donor's, read for its RMS alone;
+    `q_proj` is the donor's too, and `q_b_proj` takes a head's normed query to latent and rotary widths.
     """
 
     num_key_value_groups = 1
@@ -48,18 +62,27 @@ class LatentAttention(nn.Module):
         self.qk_rope_head_dim = 2 * len(self.rope_frequencies)
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.v_head_dim = config.v_head_dim
-        self.scaling = config.head_dim**-0.5
+        self.scaling = config.softmax_scale or config.head_dim**-0.5
+        self.softcap = config.attention_softcap
+        self.window = config.layer_window(layer_idx)
+        self.qk_norm = config.qk_norm
+        self.num_key_scales = config.num_key_scales
         self.attention_dropout = config.attention_dropout
-        query_width = self.num_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        query_width = self.qk_nope_head_dim + self.qk_rope_head_dim
         value_width = self.num_heads * self.v_head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
-            config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=False
-        )
+        biased, width = config.attention_input_bias, config.hidden_size
+        if self.qk_norm is None:
+            self.q_proj = nn.Linear(width, self.num_heads * query_width, bias=biased)
+        else:
+            head_dim = self.qk_nope_head_dim
+            self.q_proj = nn.Linear(width, self.num_heads * head_dim, bias=biased)
+            self.q_b_proj = HeadwiseLinear(self.num_heads, head_dim, query_width)
+            self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=biased)
+        self.kv_a_proj_with_mqa = nn.Linear(width, self.kv_lora_rank + self.qk_rope_head_dim, bias=biased)
         self.kv_b_proj = nn.Linear(
             self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
         )
-        self.o_proj = nn.Linear(value_width, config.hidden_size, bias=config.attention_output_bias)
+        self.o_proj = nn.Linear(value_width, width, bias=config.attention_output_bias)
 
     def forward(
         self,
@@ -71,11 +94,9 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, head_dim] -> output [B, T, D], weights."""
         batch, length, _ = hidden_states.shape
-        query_width = (
-            self.qk_nope_head_dim + self.qk_rope_head_dim
-        )  # H is counted: tensor parallelism divides it
-        query = self.q_proj(hidden_states).view(batch, length, -1, query_width).transpose(1, 2)  # B H T n+p
-        q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q_nope, q_rot = self.queries(hidden_states).split(
+            [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1
+        )
         latent, k_rot = (
             self.kv_a_proj_with_mqa(hidden_states)
             .unsqueeze(1)
@@ -83,6 +104,8 @@ class LatentAttention(nn.Module):
         )
         cos, sin = self.component_embeddings(position_embeddings)
         q_rot, k_rot = apply_rotary_pos_emb(q_rot, k_rot, cos, sin)
+        if self.num_key_scales:
+            k_rot = torch.cat((k_rot, self.key_scales(hidden_states)), dim=-1)
 
         if past_key_values is not None:
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
@@ -96,6 +119,10 @@ class LatentAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if attention_mask is None:
+            attention_mask = self.own_mask(hidden_states, key.shape[2])
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
         output, weights = attention(
             self,
             torch.cat((q_nope, q_rot), dim=-1),
@@ -104,10 +131,47 @@ class LatentAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.window,
             **kwargs,
         )
         output = output[..., : self.v_head_dim].reshape(batch, length, -1)
         return self.o_proj(output), weights
+
+    def queries(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, D] -> [B, H, T, n + p]. H is counted: tensor parallelism divides it."""
+        batch, length, _ = hidden_states.shape
+        query = self.q_proj(hidden_states)
+        if self.qk_norm is None:
+            return query.view(batch, length, -1, self.qk_nope_head_dim + self.qk_rope_head_dim).transpose(
+                1, 2
+            )
+        heads = query.view(batch, length, self.num_heads, -1)
+        groups = query.view(batch, length, self.num_heads if self.qk_norm == "head" else 1, -1)
+        return self.q_b_proj(heads * self.inverse_rms(groups))
+
+    def key_scales(self, hidden_states: Tensor) -> Tensor:
+        """1 / RMS of the donor's key: [B, T, D] -> [B, 1, T, k]."""
+        batch, length, _ = hidden_states.shape
+        key = self.k_proj(hidden_states).view(batch, length, self.num_key_scales, -1)
+        return self.inverse_rms(key).squeeze(-1).unsqueeze(1)
+
+    def inverse_rms(self, x: Tensor) -> Tensor:
+        """What the donor's norm multiplies by: [..., width] -> [..., 1]."""
+        return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.config.rms_norm_eps).to(x.dtype)
+
+    def own_mask(self, hidden_states: Tensor, seen: int) -> Tensor | None:
+        """The mask of a call without one, where sdpa's plain causal one would not do: [1, 1, T, seen]."""
+        length, kind = hidden_states.shape[1], self.config._attn_implementation
+        windowed = self.window is not None and self.window < seen
+        if length == 1 or not (kind == "eager" or (kind == "sdpa" and windowed)):
+            return None
+        distance = torch.arange(seen - length, seen, device=hidden_states.device).unsqueeze(1)
+        distance = distance - torch.arange(seen, device=hidden_states.device)
+        visible = distance >= 0
+        if windowed:
+            visible = visible & (distance < self.window)
+        lowest = torch.finfo(hidden_states.dtype).min
+        return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(~visible, lowest)[None, None]
 
     def component_embeddings(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The donor's cos and sin [B, T, head_dim] at this layer's rotary components: [B, T, p], half-split.
@@ -120,12 +184,20 @@ class LatentAttention(nn.Module):
         return cos[..., both_halves], sin[..., both_halves]
 
     def expand_kv(self, latent: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent [B, 1, S, r] and rotary key [B, 1, S, p] -> keys [B, H, S, n + p], values [B, H, S, v]."""
+        """Latent [B, 1, S, r] and rotary key [B, 1, S, p + k] -> keys [B, H, S, n + p], values [B, H, S, v]."""
         batch, _, length, _ = latent.shape
         widths = [self.qk_nope_head_dim, self.v_head_dim]
         expanded = self.kv_b_proj(latent).view(batch, length, -1, sum(widths)).transpose(1, 2)
         k_nope, value = expanded.split(widths, dim=-1)
-        return torch.cat((k_nope, k_rot.expand(-1, k_nope.shape[1], -1, -1)), dim=-1), value
+        k_rot, scales = k_rot.split([self.qk_rope_head_dim, self.num_key_scales], dim=-1)
+        key = torch.cat((k_nope, k_rot.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        if self.num_key_scales:
+            key = key * self.head_scales(scales).unsqueeze(-1)
+        return key, value
+
+    def head_scales(self, scales: Tensor) -> Tensor:
+        """Cached scales [B, 1, S, k] -> what each head's scores are multiplied by [B, H, S]."""
+        return scales.squeeze(1).mT.repeat_interleave(self.num_heads // self.num_key_scales, dim=1)
 
     def can_absorb(self, length: int, attention_mask: Tensor | None) -> bool:
         """Whether the absorbed form can read the mask ([B, 1, T, S]; none for one token) and kv_b_proj's weight.
@@ -144,18 +216,23 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Attention of a few query tokens on the cache as it is, kv_b_proj folded into query and output.
 
-        q_nope [B, H, T, n], q_rot [B, H, T, p], latent [B, 1, S, r], k_rot [B, 1, S, p]
+        q_nope [B, H, T, n], q_rot [B, H, T, p], latent [B, 1, S, r], k_rot [B, 1, S, p + k]
         -> output [B, T, H v], weights [B, H, T, S].
         """
         heads, length = q_nope.shape[1:3]
         weight = self.kv_b_proj.weight.view(heads, -1, self.kv_lora_rank)
         k_up, v_up = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # H n r, H v r
+        k_rot, scales = k_rot.split([self.qk_rope_head_dim, self.num_key_scales], dim=-1)
         latent, k_rot = latent.squeeze(1), k_rot.squeeze(1)
         # Heads and tokens are rows of one product, as all of them read the same cache.
         q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, k_up).flatten(1, 2)
         rotary_scores = torch.bmm(q_rot.flatten(1, 2), k_rot.mT)
         scores = torch.baddbmm(rotary_scores, q_latent, latent.mT, beta=self.scaling, alpha=self.scaling)
         scores = scores.unflatten(1, (heads, length))  # B H T S
+        if self.num_key_scales:
+            scores = scores * self.head_scales(scales).unsqueeze(2)
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
         if attention_mask is not None:
             mask = attention_mask[..., : scores.shape[-1]]
             if mask.dtype == torch.bool:
@@ -182,42 +259,37 @@ class LatentAttentionModel:
         In bfloat16 a frequency keeps 8 bits, and a phase is wrong after a few hundred tokens.
         """
         exact = {
-            module: module.inv_freq
+            (module, name): buffer
             for module in self.modules()  # type: ignore[attr-defined]
-            if isinstance(getattr(module, "inv_freq", None), Tensor)
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq")  # some donors have one for each type of layer
         }
         result = super()._apply(fn, recurse)  # type: ignore[misc]
-        for module, frequencies in exact.items():
-            if module.inv_freq.dtype != frequencies.dtype:
-                module.inv_freq = frequencies.to(module.inv_freq.device)
+        for (module, name), frequencies in exact.items():
+            cast = getattr(module, name)
+            if cast.dtype != frequencies.dtype:
+                setattr(module, name, frequencies.to(cast.device))
         return result
 
 
-class MLALlamaModel(LatentAttentionModel, LlamaModel):
-    config_class = MLALlamaConfig
-    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": LatentAttention}
+class LatentAttentionForCausalLM:
+    """Mixed into the donor's causal language model: its decoder stack is `decoder_class`."""
+
+    def __init__(self, config: LatentAttentionFields):
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model = self.decoder_class(config)  # type: ignore[attr-defined]
+        self.post_init()  # type: ignore[attr-defined]
 
 
-class MLALlamaForCausalLM(LlamaForCausalLM):
-    config_class = MLALlamaConfig
-    decoder_class = MLALlamaModel
-
-    def __init__(self, config: MLALlamaConfig):
-        super().__init__(config)
-        self.model = self.decoder_class(config)
-        self.post_init()
-
-
-class MLAMistralModel(LatentAttentionModel, MistralModel):
-    config_class = MLAMistralConfig
-    _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": LatentAttention}
-
-
-class MLAMistralForCausalLM(MistralForCausalLM):
-    config_class = MLAMistralConfig
-    decoder_class = MLAMistralModel
-
-    def __init__(self, config: MLAMistralConfig):
-        super().__init__(config)
-        self.model = self.decoder_class(config)
-        self.post_init()
+def __getattr__(name: str) -> Any:
+    """`MLA<Donor>Model` and `MLA<Donor>ForCausalLM`, made from transformers' classes when they are asked for."""
+    donor = getattr(transformers, name.removeprefix("MLA"), None)
+    if not (name.startswith("MLA") and name.endswith(("Model", "ForCausalLM")) and donor):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    config_class = getattr(configuration_mla, f"MLA{donor.config_class.__name__}")
+    body: dict[str, Any] = {"__module__": __name__, "config_class": config_class}
+    if name.endswith("Model"):
+        body["_can_record_outputs"] = donor._can_record_outputs | {"attentions": LatentAttention}
+        return globals().setdefault(name, type(name, (LatentAttentionModel, donor), body))
+    body["decoder_class"] = __getattr__(f"MLA{MODEL_MAPPING[donor.config_class].__name__}")
+    return globals().setdefault(name, type(name, (LatentAttentionForCausalLM, donor), body))

@@ -5,29 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+from torch import Tensor
+from transformers.models.llama.modeling_llama import repeat_kv
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb  # the one that knows partial rotation
 
-from mhconvert.convert.mla.surgery import AttentionWeights, LayerStatistics
+from mhconvert.convert.families import AttentionFacts, attention_facts, layer_window
+from mhconvert.convert.mla.donor_attention import queries_and_keys
+from mhconvert.convert.mla.surgery import LayerStatistics
 
 ATTENTION_TOKENS = 4096  # whose attention weights are computed one by one; enough for both uses of them
 ATTENDED_SHARE = 0.3  # of the key moment that counts tokens by the attention they get
 MOMENT_BLOCK = 1 << 14  # tokens summed in float32 before the sum joins the float64 one
-
-
-def attention_weights(attention: Any, config: Any) -> AttentionWeights:
-    """The four projections of a donor's attention module as float64 tensors on the CPU."""
-    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-
-    def of(projection: nn.Linear) -> Tensor:
-        return projection.weight.detach().to("cpu", torch.float64)
-
-    return AttentionWeights(
-        q=of(attention.q_proj).view(heads, head_dim, -1),
-        k=of(attention.k_proj).view(kv_heads, head_dim, -1),
-        v=of(attention.v_proj).view(kv_heads, head_dim, -1),
-        o=of(attention.o_proj).view(-1, heads, head_dim),
-    )
 
 
 def observe(
@@ -43,21 +31,38 @@ def observe(
     Keys are counted by the square of the attention they get, mixed with a plain mean: an error in a score moves
     the output by the attention weight, and a sink token (one in a row) takes most of it.
     """
-    device = position_embeddings[0].device
+    device, facts = position_embeddings[0].device, attention_facts(config)
     moment, mean = _moment(inputs, device)
     rows = inputs[: max(1, ATTENTION_TOKENS // inputs.shape[1])]
-    attended, distances = _attention(attention, config, rows, position_embeddings)
+    window = layer_window(config, attention.layer_idx)
+    attended, distances = _attention(attention, facts, window, rows, position_embeddings)
     attended_moment, attended_mean = _moment(rows, device, attended)
-    share = ATTENDED_SHARE
+    share, gain = ATTENDED_SHARE, attention_scaling**2
+    key_moment = (1 - share) * moment + share * attended_moment
+    key_mean = (1 - share) * mean + share * attended_mean
+    if facts.input_bias:
+        moment, mean = _with_one(moment, mean)
+        key_moment, key_mean = _with_one(key_moment, key_mean)
     angles = torch.outer(inv_freq.to("cpu", torch.float64), torch.arange(rows.shape[1], dtype=torch.float64))
     turns = torch.polar(torch.ones_like(angles), -angles)
+    phases = gain * (distances.to(turns.dtype) @ turns.mT)
+    fixed = (
+        facts.head_dim - facts.rotary_dim
+    ) // 2  # pairs that RoPE leaves alone: a constant of 1 replaces it
     return LayerStatistics(
         query_moment=moment,
-        key_moment=(1 - share) * moment + share * attended_moment,
-        key_mean=(1 - share) * mean + share * attended_mean,
-        phases=attention_scaling**2 * (distances.to(turns.dtype) @ turns.mT),
-        rope_gain=attention_scaling**2,
+        key_moment=key_moment,
+        key_mean=key_mean,
+        phases=torch.cat((phases, phases.new_ones(len(phases), fixed)), dim=1),
+        rope_gain=gain if not fixed else torch.tensor([gain] * len(inv_freq) + [1.0] * fixed).double(),
     )
+
+
+def _with_one(moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Second moment and mean of [x; 1] from those of x."""
+    one = torch.ones(1, dtype=mean.dtype)
+    whole = torch.cat((mean, one))
+    return torch.cat((torch.cat((moment, mean.unsqueeze(0))), whole.unsqueeze(1)), dim=1), whole
 
 
 def _moment(inputs: Tensor, device: torch.device, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -77,29 +82,33 @@ def _moment(inputs: Tensor, device: torch.device, weights: Tensor | None = None)
 
 @torch.no_grad()
 def _attention(
-    attention: Any, config: Any, rows: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    attention: Any,
+    facts: AttentionFacts,
+    window: int | None,
+    rows: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """(N, L): squared attention that each token gets, over heads and queries; (H, L): attention by distance.
 
     The first token of a row is left out of the distances: as a sink it is read from anywhere.
     """
-    heads, head_dim = config.num_attention_heads, config.head_dim
     length, device = rows.shape[1], position_embeddings[0].device
-    future = torch.full((length, length), -torch.inf, device=device).triu(1)
-    total = torch.zeros(heads, length, length, device=device)
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None]
+    hidden = (distance < 0) | (distance >= (window or length))
+    total = torch.zeros(facts.heads, length, length, device=device)
     received = []
     for row in rows:
-        x = row.unsqueeze(0).to(device)
-        q = attention.q_proj(x).view(1, length, -1, head_dim).transpose(1, 2)
-        k = attention.k_proj(x).view(1, length, -1, head_dim).transpose(1, 2)
+        q, k = queries_and_keys(attention, facts, row.unsqueeze(0).to(device))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        scores = (q @ repeat_kv(k, heads // k.shape[1]).mT).squeeze(0) * attention.scaling
-        shares = scores.add_(future).softmax(-1)  # H L L
+        scores = (q @ repeat_kv(k, facts.heads // facts.kv_heads).mT).squeeze(0) * facts.scale
+        if facts.softcap is not None:
+            scores = torch.tanh(scores / facts.softcap) * facts.softcap
+        shares = scores.masked_fill_(hidden, -torch.inf).softmax(-1)  # H L L
         total += shares
         received.append(shares.square_().sum((0, 1)).cpu())
     total[:, :, 0] = 0
-    position = torch.arange(length, device=device)
-    distance = (position[:, None] - position[None]).clamp_min(0).flatten()
-    distances = torch.zeros(heads, length, device=device).index_add_(1, distance, total.flatten(1))
+    distances = torch.zeros(facts.heads, length, device=device)
+    distances.index_add_(1, distance.clamp_min(0).flatten(), total.flatten(1))
     distances = distances.cpu().double() + torch.finfo(torch.float64).tiny
     return torch.stack(received), distances / distances.sum(-1, keepdim=True)

@@ -39,7 +39,8 @@ class LayerStatistics:
 
     query_moment (D, D) = E[x xᵀ] over tokens. key_moment (D, D) and key_mean (D,): the same and E[x] with each
     token counted by how much an error in its key shows in the layer's output: a sink token, one in a row, takes
-    most of the attention. rope_gain: what the donor's RoPE multiplies every score by, 1 but for YaRN.
+    most of the attention. rope_gain: what the donor's RoPE multiplies every score by, 1 but for YaRN;
+    (F,) where it turns only some of the pairs.
     phases (H, F) complex: rope_gain · E[exp(−iθΔ)] over the distances that each head attends over, which is the
     constant that best replaces RoPE in a component.
     """
@@ -48,7 +49,7 @@ class LayerStatistics:
     key_moment: Tensor
     key_mean: Tensor
     phases: Tensor
-    rope_gain: float = 1.0
+    rope_gain: float | Tensor = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,13 @@ class RotaryBasis:
 
 @dataclass(frozen=True)
 class LatentWeights:
-    """The converted layer. frequencies: R indices into the donor's; the tensors are those of `LatentAttention`."""
+    """The converted layer. frequencies: R indices into the donor's; the tensors are those of `LatentAttention`.
+
+    query_map (H, d + 2R, d): from a head's donor query to its latent one; q_proj is this on the donor's q.
+    """
 
     frequencies: list[int]
+    query_map: Tensor
     q_proj: Tensor
     kv_a_proj_with_mqa: Tensor
     kv_b_proj: Tensor
@@ -154,8 +159,9 @@ def convert_layer(
     """
     frequency, component = kept.nonzero(as_tuple=True)
     rope_keys = _rope_keys(weights, basis, frequency, component)
-    rope_queries = _rope_queries(weights, basis, frequency, component)
-    nope_queries = _nope_queries(weights, statistics.phases)  # H d D
+    nope_map = _nope_query_map(statistics.phases)  # H d d
+    query_map = torch.cat((nope_map, _rope_query_map(weights, basis, frequency, component)), dim=1)
+    nope_queries = nope_map @ weights.q  # H d D
     key_maps = _nope_key_maps(basis, kept)  # G d 2n: from the components without RoPE to each head's key
     key_rows = _component_rows(weights, basis, kept)  # 2n D
 
@@ -172,7 +178,8 @@ def convert_layer(
     missing_values = (mean - up @ (down @ mean))[keys:].view(-1, head_dim)[group]  # H d
     return LatentWeights(
         frequencies=frequency.tolist(),
-        q_proj=torch.cat((nope_queries, rope_queries), dim=1).flatten(0, 1),
+        query_map=query_map,
+        q_proj=(query_map @ weights.q).flatten(0, 1),
         kv_a_proj_with_mqa=torch.cat((down @ rows, rope_keys)),
         kv_b_proj=torch.cat((key_up, value_up), dim=1).flatten(0, 1),
         o_proj=weights.o.flatten(1),
@@ -186,20 +193,20 @@ def _rope_keys(weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor,
     return torch.cat((rows.real, rows.imag))
 
 
-def _rope_queries(
+def _rope_query_map(
     weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor
 ) -> Tensor:
-    """(H, 2R, D): each head's query on the kept components, q · conj(mixing of its key head)."""
+    """(H, 2R, d): each head's query on the kept components, q · conj(mixing of its key head)."""
     mixing = basis.mixing[frequency][:, weights.group, :]  # R H G
-    chosen = mixing.gather(2, component.view(-1, 1, 1).expand(-1, mixing.shape[1], 1))  # R H 1
-    rows = (complex_pairs(weights.q)[frequency] * chosen.conj()).transpose(0, 1)  # H R D
-    return torch.cat((rows.real, rows.imag), dim=1)
+    chosen = mixing.gather(2, component.view(-1, 1, 1).expand(-1, mixing.shape[1], 1)).squeeze(2)  # R H
+    maps = chosen.new_zeros(len(weights.q), len(frequency), basis.mixing.shape[0])  # H R F
+    maps[:, torch.arange(len(frequency)), frequency] = chosen.conj().mT
+    return realified(maps)
 
 
-def _nope_queries(weights: AttentionWeights, phases: Tensor) -> Tensor:
-    """(H, d, D): queries with the constant that replaces exp(−iθΔ) folded in, q · conj(phase)."""
-    rows = complex_pairs(weights.q).transpose(0, 1) * phases.conj().unsqueeze(-1)  # H F D
-    return torch.cat((rows.real, rows.imag), dim=1)
+def _nope_query_map(phases: Tensor) -> Tensor:
+    """(H, d, d): the constant that replaces exp(−iθΔ) folded into the query, q · conj(phase)."""
+    return realified(torch.diag_embed(phases.conj()))
 
 
 def _nope_key_maps(basis: RotaryBasis, kept: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """What a method can convert follows from the config alone, and every refusal says which feature stands in the way."""
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mhconvert.convert.errors import UnsupportedError
-from mhconvert.convert.families import FAMILIES, family_of, refusals, require
+from mhconvert.convert.families import FAMILIES
+from mhconvert.convert.refusals import refusals, require
 from tests.donors import make_config
 
 PLAIN = {"architectures": ["LlamaForCausalLM"]}
@@ -12,10 +13,13 @@ PLAIN = {"architectures": ["LlamaForCausalLM"]}
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_supported_families_apply(family):
-    config = make_config(family=family, sliding_window=None)
+    config = make_config(family=family, sliding_window=None, pad_token_id=1)
     assert refusals(config)["mla"] is None
     assert require(config, "mla") is FAMILIES[family]
-    assert family_of(config).attention_norm == "input_layernorm"
+    stock = AutoModelForCausalLM.from_config(config).model.layers[0]
+    norm = FAMILIES[family].attention_norm
+    assert (norm is None) == (not hasattr(stock, "input_layernorm"))
+    assert (norm or "input_layernorm") == "input_layernorm"
 
 
 @pytest.mark.parametrize(
@@ -39,11 +43,36 @@ def test_scalings_by_a_constant_apply(rope):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (make_config(attention_bias=True), "attention_bias=True: projections with biases"),
         (make_config(heads=4, kv_heads=3), "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
-        (make_config(mlp_bias=True), "mlp_bias=True: projections with biases"),
-        (make_config(use_qk_norm=True), "use_qk_norm=True: QK-norm is not supported yet"),
-        (make_config(family="mistral", sliding_window=128), "sliding_window=128: windowed attention"),
+        (make_config(use_qk_norm=True), "use_qk_norm=True: this norm of queries and keys"),
+        (
+            make_config(family="stablelm", qk_layernorm=True),
+            "qk_layernorm=True: this norm of queries and keys",
+        ),
+        (make_config(family="olmo", clip_qkv=8.0), "clip_qkv=8.0 is not supported"),
+        (
+            make_config(family="gemma3_text", use_bidirectional_attention=True),
+            "use_bidirectional_attention=True",
+        ),
+        (make_config(sliding_window=128), "sliding_window=128: llama models have no windowed attention"),
+        (
+            make_config(layer_types=["full_attention", "sliding_attention"]),
+            "sliding_window=None: llama models have no windowed attention",
+        ),
+        (
+            make_config(family="stablelm", rope={"partial_rotary_factor": 0.2}),
+            "RoPE turns 3 of a head's 16 elements; both must be even",
+        ),
+        (
+            make_config(
+                family="phi3",
+                head_dim=16,
+                pad_token_id=1,
+                rope={"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+                original_max_position_embeddings=512,
+            ),
+            "rope_type 'longrope' is not supported",
+        ),
         (
             make_config(layer_types=["full_attention", "chunked_attention"]),
             "layer_types has 'chunked_attention'",
@@ -51,7 +80,7 @@ def test_scalings_by_a_constant_apply(rope):
         (make_config(rope={"rope_type": "dynamic", "factor": 2.0}), "rope_type 'dynamic' is not supported"),
         (
             make_config(rope={"partial_rotary_factor": 0.5}),
-            "partial_rotary_factor=0.5: only RoPE over the whole head",
+            "partial_rotary_factor=0.5: llama models turn whole heads",
         ),
         (
             make_config(architectures=["LlamaForSequenceClassification"]),
@@ -67,7 +96,7 @@ def test_scalings_by_a_constant_apply(rope):
         (make_config(quantization_config={"quant_method": "hqq"}), "quantised (hqq)"),
         (
             AutoConfig.for_model("gpt2"),
-            "model type 'gpt2' is not supported; the supported ones are llama, mistral",
+            "model type 'gpt2' is not supported; the supported ones are arcee, gemma, ",
         ),
         (AutoConfig.for_model("bert", architectures=["BertForMaskedLM"]), "BertForMaskedLM is not a causal"),
         (AutoConfig.for_model("t5"), "it is an encoder-decoder model (t5)"),

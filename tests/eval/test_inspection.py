@@ -66,7 +66,7 @@ def test_a_converted_config_that_is_not_whole(tmp_path: Path) -> None:
 
 
 def test_refused_by_name(tmp_path: Path) -> None:
-    donor = make_donor(tmp_path / "windowed", family="mistral", sliding_window=64)
+    donor = make_donor(tmp_path / "windowed", sliding_window=64)
     mla = api.inspect(str(donor))["methods"]["mla"]
     assert not mla["applies"]
     assert "sliding_window=64" in mla["reason"]

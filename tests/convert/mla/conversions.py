@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhconvert.convert.calibrate import Layer
+from mhconvert.convert.families import layer_window
 from mhconvert.convert.mla.method import MLA
 from mhconvert.convert.mla.settings import MLASettings
+from mhconvert.convert.rotary import layer_rotary
 from tests.donors import make_config, make_model
 
 LLAMA3 = {
@@ -32,9 +35,9 @@ def token_ids(rows: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(2, 320, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def rotary_of(model: Any, length: int) -> tuple[Tensor, Tensor]:
-    """cos, sin (1, length, head_dim) of the model's rotary embedding."""
-    return model.model.rotary_emb(torch.zeros(1), torch.arange(length).unsqueeze(0))
+def rotary_of(model: Any, length: int, index: int = 0) -> tuple[Tensor, Tensor]:
+    """cos, sin (1, length, rotary width) of the model's rotary embedding in layer `index`."""
+    return layer_rotary(model.model.rotary_emb, model.config, index, length).embeddings
 
 
 @torch.no_grad()
@@ -42,7 +45,10 @@ def attention_inputs(model: Any, ids: Tensor) -> list[Tensor]:
     """Per layer, what its attention reads when the model reads `ids` (N, L): (N, L, D)."""
     found: list[Tensor] = []
     hooks = [
-        layer.input_layernorm.register_forward_hook(lambda _, __, output: found.append(output))
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
         for layer in model.model.layers
     ]
     model(input_ids=ids, use_cache=False)
@@ -53,14 +59,13 @@ def attention_inputs(model: Any, ids: Tensor) -> list[Tensor]:
 
 def latent_layers(donor: Any, method: MLA, ids: Tensor) -> list[Any]:
     """The latent attention of every layer, from closed forms on `ids` (N, L)."""
-    embeddings, layers = rotary_of(donor, ids.shape[1]), []
-    inputs = attention_inputs(donor, ids)
-    for index, (layer, x) in enumerate(zip(donor.model.layers, inputs, strict=True)):
-        with torch.no_grad():
-            targets = layer.self_attn(x, embeddings, None)[0]
-        rotary = donor.model.rotary_emb
-        seen = method.observe(layer.self_attn, x, embeddings, rotary)
-        layers.append(method.convert(seen, index, x, targets, embeddings)[0])
+    layers, length = [], ids.shape[1]
+    for index, (module, x) in enumerate(zip(donor.model.layers, attention_inputs(donor, ids), strict=True)):
+        rotary = layer_rotary(donor.model.rotary_emb, donor.config, index, length)
+        layer = Layer(module, None, rotary.embeddings, layer_window(donor.config, index))
+        targets = layer.attend(module.self_attn, x)
+        seen = method.observe(module.self_attn, x, rotary)
+        layers.append(method.convert(seen, index, x, targets, rotary.embeddings)[0])
     return layers
 
 

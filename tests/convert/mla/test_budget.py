@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from mhconvert.convert.errors import BudgetError, UnsupportedError
 from mhconvert.convert.mla.budget import KERNEL_SHAPES, ROPE_SHARES, LayerBudget, layer_budget
 from mhconvert.convert.mla.settings import MLASettings, Profile
+from tests.donors import make_config
 
 quick = settings(max_examples=200, deadline=None, derandomize=True)
 kv_heads = st.sampled_from([1, 2, 3, 4, 5, 8, 16, 32, 64])
@@ -22,7 +22,7 @@ efforts = st.sampled_from(sorted(ROPE_SHARES))
 
 
 def geometry(groups: int, head_dim: int) -> Any:
-    return SimpleNamespace(num_key_value_heads=groups, head_dim=head_dim)
+    return make_config(heads=groups, kv_heads=groups, hidden=8 * groups, head_dim=head_dim)
 
 
 @pytest.mark.parametrize(

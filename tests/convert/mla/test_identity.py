@@ -16,9 +16,10 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from mhconvert.convert.families import attention_facts
+from mhconvert.convert.mla.donor_attention import attention_weights
 from mhconvert.convert.mla.modeling_mla import LatentAttention
 from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.mla.statistics import attention_weights
 from mhconvert.convert.mla.surgery import LatentWeights, LayerStatistics, convert_layer, rotary_basis
 from mhconvert.convert.verify_child import cache_storage
 from tests.convert.mla.conversions import (
@@ -94,7 +95,9 @@ def latent_attention(donor: Any, latent: LatentWeights) -> LatentAttention:
     config.latent_rank = lambda _: latent.kv_b_proj.shape[1]
     config.layer_frequencies = lambda _: latent.frequencies
     config.qk_nope_head_dim = config.v_head_dim = config.head_dim
-    config.attention_output_bias = True
+    config.attention_output_bias, config.attention_input_bias = True, False
+    config.softmax_scale = config.attention_softcap = config.qk_norm = None
+    config.num_key_scales, config.layer_window = 0, lambda _: None
     module = LatentAttention(config, 0).double().eval()
     state = {f"{name}.weight": getattr(latent, name) for name, _ in module.named_children()}
     module.load_state_dict(state | {"o_proj.bias": latent.o_bias}, strict=True)
@@ -164,7 +167,10 @@ def test_the_full_rank_is_a_donor_with_constant_phases(kv_heads: int, rope: dict
         attention, config, rows, kept, phases * gain, rotary.inv_freq.double(), gain
     )
 
-    weights, statistics = attention_weights(attention, config), statistics_of(rows, phases * gain, gain)
+    weights, statistics = (
+        attention_weights(attention, attention_facts(config)),
+        statistics_of(rows, phases * gain, gain),
+    )
     rank = 2 * int((~kept).sum()) + kv_heads * config.head_dim
     latent = convert_layer(weights, statistics, rotary_basis(weights, statistics), kept, rank, 0.01)
     angles = (

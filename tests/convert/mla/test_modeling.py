@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from mhconvert.convert.mla import register
 from mhconvert.convert.mla.configuration_mla import MLALlamaConfig, latent_tp_plan
-from mhconvert.convert.mla.method import MODELS, latent_config
+from mhconvert.convert.mla.method import latent_config
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.verify_child import cache_storage
 from tests.convert.mla.conversions import LLAMA3, YARN, converted, donor_model, logits, relative, token_ids
@@ -25,6 +26,12 @@ def sized_config(family: str = "llama", **config: Any) -> Any:
     config = latent_config(make_config(family=family, sliding_window=None, **config), output_bias=True)
     config.kv_lora_rank, config.rope_frequencies = list(RANKS), copy.deepcopy(FREQUENCIES)
     return config
+
+
+def model_of(config: Any) -> Any:
+    """A random model of a latent configuration."""
+    register()
+    return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,7 @@ def test_gradients_reach_every_parameter_and_checkpointing_keeps_them(model: Any
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_eager_records_one_weight_tensor_per_layer(family: str) -> None:
-    model = MODELS[family](sized_config(family)).eval()
+    model = model_of(sized_config(family)).eval()
     model.set_attn_implementation("eager")
     ids = token_ids(2, 9)
     with torch.no_grad():
@@ -136,10 +143,10 @@ def expect_cache(model: Any, widths: list[tuple[int, int]]) -> None:
 
 
 def test_the_cache_is_latent_and_rotary_key_alone() -> None:
-    expect_cache(MODELS["llama"](sized_config()).eval(), [(20, 6), (12, 4)])
+    expect_cache(model_of(sized_config()).eval(), [(20, 6), (12, 4)])
     config = sized_config("mistral")
     config.kv_lora_rank = 17  # one for all layers
-    expect_cache(MODELS["mistral"](config).eval(), [(17, 6), (17, 4)])
+    expect_cache(model_of(config).eval(), [(17, 6), (17, 4)])
 
 
 @pytest.mark.parametrize(("profile", "kind"), [("quality", list), ("portable", int)])
@@ -155,7 +162,7 @@ def test_the_profile_decides_the_kind_of_rank(profile: Any, kind: type) -> None:
 
 
 def test_the_shared_rotary_key_turns_with_its_own_frequencies() -> None:
-    attention = MODELS["llama"](sized_config()).model.layers[1].self_attn
+    attention = model_of(sized_config()).model.layers[1].self_attn
     cos = torch.arange(16.0).expand(1, 3, 16)
     found = attention.component_embeddings((cos, cos + 100))
     assert found[0][0, 0].tolist() == [1, 7, 1, 7]

@@ -60,8 +60,23 @@ def test_the_method_refuses_before_it_reads_weights(
 
 
 def test_the_method_refuses_a_donor_it_cannot_carry_over() -> None:
-    with pytest.raises(UnsupportedError, match="attention_bias=True"):
-        MLA(make_config(attention_bias=True), MLASettings(), "quick")
+    with pytest.raises(UnsupportedError, match=r"clip_qkv=8\.0 is not supported"):
+        MLA(make_config(family="olmo", clip_qkv=8.0), MLASettings(), "quick")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"attention_bias": True}, "its attention has biases"),
+        ({"family": "mistral", "sliding_window": 64}, "sliding_window=64"),
+        ({"family": "qwen3"}, "qwen3 blocks are not Llama's"),
+    ],
+)
+def test_portable_refuses_what_no_stock_class_holds(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(
+        UnsupportedError, match=f"profile portable cannot hold this donor: {words}; use quality"
+    ):
+        MLA(make_config(**config), MLASettings(profile="portable"), "quick")
 
 
 @pytest.mark.parametrize("effort", ["quick", "default", "high"])

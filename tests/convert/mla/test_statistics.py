@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhconvert.convert.mla.method import MLA
+from mhconvert.convert.families import attention_facts
+from mhconvert.convert.mla.assembly import NormedWeights
+from mhconvert.convert.mla.donor_attention import attention_weights
+from mhconvert.convert.mla.method import MLA, Observed
 from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.mla.statistics import attention_weights, observe
+from mhconvert.convert.mla.statistics import observe
 from mhconvert.convert.mla.surgery import LayerStatistics, convert_layer, kept_components, rotary_basis
 from tests.convert.mla.conversions import YARN, attention_inputs, donor_model, relative, rotary_of, token_ids
 
@@ -93,11 +96,12 @@ def test_counting_keys_by_attention_saves_the_sink(seed: int, kv_heads: int) -> 
     with torch.no_grad():
         expected = attention(held_out, embeddings, None)[0]
         for statistics in (attended, uniform):
-            weights = attention_weights(attention, donor.config)
+            weights = attention_weights(attention, attention_facts(donor.config))
             basis = rotary_basis(weights, statistics)
             count = method.budget.elements // 8
             kept = kept_components(basis.damage, count)
             latent = convert_layer(weights, statistics, basis, kept, method.budget.elements - 2 * count, 0.01)
-            module = method._module(latent, 0, torch.device("cpu"))
+            seen = Observed(NormedWeights(weights, weights), torch.zeros(64), statistics, basis)
+            module = method._module(latent, seen, 0, torch.device("cpu"))
             errors.append(relative(module(held_out, embeddings, None)[0], expected) ** 2)
     assert errors[0] < 0.8 * errors[1]
