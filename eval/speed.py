@@ -15,7 +15,7 @@ from mhconvert.convert.verify_child import cache_storage
 
 WARM_STEPS = 2  # decode steps before the clock runs: allocations, and compilation
 PREFILLS = 3
-PATIENCE = 10.0  # seconds: a prefill that takes longer is not repeated, and re-expansion stops after so many
+PATIENCE = 5.0  # seconds: a prefill that takes longer is not repeated, and re-expansion stops after so many
 FEWEST = 2  # steps that re-expansion is timed on, whatever they take
 
 
@@ -75,15 +75,14 @@ class Run:
             self.cache.update(keys, values, index)
 
     @torch.no_grad()
-    def step(self, *, timed: bool = True) -> float:
-        """One token for every row; the same one each time, as speed does not depend on it. Returns seconds."""
+    def step(self, *, timed: bool = True) -> None:
+        """One token for every row; the same one each time, as speed does not depend on it."""
         switch_absorption(self.model, self.absorb)
         call = self.model.get_compiled_call(None) if self.load.compile else self.model
         options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
         taken = seconds(lambda: call(input_ids=self._token, **options), self.model.device)
         if timed:
             self.steps.append(taken)
-        return taken
 
     def finished(self) -> bool:
         """Whether every step is done, or re-expansion has used up its patience."""

@@ -202,11 +202,13 @@ class LatentAttention(nn.Module):
     def can_absorb(self, length: int, attention_mask: Tensor | None) -> bool:
         """Whether the absorbed form can read the mask ([B, 1, T, S]; none for one token) and kv_b_proj's weight.
 
-        An adapter, a quantised or a divided kv_b_proj is more than its weight, or less: it has to be called.
+        An adapter, a quantised or a divided kv_b_proj is more than its weight, or less: it has to be called. Dropout
+        is left to the kernels.
         """
         up = self.kv_b_proj
         plain = type(up) is nn.Linear and type(up.weight) is nn.Parameter and not hasattr(up, "_hf_hook")
         plain = plain and not up._forward_hooks and not up._forward_pre_hooks
+        plain = plain and not (self.training and self.attention_dropout)
         if attention_mask is None:
             return plain and length == 1  # more without a mask: the kernel knows which of them are causal
         return plain and isinstance(attention_mask, Tensor) and attention_mask.dim() == 4

@@ -86,6 +86,19 @@ def test_gradients_reach_every_parameter_and_checkpointing_keeps_them(model: Any
         torch.testing.assert_close(checkpointed[name], gradient)  # the same operations a second time
 
 
+def test_dropout_drops_on_short_sequences_too(model: Any) -> None:
+    """A cache is there by default when a loss is asked for, and few tokens meet it."""
+    model, ids = copy.deepcopy(model).train(), token_ids(1, 6)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask).logits
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        dropped = [model(input_ids=ids, attention_mask=mask).logits for _ in range(2)]
+    assert relative(dropped[0][:, 1:], whole[:, 1:]) > 1e-2
+    assert relative(dropped[0][:, 1:], dropped[1][:, 1:]) > 1e-2
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_eager_records_one_weight_tensor_per_layer(family: str) -> None:
     model = model_of(sized_config(family)).eval()
