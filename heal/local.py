@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mhconvert.convert.linalg import relative_error
+from mhconvert.heal.coordinates import Coordinates, linear_coordinates
 
 LEARNING_RATE = 1e-2  # of each tensor's own RMS, per step
 BETAS = (0.9, 0.95)
@@ -34,13 +35,14 @@ def fit(
 
     inputs, targets (N, L, D) on any device; position_embeddings (cos, sin) (1, L, head_dim) on the module's.
     `steps` Adam steps of `rows` rows each, drawn without replacement until all have been seen; the loss is the
-    batch's ‖output − target‖² / ‖target‖²; the learning rate warms up, then follows a cosine to zero.
+    batch's ‖output − target‖² / ‖target‖²; the learning rate warms up, then follows a cosine to zero. The steps are
+    taken in the coordinates of `heal.coordinates`, so all that reads the input must be linear in it.
     The last rows (one in 16) are not trained on: a layer whose error on them has not fallen is left as it was.
     """
     unseen = max(1, len(inputs) // UNSEEN) if len(inputs) > 1 else 0
     judge = slice(len(inputs) - max(1, unseen), None)
     before = _error(attention, inputs[judge], targets[judge], position_embeddings)
-    if before < EXACT:
+    if before < EXACT or not steps:
         return
     original = {name: tensor.clone() for name, tensor in attention.state_dict().items()}
     seen = len(inputs) - unseen
@@ -68,27 +70,62 @@ def _train(
     seed: int,
 ) -> None:
     parameters = [p for p in attention.parameters() if p.numel()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    groups = [{"params": [p], "lr": LEARNING_RATE * _scale(p)} for p in parameters]
+    space = linear_coordinates(attention, inputs, position_embeddings)
+    enter = next((c.root for c in space.values() if c.of_input), None)
+    variables = [_variable(p, space.get(p)) for p in parameters]
+    groups = [{"params": [v], "lr": LEARNING_RATE * _scale(v)} for v in variables]
     optimiser = torch.optim.Adam(groups, betas=BETAS)
     peaks = [group["lr"] for group in optimiser.param_groups]
     device = position_embeddings[0].device
     batches = _batches(len(inputs), rows, torch.Generator().manual_seed(seed))
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     for step in range(steps):
         rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, peak in zip(optimiser.param_groups, peaks, strict=True):
             group["lr"] = peak * rate
         batch = next(batches)
-        expected = targets[batch].to(device)
+        x, expected = inputs[batch].to(device), targets[batch].to(device)
         with torch.enable_grad():
-            output = attention(inputs[batch].to(device), position_embeddings)[0]
+            output = attention(x if enter is None else x @ enter, position_embeddings)[0]
             loss = (output - expected).square().sum() / expected.square().sum()
             loss.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        _step(optimiser, parameters, variables, space)
     for parameter in parameters:
         parameter.requires_grad_(False)
+        parameter.grad = None
+        if parameter in space and space[parameter].of_input:
+            parameter.copy_(parameter @ space[parameter].root)
+
+
+@torch.no_grad()
+def _variable(parameter: Tensor, space: Coordinates | None) -> Tensor:
+    """What the optimiser changes: W' = W R⁻¹. The module itself holds W' where it is given x R for its input x."""
+    if space is None:
+        return parameter
+    if space.of_input:
+        parameter.copy_(parameter @ space.inverse)
+        return parameter
+    return parameter @ space.inverse
+
+
+@torch.no_grad()
+def _step(
+    optimiser: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    variables: list[Tensor],
+    space: dict[Tensor, Coordinates],
+) -> None:
+    """Take the parameters' gradients to the variables, step, and bring the variables' values back."""
+    pairs = [(p, v) for p, v in zip(parameters, variables, strict=True) if p is not v]
+    for parameter, variable in pairs:
+        assert parameter.grad is not None
+        variable.grad = parameter.grad @ space[parameter].root
+    optimiser.step()
+    for parameter, variable in pairs:
+        parameter.copy_(variable @ space[parameter].root)
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _scale(parameter: Tensor) -> float:

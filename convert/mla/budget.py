@@ -12,9 +12,9 @@ from mhconvert.convert.mla.settings import MLASettings
 
 # Shares of a layer's elements that the rotary key may take; each is tried on the layer's own output error.
 ROPE_SHARES = {
-    "quick": (1 / 6, 1 / 4, 1 / 3),
-    "default": (1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 2 / 5, 1 / 2),
-    "high": (1 / 12, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 3 / 10, 1 / 3, 2 / 5, 1 / 2),
+    "quick": (1 / 4, 2 / 5, 1 / 2),
+    "default": (1 / 6, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 3 / 5),
+    "high": (1 / 8, 1 / 6, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 3 / 5, 2 / 3),
 }
 SMALLEST = 3  # elements: one rotary component and one of the latent
 ROUND_WIDTH = 16  # elements

@@ -18,6 +18,7 @@ class LatentAttentionFields:
     rope_frequencies: per layer, which of the donor's head_dim / 2 rotary frequencies each shared rotary
     component turns with; a frequency may occur several times. A layer's rotary key has twice as many elements.
     qk_nope_head_dim, v_head_dim: per-head widths of the expanded non-rotary key and of the value.
+    rope_in_latent: whether kv_b_proj reads the rotary key beside the latent; it is then cached before its rotation.
     attention_output_bias: whether o_proj has a bias (the share of the values that does not depend on the token).
     attention_input_bias: whether the projections that read the hidden state have biases.
     softmax_scale: what scores are multiplied by; None: head_dim ** -0.5.
@@ -30,6 +31,7 @@ class LatentAttentionFields:
     rope_frequencies: list[list[int]] | None = None
     qk_nope_head_dim: int | None = None
     v_head_dim: int | None = None
+    rope_in_latent: bool = False
     attention_output_bias: bool = False
     attention_input_bias: bool = False
     softmax_scale: float | None = None

@@ -68,7 +68,8 @@ class MLA:
         if reason is not None:
             raise UnsupportedError(f"profile portable cannot hold this donor: {reason}; use quality")
         self.budget: LayerBudget = layer_budget(config, settings)
-        self.config = latent_config(config, settings.profile == "quality")
+        quality = settings.profile == "quality"
+        self.config = latent_config(config, output_bias=quality, rope_in_latent=quality)
 
     def kv_elements(self) -> int:
         """Cache elements per token, all layers."""
@@ -88,7 +89,8 @@ class MLA:
         if facts.qk_norm is not None:
             queries = heads * head_dim * (hidden + head_dim + rope) + facts.kv_heads * head_dim * hidden
         projections = hidden * (elements + heads * head_dim + 1)
-        return queries + projections + 2 * self.budget.rank(min(choices)) * heads * head_dim
+        reads = elements if self.config.rope_in_latent else self.budget.rank(min(choices))
+        return queries + projections + 2 * reads * heads * head_dim
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
         """The weights of a donor's attention, and what `inputs` (N, L, D), its calibration text, says of them."""
@@ -188,14 +190,24 @@ class MLA:
         # A mean left out of the keys cancels in the softmax only where no norm scales them.
         bias = self.config.attention_output_bias and self.facts.qk_norm is None
         weights = seen.weights.linear
-        return convert_layer(weights, seen.statistics, seen.basis, kept, rank, choice.value_weight, bias)
+        return convert_layer(
+            weights,
+            seen.statistics,
+            seen.basis,
+            kept,
+            rank,
+            choice.value_weight,
+            bias,
+            self.config.rope_in_latent,
+        )
 
     def _set(self, index: int, rank: int, frequencies: list[int]) -> None:
         self.config.kv_lora_rank[index] = rank
         self.config.rope_frequencies[index] = list(frequencies)
 
     def _module(self, latent: LatentWeights, seen: Observed, index: int, device: torch.device) -> Any:
-        self._set(index, latent.kv_b_proj.shape[1], latent.frequencies)
+        rotary = 2 * len(latent.frequencies)
+        self._set(index, len(latent.kv_a_proj_with_mqa) - rotary, latent.frequencies)
         with torch.device("meta"):
             module = modeling_mla.LatentAttention(copy.deepcopy(self.config), index)
         tensors = module_tensors(latent, seen.weights, self.facts, seen.output_bias)
@@ -212,7 +224,7 @@ def model_class(donor_config_class: Any) -> Any:
     return getattr(modeling_mla, f"MLA{donor.__name__}")
 
 
-def latent_config(donor_config: Any, output_bias: bool) -> Any:
+def latent_config(donor_config: Any, output_bias: bool, rope_in_latent: bool = False) -> Any:
     """The donor's configuration as that of its latent-attention class; each layer's sizes are still empty."""
     config_class, facts = model_class(type(donor_config)).config_class, attention_facts(donor_config)
     values = donor_config.to_dict()
@@ -225,6 +237,7 @@ def latent_config(donor_config: Any, output_bias: bool) -> Any:
         rope_frequencies=[[] for _ in range(layers)],
         qk_nope_head_dim=facts.head_dim,
         v_head_dim=facts.head_dim,
+        rope_in_latent=rope_in_latent,
         attention_output_bias=output_bias,
         attention_input_bias=facts.input_bias,
         softmax_scale=facts.scale,

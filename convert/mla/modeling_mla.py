@@ -19,7 +19,6 @@ from transformers import MODEL_MAPPING
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # the one that knows softcap
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from . import configuration_mla
 from .configuration_mla import LatentAttentionFields
@@ -36,11 +35,42 @@ class HeadwiseLinear(nn.Module):
         return torch.matmul(x.transpose(1, 2), self.weight.mT)
 
 
+class SlotEmbeddings:
+    """cos and sin of the slots 0, 1, … of a cache, from the model's own rotary module; shared by layers alike.
+
+    Not a module, so that the rotary module keeps its one place in the model.
+    """
+
+    def __init__(self, rotary: nn.Module, layer_type: str | None):
+        by_type = hasattr(rotary, f"{layer_type}_inv_freq")  # some donors turn their local layers differently
+        self.rotary, self.arguments = rotary, (layer_type,) if by_type else ()
+        self.table: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, length, rotary width) each, in the dtype and on the device of `like`."""
+        if torch.compiler.is_compiling():
+            return self.embed(length, like)
+        cos = None if self.table is None else self.table[0]
+        if cos is None or cos.shape[1] < length or cos.device != like.device or cos.dtype != like.dtype:
+            self.table = self.embed(1 << (length - 1).bit_length(), like)
+        assert self.table is not None
+        return self.table[0][:, :length], self.table[1][:, :length]
+
+    @torch.no_grad()
+    def embed(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        slots = torch.arange(length, device=like.device).unsqueeze(0)
+        return self.rotary(like, slots, *self.arguments)
+
+
 class LatentAttention(nn.Module):
     """Multi-head latent attention without a norm in the latent (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-    The cache holds the latent [B, 1, S, r] as its keys and the rotated shared key [B, 1, S, p] as its values.
+    The cache holds the latent [B, 1, S, r] as its keys and the shared rotary key [B, 1, S, p] as its values.
     A few query tokens meet the cache in absorbed form; more of them expand it to per-head keys and values.
+
+    With rope_in_latent, kv_b_proj reads latent and rotary key together, so the p elements serve values and
+    non-rotary keys too. The rotary key is then cached before its rotation, and rotated where it is read: scores
+    depend on distances alone, and those are the distances of the cache's slots.
 
     A donor with QK-norm divides a key head by its RMS. That is one number for each token and head, so the latent
     and the rotary key stay linear in the hidden state, the cache holds k = num_key_scales numbers 1 / RMS behind the
@@ -67,6 +97,8 @@ class LatentAttention(nn.Module):
         self.window = config.layer_window(layer_idx)
         self.qk_norm = config.qk_norm
         self.num_key_scales = config.num_key_scales
+        self.rope_in_latent = config.rope_in_latent
+        self.slot_embeddings: SlotEmbeddings | None = None  # of the model that this is a part of
         self.attention_dropout = config.attention_dropout
         query_width = self.qk_nope_head_dim + self.qk_rope_head_dim
         value_width = self.num_heads * self.v_head_dim
@@ -79,8 +111,9 @@ class LatentAttention(nn.Module):
             self.q_b_proj = HeadwiseLinear(self.num_heads, head_dim, query_width)
             self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=biased)
         self.kv_a_proj_with_mqa = nn.Linear(width, self.kv_lora_rank + self.qk_rope_head_dim, bias=biased)
+        self.read_widths = [self.kv_lora_rank] + [self.qk_rope_head_dim] * self.rope_in_latent
         self.kv_b_proj = nn.Linear(
-            self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
+            sum(self.read_widths), self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
         )
         self.o_proj = nn.Linear(value_width, width, bias=config.attention_output_bias)
 
@@ -94,26 +127,43 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, head_dim] -> output [B, T, D], weights."""
         batch, length, _ = hidden_states.shape
-        q_nope, q_rot = self.queries(hidden_states).split(
+        q_nope, q_rope = self.queries(hidden_states).split(
             [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1
         )
-        latent, k_rot = (
+        latent, k_rope = (
             self.kv_a_proj_with_mqa(hidden_states)
             .unsqueeze(1)
             .split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         )
-        cos, sin = self.component_embeddings(position_embeddings)
-        q_rot, k_rot = apply_rotary_pos_emb(q_rot, k_rot, cos, sin)
-        if self.num_key_scales:
-            k_rot = torch.cat((k_rot, self.key_scales(hidden_states)), dim=-1)
+        embeddings = self.component_embeddings(position_embeddings)
+        if not self.rope_in_latent:
+            q_rope, k_rope = rotated(q_rope, embeddings), rotated(k_rope, embeddings)
+        scales = self.key_scales(hidden_states) if self.num_key_scales else k_rope[..., :0]
 
         if past_key_values is not None:
-            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
-            if length <= self.max_absorbed_tokens and self.can_absorb(length, attention_mask):
-                output, weights = self.absorbed_attention(q_nope, q_rot, latent, k_rot, attention_mask)
-                return self.o_proj(output), weights
+            cached = torch.cat((k_rope, scales), dim=-1) if self.num_key_scales else k_rope
+            latent, cached = past_key_values.update(latent, cached, self.layer_idx)
+            k_rope, scales = cached.split([self.qk_rope_head_dim, self.num_key_scales], dim=-1)
 
-        key, value = self.expand_kv(latent, k_rot)
+        reads = (latent,)
+        if self.rope_in_latent:
+            reads = (latent, k_rope)
+            of_keys = embeddings
+            if k_rope.shape[2] != length:
+                assert past_key_values is not None
+                seen = past_key_values.get_seq_length(self.layer_idx)
+                embeddings, of_keys = self.cache_embeddings(length, seen, k_rope)
+            q_rope, k_rope = rotated(q_rope, embeddings), rotated(k_rope, of_keys)
+
+        if (
+            past_key_values is not None
+            and length <= self.max_absorbed_tokens
+            and self.can_absorb(length, attention_mask)
+        ):
+            output, weights = self.absorbed_attention(q_nope, q_rope, reads, k_rope, scales, attention_mask)
+            return self.o_proj(output), weights
+
+        key, value = self.expand_kv(reads, k_rope, scales)
         # The fused kernels want values as wide as keys: three times as fast as the kernel that takes both widths.
         value = F.pad(value, (0, max(0, key.shape[-1] - self.v_head_dim)))
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -125,7 +175,7 @@ class LatentAttention(nn.Module):
             kwargs["softcap"] = self.softcap
         output, weights = attention(
             self,
-            torch.cat((q_nope, q_rot), dim=-1),
+            torch.cat((q_nope, q_rope), dim=-1),
             key,
             value,
             attention_mask,
@@ -183,14 +233,30 @@ class LatentAttention(nn.Module):
         cos, sin = position_embeddings
         return cos[..., both_halves], sin[..., both_halves]
 
-    def expand_kv(self, latent: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent [B, 1, S, r] and rotary key [B, 1, S, p + k] -> keys [B, H, S, n + p], values [B, H, S, v]."""
-        batch, _, length, _ = latent.shape
+    def cache_embeddings(
+        self, length: int, seen: Any, like: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(cos, sin) of the last `length` of `seen` tokens, [1, T, p], and of all slots of `like`, [1, S, p]."""
+        if self.slot_embeddings is None:
+            raise RuntimeError("a cache that holds tokens already can be read within a whole model only")
+        slots = like.shape[2]
+        cos, sin = self.component_embeddings(self.slot_embeddings(slots, like))
+        last = seen.clamp(max=slots) if isinstance(seen, Tensor) else min(seen, slots)  # a window keeps fewer
+        queries = torch.arange(length, device=like.device) + (last - length)
+        return (cos[:, queries], sin[:, queries]), (cos, sin)
+
+    def expand_kv(self, reads: tuple[Tensor, ...], k_rope: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, S, n + p] and values [B, H, S, v] from the cache.
+
+        reads: what kv_b_proj reads, [B, 1, S, r] and perhaps [B, 1, S, p]; k_rope [B, 1, S, p] rotated; scales
+        [B, 1, S, k].
+        """
+        batch, _, length, _ = k_rope.shape
         widths = [self.qk_nope_head_dim, self.v_head_dim]
-        expanded = self.kv_b_proj(latent).view(batch, length, -1, sum(widths)).transpose(1, 2)
+        expanded = self.kv_b_proj(torch.cat(reads, dim=-1) if len(reads) > 1 else reads[0])
+        expanded = expanded.view(batch, length, -1, sum(widths)).transpose(1, 2)
         k_nope, value = expanded.split(widths, dim=-1)
-        k_rot, scales = k_rot.split([self.qk_rope_head_dim, self.num_key_scales], dim=-1)
-        key = torch.cat((k_nope, k_rot.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        key = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         if self.num_key_scales:
             key = key * self.head_scales(scales).unsqueeze(-1)
         return key, value
@@ -214,22 +280,27 @@ class LatentAttention(nn.Module):
         return plain and isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
 
     def absorbed_attention(
-        self, q_nope: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, attention_mask: Tensor | None
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        reads: tuple[Tensor, ...],
+        k_rope: Tensor,
+        scales: Tensor,
+        attention_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of a few query tokens on the cache as it is, kv_b_proj folded into query and output.
 
-        q_nope [B, H, T, n], q_rot [B, H, T, p], latent [B, 1, S, r], k_rot [B, 1, S, p + k]
+        q_nope [B, H, T, n], q_rope [B, H, T, p]; reads, k_rope, scales: as for `expand_kv`
         -> output [B, T, H v], weights [B, H, T, S].
         """
         heads, length = q_nope.shape[1:3]
-        weight = self.kv_b_proj.weight.view(heads, -1, self.kv_lora_rank)
+        weight = self.kv_b_proj.weight.view(heads, -1, sum(self.read_widths))
         k_up, v_up = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # H n r, H v r
-        k_rot, scales = k_rot.split([self.qk_rope_head_dim, self.num_key_scales], dim=-1)
-        latent, k_rot = latent.squeeze(1), k_rot.squeeze(1)
         # Heads and tokens are rows of one product, as all of them read the same cache.
-        q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, k_up).flatten(1, 2)
-        rotary_scores = torch.bmm(q_rot.flatten(1, 2), k_rot.mT)
-        scores = torch.baddbmm(rotary_scores, q_latent, latent.mT, beta=self.scaling, alpha=self.scaling)
+        q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope * self.scaling, k_up).flatten(1, 2)
+        scores = torch.bmm((q_rope * self.scaling).flatten(1, 2), k_rope.squeeze(1).mT)
+        for query, part in zip(q_latent.split(self.read_widths, dim=-1), reads, strict=True):
+            scores = torch.baddbmm(scores, query, part.squeeze(1).mT)
         scores = scores.unflatten(1, (heads, length))  # B H T S
         if self.num_key_scales:
             scores = scores * self.head_scales(scales).unsqueeze(2)
@@ -241,9 +312,17 @@ class LatentAttention(nn.Module):
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
             else:
                 scores = scores + mask
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
-        output = torch.bmm(weights.flatten(1, 2), latent).unflatten(1, (heads, length))
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(k_rope.dtype)
+        output = torch.cat([torch.bmm(weights.flatten(1, 2), part.squeeze(1)) for part in reads], dim=-1)
+        output = output.unflatten(1, (heads, length))
         return torch.einsum("bhtr,hvr->bthv", output, v_up).flatten(2), weights
+
+
+def rotated(x: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE, half-split: x [B, heads, T, p] by cos and sin [B or 1, T, p]."""
+    cos, sin = (e.unsqueeze(1)[..., : x.shape[-1] // 2] for e in embeddings)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
 class LatentAttentionModel:
@@ -251,8 +330,11 @@ class LatentAttentionModel:
 
     def __init__(self, config: LatentAttentionFields):
         super().__init__(config)  # type: ignore[call-arg]
+        kinds: Any = getattr(config, "layer_types", None) or [None] * len(self.layers)  # type: ignore[attr-defined]
+        slots = {kind: SlotEmbeddings(self.rotary_emb, kind) for kind in set(kinds)}  # type: ignore[attr-defined]
         for layer_idx, layer in enumerate(self.layers):  # type: ignore[attr-defined]
             layer.self_attn = LatentAttention(config, layer_idx)
+            layer.self_attn.slot_embeddings = slots[kinds[layer_idx]]
         self.post_init()  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:

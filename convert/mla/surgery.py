@@ -15,6 +15,7 @@ from torch import Tensor
 from mhconvert.convert.linalg import complex_pca, low_rank, realified
 
 TINY = torch.finfo(torch.float64).tiny
+RIDGE = 1e-6  # of the rotary keys' mean energy: a component that the text hardly moves explains nothing
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def convert_layer(
     rank: int,
     value_weight: float,
     output_bias: bool = True,
+    rope_in_latent: bool = False,
 ) -> LatentWeights:
     """The latent attention that best stands for `weights` at R = kept.sum() components and a latent of `rank`.
 
@@ -155,7 +157,8 @@ def convert_layer(
     queries that read them, errors of values by o_proj, and `value_weight` is the price of a relative error of
     the values against one of the scores. Means are left out of the latent: the keys' cancels in the softmax, the
     values' becomes o_proj's bias. Without one (`output_bias` False) both stay in: whatever constant the latent
-    lacked would show in the values.
+    lacked would show in the values. With `rope_in_latent` all of this is read from the rotary key as far as that
+    tells it, and the latent holds what remains.
     """
     frequency, component = kept.nonzero(as_tuple=True)
     rope_keys = _rope_keys(weights, basis, frequency, component)
@@ -167,24 +170,40 @@ def convert_layer(
 
     rows = torch.cat((key_rows, weights.v.flatten(0, 1)))  # y = rows @ x
     mean = rows @ statistics.key_mean if output_bias else rows.new_zeros(len(rows))
-    moment = rows @ statistics.key_moment @ rows.mT - torch.outer(mean, mean)
+    told = _regression(rows, rope_keys, statistics, output_bias) if rope_in_latent else None
+    rest = rows if told is None else rows - told @ rope_keys
+    rest_mean = rest @ statistics.key_mean if output_bias else torch.zeros_like(mean)
+    moment = rest @ statistics.key_moment @ rest.mT - torch.outer(rest_mean, rest_mean)
     metric = _metric(weights, statistics, nope_queries, key_maps, value_weight * basis.score_energy)
     up, down = low_rank(moment, metric, rank)
+    reader = up if told is None else torch.cat((up, told), dim=1)
+    cached = torch.cat((down @ rest, rope_keys))
 
     group, keys = weights.group, key_rows.shape[0]
     head_dim = weights.q.shape[1]
-    key_up = (key_maps @ up[:keys])[group]  # H d r
-    value_up = up[keys:].unflatten(0, (-1, head_dim))[group]  # H d r
-    missing_values = (mean - up @ (down @ mean))[keys:].view(-1, head_dim)[group]  # H d
+    key_up = (key_maps @ reader[:keys])[group]  # H d r
+    value_up = reader[keys:].unflatten(0, (-1, head_dim))[group]  # H d r
+    reconstructed = reader @ (cached[: reader.shape[1]] @ statistics.key_mean) if output_bias else mean
+    missing_values = (mean - reconstructed)[keys:].view(-1, head_dim)[group]  # H d
     return LatentWeights(
         frequencies=frequency.tolist(),
         query_map=query_map,
         q_proj=(query_map @ weights.q).flatten(0, 1),
-        kv_a_proj_with_mqa=torch.cat((down @ rows, rope_keys)),
+        kv_a_proj_with_mqa=cached,
         kv_b_proj=torch.cat((key_up, value_up), dim=1).flatten(0, 1),
         o_proj=weights.o.flatten(1),
         o_bias=torch.einsum("Dhd,hd->D", weights.o, missing_values),
     )
+
+
+def _regression(rows: Tensor, rope_keys: Tensor, statistics: LayerStatistics, centred: bool) -> Tensor:
+    """(n, 2R): the best linear guess of rows · x (n) from rope_keys · x (2R), about their means or about zero."""
+    moment = statistics.key_moment
+    if centred:
+        moment = moment - torch.outer(statistics.key_mean, statistics.key_mean)
+    seen = rope_keys @ moment @ rope_keys.mT
+    ridge = (RIDGE * seen.diagonal().mean()).clamp_min(TINY) * torch.eye(len(seen), dtype=seen.dtype)
+    return torch.linalg.solve(seen + ridge, rope_keys @ moment @ rows.mT).mT
 
 
 def _rope_keys(weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor) -> Tensor:

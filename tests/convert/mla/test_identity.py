@@ -91,8 +91,9 @@ def statistics_of(rows: Tensor, phases: Tensor, gain: float = 1.0) -> LayerStati
 def latent_attention(donor: Any, latent: LatentWeights) -> LatentAttention:
     """The module of `latent` in float64."""
     config = donor.config
-    config.kv_lora_rank = latent.kv_b_proj.shape[1]
-    config.latent_rank = lambda _: latent.kv_b_proj.shape[1]
+    config.kv_lora_rank = len(latent.kv_a_proj_with_mqa) - 2 * len(latent.frequencies)
+    config.latent_rank = lambda _: config.kv_lora_rank
+    config.rope_in_latent = latent.kv_b_proj.shape[1] > config.kv_lora_rank
     config.layer_frequencies = lambda _: latent.frequencies
     config.qk_nope_head_dim = config.v_head_dim = config.head_dim
     config.attention_output_bias, config.attention_input_bias = True, False
@@ -155,7 +156,10 @@ def constant_phase_attention(
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("rope", [{}, YARN], ids=["default", "yarn"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
-def test_the_full_rank_is_a_donor_with_constant_phases(kv_heads: int, rope: dict, share: float) -> None:
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "rope_in_latent"])
+def test_the_full_rank_is_a_donor_with_constant_phases(
+    kv_heads: int, rope: dict, share: float, together: bool
+) -> None:
     donor, rows = donor_model(kv_heads=kv_heads, rope=rope), rows_of()
     config, attention, rotary = donor.config, donor.model.layers[0].self_attn, donor.model.rotary_emb
     generator = torch.Generator().manual_seed(5)
@@ -172,7 +176,8 @@ def test_the_full_rank_is_a_donor_with_constant_phases(kv_heads: int, rope: dict
         statistics_of(rows, phases * gain, gain),
     )
     rank = 2 * int((~kept).sum()) + kv_heads * config.head_dim
-    latent = convert_layer(weights, statistics, rotary_basis(weights, statistics), kept, rank, 0.01)
+    basis = rotary_basis(weights, statistics)
+    latent = convert_layer(weights, statistics, basis, kept, rank, 0.01, rope_in_latent=together)
     angles = (
         torch.outer(torch.arange(24, dtype=torch.float64), rotary.inv_freq.double()).repeat(1, 2).unsqueeze(0)
     )

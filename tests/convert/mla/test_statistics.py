@@ -100,7 +100,8 @@ def test_counting_keys_by_attention_saves_the_sink(seed: int, kv_heads: int) -> 
             basis = rotary_basis(weights, statistics)
             count = method.budget.elements // 8
             kept = kept_components(basis.damage, count)
-            latent = convert_layer(weights, statistics, basis, kept, method.budget.elements - 2 * count, 0.01)
+            rank = method.budget.elements - 2 * count
+            latent = convert_layer(weights, statistics, basis, kept, rank, 0.01, rope_in_latent=True)
             seen = Observed(NormedWeights(weights, weights), torch.zeros(64), statistics, basis)
             module = method._module(latent, seen, 0, torch.device("cpu"))
             errors.append(relative(module(held_out, embeddings, None)[0], expected) ** 2)

@@ -235,3 +235,25 @@ def test_arguments_are_left_alone() -> None:
     surgery(weights, statistics, 3, 5, output_bias=False)
     after = [t for part in (weights, statistics) for t in vars(part).values() if isinstance(t, Tensor)]
     assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_values_read_from_the_rotary_key_lose_less(kv_heads: int, seed: int) -> None:
+    """At the same cache. A price on values alone makes their error what the latent is chosen for."""
+    weights, statistics = random_weights(kv_heads, seed), random_statistics(seed)
+    basis = rotary_basis(weights, statistics)
+    kept = kept_components(basis.damage, 3)
+    covariance = statistics.key_moment - torch.outer(statistics.key_mean, statistics.key_mean)
+    errors = []
+    for together in (False, True):
+        latent = convert_layer(weights, statistics, basis, kept, 4, 1e6, rope_in_latent=together)
+        read = latent.kv_a_proj_with_mqa[: latent.kv_b_proj.shape[1]]
+        value_up = latent.kv_b_proj.view(HEADS, 2 * WIDTH, -1)[:, WIDTH:]
+        lost = weights.v[weights.group] - value_up @ read
+        outputs = torch.einsum("Dhd,hdE->hDE", weights.o, lost)
+        # errors of one head's outputs; heads of a group share their values
+        errors.append(torch.einsum("hDE,EF,hDF->", outputs, covariance, outputs).item())
+        assert latent.kv_a_proj_with_mqa.shape[0] == 4 + 6
+        assert latent.kv_b_proj.shape[1] == 4 + 6 * together
+    assert errors[1] < 0.95 * errors[0]
