@@ -23,6 +23,7 @@ from mhconvert.convert.errors import CheckpointError
 from mhconvert.convert.families import layer_window
 from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.methods import Method, build_method
+from mhconvert.convert.numbers import cast, require_finite_states
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.rotary import LayerRotary, layer_rotary
@@ -117,7 +118,8 @@ def _convert_layers(
     if not space.streams_ready:
         teacher = donor.embed(rows.all)
         student = teacher[len(rows.fit) :].clone().to(dtype).float()
-        outer = ((name, donor.source.read(name).to(dtype)) for name in donor.outer_tensor_names())
+        names = donor.outer_tensor_names()
+        outer = ((name, cast(name, donor.source.read(name), dtype)) for name in names)
         space.begin(teacher, student, len(rows.fit), outer, len(donor.shapes()) + 2 * total)
     streams = space.streams
     tell(Progress("layers", len(space.layers), total))
@@ -131,8 +133,8 @@ def _convert_layers(
             layer_window(donor.config, index),
         )
         attention, chosen = _convert_layer(recipe, method, layer, index, streams, rotary, fit)
-        _round_to(attention, dtype)
-        measured = _advance(layer, attention, streams, dtype)
+        _round_to(attention, dtype, f"layer {index}: self_attn.")
+        measured = _advance(layer, attention, streams, dtype, index)
         error = measured["relative_error"]
         if not math.isfinite(error) or error > ABSURD_ERROR:
             raise CheckpointError(
@@ -158,6 +160,7 @@ def _convert_layer(
     """Closed form on the teacher's stream, then the fit to the donor's attention outputs."""
     inputs = layer.attention_inputs(streams.teacher_fit)
     targets = layer.attend(layer.attention, inputs)
+    require_finite_states(index, attention_inputs=inputs, attention_outputs=targets)
     attention, chosen = method.convert(layer.attention, index, inputs, targets, rotary.embeddings, rotary)
     steps = FIT_STEPS[recipe.effort] if recipe.fit_steps is None else recipe.fit_steps
     if steps:
@@ -169,7 +172,7 @@ def _convert_layer(
 
 
 def _advance(
-    layer: calibrate.Layer, attention: Any, streams: calibrate.Streams, dtype: torch.dtype
+    layer: calibrate.Layer, attention: Any, streams: calibrate.Streams, dtype: torch.dtype, index: int
 ) -> dict[str, Any]:
     """Move both streams past the layer; what the held-out rows say of it.
 
@@ -186,17 +189,18 @@ def _advance(
     }
     layer.complete(streams.teacher_fit, streams.outputs)
     layer.complete(held, outputs)
-    _round_to(layer.module, dtype)
+    del layer.module.self_attn  # the donor's is not written
+    _round_to(layer.module, dtype, f"layer {index}: ")
     student = streams.student
     layer.complete(student, layer.attend(attention, layer.attention_inputs(student)))
     return {"relative_error": error, "kv_elements": elements}
 
 
 @torch.no_grad()
-def _round_to(attention: Any, dtype: torch.dtype) -> None:
+def _round_to(module: Any, dtype: torch.dtype, where: str) -> None:
     """What is measured from here on are the weights as they will be written."""
-    for parameter in attention.parameters():
-        parameter.copy_(parameter.to(dtype))
+    for name, parameter in module.named_parameters():
+        parameter.copy_(cast(where + name, parameter, dtype))
 
 
 def _layer_tensors(donor: Donor, method: Method, index: int, attention: Any, dtype: torch.dtype) -> Any:
@@ -205,6 +209,6 @@ def _layer_tensors(donor: Donor, method: Method, index: int, attention: Any, dty
     prefix = names[0][: names[0].index(f".{index}.") + len(f".{index}.")]
     for name in names:
         if not name.removeprefix(prefix).startswith(method.replaced):
-            yield name, donor.source.read(name).to(dtype)
+            yield name, cast(name, donor.source.read(name), dtype)
     for name, tensor in attention.state_dict().items():
         yield f"{prefix}self_attn.{name}", tensor.to(dtype)
