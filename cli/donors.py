@@ -1,4 +1,4 @@
-"""`mhconvert donors`: the aliases that DONOR may be, and the hub ids behind them; `--families`: what can be converted."""
+"""`mhconvert donors`: the aliases that DONOR may be, and their hub ids; `--families`: what can be converted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import typer
 
 from mhconvert.cli import options as o
 from mhconvert.cli.output import Flags, execute
-
 
 Families = Annotated[
     bool, typer.Option("--families", help="The table of model families and methods instead, as Markdown.")

@@ -1,7 +1,7 @@
 """Mixtures of experts as they are published: one tensor for each expert, where transformers' classes have one for all.
 
-    …experts.0.w1.weight (gate), …experts.0.w3.weight (up)  ->  …experts.gate_up_proj (experts, 2 · width, hidden)
-    …experts.0.w2.weight (down)                             ->  …experts.down_proj (experts, hidden, width)
+…experts.0.w1.weight (gate), …experts.0.w3.weight (up)  ->  …experts.gate_up_proj (experts, 2 · width, hidden)
+…experts.0.w2.weight (down)                             ->  …experts.down_proj (experts, hidden, width)
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class _FusedExperts:
         for name, pieces in self._stored.items():
             experts, places = ({key[axis] for key in pieces} for axis in (0, 1))
             if len(pieces) != (max(experts) + 1) * (max(places) + 1):
-                raise CheckpointError(f"{name}: an expert of 0 … {max(experts)} lacks a tensor; download it again")
+                raise CheckpointError(
+                    f"{name}: an expert of 0 … {max(experts)} lacks a tensor; download it again"
+                )
 
     def names(self) -> list[str]:
         return list(self._stored)

@@ -34,7 +34,7 @@ class Family:
     rotary: str = "rotary_emb"
 
 
-BIASES = {"input_bias": "attention_bias", "output_bias": "attention_bias"}
+BIASES: Any = {"input_bias": "attention_bias", "output_bias": "attention_bias"}
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
@@ -130,7 +130,9 @@ def _stated(config: Any, field: bool | str) -> bool:
 def _softmax_scale(config: Any, head_dim: int) -> float:
     """Granite states the scale itself, Gemma 2 and 3 the width that it is the inverse root of."""
     scale = getattr(config, "attention_multiplier", None)
-    return scale if scale is not None else (getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5
+    return (
+        scale if scale is not None else (getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5
+    )
 
 
 def rotary_share(config: Any) -> float:

@@ -53,7 +53,7 @@ def gguf_config(header: GGUFHeader) -> Any:
         head_dim = int(
             header.fact("attention.key_length", header.fact("rope.dimension_count", hidden // heads))
         )
-        common = {
+        common: dict[str, Any] = {
             "hidden_size": hidden,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads(header),
@@ -78,9 +78,7 @@ def gguf_config(header: GGUFHeader) -> Any:
         raise CheckpointError(
             f"{header.path} lacks a fact about its model ({error}); use another file"
         ) from error
-    config.architectures = [
-        "LlamaForCausalLM" if header.architecture == "llama" else "Gemma3ForCausalLM"
-    ]
+    config.architectures = ["LlamaForCausalLM" if header.architecture == "llama" else "Gemma3ForCausalLM"]
     config.dtype = torch.float32
     return config
 

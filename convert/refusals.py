@@ -21,8 +21,15 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 STOCK_BLOCKS = ("llama", "mistral", "ministral")  # their blocks, but for the attention, are a stock class's
 QUANTISED = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "bitsandbytes": "bitsandbytes", "gguf": "GGUF"}
 PART_CONFIGS = ("vision_config", "audio_config", "text_config", "thinker_config", "speech_config")
-QK_NORM_FIELDS = ("use_qk_norm", "qk_norm", "qk_layernorm")  # LayerNorm, or a norm after RoPE: no RMS before it
-OTHER_FIELDS = ("clip_qkv", "use_bidirectional_attention")  # no softmax over products of linear queries and keys
+QK_NORM_FIELDS = (
+    "use_qk_norm",
+    "qk_norm",
+    "qk_layernorm",
+)  # LayerNorm, or a norm after RoPE: no RMS before it
+OTHER_FIELDS = (
+    "clip_qkv",
+    "use_bidirectional_attention",
+)  # no softmax over products of linear queries and keys
 NOT_YET = "not available in this version"
 
 

@@ -137,12 +137,12 @@ class LatentAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         query = self.q_proj(hidden_states)
         if self.qk_norm is None:
-            return query.view(
-                batch, length, -1, self.qk_nope_head_dim + self.qk_rope_head_dim
-            ).transpose(1, 2)
+            return query.view(batch, length, -1, self.qk_nope_head_dim + self.qk_rope_head_dim).transpose(
+                1, 2
+            )
         heads = query.view(batch, length, self.num_heads, -1)
         groups = query.view(batch, length, self.num_heads if self.qk_norm == "head" else 1, -1)
-        return self.q_b_proj((heads * self.inverse_rms(groups)))
+        return self.q_b_proj(heads * self.inverse_rms(groups))
 
     def key_scales(self, hidden_states: Tensor) -> Tensor:
         """1 / RMS of the donor's key: [B, T, D] -> [B, 1, T, k]."""
@@ -284,5 +284,6 @@ def __getattr__(name: str) -> Any:
     if name.endswith("Model"):
         body["_can_record_outputs"] = donor._can_record_outputs | {"attentions": LatentAttention}
         return globals().setdefault(name, type(name, (LatentAttentionModel, donor), body))
-    body["decoder_class"] = __getattr__(f"MLA{MODEL_MAPPING[donor.config_class].__name__}")
+    stack: Any = MODEL_MAPPING[donor.config_class]
+    body["decoder_class"] = __getattr__(f"MLA{stack.__name__}")
     return globals().setdefault(name, type(name, (LatentAttentionForCausalLM, donor), body))

@@ -46,7 +46,9 @@ def observe(
     angles = torch.outer(inv_freq.to("cpu", torch.float64), torch.arange(rows.shape[1], dtype=torch.float64))
     turns = torch.polar(torch.ones_like(angles), -angles)
     phases = gain * (distances.to(turns.dtype) @ turns.mT)
-    fixed = (facts.head_dim - facts.rotary_dim) // 2  # pairs that RoPE leaves alone: a constant of 1 replaces it
+    fixed = (
+        facts.head_dim - facts.rotary_dim
+    ) // 2  # pairs that RoPE leaves alone: a constant of 1 replaces it
     return LayerStatistics(
         query_moment=moment,
         key_moment=key_moment,

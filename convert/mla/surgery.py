@@ -241,6 +241,8 @@ def _metric(
     values = torch.block_diag(*(outputs[group == g].sum(0) for g in range(len(key_maps))))
     value_rows = weights.v.flatten(0, 1)
     value_energy = (values * (value_rows @ statistics.key_moment @ value_rows.mT)).sum()
-    value_price = value_price if value_price > 0 else torch.ones_like(value_price)  # no scores: values are all
+    value_price = (
+        value_price if value_price > 0 else torch.ones_like(value_price)
+    )  # no scores: values are all
     price = value_price / value_energy if value_energy > 0 else torch.zeros_like(value_price)
     return torch.block_diag(keys, price * values)

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mhconvert.convert.errors import UnsupportedError
-from mhconvert.convert.families import FAMILIES, family_of
+from mhconvert.convert.families import FAMILIES
 from mhconvert.convert.refusals import refusals, require
 from tests.donors import make_config
 
@@ -45,9 +45,15 @@ def test_scalings_by_a_constant_apply(rope):
     [
         (make_config(heads=4, kv_heads=3), "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
         (make_config(use_qk_norm=True), "use_qk_norm=True: this norm of queries and keys"),
-        (make_config(family="stablelm", qk_layernorm=True), "qk_layernorm=True: this norm of queries and keys"),
+        (
+            make_config(family="stablelm", qk_layernorm=True),
+            "qk_layernorm=True: this norm of queries and keys",
+        ),
         (make_config(family="olmo", clip_qkv=8.0), "clip_qkv=8.0 is not supported"),
-        (make_config(family="gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+        (
+            make_config(family="gemma3_text", use_bidirectional_attention=True),
+            "use_bidirectional_attention=True",
+        ),
         (make_config(sliding_window=128), "sliding_window=128: llama models have no windowed attention"),
         (
             make_config(layer_types=["full_attention", "sliding_attention"]),

@@ -46,7 +46,14 @@ def test_gemma3_gguf_equals_the_loader_of_transformers(tmp_path):
     weights = theirs.state_dict()
     assert set(donor.source.names()) == set(weights) - {"lm_head.weight"}
     assert all(torch.equal(donor.source.read(name), weights[name]) for name in donor.source.names())
-    names = ("layer_types", "rope_parameters", "sliding_window", "head_dim", "num_key_value_heads", "vocab_size")
+    names = (
+        "layer_types",
+        "rope_parameters",
+        "sliding_window",
+        "head_dim",
+        "num_key_value_heads",
+        "vocab_size",
+    )
     assert all(getattr(donor.config, name) == getattr(theirs.config, name) for name in names)
     assert donor.config.layer_types.index("full_attention") == 5
     assert donor.config.query_pre_attn_scalar == 32
@@ -104,7 +111,9 @@ def test_gguf_version_is_named(tmp_path):
 
 def test_gguf_of_another_architecture(tmp_path):
     file = make_gguf(tmp_path / "other.gguf", architecture="gemma2")
-    with pytest.raises(UnsupportedError, match=r"has GGUF architecture 'gemma2'; GGUF donors can be: llama, gemma3"):
+    with pytest.raises(
+        UnsupportedError, match=r"has GGUF architecture 'gemma2'; GGUF donors can be: llama, gemma3"
+    ):
         GGUFSource(file)
 
 

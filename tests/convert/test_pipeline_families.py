@@ -55,7 +55,11 @@ def test_the_head_and_the_embedding_are_the_familys(variant: str, tmp_path: Path
     from mhconvert.convert.donor import open_donor
 
     folder = make_donor(tmp_path / "donor", family=variant, **VARIANTS[variant])
-    donor, reference, ids = open_donor(str(folder)), AutoModelForCausalLM.from_pretrained(folder), token_ids(2, 9)
+    donor, reference, ids = (
+        open_donor(str(folder)),
+        AutoModelForCausalLM.from_pretrained(folder),
+        token_ids(2, 9),
+    )
     output = reference(input_ids=ids, output_hidden_states=True)
     assert relative(donor.embed(ids), output.hidden_states[0]) < FLOAT32
     assert relative(logits(donor.model("cpu"), ids), output.logits) < FLOAT32

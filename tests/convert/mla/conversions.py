@@ -46,7 +46,8 @@ def attention_inputs(model: Any, ids: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
     hooks = [
         layer.self_attn.register_forward_pre_hook(
-            lambda _, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda _, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
         )
         for layer in model.model.layers
     ]

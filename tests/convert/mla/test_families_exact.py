@@ -15,7 +15,14 @@ from transformers import DynamicCache
 from mhconvert.convert.families import FAMILIES, attention_facts
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.verify_child import cache_storage
-from tests.convert.mla.conversions import attention_inputs, converted, donor_model, logits, relative, token_ids
+from tests.convert.mla.conversions import (
+    attention_inputs,
+    converted,
+    donor_model,
+    logits,
+    relative,
+    token_ids,
+)
 
 FLOAT32 = 2e-5
 LENGTH, WINDOW = 40, 12

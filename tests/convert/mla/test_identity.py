@@ -17,9 +17,9 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_em
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mhconvert.convert.families import attention_facts
+from mhconvert.convert.mla.donor_attention import attention_weights
 from mhconvert.convert.mla.modeling_mla import LatentAttention
 from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.mla.donor_attention import attention_weights
 from mhconvert.convert.mla.surgery import LatentWeights, LayerStatistics, convert_layer, rotary_basis
 from mhconvert.convert.verify_child import cache_storage
 from tests.convert.mla.conversions import (
@@ -167,7 +167,10 @@ def test_the_full_rank_is_a_donor_with_constant_phases(kv_heads: int, rope: dict
         attention, config, rows, kept, phases * gain, rotary.inv_freq.double(), gain
     )
 
-    weights, statistics = attention_weights(attention, attention_facts(config)), statistics_of(rows, phases * gain, gain)
+    weights, statistics = (
+        attention_weights(attention, attention_facts(config)),
+        statistics_of(rows, phases * gain, gain),
+    )
     rank = 2 * int((~kept).sum()) + kv_heads * config.head_dim
     latent = convert_layer(weights, statistics, rotary_basis(weights, statistics), kept, rank, 0.01)
     angles = (

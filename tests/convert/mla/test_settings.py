@@ -73,7 +73,9 @@ def test_the_method_refuses_a_donor_it_cannot_carry_over() -> None:
     ],
 )
 def test_portable_refuses_what_no_stock_class_holds(config: dict[str, Any], words: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"profile portable cannot hold this donor: {words}; use quality"):
+    with pytest.raises(
+        UnsupportedError, match=f"profile portable cannot hold this donor: {words}; use quality"
+    ):
         MLA(make_config(**config), MLASettings(profile="portable"), "quick")
 
 

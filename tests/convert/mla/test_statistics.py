@@ -101,6 +101,8 @@ def test_counting_keys_by_attention_saves_the_sink(seed: int, kv_heads: int) -> 
             count = method.budget.elements // 8
             kept = kept_components(basis.damage, count)
             latent = convert_layer(weights, statistics, basis, kept, method.budget.elements - 2 * count, 0.01)
-            module = method._module(latent, NormedWeights(weights, weights), torch.zeros(64), 0, torch.device("cpu"))
+            module = method._module(
+                latent, NormedWeights(weights, weights), torch.zeros(64), 0, torch.device("cpu")
+            )
             errors.append(relative(module(held_out, embeddings, None)[0], expected) ** 2)
     assert errors[0] < 0.8 * errors[1]
