@@ -101,7 +101,8 @@ class LatentAttention(nn.Module):
             .split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         )
         cos, sin = self.component_embeddings(position_embeddings)
-        q_rot, k_rot = apply_rotary_pos_emb(q_rot, k_rot, cos, sin)
+        rotated = apply_rotary_pos_emb(q_rot, k_rot, cos, sin)
+        q_rot, k_rot = (part.to(latent.dtype) for part in rotated)  # OLMo's cos and sin stay float32
         if self.num_key_scales:
             k_rot = torch.cat((k_rot, self.key_scales(hidden_states)), dim=-1)
 
