@@ -1,4 +1,4 @@
-"""`mhconvert donors`: the aliases that DONOR may be, and the hub ids behind them; `--families`: what can be converted."""
+"""`mhconvert donors`: the aliases that DONOR may be, and their hub ids; `--families`: what can be converted."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def _pass_layer(
 ) -> None:
     """Move the teacher and every student past a layer."""
     layer, rotary = steps.read(donor, index, place, device)
-    seen = steps.observe(layer, students[0].method, teacher, fitted, rotary, dtype)
+    seen = steps.observe(layer, index, students[0].method, teacher, fitted, rotary, dtype)
     for student in students:
         begun = time.perf_counter()
         attention, _ = steps.convert(student.recipe, student.method, index, seen, fit, dtype)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from mhconvert.convert import hub, resolve
 from mhconvert.convert.errors import CheckpointError, UnsupportedError
+from mhconvert.convert.experts import by_transformers_names
 from mhconvert.convert.families import Family, family_of
 from mhconvert.convert.gguf_model import gguf_generation_config, gguf_tokenizer
 from mhconvert.convert.progress import Listener, ignore
@@ -59,7 +60,7 @@ class Donor:
         stored in another dtype than STORED_DTYPES.
         """
         _ = self.family  # refuses an unsupported model before anything is downloaded or read
-        source = self._place.open_source()
+        source = by_transformers_names(self._place.open_source(), self.config.model_type)
         self._check(source)
         return source
 

@@ -34,7 +34,7 @@ class Family:
     rotary: str = "rotary_emb"
 
 
-BIASES = {"input_bias": "attention_bias", "output_bias": "attention_bias"}
+BIASES: Any = {"input_bias": "attention_bias", "output_bias": "attention_bias"}
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (

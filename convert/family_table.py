@@ -10,8 +10,9 @@ from mhconvert.convert.families import FAMILIES, Family, attention_facts, rope_s
 from mhconvert.convert.refusals import OTHER_FIELDS, QK_NORM_FIELDS, refusals
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts")
-NOTES = """exact: at full rank the converted model is its donor (tests/convert/mla/test_families_exact.py); below it every
-family is approximate. exact + n: the cache also holds n numbers 1/RMS of a token's keys (G: one a KV head), which
+NOTES = """\
+exact: at full rank the converted model is its donor (tests/convert/mla/test_families_exact.py); below it every family
+is approximate. exact + n: the cache also holds n numbers 1/RMS of a token's keys (G: one a KV head), which
 count against the budget, so that a budget of 1 is a little short of full rank. RoPE types default, linear, llama3 and
 yarn are carried over; dynamic and longrope are refused in every family."""
 

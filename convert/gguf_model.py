@@ -53,7 +53,7 @@ def gguf_config(header: GGUFHeader) -> Any:
         head_dim = int(
             header.fact("attention.key_length", header.fact("rope.dimension_count", hidden // heads))
         )
-        common = {
+        common: dict[str, Any] = {
             "hidden_size": hidden,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads(header),

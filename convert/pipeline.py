@@ -21,6 +21,7 @@ from mhconvert.convert import calibrate, checkpoint, estimate, proof, provenance
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.methods import Method, build_method
+from mhconvert.convert.numbers import cast
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.rotary import LayerRotary
@@ -148,7 +149,8 @@ def _convert_layers(
     if not space.streams_ready:
         teacher = donor.embed(rows.all)
         student = teacher[len(rows.fit) :].clone().to(dtype).float()
-        outer = ((name, donor.source.read(name).to(dtype)) for name in donor.outer_tensor_names())
+        names = donor.outer_tensor_names()
+        outer = ((name, cast(name, donor.source.read(name), dtype)) for name in names)
         space.begin(teacher, student, len(rows.fit), outer, len(donor.shapes()) + 2 * total)
     streams = space.streams
     tell(Progress("layers", len(space.layers), total))
@@ -174,7 +176,7 @@ def _convert_layer(
     dtype: torch.dtype,
 ) -> tuple[Any, dict[str, Any]]:
     """The new attention of one layer, what was chosen and what was measured; both streams move past it."""
-    seen = steps.observe(layer, method, streams.teacher, streams.fitted, rotary, dtype)
+    seen = steps.observe(layer, index, method, streams.teacher, streams.fitted, rotary, dtype)
     attention, chosen = steps.convert(recipe, method, index, seen, fit, dtype)
     return attention, chosen | steps.follow(layer, index, attention, seen, streams.student)
 
@@ -185,6 +187,6 @@ def _layer_tensors(donor: Donor, method: Method, index: int, attention: Any, dty
     prefix = names[0][: names[0].index(f".{index}.") + len(f".{index}.")]
     for name in names:
         if not name.removeprefix(prefix).startswith(method.replaced):
-            yield name, donor.source.read(name).to(dtype)
+            yield name, cast(name, donor.source.read(name), dtype)
     for name, tensor in attention.state_dict().items():
         yield f"{prefix}self_attn.{name}", tensor.to(dtype)

@@ -21,12 +21,13 @@ from mhconvert.convert.errors import CheckpointError
 from mhconvert.convert.families import layer_window
 from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.methods import Method
+from mhconvert.convert.numbers import cast, require_finite_states
 from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.rotary import LayerRotary, layer_rotary
 
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
-FIT_STEPS = {"quick": 0, "default": 80, "high": 400}
-FIT_TOKENS = 1536  # a step
+FIT_STEPS = {"quick": 0, "default": 240, "high": 1200}
+FIT_TOKENS = 512  # a step: many small steps come closer than a third as many large ones in the same time
 
 Fit = Callable[..., None]  # `heal.local.fit`
 
@@ -76,7 +77,13 @@ def fit_steps(recipe: Recipe) -> int:
 
 
 def observe(
-    layer: Layer, method: Method, teacher: Tensor, fitted: int, rotary: LayerRotary, dtype: torch.dtype
+    layer: Layer,
+    index: int,
+    method: Method,
+    teacher: Tensor,
+    fitted: int,
+    rotary: LayerRotary,
+    dtype: torch.dtype,
 ) -> Observed:
     """What the donor's attention does with the teacher's stream, of which the first `fitted` rows are for fitting.
 
@@ -85,13 +92,15 @@ def observe(
     fit, held = teacher[:fitted], teacher[fitted:]
     inputs = layer.attention_inputs(fit)
     targets = layer.attend(layer.attention, inputs)
+    require_finite_states(index, attention_inputs=inputs, attention_outputs=targets)
     statistics = method.observe(layer.attention, inputs, rotary)
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)
     elements = layer.cache_elements(layer.attention, held_inputs)
     layer.complete(fit, targets)
     layer.complete(held, held_targets)
-    _round_to(layer.module, dtype)
+    del layer.module.self_attn  # the donor's is not written
+    _round_to(layer.module, dtype, f"layer {index}: ")
     return Observed(inputs, targets, held_inputs, held_targets, rotary, statistics, elements)
 
 
@@ -106,7 +115,7 @@ def convert(
         rows = max(1, FIT_TOKENS // inputs.shape[1])
         seed = recipe.seed * 1000 + index
         fit(attention, inputs, targets, embeddings, steps=steps, rows=rows, seed=seed)
-    _round_to(attention, dtype)
+    _round_to(attention, dtype, f"layer {index}: self_attn.")
     return attention, chosen
 
 
@@ -128,7 +137,7 @@ def follow(layer: Layer, index: int, attention: Any, seen: Observed, student: Te
 
 
 @torch.no_grad()
-def _round_to(module: Any, dtype: torch.dtype) -> None:
+def _round_to(module: Any, dtype: torch.dtype, where: str) -> None:
     """What is measured from here on are the weights as they will be written."""
-    for parameter in module.parameters():
-        parameter.copy_(parameter.to(dtype))
+    for name, parameter in module.named_parameters():
+        parameter.copy_(cast(where + name, parameter, dtype))

@@ -220,7 +220,7 @@ class MLA:
 
 def model_class(donor_config_class: Any) -> Any:
     """The transformers class that holds a converted donor of a configuration class."""
-    donor = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
+    donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
     return getattr(modeling_mla, f"MLA{donor.__name__}")
 
 

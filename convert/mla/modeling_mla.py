@@ -145,7 +145,7 @@ class LatentAttention(nn.Module):
             latent, cached = past_key_values.update(latent, cached, self.layer_idx)
             k_rope, scales = cached.split([self.qk_rope_head_dim, self.num_key_scales], dim=-1)
 
-        reads = (latent,)
+        reads: tuple[Tensor, ...] = (latent,)
         if self.rope_in_latent:
             reads = (latent, k_rope)
             of_keys = embeddings
@@ -322,7 +322,8 @@ def rotated(x: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE, half-split: x [B, heads, T, p] by cos and sin [B or 1, T, p]."""
     cos, sin = (e.unsqueeze(1)[..., : x.shape[-1] // 2] for e in embeddings)
     left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    # OLMo's cos and sin stay float32.
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 
 
 class LatentAttentionModel:
@@ -375,5 +376,6 @@ def __getattr__(name: str) -> Any:
     if name.endswith("Model"):
         body["_can_record_outputs"] = donor._can_record_outputs | {"attentions": LatentAttention}
         return globals().setdefault(name, type(name, (LatentAttentionModel, donor), body))
-    body["decoder_class"] = __getattr__(f"MLA{MODEL_MAPPING[donor.config_class].__name__}")
+    stack: Any = MODEL_MAPPING[donor.config_class]
+    body["decoder_class"] = __getattr__(f"MLA{stack.__name__}")
     return globals().setdefault(name, type(name, (LatentAttentionForCausalLM, donor), body))

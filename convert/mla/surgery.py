@@ -96,7 +96,7 @@ def rotary_basis(weights: AttentionWeights, statistics: LayerStatistics) -> Rota
     query_energy = query_moment.diagonal(0, 0, 2).diagonal(0, 0, 1).unflatten(1, (2, -1)).sum(1).mT  # F H
     kv_heads = weights.k.shape[0]
     energy = query_energy.unflatten(1, (kv_heads, -1)).sum(-1)  # F G
-    energy = energy.clamp_min(energy.amax() * 1e-12).clamp_min(TINY)
+    energy = energy.clamp_min(energy.amax() * 1e-12) if energy.amax() > 0 else torch.ones_like(energy)
     values, vectors = complex_pca(_pair_moments(weights.k, statistics.key_moment), energy)
     root = energy.sqrt().to(torch.complex128)
     share = query_energy.unflatten(1, (kv_heads, -1)) / energy.unsqueeze(
@@ -262,5 +262,8 @@ def _metric(
     values = torch.block_diag(*(outputs[group == g].sum(0) for g in range(len(key_maps))))
     value_rows = weights.v.flatten(0, 1)
     value_energy = (values * (value_rows @ statistics.key_moment @ value_rows.mT)).sum()
+    value_price = (
+        value_price if value_price > 0 else torch.ones_like(value_price)
+    )  # no scores: values are all
     price = value_price / value_energy if value_energy > 0 else torch.zeros_like(value_price)
     return torch.block_diag(keys, price * values)

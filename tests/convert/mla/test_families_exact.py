@@ -128,3 +128,28 @@ def test_a_compressed_model_reads_alike_with_and_without_its_cache(variant: str)
     padded = logits(model, ids * mask, attention_mask=mask)
     alone = logits(model, ids[1:, pad:])
     assert relative(padded[1, pad:], alone[0]) < FLOAT32
+
+
+@pytest.mark.parametrize("variant", ["mistral", "gemma2", "gemma3_text", "olmo2", "qwen3"])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 2}, {"cache_implementation": "static"}], ids=["beams", "static"]
+)
+def test_generation_past_a_window_is_generation_without_a_cache(
+    variant: str, options: dict[str, Any]
+) -> None:
+    model = converted(donor_of(variant, head_dim=16))
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    mask = torch.tensor([[0] * 5 + [1] * 4, [1] * 9])
+    inputs = {"input_ids": token_ids(2, 9) * mask + (1 - mask), "attention_mask": mask}
+    plain = {key: value for key, value in options.items() if key != "cache_implementation"}
+    expected = model.generate(**inputs, **settings, **plain, use_cache=False)
+    assert torch.equal(model.generate(**inputs, **settings, **options, disable_compile=True), expected)
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "gemma2", "gemma3_text", "olmo", "olmo2", "stablelm"])
+def test_bfloat16_reads_with_and_without_a_cache(variant: str) -> None:
+    model, ids = converted(donor_of(variant)).to(torch.bfloat16), token_ids(1, 16)
+    whole, stepped = logits(model, ids), by_steps(model, ids, 6)
+    assert whole.dtype == torch.bfloat16
+    # 8 bits a number, a few roundings in each of two layers, and a score's share of them in its exponential.
+    assert relative(stepped.float(), whole.float()) < 0.1
