@@ -16,6 +16,10 @@ from mhconvert.convert.mla.surgery import LayerStatistics
 ATTENTION_TOKENS = 4096  # whose attention weights are computed one by one; enough for both uses of them
 ATTENDED_SHARE = 0.3  # of the key moment that counts tokens by the attention they get
 MOMENT_BLOCK = 1 << 14  # tokens summed in float32 before the sum joins the float64 one
+ENOUGH = 4  # tokens for each direction of x: from then on the moments are taken as they are
+UNSEEN_SHARE = (
+    0.1  # of the mean energy, at most: what a direction is given that too few tokens say nothing of
+)
 
 
 def observe(
@@ -33,12 +37,14 @@ def observe(
     """
     device, facts = position_embeddings[0].device, attention_facts(config)
     moment, mean = _moment(inputs, device)
+    unseen = UNSEEN_SHARE * max(0.0, 1 - inputs[..., 0].numel() / (ENOUGH * inputs.shape[-1]))
     rows = inputs[: max(1, ATTENTION_TOKENS // inputs.shape[1])]
     window = layer_window(config, attention.layer_idx)
     attended, distances = _attention(attention, facts, window, rows, position_embeddings)
     attended_moment, attended_mean = _moment(rows, device, attended)
     share, gain = ATTENDED_SHARE, attention_scaling**2
-    key_moment = (1 - share) * moment + share * attended_moment
+    key_moment = _spread((1 - share) * moment + share * attended_moment, unseen)
+    moment = _spread(moment, unseen)
     key_mean = (1 - share) * mean + share * attended_mean
     if facts.input_bias:
         moment, mean = _with_one(moment, mean)
@@ -56,6 +62,12 @@ def observe(
         phases=torch.cat((phases, phases.new_ones(len(phases), fixed)), dim=1),
         rope_gain=gain if not fixed else torch.tensor([gain] * len(inv_freq) + [1.0] * fixed).double(),
     )
+
+
+def _spread(moment: Tensor, share: float) -> Tensor:
+    """`moment` with a share of its energy spread evenly over all directions."""
+    even = moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    return (1 - share) * moment + share * even
 
 
 def _with_one(moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,6 @@ def test_model_types_unknown_to_transformers(tmp_path):
     )
     (tmp_path / "evil.py").write_text("raise SystemExit('code from the donor ran')")
     with pytest.raises(
-        UnsupportedError, match=r"model type 'my_llm' .* the supported ones are llama, mistral"
+        UnsupportedError, match=r"model type 'my_llm' .* the supported ones are arcee, .*llama, .*mistral"
     ):
         open_donor(str(tmp_path), trust_remote_code=True)
