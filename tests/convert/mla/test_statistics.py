@@ -41,7 +41,7 @@ def eager_shares(donor: Any, inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("rope", [{}, YARN], ids=["default", "yarn"])
 def test_moments_and_phases_are_those_of_the_definitions(rope: dict[str, Any]) -> None:
     donor = donor_model(rope=rope)
-    inputs = attention_inputs(donor, token_ids(3, 20))[0]
+    inputs = attention_inputs(donor, token_ids(13, 20))[0]  # 4 tokens for each direction
     found, shares = observed(donor, inputs), eager_shares(donor, inputs).double()
     tokens = inputs.flatten(0, 1).double()
     assert relative(found.query_moment, tokens.mT @ tokens / len(tokens)) < MOMENTS
@@ -59,6 +59,20 @@ def test_moments_and_phases_are_those_of_the_definitions(rope: dict[str, Any]) -
     assert found.rope_gain == pytest.approx(gain)
     assert (found.phases - expected).abs().max() < MOMENTS
     assert found.phases.abs().max() <= gain
+
+
+@pytest.mark.parametrize("rows", [1, 4, 12])
+def test_too_few_tokens_spread_some_energy_over_all_directions(rows: int) -> None:
+    """In proportion to what is missing to 4 tokens a direction; the energy itself stays."""
+    donor = donor_model()
+    inputs = attention_inputs(donor, token_ids(rows, 20))[0]
+    tokens = inputs.flatten(0, 1).double()
+    plain, found = tokens.mT @ tokens / len(tokens), observed(donor, inputs).query_moment
+    share = 0.1 * (1 - 20 * rows / 256)
+    spread = share * plain.trace() / 64 * torch.eye(64, dtype=torch.float64)
+    assert relative(found, (1 - share) * plain + spread) < MOMENTS
+    assert torch.linalg.matrix_rank(found) == 64
+    assert found.trace().item() == pytest.approx(plain.trace().item())
 
 
 def sink_donor(seed: int, kv_heads: int) -> tuple[Any, Tensor]:
