@@ -16,6 +16,7 @@ NAMES = {
     "donor": "opening the donor",
     "calibrate": "calibration text",
     "search": "looking for the budget",
+    "survey": "what each layer needs",
     "layers": "layers",
     "verify": "checking in a bare process",
     "rows": "rows",

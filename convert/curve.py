@@ -6,6 +6,7 @@ student stream, and takes the steps of a conversion (`steps`), so its figures ar
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.convert import calibrate, estimate, proof, provenance, steps
+from mhconvert.convert import calibrate, estimate, proof, provenance, steps, survey
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import MhconvertError
@@ -67,7 +68,8 @@ def run(
     rows = calibrate.draw(recipe, donor, device, tell)
     if measured_rows is not None:
         rows = calibrate.Rows(rows.fit, measured_rows)
-    result = trace(recipes, donor, device, rows, fit=fit, measure=measure, tell=tell)
+    needs = functools.cache(lambda: survey.run(recipe, donor, device, rows, measure, tell))
+    result = trace(recipes, donor, device, rows, needs, fit=fit, measure=measure, tell=tell)
     tell(Progress("done", 1, 1))
     return {
         "method": recipe.method,
@@ -99,6 +101,7 @@ def trace(
     donor: Donor,
     device: torch.device,
     rows: calibrate.Rows,
+    needs: survey.Needs,
     *,
     fit: steps.Fit,
     measure: Callable[[], Any],
@@ -107,12 +110,10 @@ def trace(
     """One pass over the layers for all `recipes`, which differ in their budgets alone; a point for each."""
     total, dtype = donor.config.num_hidden_layers, estimate.output_dtype(recipes[0], donor)
     place, fitted = steps.positions(donor, rows.fit.shape[1], device), len(rows.fit)
+    methods = [survey.planned_method(each, donor, needs) for each in recipes]
     teacher = donor.embed(rows.all)
     begun = teacher[fitted:].to(dtype).float()
-    students = [
-        Student(each, build_method(each.method, donor.config, each.settings, each.effort), begun.clone())
-        for each in recipes
-    ]
+    students = [Student(each, method, begun.clone()) for each, method in zip(recipes, methods, strict=True)]
     tell(Progress("layers", 0, total))
     for index in range(total):
         _pass_layer(donor, index, teacher, fitted, students, place, device, fit, dtype)

@@ -30,8 +30,17 @@ class Method(Protocol):
         """Cache elements per token of the converted model, all layers."""
         ...
 
+    @property
+    def divisible(self) -> bool:
+        """Whether `share_out` may give each layer a budget of its own."""
+        ...
+
+    def share_out(self, needs: Any) -> None:
+        """Divide the whole budget over the layers by their needs, `LayerNeed` of each, before any is converted."""
+        ...
+
     def layer_sizes(self, index: int) -> dict[str, int]:
-        """Planned sizes of one layer; those that the pass chooses are missing."""
+        """Planned sizes of one layer; those that the survey or the pass chooses are missing."""
         ...
 
     def new_parameters(self) -> int:
@@ -75,5 +84,8 @@ def register(name: str) -> None:
 
 
 def build_method(name: str, config: Any, settings: Any, effort: str) -> Method:
-    """The method `name` for a donor with `config`. Raises UnsupportedError or BudgetError."""
+    """The method `name` for a donor with `config`. effort: a recipe's, or "survey": less than quick.
+
+    Raises UnsupportedError or BudgetError.
+    """
     return importlib.import_module(f"{METHODS[name]}.method").METHOD(config, settings, effort)

@@ -1,7 +1,8 @@
 """The pass: one decoder layer at a time from a donor to a converted checkpoint.
 
-    resolve ▸ plan ▸ for each layer: read ▸ observe ▸ convert ▸ fit ▸ check ▸ write ▸ finish ▸ verify
+    resolve ▸ survey ▸ plan ▸ for each layer: read ▸ observe ▸ convert ▸ fit ▸ check ▸ write ▸ finish ▸ verify
 
+The survey is short, and left out where layers cannot differ in size.
 A tolerance instead of a budget puts a search before the layers (`search`), and repeats them where it misses.
 Two streams of hidden states are all that passes from layer to layer: the donor's own (the teacher) and the
 converted model's (the student). Everything is written to OUT.partial, which is renamed when it is whole.
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert import calibrate, checkpoint, estimate, proof, provenance, steps
+from mhconvert.convert import calibrate, checkpoint, estimate, proof, provenance, steps, survey
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.methods import Method, build_method
@@ -67,13 +68,24 @@ def run(
     space = Workspace(output, recipe, sizes["disk_needed_bytes"], resume=resume, force=force)
     with space:
         rows = space.rows(lambda: calibrate.draw(recipe, donor, device, tell))
+        needs = functools.partial(
+            space.needs, functools.partial(survey.run, recipe, donor, device, rows, measure, tell)
+        )
         attempt = functools.partial(
-            _attempt, donor=donor, device=device, rows=rows, space=space, fit=fit, measure=measure, tell=tell
+            _attempt,
+            donor=donor,
+            device=device,
+            rows=rows,
+            needs=needs,
+            space=space,
+            fit=fit,
+            measure=measure,
+            tell=tell,
         )
         if recipe.tolerance is None:
             method, report = attempt(recipe)
         else:
-            find = Search(recipe, donor, device, rows, fit, measure, tell).find
+            find = Search(recipe, donor, device, rows, needs, fit, measure, tell).find
             recipe, method, report = meet(recipe, space, find, attempt, tell)
         report["output"] = str(output)
         space.release_streams()
@@ -115,13 +127,14 @@ def _attempt(
     donor: Donor,
     device: torch.device,
     rows: calibrate.Rows,
+    needs: survey.Needs,
     space: Workspace,
     fit: steps.Fit,
     measure: Callable[[], Any],
     tell: Listener,
 ) -> tuple[Method, dict[str, Any]]:
     """Convert every layer into `space`, and measure the result on the held-out rows."""
-    method = build_method(recipe.method, donor.config, recipe.settings, recipe.effort)
+    method = survey.planned_method(recipe, donor, needs)
     layers = _convert_layers(recipe, donor, method, device, rows, space, fit, tell)
     sizes = estimate.plan(recipe, donor, method, device)
     report = proof.known_facts(recipe, donor, rows, layers, sizes)

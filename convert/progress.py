@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class Progress:
     """`done` of `total` units of `stage` are finished; `message` is for people.
 
-    Stages in order: "donor", "calibrate" (unit: tokens), "search" (of a tolerance's budget), "layers" (unit: decoder
-    layers), "verify", "done".
+    Stages in order: "donor", "calibrate" (unit: tokens), "search" (of a tolerance's budget), "survey" (of the layers'
+    needs) and "layers" (unit: decoder layers), "verify", "done".
     `error` is the relative squared error of the layer just finished, where there is one.
     """
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mhconvert.convert import calibrate, curve, steps
+from mhconvert.convert import calibrate, curve, steps, survey
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import BudgetError
 from mhconvert.convert.methods import build_method
@@ -80,6 +80,7 @@ class Search:
     donor: Donor
     device: torch.device
     rows: calibrate.Rows
+    needs: survey.Needs
     fit: steps.Fit
     measure: Callable[[], Any]
     tell: Listener
@@ -134,7 +135,14 @@ class Search:
             self.tell(Progress("search", event.done, event.total, f"{kind} at {len(budgets)} budgets"))
 
         found = curve.trace(
-            recipes, self.donor, self.device, rows, fit=self.fit, measure=self.measure, tell=listen
+            recipes,
+            self.donor,
+            self.device,
+            rows,
+            self.needs,
+            fit=self.fit,
+            measure=self.measure,
+            tell=listen,
         )
         return [
             {"kv_budget": point["kv_budget"], "measured": target.value(point), "as_asked": as_asked}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mhconvert.convert.calibrate import Layer
+from mhconvert.convert.device import half_products
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import CheckpointError
 from mhconvert.convert.families import layer_window
@@ -27,7 +28,7 @@ from mhconvert.convert.rotary import LayerRotary, layer_rotary
 
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
 FIT_STEPS = {"quick": 0, "default": 240, "high": 1200}
-FIT_TOKENS = 512  # a step: many small steps come closer than a third as many large ones in the same time
+FIT_TOKENS = 1024  # a step
 
 Fit = Callable[..., None]  # `heal.local.fit`
 
@@ -97,7 +98,8 @@ def observe(
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)
     elements = layer.cache_elements(layer.attention, held_inputs)
-    layer.complete(fit, targets)
+    with half_products(rotary.embeddings[0].device):
+        layer.complete(fit, targets)
     layer.complete(held, held_targets)
     del layer.module.self_attn  # the donor's is not written
     _round_to(layer.module, dtype, f"layer {index}: ")

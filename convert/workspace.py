@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mhconvert.convert.allotment import LayerNeed
 from mhconvert.convert.calibrate import Rows, Streams
 from mhconvert.convert.checkpoint import ShardWriter, byte_size, check_space, replace_folder, write_json
 from mhconvert.convert.errors import MhconvertError, OutputError, ReloadKilledError
@@ -26,6 +28,7 @@ WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
 LOCK = "lock"  # in it: held as long as a run lasts
 STATE = "state.json"  # in it: what is finished
 ROWS = "rows.safetensors"  # in it: the calibration rows
+NEEDS = "needs.json"  # in it: what a survey of the layers found
 COMMIT_SHARE = 0.1  # of a run's time that commits may take: each writes both streams
 NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may change
 
@@ -114,6 +117,13 @@ class Workspace:
             return rows
         return Rows(**load_file(path))
 
+    def needs(self, survey: Callable[[], list[LayerNeed]]) -> list[LayerNeed]:
+        """What this run's survey found of each layer: made once, then the same after every resume."""
+        path = self._work / NEEDS
+        if not path.is_file():
+            write_json(path, [dataclasses.asdict(need) for need in survey()])
+        return [LayerNeed(**need) for need in json.loads(path.read_text())]
+
     def begin(
         self, teacher: Tensor, student: Tensor, fitted: int, outer: Iterable[tuple[str, Tensor]], tensors: int
     ) -> None:
@@ -141,7 +151,7 @@ class Workspace:
     def start_over(self, search: dict[str, Any]) -> None:
         """Begin the layers again, with the same rows and what a search knows by now."""
         (self._work / STATE).unlink()  # first: what it counts as finished is going
-        self._empty((LOCK, ROWS))
+        self._empty((LOCK, ROWS, NEEDS))
         self.layers, self.search = [], search
         self._streams = self._writer = None
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from mhconvert.convert.device import half_products
 from mhconvert.convert.linalg import relative_error
 from mhconvert.heal.coordinates import Coordinates, linear_coordinates
 
@@ -86,8 +87,10 @@ def _train(
             group["lr"] = peak * rate
         batch = next(batches)
         x, expected = inputs[batch].to(device), targets[batch].to(device)
+        x = x if enter is None else x @ enter
         with torch.enable_grad():
-            output = attention(x if enter is None else x @ enter, position_embeddings)[0]
+            with half_products(device):
+                output = attention(x, position_embeddings)[0].float()
             loss = (output - expected).square().sum() / expected.square().sum()
             loss.backward()
         _step(optimiser, parameters, variables, space)

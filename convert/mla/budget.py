@@ -12,10 +12,13 @@ from mhconvert.convert.mla.settings import MLASettings
 
 # Shares of a layer's elements that the rotary key may take; each is tried on the layer's own output error.
 ROPE_SHARES = {
+    "survey": (2 / 5,),
     "quick": (1 / 4, 2 / 5, 1 / 2),
-    "default": (1 / 6, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 3 / 5),
+    "default": (1 / 4, 1 / 3, 2 / 5, 1 / 2),
     "high": (1 / 8, 1 / 6, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 3 / 5, 2 / 3),
 }
+LEAST, MOST = 1 / 4, 5 / 2  # of the mean budget that one layer may have
+DIVISION = 96  # parts of the donor's elements in which a budget is divided over layers
 SMALLEST = 3  # elements: one rotary component and one of the latent
 ROUND_WIDTH = 16  # elements
 
@@ -42,6 +45,14 @@ class LayerBudget:
     def all_components(self) -> int:
         """One for each rotary pair of each KV head."""
         return self.frequencies * self.kv_heads
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the most elements of a layer where the layers divide their budget unevenly."""
+        least = max(SMALLEST + self.key_scales, round(LEAST * self.elements))
+        return min(least, self.elements), min(
+            round(MOST * self.elements), self.donor_elements + self.key_scales
+        )
 
     def component_choices(self, effort: str) -> list[int]:
         """Numbers R of rotary components to try, each leaving the latent at least one element."""

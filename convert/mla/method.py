@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from mhconvert.convert.allotment import LayerNeed, divide
 from mhconvert.convert.errors import UnsupportedError
 from mhconvert.convert.families import attention_facts
 from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.mla import modeling_mla
 from mhconvert.convert.mla.assembly import NormedWeights, at_mean_scale, module_tensors
-from mhconvert.convert.mla.budget import LayerBudget, layer_budget
+from mhconvert.convert.mla.budget import DIVISION, LayerBudget, layer_budget
 from mhconvert.convert.mla.donor_attention import attention_weights, output_bias, qk_norm
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.mla.statistics import observe
@@ -33,7 +35,12 @@ from mhconvert.convert.rotary import LayerRotary
 
 VALUE_WEIGHT = 0.01  # price of a relative error in the values against one in the scores
 VALUE_WEIGHTS = (0.003, 0.03)  # tried beside it
-PROBE_TOKENS = {"quick": 1024, "default": 2048, "high": 4096}  # on which candidates are compared
+PROBE_TOKENS = {
+    "survey": 512,
+    "quick": 1024,
+    "default": 2048,
+    "high": 4096,
+}  # on which candidates are compared
 
 
 @dataclass(frozen=True)
@@ -68,21 +75,42 @@ class MLA:
         if reason is not None:
             raise UnsupportedError(f"profile portable cannot hold this donor: {reason}; use quality")
         self.budget: LayerBudget = layer_budget(config, settings)
+        self.budgets, self.shared_out = [self.budget] * config.num_hidden_layers, False
         quality = settings.profile == "quality"
         self.config = latent_config(config, output_bias=quality, rope_in_latent=quality)
 
     def kv_elements(self) -> int:
         """Cache elements per token, all layers."""
-        return self.budget.elements * self.donor_config.num_hidden_layers
+        return sum(budget.elements for budget in self.budgets)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether layers may have budgets of their own."""
+        free = self.budget.kv_lora_rank is None and self.budget.elements < self.budget.donor_elements
+        return free and self.effort in ("default", "high")
+
+    def share_out(self, needs: Sequence[LayerNeed]) -> None:
+        """Divide the budget over the layers by what a survey found that each needs."""
+        whole, (least, most) = self.budget.donor_elements, self.budget.limits
+        unit = max(1, whole // DIVISION)
+        elements = divide(needs, self.kv_elements(), least, most, unit, whole)
+        self.budgets = [replace(self.budget, elements=count) for count in elements]
+        self.shared_out = True
 
     def layer_sizes(self, index: int) -> dict[str, int]:
-        """Planned sizes of one layer; the split is missing where the pass chooses it."""
-        sizes = {"kv_lora_rank": self.budget.kv_lora_rank, "qk_rope_head_dim": self.budget.qk_rope_head_dim}
-        return {"kv_elements": self.budget.elements} | {k: v for k, v in sizes.items() if v is not None}
+        """Planned sizes of one layer; missing is what the survey or the pass chooses."""
+        budget = self.budgets[index]
+        sizes = {
+            "kv_elements": budget.elements if self.shared_out or not self.divisible else None,
+            "kv_lora_rank": budget.kv_lora_rank,
+            "qk_rope_head_dim": budget.qk_rope_head_dim,
+        }
+        return {name: size for name, size in sizes.items() if size is not None}
 
     def new_parameters(self) -> int:
-        """Parameters of one layer's attention at its widest rotary key."""
-        facts, hidden, choices = self.facts, self.donor_config.hidden_size, self._component_choices()
+        """Parameters of one layer's attention at its widest rotary key; of the mean layer where they differ."""
+        facts, hidden = self.facts, self.donor_config.hidden_size
+        choices = self.budget.component_choices(self.effort)
         heads, head_dim, rope = facts.heads, facts.head_dim, 2 * max(choices)
         elements = self.budget.elements - facts.key_scales
         queries = hidden * heads * (head_dim + rope)
@@ -122,18 +150,18 @@ class MLA:
         rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
         probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
         best: tuple[float, Any, Candidate] | None = None
-        components = self._component_choices()
+        components = self.budgets[index].component_choices(self.effort)
         queue = [Candidate(count, VALUE_WEIGHT) for count in components]
         tried: set[Candidate] = set()
         while queue:
             candidate = queue.pop(0)
             tried.add(candidate)
-            module = self._module(self._surgery(statistics, candidate), statistics, index, device)
+            module = self._module(self._surgery(statistics, index, candidate), statistics, index, device)
             with torch.no_grad():
                 error = relative_error(module(probe, position_embeddings)[0], expected)
             if best is None or error < best[0]:
                 best = (error, module, candidate)
-            if not queue and self.effort != "quick":
+            if not queue and self.effort in ("default", "high"):
                 around = (Candidate(best[2].components, weight) for weight in VALUE_WEIGHTS)
                 queue = [c for c in around if c not in tried and len(tried) < len(components) + 2]
         assert best is not None
@@ -178,11 +206,8 @@ class MLA:
         """The same without its language-model head."""
         return self.model_class.decoder_class
 
-    def _component_choices(self) -> list[int]:
-        return self.budget.component_choices(self.effort)
-
-    def _surgery(self, seen: Observed, choice: Candidate) -> LatentWeights:
-        rank = self.budget.rank(choice.components)
+    def _surgery(self, seen: Observed, index: int, choice: Candidate) -> LatentWeights:
+        rank = self.budgets[index].rank(choice.components)
         if self.settings.profile == "portable":
             kept = series_components(seen.basis.damage, choice.components)
         else:

@@ -1,0 +1,116 @@
+"""What each layer's cache is worth: a short pass of closed forms, before a budget is divided over the layers.
+
+Each layer is converted at several budgets, which says how its error falls; and at one of them it alone replaces the
+donor's, which says how much its error is heard at the model's output. Little text is enough for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.convert import calibrate, estimate, steps
+from mhconvert.convert.allotment import LayerNeed
+from mhconvert.convert.device import half_products
+from mhconvert.convert.donor import Donor
+from mhconvert.convert.errors import BudgetError
+from mhconvert.convert.linalg import relative_error
+from mhconvert.convert.methods import Method, build_method
+from mhconvert.convert.progress import Listener, Progress
+from mhconvert.convert.recipe import Recipe
+
+SHARES = (1 / 8, 3 / 16, 5 / 16, 1 / 2, 3 / 4)  # of the donor's cache
+PROBED = 5 / 16  # where a layer is heard
+TOKENS = 8192  # of the calibration text that the statistics come from
+JUDGES = 4  # rows, at most, that errors and divergences are measured on
+STRIDE = 4  # one position in so many is compared at the output
+
+
+Needs = Callable[[], list[LayerNeed]]  # made when they are first asked for
+
+
+def planned_method(recipe: Recipe, donor: Donor, needs: Needs) -> Method:
+    """The recipe's method, its budget divided over the layers where it can be."""
+    method = build_method(recipe.method, donor.config, recipe.settings, recipe.effort)
+    if method.divisible:
+        method.share_out(needs())
+    return method
+
+
+def run(
+    recipe: Recipe,
+    donor: Donor,
+    device: torch.device,
+    rows: calibrate.Rows,
+    measure: Callable[[], Any],
+    tell: Listener,
+) -> list[LayerNeed]:
+    """The need of every layer, whatever the recipe's own budget. measure: as in `pipeline.run`."""
+    total, dtype = donor.config.num_hidden_layers, estimate.output_dtype(recipe, donor)
+    methods = _methods(recipe, donor)
+    judges = min(JUDGES, max(1, len(rows.fit) // 4))
+    seen = rows.fit[: max(1, min(TOKENS // rows.fit.shape[1], len(rows.fit) - judges))]
+    ids = rows.fit[-judges:]
+    place, fitted = steps.positions(donor, ids.shape[1], device), len(seen)
+    teacher = donor.embed(torch.cat((seen, ids)))
+    heard = teacher[:0].clone()  # of each layer so far, the judging rows behind it alone converted
+    errors: list[dict[float, float]] = []
+    for index in range(total):
+        tell(Progress("survey", index, total))
+        layer, rotary = steps.read(donor, index, place, device)
+        donor_attention, before = layer.attention, teacher[fitted:].clone()
+        if len(heard):
+            with half_products(device):
+                layer.complete(heard, layer.attend(donor_attention, layer.attention_inputs(heard)))
+        found = steps.observe(layer, index, methods[PROBED], teacher, fitted, rotary, dtype)
+        errors.append({})
+        for share, method in methods.items():
+            text = (found.inputs, found.targets, rotary.embeddings)
+            attention, _ = method.convert(found.statistics, index, *text)
+            output = layer.attend(attention, found.held_inputs)
+            errors[-1][share] = relative_error(output, found.held_targets)
+            if share == PROBED:
+                layer.complete(before, output)
+        heard = torch.cat((heard, before))
+    divergences = _divergences(donor, teacher[fitted:], heard.split(judges), ids, measure, device)
+    donor.release()
+    tell(Progress("survey", total, total))
+    return [
+        LayerNeed(tuple(found), tuple(found.values()), PROBED, divergence)
+        for found, divergence in zip(errors, divergences, strict=True)
+    ]
+
+
+def _methods(recipe: Recipe, donor: Donor) -> dict[float, Method]:
+    """By share; those that the donor cannot express are missing."""
+    found = {}
+    for share in SHARES:
+        try:
+            settings = recipe.settings.at_budget(share)
+            found[share] = build_method(recipe.method, donor.config, settings, "survey")
+        except BudgetError:
+            continue
+    return found
+
+
+@torch.inference_mode()
+def _divergences(
+    donor: Donor,
+    teacher: Tensor,
+    heard: tuple[Tensor, ...],
+    ids: Tensor,
+    measure: Callable[[], Any],
+    device: torch.device,
+) -> list[float]:
+    """KL(donor ‖ donor with one layer converted) of each layer, from the hidden states behind the last."""
+    predictions = [measure() for _ in heard]
+    following = ids[:, 1::STRIDE]
+    positions = torch.arange(following.shape[1]) * STRIDE
+    for row, targets in enumerate(following):
+        expected = donor.head(teacher[row, positions].to(device)).cpu()
+        for states, found in zip(heard, predictions, strict=True):
+            found.add(expected, donor.head(states[row, positions].to(device)).cpu(), targets)
+    return [found.result()["kl"] for found in predictions]
