@@ -33,9 +33,7 @@ def test_the_total_is_met_to_the_element(
 
 @pytest.mark.parametrize("divergences", [(1, 1, 1), (0.1, 1, 10), (5, 0.01, 0.01), (0, 0, 1)])
 @pytest.mark.parametrize("falls", [(6, 6, 6), (3, 6, 12)])
-def test_no_other_division_is_better(
-    divergences: tuple[float, ...], falls: tuple[float, ...]
-) -> None:
+def test_no_other_division_is_better(divergences: tuple[float, ...], falls: tuple[float, ...]) -> None:
     layers = [need(d, f) for d, f in zip(divergences, falls, strict=True)]
 
     def total(elements: tuple[int, ...]) -> float:

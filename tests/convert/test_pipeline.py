@@ -44,7 +44,7 @@ def test_a_whole_folder_with_measured_numbers(recipe: Callable[..., Recipe], tmp
     assert report["verified"]["relative_logit_error"] < 1e-5  # float32, five layers
     assert [layer["index"] for layer in report["layers"]] == list(range(LAYERS))
     for layer in report["layers"]:
-        assert layer["kv_lora_rank"] + layer["qk_rope_head_dim"] == 2 * 2 * 16 / 2
+        assert layer["kv_lora_rank"] + layer["qk_rope_head_dim"] == layer["kv_elements"]["converted"]
         assert 0 <= layer["relative_error"] < 1
     assert json.loads((tmp_path / "out" / "report.json").read_text())["kl"] == report["kl"]
     provenance = json.loads((tmp_path / "out" / "mhconvert.json").read_text())
