@@ -21,7 +21,7 @@ STEP_TOKENS = 8192  # that pass through a layer at the same time
 
 # Tokens when the recipe does not say: text costs a forward pass, sampling one step for each token of a row.
 DEFAULT_TOKENS = {
-    ("text", "cpu"): {"quick": 8192, "default": 32768, "high": 131072},
+    ("text", "cpu"): {"quick": 8192, "default": 65536, "high": 131072},
     ("text", "cuda"): {"quick": 65536, "default": 131072, "high": 262144},
     ("self", "cpu"): {"quick": 4096, "default": 16384, "high": 65536},
     ("self", "cuda"): {"quick": 65536, "default": 131072, "high": 262144},
