@@ -20,7 +20,7 @@ def _known_method(name: str) -> str:
 
 def _known_tolerance(text: str | None) -> str | None:
     try:
-        return text and str(parse(text))
+        return None if text is None else str(parse(text))
     except BudgetError as error:
         raise typer.BadParameter(str(error)) from error
 

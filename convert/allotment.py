@@ -35,23 +35,23 @@ def divide(needs: Sequence[LayerNeed], total: int, least: int, most: int, unit: 
     """Elements for each layer, `total` in all, that make the sum of the layers' divergences small.
 
     Every layer gets from `least` to `most`; the rest goes, `unit` elements at a time, to the layer whose divergence
-    falls most. whole: the donor's elements a layer.
+    falls most, and of equals to the smaller. whole: the donor's elements a layer.
     """
     elements = [least] * len(needs)
     left = total - least * len(needs)
     assert 0 <= left <= (most - least) * len(needs)
 
-    def gain(layer: int) -> tuple[float, int, int]:
+    def gain(layer: int) -> tuple[float, int, int, int]:
         step = min(unit, most - elements[layer], left)
         before, after = (
             needs[layer].divergence_at(n / whole) for n in (elements[layer], elements[layer] + step)
         )
-        return ((after - before) / step if step else 0.0, layer, step)
+        return ((after - before) / step if step else 0.0, elements[layer], layer, step)
 
     queue = [gain(layer) for layer in range(len(needs))]
     heapq.heapify(queue)
     while left:
-        _, layer, step = heapq.heappop(queue)
+        _, _, layer, step = heapq.heappop(queue)
         step = min(step, left)
         elements[layer] += step
         left -= step

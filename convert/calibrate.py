@@ -17,6 +17,7 @@ from mhconvert.convert.text import check_sources, sampled_rows, text_rows
 from mhconvert.convert.verify_child import cache_storage
 
 DEFAULT_ROW = 512  # tokens
+JUDGES, JUDGE_TOKENS = 4, 2048  # rows and tokens, at most, on which a survey measures
 STEP_TOKENS = 8192  # that pass through a layer at the same time
 
 # Tokens when the recipe does not say: text costs a forward pass, sampling one step for each token of a row.
@@ -77,6 +78,11 @@ def check(recipe: Recipe, config: Any) -> None:
         check_sources(part.sources)
     if part.held_out < 2:
         raise CalibrationError(f"held_out={part.held_out} rows measure nothing; use at least 2")
+
+
+def judging_rows(length: int, rows: int) -> int:
+    """How many of `rows` of `length` tokens a survey judges layers on: what each layer makes of them is kept."""
+    return max(1, min(JUDGES, JUDGE_TOKENS // length, rows // 4))
 
 
 def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listener) -> Rows:

@@ -49,7 +49,7 @@ class Donor:
         self.reference, self.name, self.hub_id = place.reference, place.name, place.hub_id
         self.notice, self.folder, self.licence = place.notice, place.folder, place.licence
         self.config: Any = place.config
-        self.config._attn_implementation = _implementation(self.config)
+        self.config._attn_implementation = implementation(self.config)
         self._outer: dict[str, Tensor] = {}
 
     @cached_property
@@ -264,9 +264,9 @@ def _same(source: TensorSource, left: str, right: str) -> bool:
 
 def _skeleton(config: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=_implementation(config)).eval()
+        return AutoModelForCausalLM.from_config(config, attn_implementation=implementation(config)).eval()
 
 
-def _implementation(config: Any) -> str:
+def implementation(config: Any) -> str:
     """transformers' attention that computes `config`'s: sdpa knows no soft-caps."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert.calibrate import row_length, token_count
+from mhconvert.convert.calibrate import JUDGE_TOKENS, judging_rows, row_length, token_count
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.families import attention_facts
@@ -17,6 +17,7 @@ from mhconvert.convert.recipe import Recipe
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SLACK_BYTES = 32 << 20  # tokenizer, report, headers
 RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
+SURVEY_COPIES = 4  # of what it keeps of each layer: attention inputs, outputs, and a longer one
 STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a result on its way
 
 
@@ -48,6 +49,8 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     length = row_length(recipe, config)
     held = recipe.calibration.held_out * length
     streams = 4 * config.hidden_size * (tokens + 2 * held)
+    judged = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
+    survey = SURVEY_COPIES * 4 * config.hidden_size * layers * judged if method.divisible else 0
     output_bytes = converted * width
     layer_memory = 4 * (per_layer + method.new_parameters() * 4)
     embedding = config.vocab_size * config.hidden_size * donor.dtype.itemsize
@@ -65,7 +68,11 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "parameters": {"donor": outer + layers * per_layer, "converted": converted},
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + SLACK_BYTES,
-        "memory_needed_bytes": RUNTIME_BYTES + STREAM_COPIES * streams + layer_memory + embedding + probe,
+        "memory_needed_bytes": RUNTIME_BYTES
+        + max(STREAM_COPIES * streams, survey)
+        + layer_memory
+        + embedding
+        + probe,
         "calibration": {
             "sources": list(recipe.calibration.sources),
             "tokens": tokens,

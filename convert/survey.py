@@ -23,9 +23,8 @@ from mhconvert.convert.progress import Listener, Progress
 from mhconvert.convert.recipe import Recipe
 
 SHARES = (1 / 8, 3 / 16, 5 / 16, 1 / 2, 3 / 4)  # of the donor's cache
-PROBED = 5 / 16  # where a layer is heard
+PROBED = 5 / 16  # where a layer is heard, or at the nearest of them that the donor can express
 TOKENS = 8192  # of the calibration text that the statistics come from
-JUDGES = 4  # rows, at most, that errors and divergences are measured on
 STRIDE = 4  # one position in so many is compared at the output
 
 
@@ -51,9 +50,13 @@ def run(
     """The need of every layer, whatever the recipe's own budget. measure: as in `pipeline.run`."""
     total, dtype = donor.config.num_hidden_layers, estimate.output_dtype(recipe, donor)
     methods = _methods(recipe, donor)
-    judges = min(JUDGES, max(1, len(rows.fit) // 4))
+    if not methods:  # layers of so few elements that there is nothing to divide
+        return [LayerNeed((1.0,), (1.0,), 1.0, 0.0)] * total
+    probed = min(methods, key=lambda share: abs(share - PROBED))
+    judges = calibrate.judging_rows(rows.fit.shape[1], len(rows.fit))
     seen = rows.fit[: max(1, min(TOKENS // rows.fit.shape[1], len(rows.fit) - judges))]
-    ids = rows.fit[-judges:]
+    ids = rows.fit[-judges:, : calibrate.JUDGE_TOKENS]
+    seen = seen[:, : ids.shape[1]]
     place, fitted = steps.positions(donor, ids.shape[1], device), len(seen)
     teacher = donor.embed(torch.cat((seen, ids)))
     heard = teacher[:0].clone()  # of each layer so far, the judging rows behind it alone converted
@@ -65,21 +68,21 @@ def run(
         if len(heard):
             with half_products(device):
                 layer.complete(heard, layer.attend(donor_attention, layer.attention_inputs(heard)))
-        found = steps.observe(layer, index, methods[PROBED], teacher, fitted, rotary, dtype)
+        found = steps.observe(layer, index, methods[probed], teacher, fitted, rotary, dtype)
         errors.append({})
         for share, method in methods.items():
             text = (found.inputs, found.targets, rotary.embeddings)
             attention, _ = method.convert(found.statistics, index, *text)
             output = layer.attend(attention, found.held_inputs)
             errors[-1][share] = relative_error(output, found.held_targets)
-            if share == PROBED:
+            if share == probed:
                 layer.complete(before, output)
         heard = torch.cat((heard, before))
     divergences = _divergences(donor, teacher[fitted:], heard.split(judges), ids, measure, device)
     donor.release()
     tell(Progress("survey", total, total))
     return [
-        LayerNeed(tuple(found), tuple(found.values()), PROBED, divergence)
+        LayerNeed(tuple(found), tuple(found.values()), probed, divergence)
         for found, divergence in zip(errors, divergences, strict=True)
     ]
 

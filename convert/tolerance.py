@@ -37,7 +37,7 @@ class Tolerance:
         return self.value(found) <= self.limit
 
     def __str__(self) -> str:
-        return f"{self.measure}={self.limit:g}"
+        return f"{self.measure}={self.limit!r}"
 
 
 def parse(text: str) -> Tolerance:

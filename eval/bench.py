@@ -191,4 +191,6 @@ def _random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 def _model(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    from mhconvert.convert.donor import implementation
+
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation(config))

@@ -22,6 +22,8 @@ def check(files: Sequence[Path], force: bool) -> None:
         if file.suffix not in (*PICTURES, ".json"):
             known = ", ".join((*PICTURES, ".json"))
             raise OutputError(f"{file} ends in none of {known}; the ending decides what is written")
+        if file.is_dir():
+            raise OutputError(f"{file} cannot be written: it is a folder")
         if file.exists() and not force:
             raise OutputError(f"{file} exists; choose another file with -o, or replace it with --force")
         if not file.absolute().parent.is_dir():

@@ -45,21 +45,22 @@ class SlotEmbeddings:
         by_type = hasattr(rotary, f"{layer_type}_inv_freq")  # some donors turn their local layers differently
         self.rotary, self.arguments = rotary, (layer_type,) if by_type else ()
         self.table: tuple[Tensor, Tensor] | None = None
+        self.made_like: tuple[torch.device, torch.dtype] | None = None
 
     def __call__(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, length, rotary width) each, in the dtype and on the device of `like`."""
+        """(1, length, rotary width) each, as the rotary module makes them for `like`, and on its device."""
         if torch.compiler.is_compiling():
             return self.embed(length, like)
-        cos = None if self.table is None else self.table[0]
-        if cos is None or cos.shape[1] < length or cos.device != like.device or cos.dtype != like.dtype:
-            self.table = self.embed(1 << (length - 1).bit_length(), like)
-        assert self.table is not None
+        kind = (like.device, like.dtype)
+        if self.table is None or self.table[0].shape[1] < length or self.made_like != kind:
+            self.table, self.made_like = self.embed(1 << (length - 1).bit_length(), like), kind
         return self.table[0][:, :length], self.table[1][:, :length]
 
     @torch.no_grad()
     def embed(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         slots = torch.arange(length, device=like.device).unsqueeze(0)
-        return self.rotary(like, slots, *self.arguments)
+        cos, sin = self.rotary(like, slots, *self.arguments)
+        return cos.to(like.device), sin.to(like.device)  # the module may live on another device
 
 
 class LatentAttention(nn.Module):
@@ -70,7 +71,7 @@ class LatentAttention(nn.Module):
 
     With rope_in_latent, kv_b_proj reads latent and rotary key together, so the p elements serve values and
     non-rotary keys too. The rotary key is then cached before its rotation, and rotated where it is read: scores
-    depend on distances alone, and those are the distances of the cache's slots.
+    depend on distances alone, and those are the distances of the cache's slots, less the slots that are masked out.
 
     A donor with QK-norm divides a key head by its RMS. That is one number for each token and head, so the latent
     and the rotary key stay linear in the hidden state, the cache holds k = num_key_scales numbers 1 / RMS behind the
@@ -152,7 +153,7 @@ class LatentAttention(nn.Module):
             if k_rope.shape[2] != length:
                 assert past_key_values is not None
                 seen = past_key_values.get_seq_length(self.layer_idx)
-                embeddings, of_keys = self.cache_embeddings(length, seen, k_rope)
+                embeddings, of_keys = self.cache_embeddings(length, seen, k_rope, attention_mask)
             q_rope, k_rope = rotated(q_rope, embeddings), rotated(k_rope, of_keys)
 
         if (
@@ -234,13 +235,21 @@ class LatentAttention(nn.Module):
         return cos[..., both_halves], sin[..., both_halves]
 
     def cache_embeddings(
-        self, length: int, seen: Any, like: Tensor
+        self, length: int, seen: Any, like: Tensor, attention_mask: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(cos, sin) of the last `length` of `seen` tokens, [1, T, p], and of all slots of `like`, [1, S, p]."""
+        """(cos, sin) of the last `length` of `seen` tokens, [1 or B, T, p], and of all slots of `like`, [1 or B, S, p].
+
+        A mask [B, 1, T, S] numbers the slots that any query sees, as transformers numbers positions.
+        """
         if self.slot_embeddings is None:
             raise RuntimeError("a cache that holds tokens already can be read within a whole model only")
         slots = like.shape[2]
         cos, sin = self.component_embeddings(self.slot_embeddings(slots, like))
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+            mask = attention_mask[:, 0, :, :slots]
+            visible = (mask if mask.dtype == torch.bool else mask == 0).any(1)
+            positions = (visible.cumsum(-1) - 1).clamp_min(0)
+            cos, sin = cos[0, positions], sin[0, positions]
         last = seen.clamp(max=slots) if isinstance(seen, Tensor) else min(seen, slots)  # a window keeps fewer
         queries = torch.arange(length, device=like.device) + (last - length)
         return (cos[:, queries], sin[:, queries]), (cos, sin)

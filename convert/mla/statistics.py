@@ -16,10 +16,9 @@ from mhconvert.convert.mla.surgery import LayerStatistics
 ATTENTION_TOKENS = 4096  # whose attention weights are computed one by one; enough for both uses of them
 ATTENDED_SHARE = 0.3  # of the key moment that counts tokens by the attention they get
 MOMENT_BLOCK = 1 << 14  # tokens summed in float32 before the sum joins the float64 one
-ENOUGH = 4  # tokens for each direction of x: from then on the moments are taken as they are
-UNSEEN_SHARE = (
-    0.1  # of the mean energy, at most: what a direction is given that too few tokens say nothing of
-)
+ENOUGH = 4  # tokens for each direction of x
+UNSEEN_SHARE = 0.1  # of the energy, at most, spread over all directions where few tokens say nothing of some
+LEAST_SPREAD = 1e-4  # at any rate: many tokens may be few different ones, and in layer 0 that is all they are
 
 
 def observe(
@@ -37,7 +36,8 @@ def observe(
     """
     device, facts = position_embeddings[0].device, attention_facts(config)
     moment, mean = _moment(inputs, device)
-    unseen = UNSEEN_SHARE * max(0.0, 1 - inputs[..., 0].numel() / (ENOUGH * inputs.shape[-1]))
+    missing = max(0.0, 1 - inputs[..., 0].numel() / (ENOUGH * inputs.shape[-1]))
+    unseen = max(LEAST_SPREAD, UNSEEN_SHARE * missing)
     rows = inputs[: max(1, ATTENTION_TOKENS // inputs.shape[1])]
     window = layer_window(config, attention.layer_idx)
     attended, distances = _attention(attention, facts, window, rows, position_embeddings)

@@ -57,3 +57,9 @@ def test_a_divergence_follows_the_error_between_and_beyond_the_shares() -> None:
     assert layer.divergence_at(0.3125) == pytest.approx(0.5)
     for share in (0.02, 0.2, 0.4, 0.6, 1.0):
         assert layer.divergence_at(share) == pytest.approx(0.5 * 2 ** (-6 * (share - 0.3125)))
+
+
+def test_layers_that_need_nothing_get_the_same() -> None:
+    assert (
+        divide([LayerNeed((1.0,), (1.0,), 1.0, 0.0)] * 3, 60, least=5, most=50, unit=3, whole=96) == [20] * 3
+    )

@@ -69,6 +69,16 @@ def test_fewer_tokens_than_the_hidden_size(family: str, tmp_path: Path, text: Pa
     assert all(layer["relative_error"] < 5 for layer in report["layers"])  # poor, and a number
 
 
+@pytest.mark.parametrize(("family", "seed"), [("qwen3", 0), ("llama", 0), ("llama", 1)])
+def test_many_tokens_of_few_kinds(family: str, seed: int, tmp_path: Path, text: Path) -> None:
+    """1024 tokens, some 40 of them different: in layer 0 most directions are never seen, and must not be amplified."""
+    options = VARIANTS.get(family, {}) | {"head_dim": 32}
+    donor = make_donor(tmp_path / "donor", family=family, kv_heads=2, layers=2, seed=seed, **options)
+    many = Calibration((str(text),), tokens=1024, sequence_length=64, held_out=2)
+    report = mhconvert.convert(recipe_for(donor, text, calibration=many, effort="quick"))
+    assert report["layers"][0]["relative_error"] < 0.01
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -68,7 +68,7 @@ def test_a_need_is_what_the_model_with_that_layer_converted_says(
     assert needs[1].divergence < 0.01 * min(needs[0].divergence, needs[2].divergence)
     for need in needs:
         assert list(need.errors) == sorted(need.errors, reverse=True)
-    ids = rows.fit[-survey.JUDGES :]
+    ids = rows.fit[-calibrate.JUDGES :]
     converted = dataclasses.replace(
         asked, settings=MLASettings(kv_budget=survey.PROBED), effort="quick", fit_steps=0
     )
@@ -120,6 +120,18 @@ def test_no_survey_where_layers_are_alike(
     counts = {layer["kv_elements"]["converted"] for layer in report["layers"]}
     assert counts == {layer["kv_elements"] for layer in planned}
     assert len(counts) == 1
+
+
+@pytest.mark.parametrize(("family", "heads", "width", "budget"), [("llama", 1, 4, 0.5), ("qwen3", 4, 2, 0.7)])
+def test_heads_too_small_for_the_usual_shares(
+    recipe: Build, tmp_path: Path, family: str, heads: int, width: int, budget: float
+) -> None:
+    donor = make_donor(tmp_path / "donor", family=family, heads=4, kv_heads=heads, head_dim=width, layers=2)
+    settings = MLASettings(kv_budget=budget)
+    asked = dataclasses.replace(recipe(tmp_path / "out", settings=settings, fit_steps=0), model=str(donor))
+    report = mhconvert.convert(asked)
+    counts = [layer["kv_elements"]["converted"] for layer in report["layers"]]
+    assert sum(counts) == 2 * round(budget * 2 * heads * width)
 
 
 def test_a_plan_leaves_open_what_the_survey_decides(recipe: Build, tmp_path: Path) -> None:

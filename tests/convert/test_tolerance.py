@@ -63,3 +63,9 @@ def test_a_recipe_with_a_tolerance_survives_yaml_types() -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     settled = recipe.at_budget(0.4)
     assert settled == Recipe("tiny", "mla", settings=MLASettings(kv_budget=0.4, profile="portable"))
+
+
+@pytest.mark.parametrize("text", ["ppl=1.0000001", "kl=0.0499999", "kl=0.05", "ppl=1.05", "kl=1e-07"])
+def test_a_tolerance_is_written_as_it_was_read(text: str) -> None:
+    assert str(parse(text)) == text
+    assert parse(str(parse(text))) == parse(text)

@@ -76,6 +76,14 @@ def test_random_weights_of_a_shape(budget: float | None, tmp_path: Path) -> None
         api.bench(str(tmp_path), random="mla", kv_budget=2.0, **QUICK)
 
 
+def test_a_donor_that_is_read_eagerly(tmp_path: Path) -> None:
+    """Gemma 2's soft-caps have no fused kernel."""
+    donor = make_donor(tmp_path / "gemma2", family="gemma2", kv_heads=2, query_pre_attn_scalar=16)
+    options = bench.Options(contexts=(24,), batch=2, new_tokens=2)
+    [row] = bench.bench_random(str(donor), "mla", 0.5, options, "cpu")["rows"]
+    assert row["converted"]["cache_bytes"] * 2 == row["donor"]["cache_bytes"]
+
+
 def test_what_is_not_converted_is_refused(pair: tuple[str, str]) -> None:
     donor, latent = pair
     for reference in (donor, "smollm2-135m", "nowhere"):

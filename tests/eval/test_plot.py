@@ -76,6 +76,12 @@ def test_an_existing_file_is_replaced_by_force_alone(tmp_path: Path) -> None:
     plot.check([file], force=True)
 
 
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "curve.json").mkdir()
+    with pytest.raises(OutputError, match="it is a folder"):
+        plot.check([tmp_path / "curve.json"], force=True)
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written: there is no folder"):
         plot.check([tmp_path / "absent" / "curve.json"], force=False)

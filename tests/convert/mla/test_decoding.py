@@ -66,6 +66,39 @@ def test_left_padding(model: Any, kind: str) -> None:
         assert relative(padded[row, n:], logits(model, ids[row : row + 1, n:])[0]) < FLOAT32
 
 
+@pytest.mark.parametrize(
+    "sizes", [[20, 20], [20] + [1] * 20, [7, 13, 1, 19]], ids=["halves", "single", "mixed"]
+)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_hole_in_the_mask(model: Any, kind: str, sizes: list[int]) -> None:
+    """A row that ended early and goes on: positions are numbered without the hole, in the cache as outside it."""
+    ids, mask = token_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, 14:20] = 0
+    kept, positions = mask[1].bool(), (mask.cumsum(1) - 1).clamp_min(0)
+    cache: Cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=48)
+    parts, seen = [], 0
+    with torch.no_grad():
+        for chunk in ids.split(sizes, dim=1):
+            first, seen = seen, seen + chunk.shape[1]
+            known = {"attention_mask": mask[:, :seen], "position_ids": positions[:, first:seen]}
+            parts.append(model(input_ids=chunk, past_key_values=cache, use_cache=True, **known).logits)
+    found = torch.cat(parts, dim=1)
+    assert relative(found[1, kept], logits(model, ids[1:, kept])[0]) < FLOAT32
+    assert relative(found[:1], logits(model, ids[:1])) < FLOAT32
+
+
+def test_slots_follow_a_layer_to_its_device(model: Any) -> None:
+    """The rotary module may live elsewhere, as accelerate's hooks leave it: its tables are brought along."""
+    slots = model.model.layers[0].self_attn.slot_embeddings
+    table = slots.embed(4, torch.zeros(1))
+    rotary, slots.rotary = slots.rotary, lambda *_: tuple(t.to("meta") for t in table)
+    try:
+        moved = slots.embed(4, torch.zeros(1, device="meta"))
+    finally:
+        slots.rotary = rotary
+    assert all(t.device.type == "meta" for t in moved)
+
+
 def test_a_batch_is_its_rows(model: Any) -> None:
     ids = token_ids(4, 15)
     rows = torch.cat([logits(model, row.unsqueeze(0)) for row in ids])

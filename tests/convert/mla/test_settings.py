@@ -85,7 +85,8 @@ def test_the_plan_counts_the_cache_that_is_granted(effort: str, profile: Any) ->
     method = MLA(make_config(layers=3, head_dim=64), MLASettings(kv_budget=0.4, profile=profile), effort)
     assert method.kv_elements() == 3 * round(0.4 * 256)
     sizes = method.layer_sizes(0)
-    assert sizes["kv_elements"] == 102
+    divided = profile == "quality" and effort != "quick"  # by a survey, later
+    assert sizes.get("kv_elements") == (None if divided else 102)
     if profile == "portable":
         assert (sizes["kv_lora_rank"], sizes["qk_rope_head_dim"]) == (38, 64)
 
