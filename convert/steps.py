@@ -27,7 +27,7 @@ from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.rotary import LayerRotary, layer_rotary
 
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
-FIT_STEPS = {"quick": 0, "default": 160, "high": 800}
+FIT_STEPS = {"quick": 0, "default": 180, "high": 800}
 FIT_TOKENS = 1024  # a step
 
 Fit = Callable[..., None]  # `heal.local.fit`

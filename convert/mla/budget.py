@@ -17,7 +17,7 @@ ROPE_SHARES = {
     "default": (1 / 4, 1 / 3, 2 / 5, 1 / 2),
     "high": (1 / 8, 1 / 6, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 3 / 5, 2 / 3),
 }
-LEAST, MOST = 1 / 4, 5 / 2  # times the mean budget that one layer may have
+LEAST, MOST = 1 / 2, 2  # times the mean budget that one layer may have
 DIVISION = 96  # parts of the donor's elements in which a budget is divided over layers
 SMALLEST = 3  # elements: one rotary component and one of the latent
 ROUND_WIDTH = 16  # elements
