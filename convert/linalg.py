@@ -48,6 +48,11 @@ def realified(matrix: Tensor) -> Tensor:
     )
 
 
+def interleaved(rows: Tensor) -> Tensor:
+    """(..., 2a, b), all real parts and then all imaginary ones -> the two of each pair side by side."""
+    return rows.unflatten(-2, (2, -1)).transpose(-3, -2).flatten(-3, -2)
+
+
 def relative_error(output: Tensor, target: Tensor) -> float:
     """‖output − target‖² / ‖target‖² over all elements, on the output's device; 0 when both are zero."""
     expected = target.to(output.device)

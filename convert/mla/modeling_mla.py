@@ -5,7 +5,7 @@ runs the donor's code. This file is shipped inside converted checkpoints: it imp
 siblings only.
 
 Shapes: B batch, T query tokens, S cached tokens, H heads, r kv_lora_rank, p rotary key width (two elements for
-each rotary component), n qk_nope_head_dim, v v_head_dim, D hidden_size.
+each rotary component, next to each other), n qk_nope_head_dim, v v_head_dim, D hidden_size.
 """
 
 from collections.abc import Callable
@@ -225,19 +225,18 @@ class LatentAttention(nn.Module):
         return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(~visible, lowest)[None, None]
 
     def component_embeddings(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The donor's cos and sin [B, T, head_dim] at this layer's rotary components: [B, T, p], half-split.
+        """The donor's cos and sin [B, T, head_dim] at this layer's rotary components: [B, T, p / 2].
 
         The frequencies are Python integers, not a buffer: nothing is left uninitialised by `from_pretrained` or
         rounded by `.to(torch.bfloat16)`.
         """
-        both_halves = self.rope_frequencies * 2
         cos, sin = position_embeddings
-        return cos[..., both_halves], sin[..., both_halves]
+        return cos[..., self.rope_frequencies], sin[..., self.rope_frequencies]
 
     def cache_embeddings(
         self, length: int, seen: Any, like: Tensor, attention_mask: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(cos, sin) of the last `length` of `seen` tokens, [1 or B, T, p], and of all slots of `like`, [1 or B, S, p].
+        """(cos, sin) of the last `length` of `seen` tokens and of all slots of `like`, [1 or B, T or S, p / 2].
 
         A mask [B, 1, T, S] numbers the slots that any query sees, as transformers numbers positions.
         """
@@ -328,11 +327,22 @@ class LatentAttention(nn.Module):
 
 
 def rotated(x: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE, half-split: x [B, heads, T, p] by cos and sin [B or 1, T, p]."""
-    cos, sin = (e.unsqueeze(1)[..., : x.shape[-1] // 2] for e in embeddings)
-    left, right = x.chunk(2, dim=-1)
-    # OLMo's cos and sin stay float32.
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    """RoPE: x [B, heads, T, p], the two elements of a component side by side, by cos and sin [B or 1, T, p / 2].
+
+    One complex product of whole rows, as decoding turns all that is cached: many times as fast as four real ones
+    of every other element. A compiler makes one pass of those, and of complex numbers none.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    cos, sin = (e.unsqueeze(1).to(wide.dtype) for e in embeddings)
+    pairs = wide.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        left, right = pairs.unbind(-1)
+        turned = torch.stack((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    else:
+        if pairs.storage_offset() % 2 or not pairs.is_contiguous():
+            pairs = pairs.clone(memory_format=torch.contiguous_format)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class LatentAttentionModel:

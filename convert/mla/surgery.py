@@ -1,8 +1,9 @@
 """Closed-form surgery of one layer: grouped-query attention in, latent attention out. Pure, float64.
 
 Shapes: H query heads, G KV heads, d head_dim, F = d / 2 rotary frequencies, D hidden_size, r kv_lora_rank,
-R rotary components kept (a rotary key of 2R elements). Pair (i, i + F) of a head is one complex number, which
-RoPE multiplies by exp(iθt); the score at distance Δ is Re Σ conj(q) exp(−iθΔ) k.
+R rotary components kept (a rotary key of 2R elements, the two of each component side by side). Pair (i, i + F) of a
+donor's head is one complex number, which RoPE multiplies by exp(iθt); the score at distance Δ is
+Re Σ conj(q) exp(−iθΔ) k.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mhconvert.convert.linalg import complex_pca, low_rank, realified
+from mhconvert.convert.linalg import complex_pca, interleaved, low_rank, realified
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-6  # of the rotary keys' mean energy: a component that the text hardly moves explains nothing
@@ -161,7 +162,7 @@ def convert_layer(
     tells it, and the latent holds what remains.
     """
     frequency, component = kept.nonzero(as_tuple=True)
-    rope_keys = _rope_keys(weights, basis, frequency, component)
+    rope_keys = interleaved(_component_keys(weights, basis, frequency, component))
     nope_map = _nope_query_map(statistics.phases)  # H d d
     query_map = torch.cat((nope_map, _rope_query_map(weights, basis, frequency, component)), dim=1)
     nope_queries = nope_map @ weights.q  # H d D
@@ -206,8 +207,10 @@ def _regression(rows: Tensor, rope_keys: Tensor, statistics: LayerStatistics, ce
     return torch.linalg.solve(seen + ridge, rope_keys @ moment @ rows.mT).mT
 
 
-def _rope_keys(weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor) -> Tensor:
-    """(2R, D): the kept components as linear functions of x, half-split."""
+def _component_keys(
+    weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor
+) -> Tensor:
+    """(2n, D): n components as linear functions of x, [real; imaginary]."""
     rows = torch.einsum("kg,kgD->kD", basis.down[frequency, component], complex_pairs(weights.k)[frequency])
     return torch.cat((rows.real, rows.imag))
 
@@ -215,12 +218,12 @@ def _rope_keys(weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor,
 def _rope_query_map(
     weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor
 ) -> Tensor:
-    """(H, 2R, d): each head's query on the kept components, q · conj(mixing of its key head)."""
+    """(H, 2R, d), interleaved: each head's query on the kept components, q · conj(mixing of its key head)."""
     mixing = basis.mixing[frequency][:, weights.group, :]  # R H G
     chosen = mixing.gather(2, component.view(-1, 1, 1).expand(-1, mixing.shape[1], 1)).squeeze(2)  # R H
     maps = chosen.new_zeros(len(weights.q), len(frequency), basis.mixing.shape[0])  # H R F
     maps[:, torch.arange(len(frequency)), frequency] = chosen.conj().mT
-    return realified(maps)
+    return interleaved(realified(maps))
 
 
 def _nope_query_map(phases: Tensor) -> Tensor:
@@ -240,7 +243,7 @@ def _nope_key_maps(basis: RotaryBasis, kept: Tensor) -> Tensor:
 def _component_rows(weights: AttentionWeights, basis: RotaryBasis, kept: Tensor) -> Tensor:
     """(2n, D): the components without RoPE as linear functions of x, [real; imaginary]."""
     frequency, component = (~kept).nonzero(as_tuple=True)
-    return _rope_keys(weights, basis, frequency, component)
+    return _component_keys(weights, basis, frequency, component)
 
 
 def _metric(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mhconvert.convert.linalg import complex_pca, low_rank, realified, roots
+from mhconvert.convert.linalg import complex_pca, interleaved, low_rank, realified, roots
 
 EXACT = 1e-9
 sizes, seeds = st.integers(1, 12), st.integers(0, 50)
@@ -111,3 +111,8 @@ def test_realified_does_to_halves_what_the_matrix_does(
     expected = matrix @ z
     found = realified(matrix) @ torch.cat((z.real, z.imag))
     torch.testing.assert_close(found, torch.cat((expected.real, expected.imag)))
+
+
+def test_interleaved_puts_the_parts_of_a_number_side_by_side() -> None:
+    rows = torch.tensor([[1.0], [2.0], [3.0], [10.0], [20.0], [30.0]]).expand(2, 6, 1)
+    assert interleaved(rows)[1, :, 0].tolist() == [1, 10, 2, 20, 3, 30]

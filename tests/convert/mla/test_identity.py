@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mhconvert.convert.families import attention_facts
 from mhconvert.convert.mla.donor_attention import attention_weights
-from mhconvert.convert.mla.modeling_mla import LatentAttention
+from mhconvert.convert.mla.modeling_mla import LatentAttention, rotated
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.mla.surgery import LatentWeights, LayerStatistics, convert_layer, rotary_basis
 from mhconvert.convert.verify_child import cache_storage
@@ -208,23 +208,38 @@ def test_absorbed_decode_is_expanded_decode(
     assert relative(*outputs) < 4e-6
 
 
-def test_half_split_and_interleaved_rotary_rows_score_alike() -> None:
+def test_rotary_rows_turn_as_in_deepseeks_class_and_score_as_halves_do() -> None:
     model = converted(donor_model())
     attention, x = (
         model.model.layers[0].self_attn,
         torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(1)),
     )
     width, rank = attention.qk_rope_head_dim, attention.kv_lora_rank
-    interleaved = torch.arange(width).view(2, -1).T.flatten()  # half-split rows in the order r0 i0 r1 i1 …
+    halves = torch.arange(width).view(-1, 2).T.flatten()  # r0 r1 … i0 i1 …
     with torch.no_grad():
         q = attention.q_proj(x).view(2, 12, 4, -1).transpose(1, 2)[..., -width:]
         k = attention.kv_a_proj_with_mqa(x)[:, None, :, rank:]
         cos, sin = attention.component_embeddings(rotary_of(model, 12))
-        ours = apply_rotary_pos_emb(q, k, cos, sin)
-        theirs = apply_rotary_emb(
-            q[..., interleaved], k[..., interleaved], torch.complex(cos, sin)[..., : width // 2]
+        ours = rotated(q, (cos, sin)), rotated(k, (cos, sin))
+        theirs = apply_rotary_emb(q, k, torch.complex(cos, sin))
+        split = apply_rotary_pos_emb(
+            q[..., halves], k[..., halves], torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
         )
-    assert relative(theirs[0] @ theirs[1].mT, ours[0] @ ours[1].mT) < FLOAT32
+    assert relative(theirs[0], ours[0]) < FLOAT32
+    assert relative(theirs[1], ours[1]) < FLOAT32
+    assert relative(split[0] @ split[1].mT, ours[0] @ ours[1].mT) < FLOAT32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_rotary_key_turns_wherever_it_lies_in_memory(dtype: torch.dtype, offset: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 1, 1, 7, generator=generator).to(dtype)[..., offset : offset + 6]
+    angle = torch.rand(1, 1, 3, generator=generator, dtype=torch.float64) * 6
+    z = torch.complex(x[..., 0::2].double(), x[..., 1::2].double()) * torch.exp(1j * angle)
+    found = rotated(x, (angle.cos(), angle.sin()))
+    assert found.dtype == dtype
+    assert relative(found.double(), torch.view_as_real(z).flatten(-2)) < 4 * torch.finfo(dtype).eps
 
 
 def test_a_constant_on_the_keys_without_rope_changes_nothing() -> None:
