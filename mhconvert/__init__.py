@@ -22,6 +22,7 @@ _PUBLIC = {
     "bench": ("mhconvert.api", "bench"),
     "Recipe": ("mhconvert.convert.recipe", "Recipe"),
     "Calibration": ("mhconvert.convert.recipe", "Calibration"),
+    "HydraConfig": ("mhconvert.convert.hydra", "HydraConfig"),
     "load_recipe": ("mhconvert.convert.recipe", "load_recipe"),
     "MhconvertError": ("mhconvert.convert.errors", "MhconvertError"),
 }
