@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from mhconvert.convert.errors import AdapterError
+from mhconvert.convert.hydra import offload
 from mhconvert.convert.hydra.config import HydraConfig
 from mhconvert.convert.hydra.merging import Branches, Pair, merged, weight_delta
 
@@ -98,6 +98,10 @@ class HydraLayer(BaseTunerLayer):
                 f"or the result leaves {str(weight.dtype).removeprefix('torch.')}; nothing was merged"
             )
         self._write(weight, bias)
+        if (
+            offload.hook_of(self.get_base_layer()) is not None
+        ):  # the copy must not fill the device that computes
+            own = own[0].cpu(), None if own[1] is None else own[1].cpu()
         self._unmerged = own
         self.merged_adapters.extend(names)
 
@@ -109,6 +113,12 @@ class HydraLayer(BaseTunerLayer):
         self._write(*self._unmerged)
         self._unmerged = None
         self.merged_adapters.clear()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        """An offloaded base layer's weight lies on the meta device; its adapters live where it computes."""
+        hook = offload.hook_of(self.get_base_layer())
+        device = hook.execution_device if device is None and hook is not None else device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def _own_weights(self) -> tuple[Tensor, Tensor | None]:
         """W and b without adapters; the layer's tensors themselves. AdapterError where they are quantised."""
@@ -162,21 +172,25 @@ class HydraLinear(nn.Module, HydraLayer):
         base = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return base
-        result = base
-        for name in self._present(self.active_adapters):
-            for down, up, source in (
-                (self.hydra_par_A, self.hydra_par_B, x),
-                (self.hydra_seq_A, self.hydra_seq_B, base),
-            ):
-                if name in down:
-                    inner = F.linear(self._cast_input_dtype(source, down[name].dtype), down[name])
-                    part = F.linear(self.hydra_dropout[name](inner), up[name])
-                    scale = self.hydra_scale[name]
-                    result = result + (part if scale == 1 else part * scale)
+        with offload.loaded([getattr(self, name) for name in self.adapter_layer_names]):
+            result = base
+            for name in self.active_adapters:
+                if name in self.hydra_scale:
+                    result = self._add(name, result, x, base)
         return result.to(base.dtype)
 
-    def _present(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in self.hydra_scale]
+    def _add(self, name: str, result: Tensor, x: Tensor, base: Tensor) -> Tensor:
+        """`result` and the adapter's branches of input `x` and base output `base`."""
+        scale, dropout = self.hydra_scale[name], self.hydra_dropout[name]
+        for down, up, source in (
+            (self.hydra_par_A, self.hydra_par_B, x),
+            (self.hydra_seq_A, self.hydra_seq_B, base),
+        ):
+            if name in down:
+                inner = F.linear(self._cast_input_dtype(source, down[name].dtype), down[name])
+                part = F.linear(dropout(inner), up[name])
+                result = result + (part if scale == 1 else part * scale)
+        return result
 
     def __repr__(self) -> str:
         return "hydra." + super().__repr__()

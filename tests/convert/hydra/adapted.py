@@ -66,6 +66,18 @@ def randomise(model: nn.Module, seed: int, std: float = 0.2, adapter: str = "def
                 matrices[adapter].copy_(std * noise)
 
 
+def wrap(base: nn.Module, settings: dict[str, Any], **options: Any) -> Any:
+    return get_peft_model(copy.deepcopy(base), HydraConfig(**settings), **options).eval()
+
+
+def run_mlp(model: Any) -> Tensor:
+    return model(inputs(dtype=next(model.parameters()).dtype))
+
+
+def run_llama(model: Any) -> Tensor:
+    return model(input_ids=tokens()).logits
+
+
 def layers(model: nn.Module) -> list[HydraLayer]:
     return [module for module in model.modules() if isinstance(module, HydraLayer)]
 

@@ -26,9 +26,18 @@ from tests.donors import make_config
         ({"r_par": -1}, "r_par=-1 is not a rank"),
         ({"r_seq": 2.5}, "r_seq=2.5 is not a rank"),
         ({"r_seq": True}, "r_seq=True is not a rank"),
-        ({"rank_pattern": {"o_proj": {"r_par": 0, "r_seq": 0}}}, r"rank_pattern\['o_proj'\]: r_par=0 and r_seq=0"),
-        ({"r_seq": 0, "rank_pattern": {"o_proj": {"r_par": 0}}}, r"rank_pattern\['o_proj'\]: r_par=0 and r_seq=0"),
-        ({"rank_pattern": {"o_proj": 4}}, r"rank_pattern\['o_proj'\]=4 is not ranks by name, such as \{'r_par'"),
+        (
+            {"rank_pattern": {"o_proj": {"r_par": 0, "r_seq": 0}}},
+            r"rank_pattern\['o_proj'\]: r_par=0 and r_seq=0",
+        ),
+        (
+            {"r_seq": 0, "rank_pattern": {"o_proj": {"r_par": 0}}},
+            r"rank_pattern\['o_proj'\]: r_par=0 and r_seq=0",
+        ),
+        (
+            {"rank_pattern": {"o_proj": 4}},
+            r"rank_pattern\['o_proj'\]=4 is not ranks by name, such as \{'r_par'",
+        ),
         ({"rank_pattern": {"o_proj": {"r": 4}}}, "is not ranks by name"),
         ({"scale": float("nan")}, "scale=nan is not finite"),
         ({"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
@@ -46,11 +55,17 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("name", ["hydra", "hydra_", "h", "y", "", "ra_", "with.dot"])
 def test_names_that_collide_with_the_prefix(name: str) -> None:
     base = mlp()
-    with pytest.warns() if name in "hydra_" else nullcontext(), pytest.raises(AdapterError, match="choose another"):
+    with (
+        pytest.warns() if name in "hydra_" else nullcontext(),
+        pytest.raises(AdapterError, match="choose another"),
+    ):
         get_peft_model(base, HydraConfig(target_modules=["lin0"]), adapter_name=name)
     assert not any(isinstance(module, HydraLayer) for module in base.modules())
     wrapped = get_peft_model(mlp(), HydraConfig(target_modules=["lin0"]))
-    with pytest.warns() if name in "hydra_" else nullcontext(), pytest.raises(AdapterError, match="choose another"):
+    with (
+        pytest.warns() if name in "hydra_" else nullcontext(),
+        pytest.raises(AdapterError, match="choose another"),
+    ):
         wrapped.add_adapter(name, HydraConfig(target_modules=["lin0"]))
     assert list(wrapped.peft_config) == ["default"]
 
@@ -78,7 +93,9 @@ def test_one_target_of_several_that_matches_nothing_is_warned_of() -> None:
 
 def test_a_model_type_without_defaults() -> None:
     base = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("gpt_neox", hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=50)
+        AutoConfig.for_model(
+            "gpt_neox", hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=50
+        )
     )
     with pytest.raises(ValueError, match="target_modules"):
         get_peft_model(base, HydraConfig())
@@ -97,9 +114,13 @@ def test_the_defaults_of_every_family_match(family: str) -> None:
 def test_conv1d_and_embeddings() -> None:
     config = AutoConfig.for_model("gpt2", n_embd=16, n_head=2, n_layer=1, vocab_size=20)
     base = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(AdapterError, match=r"'transformer.h.0.mlp.c_proj' is a Conv1D, whose weight lies transposed"):
+    with pytest.raises(
+        AdapterError, match=r"'transformer.h.0.mlp.c_proj' is a Conv1D, whose weight lies transposed"
+    ):
         get_peft_model(base, HydraConfig(target_modules=["c_proj"], exclude_modules=".*attn.*"))
-    with pytest.raises(AdapterError, match=r"'model.embed_tokens' is a Embedding, .* Hydra adapts torch.nn.Linear"):
+    with pytest.raises(
+        AdapterError, match=r"'model.embed_tokens' is a Embedding, .* Hydra adapts torch.nn.Linear"
+    ):
         get_peft_model(llama(tied=False), HydraConfig(target_modules=["embed_tokens"]))
     with pytest.raises(AdapterError, match=r"'model.norm' is a LlamaRMSNorm, not a linear layer"):
         get_peft_model(llama(), HydraConfig(target_modules=["norm"]))
@@ -160,7 +181,9 @@ def test_a_quantised_base_trains_and_does_not_merge() -> None:
     assert adapter.hydra_seq_A["default"].grad is not None
     before, weight = wrapped(x), adapter.get_base_layer().weight.clone()
     for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
-        with pytest.raises(AdapterError, match=r"base layer is quantised \(Int8Linear\).*load the base model unquant"):
+        with pytest.raises(
+            AdapterError, match=r"base layer is quantised \(Int8Linear\).*load the base model unquant"
+        ):
             merge()
     assert torch.equal(adapter.get_base_layer().weight, weight)
     assert torch.equal(wrapped(x), before)

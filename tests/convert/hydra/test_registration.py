@@ -66,7 +66,9 @@ class Theirs:
 
 def test_a_method_of_that_name_in_peft_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, KINDS.HYDRA, Theirs)  # type: ignore[misc]
-    with pytest.raises(AdapterError, match=r"has a method of its own under the name of Hydra \(peft.tuners.hydra"):
+    with pytest.raises(
+        AdapterError, match=r"has a method of its own under the name of Hydra \(peft.tuners.hydra"
+    ):
         register(HydraConfig, HydraModel)
     assert PEFT_TYPE_TO_CONFIG_MAPPING[KINDS.HYDRA] is Theirs
 

@@ -81,7 +81,9 @@ def test_the_config(saved: tuple[Path, Any], donor: Path) -> None:
 
 def test_a_config_of_a_later_version_is_read(saved: tuple[Path, Any], tmp_path: Path) -> None:
     held = json.loads((saved[0] / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(held | {"r_third": 4, "mhconvert_version": "9.0"}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(held | {"r_third": 4, "mhconvert_version": "9.0"})
+    )
     with pytest.warns(UserWarning, match="r_third"):
         config = PeftConfig.from_pretrained(str(tmp_path))
     assert isinstance(config, HydraConfig)
