@@ -9,7 +9,8 @@ MARK = "## Load this Hydra adapter"
 
 def notice(base: str | None) -> str:
     """How to load an adapter of the model `base`, and what to do about `KeyError: 'HYDRA'`; Markdown."""
-    name = base or "BASE"
+    file = Path(base or "BASE")
+    name = f'{file.parent}", gguf_file="{file.name}' if file.suffix == ".gguf" else base or "BASE"
     return f"""{MARK}
 
 Hydra is not one of peft's own methods: **import mhconvert first**, in every process that loads this folder.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mhconvert.convert.errors import AdapterError
 from mhconvert.convert.hydra import offload
 from mhconvert.convert.hydra.config import HydraConfig
-from mhconvert.convert.hydra.merging import Branches, Pair, merged, weight_delta
+from mhconvert.convert.hydra.merging import Branches, Pair, merged_bias, merged_weight, weight_delta
 
 
 class HydraLayer(BaseTunerLayer):
@@ -91,7 +91,8 @@ class HydraLayer(BaseTunerLayer):
             return
         own = self._own_weights()
         adapters = [self.branches(name) for name in (*self.merged_adapters, *names)]
-        weight, bias = merged(*own, adapters)
+        weight = merged_weight(own[0], adapters)
+        bias = None if own[1] is None else merged_bias(own[1], adapters)
         if safe_merge and not all(torch.isfinite(part).all() for part in (weight, bias) if part is not None):
             raise AdapterError(
                 f"merging {', '.join(names)} gives weights that are not finite: the adapter holds NaN or infinity, "

@@ -12,7 +12,7 @@ any order. Source: arXiv 2309.06922 and its code; b' follows from y0, which hold
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,24 +67,22 @@ def bias_delta(bias: Tensor, adapter: Branches) -> Tensor:
     return adapter.scale * (up.to(dtype) @ (down.to(dtype) @ bias.to(dtype)))
 
 
-def merged(weight: Tensor, bias: Tensor | None, adapters: Iterable[Branches]) -> tuple[Tensor, Tensor | None]:
-    """New W' and b' with every adapter in them, in the dtypes of W and b; the arguments stay as they are.
+def merged_weight(weight: Tensor, adapters: Iterable[Branches]) -> Tensor:
+    """A new W' with every adapter in it, in the dtype of W, which stays as it is.
 
     Summed in float32, or float64 where the weight or an adapter is; rounded once.
     """
-    wide, wide_bias = _widened(weight), None if bias is None else _widened(bias)
-    new, new_bias = wide, wide_bias
+    return _merged(weight, adapters, weight_delta)
+
+
+def merged_bias(bias: Tensor, adapters: Iterable[Branches]) -> Tensor:
+    """A new b' with every adapter in it; as `merged_weight`."""
+    return _merged(bias, adapters, bias_delta)
+
+
+def _merged(own: Tensor, adapters: Iterable[Branches], delta: Callable[[Tensor, Branches], Tensor]) -> Tensor:
+    wide = own.to(torch.promote_types(own.dtype, torch.float32))
+    result = wide.clone()
     for adapter in adapters:
-        new = new + weight_delta(wide, adapter)
-        if new_bias is not None and wide_bias is not None:
-            new_bias = new_bias + bias_delta(wide_bias, adapter)
-    return _fresh(new, weight), None if bias is None or new_bias is None else _fresh(new_bias, bias)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _fresh(result: Tensor, like: Tensor) -> Tensor:
-    """`result` in the dtype of `like`, in memory of its own."""
-    return result.to(like.dtype, copy=result.data_ptr() == like.data_ptr())
+        result = result + delta(wide, adapter)
+    return result.to(own.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,12 +41,17 @@ def require_match(wanted: Any, model: nn.Module) -> None:
             reason = "a string is an expression for whole names, a list holds names or their ends"
             raise AdapterError(f"{nothing_matches([wanted], model)}; {reason}")
         return
-    ends = {end for name in names for end in _ends(name)}
-    missing = sorted(set(wanted or ()) - ends - set(DUMMY_TARGET_MODULES))
+    missing = unmatched(wanted or (), model)
     if missing and len(missing) == len(wanted):
         raise AdapterError(nothing_matches(missing, model))
     if missing:
         warnings.warn(nothing_matches(missing, model), stacklevel=2)
+
+
+def unmatched(wanted: Iterable[str], model: nn.Module) -> list[str]:
+    """Those of the names `wanted` that no module of `model` has, nor ends with."""
+    ends = {end for name, _ in model.named_modules() for end in _ends(name)}
+    return sorted(set(wanted) - ends - set(DUMMY_TARGET_MODULES))
 
 
 def nothing_matches(targets: list[str], model: nn.Module) -> str:

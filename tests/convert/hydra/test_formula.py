@@ -13,7 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from mhconvert.convert.hydra import HydraConfig, HydraLinear
-from mhconvert.convert.hydra.merging import Branches, as_lora, bias_delta, merged, weight_delta
+from mhconvert.convert.hydra.merging import (
+    Branches,
+    as_lora,
+    bias_delta,
+    merged_bias,
+    merged_weight,
+    weight_delta,
+)
 from tests.convert.hydra.adapted import (
     TARGETS,
     adapted,
@@ -88,7 +95,7 @@ def test_the_rank_of_a_merge_is_at_most_the_ranks(o: int, i: int, r_par: int, r_
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(o, i, generator=generator, dtype=torch.float64)
     adapter = random_branches(r_par, r_seq, o, i, generator)
-    delta = merged(weight, None, [adapter])[0] - weight
+    delta = merged_weight(weight, [adapter]) - weight
     expected = min(o, i, r_par + min(r_seq, o, i))
     assert torch.linalg.matrix_rank(delta, rtol=1e-11).item() <= expected
     assert adapter.rank == r_par + r_seq
@@ -128,7 +135,7 @@ def test_the_base_weight_follows_from_the_merged_one() -> None:
     assert adapter.par is not None
     assert adapter.seq is not None
     (down_p, up_p), (down_s, up_s), s = adapter.par, adapter.seq, adapter.scale
-    v = merged(weight, None, [adapter])[0] - s * up_p @ down_p
+    v = merged_weight(weight, [adapter]) - s * up_p @ down_p
     inner = torch.eye(3, dtype=torch.float64) + s * down_s @ up_s
     assert difference(v - s * up_s @ torch.linalg.solve(inner, down_s @ v), weight) <= 1e-12
 
@@ -261,9 +268,8 @@ def test_the_same_lora_by_peft(bias: bool) -> None:
 def test_the_arguments_of_a_merge_stay_as_they_are(generator: torch.Generator) -> None:
     weight, bias = torch.randn(8, 6, generator=generator), torch.randn(8, generator=generator)
     before = weight.clone(), bias.clone()
-    new_weight, new_bias = merged(weight, bias, [])
+    new_weight, new_bias = merged_weight(weight, []), merged_bias(bias, [])
     assert torch.equal(new_weight, weight)
-    assert new_bias is not None
     new_weight.zero_()
     new_bias.zero_()
     assert torch.equal(weight, before[0])
@@ -273,5 +279,5 @@ def test_the_arguments_of_a_merge_stay_as_they_are(generator: torch.Generator) -
 def test_a_bfloat16_merge_is_rounded_once(generator: torch.Generator) -> None:
     weight = torch.randn(32, 16, generator=generator).bfloat16()
     adapter = random_branches(4, 3, 32, 16, generator)
-    exact = merged(weight.double(), None, [adapter])[0]
-    assert torch.equal(merged(weight, None, [adapter])[0], exact.bfloat16())
+    exact = merged_weight(weight.double(), [adapter])
+    assert torch.equal(merged_weight(weight, [adapter]), exact.bfloat16())
