@@ -18,6 +18,11 @@ def shown(quiet: bool, show: Show) -> Show:
     return folder if quiet else show
 
 
+def show_plan(report: dict[str, Any], console: Any) -> None:
+    """Print what a new adapter would be."""
+    show_new(report | {"output": f"{report['output']} (nothing was written)"}, console)
+
+
 def show_new(report: dict[str, Any], console: Any) -> None:
     """Print a new adapter: what it is on, and how much of it there is to train."""
     from mhconvert.eval.units import count, share, size

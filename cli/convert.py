@@ -68,7 +68,8 @@ def command(
             return api.convert(recipe, resume=resume, force=force, on_progress=listener)
 
     if to in ADAPTERS:
-        execute(Flags(json, quiet, debug), work, adapter.shown(quiet and not dry_run, adapter.show_new))
+        show = adapter.show_plan if dry_run else adapter.shown(quiet, adapter.show_new)
+        execute(Flags(json, quiet, debug), work, show)
     execute(Flags(json, quiet, debug), work, show_plan if dry_run else _show(quiet), interrupted=INTERRUPTED)
 
 

@@ -19,6 +19,7 @@ NAMES = {
     "survey": "what each layer needs",
     "layers": "layers",
     "merge": "merging",
+    "export": "exporting",
     "verify": "checking in a bare process",
     "rows": "rows",
     "speed": "decode steps",

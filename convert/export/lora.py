@@ -97,7 +97,7 @@ def _convert(
             tensors[f"{key}.base_layer.bias"] = (own.double() + bias_delta(own.double(), branches)).to(
                 pair[0].dtype
             )
-        tell(Progress("merge", done, len(adapter.modules)))
+        tell(Progress("export", done, len(adapter.modules)))
     return tensors, ranks, travels
 
 
