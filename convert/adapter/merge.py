@@ -48,6 +48,7 @@ def run(
     _require_untied(adapter, donor)
     adapter.require_fit(donor)
     source = donor.published
+    _require_published(adapter, donor)
     count = sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
     report: dict[str, Any] = {
         "adapter": reference,
@@ -101,6 +102,16 @@ def _require_untied(adapter: AdapterFolder, donor: Donor) -> None:
                 f"{adapter.file} holds {name} of its own, and in {donor.reference} head and embedding are one tensor; "
                 "merge it in Python, where peft unties them: PeftModel.merge_and_unload"
             )
+
+
+def _require_published(adapter: AdapterFolder, donor: Donor) -> None:
+    """Raises AdapterError where a tensor that changes is stored under another name than transformers' classes have."""
+    changed = {f"{module}.weight" for module in adapter.modules} | set(adapter.replaced)
+    for name in sorted(changed - set(donor.published.names())):
+        raise AdapterError(
+            f"{adapter.file} changes {name}, which {donor.reference} stores under another name, as mixtures of experts "
+            "do; merge it in Python: PeftModel.merge_and_unload"
+        )
 
 
 def _dtype(wanted: str | None, donor: Donor) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mhconvert
 from mhconvert.convert.errors import (
@@ -147,12 +147,25 @@ def test_a_gguf_base(tmp_path: Path) -> None:
 
 def test_experts_keep_their_published_names(tmp_path: Path, saved: Saved) -> None:
     base = make_donor(tmp_path / "moe", family="mixtral", num_local_experts=2)
+    (base / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(
+        base
+    )  # the Hub's names
     folder, model = saved(base)
     mhconvert.merge(str(folder), str(tmp_path / "out"))
+    assert any(".block_sparse_moe.experts.1." in name for name in load_file(base / "model.safetensors"))
     found, stored = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
     assert found.keys() == stored.keys()
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens()).logits
     assert relative(logits, model(tokens()).logits) <= 1e-5
+    router = {"model.layers.0.mlp.gate.weight": load_file(base / "model.safetensors")[GATE]}
+    damaged(
+        folder, lambda t: t.update({f"base_model.model.{name}": weight for name, weight in router.items()})
+    )
+    with pytest.raises(
+        AdapterError, match=r"changes model.layers.0.mlp.gate.weight, which .*moe stores under another"
+    ):
+        mhconvert.merge(str(folder), str(tmp_path / "again"))
 
 
 def test_the_adapter_s_tokenizer_wins(saved: Saved, biased_donor: Path, tmp_path: Path) -> None:
@@ -186,6 +199,7 @@ def damaged(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+GATE = "model.layers.0.block_sparse_moe.gate.weight"
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.hydra_par_"
 
 
