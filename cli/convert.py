@@ -1,13 +1,15 @@
-"""`mhconvert DONOR --to METHOD`: a pretrained model in, a converted checkpoint out."""
+"""`mhconvert DONOR --to METHOD`: a pretrained model in, a converted checkpoint out, or an adapter for it."""
 
 from __future__ import annotations
 
 from typing import Any, TextIO
 
+from mhconvert.cli import adapter
 from mhconvert.cli import options as o
 from mhconvert.cli.output import Flags, calm_transformers, execute
 from mhconvert.cli.progress import progress
 from mhconvert.cli.recipe import method_options, recipe_of
+from mhconvert.convert.methods import ADAPTERS
 
 INTERRUPTED = "interrupted; the same command with --resume continues after the last finished layer"
 
@@ -21,6 +23,11 @@ def command(
     qk_rope_head_dim: o.QkRopeHeadDim = None,
     profile: o.Profile = None,
     tolerance: o.Tolerance = None,
+    r_par: o.RPar = None,
+    r_seq: o.RSeq = None,
+    targets: o.Targets = None,
+    scale: o.Scale = None,
+    dropout: o.Dropout = None,
     effort: o.Effort = "default",
     fit_steps: o.FitSteps = None,
     calibration: o.Calibration = None,
@@ -39,7 +46,7 @@ def command(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Convert DONOR's attention; DONOR itself is only read."""
+    """Convert DONOR's attention, or put an adapter beside it; DONOR itself is only read."""
     given = locals()
     settings = method_options(to, given)
 
@@ -60,6 +67,9 @@ def command(
         with progress(quiet) as listener:
             return api.convert(recipe, resume=resume, force=force, on_progress=listener)
 
+    if to in ADAPTERS:
+        show = adapter.show_plan if dry_run else adapter.shown(quiet, adapter.show_new)
+        execute(Flags(json, quiet, debug), work, show)
     execute(Flags(json, quiet, debug), work, show_plan if dry_run else _show(quiet), interrupted=INTERRUPTED)
 
 

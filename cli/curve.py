@@ -12,7 +12,7 @@ from mhconvert.cli.recipe import method_options, recipe_of
 
 def command(
     donor: o.Donor,
-    to: o.Method,
+    to: o.CacheMethod,
     budgets: o.Budgets = "0.75,0.5,0.375,0.3125,0.25,0.1875,0.125",
     output: o.CurveOutput = None,
     profile: o.Profile = None,

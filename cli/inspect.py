@@ -47,7 +47,10 @@ def show(facts: dict[str, Any], console: Any) -> None:
         table.add_row(f"KV cache at {int(length):,} tokens", size(held))
     console.print(table)
     for name, method in facts["methods"].items():
-        if method["applies"]:
+        if method["applies"] and "trainable_parameters" in method:
+            text = f"{name}: applies; {count(method['trainable_parameters'])} trainable parameters"
+            console.print(f"{text}, output {size(method['output_bytes'])}", highlight=False)
+        elif method["applies"]:
             cost = f"KV cache a token → {size(method['kv_bytes_per_token'])}"
             console.print(f"{name}: applies; {cost}, output {size(method['output_bytes'])}", highlight=False)
         else:

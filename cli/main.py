@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mhconvert.cli import bench, convert, curve, donors, evaluate, generate, inspect
+from mhconvert.cli import bench, convert, curve, donors, evaluate, export, generate, inspect, merge
 from mhconvert.version import __version__
 
 HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
@@ -23,6 +23,8 @@ HELP = """Rewrite the attention of a pretrained language model so that its KV ca
   mhconvert curve smollm2-135m --to mla -o curve.svg
                                              quality against KV budget, several at once
   mhconvert ./my-model --to mla --dry-run    the plan and its costs
+  mhconvert llama3.2-1b --to hydra           an adapter for it that peft trains
+  mhconvert merge ./adapter -o OUT           an adapter and its base as a plain checkpoint
 
 DONOR is an alias (mhconvert donors), org/name[@revision], a folder, or a .gguf file.
 `mhconvert DONOR --help` shows every option of a conversion."""
@@ -45,6 +47,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.command,
     "generate": generate.command,
     "bench": bench.command,
+    "merge": merge.command,
+    "export": export.command,
     "donors": donors.command,
 }
 for _name, _command in COMMANDS.items():

@@ -8,13 +8,20 @@ from typing import Annotated, Literal
 import typer
 
 from mhconvert.convert.errors import BudgetError
-from mhconvert.convert.methods import METHOD_NAMES
+from mhconvert.convert.methods import METHOD_NAMES, METHODS
 from mhconvert.convert.tolerance import parse
 
 
 def _known_method(name: str) -> str:
     if name not in METHOD_NAMES:
         raise typer.BadParameter(f"'{name}' is not a method; choose one of {', '.join(METHOD_NAMES)}")
+    return name
+
+
+def _with_a_cache(name: str) -> str:
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        raise typer.BadParameter(f"'{name}' is not a method that changes the KV cache; choose one of {known}")
     return name
 
 
@@ -49,7 +56,16 @@ Donor = Annotated[
     str, typer.Argument(metavar="DONOR", help="Alias, org/name[@revision], folder, or .gguf file.")
 ]
 Method = Annotated[
-    str, typer.Option("--to", callback=_known_method, metavar="METHOD", help="mla: latent attention.")
+    str,
+    typer.Option(
+        "--to",
+        callback=_known_method,
+        metavar="METHOD",
+        help="mla: latent attention; hydra: an untrained adapter beside DONOR.",
+    ),
+]
+CacheMethod = Annotated[
+    str, typer.Option("--to", callback=_with_a_cache, metavar="METHOD", help="mla: latent attention.")
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; ./DONOR-METHOD.")
@@ -108,6 +124,45 @@ NoVerify = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its costs; write nothing.")]
+
+# A new adapter
+RPar = Annotated[
+    int | None, typer.Option(metavar="N", help="hydra: rank of the branch that reads a module's input; 8.")
+]
+RSeq = Annotated[
+    int | None, typer.Option(metavar="N", help="hydra: rank of the branch that reads a module's output; 8.")
+]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,NAME,…", help="hydra: linear modules, by the end of their names; o_proj,down_proj."
+    ),
+]
+Scale = Annotated[
+    float | None, typer.Option(metavar="S", help="hydra: what both branches are multiplied by; 1.")
+]
+Dropout = Annotated[
+    float | None, typer.Option(metavar="P", help="hydra: dropout between a branch's matrices in training; 0.")
+]
+
+# Adapters
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The folder of a saved adapter.")]
+Base = Annotated[
+    str | None, typer.Option(metavar="DONOR", help="Its base model; the one that ADAPTER names.")
+]
+ExportTo = Annotated[
+    Literal["lora"], typer.Option("--to", help="lora: a Hydra adapter as an equal LoRA.", show_choices=False)
+]
+ExportOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; ./ADAPTER-lora.")
+]
+MergeOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; ./ADAPTER-merged.")
+]
+MergedDtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Of the written weights; the base model's (GGUF: float32)."),
+]
 
 # Several budgets
 Budgets = Annotated[

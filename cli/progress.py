@@ -18,6 +18,8 @@ NAMES = {
     "search": "looking for the budget",
     "survey": "what each layer needs",
     "layers": "layers",
+    "merge": "merging",
+    "export": "exporting",
     "verify": "checking in a bare process",
     "rows": "rows",
     "speed": "decode steps",

@@ -7,10 +7,23 @@ from typing import Any
 
 import typer
 
-from mhconvert.convert.methods import settings_class
+from mhconvert.convert.methods import ADAPTERS, settings_class
 
 SIZES = ("kv_budget", "kv_lora_rank", "qk_rope_head_dim")
-METHOD_OPTIONS = (*SIZES, "profile")
+METHOD_OPTIONS = (*SIZES, "profile", "r_par", "r_seq", "targets", "scale", "dropout")
+OF_THE_PASS: dict[str, Any] = {  # what an adapter has no use for, and its value when it is not given
+    "tolerance": None,
+    "effort": "default",
+    "fit_steps": None,
+    "calibration": None,
+    "calibration_tokens": None,
+    "sequence_length": None,
+    "dtype": None,
+    "device": None,
+    "max_shard_size": "5GB",
+    "no_verify": False,
+    "resume": False,
+}
 SAME = ("effort", "fit_steps", "seed", "dtype", "device", "trust_remote_code")  # named alike in the recipe
 
 
@@ -18,6 +31,10 @@ def method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """The method's own options that have a value. Raises BadParameter for one that the method does not have,
     and for two ways to say one thing."""
     chosen = {name: given[name] for name in METHOD_OPTIONS if given.get(name) is not None}
+    if method in ADAPTERS:
+        chosen |= {
+            name: given[name] for name, value in OF_THE_PASS.items() if given.get(name, value) != value
+        }
     sizes = set(SIZES) & chosen.keys()
     if "kv_budget" in sizes and len(sizes) > 1:
         raise typer.BadParameter("give --kv-budget, or --kv-lora-rank and --qk-rope-head-dim, but not both")
@@ -25,6 +42,10 @@ def method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
         raise typer.BadParameter("give --tolerance, or a budget or sizes, but not both")
     for name in chosen.keys() - {field.name for field in dataclasses.fields(settings_class(method))}:
         raise typer.BadParameter(f"--{name.replace('_', '-')} does not apply to {method}")
+    if "targets" in chosen:
+        chosen["targets"] = tuple(word.strip() for word in chosen["targets"].split(","))
+        if not all(chosen["targets"]):
+            raise typer.BadParameter(f"--targets '{given['targets']}' has an empty name")
     return chosen
 
 

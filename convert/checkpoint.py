@@ -18,6 +18,7 @@ from mhconvert.convert.errors import OutputError
 
 INDEX = "model.safetensors.index.json"
 STATE = "state.json"
+KINDS = ("config.json", "adapter_config.json")  # one of which every folder that we write holds
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 HEADER_BYTES_A_TENSOR = 256  # reserved in a shard before its tensors are known
@@ -134,7 +135,8 @@ def check_free(output: Path, force: bool, donor: Path | None = None) -> None:
         raise OutputError(f"'{output}' cannot be replaced as a whole; name a folder of its own with -o")
     if donor is not None and donor.resolve().is_relative_to(output.resolve()):
         raise OutputError(f"{output} holds the donor, which is only read; choose another folder with -o")
-    if os.path.lexists(output) and any(output.iterdir()) and not (output / "config.json").is_file():
+    held = os.path.lexists(output) and any(output.iterdir())
+    if held and not any((output / name).is_file() for name in KINDS):
         raise OutputError(f"{output} is no checkpoint, and --force replaces nothing else; choose another -o")
 
 

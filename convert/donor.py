@@ -65,6 +65,21 @@ class Donor:
         return source
 
     @cached_property
+    def published(self) -> TensorSource:
+        """The same weights by the names they are published under; mixtures keep each expert apart there."""
+        _ = self.source  # downloaded and checked
+        return self._place.open_source()
+
+    @property
+    def location(self) -> str:
+        """Where to find it again from any folder: its Hub id, or the path of its folder or file."""
+        return self.hub_id or str(self._place.weights_place.resolve())
+
+    def skeleton(self) -> Any:
+        """The whole model on the meta device: every module and shape, and no weight."""
+        return _skeleton(self.config)
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The weights' dtype as the config states it; unstated, as they are stored (on the Hub: float32)."""
         stated = getattr(self.config, "dtype", None)

@@ -27,3 +27,7 @@ class ReloadKilledError(MhconvertError):
 
 class CalibrationError(MhconvertError):
     """Calibration text that is missing, unreadable or too short."""
+
+
+class AdapterError(MhconvertError, ValueError):
+    """An adapter that cannot be made, loaded or merged. A ValueError too, as peft's own faults are."""

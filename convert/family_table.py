@@ -7,6 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from mhconvert.convert.families import FAMILIES, Family, attention_facts, rope_settings
+from mhconvert.convert.methods import ADAPTERS
 from mhconvert.convert.refusals import OTHER_FIELDS, QK_NORM_FIELDS, refusals
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts")
@@ -14,7 +15,8 @@ NOTES = """\
 exact: at full rank the converted model is its donor (tests/convert/mla/test_families_exact.py); below it every family
 is approximate. exact + n: the cache also holds n numbers 1/RMS of a token's keys (G: one a KV head), which
 count against the budget, so that a budget of 1 is a little short of full rank. RoPE types default, linear, llama3 and
-yarn are carried over; dynamic and longrope are refused in every family."""
+yarn are carried over; dynamic and longrope are refused in every family. hydra: a new adapter changes nothing, and one
+that is merged computes what it computed beside its base; its targets are linear modules, which experts are not."""
 
 
 def family_table() -> list[dict[str, Any]]:
@@ -47,7 +49,10 @@ def _row(family: Family, config: Any) -> dict[str, Any]:
     cached = {None: "", "head": " + G", "width": " + 1"}[family.qk_norm]
     return {
         "family": family.model_type,
-        "methods": {name: verdict or f"exact{cached}" for name, verdict in verdicts.items()},
+        "methods": {
+            name: verdict or ("exact" if name in ADAPTERS else f"exact{cached}")
+            for name, verdict in verdicts.items()
+        },
         "carried": _carried(family, config),
         "refused": [name for name in (*QK_NORM_FIELDS, *OTHER_FIELDS) if hasattr(config, name)],
     }

@@ -1,12 +1,15 @@
-"""The conversion methods, by name; each is one folder beside this file."""
+"""The methods, by name: those that rewrite a donor's layers, and those that put an adapter beside it."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any, Protocol
 
-METHODS = {"mla": "mhconvert.convert.mla"}
-METHOD_NAMES = tuple(METHODS)
+METHODS = {"mla": "mhconvert.convert.mla"}  # one folder each; the pass over the layers makes a checkpoint
+ADAPTERS = {
+    "hydra": "mhconvert.convert.adapter"
+}  # who writes them: no layer is rewritten, and peft loads the result
+METHOD_NAMES = (*METHODS, *ADAPTERS)
 
 
 class Method(Protocol):
@@ -73,9 +76,10 @@ class Method(Protocol):
 def settings_class(method: str) -> Any:
     """The frozen dataclass of choices of `method`; imports no torch.
 
-    It has `kv_budget`, a share of the donor's KV elements, and `at_budget(share)`, the same choices at another.
+    One of METHODS has `kv_budget`, a share of the donor's KV elements, and `at_budget(share)`, the same choices at
+    another.
     """
-    return importlib.import_module(f"{METHODS[method]}.settings").SETTINGS
+    return importlib.import_module(f"{(METHODS | ADAPTERS)[method]}.settings").SETTINGS
 
 
 def register(name: str) -> None:

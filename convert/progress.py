@@ -9,7 +9,8 @@ class Progress:
     """`done` of `total` units of `stage` are finished; `message` is for people.
 
     Stages in order: "donor", "calibrate" (unit: tokens), "search" (of a tolerance's budget), "survey" (of the layers'
-    needs) and "layers" (unit: decoder layers), "verify", "done".
+    needs) and "layers" (unit: decoder layers), "verify", "done"; or, with an adapter, "donor", "merge" (unit: tensors)
+    or "export" (unit: modules), "done".
     `error` is the relative squared error of the layer just finished, where there is one.
     """
 

@@ -51,17 +51,15 @@ def write_probe(path: Path, input_ids: Tensor, logits: Tensor) -> None:
 def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[str, Any]) -> None:
     """mhconvert.json: the recipe as run, versions, each layer's error, and hashes of the files; recipe.yaml."""
     save_recipe(recipe, folder / RECIPE)
+    record(folder, donor, recipe=report["recipe"], layers=report["layers"])
+
+
+def record(folder: Path, donor: Donor, **facts: Any) -> None:
+    """mhconvert.json: `facts`, the donor, versions, and hashes of the files that are there."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name != PROVENANCE]
-    write_json(
-        folder / PROVENANCE,
-        {
-            "recipe": report["recipe"],
-            "donor": {"reference": donor.reference, "hub_id": donor.hub_id, "licence": donor.licence},
-            "versions": versions(),
-            "layers": report["layers"],
-            "sha256": {file.name: sha256(file) for file in files},
-        },
-    )
+    origin = {"reference": donor.reference, "hub_id": donor.hub_id, "licence": donor.licence}
+    hashes = {file.name: sha256(file) for file in files}
+    write_json(folder / PROVENANCE, facts | {"donor": origin, "versions": versions(), "sha256": hashes})
 
 
 def sha256(path: Path) -> str:

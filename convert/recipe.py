@@ -10,10 +10,20 @@ from typing import Any, Literal
 import yaml
 
 from mhconvert.convert.errors import MhconvertError
-from mhconvert.convert.methods import METHOD_NAMES, settings_class
+from mhconvert.convert.methods import ADAPTERS, METHOD_NAMES, settings_class
 from mhconvert.convert.tolerance import parse
 
 Effort = Literal["quick", "default", "high"]
+OF_THE_PASS = (
+    "tolerance",
+    "calibration",
+    "effort",
+    "fit_steps",
+    "dtype",
+    "device",
+    "max_shard_size",
+    "verify",
+)  # no adapter has a use for these
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One conversion. `settings` belongs to the method (`convert/<method>/settings.py`).
+    """One conversion. `settings` belongs to the method (its folder's `settings.py`).
 
     dtype: of the written weights (None: the donor's). device: torch device (None: CUDA if present).
     max_shard_size: bytes, or text such as "5GB". fit_steps: None: by effort; 0: closed form only.
@@ -62,6 +72,8 @@ class Recipe:
             raise MhconvertError(f"unknown method '{self.method}'; choose one of {', '.join(METHOD_NAMES)}")
         if self.settings is None:
             object.__setattr__(self, "settings", settings_class(self.method)())
+        if self.method in ADAPTERS:
+            self._require_no_pass()
         if self.tolerance is not None:
             parse(self.tolerance)
             free = self.settings.at_budget(type(self.settings)().kv_budget)  # refuses explicit sizes
@@ -76,6 +88,16 @@ class Recipe:
             raise MhconvertError(f"fit_steps={self.fit_steps} is negative; 0 means the closed form alone")
         if not 0 <= self.seed < 2**32:
             raise MhconvertError(f"seed={self.seed} is not between 0 and {2**32 - 1}")
+
+    def _require_no_pass(self) -> None:
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        for name in OF_THE_PASS:
+            made = fields[name].default_factory
+            default = fields[name].default if made is dataclasses.MISSING else made()
+            if getattr(self, name) != default:
+                raise MhconvertError(
+                    f"{name} does not apply to {self.method}, which adds an adapter and rewrites no layer; leave it out"
+                )
 
     def at_budget(self, share: float) -> Recipe:
         """The same conversion at a KV budget of its own, without a tolerance."""

@@ -35,7 +35,12 @@ NOT_YET = "not available in this version"
 
 def refusals(config: Any) -> dict[str, str | None]:
     """For each method: None where it applies to `config`, else the reason why not."""
-    return {"mla": _mla_refusal(config), "moh": NOT_YET, "dha": NOT_YET, "hydra": NOT_YET}
+    return {
+        "mla": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS)),
+        "moh": NOT_YET,
+        "dha": NOT_YET,
+        "hydra": _refusal(config, MODEL_CHECKS),
+    }
 
 
 def require(config: Any, method: str) -> Family:
@@ -59,8 +64,8 @@ def stock_refusal(config: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _mla_refusal(config: Any) -> str | None:
-    reasons = (check(config) for check in (*MODEL_CHECKS, *ATTENTION_CHECKS))
+def _refusal(config: Any, checks: tuple[Check, ...]) -> str | None:
+    reasons = (check(config) for check in checks)
     return next((reason for reason in reasons if reason), None)
 
 

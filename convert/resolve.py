@@ -130,7 +130,9 @@ def read_config(folder: Path) -> Any:
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise CheckpointError(f"{folder} is an adapter, not a model; merge it into its base model first")
+            raise CheckpointError(
+                f"{folder} is an adapter, not a model; make one of it: mhconvert merge {folder}"
+            )
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"; to use its GGUF give the file itself: {ggufs[0]}" if ggufs else ": not a model folder"
         raise CheckpointError(f"{folder} has no config.json{hint}")

@@ -96,11 +96,7 @@ class SafetensorsSource:
         return self._entry(name).nbytes
 
     def read(self, name: str) -> Tensor:
-        entry = self._entry(name)
-        raw = read_bytes(entry.file, entry.offset, entry.nbytes)
-        tensor = raw.view(entry.dtype).reshape(entry.shape)
-        require_finite(tensor, name, entry.file)
-        return tensor
+        return read_tensor(name, self._entry(name))
 
     def _entry(self, name: str) -> StoredTensor:
         if name not in self._tensors:
@@ -170,6 +166,14 @@ def _entry_of(file: Path, facts: dict[str, Any], base: int) -> StoredTensor:
     if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"offsets {begin}:{end} do not fit shape {list(shape)}")
     return StoredTensor(file, base + begin, end - begin, shape, dtype)
+
+
+def read_tensor(name: str, entry: StoredTensor) -> Tensor:
+    """The tensor in memory of its own. CheckpointError naming `name` when it holds NaN or infinity."""
+    raw = read_bytes(entry.file, entry.offset, entry.nbytes)
+    tensor = raw.view(entry.dtype).reshape(entry.shape)
+    require_finite(tensor, name, entry.file)
+    return tensor
 
 
 def read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:

@@ -102,7 +102,7 @@ class Workspace:
             with suppress(OSError):  # somebody else uses them by now
                 for folder in self._made:
                     folder.rmdir()
-        elif isinstance(error, (OSError, SafetensorError)) and _disk_full(error):
+        elif isinstance(error, (OSError, SafetensorError)) and disk_full(error):
             raise OutputError(
                 f"the disk is full; {len(self.layers)} layers are finished in {self.partial}: free some space and "
                 "run the same command with --resume"
@@ -250,5 +250,6 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     partial.replace(path)
 
 
-def _disk_full(error: BaseException) -> bool:
+def disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

@@ -9,7 +9,7 @@ import torch
 from mhconvert.convert import estimate, families, refusals
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
-from mhconvert.convert.methods import METHODS, build_method
+from mhconvert.convert.methods import ADAPTERS, METHODS, build_method
 from mhconvert.convert.recipe import Recipe
 from mhconvert.eval.load import converted_method, read_config
 
@@ -20,7 +20,8 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     """Facts of the model `reference`: JSON-ready.
 
     model_type, converted_by, dtype, attention {layers, heads, …}, kv {elements_per_token, bytes_per_token,
-    bytes {"8192": …}} at the stored dtype, methods {name: {applies, reason | kv_bytes_per_token, output_bytes}}.
+    bytes {"8192": …}} at the stored dtype, methods {name: {applies, reason | kv_bytes_per_token, output_bytes}}; of an
+    adapter trainable_parameters instead of kv_bytes_per_token.
     """
     made_by = converted_method(reference)
     donor = None
@@ -90,11 +91,14 @@ def attention(config: Any) -> dict[str, Any]:
 def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str, Any]:
     if donor is None:
         refusal = f"it is already converted by {made_by}; convert the original donor"
-        return {name: {"applies": False, "reason": refusal} for name in METHODS}
+        return {name: {"applies": False, "reason": refusal} for name in (*METHODS, *ADAPTERS)}
     found: dict[str, dict[str, Any]] = {}
     for name, reason in refusals.refusals(config).items():
         found[name] = {"applies": False, "reason": reason}
         if reason is not None:
+            continue
+        if name in ADAPTERS:
+            found[name] = {"applies": True} | _adapter(donor, name)
             continue
         try:
             recipe = Recipe(model=donor.reference, method=name)
@@ -106,6 +110,14 @@ def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str,
         cost = plan["kv_bytes_per_token"]["converted"]
         found[name] = {"applies": True, "kv_bytes_per_token": cost, "output_bytes": plan["output_bytes"]}
     return found
+
+
+def _adapter(donor: Donor, method: str) -> dict[str, Any]:
+    """What a default adapter would be."""
+    from mhconvert.convert.adapter import create
+
+    plan = create.plan(Recipe(model=donor.reference, method=method))
+    return {"trainable_parameters": plan["parameters"]["trainable"], "output_bytes": plan["output_bytes"]}
 
 
 def _kv_heads(config: Any) -> int:

@@ -1,11 +1,12 @@
-"""Open a model for measuring: a converted checkpoint by the package's own classes, anything else as a donor."""
+"""Open a model for measuring: a converted checkpoint by the package's own classes, an adapter on its base model,
+anything else as a donor."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,6 +18,9 @@ from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.convert.methods import METHODS, register
 from mhconvert.convert.resolve import load_tokenizer
 from mhconvert.convert.sources import require_finite
+
+if TYPE_CHECKING:
+    from mhconvert.convert.adapter.folder import AdapterFolder
 
 PROVENANCE = "mhconvert.json"
 
@@ -30,6 +34,7 @@ class OpenModel:
     device: str
     donor: Donor | None
     trust_remote_code: bool = False
+    adapter: AdapterFolder | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -44,7 +49,7 @@ class OpenModel:
     def model(self, dtype: torch.dtype = torch.float32) -> Any:
         """The whole model on the device. Raises CheckpointError for weights that are missing, damaged or not finite."""
         if self.donor is not None:
-            return self.donor.model(torch.device(self.device), dtype).eval()
+            return self._with_adapter(self.donor.model(torch.device(self.device), dtype)).eval()
         from transformers import AutoModelForCausalLM
 
         try:
@@ -64,6 +69,15 @@ class OpenModel:
             require_finite(weight.detach(), name, Path(self.reference))
         return model.to(self.device).eval()
 
+    def _with_adapter(self, base: Any) -> Any:
+        """`base` with the adapter on it as peft loads it, not merged; `base` itself where there is none."""
+        if self.adapter is None or self.donor is None:
+            return base
+        from peft import PeftModel
+
+        self.adapter.require_fit(self.donor)
+        return PeftModel.from_pretrained(base, str(self.adapter.folder), torch_device=self.device)
+
     def require_length(self, tokens: int) -> None:
         """Raises MhconvertError when `tokens` are more than the model was made for."""
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -81,6 +95,11 @@ def converted_method(reference: str) -> str | None:
     return method if method in METHODS else None
 
 
+def is_adapter(reference: str) -> bool:
+    """Whether the folder `reference` holds an adapter, which has a base model elsewhere."""
+    return (Path(reference).expanduser() / "adapter_config.json").is_file()
+
+
 def read_config(folder: str, method: str) -> Any:
     """The config of a converted checkpoint, by the package's classes."""
     from transformers import AutoConfig
@@ -93,7 +112,7 @@ def read_config(folder: str, method: str) -> Any:
 
 
 def open_model(reference: str, *, device: str | None = None, trust_remote_code: bool = False) -> OpenModel:
-    """`reference` opened: a folder that mhconvert wrote, or whatever `open_donor` takes. No weights are read yet.
+    """`reference` opened: a folder that mhconvert wrote, an adapter, or what `open_donor` takes. Reads no weights yet.
 
     device: a torch device; None: CUDA if present. Code inside a folder runs only with trust_remote_code.
     """
@@ -102,15 +121,26 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
     if method is not None:
         config = read_config(reference, method)
         return OpenModel(reference, config, place, None, trust_remote_code)
+    if is_adapter(reference):
+        from mhconvert.convert.adapter.folder import open_adapter
+
+        adapter = open_adapter(reference)
+        donor = open_donor(adapter.base, trust_remote_code=trust_remote_code)
+        return OpenModel(reference, donor.config, place, donor, trust_remote_code, adapter)
     donor = open_donor(reference, trust_remote_code=trust_remote_code)
     return OpenModel(reference, donor.config, place, donor, trust_remote_code)
 
 
 def recorded_donor(checkpoint: str) -> str:
-    """The donor named in the checkpoint's provenance. Raises MhconvertError when there is none."""
+    """The donor named in the checkpoint's provenance, or an adapter's base model. MhconvertError when there is none."""
+    if is_adapter(checkpoint):
+        from mhconvert.convert.adapter.folder import open_adapter
+
+        return open_adapter(checkpoint).base
     path = Path(checkpoint) / PROVENANCE
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["recipe"]["model"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return str(record["recipe"]["model"] if "recipe" in record else record["donor"]["reference"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MhconvertError(
             f"{checkpoint} does not say what it was made from; name the donor with --against"

@@ -1,8 +1,9 @@
 """Rewrite the attention of pretrained language models.
 
 `mhconvert.convert(recipe)`, `mhconvert.plan(recipe)`, `mhconvert.curve(recipe, budgets)`, `mhconvert.evaluate(...)`,
-`mhconvert.inspect(...)`, `mhconvert.generate(...)` and `mhconvert.bench(...)` are what the command line calls. Nothing
-heavy is imported until one of them is used.
+`mhconvert.merge(...)`, `mhconvert.export(...)`, `mhconvert.inspect(...)`, `mhconvert.generate(...)` and
+`mhconvert.bench(...)` are what the command line calls. Nothing heavy is imported until one of them is used; importing
+`HydraConfig` makes peft know that method.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ _PUBLIC = {
     "convert": ("mhconvert.convert", None),
     "plan": ("mhconvert.api", "plan"),
     "curve": ("mhconvert.api", "curve"),
+    "merge": ("mhconvert.api", "merge"),
+    "export": ("mhconvert.api", "export"),
     "evaluate": ("mhconvert.api", "evaluate"),
     "inspect": ("mhconvert.api", "inspect"),
     "generate": ("mhconvert.api", "generate"),
     "bench": ("mhconvert.api", "bench"),
     "Recipe": ("mhconvert.convert.recipe", "Recipe"),
     "Calibration": ("mhconvert.convert.recipe", "Calibration"),
+    "HydraConfig": ("mhconvert.convert.hydra", "HydraConfig"),
     "load_recipe": ("mhconvert.convert.recipe", "load_recipe"),
     "MhconvertError": ("mhconvert.convert.errors", "MhconvertError"),
 }

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.methods import ADAPTERS
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
 
@@ -20,7 +22,15 @@ def convert(
 
     resume: continue an interrupted run of the same recipe in `OUT.partial`. force: replace an existing output folder.
     The donor is only read. Raises MhconvertError; an output folder that exists afterwards is whole.
+    For method hydra it is an adapter folder, untrained: the donor's shape is all that is needed for it, and the report
+    has modules (their names) and parameters {base, trainable, share}.
     """
+    if recipe.method in ADAPTERS:
+        from mhconvert.convert.adapter import create
+
+        if resume:
+            raise MhconvertError(f"{recipe.method} writes an adapter at once; there is nothing to resume")
+        return create.run(recipe, force=force, on_progress=on_progress)
     from mhconvert.convert import pipeline
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.report import write_report
@@ -38,7 +48,14 @@ def convert(
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `convert` would do: sizes per layer, KV arithmetic, disk and memory needed. Writes nothing."""
+    """What `convert` would do: sizes per layer, KV arithmetic, disk and memory needed. Writes nothing.
+
+    For method hydra: the modules and parameters of the adapter.
+    """
+    if recipe.method in ADAPTERS:
+        from mhconvert.convert.adapter import create
+
+        return create.plan(recipe)
     from mhconvert.convert import pipeline
 
     return pipeline.plan(recipe)
@@ -61,6 +78,8 @@ def curve(
     perplexity, perplexity_ratio, top1_agreement, mean_relative_error, seconds. A point's figures are those of
     `convert` at that budget; they are not smoothed.
     """
+    if recipe.method in ADAPTERS:
+        raise MhconvertError(f"{recipe.method} leaves the KV cache as it is, so there is no curve of it")
     from mhconvert.convert import curve as pass_
     from mhconvert.eval import fidelity
     from mhconvert.heal import local
@@ -78,6 +97,63 @@ def curve(
         on_progress=on_progress,
     )
     return result | {"measured_on": str(text) if text else "held-out calibration text"}
+
+
+def merge(
+    adapter: str,
+    output: str | None = None,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Write a plain checkpoint: the base model with a Hydra or LoRA adapter in its weights, one tensor at a time.
+
+    adapter: a folder that peft or `convert` wrote. output: None: ./<adapter>-merged. base: the base model, instead of
+    the one that the adapter names. dtype: of the written weights; None: the base model's.
+    Returns base, output, dtype, modules (changed), replaced (base tensors that the adapter had whole), output_bytes,
+    seconds. Raises MhconvertError; an output folder that exists afterwards is whole.
+    """
+    from mhconvert.convert.adapter import merge as merging
+
+    return merging.run(
+        adapter,
+        output,
+        base=base,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        on_progress=on_progress,
+    )
+
+
+def export(
+    adapter: str,
+    to: str = "lora",
+    output: str | None = None,
+    *,
+    base: str | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Write a Hydra adapter as a LoRA of rank r_par + r_seq that computes the same; only adapted layers are read.
+
+    output: None: ./<adapter>-<to>. base: as in `merge`.
+    Returns base, output, modules, rank, rank_pattern (of modules with other ranks), lora_bias and bias (how biases
+    come along), output_bytes. Raises MhconvertError for what cannot be exact.
+    """
+    from mhconvert.convert.export import lora
+
+    if to != "lora":
+        raise MhconvertError(f"'{to}' is not an export; choose lora")
+    return lora.run(
+        adapter, output, base=base, force=force, trust_remote_code=trust_remote_code, on_progress=on_progress
+    )
 
 
 def evaluate(
@@ -99,7 +175,6 @@ def evaluate(
     Returns perplexity {donor, converted}, kl, top1_agreement, tokens (predictions), kv_elements_per_token (measured
     on cache objects), seconds, and the inputs.
     """
-    from mhconvert.convert.errors import MhconvertError
     from mhconvert.eval import cost, fidelity, load
 
     tell = on_progress or ignore

@@ -111,10 +111,18 @@ def test_refusals_name_the_feature(config, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["moh", "dha", "hydra"])
+@pytest.mark.parametrize("method", ["moh", "dha"])
 def test_methods_to_come_say_so(method):
     with pytest.raises(UnsupportedError, match="not available in this version"):
         require(make_config(), method)
+
+
+def test_an_adapter_needs_a_known_unquantised_decoder_and_nothing_of_its_attention():
+    assert require(make_config(sliding_window=64), "hydra").model_type == "llama"
+    with pytest.raises(
+        UnsupportedError, match=r"hydra cannot convert this donor: its weights are quantised \(AWQ\)"
+    ):
+        require(make_config(quantization_config={"quant_method": "awq", "bits": 4}), "hydra")
 
 
 def test_unknown_method_is_refused():

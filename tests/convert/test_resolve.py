@@ -37,7 +37,7 @@ def test_a_file_that_is_no_gguf(tmp_path):
     ("files", "words"),
     [
         ({}, "has no config.json: not a model folder"),
-        ({"adapter_config.json": "{}"}, "is an adapter, not a model; merge it into its base model first"),
+        ({"adapter_config.json": "{}"}, "is an adapter, not a model; make one of it: mhconvert merge "),
         ({"q.gguf": ""}, "has no config.json; to use its GGUF give the file itself"),
         ({"config.json": "{"}, "config.json cannot be read"),
         ({"config.json": "[]"}, "config.json does not hold a JSON object"),

@@ -1,0 +1,51 @@
+"""The README.md of the folders that are made of adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mhconvert.convert.donor import Donor
+
+
+def write(folder: Path, name: str, donor: Donor, text: str, *, library: str = "peft") -> None:
+    """Write README.md: front matter, title and `text`. library: who loads the folder."""
+    head = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    head += [f"base_model: {donor.hub_id}"] if donor.hub_id else []
+    head += [f"license: {donor.licence}"] if donor.licence else []
+    head += ["tags:", "- mhconvert", "---", "", f"# {name}", "", text, ""]
+    (folder / "README.md").write_text("\n".join(head), encoding="utf-8")
+
+
+def about_new(report: dict[str, Any]) -> str:
+    """What an adapter that nobody has trained yet is."""
+    chosen, parameters = report["settings"], report["parameters"]
+    return (
+        f"A Hydra adapter (r_par {chosen['r_par']}, r_seq {chosen['r_seq']}, scale {chosen['scale']:g}) of "
+        f"{report['donor']} on {len(report['modules'])} modules ({', '.join(report['target_modules'])}): "
+        f"{parameters['trainable']:,} trainable parameters, {100 * parameters['share']:.3g} % of the base model's. "
+        "It is untrained: with it the base model computes what it computes without."
+    )
+
+
+def about_merged(report: dict[str, Any]) -> str:
+    """What a checkpoint with an adapter in its weights is."""
+    return (
+        f"{report['base']} with a {report['method']} adapter merged into {len(report['modules'])} of its modules. "
+        "A plain checkpoint: it loads as the base model does, with neither peft nor mhconvert."
+    )
+
+
+def about_lora(report: dict[str, Any]) -> str:
+    """What a LoRA that was a Hydra adapter is, and what its biases need."""
+    text = (
+        f"A Hydra adapter of {report['base']} as a LoRA of rank {report['rank']}, the same to rounding. It loads "
+        "with peft, and mhconvert need not be installed."
+    )
+    if report["lora_bias"]:
+        text += " It has biases (`lora_bias`), which not every server reads"
+    elif report["bias"] != "none":
+        text += f" It carries biases of base layers (`bias: {report['bias']}`), which peft loads and servers may ignore"
+    else:
+        return text
+    return f"{text}; `mhconvert merge` makes a plain checkpoint."

@@ -1,0 +1,116 @@
+"""A new adapter beside a donor: the identity, ready to be trained. No weight of the donor is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from mhconvert.convert import checkpoint, provenance
+from mhconvert.convert.adapter import card
+from mhconvert.convert.adapter.folder import WEIGHTS
+from mhconvert.convert.donor import Donor, open_donor
+from mhconvert.convert.errors import AdapterError
+from mhconvert.convert.hydra import HydraConfig, HydraLayer, targets
+from mhconvert.convert.progress import Listener, Progress, ignore
+from mhconvert.convert.recipe import Recipe, save_recipe
+from mhconvert.convert.refusals import require
+from mhconvert.convert.whole_folder import whole_folder
+
+SLACK_BYTES = 1 << 20  # config, README, headers
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What `run` would write: the modules, ranks and parameters. Writes nothing."""
+    donor, model = _adapted(recipe, ignore)
+    checkpoint.check_free(recipe.output_folder(donor.name), True, donor.folder)
+    return _facts(recipe, donor, model)
+
+
+def run(recipe: Recipe, *, force: bool = False, on_progress: Listener | None = None) -> dict[str, Any]:
+    """Write the adapter folder that `recipe` describes; returns its report, which is that of `plan`.
+
+    Raises MhconvertError for what a user can mend; the output folder then does not exist or is as it was.
+    """
+    tell = on_progress or ignore
+    donor, model = _adapted(recipe, tell)
+    output = recipe.output_folder(donor.name)
+    checkpoint.check_free(output, force, donor.folder)
+    report = _facts(recipe, donor, model)
+    with whole_folder(output, report["output_bytes"] + SLACK_BYTES, force=force) as folder:
+        _initialise(model, recipe.seed)
+        _write(folder, recipe, donor, model, report)
+    tell(Progress("done", 1, 1, str(output)))
+    return report
+
+
+def _adapted(recipe: Recipe, tell: Listener) -> tuple[Donor, Any]:
+    """The donor's shape with the adapter on it, all on the meta device. Every refusal happens here."""
+    donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=tell)
+    tell(Progress("donor", 1, 1, donor.notice or donor.name))
+    require(donor.config, recipe.method)
+    chosen, skeleton = recipe.settings, donor.skeleton()
+    config = HydraConfig(
+        task_type="CAUSAL_LM",
+        r_par=chosen.r_par,
+        r_seq=chosen.r_seq,
+        scale=chosen.scale,
+        dropout=chosen.dropout,
+        target_modules=list(chosen.targets) if chosen.targets else None,
+    )
+    missing = targets.unmatched(chosen.targets or (), skeleton)
+    if missing:
+        raise AdapterError(targets.nothing_matches(missing, skeleton))
+    return donor, get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+
+
+def _facts(recipe: Recipe, donor: Donor, model: Any) -> dict[str, Any]:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = sum(math.prod(shape) for shape in donor.shapes().values())
+    return {
+        "donor": recipe.model,
+        "method": recipe.method,
+        "family": donor.config.model_type,
+        "output": str(recipe.output_folder(donor.name)),
+        "settings": dataclasses.asdict(recipe.settings),
+        "target_modules": sorted(model.peft_config["default"].target_modules),
+        "modules": list(model.base_model.targeted_module_names),
+        "parameters": {"base": base, "trainable": trainable, "share": trainable / base},
+        "output_bytes": 4 * trainable,
+    }
+
+
+def _initialise(model: Any, seed: int) -> None:
+    """Give the adapter's matrices memory, float32, and their first values: A at random from `seed`, B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, HydraLayer):
+            for name in layer.adapter_layer_names:
+                for adapter, matrix in getattr(layer, name).items():
+                    getattr(layer, name)[adapter] = nn.Parameter(torch.empty(matrix.shape))
+            layer.reset_parameters("default", generator=generator)
+
+
+def _write(folder: Path, recipe: Recipe, donor: Donor, model: Any, report: dict[str, Any]) -> None:
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"}
+    )
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = donor.location
+    _, _, revision = recipe.model.partition("@")
+    config.revision = revision or None if donor.hub_id else None
+    config.inference_mode = True
+    card.write(folder, Path(report["output"]).name, donor, card.about_new(report))
+    config.save_pretrained(str(folder))
+    save_recipe(recipe, folder / provenance.RECIPE)
+    provenance.record(
+        folder, donor, recipe=recipe.to_dict(), modules=report["modules"], peft=peft.__version__
+    )

@@ -1,0 +1,181 @@
+"""A saved adapter, only read: which branches it has for which module of its base model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from torch import Tensor
+
+from mhconvert.convert.adapter.lora import lora_scale, require_plain
+from mhconvert.convert.aliases import ALIASES, EMBEDDED
+from mhconvert.convert.donor import Donor
+from mhconvert.convert.errors import AdapterError, CheckpointError, UnsupportedError
+from mhconvert.convert.hydra.merging import Branches  # the package makes peft know Hydra's configs
+from mhconvert.convert.refusals import refusals
+from mhconvert.convert.sources import StoredTensor, read_header, read_json, read_tensor
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+MATRIX = re.compile(r"(?P<module>.+)\.(?P<part>hydra_(?:par|seq)_[AB]|lora_[AB]\.(?:weight|bias))")
+PAIRS = {"par": ("hydra_par_A", "hydra_par_B"), "seq": ("hydra_seq_A", "hydra_seq_B")}
+LORA_PAIR = ("lora_A.weight", "lora_B.weight")
+LORA_BIAS = "lora_B.bias"
+
+
+@dataclass
+class AdapterFolder:
+    """An adapter of one of the kinds that can be merged. Its weights are read when a module asks for them.
+
+    method: "hydra" or "lora". base: a reference to its base model. modules: module name -> part -> tensor.
+    replaced: name of a base tensor -> the tensor that was trained in its place (`modules_to_save`, biases).
+    """
+
+    folder: Path
+    config: Any
+    method: str
+    base: str
+    modules: dict[str, dict[str, str]] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def file(self) -> Path:
+        return self.folder / WEIGHTS
+
+    @cached_property
+    def stored(self) -> dict[str, StoredTensor]:
+        """Where each tensor lies, by its key."""
+        if not self.file.is_file():
+            pickled = (self.folder / "adapter_model.bin").is_file()
+            hint = (
+                "; load it with peft where you trust it, and save_pretrained writes safetensors"
+                if pickled
+                else ""
+            )
+            raise CheckpointError(f"{self.folder} holds no {WEIGHTS}{hint}")
+        return read_header(self.file)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor on the CPU. CheckpointError when it holds NaN or infinity."""
+        return read_tensor(key, self.stored[key])
+
+    def branches(self, module: str) -> Branches:
+        """The adapter on `module`."""
+        parts = self.modules[module]
+        if self.method == "lora":
+            down, up = (self.read(parts[part]) for part in LORA_PAIR)
+            return Branches(lora_scale(self.config, module, len(down)), (down, up))
+        pairs = {
+            name: (self.read(parts[down]), self.read(parts[up])) if down in parts else None
+            for name, (down, up) in PAIRS.items()
+        }
+        return Branches(self.config.scale, **pairs)
+
+    def added_bias(self, module: str) -> Tensor | None:
+        """What a LoRA adds to the bias of `module`; None where it has none of its own."""
+        key = self.modules[module].get(LORA_BIAS)
+        if key is None:
+            return None
+        rank = self.stored[self.modules[module][LORA_PAIR[0]]].shape[0]
+        return lora_scale(self.config, module, rank) * self.read(key)
+
+    def require_fit(self, donor: Donor) -> None:
+        """Raises AdapterError naming the tensor where the adapter belongs to a model of another shape, or lacks one."""
+        shapes = donor.shapes()
+        for name, key in self.replaced.items():
+            self._require_shape(key, name, shapes, shapes.get(name))
+        for module, parts in self.modules.items():
+            weight = f"{module}.weight"
+            if weight not in shapes:
+                tied = " (its head is tied to the embedding)" if module == "lm_head" else ""
+                raise AdapterError(
+                    f"{self.file} adapts {module}, which {donor.reference} does not have{tied}"
+                )
+            out, into = shapes[weight]
+            for down, up, wide in (
+                *((*PAIRS[name], (into, out)[name == "seq"]) for name in PAIRS),
+                (*LORA_PAIR, into),
+            ):
+                if (down in parts) != (up in parts):
+                    raise AdapterError(
+                        f"{self.file} has but one of {down} and {up} for {module}; save it again"
+                    )
+                if down in parts:
+                    rank = (self.stored[parts[down]].shape or (0,))[0]
+                    self._require_shape(parts[down], weight, shapes, (rank, wide))
+                    self._require_shape(parts[up], weight, shapes, (out, rank))
+            if LORA_BIAS in parts:
+                self._require_shape(parts[LORA_BIAS], f"{module}.bias", shapes, (out,))
+
+    def _require_shape(
+        self, key: str, name: str, shapes: dict[str, tuple[int, ...]], expected: tuple[int, ...] | None
+    ) -> None:
+        if name not in shapes or expected is None:
+            raise AdapterError(
+                f"tensor {key} in {self.file} has no place in {self.base}, which has no {name}"
+            )
+        found = self.stored[key].shape
+        if found != expected:
+            raise AdapterError(
+                f"tensor {key} in {self.file} has shape {list(found)}, and {name} of {self.base} is "
+                f"{list(shapes[name])}: the adapter was trained on a model of another shape; name that one with --base"
+            )
+
+
+def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
+    """The adapter in the folder `reference`. base: its base model, instead of the one that it names.
+
+    Raises CheckpointError for what is no adapter, UnsupportedError for one of a kind that cannot be merged.
+    """
+    folder = Path(reference).expanduser()
+    if not (folder / CONFIG).is_file():
+        kind = "is a model, not an adapter" if (folder / "config.json").is_file() else f"has no {CONFIG}"
+        raise CheckpointError(f"{folder} {kind}; name the folder of a saved adapter")
+    stated = read_json(folder / CONFIG)
+    kind = str(stated.get("peft_type", "unknown"))
+    if kind not in ("HYDRA", "LORA"):
+        raise UnsupportedError(f"{folder} is a {kind} adapter; mhconvert reads Hydra and LoRA")
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
+    if isinstance(config, LoraConfig):
+        require_plain(config, folder)
+    adapter = AdapterFolder(folder, config, kind.lower(), base or _base_of(config, folder))
+    for key in adapter.stored:
+        _sort_in(adapter, key)
+    if not adapter.modules and not adapter.replaced:
+        raise CheckpointError(f"{adapter.file} holds no tensors")
+    return adapter
+
+
+def require_base(donor: Donor) -> None:
+    """Raises UnsupportedError where nothing can be merged into `donor`: quantised weights, a kind that is unknown."""
+    reason = refusals(donor.config)["hydra"]
+    if reason is not None:
+        raise UnsupportedError(f"{donor.reference} cannot take an adapter in: {reason}")
+
+
+def _sort_in(adapter: AdapterFolder, key: str) -> None:
+    name = key.removeprefix(PREFIX)
+    match = MATRIX.fullmatch(name)
+    if match and match["part"].startswith(f"{adapter.method}_"):
+        adapter.modules.setdefault(match["module"], {})[match["part"]] = key
+    else:
+        adapter.replaced[name.replace(".base_layer.", ".")] = key
+
+
+def _base_of(config: Any, folder: Path) -> str:
+    """The model that the adapter names; by its alias where that has weights outside the Hub."""
+    name = config.base_model_name_or_path
+    if not name:
+        raise CheckpointError(f"{folder / CONFIG} names no base model; say which one it is with --base")
+    aliases = {hub_id: alias for alias, hub_id in ALIASES.items() if alias in EMBEDDED}
+    if name in aliases and not config.revision:
+        return aliases[name]
+    return f"{name}@{config.revision}" if config.revision else str(name)

@@ -1,0 +1,1 @@
+"""What others load: one file for each format, each exact or refused."""

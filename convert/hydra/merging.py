@@ -1,0 +1,88 @@
+"""Hydra's algebra on one linear layer: pure functions of tensors.
+
+Shapes: o = out_features, i = in_features, r = a rank. A base layer is y0 = W x + b with W (o, i) and b (o).
+
+    y  = y0 + s · B_p A_p x + s · B_s A_s y0
+    W' = W + s · (B_p A_p + B_s A_s W)
+    b' = b + s · B_s A_s b
+
+Every delta is linear in its own adapter and read off the base weight, never off a merged one, so adapters add up in
+any order. Source: arXiv 2309.06922 and its code; b' follows from y0, which holds b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """One adapter on one layer: par = (A_p (r, i), B_p (o, r)), seq = (A_s (r, o), B_s (o, r)); None: no branch."""
+
+    scale: float
+    par: Pair | None = None
+    seq: Pair | None = None
+
+    @property
+    def rank(self) -> int:
+        """r_par + r_seq: an upper bound of the rank of W' − W."""
+        return sum(len(pair[0]) for pair in (self.par, self.seq) if pair is not None)
+
+
+def as_lora(weight: Tensor, adapter: Branches) -> Pair:
+    """down (rank, i) and up (o, rank) with scale · up @ down = W' − W, exactly: the LoRA that does the same to W.
+
+    down = [A_p; A_s W], up = [B_p, B_s], in the adapter's dtype or the weight's, whichever is wider.
+    """
+    down, up = [], []
+    if adapter.par is not None:
+        down.append(adapter.par[0])
+        up.append(adapter.par[1])
+    if adapter.seq is not None:
+        dtype = torch.promote_types(weight.dtype, adapter.seq[0].dtype)
+        down.append(adapter.seq[0].to(dtype) @ weight.to(dtype))
+        up.append(adapter.seq[1])
+    return torch.cat(down), torch.cat(up, dim=1)
+
+
+def weight_delta(weight: Tensor, adapter: Branches) -> Tensor:
+    """W' − W (o, i) for the base weight W, in the wider dtype of the two."""
+    down, up = as_lora(weight, adapter)
+    dtype = torch.promote_types(down.dtype, up.dtype)
+    return adapter.scale * (up.to(dtype) @ down.to(dtype))
+
+
+def bias_delta(bias: Tensor, adapter: Branches) -> Tensor:
+    """b' − b (o) for the base bias b: what the sequential branch makes of it; zero without one."""
+    if adapter.seq is None:
+        return torch.zeros_like(bias)
+    down, up = adapter.seq
+    dtype = torch.promote_types(bias.dtype, down.dtype)
+    return adapter.scale * (up.to(dtype) @ (down.to(dtype) @ bias.to(dtype)))
+
+
+def merged_weight(weight: Tensor, adapters: Iterable[Branches]) -> Tensor:
+    """A new W' with every adapter in it, in the dtype of W, which stays as it is.
+
+    Summed in float32, or float64 where the weight or an adapter is; rounded once.
+    """
+    return _merged(weight, adapters, weight_delta)
+
+
+def merged_bias(bias: Tensor, adapters: Iterable[Branches]) -> Tensor:
+    """A new b' with every adapter in it; as `merged_weight`."""
+    return _merged(bias, adapters, bias_delta)
+
+
+def _merged(own: Tensor, adapters: Iterable[Branches], delta: Callable[[Tensor, Branches], Tensor]) -> Tensor:
+    wide = own.to(torch.promote_types(own.dtype, torch.float32))
+    result = wide.clone()
+    for adapter in adapters:
+        result = result + delta(wide, adapter)
+    return result.to(own.dtype)
