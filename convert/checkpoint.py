@@ -18,7 +18,8 @@ from mhconvert.convert.errors import OutputError
 
 INDEX = "model.safetensors.index.json"
 STATE = "state.json"
-KINDS = ("config.json", "adapter_config.json")  # one of which every folder that we write holds
+ADAPTER_CONFIG = "adapter_config.json"
+KINDS = ("config.json", ADAPTER_CONFIG)  # one of which every folder that we write holds
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 HEADER_BYTES_A_TENSOR = 256  # reserved in a shard before its tensors are known
@@ -125,19 +126,24 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def check_free(output: Path, force: bool, donor: Path | None = None) -> None:
-    """Raises OutputError when `output` exists and may not be replaced; what holds the folder `donor` never may."""
+def check_free(output: Path, force: bool, *read: Path | None) -> None:
+    """Raises OutputError when `output` exists and may not be replaced; what holds a folder of `read` never may."""
     if os.path.lexists(output) and not force:
         raise OutputError(f"{output} exists; choose another folder with -o, or replace it with --force")
     if os.path.lexists(output) and not output.is_dir():
         raise OutputError(f"{output} is no folder; choose another name with -o")
     if not output.name or output.name == ".." or output.is_mount():
         raise OutputError(f"'{output}' cannot be replaced as a whole; name a folder of its own with -o")
-    if donor is not None and donor.resolve().is_relative_to(output.resolve()):
+    if any(folder and folder.resolve().is_relative_to(output.resolve()) for folder in read):
         raise OutputError(f"{output} holds the donor, which is only read; choose another folder with -o")
     held = os.path.lexists(output) and any(output.iterdir())
     if held and not any((output / name).is_file() for name in KINDS):
         raise OutputError(f"{output} is no checkpoint, and --force replaces nothing else; choose another -o")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds an adapter, which has a base model elsewhere."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.fields import changed_fields
 from mhconvert.convert.methods import ADAPTERS, METHOD_NAMES, settings_class
 from mhconvert.convert.tolerance import parse
 
@@ -90,11 +91,8 @@ class Recipe:
             raise MhconvertError(f"seed={self.seed} is not between 0 and {2**32 - 1}")
 
     def _require_no_pass(self) -> None:
-        fields = {f.name: f for f in dataclasses.fields(self)}
-        for name in OF_THE_PASS:
-            made = fields[name].default_factory
-            default = fields[name].default if made is dataclasses.MISSING else made()
-            if getattr(self, name) != default:
+        for name in changed_fields(self):
+            if name in OF_THE_PASS:
                 raise MhconvertError(
                     f"{name} does not apply to {self.method}, which adds an adapter and rewrites no layer; leave it out"
                 )

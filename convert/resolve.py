@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from mhconvert.convert import hub, wheel
 from mhconvert.convert.aliases import ALIASES, EMBEDDED, near_matches
+from mhconvert.convert.checkpoint import is_adapter
 from mhconvert.convert.errors import CheckpointError, UnsupportedError
 from mhconvert.convert.families import FAMILIES
 from mhconvert.convert.gguf import GGUFHeader, GGUFSource, read_gguf_header
@@ -129,7 +130,7 @@ def read_config(folder: Path) -> Any:
     """
     file = folder / "config.json"
     if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
+        if is_adapter(folder):
             raise CheckpointError(
                 f"{folder} is an adapter, not a model; make one of it: mhconvert merge {folder}"
             )

@@ -1,15 +1,12 @@
-"""OUT.partial: where a run keeps what it has finished, so that it can be cut short and go on."""
+"""What a run has finished, kept in OUT.partial so that it can be cut short and go on."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +18,11 @@ from mhconvert.convert.allotment import LayerNeed
 from mhconvert.convert.calibrate import Rows, Streams
 from mhconvert.convert.checkpoint import ShardWriter, byte_size, check_space, replace_folder, write_json
 from mhconvert.convert.errors import MhconvertError, OutputError, ReloadKilledError
+from mhconvert.convert.partial import PartialFolder, disk_full
 from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.versions import versions
 
-WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
-LOCK = "lock"  # in it: held as long as a run lasts
-STATE = "state.json"  # in it: what is finished
+STATE = "state.json"  # in the work folder: what is finished
 ROWS = "rows.safetensors"  # in it: the calibration rows
 NEEDS = "needs.json"  # in it: what a survey of the layers found
 COMMIT_SHARE = 0.1  # of a run's time that commits may take: each writes both streams
@@ -42,10 +38,10 @@ class Workspace:
     """
 
     def __init__(self, output: Path, recipe: Recipe, needed: int, *, resume: bool, force: bool):
-        self.output, self.partial = output, output.with_name(output.name + ".partial")
+        self.output, self._folder = output, PartialFolder(output)
+        self.partial, self._work = self._folder.folder, self._folder.work
         self._recipe, self._needed = recipe, needed
         self._resume, self._force = resume, force
-        self._work = self.partial / WORK
         self._limit = byte_size(recipe.max_shard_size)
         self.layers: list[dict[str, Any]] = []
         self.search: dict[str, Any] | None = None
@@ -79,29 +75,26 @@ class Workspace:
             raise OutputError(
                 f"{self.partial} is not the work of mhconvert; move it away, or choose another -o"
             )
-        self._make()
+        self._folder.make()
         try:
             if found and not self._resume and not self._force:
                 finished = len(json.loads(state.read_text())["layers"]) if state.is_file() else 0
                 held = f"{self.partial} holds an interrupted run ({finished} layers finished)"
                 raise OutputError(f"{held}; --resume continues it, --force starts over")
             if found and not (self._resume and state.is_file()):
-                self._empty((LOCK,))
+                self._folder.empty()
                 check_space(self.partial, self._needed)
             if state.is_file():
                 self._load(json.loads(state.read_text()))
         except BaseException:
-            self._lock_file.close()
+            self._folder.unlock()
             raise
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self._lock_file.close()
+        self._folder.unlock()
         if isinstance(error, MhconvertError) and not isinstance(error, ReloadKilledError):
-            shutil.rmtree(self.partial, ignore_errors=True)
-            with suppress(OSError):  # somebody else uses them by now
-                for folder in self._made:
-                    folder.rmdir()
+            self._folder.discard()
         elif isinstance(error, (OSError, SafetensorError)) and disk_full(error):
             raise OutputError(
                 f"the disk is full; {len(self.layers)} layers are finished in {self.partial}: free some space and "
@@ -151,7 +144,7 @@ class Workspace:
     def start_over(self, search: dict[str, Any]) -> None:
         """Begin the layers again, with the same rows and what a search knows by now."""
         (self._work / STATE).unlink()  # first: what it counts as finished is going
-        self._empty((LOCK, ROWS, NEEDS))
+        self._folder.empty(ROWS, NEEDS)
         self.layers, self.search = [], search
         self._streams = self._writer = None
 
@@ -220,36 +213,8 @@ class Workspace:
     def _stream_file(self, layers: int) -> Path:
         return self._work / f"streams-{layers:05d}.safetensors"
 
-    def _make(self) -> None:
-        """Make the work folder, remember which folders above it are new, and lock it."""
-        parents = self.partial.absolute().parents
-        self._made = [folder for folder in parents if not folder.exists()]
-        try:
-            self._work.mkdir(parents=True, exist_ok=True)
-            self._lock_file = open(self._work / LOCK, "w")  # noqa: SIM115
-        except OSError as error:
-            raise OutputError(f"{self.partial} cannot be made: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock_file.close()
-            raise OutputError(
-                f"another run is writing {self.partial}; wait for it, or choose another -o"
-            ) from error
-
-    def _empty(self, kept: tuple[str, ...]) -> None:
-        """Remove everything but the `kept` files of the work folder."""
-        for path in (*self.partial.iterdir(), *self._work.iterdir()):
-            if path.name not in (WORK, *kept):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     partial = path.with_name(path.name + ".new")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     partial.replace(path)
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from mhconvert.convert.checkpoint import is_adapter
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
@@ -95,11 +96,6 @@ def converted_method(reference: str) -> str | None:
     return method if method in METHODS else None
 
 
-def is_adapter(reference: str) -> bool:
-    """Whether the folder `reference` holds an adapter, which has a base model elsewhere."""
-    return (Path(reference).expanduser() / "adapter_config.json").is_file()
-
-
 def read_config(folder: str, method: str) -> Any:
     """The config of a converted checkpoint, by the package's classes."""
     from transformers import AutoConfig
@@ -121,7 +117,7 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
     if method is not None:
         config = read_config(reference, method)
         return OpenModel(reference, config, place, None, trust_remote_code)
-    if is_adapter(reference):
+    if is_adapter(Path(reference).expanduser()):
         from mhconvert.convert.adapter.folder import open_adapter
 
         adapter = open_adapter(reference)
@@ -133,7 +129,7 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
 
 def recorded_donor(checkpoint: str) -> str:
     """The donor named in the checkpoint's provenance, or an adapter's base model. MhconvertError when there is none."""
-    if is_adapter(checkpoint):
+    if is_adapter(Path(checkpoint).expanduser()):
         from mhconvert.convert.adapter.folder import open_adapter
 
         return open_adapter(checkpoint).base

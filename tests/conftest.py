@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Main = Callable[..., int]
+Interrupted = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +47,32 @@ def cli() -> Cli:
             timeout=300,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def interrupted() -> Interrupted:
+    """Runs `mhconvert WORD ...` and sends Ctrl-C at the first progress line that begins with `line`; its exit code and
+    what it said on stderr afterwards."""
+
+    def run(line: str, *words: object) -> tuple[int, str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mhconvert.cli.main", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            # A test run in the background of a script ignores Ctrl-C, and its children would too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        assert process.stderr is not None
+        for said in process.stderr:
+            if said.startswith(line):
+                process.send_signal(signal.SIGINT)
+                break
+        _, rest = process.communicate(timeout=120)
+        return process.returncode, rest
 
     return run
 

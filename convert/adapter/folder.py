@@ -13,13 +13,14 @@ from torch import Tensor
 
 from mhconvert.convert.adapter.lora import lora_scale, require_plain
 from mhconvert.convert.aliases import ALIASES, EMBEDDED
-from mhconvert.convert.donor import Donor
+from mhconvert.convert.checkpoint import ADAPTER_CONFIG, check_free, is_adapter
+from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import AdapterError, CheckpointError, UnsupportedError
 from mhconvert.convert.hydra.merging import Branches  # the package makes peft know Hydra's configs
+from mhconvert.convert.progress import Listener, Progress
 from mhconvert.convert.refusals import refusals
 from mhconvert.convert.sources import StoredTensor, read_header, read_json, read_tensor
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MATRIX = re.compile(r"(?P<module>.+)\.(?P<part>hydra_(?:par|seq)_[AB]|lora_[AB]\.(?:weight|bias))")
@@ -133,17 +134,21 @@ def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
     Raises CheckpointError for what is no adapter, UnsupportedError for one of a kind that cannot be merged.
     """
     folder = Path(reference).expanduser()
-    if not (folder / CONFIG).is_file():
-        kind = "is a model, not an adapter" if (folder / "config.json").is_file() else f"has no {CONFIG}"
+    if not is_adapter(folder):
+        kind = (
+            "is a model, not an adapter" if (folder / "config.json").is_file() else f"has no {ADAPTER_CONFIG}"
+        )
         raise CheckpointError(f"{folder} {kind}; name the folder of a saved adapter")
-    stated = read_json(folder / CONFIG)
+    stated = read_json(folder / ADAPTER_CONFIG)
     kind = str(stated.get("peft_type", "unknown"))
     if kind not in ("HYDRA", "LORA"):
         raise UnsupportedError(f"{folder} is a {kind} adapter; mhconvert reads Hydra and LoRA")
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} cannot be read: {' '.join(str(error).split())}"
+        ) from error
     if isinstance(config, LoraConfig):
         require_plain(config, folder)
     adapter = AdapterFolder(folder, config, kind.lower(), base or _base_of(config, folder))
@@ -154,11 +159,24 @@ def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
     return adapter
 
 
-def require_base(donor: Donor) -> None:
-    """Raises UnsupportedError where nothing can be merged into `donor`: quantised weights, a kind that is unknown."""
+def open_base(adapter: AdapterFolder, tell: Listener, *, trust_remote_code: bool) -> Donor:
+    """The base model of `adapter`.
+
+    Raises UnsupportedError where nothing can be merged into it: quantised weights, a kind that is unknown.
+    """
+    donor = open_donor(adapter.base, trust_remote_code=trust_remote_code, on_progress=tell)
+    tell(Progress("donor", 1, 1, donor.notice or donor.name))
     reason = refusals(donor.config)["hydra"]
     if reason is not None:
         raise UnsupportedError(f"{donor.reference} cannot take an adapter in: {reason}")
+    return donor
+
+
+def output_folder(output: str | None, suffix: str, adapter: AdapterFolder, donor: Donor, force: bool) -> Path:
+    """Where what is made of `adapter` goes: `output`, or ./<adapter>-<suffix>. OutputError where it may not."""
+    place = Path(output) if output else Path(f"{adapter.folder.resolve().name}-{suffix}")
+    check_free(place, force, donor.folder, adapter.folder)
+    return place
 
 
 def _sort_in(adapter: AdapterFolder, key: str) -> None:
@@ -174,7 +192,9 @@ def _base_of(config: Any, folder: Path) -> str:
     """The model that the adapter names; by its alias where that has weights outside the Hub."""
     name = config.base_model_name_or_path
     if not name:
-        raise CheckpointError(f"{folder / CONFIG} names no base model; say which one it is with --base")
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} names no base model; say which one it is with --base"
+        )
     aliases = {hub_id: alias for alias, hub_id in ALIASES.items() if alias in EMBEDDED}
     if name in aliases and not config.revision:
         return aliases[name]

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
 from mhconvert.convert.errors import UnsupportedError
+from mhconvert.convert.fields import changed_fields
 
 # Fields of a LoRA config that choose modules, ranks and scales, or concern training only.
 HARMLESS = {
@@ -24,14 +25,12 @@ PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # these leave the
 
 def require_plain(config: LoraConfig, folder: Path) -> None:
     """Raises UnsupportedError naming the field where the adapter is more than W + scale · B A."""
-    for item in dataclasses.fields(config):
-        made = item.default_factory
-        default = item.default if made is dataclasses.MISSING else made()
-        value = getattr(config, item.name)
-        plain = value == default or (item.name == "init_lora_weights" and value in PLAIN_STARTS)
-        if item.name not in HARMLESS and not plain:
+    for name in changed_fields(config):
+        value = getattr(config, name)
+        plain = name == "init_lora_weights" and value in PLAIN_STARTS
+        if name not in HARMLESS and not plain:
             raise UnsupportedError(
-                f"{folder} is a LoRA with {item.name}={value!r}, which is more than a product of two matrices; "
+                f"{folder} is a LoRA with {name}={value!r}, which is more than a product of two matrices; "
                 "merge it with peft: PeftModel.merge_and_unload"
             )
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mhconvert.convert import checkpoint, hub, provenance
 from mhconvert.convert.adapter import card
-from mhconvert.convert.adapter.folder import AdapterFolder, open_adapter, require_base
-from mhconvert.convert.donor import Donor, open_donor
+from mhconvert.convert.adapter.folder import AdapterFolder, open_adapter, open_base, output_folder
+from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import AdapterError, MhconvertError
 from mhconvert.convert.estimate import DTYPES, SLACK_BYTES
 from mhconvert.convert.hydra.merging import merged_bias, merged_weight
@@ -38,13 +38,9 @@ def run(
     begun, tell = time.perf_counter(), on_progress or ignore
     adapter = open_adapter(reference, base)
     limit = checkpoint.byte_size(max_shard_size)
-    donor = open_donor(adapter.base, trust_remote_code=trust_remote_code, on_progress=tell)
-    tell(Progress("donor", 1, 1, donor.notice or donor.name))
-    require_base(donor)
+    donor = open_base(adapter, tell, trust_remote_code=trust_remote_code)
     stored_as = _dtype(dtype, donor)
-    place = Path(output) if output else Path(f"{adapter.folder.resolve().name}-merged")
-    checkpoint.check_free(place, force, donor.folder)
-    checkpoint.check_free(place, force, adapter.folder)
+    place = output_folder(output, "merged", adapter, donor, force)
     _require_untied(adapter, donor)
     adapter.require_fit(donor)
     source = donor.published

@@ -9,17 +9,23 @@ LoRA (`lora_bias`), or, where other targets have none and peft could not merge t
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mhconvert.convert import checkpoint, provenance
+from mhconvert.convert import provenance
 from mhconvert.convert.adapter import card
-from mhconvert.convert.adapter.folder import PREFIX, WEIGHTS, AdapterFolder, open_adapter, require_base
-from mhconvert.convert.donor import Donor, open_donor
+from mhconvert.convert.adapter.folder import (
+    PREFIX,
+    WEIGHTS,
+    AdapterFolder,
+    open_adapter,
+    open_base,
+    output_folder,
+)
+from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import UnsupportedError
 from mhconvert.convert.hydra.merging import as_lora, bias_delta
 from mhconvert.convert.progress import Listener, Progress, ignore
@@ -43,12 +49,8 @@ def run(
     adapter = open_adapter(reference, base)
     if adapter.method != "hydra":
         raise UnsupportedError(f"{reference} is a LoRA already")
-    donor = open_donor(adapter.base, trust_remote_code=trust_remote_code, on_progress=tell)
-    tell(Progress("donor", 1, 1, donor.notice or donor.name))
-    require_base(donor)
-    place = Path(output) if output else Path(f"{adapter.folder.resolve().name}-lora")
-    checkpoint.check_free(place, force, donor.folder)
-    checkpoint.check_free(place, force, adapter.folder)
+    donor = open_base(adapter, tell, trust_remote_code=trust_remote_code)
+    place = output_folder(output, "lora", adapter, donor, force)
     adapter.require_fit(donor)
     tensors, ranks, travels = _convert(adapter, donor, tell)
     config = _config(adapter, ranks, travels)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import Cli, Main
+from tests.conftest import Cli, Interrupted, Main
 from tests.convert.hydra.adapted import adapted, relative, tokens
 from tests.donors import make_donor
 
@@ -240,26 +236,11 @@ def test_faults_of_adapters_are_one_line_too(
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
 
 
-def test_ctrl_c_leaves_nothing(donor: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(cli: Cli, interrupted: Interrupted, tmp_path: Path) -> None:
     big = make_donor(tmp_path / "big", layers=60)
     adapter = tmp_path / "adapter"
-    base = [sys.executable, "-m", "mhconvert.cli.main"]
-    subprocess.run([*base, big, "--to", "hydra", "-o", adapter, "-q"], check=True, capture_output=True)
-    process = subprocess.Popen(
-        [*base, "merge", adapter, "-o", tmp_path / "out"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        # A test run in the background of a script ignores Ctrl-C, and its children would too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("merging 1/"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, rest = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert cli(big, "--to", "hydra", "-o", adapter, "-q").returncode == 0
+    code, rest = interrupted("merging 1/", "merge", adapter, "-o", tmp_path / "out")
+    assert code == 130
     assert "Traceback" not in rest
     assert {path.name for path in tmp_path.iterdir()} == {"big", "adapter"}

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Cli, Main
+from tests.conftest import Cli, Interrupted, Main
 from tests.donors import make_donor
 
 LAYERS = 24
@@ -160,25 +156,11 @@ def test_faults_leave_nothing(
 
 
 def test_ctrl_c_then_resume_gives_the_same_bytes(
-    cli: Cli, converted: tuple[Path, dict], words: list[str], tmp_path: Path
+    cli: Cli, interrupted: Interrupted, converted: tuple[Path, dict], words: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "again"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mhconvert.cli.main", *words, "-o", out],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        # A test run in the background of a script ignores Ctrl-C, and its children would too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("layers 3/"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, rest = process.communicate(timeout=120)
-    assert process.returncode == 130
+    code, rest = interrupted("layers 3/", *words, "-o", out)
+    assert code == 130
     assert "--resume" in rest
     assert "Traceback" not in rest
     assert not out.exists()

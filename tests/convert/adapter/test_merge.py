@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from mhconvert.convert.errors import (
     OutputError,
     UnsupportedError,
 )
-from tests.convert.hydra.adapted import relative, tokens
+from tests.convert.hydra.adapted import difference_elsewhere, relative, tokens
 from tests.donors import make_donor, make_gguf
 
 Saved = Callable[..., tuple[Path, Any]]
@@ -102,18 +100,11 @@ def test_the_folder_is_a_plain_checkpoint(saved: Saved, biased_donor: Path, tmp_
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "auto_map" not in config
-    torch.save((tokens(), model(tokens()).logits.detach()), tmp_path / "logits.pt")
-    script = (
-        "import sys; sys.modules['mhconvert'] = sys.modules['peft'] = None\n"
-        "import torch; from transformers import AutoModelForCausalLM\n"
-        "ids, expected = torch.load(sys.argv[2])\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "print((model(ids).logits - expected).abs().max().item())"
+    without = ("mhconvert", "peft")
+    found = difference_elsewhere(
+        tmp_path / "out", model, tmp_path, without=without, opener="transformers.AutoModelForCausalLM"
     )
-    words = [sys.executable, "-c", script, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) <= 1e-4
+    assert found <= 1e-4
     assert json.loads((tmp_path / "out" / "mhconvert.json").read_text())["merged"]["adapter"] == str(folder)
 
 

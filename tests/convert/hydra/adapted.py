@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,3 +120,26 @@ def difference(left: Tensor, right: Tensor) -> float:
 
 def relative(left: Tensor, right: Tensor) -> float:
     return ((left.double() - right.double()).norm() / right.double().norm()).item()
+
+
+def difference_elsewhere(
+    folder: Path, model: Any, work: Path, *, without: tuple[str, ...], opener: str
+) -> float:
+    """The largest difference of the logits of `model` from those of `folder`, in a process of its own.
+
+    without: packages that cannot be imported there. opener: module and class that load the folder, "transformers.X".
+    """
+    torch.save((tokens(), model(tokens()).logits.detach()), work / "logits.pt")
+    module, name = opener.split(".")
+    hidden = " = ".join(f"sys.modules['{package}']" for package in without)
+    script = (
+        f"import sys; {hidden} = None\n"
+        f"import torch; from {module} import {name}\n"
+        "ids, expected = torch.load(sys.argv[2])\n"
+        f"model = {name}.from_pretrained(sys.argv[1]).eval()\n"
+        "print((model(ids).logits - expected).abs().max().item())"
+    )
+    words = [sys.executable, "-c", script, str(folder), str(work / "logits.pt")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
