@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from mhconvert.convert.documents import check_sources
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import CalibrationError
 from mhconvert.convert.progress import Listener
 from mhconvert.convert.recipe import Recipe
-from mhconvert.convert.text import check_sources, sampled_rows, text_rows
+from mhconvert.convert.text import sampled_rows, text_rows
 from mhconvert.convert.verify_child import cache_storage
 
 DEFAULT_ROW = 512  # tokens
@@ -58,7 +59,7 @@ def row_length(recipe: Recipe, config: Any) -> int:
 
 
 def check(recipe: Recipe, config: Any) -> None:
-    """Raises CalibrationError for settings that no text can satisfy, and for files that are not there."""
+    """Raises CalibrationError for settings that no text can satisfy, TextError for files that are not there."""
     part, length = recipe.calibration, row_length(recipe, config)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and length > limit:

@@ -138,9 +138,9 @@ class Donor:
         with torch.no_grad():
             normed = norm(hidden.float())
             if output.dtype == stored == torch.float32 and output.device == hidden.device:
-                return self._final(F.linear(normed, output))
+                return final_logits(self.config, F.linear(normed, output))
             blocks = (block.to(stored).to(hidden.device, torch.float32) for block in output.split(HEAD_BLOCK))
-            return self._final(torch.cat([F.linear(normed, block) for block in blocks], dim=-1))
+            return final_logits(self.config, torch.cat([F.linear(normed, block) for block in blocks], dim=-1))
 
     def release(self) -> None:
         """Let go of the embedding and the head; they are read again when they are needed."""
@@ -211,12 +211,6 @@ class Donor:
         embedding = getattr(self._base, self.family.embedding)
         return float(getattr(embedding, "scalar_embed_scale", 1.0))
 
-    def _final(self, logits: Tensor) -> Tensor:
-        """What Granite and Gemma 2 do to logits."""
-        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
     @cached_property
     def _stock(self) -> Any:
         return _skeleton(self.config)
@@ -271,6 +265,13 @@ class Donor:
                 f"tensor {surplus[0]} in {where} has no place in {type(self._stock).__name__} "
                 "as its config describes it"
             )
+
+
+def final_logits(config: Any, logits: Tensor) -> Tensor:
+    """What Granite and Gemma 2 do to the product with the output embedding."""
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _same(source: TensorSource, left: str, right: str) -> bool:

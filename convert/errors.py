@@ -26,7 +26,11 @@ class ReloadKilledError(MhconvertError):
 
 
 class CalibrationError(MhconvertError):
-    """Calibration text that is missing, unreadable or too short."""
+    """Calibration text that is too short, or settings that no text can satisfy."""
+
+
+class TextError(MhconvertError):
+    """Text that is missing or unreadable."""
 
 
 class AdapterError(MhconvertError, ValueError):

@@ -56,10 +56,15 @@ def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[st
 
 def record(folder: Path, donor: Donor, **facts: Any) -> None:
     """mhconvert.json: `facts`, the donor, versions, and hashes of the files that are there."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name != PROVENANCE]
     origin = {"reference": donor.reference, "hub_id": donor.hub_id, "licence": donor.licence}
-    hashes = {file.name: sha256(file) for file in files}
-    write_json(folder / PROVENANCE, facts | {"donor": origin, "versions": versions(), "sha256": hashes})
+    found = {"donor": origin, "versions": versions(), "sha256": hashes(folder)}
+    write_json(folder / PROVENANCE, facts | found)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in `folder` but the one that will hold them."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name != PROVENANCE)
+    return {file.name: sha256(file) for file in files}
 
 
 def sha256(path: Path) -> str:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import glob
-import json
-import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mhconvert.convert import documents
 from mhconvert.convert.errors import CalibrationError
 from mhconvert.convert.progress import Listener, Progress
 
 CHARACTERS_A_TOKEN = 4  # a window of text is drawn as long as a row probably is
-TEXT_SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
 SAMPLED_ROWS = 32  # written by the donor at the same time
-DATASET_DOCUMENTS = 2000  # read from a streamed dataset
 
 
 def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, seed: int) -> Tensor:
@@ -28,11 +23,11 @@ def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, 
     A row starts with the beginning-of-text token if the tokenizer puts one there. Raises CalibrationError for
     text that is missing, unreadable or too short.
     """
-    texts = [text for source in sources for text in _open(source)]
-    prefix = _prefix(tokenizer)
+    texts = [found for source in sources for found in documents.read(source)]
+    prefix = start_of_text(tokenizer)
     streams = [
-        _token_rows(text, tokenizer, prefix, length, random.Random(f"{seed} {number}"))
-        for number, (_, text) in enumerate(texts)
+        _token_rows("\n\n".join(found), tokenizer, prefix, length, random.Random(f"{seed} {number}"))
+        for number, found in enumerate(texts)
     ]
     found: list[list[int]] = []
     while streams and len(found) < rows:
@@ -51,15 +46,6 @@ def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, 
     return torch.tensor(found)
 
 
-def check_sources(sources: tuple[str, ...]) -> None:
-    """Raises CalibrationError for a file that is not there, a pattern without a match, or a folder. Reads nothing."""
-    for source in sources:
-        for path in _paths(source):
-            if not os.access(path, os.R_OK):
-                reason = "no permission" if path.exists() else "there is no such file"
-                raise CalibrationError(f"calibration file {path} cannot be read: {reason}")
-
-
 def sampled_rows(
     model: Any, tokenizer: Any, rows: int, length: int, seed: int, on_progress: Listener
 ) -> Tensor:
@@ -67,7 +53,7 @@ def sampled_rows(
 
     Text goes on after an end-of-text token. Reproducible for a seed on one machine.
     """
-    prefix = _prefix(tokenizer)
+    prefix = start_of_text(tokenizer)
     generator = torch.Generator().manual_seed(seed)
     ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
     starts = ordinary[torch.randint(len(ordinary), (rows, 1), generator=generator)]
@@ -94,7 +80,7 @@ def _sample(model: Any, ids: Tensor, length: int, generator: torch.Generator) ->
     return ids
 
 
-def _prefix(tokenizer: Any) -> list[int]:
+def start_of_text(tokenizer: Any) -> list[int]:
     """The beginning-of-text ids that the tokenizer puts before any text; often none."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
@@ -116,71 +102,3 @@ def _token_rows(
             body = length - len(prefix)
             yield prefix + pending[:body]
             pending = pending[body:]
-
-
-def _open(source: str) -> list[tuple[str, str]]:
-    """(name, text) of each file that `source` stands for, or of the dataset of that name."""
-    paths = _paths(source)
-    return [(str(path), _read(path)) for path in paths] if paths else [(source, _dataset(source))]
-
-
-def _paths(source: str) -> list[Path]:
-    """The files that `source` stands for; none when it can only be the name of a dataset."""
-    source = os.path.expanduser(source)  # the shell leaves a quoted ~ alone
-    path = Path(source)
-    if glob.has_magic(source) and not path.is_file():
-        paths = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
-        if not paths:
-            raise CalibrationError(f"no calibration file matches '{source}'")
-        return paths
-    if path.is_file() or path.suffix in TEXT_SUFFIXES:
-        return [path]
-    if path.is_dir():
-        raise CalibrationError(
-            f"calibration '{source}' is a folder; name its files, for example '{source}/*.jsonl'"
-        )
-    return []
-
-
-def _read(path: Path) -> str:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise CalibrationError(f"calibration file {path} cannot be read: {reason}") from error
-    if path.suffix != ".jsonl":
-        return content
-    documents = []
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() also breaks inside strings
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-            if not isinstance(text, str):
-                raise TypeError("text is no string")
-            documents.append(text)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(
-                f"calibration file {path}, line {number}: not a JSON object with a 'text' field"
-            ) from error
-    return "\n\n".join(documents)
-
-
-def _dataset(name: str) -> str:
-    """The text of the first documents of a dataset, streamed: `name`, `name:config`; its train split."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise CalibrationError(
-            f"calibration '{name}' is no file; to read a dataset of that name: pip install 'mhconvert[datasets]'"
-        ) from error
-    identifier, _, config = name.partition(":")
-    try:
-        stream = datasets.load_dataset(identifier, config or None, split="train", streaming=True)
-        documents = [str(row["text"]) for row in stream.take(DATASET_DOCUMENTS)]
-    except Exception as error:  # the datasets library raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise CalibrationError(
-            f"calibration '{name}' is neither a file nor a dataset that can be read: {reason}"
-        ) from error
-    return "\n\n".join(documents)

@@ -11,11 +11,11 @@ import torch
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.estimate import DTYPES
+from mhconvert.convert.load import OpenModel, converted_method, open_model, recorded_donor
 from mhconvert.convert.methods import build_method, register, settings_class
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.eval import speed
 from mhconvert.eval.inspection import cache_elements
-from mhconvert.eval.load import OpenModel, converted_method, open_model, recorded_donor
 from mhconvert.eval.memory import available_memory
 from mhconvert.eval.units import size
 

@@ -12,8 +12,8 @@ import torch
 from transformers import TextStreamer
 
 from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.load import OpenModel
 from mhconvert.convert.verify_child import cache_storage
-from mhconvert.eval.load import OpenModel
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from mhconvert.convert import estimate, families, refusals
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
+from mhconvert.convert.load import converted_method, read_config
 from mhconvert.convert.methods import ADAPTERS, METHODS, build_method
 from mhconvert.convert.recipe import Recipe
-from mhconvert.eval.load import converted_method, read_config
 
 CONTEXTS = (8_192, 32_768, 131_072)
 

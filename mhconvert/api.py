@@ -175,7 +175,8 @@ def evaluate(
     Returns perplexity {donor, converted}, kl, top1_agreement, tokens (predictions), kv_elements_per_token (measured
     on cache objects), seconds, and the inputs.
     """
-    from mhconvert.eval import cost, fidelity, load
+    from mhconvert.convert import load
+    from mhconvert.eval import cost, fidelity
 
     tell = on_progress or ignore
     against = against or load.recorded_donor(checkpoint)
@@ -226,7 +227,8 @@ def generate(
     Returns prompt, text, prompt_tokens, new_tokens, kv_bytes_per_token (measured on the cache, in
     `dtype`), seconds.
     """
-    from mhconvert.eval import generation, load
+    from mhconvert.convert import load
+    from mhconvert.eval import generation
 
     opened = load.open_model(checkpoint, device=device, trust_remote_code=trust_remote_code)
     options = generation.Options(max_new_tokens, chat, temperature, seed)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mhconvert
 from mhconvert.convert import checkpoint, pipeline, steps, workspace
-from mhconvert.convert.errors import CalibrationError, CheckpointError, MhconvertError, OutputError
+from mhconvert.convert.errors import CheckpointError, MhconvertError, OutputError, TextError
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.progress import Progress
 from mhconvert.convert.recipe import Calibration, Recipe, load_recipe
@@ -235,7 +235,7 @@ def test_a_layer_without_output_stays_without(text: Path, tmp_path: Path) -> Non
 
 def test_missing_text_is_seen_before_the_weights(donor: Path, tmp_path: Path) -> None:
     absent = str(tmp_path / "absent.txt")
-    with pytest.raises(CalibrationError, match=r"absent\.txt cannot be read: there is no such file"):
+    with pytest.raises(TextError, match=r"absent\.txt cannot be read: there is no such file"):
         pipeline.plan(Recipe(str(donor), "mla", calibration=Calibration((absent,))))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhconvert.convert.errors import CalibrationError
+from mhconvert.convert.errors import CalibrationError, TextError
 from mhconvert.convert.progress import Progress, ignore
 from mhconvert.convert.text import CHARACTERS_A_TOKEN, sampled_rows, text_rows
 from tests.convert.mla.conversions import donor_model
@@ -113,7 +113,7 @@ def test_a_line_of_jsonl_ends_at_a_newline_only(tmp_path: Path, separator: str) 
 @pytest.mark.parametrize("line", ["not json", '["text"]', '"text"', '{"body": "x"}', '{"text": null}', "7"])
 def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str) -> None:
     source = jsonl(tmp_path / "a.jsonl", '{"text": "x"}', "", line)
-    with pytest.raises(CalibrationError, match=r"a\.jsonl, line 3: not a JSON object with a 'text' field"):
+    with pytest.raises(TextError, match=r"a\.jsonl, line 3: not a JSON object with a 'text' field"):
         drawn(source)
 
 
@@ -130,7 +130,7 @@ def test_globs(tmp_path: Path) -> None:
     rows = drawn(str(tmp_path / "**" / "*.txt"), rows=6)
     assert Counter((rows[:, 0] // 0x1000).tolist()) == {1: 3, 2: 3}
     assert Counter((drawn(str(tmp_path / "deep" / "[a-z].txt"))[:, 0] // 0x1000).tolist()) == {1: 4}
-    with pytest.raises(CalibrationError, match=r"no calibration file matches '.*\*\.jsonl'"):
+    with pytest.raises(TextError, match=r"no text file matches '.*\*\.jsonl'"):
         drawn(str(tmp_path / "*.jsonl"))
 
 
@@ -139,12 +139,12 @@ def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"absent\.txt cannot be read: No such file or directory"):
+    with pytest.raises(TextError, match=r"absent\.txt cannot be read: No such file or directory"):
         drawn(str(tmp_path / "absent.txt"))
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 100)
-    with pytest.raises(CalibrationError, match=r"latin\.txt cannot be read: it is not UTF-8 text"):
+    with pytest.raises(TextError, match=r"latin\.txt cannot be read: it is not UTF-8 text"):
         drawn(str(tmp_path / "latin.txt"))
-    with pytest.raises(CalibrationError, match=r"is a folder; name its files, for example '.*/\*\.jsonl'"):
+    with pytest.raises(TextError, match=r"is a folder; name its files, for example '.*/\*\.jsonl'"):
         drawn(str(tmp_path))
 
 
@@ -164,12 +164,10 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert drawn("org/texts:small").shape == (4, LENGTH)
     assert asked == [("org/texts", "small", {"split": "train", "streaming": True})]
-    with pytest.raises(
-        CalibrationError, match="'org/broken' is neither a file nor a dataset.*no such repository"
-    ):
+    with pytest.raises(TextError, match="'org/broken' is neither a file nor a dataset.*no such repository"):
         drawn("org/broken")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CalibrationError, match=r"pip install 'mhconvert\[datasets\]'"):
+    with pytest.raises(TextError, match=r"pip install 'mhconvert\[datasets\]'"):
         drawn("org/texts")
 
 

@@ -11,8 +11,8 @@ import torch
 
 from mhconvert import api
 from mhconvert.convert.errors import BudgetError, MhconvertError
+from mhconvert.convert.load import OpenModel
 from mhconvert.eval import bench, memory
-from mhconvert.eval.load import OpenModel
 from tests.convert.mla.conversions import converted, donor_model
 from tests.donors import make_config, make_donor
 
