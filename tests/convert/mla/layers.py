@@ -52,11 +52,10 @@ def nope_forms(latent: LatentWeights) -> Tensor:
 
 def rope_forms(latent: LatentWeights) -> Tensor:
     """(H, R, D, D) complex: the score of one rotary component at distance Δ is Re x_qᵀ form exp(−iθΔ) x_k."""
-    rank, count = latent.kv_b_proj.shape[1], len(latent.frequencies)
-    keys = latent.kv_a_proj_with_mqa[rank:]
+    keys = latent.kv_a_proj_with_mqa[latent.kv_b_proj.shape[1] :]
     queries = latent.q_proj.view(HEADS, -1, HIDDEN)[:, WIDTH:]
-    q = torch.complex(queries[:, :count], queries[:, count:])
-    k = torch.complex(keys[:count], keys[count:])
+    q = torch.complex(queries[:, ::2], queries[:, 1::2])
+    k = torch.complex(keys[::2], keys[1::2])
     return q.conj().unsqueeze(-1) * k.unsqueeze(-2)
 
 

@@ -257,3 +257,21 @@ def test_values_read_from_the_rotary_key_lose_less(kv_heads: int, seed: int) -> 
         assert latent.kv_a_proj_with_mqa.shape[0] == 4 + 6
         assert latent.kv_b_proj.shape[1] == 4 + 6 * together
     assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("told", [False, True])
+@quick
+@given(groups=kv_heads, seed=seeds)
+def test_what_is_cached_is_as_large_as_what_reads_it(told: bool, groups: int, seed: int) -> None:
+    """Within the factor 2 that powers of two leave, and whatever the loudness of the text."""
+    weights, statistics = random_weights(groups, seed), random_statistics(seed)
+    latent = surgery(weights, statistics, 3, 2 * groups, rope_in_latent=told)
+    rank = len(latent.kv_a_proj_with_mqa) - 6
+    written = latent.kv_a_proj_with_mqa.square().mean(1)
+    read = written.new_zeros(len(written))
+    read[: latent.kv_b_proj.shape[1]] = latent.kv_b_proj.square().mean(0)
+    read[rank:] += latent.q_proj.view(HEADS, -1, HIDDEN)[:, WIDTH:].square().mean((0, 2))
+    pairs = (sizes[rank:].view(-1, 2).mean(1) for sizes in (written, read))
+    ratios = torch.cat((written[:rank] / read[:rank], next(pairs) / next(pairs))).sqrt()
+    assert ratios.max() <= 2**1.001
+    assert ratios.min() >= 2**-1.001
