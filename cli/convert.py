@@ -9,9 +9,10 @@ from mhconvert.cli import options as o
 from mhconvert.cli.output import Flags, calm_transformers, execute
 from mhconvert.cli.progress import progress
 from mhconvert.cli.recipe import method_options, recipe_of
+from mhconvert.convert.heal_settings import HealSettings, token_count
 from mhconvert.convert.methods import ADAPTERS
 
-INTERRUPTED = "interrupted; the same command with --resume continues after the last finished layer"
+INTERRUPTED = "interrupted; the same command with --resume continues after what is finished"
 
 
 def command(
@@ -33,6 +34,7 @@ def command(
     calibration: o.Calibration = None,
     calibration_tokens: o.CalibrationTokens = None,
     sequence_length: o.RowLength = None,
+    heal: o.HealFor = None,
     seed: o.Seed = 0,
     dtype: o.Dtype = None,
     device: o.Device = None,
@@ -61,6 +63,7 @@ def command(
             output=str(output) if output is not None else None,
             max_shard_size=max_shard_size,
             verify=not no_verify,
+            heal=_healing(heal, calibration, seed, device),
         )
         if dry_run:
             return api.plan(recipe)
@@ -71,6 +74,14 @@ def command(
         show = adapter.show_plan if dry_run else adapter.shown(quiet, adapter.show_new)
         execute(Flags(json, quiet, debug), work, show)
     execute(Flags(json, quiet, debug), work, show_plan if dry_run else _show(quiet), interrupted=INTERRUPTED)
+
+
+def _healing(tokens: str | None, calibration: list[str] | None, seed: int, device: str | None) -> Any:
+    """The settings of `--heal N`; the other options of healing belong to `mhconvert heal` and to recipes."""
+    if tokens is None:
+        return None
+    data = dict.fromkeys(calibration or ["self"], 1.0)
+    return HealSettings(tokens=token_count(tokens), data=data, seed=seed, device=device)
 
 
 def _show(quiet: bool) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mhconvert.cli import bench, convert, curve, donors, evaluate, export, generate, inspect, merge
+from mhconvert.cli import bench, convert, curve, donors, evaluate, export, generate, heal, inspect, merge
 from mhconvert.version import __version__
 
 HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
@@ -23,6 +23,7 @@ HELP = """Rewrite the attention of a pretrained language model so that its KV ca
   mhconvert curve smollm2-135m --to mla -o curve.svg
                                              quality against KV budget, several at once
   mhconvert ./my-model --to mla --dry-run    the plan and its costs
+  mhconvert heal ./my-model-mla --tokens 20M train it to predict as its donor does
   mhconvert llama3.2-1b --to hydra           an adapter for it that peft trains
   mhconvert merge ./adapter -o OUT           an adapter and its base as a plain checkpoint
 
@@ -43,6 +44,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert.command,
     "curve": curve.command,
+    "heal": heal.command,
     "inspect": inspect.command,
     "eval": evaluate.command,
     "generate": generate.command,

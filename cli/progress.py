@@ -18,13 +18,17 @@ NAMES = {
     "search": "looking for the budget",
     "survey": "what each layer needs",
     "layers": "layers",
+    "text": "reading text",
+    "measure": "measuring on held-out rows",
+    "blocks": "layers one by one",
+    "heal": "healing, tokens",
     "merge": "merging",
     "export": "exporting",
     "verify": "checking in a bare process",
     "rows": "rows",
     "speed": "decode steps",
 }
-EACH = ("layers",)  # stages of which every step has a line of its own; others one a tenth
+EACH = ("layers", "blocks")  # stages of which every step has a line of its own; others one a tenth
 
 
 @contextmanager

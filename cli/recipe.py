@@ -22,6 +22,7 @@ OF_THE_PASS: dict[str, Any] = {  # what an adapter has no use for, and its value
     "device": None,
     "max_shard_size": "5GB",
     "no_verify": False,
+    "heal": None,
     "resume": False,
 }
 SAME = ("effort", "fit_steps", "seed", "dtype", "device", "trust_remote_code")  # named alike in the recipe

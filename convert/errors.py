@@ -35,3 +35,7 @@ class TextError(MhconvertError):
 
 class AdapterError(MhconvertError, ValueError):
     """An adapter that cannot be made, loaded or merged. A ValueError too, as peft's own faults are."""
+
+
+class HealError(MhconvertError):
+    """A healing run that cannot begin, or that came to a bad end: settings, text, memory, divergence."""

@@ -22,6 +22,7 @@ from mhconvert.convert.sources import require_finite
 
 if TYPE_CHECKING:
     from mhconvert.convert.adapter.folder import AdapterFolder
+    from mhconvert.convert.recipe import Recipe
 
 PROVENANCE = "mhconvert.json"
 
@@ -47,10 +48,13 @@ class OpenModel:
             return self.donor.tokenizer()
         return load_tokenizer(Path(self.reference), self.trust_remote_code)
 
-    def model(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The whole model on the device. Raises CheckpointError for weights that are missing, damaged or not finite."""
+    def model(self, dtype: torch.dtype = torch.float32, *, trainable: bool = False) -> Any:
+        """The whole model on the device; `trainable`: an adapter's matrices require gradients.
+
+        Raises CheckpointError for weights that are missing, damaged or not finite.
+        """
         if self.donor is not None:
-            return self._with_adapter(self.donor.model(torch.device(self.device), dtype)).eval()
+            return self._with_adapter(self.donor.model(torch.device(self.device), dtype), trainable).eval()
         from transformers import AutoModelForCausalLM
 
         try:
@@ -70,14 +74,15 @@ class OpenModel:
             require_finite(weight.detach(), name, Path(self.reference))
         return model.to(self.device).eval()
 
-    def _with_adapter(self, base: Any) -> Any:
+    def _with_adapter(self, base: Any, trainable: bool) -> Any:
         """`base` with the adapter on it as peft loads it, not merged; `base` itself where there is none."""
         if self.adapter is None or self.donor is None:
             return base
         from peft import PeftModel
 
         self.adapter.require_fit(self.donor)
-        return PeftModel.from_pretrained(base, str(self.adapter.folder), torch_device=self.device)
+        folder = str(self.adapter.folder)
+        return PeftModel.from_pretrained(base, folder, torch_device=self.device, is_trainable=trainable)
 
     def require_length(self, tokens: int) -> None:
         """Raises MhconvertError when `tokens` are more than the model was made for."""
@@ -125,6 +130,17 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
         return OpenModel(reference, donor.config, place, donor, trust_remote_code, adapter)
     donor = open_donor(reference, trust_remote_code=trust_remote_code)
     return OpenModel(reference, donor.config, place, donor, trust_remote_code)
+
+
+def written(recipe: Recipe) -> str | None:
+    """The folder that the conversion `recipe` has written, if it has."""
+    folder = recipe.output_folder(open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code).name)
+    try:
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    made = isinstance(record, dict) and record.get("recipe") == json.loads(json.dumps(recipe.to_dict()))
+    return str(folder) if made else None
 
 
 def recorded_donor(checkpoint: str) -> str:

@@ -10,7 +10,8 @@ class Progress:
 
     Stages in order: "donor", "calibrate" (unit: tokens), "search" (of a tolerance's budget), "survey" (of the layers'
     needs) and "layers" (unit: decoder layers), "verify", "done"; or, with an adapter, "donor", "merge" (unit: tensors)
-    or "export" (unit: modules), "done".
+    or "export" (unit: modules), "done"; or, healing, "donor", "text", "measure", "blocks" (unit: layers), "heal" (unit:
+    tokens), "measure", "verify", "done".
     `error` is the relative squared error of the layer just finished, where there is one.
     """
 

@@ -11,6 +11,7 @@ import yaml
 
 from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.fields import changed_fields
+from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.methods import ADAPTERS, METHOD_NAMES, settings_class
 from mhconvert.convert.tolerance import parse
 
@@ -24,6 +25,7 @@ OF_THE_PASS = (
     "device",
     "max_shard_size",
     "verify",
+    "heal",
 )  # no adapter has a use for these
 
 
@@ -50,7 +52,8 @@ class Recipe:
     dtype: of the written weights (None: the donor's). device: torch device (None: CUDA if present).
     max_shard_size: bytes, or text such as "5GB". fit_steps: None: by effort; 0: closed form only.
     tolerance: "kl=0.05" (nats a token) or "ppl=1.05" (times the donor's perplexity) on the held-out rows: the
-    smallest KV budget that meets it is searched, instead of a budget in the settings.
+    smallest KV budget that meets it is searched, instead of a budget in the settings. heal: train the result to predict
+    as the donor does.
     """
 
     model: str
@@ -67,6 +70,7 @@ class Recipe:
     max_shard_size: str = "5GB"
     verify: bool = True
     trust_remote_code: bool = False
+    heal: HealSettings | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHOD_NAMES:
@@ -125,6 +129,8 @@ class Recipe:
             sources = part.get("sources", ("self",))
             part["sources"] = (sources,) if isinstance(sources, str) else tuple(sources)
             values["calibration"] = _build(Calibration, part, "calibration")
+        if values.get("heal") is not None:
+            values["heal"] = _build(HealSettings, dict(values["heal"]), "heal")
         return _build(Recipe, values, "recipe")
 
 

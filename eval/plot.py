@@ -83,6 +83,40 @@ def draw(result: dict[str, Any]) -> Any:
     return figure
 
 
+HEALING = "healing.svg"
+
+
+def write_healing(folder: Path) -> str | None:
+    """Draw `metrics.jsonl` of a healed checkpoint beside it; the picture's name, or None without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    import matplotlib
+
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw_healing([json.loads(line) for line in lines]).savefig(folder / HEALING)
+    return HEALING
+
+
+def draw_healing(entries: Sequence[dict[str, Any]]) -> Any:
+    """A matplotlib figure: each step's loss, and KL on the held-out rows, against the tokens trained on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [entry for entry in entries if "loss" in entry]
+    tokens = {entry["step"]: entry["tokens"] for entry in steps} | {0: 0}
+    held = [(tokens[e["step"]], e["held_out_kl"]) for e in entries if "held_out_kl" in e]
+    axes.plot(
+        [e["tokens"] for e in steps], [e["loss"] for e in steps], color=GREY, linewidth=0.9, label="loss"
+    )
+    axes.plot(*zip(*held, strict=True), color=BLUE, linewidth=1.6, marker="o", label="KL on held-out rows")
+    axes.set(yscale="log", xlabel="tokens", ylabel="nats a token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
 def _panel(axes: Any, points: list[dict[str, Any]], key: str, label: str, ticks: tuple[float, ...]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mhconvert.convert.checkpoint import is_adapter
 from mhconvert.eval.units import count, duration, number, share, size
 
 REPORT = "report.json"
@@ -14,9 +15,11 @@ CARD = "README.md"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write `report.json` and the model card (README.md) into `folder`."""
+    """Write `report.json` and the model card (README.md) into `folder`; an adapter has its card already."""
     text = json.dumps(json_safe(report), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    if is_adapter(folder):
+        return
     (folder / CARD).write_text(model_card(report, licence_file(folder)), encoding="utf-8")
 
 
@@ -71,6 +74,32 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return table
 
 
+def healing_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table of a healed checkpoint: a line of titles, then what was measured before and after."""
+    before, perplexity = report["before"], report["perplexity"]
+    donor = perplexity["donor"]
+    table: list[tuple[str, ...]] = [("", "donor", "converted", "healed", "")]
+    pair = (before["perplexity"]["converted"], perplexity["converted"])
+    times = " → ".join(f"× {value / donor:.3f}" for value in pair) if donor else ""
+    table.append(("perplexity", number(donor), *map(number, pair), times))
+    table.append(("KL from the donor", "0", number(before["kl"]), number(report["kl"]), "nats a token"))
+    table.append(
+        ("top-1 agreement", "100 %", share(before["top1_agreement"]), share(report["top1_agreement"]), "")
+    )
+    return table
+
+
+def healing_line(report: dict[str, Any]) -> str:
+    """How the healing went, in a sentence."""
+    healing = report["healing"]
+    speed = healing.get("tokens_per_second")
+    return (
+        f"{healing['trained_tokens']:,} tokens in {healing['steps']:,} steps, {duration(healing['seconds'])} in all"
+        + (f", {speed:,.0f} tokens/s in training" if speed else "")
+        + f"; teacher {healing['teacher']}"
+    )
+
+
 def curve_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table of a curve: a line of titles, then one for each budget from the largest down."""
     titles = ("KV budget", "KV cache a token", "perplexity", "", "KL", "top-1", "layer error", "time")
@@ -98,10 +127,14 @@ def show(report: dict[str, Any], console: Any) -> None:
 
     method = str(report.get("method", "")).upper()
     console.out(f"{report.get('donor_name') or report.get('donor', '')} → {method}", highlight=False)
-    table = Table("", Column("donor", justify="right"), Column("converted", justify="right"), "")
-    for row in rows(report):
+    healed = bool(report.get("healing"))
+    titles, *found = healing_rows(report) if healed else [("", "donor", "converted", ""), *rows(report)]
+    table = Table(*(Column(title, justify="right" if title else "left") for title in titles))
+    for row in found:
         table.add_row(*row)
     console.print(table)
+    if healed:
+        console.print(escape(healing_line(report)), highlight=False)
     sample = report.get("sample") or {}
     if sample:
         console.print(f"[bold]{escape(sample['prompt'])}[/bold]{escape(sample.get('converted') or '')}")
@@ -142,7 +175,27 @@ def model_card(report: dict[str, Any], licence: str | None = None) -> str:
         " The tokenizer and the chat template are the base model's, unchanged.",
         "",
     ]
-    return "\n".join(head + about + _measured(report) + _usage(name) + _origin(report, licence))
+    facts = _healed(report) if report.get("healing") else _measured(report)
+    return "\n".join(head + about + facts + _usage(name) + _origin(report, licence))
+
+
+def _healed(report: dict[str, Any]) -> list[str]:
+    titles, *found = healing_rows(report)
+    lines = ["## Measured", "", "| " + " | ".join(titles) + " |", "|---|---:|---:|---:|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in found]
+    cache = next((row for row in rows(report) if row[0] == "KV cache a token"), None)
+    lines += ["", f"The KV cache holds {cache[2]} a token, {cache[3]}."] if cache else []
+    healing = report["healing"]
+    lines += [
+        "",
+        f"Healed by distillation: {healing_line(report)}. Text: {', '.join(healing['settings']['data'])}.",
+    ]
+    lines += [
+        f"Measured on {healing['held_out_tokens']:,} tokens of the same text that were never trained on."
+    ]
+    if healing.get("plot"):
+        lines += ["", f"![loss and KL against tokens]({healing['plot']})"]
+    return [*lines, ""]
 
 
 def _measured(report: dict[str, Any]) -> list[str]:

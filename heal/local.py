@@ -6,7 +6,7 @@ No backward pass through the model, no labels; each layer on its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,9 @@ def fit(
     steps: int,
     rows: int,
     seed: int,
+    trained: Sequence[nn.Parameter] | None = None,
 ) -> None:
-    """Train every parameter of `attention` in place so that attention(inputs) ≈ targets.
+    """Train parameters of `attention` in place, all or the `trained` ones, so that attention(inputs) ≈ targets.
 
     inputs, targets (N, L, D) on any device; position_embeddings (cos, sin) (1, L, head_dim) on the module's.
     `steps` Adam steps of `rows` rows each, drawn without replacement until all have been seen; the loss is the
@@ -45,11 +46,15 @@ def fit(
     before = _error(attention, inputs[judge], targets[judge], position_embeddings)
     if before < EXACT or not steps:
         return
-    original = {name: tensor.clone() for name, tensor in attention.state_dict().items()}
+    parameters = [p for p in (attention.parameters() if trained is None else trained) if p.numel()]
+    original = [parameter.detach().clone() for parameter in parameters]
     seen = len(inputs) - unseen
-    _train(attention, inputs[:seen], targets[:seen], position_embeddings, steps=steps, rows=rows, seed=seed)
+    options = {"steps": steps, "rows": rows, "seed": seed}
+    _train(attention, inputs[:seen], targets[:seen], position_embeddings, parameters, **options)
     if not _error(attention, inputs[judge], targets[judge], position_embeddings) < before:
-        attention.load_state_dict(original)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, original, strict=True):
+                parameter.copy_(value)
 
 
 @torch.no_grad()
@@ -65,16 +70,16 @@ def _train(
     inputs: Tensor,
     targets: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
+    parameters: list[nn.Parameter],
     *,
     steps: int,
     rows: int,
     seed: int,
 ) -> None:
-    parameters = [p for p in attention.parameters() if p.numel()]
     space = linear_coordinates(attention, inputs, position_embeddings)
     enter = next((c.root for c in space.values() if c.of_input), None)
     variables = [_variable(p, space.get(p)) for p in parameters]
-    groups = [{"params": [v], "lr": LEARNING_RATE * _scale(v)} for v in variables]
+    groups = [{"params": [v], "lr": LEARNING_RATE * tensor_scale(v)} for v in variables]
     optimiser = torch.optim.Adam(groups, betas=BETAS)
     peaks = [group["lr"] for group in optimiser.param_groups]
     device = position_embeddings[0].device
@@ -131,7 +136,7 @@ def _step(
         parameter.grad = None
 
 
-def _scale(parameter: Tensor) -> float:
+def tensor_scale(parameter: Tensor) -> float:
     """RMS of a tensor, with a floor for one that starts at zero."""
     return max(parameter.detach().square().mean().sqrt().item(), 1e-4)
 

@@ -1,9 +1,9 @@
 """Rewrite the attention of pretrained language models.
 
-`mhconvert.convert(recipe)`, `mhconvert.plan(recipe)`, `mhconvert.curve(recipe, budgets)`, `mhconvert.evaluate(...)`,
-`mhconvert.merge(...)`, `mhconvert.export(...)`, `mhconvert.inspect(...)`, `mhconvert.generate(...)` and
-`mhconvert.bench(...)` are what the command line calls. Nothing heavy is imported until one of them is used; importing
-`HydraConfig` makes peft know that method.
+`mhconvert.convert(recipe)`, `mhconvert.plan(recipe)`, `mhconvert.curve(recipe, budgets)`, `mhconvert.heal(...)`,
+`mhconvert.evaluate(...)`, `mhconvert.merge(...)`, `mhconvert.export(...)`, `mhconvert.inspect(...)`,
+`mhconvert.generate(...)` and `mhconvert.bench(...)` are what the command line calls. Nothing heavy is imported until
+one of them is used; importing `HydraConfig` makes peft know that method.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ _PUBLIC = {
     "convert": ("mhconvert.convert", None),
     "plan": ("mhconvert.api", "plan"),
     "curve": ("mhconvert.api", "curve"),
+    "heal": ("mhconvert.heal", None),
     "merge": ("mhconvert.api", "merge"),
     "export": ("mhconvert.api", "export"),
     "evaluate": ("mhconvert.api", "evaluate"),
@@ -24,6 +25,7 @@ _PUBLIC = {
     "generate": ("mhconvert.api", "generate"),
     "bench": ("mhconvert.api", "bench"),
     "Recipe": ("mhconvert.convert.recipe", "Recipe"),
+    "HealSettings": ("mhconvert.convert.heal_settings", "HealSettings"),
     "Calibration": ("mhconvert.convert.recipe", "Calibration"),
     "HydraConfig": ("mhconvert.convert.hydra", "HydraConfig"),
     "load_recipe": ("mhconvert.convert.recipe", "load_recipe"),

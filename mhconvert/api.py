@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.methods import ADAPTERS
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
@@ -23,7 +25,8 @@ def convert(
     resume: continue an interrupted run of the same recipe in `OUT.partial`. force: replace an existing output folder.
     The donor is only read. Raises MhconvertError; an output folder that exists afterwards is whole.
     For method hydra it is an adapter folder, untrained: the donor's shape is all that is needed for it, and the report
-    has modules (their names) and parameters {base, trainable, share}.
+    has modules (their names) and parameters {base, trainable, share}. With `recipe.heal` the report is that of `heal`,
+    and the folder holds the converted checkpoint until the healed one takes its place.
     """
     if recipe.method in ADAPTERS:
         from mhconvert.convert.adapter import create
@@ -31,11 +34,25 @@ def convert(
         if resume:
             raise MhconvertError(f"{recipe.method} writes an adapter at once; there is nothing to resume")
         return create.run(recipe, force=force, on_progress=on_progress)
-    from mhconvert.convert import pipeline
+    from mhconvert.convert import load, pipeline
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.report import write_report
     from mhconvert.heal import local
 
+    if recipe.heal is not None:
+        plain = dataclasses.replace(recipe, heal=None)
+        output = load.written(plain) if resume else None  # the conversion is done, its healing was cut short
+        output = output or convert(plain, resume=resume, force=force, on_progress=on_progress)["output"]
+        return heal(
+            output,
+            recipe.heal,
+            output=output,
+            resume=resume,
+            force=True,
+            verify=recipe.verify,
+            trust_remote_code=recipe.trust_remote_code,
+            on_progress=on_progress,
+        )
     return pipeline.run(
         recipe,
         fit=local.fit,
@@ -97,6 +114,41 @@ def curve(
         on_progress=on_progress,
     )
     return result | {"measured_on": str(text) if text else "held-out calibration text"}
+
+
+def heal(
+    checkpoint: str,
+    settings: HealSettings,
+    *,
+    output: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    verify: bool = True,
+    tensorboard: Path | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Train a converted checkpoint to predict as its donor does; returns the report (also `report.json` in the folder).
+
+    output: None: ./<checkpoint>-healed. resume: continue an interrupted run of the same settings in `OUT.partial`.
+    verify: reload the result in a bare process. tensorboard: a folder for a TensorBoard log.
+    The report has perplexity {donor, converted}, kl and top1_agreement on the held-out rows after healing, `before`
+    with the same before it, and `healing`: settings, teacher, steps, trained_tokens, tokens_per_second, seconds and
+    more. `metrics.jsonl` in the folder has every step. Raises MhconvertError; an output folder that exists is whole.
+    """
+    from mhconvert.eval import plot
+    from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.report import write_report
+    from mhconvert.heal import run
+
+    def finish(folder: Path, report: dict[str, Any]) -> None:
+        if settings.tokens:
+            report["healing"]["plot"] = plot.write_healing(folder)
+        write_report(folder, report)
+
+    place = Path(output) if output else Path(f"{Path(checkpoint).resolve().name}-healed")
+    asked = run.Run(checkpoint, settings, place, resume, force, verify, tensorboard, trust_remote_code)
+    return run.run(asked, measure=Fidelity, finish=finish, on_progress=on_progress)
 
 
 def merge(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mhconvert.convert.errors import BudgetError, MhconvertError
+from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.recipe import Calibration, Recipe, load_recipe, save_recipe
 
@@ -29,6 +30,9 @@ EVERYTHING = Recipe(
     max_shard_size="500MB",
     verify=False,
     trust_remote_code=True,
+    heal=HealSettings(
+        tokens="20M", data={"a.txt": 2.0, "self": 1.0}, loss={"kl": 1.0, "ce": 0.1}, train="lora"
+    ),
 )
 
 
@@ -66,6 +70,8 @@ def test_defaults() -> None:
         ({"effort": "some"}, "effort 'some' is not one of quick, default, high"),
         ({"seed": -1}, "seed=-1 is not between 0 and 4294967295"),
         ({"seed": 2**64}, "is not between 0 and 4294967295"),
+        ({"heal": {"token": 5}}, "heal has no key 'token'; it has batch_tokens, clip,"),
+        ({"heal": {"tokens": "lots"}}, "tokens 'lots' is not a number of tokens such as 200k or 20M"),
         ({"fit_steps": -1}, "fit_steps=-1 is negative; 0 means the closed form alone"),
     ],
 )

@@ -1,0 +1,160 @@
+"""What a user may choose about healing: a part of a recipe, and the options of `mhconvert heal`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mhconvert.convert.errors import HealError
+
+Trained = Literal["attention", "all", "lora", "hydra"]
+Schedule = Literal["cosine", "wsd", "constant"]
+TRAINED = ("attention", "all", "lora", "hydra")
+SCHEDULES = ("cosine", "wsd", "constant")
+TERMS = ("kl", "ce", "hidden")
+FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+MAY_CHANGE = (
+    "lr",
+    "micro_batch",
+    "save_tokens",
+    "device",
+    "gradient_checkpointing",
+)  # between a run and its resume
+
+
+@dataclass(frozen=True)
+class HealSettings:
+    """One healing run. Numbers of tokens count every token of a packed row.
+
+    tokens: end-to-end training, of which the last `lm_tokens` see the text alone (cross-entropy) and the others the
+    teacher. layer_tokens: before that, each layer on its own, against what the teacher's layer gives.
+    data: sources (files, globs, dataset names, or "self": sampled from the teacher) and their shares of the tokens.
+    teacher: a donor reference; None: the donor that the checkpoint was made from. loss: weight of kl (teacher ‖
+    student, nats a token), ce (the text's next token) and hidden (relative squared error of hidden states).
+    train: the tensors that change; rank: of lora and hydra, whose adapter is merged at the end. lr: peak; None: by
+    what trains. warmup: share of the steps. sequence_length: tokens a row; None: 1024, or what the model reads.
+    batch_tokens: a step; None: by tokens. micro_batch: rows of one process that are in memory together.
+    held_out: rows never trained on. epochs: how often text may be repeated. eval_tokens, save_tokens: between two
+    measurements on the held-out rows, and two durable checkpoints; None: a tenth of the run.
+    """
+
+    tokens: int = 0
+    layer_tokens: int = 0
+    lm_tokens: int = 0
+    data: dict[str, float] = field(default_factory=lambda: {"self": 1.0})
+    teacher: str | None = None
+    loss: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
+    train: Trained = "attention"
+    rank: int = 16
+    lr: float | None = None
+    schedule: Schedule = "cosine"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    sequence_length: int | None = None
+    batch_tokens: int | None = None
+    micro_batch: int | None = None
+    gradient_checkpointing: bool = False
+    held_out: int = 4
+    epochs: int = 1
+    eval_tokens: int | None = None
+    save_tokens: int | None = None
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "layer_tokens", "lm_tokens", "eval_tokens", "save_tokens", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, token_count(value, name))
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", {self.data: 1.0})
+        elif not isinstance(self.data, dict):
+            object.__setattr__(self, "data", dict.fromkeys(self.data, 1.0))
+        if isinstance(self.loss, str):
+            object.__setattr__(self, "loss", loss_terms(self.loss))
+        self._check_choices()
+        self._check_numbers()
+
+    def _check_choices(self) -> None:
+        if not self.tokens and not self.layer_tokens:
+            raise HealError("there is nothing to do; say how many tokens to heal on, for example 20M")
+        if self.lm_tokens > self.tokens:
+            raise HealError(f"lm_tokens={self.lm_tokens} are a part of tokens={self.tokens}; choose fewer")
+        if not self.data:
+            raise HealError("healing needs text; name files, a dataset, or self")
+        for name, known in (("train", TRAINED), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise HealError(f"{name} '{getattr(self, name)}' is not one of {', '.join(known)}")
+        for term in self.loss:
+            if term not in TERMS:
+                raise HealError(f"loss has no term '{term}'; it has {', '.join(TERMS)}")
+        for place, shares in (("loss", self.loss), ("data", self.data)):
+            for name, share in shares.items():
+                if not isinstance(share, (int, float)) or not 0 <= share < math.inf:
+                    raise HealError(f"{place} {name}={share} is not a weight; use a number from 0")
+            if not sum(shares.values()) > 0:
+                raise HealError(f"every weight of {place} is 0; one of them has to count")
+
+    def _check_numbers(self) -> None:
+        for name, least in (
+            ("held_out", 1),
+            ("epochs", 1),
+            ("rank", 1),
+            ("micro_batch", 1),
+            ("sequence_length", 8),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise HealError(f"{name}={value} is too small; use at least {least}")
+        if self.lr is not None and not 0 < self.lr < 1:
+            raise HealError(f"lr={self.lr} is not between 0 and 1")
+        if not 0 <= self.warmup < 1:
+            raise HealError(f"warmup={self.warmup} is a share of the steps; use one from 0 and below 1")
+        if not 0 <= self.weight_decay < 1 or not self.clip > 0:
+            raise HealError(
+                f"weight_decay={self.weight_decay} and clip={self.clip}: use one in [0, 1) and one above 0"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise HealError(f"seed={self.seed} is not between 0 and {2**32 - 1}")
+
+    def same_run(self, other: dict[str, Any]) -> str | None:
+        """The first setting that a resumed run may not change and that differs from `other`, as JSON gave it back."""
+        for name, value in vars(self).items():
+            if name not in MAY_CHANGE and other.get(name) != value:
+                return name
+        return None
+
+
+def token_count(value: int | str, name: str = "tokens") -> int:
+    """20_000_000 from 20000000, "20M" or "20e6"; "200k", "1.5B". Raises HealError for what is no number of tokens."""
+    if isinstance(value, bool):
+        raise HealError(f"{name}={value} is not a number of tokens such as 200k or 20M")
+    if isinstance(value, int):
+        count: float = value
+    else:
+        match = re.fullmatch(
+            r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmb]?)\s*", str(value).lower().replace("_", "")
+        )
+        if match is None:
+            raise HealError(f"{name} '{value}' is not a number of tokens such as 200k or 20M")
+        count = float(match[1]) * FACTORS[match[2]]
+    if count < 0 or count != int(count):
+        raise HealError(f"{name}={value} is not a whole number of tokens")
+    return int(count)
+
+
+def loss_terms(text: str) -> dict[str, float]:
+    """{"kl": 1.0, "ce": 0.1} from "kl=1,ce=0.1"; a term without a weight has 1. Raises HealError."""
+    return {name: 1.0 if weight is None else weight for name, weight in map(weighted, text.split(","))}
+
+
+def weighted(text: str) -> tuple[str, float | None]:
+    """("books.txt", 2.0) from "books.txt=2"; None where no weight is given."""
+    name, equals, weight = text.strip().rpartition("=")
+    try:
+        return (name, float(weight)) if equals else (text.strip(), None)
+    except ValueError:
+        return text.strip(), None

@@ -1,0 +1,111 @@
+"""What leaves a healing run: the checkpoint with its new weights, what was measured before and after, its origin."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mhconvert.convert import provenance
+from mhconvert.convert.checkpoint import INDEX, ShardWriter, byte_size, write_json
+from mhconvert.convert.errors import CheckpointError
+from mhconvert.convert.heal_settings import HealSettings
+from mhconvert.convert.numbers import cast
+from mhconvert.convert.sources import SafetensorsSource
+from mhconvert.convert.verify import verify
+from mhconvert.convert.versions import versions
+from mhconvert.heal.data import Rows
+from mhconvert.heal.space import HealSpace
+
+REPORT = "report.json"
+PICTURES = ("metrics.jsonl", "healing.svg")
+MADE_ANEW = (REPORT, "README.md", provenance.PROVENANCE, INDEX, *PICTURES)
+PROBE_ROWS, PROBE_TOKENS = 2, 512  # whose logits a reload is compared with
+MEASURED = ("perplexity", "kl", "top1_agreement")
+
+
+def merged(model: Any) -> Any:
+    """The model itself, with the adapter that was trained on it in its weights."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+@torch.no_grad()
+def round_to(model: Any, source: SafetensorsSource) -> None:
+    """What is measured from here on are the weights as they will be written."""
+    state = model.state_dict()
+    for name in source.names():
+        state[name].copy_(cast(name, state[name], source.dtype(name)))
+
+
+def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's report with what was measured on the held-out rows: now, and before healing."""
+    old = _json(Path(checkpoint) / REPORT)
+    kept = {name: value for name, value in old.items() if name not in ("tolerance", "verified", "seconds")}
+    return (
+        copy.deepcopy(kept)
+        | {"output": str(output), "before": {name: before[name] for name in MEASURED}}
+        | {name: after[name] for name in MEASURED}
+    )
+
+
+def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkpoint: str) -> None:
+    """The checkpoint's files with the model's weights; not report, card and provenance. source: None for an adapter."""
+    folder, state = space.partial, model.state_dict()
+    kept = MADE_ANEW if source is not None else (REPORT, provenance.PROVENANCE, *PICTURES)
+    for file in sorted(path for path in Path(checkpoint).iterdir() if path.is_file()):
+        if file.name not in kept and file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
+    for stale in folder.glob("*.safetensors"):  # of a run that ended here
+        stale.unlink()
+    if source is None:
+        _write_adapter(folder, model)
+        return
+    recipe = _json(Path(checkpoint) / provenance.PROVENANCE).get("recipe") or {}
+    writer = ShardWriter(folder, byte_size(str(recipe.get("max_shard_size", "5GB"))), len(source.names()))
+    for name in source.names():
+        writer.add(name, cast(name, state[name], source.dtype(name)))
+    writer.finish()
+
+
+def _write_adapter(folder: Path, model: Any) -> None:
+    """The matrices alone: the config is the one that the adapter came with."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    file = folder / "adapter_model.safetensors"
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def proof(space: HealSpace, model: Any, held_out: Rows) -> dict[str, Any]:
+    """The folder loads in a bare process and predicts as `model`; what was found, and a sample of its text."""
+    ids = held_out.ids[:PROBE_ROWS, :PROBE_TOKENS].long()
+    probe = space.work / "probe.safetensors"
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    provenance.write_probe(probe, ids, logits)
+    found = verify(space.partial, probe, prompt=provenance.PROMPT, threads=torch.get_num_threads())
+    sample = {"prompt": found["sample"]["prompt"], "converted": found["sample"]["text"]}
+    return {"verified": found, "sample": sample}
+
+
+def record(folder: Path, checkpoint: str, settings: HealSettings) -> None:
+    """mhconvert.json: the checkpoint's own, and how it was healed."""
+    facts = _json(Path(checkpoint) / provenance.PROVENANCE)
+    healed = {"checkpoint": checkpoint, "settings": dataclasses.asdict(settings), "versions": versions()}
+    facts["healed"] = [*facts.get("healed", []), healed]
+    facts["sha256"] = provenance.hashes(folder)
+    write_json(folder / provenance.PROVENANCE, facts)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    return found if isinstance(found, dict) else {}

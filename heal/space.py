@@ -1,0 +1,184 @@
+"""OUT.partial of a healing run: rows, durable checkpoints and metrics, so that a run cut short can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mhconvert.convert.checkpoint import check_space, replace_folder, write_json
+from mhconvert.convert.errors import HealError, MhconvertError, OutputError, ReloadKilledError
+from mhconvert.convert.heal_settings import HealSettings
+from mhconvert.convert.partial import WORK, PartialFolder, disk_full
+from mhconvert.heal.data import HealText, Rows
+
+STATE = "heal.json"  # in the work folder: the settings, and the last durable checkpoint
+TEXT = "text.safetensors"  # in it: the packed rows and their order
+METRICS = "metrics.jsonl"  # in OUT: one line a step or measurement
+
+
+class HealSpace:
+    """A run's folder. Use as a context: locked inside, and cleared when the run fails before it has learnt anything.
+
+    Of several processes only the first (`main`) makes, locks and writes it. `step`: the step of the durable checkpoint
+    that a resumed run goes on from; 0: none.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        settings: HealSettings,
+        source: str,
+        *,
+        needed: int,
+        resume: bool,
+        force: bool,
+        main: bool,
+    ):
+        self.output, self._folder = output, PartialFolder(output)
+        self.partial, self.work = self._folder.folder, self._folder.work
+        self._settings, self._source, self._needed = settings, source, needed
+        self._resume, self._force, self._main = resume, force, main
+        self.step = 0
+
+    def __enter__(self) -> HealSpace:
+        if self._main:
+            found = self.partial.exists()
+            if found and not self.work.is_dir():
+                raise OutputError(
+                    f"{self.partial} is not the work of mhconvert; move it away, or choose another -o"
+                )
+            if not found:
+                check_space(self.partial, self._needed)
+            self._folder.make()
+            try:
+                self._begin(found)
+            except BaseException:
+                self._folder.unlock()
+                raise
+        return self
+
+    def _begin(self, found: bool) -> None:
+        state = self.work / STATE
+        if found and not self._resume and not self._force:
+            step = json.loads(state.read_text())["step"] if state.is_file() else 0
+            raise OutputError(
+                f"{self.partial} holds an interrupted run (a checkpoint after step {step}); --resume continues it, "
+                "--force starts over"
+            )
+        if found and not (self._resume and state.is_file()):
+            self._folder.empty()
+            check_space(self.partial, self._needed)
+
+    def load(self) -> None:
+        """Find the durable checkpoint, in every process. Raises HealError where it is of another run."""
+        if not (self.work / STATE).is_file():
+            return
+        state = json.loads((self.work / STATE).read_text())
+        other = self._settings.same_run(state["settings"])
+        if state["source"] != self._source:
+            other = f"checkpoint ({state['source']})"
+        if other is not None:
+            raise HealError(
+                f"{self.partial} was started with another {other}; --resume needs the same command, --force starts over"
+            )
+        self.step = state["step"]
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not self._main:
+            return
+        self._folder.unlock()
+        kept = (self.work / STATE).is_file() and json.loads((self.work / STATE).read_text())["step"] > 0
+        if isinstance(error, (OSError, SafetensorError, RuntimeError)) and disk_full(error):
+            raise OutputError(
+                f"the disk is full; {self.partial} holds what is durable: free some space and run the same command "
+                "with --resume"
+            ) from error
+        if isinstance(error, MhconvertError) and not isinstance(error, ReloadKilledError) and not kept:
+            self._folder.discard()
+
+    def keep_text(self, text: HealText) -> None:
+        """Write the rows; a resumed run, and the other processes, read the same ones."""
+        tensors = {
+            "ids": text.train.ids,
+            "positions": text.train.positions,
+            "held_ids": text.held_out.ids,
+            "held_positions": text.held_out.positions,
+            "order": text.order,
+        }
+        partial = self.work / (TEXT + ".new")
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, partial, {"tokens": json.dumps(text.tokens)}
+        )
+        os.replace(partial, self.work / TEXT)
+
+    @property
+    def has_text(self) -> bool:
+        return (self.work / TEXT).is_file()
+
+    def text(self) -> HealText:
+        """The rows as they were kept."""
+        from safetensors import safe_open
+
+        found = load_file(self.work / TEXT)
+        with safe_open(self.work / TEXT, framework="pt") as file:
+            tokens = json.loads(file.metadata()["tokens"])
+        train = Rows(found["ids"], found["positions"])
+        return HealText(train, Rows(found["held_ids"], found["held_positions"]), found["order"], tokens)
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the durable checkpoint after `step`."""
+        return self.work / f"step-{step:08d}"
+
+    def unfinished(self, step: int) -> Path:
+        """Where that checkpoint is written, until it is whole."""
+        return self.work / f"step-{step:08d}.new"
+
+    def commit(self, step: int) -> None:
+        """The checkpoint in `unfinished(step)` is whole: it is the one to go on from, and older ones may go."""
+        for file in sorted(path for path in self.unfinished(step).rglob("*") if path.is_file()):
+            with open(file, "r+b") as stream:
+                os.fsync(stream.fileno())
+        if self.checkpoint(step).exists():
+            shutil.rmtree(self.checkpoint(step))
+        os.replace(self.unfinished(step), self.checkpoint(step))
+        self._write_state(step)
+        for stale in self.work.glob("step-*"):
+            if stale != self.checkpoint(step):
+                shutil.rmtree(stale)
+        self.step = step
+
+    def start(self) -> None:
+        """Say what this run is, before anything is durable."""
+        if not (self.work / STATE).is_file():
+            self._write_state(0)
+
+    def _write_state(self, step: int) -> None:
+        settings = dataclasses.asdict(self._settings)
+        write_json(self.work / STATE, {"settings": settings, "source": self._source, "step": step})
+
+    def publish(self) -> None:
+        """Give the folder its final name."""
+        (self.work / STATE).unlink()  # first: half a work folder is nothing to resume from
+        shutil.rmtree(self.partial / WORK)
+        replace_folder(self.partial, self.output)
+
+
+def disk_needed(parameters: int, trained: int, written: int, tokens: int) -> int:
+    """Bytes: two durable checkpoints (weights, and Adam's two moments of what trains), the result, the rows."""
+    return 2 * 4 * (parameters + 2 * trained) + written + 2 * 4 * tokens
+
+
+def memory_fault(error: BaseException) -> bool:
+    """Whether a computation failed for want of memory."""
+    said = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ("not enough memory" in said or "out of memory" in said.lower())
+    )

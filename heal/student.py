@@ -1,0 +1,176 @@
+"""The model that heals, and what it learns from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhconvert.convert.donor import final_logits
+from mhconvert.convert.errors import HealError
+from mhconvert.convert.heal_settings import HealSettings
+from mhconvert.heal.data import Rows
+from mhconvert.heal.local import tensor_scale
+from mhconvert.heal.losses import Predictions, hidden_error, summed
+
+# Peak learning rates by what trains; for attention and all of each tensor's RMS.
+LEARNING_RATES = {"attention": 3e-4, "all": 1e-4, "lora": 1e-3, "hydra": 1e-3}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the loss's terms."""
+
+    kl: float = 0.0
+    ce: float = 0.0
+    hidden: float = 0.0
+
+    @property
+    def taught(self) -> bool:
+        """Whether the teacher is needed."""
+        return self.kl > 0 or self.hidden > 0
+
+
+class Student(nn.Module):
+    """A causal language model whose forward pass ends in a loss, so that a wrapper sees all of it in one call."""
+
+    def __init__(self, model: Any, vocab_size: int):
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+        self._no_split_modules = model._no_split_modules  # where accelerate divides it between processes
+
+    def forward(
+        self, rows: Rows, teacher: Teacher | None, weights: Weights, measure: Any = None
+    ) -> dict[str, Tensor]:
+        """Sums over the predictions of `rows` (B, T): loss (differentiable), kl, ce, hidden; and their count.
+
+        measure: adds the predictions, in float32, to this accumulator of fidelity instead.
+        """
+        if measure is not None:
+            with torch.no_grad(), torch.autocast(rows.ids.device.type, enabled=False):
+                self._measure(rows, teacher, measure)
+            return {}
+        taught = teacher if weights.taught else None
+        every_layer = weights.hidden > 0
+        seen = states(self.model, rows, every_layer)
+        theirs = None if taught is None else taught.states(rows, every_layer)
+        found = self._predictions(rows, seen[-1], taught, None if theirs is None else theirs[-1])
+        loss, sums = summed(found, self.model.get_output_embeddings(), weights.kl, weights.ce)
+        error = torch.zeros_like(loss)
+        if every_layer and theirs is not None:
+            predicting = torch.nn.functional.pad(rows.predicted(), (0, 1))
+            between = zip(seen[:-1], theirs[:-1], strict=True)
+            error = torch.stack(
+                [hidden_error(ours, expected, predicting) for ours, expected in between]
+            ).mean()
+            loss = loss + weights.hidden * error
+        count = torch.tensor(float(len(found.targets)), device=loss.device)
+        return {"loss": loss, "kl": sums[0], "ce": sums[1], "hidden": error.detach(), "count": count}
+
+    def _predictions(
+        self, rows: Rows, ours: Tensor, teacher: Teacher | None, theirs: Tensor | None
+    ) -> Predictions:
+        chosen = rows.predicted()
+        return Predictions(
+            student=ours[:, :-1][chosen],
+            teacher=None if theirs is None else theirs[:, :-1][chosen],
+            targets=rows.ids[:, 1:][chosen].long(),
+            student_head=self.logits,
+            teacher_head=_no_teacher if teacher is None else teacher.logits,
+            vocab_size=self.vocab_size,
+        )
+
+    def _measure(self, rows: Rows, teacher: Teacher | None, measure: Any) -> None:
+        theirs = None if teacher is None else teacher.states(rows)[-1]
+        found = self._predictions(rows, states(self.model, rows)[-1], teacher, theirs)
+        for part in found.slices():
+            ours, expected, targets = found.logits(part, found.student[part])
+            measure.add(ours if expected is None else expected, ours, targets)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Normed states (P, D) -> logits (P, V)."""
+        return final_logits(self.model.config, self.model.get_output_embeddings()(hidden))
+
+
+class Teacher:
+    """A model that is only read. It is no module of the student's: nobody trains, wraps or saves it."""
+
+    def __init__(self, model: Any):
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def states(self, rows: Rows, every_layer: bool = False) -> list[Tensor]:
+        return states(self.model, rows, every_layer)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        head = self.model.get_output_embeddings()
+        return final_logits(self.model.config, head(hidden.to(head.weight.dtype)))
+
+
+def states(model: Any, rows: Rows, every_layer: bool = False) -> list[Tensor]:
+    """Hidden states (B, T, D): behind the final norm last; with `every_layer` those behind each layer before it."""
+    whole = not bool(
+        (rows.positions[:, 1:] == 0).any()
+    )  # no text begins inside a row: the plain causal mask will do
+    output = model.get_decoder()(
+        input_ids=rows.ids.long(),
+        position_ids=None if whole else rows.positions.long(),
+        use_cache=False,
+        output_hidden_states=every_layer,
+    )
+    return [*(output.hidden_states[1:-1] if every_layer else ()), output.last_hidden_state]
+
+
+def choose_trained(model: Any, train: str, rank: int) -> Any:
+    """`model`, or an adapter on it, of which exactly the tensors that `train` names require gradients."""
+    model.requires_grad_(train == "all")
+    if train == "attention":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".self_attn." in name)
+    if train in ("lora", "hydra"):
+        model = _with_adapter(model, train, rank)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise HealError(f"the model has no tensor that train={train} would change")
+    return model
+
+
+def parameter_groups(model: nn.Module, settings: HealSettings) -> list[dict[str, Any]]:
+    """One group a tensor, with its peak learning rate. Matrices decay; norms and biases do not.
+
+    A new adapter's matrices are of one size, so one rate does. Tensors that are there already differ by factors of
+    hundreds: a step is a share of the tensor's RMS.
+    """
+    rate = settings.lr or LEARNING_RATES[settings.train]
+    own = settings.train in ("attention", "all")
+    return [
+        {
+            "params": [parameter],
+            "lr": rate * (tensor_scale(parameter) if own else 1.0),
+            "weight_decay": settings.weight_decay if parameter.dim() > 1 else 0.0,
+        }
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _with_adapter(model: Any, kind: str, rank: int) -> Any:
+    """A LoRA of `rank`, or a Hydra of two branches of half of it, on every linear map of the attention."""
+    from peft import LoraConfig, get_peft_model
+
+    from mhconvert.convert.hydra import HydraConfig
+
+    targets = sorted(
+        name
+        for name, module in model.named_modules()
+        if ".self_attn." in name and isinstance(module, nn.Linear)
+    )
+    if kind == "lora":
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    return get_peft_model(model, HydraConfig(target_modules=targets, r_par=rank - rank // 2, r_seq=rank // 2))
+
+
+def _no_teacher(_: Tensor) -> Tensor:
+    raise AssertionError("only asked with a teacher's states")

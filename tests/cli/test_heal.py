@@ -1,0 +1,198 @@
+"""`mhconvert heal` and `--heal`: usage, one JSON object, Ctrl-C and --resume, and a conversion healed in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mhconvert import api
+from mhconvert.convert.calibrate import Rows
+from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.heal_settings import HealSettings
+from mhconvert.convert.mla.settings import MLASettings
+from mhconvert.convert.recipe import Calibration, Recipe, load_recipe, save_recipe
+from mhconvert.heal.metrics import read
+from tests.conftest import Cli, Interrupted, Main
+from tests.donors import TEXT, make_donor
+
+HEALING = ("--sequence-length", 32, "--batch-tokens", 256, "--held-out", 2, "--epochs", 99, "--device", "cpu")
+CONVERSION = ("--to", "mla", "--effort", "quick", "--kv-budget", 0.4, "--calibration-tokens", 512)
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_donor(tmp_path_factory.mktemp("donor") / "donor")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT * 120, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(donor: Path) -> Path:
+    recipe = Recipe(
+        model=str(donor),
+        method="mla",
+        settings=MLASettings(kv_budget=0.4),
+        effort="quick",
+        output=str(donor.parent / "ckpt"),
+        calibration=Calibration(tokens=512, sequence_length=64, held_out=2),
+        verify=False,
+    )
+    api.convert(recipe)
+    return donor.parent / "ckpt"
+
+
+def test_a_checkpoint_is_healed(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = cli("heal", checkpoint, "--tokens", "1k", "--data", text, *HEALING, "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["kl"] < report["before"]["kl"]
+    assert report["healing"]["trained_tokens"] == 1024
+    assert "healing, tokens 1,024/1,024 · loss " in done.stderr
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "| KL from the donor | 0 |" in card
+    assert "healing.svg" in card
+    assert (out / "healing.svg").stat().st_size > 1000
+    shown = cli("inspect", out)
+    assert shown.returncode == 0, shown.stderr
+
+
+def test_ctrl_c_and_resume(
+    interrupted: Interrupted, cli: Cli, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    words = (
+        "heal",
+        checkpoint,
+        "--tokens",
+        "5k",
+        "--save-tokens",
+        512,
+        "--data",
+        text,
+        *HEALING,
+        "--no-verify",
+    )
+    code, said = interrupted("healing, tokens 1,", *words, "-o", tmp_path / "out")
+    assert code == 130
+    assert "interrupted; the same command with --resume continues after the last durable checkpoint" in said
+    done = cli(*words, "-o", tmp_path / "out", "--resume")
+    assert done.returncode == 0, done.stderr
+    steps = [entry["step"] for entry in read(tmp_path / "out" / "metrics.jsonl") if "loss" in entry]
+    assert steps == list(range(1, 21))
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "say how much to heal on"),
+        (("--tokens", "much"), "tokens 'much' is not a number of tokens"),
+        (("--tokens", "1k", "--loss", "mse"), "loss has no term 'mse'"),
+        (("--tokens", "1k", "--lr", "7"), "lr=7.0 is not between 0 and 1"),
+    ],
+)
+def test_usage(words: tuple[str, ...], message: str, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("heal", "ckpt", *words) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_what_is_no_checkpoint(main: Main, donor: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("heal", donor, "--tokens", "1k", "--json") == 1
+    assert "is not a checkpoint that mhconvert wrote" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_a_conversion_heals_its_result_in_place(cli: Cli, donor: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = (donor, *CONVERSION, "--calibration", text, "--sequence-length", 64, "-o", out, "--heal", "4k")
+    done = cli(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["healing"]["trained_tokens"] == 4096
+    assert report["kl"] < report["before"]["kl"]
+    assert json.loads((out / "mhconvert.json").read_text())["healed"]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_recipe_with_healing(
+    donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is YAML and back; a run that ended between its two stages goes on with the second."""
+    recipe = Recipe(
+        model=str(donor),
+        method="mla",
+        settings=MLASettings(kv_budget=0.4),
+        effort="quick",
+        output=str(tmp_path / "out"),
+        calibration=Calibration((str(text),), tokens=512, sequence_length=64, held_out=2),
+        verify=False,
+        heal=HealSettings(
+            tokens=512, data={str(text): 1.0}, sequence_length=32, batch_tokens=256, held_out=2, epochs=99
+        ),
+    )
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+    def broken(*_: object, **__: object) -> Rows:
+        raise MhconvertError("the lights went out")
+
+    with monkeypatch.context() as dark:
+        dark.setattr("mhconvert.heal.data.prepare", broken)
+        with pytest.raises(MhconvertError, match="the lights went out"):
+            api.convert(recipe)
+    converted = (tmp_path / "out" / "model.safetensors").read_bytes()
+    report = api.convert(recipe, resume=True)
+    assert report["healing"]["steps"] == 2
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != converted
+
+
+def test_an_adapter_is_not_healed_by_a_conversion(
+    main: Main, donor: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(donor, "--to", "hydra", "--heal", "1k") == 2
+    assert "--heal does not apply to hydra" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_hydra_adapter_is_trained(cli: Cli, donor: Path, text: Path, tmp_path: Path) -> None:
+    """`--to hydra`, `heal --train hydra`, `merge`: a text is learnt, and the base is as it was."""
+    adapter, trained = tmp_path / "adapter", tmp_path / "trained"
+    assert cli(donor, "--to", "hydra", "--r-par", 2, "--r-seq", 2, "-o", adapter).returncode == 0
+    words = (
+        "--train",
+        "hydra",
+        "--tokens",
+        "4k",
+        "--lr",
+        0.01,
+        "--data",
+        text,
+        *HEALING,
+        "-o",
+        trained,
+        "--json",
+    )
+    refused = cli("heal", adapter, *words)
+    assert refused.returncode == 1
+    assert "has nothing to learn from it: teach it the text with --loss ce" in refused.stderr
+    done = cli("heal", adapter, "--loss", "ce", *words)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    learnt, before = report["perplexity"]["converted"], report["before"]["perplexity"]["converted"]
+    assert before == pytest.approx(report["perplexity"]["donor"], rel=1e-6)
+    assert learnt < 0.7 * before
+    names = {file.name for file in trained.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.jsonl"} <= names
+    assert "model.safetensors" not in names
+    merged = cli("merge", trained, "-o", tmp_path / "merged")
+    assert merged.returncode == 0, merged.stderr
+    judged = cli(
+        "eval", tmp_path / "merged", "--against", donor, "--text", text, "--sequence-length", 32, "--json"
+    )
+    found = json.loads(judged.stdout)["perplexity"]
+    assert found["converted"] < 0.7 * found["donor"]

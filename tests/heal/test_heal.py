@@ -1,0 +1,279 @@
+"""Healing whole: a real checkpoint comes nearer, a run cut short goes on to the bit, two processes are as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mhconvert import api
+from mhconvert.convert.errors import HealError, MhconvertError, OutputError
+from mhconvert.convert.heal_settings import HealSettings
+from mhconvert.convert.mla.settings import MLASettings
+from mhconvert.convert.progress import Progress
+from mhconvert.convert.recipe import Calibration, Recipe
+from mhconvert.heal import distill, space
+from mhconvert.heal.metrics import read
+from tests.donors import TEXT, make_donor
+
+SMALL = {"sequence_length": 32, "batch_tokens": 256, "held_out": 2, "micro_batch": 2}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [TEXT[start : start + 200] for start in range(0, 250, 2)]
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model, converted."""
+    folder = tmp_path_factory.mktemp("converted")
+    donor = make_donor(folder / "donor")
+    recipe = Recipe(
+        model=str(donor),
+        method="mla",
+        settings=MLASettings(kv_budget=0.4),
+        effort="quick",
+        output=str(folder / "ckpt"),
+        calibration=Calibration(tokens=512, sequence_length=64, held_out=2),
+        verify=False,
+    )
+    api.convert(recipe)
+    return folder / "ckpt"
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in read(folder / "metrics.jsonl") if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "budget", "factor"),
+    [("stories260k-gqa", "classic-books.jsonl", 0.3, 1.35), ("poems750k-mha", "poems.jsonl", 0.15, 1.2)],
+)
+def test_a_real_checkpoint_is_healed(
+    name: str, text: str, budget: float, factor: float, data: Path, tmp_path: Path
+) -> None:
+    """KL on rows it has not seen falls by a factor within seconds, and the folder is whole."""
+    recipe = Recipe(
+        model=str(data / "checkpoints" / name),
+        method="mla",
+        settings=MLASettings(kv_budget=budget),
+        effort="quick",
+        output=str(tmp_path / "ckpt"),
+        calibration=Calibration((str(data / "calib" / text),), tokens=2048, sequence_length=128),
+    )
+    api.convert(recipe)
+    source = {str(data / "calib" / text): 1.0}
+    settings = HealSettings(tokens="60k", data=source, lr=3e-3, sequence_length=128, batch_tokens=1024)
+    report = api.heal(str(tmp_path / "ckpt"), settings, output=str(tmp_path / "healed"))
+    assert report["before"]["kl"] > factor * report["kl"]
+    assert report["healing"]["trained_tokens"] == 60_416
+    assert report["verified"]["cache"]["elements_per_token"] * 4 == report["kv_bytes_per_token"]["converted"]
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ckpt", "healed"))
+    assert {key: value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in theirs.items()
+    }
+    changed = {key for key in ours if not torch.equal(ours[key], theirs[key])}
+    assert changed == {key for key in ours if ".self_attn." in key and ours[key].numel()}
+    record = json.loads((tmp_path / "healed" / "mhconvert.json").read_text())
+    assert record["healed"][0]["settings"]["tokens"] == 60_000
+    assert "model.safetensors" in record["sha256"]
+
+
+def test_a_run_that_was_cut_short_goes_on_to_the_bit(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    settings = HealSettings(tokens=256 * 12, data={str(text): 1}, epochs=9, save_tokens=1024, **SMALL)
+    api.heal(str(checkpoint), settings, output=str(tmp_path / "whole"), verify=False)
+
+    class Cut(Exception):
+        pass
+
+    def cut(event: Progress) -> None:
+        if event.stage == "heal" and event.done == 256 * 7:
+            raise Cut
+
+    place = str(tmp_path / "cut")
+    with pytest.raises(Cut):
+        api.heal(str(checkpoint), settings, output=place, verify=False, on_progress=cut)
+    assert not Path(place).exists()
+    with pytest.raises(
+        OutputError, match=r"holds an interrupted run \(a checkpoint after step 4\); --resume"
+    ):
+        api.heal(str(checkpoint), settings, output=place, verify=False)
+    other = dataclasses.replace(settings, seed=5)
+    with pytest.raises(HealError, match="was started with another seed"):
+        api.heal(str(checkpoint), other, output=place, verify=False, resume=True)
+    api.heal(str(checkpoint), settings, output=place, verify=False, resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "cut")) == 12
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_batch_is_the_same_in_other_parts(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    found = []
+    for micro in (1, 4):
+        settings = HealSettings(tokens=256 * 4, data={str(text): 1}, **(SMALL | {"micro_batch": micro}))
+        place = tmp_path / str(micro)
+        api.heal(str(checkpoint), settings, output=str(place), verify=False)
+        found.append(losses(place))
+    assert found[0] == pytest.approx(found[1], rel=2e-3)  # bfloat16 products where the machine has them
+
+
+def test_two_processes_are_one(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    words = [
+        str(checkpoint),
+        "--tokens",
+        "2k",
+        "--data",
+        str(text),
+        "--no-verify",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    words += ["--sequence-length", "32", "--batch-tokens", "256", "--held-out", "2", "--micro-batch", "2"]
+    alone = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
+    found = []
+    for processes in (1, 2):
+        place = tmp_path / str(processes)
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        launch += [
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+            "-m",
+            "mhconvert.heal",
+            *words,
+        ]
+        done = subprocess.run(
+            [sys.executable, *launch, "-o", str(place)],
+            env=os.environ | alone,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout)["healing"]["processes"] == processes  # one object, from one of them
+        found.append(losses(place))
+    assert len(found[0]) == 8
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_leap_of_the_loss_stops_and_keeps_the_last_good_checkpoint(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "RECENT", 3)
+    monkeypatch.setattr(distill, "SPIKE", 1.02)
+    settings = HealSettings(tokens=256 * 40, data={str(text): 1}, epochs=99, lr=0.5, save_tokens=256, **SMALL)
+    with pytest.raises(
+        HealError, match=r"the loss leapt to .* in step \d+; the last durable checkpoint is kept"
+    ):
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+    state = json.loads((tmp_path / "out.partial" / "work" / space.STATE).read_text())
+    assert state["step"] > 0
+    weights = load_file(next((tmp_path / "out.partial" / "work").glob("step-*/model.safetensors")))
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_loss_that_is_no_number_stops(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = distill.Student.forward
+
+    def broken(self: Any, *words: Any, **named: Any) -> Any:
+        found = plain(self, *words, **named)
+        return {name: value * torch.nan for name, value in found.items()} if found else found
+
+    monkeypatch.setattr(distill.Student, "forward", broken)
+    settings = HealSettings(tokens=512, data={str(text): 1}, **SMALL)
+    with pytest.raises(HealError, match="the loss is nan in step 1"):
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+    assert list(tmp_path.iterdir()) == []  # nothing was learnt, so nothing is kept
+
+
+def test_stages_and_a_log(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Layers first, then the teacher, then the text alone; a healed checkpoint can be healed again."""
+    loss, data = {"kl": 1, "hidden": 0.1}, {str(text): 1}
+    settings = HealSettings(
+        tokens=1024, layer_tokens=2048, lm_tokens=256, data=data, epochs=9, loss=loss, **SMALL
+    )
+    stages: list[str] = []
+    report = api.heal(
+        str(checkpoint),
+        settings,
+        output=str(tmp_path / "one"),
+        on_progress=lambda event: stages.append(event.stage),
+    )
+    assert list(dict.fromkeys(stages)) == ["donor", "text", "measure", "blocks", "heal", "verify", "done"]
+    steps = [entry for entry in read(tmp_path / "one" / "metrics.jsonl") if "loss" in entry]
+    assert [entry["kl"] > 0 for entry in steps] == [True, True, True, False]
+    assert steps[-1]["loss"] == steps[-1]["ce"]
+    assert report["healing"]["steps"] == 4
+    again = HealSettings(tokens=256, data={str(text): 1}, train="lora", rank=2, **SMALL)
+    api.heal(str(tmp_path / "one"), again, output=str(tmp_path / "two"), verify=False)
+    assert len(json.loads((tmp_path / "two" / "mhconvert.json").read_text())["healed"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher": "other"}, "has another tokenizer than"),
+        ({"data": {"short.txt": 1}}, "short.txt has 0 tokens to train on"),
+        ({"sequence_length": 4096}, "sequence_length=4096 is more than the models read"),
+        ({"data": {"absent.txt": 1}}, "absent.txt cannot be read"),
+    ],
+)
+def test_bad_input(
+    settings: dict[str, Any], message: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_donor(tmp_path / "other", vocab=300)
+    Path("short.txt").write_text("Not much.", encoding="utf-8")
+    with pytest.raises(MhconvertError, match=message):
+        api.heal(str(checkpoint), HealSettings(tokens=256, **(SMALL | settings)), output="out", verify=False)
+    assert not Path("out").exists()
+    assert not Path("out.partial").exists()
+
+
+def test_a_donor_is_not_healed(checkpoint: Path) -> None:
+    donor = checkpoint.parent / "donor"
+    with pytest.raises(HealError, match="is not a checkpoint that mhconvert wrote; convert a donor first"):
+        api.heal(str(donor), HealSettings(tokens=256, **SMALL), verify=False)
+
+
+def test_too_little_memory_says_what_helps(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr(distill.Distillation, "_step", full)
+    settings = HealSettings(tokens=256, data={str(text): 1}, **SMALL)
+    with pytest.raises(HealError, match="not enough memory for a step: try a smaller --micro-batch"):
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+
+
+def test_a_damaged_shard_is_named(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(MhconvertError, match=r"model\.safetensors is truncated"):
+        api.heal(
+            str(broken), HealSettings(tokens=256, data={str(text): 1}, **SMALL), output=str(tmp_path / "out")
+        )
+    assert not (tmp_path / "out.partial").exists()
