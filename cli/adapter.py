@@ -6,17 +6,6 @@ import re
 from collections import Counter
 from typing import Any
 
-from mhconvert.cli.output import Show
-
-
-def shown(quiet: bool, show: Show) -> Show:
-    """`show`, or the folder alone when `quiet`."""
-
-    def folder(report: dict[str, Any], console: Any) -> None:
-        console.out(report["output"], highlight=False)
-
-    return folder if quiet else show
-
 
 def show_plan(report: dict[str, Any], console: Any) -> None:
     """Print what a new adapter would be."""

@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 from mhconvert.cli import adapter
 from mhconvert.cli import options as o
-from mhconvert.cli.output import Flags, calm_transformers, execute
+from mhconvert.cli.output import Flags, calm_transformers, execute, show_report, shown
 from mhconvert.cli.progress import progress
 from mhconvert.cli.recipe import method_options, recipe_of
 from mhconvert.convert.heal_settings import HealSettings, token_count
@@ -71,9 +71,14 @@ def command(
             return api.convert(recipe, resume=resume, force=force, on_progress=listener)
 
     if to in ADAPTERS:
-        show = adapter.show_plan if dry_run else adapter.shown(quiet, adapter.show_new)
+        show = adapter.show_plan if dry_run else shown(quiet, adapter.show_new)
         execute(Flags(json, quiet, debug), work, show)
-    execute(Flags(json, quiet, debug), work, show_plan if dry_run else _show(quiet), interrupted=INTERRUPTED)
+    execute(
+        Flags(json, quiet, debug),
+        work,
+        show_plan if dry_run else shown(quiet, show_report),
+        interrupted=INTERRUPTED,
+    )
 
 
 def _healing(tokens: str | None, calibration: list[str] | None, seed: int, device: str | None) -> Any:
@@ -82,18 +87,6 @@ def _healing(tokens: str | None, calibration: list[str] | None, seed: int, devic
         return None
     data = dict.fromkeys(calibration or ["self"], 1.0)
     return HealSettings(tokens=token_count(tokens), data=data, seed=seed, device=device)
-
-
-def _show(quiet: bool) -> Any:
-    def folder(report: dict[str, Any], console: Any) -> None:
-        console.out(report["output"], highlight=False)
-
-    def table(report: dict[str, Any], console: Any) -> None:
-        from mhconvert.eval.report import show
-
-        show(report, console)
-
-    return folder if quiet else table
 
 
 def show_plan(plan: dict[str, Any], console: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 import typer
 
 from mhconvert.cli import options as o
-from mhconvert.cli.output import Flags, calm_transformers, execute
+from mhconvert.cli.output import Flags, calm_transformers, execute, show_report, shown
 from mhconvert.cli.progress import progress
 from mhconvert.convert.errors import HealError
 from mhconvert.convert.heal_settings import HealSettings, weighted
@@ -84,21 +84,9 @@ def command(
                 on_progress=listener,
             )
 
-    execute(Flags(json, quiet, debug), work, _show(quiet), interrupted=INTERRUPTED)
+    execute(Flags(json, quiet, debug), work, shown(quiet, show_report), interrupted=INTERRUPTED)
 
 
 def sources(words: list[str]) -> dict[str, float]:
     """{"books.txt": 2.0, "self": 1.0} from ["books.txt=2", "self"]."""
     return {name: 1.0 if share is None else share for name, share in map(weighted, words)}
-
-
-def _show(quiet: bool) -> Any:
-    def folder(report: dict[str, Any], console: Any) -> None:
-        console.out(report["output"], highlight=False)
-
-    def table(report: dict[str, Any], console: Any) -> None:
-        from mhconvert.eval.report import show
-
-        show(report, console)
-
-    return folder if quiet else table

@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 from mhconvert.cli import adapter as adapters
 from mhconvert.cli import options as o
-from mhconvert.cli.output import Flags, calm_transformers, execute
+from mhconvert.cli.output import Flags, calm_transformers, execute, shown
 from mhconvert.cli.progress import progress
 
 
@@ -40,4 +40,4 @@ def command(
                 on_progress=listener,
             )
 
-    execute(Flags(json, quiet, debug), work, adapters.shown(quiet, adapters.show_merged))
+    execute(Flags(json, quiet, debug), work, shown(quiet, adapters.show_merged))

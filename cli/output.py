@@ -60,6 +60,22 @@ def execute(flags: Flags, work: Work, show: Show, *, interrupted: str = "interru
     raise typer.Exit(0)
 
 
+def shown(quiet: bool, show: Show) -> Show:
+    """`show`, or the folder alone when `quiet`."""
+
+    def folder(report: dict[str, Any], console: Any) -> None:
+        console.out(report["output"], highlight=False)
+
+    return folder if quiet else show
+
+
+def show_report(report: dict[str, Any], console: Any) -> None:
+    """Print a conversion's or a healing's table, a sample and how to load the folder."""
+    from mhconvert.eval.report import show
+
+    show(report, console)
+
+
 def _print(flags: Flags, result: dict[str, Any], show: Show) -> None:
     if flags.json:
         from mhconvert.eval.report import json_safe
