@@ -16,7 +16,8 @@ from mhconvert.convert.aliases import ALIASES, EMBEDDED
 from mhconvert.convert.checkpoint import ADAPTER_CONFIG, check_free, is_adapter
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import AdapterError, CheckpointError, UnsupportedError
-from mhconvert.convert.hydra.merging import Branches  # the package makes peft know Hydra's configs
+from mhconvert.convert.adapter.merging import Branches
+import mhconvert.convert.hydra  # noqa: F401  makes peft know its configs
 from mhconvert.convert.progress import Listener, Progress
 from mhconvert.convert.refusals import refusals
 from mhconvert.convert.sources import StoredTensor, read_header, read_json, read_tensor

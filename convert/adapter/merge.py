@@ -17,7 +17,7 @@ from mhconvert.convert.adapter.folder import AdapterFolder, open_adapter, open_b
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import AdapterError, MhconvertError
 from mhconvert.convert.estimate import DTYPES, SLACK_BYTES
-from mhconvert.convert.hydra.merging import merged_bias, merged_weight
+from mhconvert.convert.adapter.merging import merged_bias, merged_weight
 from mhconvert.convert.numbers import cast
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.whole_folder import whole_folder

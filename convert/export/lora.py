@@ -27,7 +27,7 @@ from mhconvert.convert.adapter.folder import (
 )
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import UnsupportedError
-from mhconvert.convert.hydra.merging import as_lora, bias_delta
+from mhconvert.convert.adapter.merging import as_lora, bias_delta
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.whole_folder import whole_folder
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from mhconvert.convert.errors import AdapterError
 from mhconvert.convert.hydra import offload
 from mhconvert.convert.hydra.config import HydraConfig
-from mhconvert.convert.hydra.merging import Branches, Pair, merged_bias, merged_weight, weight_delta
+from mhconvert.convert.adapter.merging import Branches, Pair, merged_bias, merged_weight, weight_delta
 
 
 class HydraLayer(BaseTunerLayer):
-    """The adapters of one base layer, and merging them into it. Shapes as in `merging.py`.
+    """The adapters of one base layer, and merging them into it. Shapes as in `adapter/merging.py`.
 
     hydra_par_A[name] (r, in), hydra_par_B[name] (out, r), hydra_seq_A[name] (r, out), hydra_seq_B[name] (out, r);
     a branch of rank 0 has no entry. The base layer's own weights are kept while adapters are merged, so unmerging

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from mhconvert.convert.hydra import HydraConfig, HydraLinear
-from mhconvert.convert.hydra.merging import (
+from mhconvert.convert.adapter.merging import (
     Branches,
     as_lora,
     bias_delta,
