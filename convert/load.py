@@ -76,7 +76,9 @@ class OpenModel:
             return base
         from peft import PeftModel
 
-        self.adapter.require_fit(self.donor)
+        from mhconvert.convert.adapter.fit import require_fit
+
+        require_fit(self.adapter, self.donor)
         return PeftModel.from_pretrained(base, str(self.adapter.folder), torch_device=self.device)
 
     def require_length(self, tokens: int) -> None:
