@@ -135,14 +135,19 @@ RSeq = Annotated[
 Targets = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME,NAME,…", help="hydra: linear modules, by the end of their names; o_proj,down_proj."
+        metavar="NAME,NAME,…",
+        help="hydra: linear modules, by the end of their names, or all-linear; o_proj,down_proj.",
     ),
 ]
 Scale = Annotated[
     float | None, typer.Option(metavar="S", help="hydra: what both branches are multiplied by; 1.")
 ]
 Dropout = Annotated[
-    float | None, typer.Option(metavar="P", help="hydra: dropout between a branch's matrices in training; 0.")
+    float | None,
+    typer.Option(
+        metavar="P",
+        help="hydra: dropout between a branch's matrices in training, where it is not what merging gives; 0.",
+    ),
 ]
 
 # Adapters
@@ -161,7 +166,7 @@ MergeOutput = Annotated[
 ]
 MergedDtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Of the written weights; the base model's (GGUF: float32)."),
+    typer.Option(help="Of the written weights; each as the base model stores it (GGUF: float32)."),
 ]
 
 HealFor = Annotated[

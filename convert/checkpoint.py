@@ -135,7 +135,9 @@ def check_free(output: Path, force: bool, *read: Path | None) -> None:
     if not output.name or output.name == ".." or output.is_mount():
         raise OutputError(f"'{output}' cannot be replaced as a whole; name a folder of its own with -o")
     if any(folder and folder.resolve().is_relative_to(output.resolve()) for folder in read):
-        raise OutputError(f"{output} holds the donor, which is only read; choose another folder with -o")
+        raise OutputError(
+            f"{output} is read by this command, or holds what is; choose another folder with -o"
+        )
     held = os.path.lexists(output) and any(output.iterdir())
     if held and not any((output / name).is_file() for name in KINDS):
         raise OutputError(f"{output} is no checkpoint, and --force replaces nothing else; choose another -o")
@@ -154,9 +156,14 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
-            f"the disk of {place} has {free / 1e9:.2f} GB free and the conversion needs {needed / 1e9:.2f} GB; "
-            "free some, or choose another place with -o"
+            f"the disk of {place} has {_shown(free)} free and the conversion needs {_shown(needed)}; free some, "
+            "or choose another place with -o"
         )
+
+
+def _shown(size: float) -> str:
+    unit = next((unit for unit in ("GB", "MB", "KB") if size >= UNITS[unit]), "B")
+    return f"{size / UNITS[unit]:.2f} {unit}"
 
 
 def replace_folder(partial: Path, output: Path) -> None:

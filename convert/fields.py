@@ -1,9 +1,13 @@
-"""Dataclasses whose fields are choices."""
+"""Dataclasses whose fields are choices, and what such a field must be."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from typing import Any
+
+from mhconvert.convert.errors import AdapterError
 
 
 def changed_fields(choices: Any) -> list[str]:
@@ -15,3 +19,16 @@ def changed_fields(choices: Any) -> list[str]:
         if getattr(choices, field.name) != default:
             found.append(field.name)
     return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite int or float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_expression(pattern: str, name: str) -> None:
+    """Raises AdapterError where `pattern`, of the field `name`, is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"{name} '{pattern}' is no regular expression: {error}") from error

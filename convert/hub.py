@@ -13,8 +13,7 @@ from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, hf_h
 from mhconvert.convert.errors import CheckpointError
 from mhconvert.convert.sources import no_weights
 
-# What a converted checkpoint takes over from its donor, byte for byte.
-CARRIED_FILES = (
+TEXT_FILES = (  # how text becomes tokens and tokens become text
     "tokenizer*.json",
     "tokenizer*.model*",
     "special_tokens_map.json",
@@ -26,10 +25,9 @@ CARRIED_FILES = (
     "*.tiktoken",
     "chat_template*",
     "generation_config.json",
-    "LICEN[SC]E*",
-    "NOTICE*",
-    "USE_POLICY*",
 )
+# What a converted checkpoint takes over from its donor, byte for byte.
+CARRIED_FILES = (*TEXT_FILES, "LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
 TOKENIZER_CODE = ("tokenization*.py",)  # run and carried over only with trust_remote_code
 CONFIG_FILES = ["config.json", "README.md", *CARRIED_FILES, *TOKENIZER_CODE]
 WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]

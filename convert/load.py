@@ -80,7 +80,9 @@ class OpenModel:
             return base
         from peft import PeftModel
 
-        self.adapter.require_fit(self.donor)
+        from mhconvert.convert.adapter.fit import require_fit
+
+        require_fit(self.adapter, self.donor)
         folder = str(self.adapter.folder)
         return PeftModel.from_pretrained(base, folder, torch_device=self.device, is_trainable=trainable)
 

@@ -97,10 +97,10 @@ def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str,
         found[name] = {"applies": False, "reason": reason}
         if reason is not None:
             continue
-        if name in ADAPTERS:
-            found[name] = {"applies": True} | _adapter(donor, name)
-            continue
         try:
+            if name in ADAPTERS:
+                found[name] = {"applies": True} | _adapter(donor, name)
+                continue
             recipe = Recipe(model=donor.reference, method=name)
             method = build_method(name, config, recipe.settings, recipe.effort)
             plan = estimate.plan(recipe, donor, method, torch.device("cpu"))
@@ -116,7 +116,7 @@ def _adapter(donor: Donor, method: str) -> dict[str, Any]:
     """What a default adapter would be."""
     from mhconvert.convert.adapter import create
 
-    plan = create.plan(Recipe(model=donor.reference, method=method))
+    plan = create.describe(Recipe(model=donor.reference, method=method))
     return {"trainable_parameters": plan["parameters"]["trainable"], "output_bytes": plan["output_bytes"]}
 
 

@@ -165,7 +165,7 @@ def merge(
     """Write a plain checkpoint: the base model with a Hydra or LoRA adapter in its weights, one tensor at a time.
 
     adapter: a folder that peft or `convert` wrote. output: None: ./<adapter>-merged. base: the base model, instead of
-    the one that the adapter names. dtype: of the written weights; None: the base model's.
+    the one that the adapter names. dtype: of the written weights; None: each tensor's own.
     Returns base, output, dtype, modules (changed), replaced (base tensors that the adapter had whole), output_bytes,
     seconds. Raises MhconvertError; an output folder that exists afterwards is whole.
     """

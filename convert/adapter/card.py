@@ -46,7 +46,10 @@ def about_lora(report: dict[str, Any]) -> str:
     if report["lora_bias"]:
         text += " It has biases (`lora_bias`), which not every server reads"
     elif report["bias"] != "none":
-        text += f" It carries biases of base layers (`bias: {report['bias']}`), which peft loads and servers may ignore"
+        text += (
+            f" It carries biases of base layers (`bias: {report['bias']}`), which peft loads, for one LoRA of a model "
+            "and no second, and servers may ignore"
+        )
     else:
         return text
     return f"{text}; `mhconvert merge` makes a plain checkpoint."

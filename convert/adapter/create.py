@@ -27,8 +27,13 @@ from mhconvert.convert.whole_folder import whole_folder
 SLACK_BYTES = 1 << 20  # config, README, headers
 
 
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The modules, ranks and parameters of the adapter that `recipe` describes, wherever it would go."""
+    return _facts(recipe, *_adapted(recipe, ignore))
+
+
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `run` would write: the modules, ranks and parameters. Writes nothing."""
+    """What `run` would write. Writes nothing."""
     donor, model = _adapted(recipe, ignore)
     checkpoint.check_free(recipe.output_folder(donor.name), True, donor.folder)
     return _facts(recipe, donor, model)
@@ -57,15 +62,18 @@ def _adapted(recipe: Recipe, tell: Listener) -> tuple[Donor, Any]:
     tell(Progress("donor", 1, 1, donor.notice or donor.name))
     require(donor.config, recipe.method)
     chosen, skeleton = recipe.settings, donor.skeleton()
+    wanted: Any = list(chosen.targets) if chosen.targets else None
+    if wanted and len(wanted) == 1 and targets.means_all(wanted[0]):
+        wanted = wanted[0]
     config = HydraConfig(
         task_type="CAUSAL_LM",
         r_par=chosen.r_par,
         r_seq=chosen.r_seq,
         scale=chosen.scale,
         dropout=chosen.dropout,
-        target_modules=list(chosen.targets) if chosen.targets else None,
+        target_modules=wanted,
     )
-    missing = targets.unmatched(chosen.targets or (), skeleton)
+    missing = targets.unmatched(wanted, skeleton) if isinstance(wanted, list) else []
     if missing:
         raise AdapterError(targets.nothing_matches(missing, skeleton))
     return donor, get_peft_model(skeleton, config, low_cpu_mem_usage=True)

@@ -12,11 +12,17 @@ from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
 from mhconvert.convert.adapter.lora import lora_scale, require_plain
+from mhconvert.convert.adapter.merging import Branches
 from mhconvert.convert.aliases import ALIASES, EMBEDDED
 from mhconvert.convert.checkpoint import ADAPTER_CONFIG, check_free, is_adapter
 from mhconvert.convert.donor import Donor, open_donor
-from mhconvert.convert.errors import AdapterError, CheckpointError, UnsupportedError
-from mhconvert.convert.hydra.merging import Branches  # the package makes peft know Hydra's configs
+from mhconvert.convert.errors import (
+    CheckpointError,
+    MhconvertError,
+    OutputError,
+    UnsupportedError,
+)
+from mhconvert.convert.load import converted_method
 from mhconvert.convert.progress import Listener, Progress
 from mhconvert.convert.refusals import refusals
 from mhconvert.convert.sources import StoredTensor, read_header, read_json, read_tensor
@@ -85,48 +91,6 @@ class AdapterFolder:
         rank = self.stored[self.modules[module][LORA_PAIR[0]]].shape[0]
         return lora_scale(self.config, module, rank) * self.read(key)
 
-    def require_fit(self, donor: Donor) -> None:
-        """Raises AdapterError naming the tensor where the adapter belongs to a model of another shape, or lacks one."""
-        shapes = donor.shapes()
-        for name, key in self.replaced.items():
-            self._require_shape(key, name, shapes, shapes.get(name))
-        for module, parts in self.modules.items():
-            weight = f"{module}.weight"
-            if weight not in shapes:
-                tied = " (its head is tied to the embedding)" if module == "lm_head" else ""
-                raise AdapterError(
-                    f"{self.file} adapts {module}, which {donor.reference} does not have{tied}"
-                )
-            out, into = shapes[weight]
-            for down, up, wide in (
-                *((*PAIRS[name], (into, out)[name == "seq"]) for name in PAIRS),
-                (*LORA_PAIR, into),
-            ):
-                if (down in parts) != (up in parts):
-                    raise AdapterError(
-                        f"{self.file} has but one of {down} and {up} for {module}; save it again"
-                    )
-                if down in parts:
-                    rank = (self.stored[parts[down]].shape or (0,))[0]
-                    self._require_shape(parts[down], weight, shapes, (rank, wide))
-                    self._require_shape(parts[up], weight, shapes, (out, rank))
-            if LORA_BIAS in parts:
-                self._require_shape(parts[LORA_BIAS], f"{module}.bias", shapes, (out,))
-
-    def _require_shape(
-        self, key: str, name: str, shapes: dict[str, tuple[int, ...]], expected: tuple[int, ...] | None
-    ) -> None:
-        if name not in shapes or expected is None:
-            raise AdapterError(
-                f"tensor {key} in {self.file} has no place in {self.base}, which has no {name}"
-            )
-        found = self.stored[key].shape
-        if found != expected:
-            raise AdapterError(
-                f"tensor {key} in {self.file} has shape {list(found)}, and {name} of {self.base} is "
-                f"{list(shapes[name])}: the adapter was trained on a model of another shape; name that one with --base"
-            )
-
 
 def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
     """The adapter in the folder `reference`. base: its base model, instead of the one that it names.
@@ -143,9 +107,13 @@ def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
     kind = str(stated.get("peft_type", "unknown"))
     if kind not in ("HYDRA", "LORA"):
         raise UnsupportedError(f"{folder} is a {kind} adapter; mhconvert reads Hydra and LoRA")
+    if kind == "HYDRA":
+        import mhconvert.convert.hydra  # noqa: F401  makes peft know its configs
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
-    except (TypeError, KeyError) as error:
+    except MhconvertError:
+        raise
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG} cannot be read: {' '.join(str(error).split())}"
         ) from error
@@ -156,6 +124,11 @@ def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
         _sort_in(adapter, key)
     if not adapter.modules and not adapter.replaced:
         raise CheckpointError(f"{adapter.file} holds no tensors")
+    if (method := converted_method(adapter.base)) is not None:
+        raise UnsupportedError(
+            f"{folder} is an adapter of {adapter.base}, which is converted to {method}: load that with transformers "
+            "(trust_remote_code=True), the adapter with PeftModel.from_pretrained, and merge with merge_and_unload"
+        )
     return adapter
 
 
@@ -176,6 +149,14 @@ def output_folder(output: str | None, suffix: str, adapter: AdapterFolder, donor
     """Where what is made of `adapter` goes: `output`, or ./<adapter>-<suffix>. OutputError where it may not."""
     place = Path(output) if output else Path(f"{adapter.folder.resolve().name}-{suffix}")
     check_free(place, force, donor.folder, adapter.folder)
+    for folder in (adapter.folder, donor.folder):
+        whole = (
+            is_adapter(folder) or (folder / "config.json").is_file()
+        )  # a GGUF file's folder is just its place
+        if whole and place.resolve().is_relative_to(folder.resolve()):
+            raise OutputError(
+                f"{place} is inside {folder}, which is only read; choose another folder with -o"
+            )
     return place
 
 
@@ -198,4 +179,5 @@ def _base_of(config: Any, folder: Path) -> str:
     aliases = {hub_id: alias for alias, hub_id in ALIASES.items() if alias in EMBEDDED}
     if name in aliases and not config.revision:
         return aliases[name]
-    return f"{name}@{config.revision}" if config.revision else str(name)
+    local = Path(str(name)).expanduser().exists()  # peft writes revision "main" beside a folder too
+    return f"{name}@{config.revision}" if config.revision and not local else str(name)

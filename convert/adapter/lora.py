@@ -10,8 +10,8 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
-from mhconvert.convert.errors import UnsupportedError
-from mhconvert.convert.fields import changed_fields
+from mhconvert.convert.errors import AdapterError, UnsupportedError
+from mhconvert.convert.fields import changed_fields, is_number, require_expression
 
 # Fields of a LoRA config that choose modules, ranks and scales, or concern training only.
 HARMLESS = {
@@ -24,7 +24,10 @@ PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # these leave the
 
 
 def require_plain(config: LoraConfig, folder: Path) -> None:
-    """Raises UnsupportedError naming the field where the adapter is more than W + scale · B A."""
+    """Raises UnsupportedError naming the field where the adapter is more than W + scale · B A.
+
+    AdapterError for a scale or a pattern that cannot be reckoned with, which peft would find out later.
+    """
     for name in changed_fields(config):
         value = getattr(config, name)
         plain = name == "init_lora_weights" and value in PLAIN_STARTS
@@ -33,6 +36,25 @@ def require_plain(config: LoraConfig, folder: Path) -> None:
                 f"{folder} is a LoRA with {name}={value!r}, which is more than a product of two matrices; "
                 "merge it with peft: PeftModel.merge_and_unload"
             )
+    numbers = {"r": config.r, "lora_alpha": config.lora_alpha}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        if not isinstance(patterns, dict):
+            raise AdapterError(f"{folder}: {name}={patterns!r} is not numbers by module")
+        numbers |= {f"{name}['{pattern}']": value for pattern, value in patterns.items()}
+        for pattern in patterns:
+            require_expression(pattern, name)
+    for name, value in numbers.items():
+        if not is_number(value):
+            raise AdapterError(f"{folder}: {name}={value!r} is not a number")
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(expression := getattr(config, name), str):
+            require_expression(expression, name)
+
+
+def lora_rank(config: Any, module: str) -> int:
+    """The rank of one module, as peft takes it."""
+    return int(config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r))
 
 
 def lora_scale(config: Any, module: str, rank: int) -> float:

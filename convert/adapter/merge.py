@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mhconvert.convert import checkpoint, hub, provenance
 from mhconvert.convert.adapter import card
+from mhconvert.convert.adapter.fit import require_fit
 from mhconvert.convert.adapter.folder import AdapterFolder, open_adapter, open_base, output_folder
+from mhconvert.convert.adapter.merging import merged_bias, merged_weight
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import AdapterError, MhconvertError
 from mhconvert.convert.estimate import DTYPES, SLACK_BYTES
-from mhconvert.convert.hydra.merging import merged_bias, merged_weight
 from mhconvert.convert.numbers import cast
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.whole_folder import whole_folder
@@ -39,38 +40,43 @@ def run(
     adapter = open_adapter(reference, base)
     limit = checkpoint.byte_size(max_shard_size)
     donor = open_base(adapter, tell, trust_remote_code=trust_remote_code)
-    stored_as = _dtype(dtype, donor)
+    asked = _dtype(dtype)
     place = output_folder(output, "merged", adapter, donor, force)
     _require_untied(adapter, donor)
-    adapter.require_fit(donor)
+    require_fit(adapter, donor)
     source = donor.published
     _require_published(adapter, donor)
-    count = sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
+    dtypes = {name: asked or source.dtype(name) for name in source.names()}
     report: dict[str, Any] = {
         "adapter": reference,
         "base": adapter.base,
         "method": adapter.method,
         "output": str(place),
-        "dtype": str(stored_as).removeprefix("torch."),
+        "dtype": str(asked or donor.dtype).removeprefix("torch."),
         "modules": sorted(adapter.modules),
         "replaced": sorted(adapter.replaced),
-        "output_bytes": count * stored_as.itemsize,
+        "output_bytes": sum(
+            source.nbytes(name) // source.dtype(name).itemsize * dtypes[name].itemsize
+            for name in source.names()
+        ),
     }
     with whole_folder(place, report["output_bytes"] + SLACK_BYTES, force=force) as folder:
         writer = checkpoint.ShardWriter(folder, limit, len(source.names()))
-        for done, (name, tensor) in enumerate(_tensors(adapter, donor, stored_as), 1):
-            writer.add(name, cast(name, tensor, stored_as))
+        for done, (name, tensor) in enumerate(_tensors(adapter, donor, dtypes), 1):
+            writer.add(name, cast(name, tensor, dtypes[name]))
             tell(Progress("merge", done, len(source.names())))
         writer.finish()
-        _write_rest(folder, adapter, donor, stored_as, report)
+        _write_rest(folder, adapter, donor, asked or donor.dtype, report)
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
 
 
-def _tensors(adapter: AdapterFolder, donor: Donor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    adapter: AdapterFolder, donor: Donor, dtypes: dict[str, torch.dtype]
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the base model as it is published, those that the adapter changes with their change.
 
-    A changed tensor is rounded once, to its stored dtype or to `dtype`, whichever is wider.
+    A changed tensor is rounded to its stored dtype, or to the one that it is written in where that is wider.
     """
     for name in donor.published.names():
         tensor = (
@@ -78,14 +84,15 @@ def _tensors(adapter: AdapterFolder, donor: Donor, dtype: torch.dtype) -> Iterat
         )
         module, _, kind = name.rpartition(".")
         if module in adapter.modules and kind in ("weight", "bias"):
-            own = tensor.to(torch.promote_types(tensor.dtype, dtype))
+            own = tensor.to(torch.promote_types(tensor.dtype, dtypes[name]))
             change = merged_weight if kind == "weight" else merged_bias
             tensor = change(own, [adapter.branches(module)])
             added = adapter.added_bias(module) if kind == "bias" else None
             tensor = tensor if added is None else (tensor + added).to(own.dtype)
             if not torch.isfinite(tensor).all():
+                narrow = ", or float16 is too narrow: --dtype bfloat16" if own.dtype == torch.float16 else ""
                 raise AdapterError(
-                    f"{adapter.file}: merging it makes {name} infinite; the adapter has diverged"
+                    f"{adapter.file}: merging it makes {name} infinite; the adapter has diverged{narrow}"
                 )
         yield name, tensor
 
@@ -110,12 +117,11 @@ def _require_published(adapter: AdapterFolder, donor: Donor) -> None:
         )
 
 
-def _dtype(wanted: str | None, donor: Donor) -> torch.dtype:
-    if wanted is None:
-        return donor.dtype if donor.dtype in DTYPES.values() else torch.float32
-    if wanted not in DTYPES:
+def _dtype(wanted: str | None) -> torch.dtype | None:
+    """The dtype of every tensor; None: each as it is stored."""
+    if wanted is not None and wanted not in DTYPES:
         raise MhconvertError(f"dtype '{wanted}' is not one of {', '.join(DTYPES)}")
-    return DTYPES[wanted]
+    return DTYPES[wanted] if wanted is not None else None
 
 
 def _write_rest(
@@ -126,7 +132,7 @@ def _write_rest(
     config.dtype = dtype
     config.architectures = [type(donor.skeleton()).__name__]
     donor.copy_files(folder)
-    for file in sorted({f for pattern in hub.CARRIED_FILES for f in adapter.folder.glob(pattern)}):
+    for file in sorted({f for pattern in hub.TEXT_FILES for f in adapter.folder.glob(pattern)}):
         (folder / file.name).write_bytes(file.read_bytes())
     config.save_pretrained(folder)
     card.write(folder, Path(report["output"]).name, donor, card.about_merged(report), library="transformers")

@@ -11,7 +11,8 @@ from mhconvert.convert.errors import AdapterError
 class HydraSettings:
     """r_par, r_seq: ranks of the branch that reads a module's input and of the one that reads its output; 0: none.
 
-    targets: names of linear modules, or their ends (None: by model type, those that write to the residual stream).
+    targets: names of linear modules, or their ends (None: by model type, those that write to the residual stream);
+    "all-linear" alone: all but the head.
     scale: what both branches are multiplied by. dropout: of what is between a branch's matrices, in training.
     """
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mhconvert.convert import provenance
 from mhconvert.convert.adapter import card
+from mhconvert.convert.adapter.fit import require_fit
 from mhconvert.convert.adapter.folder import (
     PREFIX,
     WEIGHTS,
@@ -25,9 +27,9 @@ from mhconvert.convert.adapter.folder import (
     open_base,
     output_folder,
 )
+from mhconvert.convert.adapter.merging import as_lora, bias_delta
 from mhconvert.convert.donor import Donor
-from mhconvert.convert.errors import UnsupportedError
-from mhconvert.convert.hydra.merging import as_lora, bias_delta
+from mhconvert.convert.errors import AdapterError, UnsupportedError
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.whole_folder import whole_folder
 
@@ -49,9 +51,11 @@ def run(
     adapter = open_adapter(reference, base)
     if adapter.method != "hydra":
         raise UnsupportedError(f"{reference} is a LoRA already")
+    if not adapter.modules:
+        raise AdapterError(f"{adapter.file} adapts no module; there is nothing to make a LoRA of")
     donor = open_base(adapter, tell, trust_remote_code=trust_remote_code)
     place = output_folder(output, "lora", adapter, donor, force)
-    adapter.require_fit(donor)
+    require_fit(adapter, donor)
     tensors, ranks, travels = _convert(adapter, donor, tell)
     config = _config(adapter, ranks, travels)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -87,20 +91,29 @@ def _convert(
         branches, key = adapter.branches(module), PREFIX + module
         pair = branches.par or branches.seq
         assert pair is not None, "require_fit has seen a pair for every module"
-        down, up = as_lora(donor.source.read(f"{module}.weight").double(), branches)
-        tensors[f"{key}.lora_A.weight"] = down.to(pair[0].dtype).contiguous()
-        tensors[f"{key}.lora_B.weight"] = up.to(pair[0].dtype).contiguous()
-        ranks[module] = branches.rank
-        own = _bias(adapter, donor, module)
-        if travels == "lora" and own is not None:
-            delta = bias_delta(own.double(), branches) / (branches.scale or 1.0)
-            tensors[f"{key}.lora_B.bias"] = delta.to(pair[0].dtype)
-        elif travels == "base" and own is not None:
-            tensors[f"{key}.base_layer.bias"] = (own.double() + bias_delta(own.double(), branches)).to(
-                pair[0].dtype
+        weight, bias = _own(adapter, donor, f"{module}.weight"), _own(adapter, donor, f"{module}.bias")
+        assert weight is not None, "require_fit has seen a weight for every module"
+        down, up = as_lora(weight.double(), branches)
+        made = {"lora_A.weight": down, "lora_B.weight": up}
+        if bias is not None and travels != "none":
+            delta = bias_delta(bias.double(), branches)
+            made |= (
+                {"lora_B.bias": delta / (branches.scale or 1.0)}
+                if travels == "lora"
+                else {"base_layer.bias": bias.double() + delta}
             )
+        dtype = torch.promote_types(pair[0].dtype, weight.dtype)
+        for part, tensor in made.items():
+            tensors[f"{key}.{part}"] = _finite(f"{key}.{part}", tensor.to(dtype).contiguous(), adapter)
+        ranks[module] = branches.rank
         tell(Progress("export", done, len(adapter.modules)))
     return tensors, ranks, travels
+
+
+def _finite(name: str, tensor: Tensor, adapter: AdapterFolder) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise AdapterError(f"{adapter.file}: exporting it makes {name} infinite; the adapter has diverged")
+    return tensor
 
 
 def _how_biases_travel(adapter: AdapterFolder, donor: Donor) -> str:
@@ -115,9 +128,8 @@ def _how_biases_travel(adapter: AdapterFolder, donor: Donor) -> str:
     return "lora" if len(biased) == len(adapter.modules) else "base"
 
 
-def _bias(adapter: AdapterFolder, donor: Donor, module: str) -> Tensor | None:
-    """The bias that the module's branches read: trained along with them, or the base model's."""
-    name = f"{module}.bias"
+def _own(adapter: AdapterFolder, donor: Donor, name: str) -> Tensor | None:
+    """A tensor of the layer that is adapted: the one that travels in the adapter, or the base model's, if any."""
     if name in adapter.replaced:
         return adapter.read(adapter.replaced[name])
     return donor.source.read(name) if name in donor.shapes() else None

@@ -3,7 +3,8 @@
     y0 = W x + b                                     the base layer
     y  = y0 + scale · B_p A_p x + scale · B_s A_s y0   one branch reads its input, the other its output
 
-Importing this package makes peft know the method in this process. Open `merging.py` first, then `layer.py`.
+Importing this package makes peft know the method in this process. Open `../adapter/merging.py` first, then
+`layer.py`.
 """
 
 from mhconvert.convert.hydra.config import HydraConfig

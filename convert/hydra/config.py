@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +11,13 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from mhconvert.convert.errors import AdapterError
+from mhconvert.convert.fields import is_number, require_expression
 from mhconvert.convert.hydra import card
 from mhconvert.version import __version__
 
 BIASES = ("none", "all", "hydra_only")
 RANKS = ("r_par", "r_seq")
+LARGEST_RANK = 1 << 16  # no linear layer is as wide in both directions
 
 
 @dataclass
@@ -53,15 +54,18 @@ class HydraConfig(PeftConfig):
         self.mhconvert_version = self.mhconvert_version or __version__
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, str):
+                require_expression(value, name)
+            elif value is not None:
+                if not isinstance(value, list | set | tuple) or not all(isinstance(v, str) for v in value):
+                    raise AdapterError(f"{name}={value!r} is neither names in a list nor an expression")
                 setattr(self, name, set(value))
         _check_ranks(self.r_par, self.r_seq, "")
-        for pattern in self.rank_pattern:
-            self._check_pattern(pattern)
-        if not math.isfinite(self.scale):
-            raise AdapterError(f"scale={self.scale} is not finite")
-        if not 0 <= self.dropout < 1:
-            raise AdapterError(f"dropout={self.dropout} is outside [0, 1); it is a share of the elements")
+        self._check_patterns()
+        if not is_number(self.scale):
+            raise AdapterError(f"scale={self.scale!r} is not a finite number")
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise AdapterError(f"dropout={self.dropout!r} is outside [0, 1); it is a share of the elements")
         if self.bias not in BIASES:
             raise AdapterError(f"bias='{self.bias}' is not one of {', '.join(BIASES)}")
         for name in ("layers_to_transform", "layers_pattern"):
@@ -90,21 +94,26 @@ class HydraConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         card.add_notice(Path(save_directory), self.base_model_name_or_path)
 
-    def _check_pattern(self, pattern: str) -> None:
-        own = self.rank_pattern[pattern]
-        if not isinstance(own, dict) or not own or set(own) - set(RANKS):
-            raise AdapterError(
-                f"rank_pattern['{pattern}']={own!r} is not ranks by name, such as {{'r_par': 4, 'r_seq': 16}}"
+    def _check_patterns(self) -> None:
+        if not isinstance(self.rank_pattern, dict):
+            raise AdapterError(f"rank_pattern={self.rank_pattern!r} is not ranks by module; {{}} for none")
+        for pattern, own in self.rank_pattern.items():
+            require_expression(pattern, "rank_pattern")
+            if not isinstance(own, dict) or not own or set(own) - set(RANKS):
+                raise AdapterError(
+                    f"rank_pattern['{pattern}']={own!r} is not ranks by name, such as {{'r_par': 4, 'r_seq': 16}}"
+                )
+            _check_ranks(
+                own.get("r_par", self.r_par), own.get("r_seq", self.r_seq), f"rank_pattern['{pattern}']: "
             )
-        _check_ranks(
-            own.get("r_par", self.r_par), own.get("r_seq", self.r_seq), f"rank_pattern['{pattern}']: "
-        )
 
 
 def _check_ranks(r_par: Any, r_seq: Any, where: str) -> None:
     for name, rank in zip(RANKS, (r_par, r_seq), strict=True):
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise AdapterError(f"{where}{name}={rank!r} is not a rank: a whole number from 0 up")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= LARGEST_RANK:
+            raise AdapterError(
+                f"{where}{name}={rank!r} is not a rank: a whole number from 0 to {LARGEST_RANK}"
+            )
     if r_par + r_seq == 0:
         raise AdapterError(
             f"{where}r_par=0 and r_seq=0 leave nothing to train; give at least one of them a rank"

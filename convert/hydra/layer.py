@@ -12,14 +12,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from mhconvert.convert.adapter.merging import Branches, Pair, merged_bias, merged_weight, weight_delta
 from mhconvert.convert.errors import AdapterError
 from mhconvert.convert.hydra import offload
 from mhconvert.convert.hydra.config import HydraConfig
-from mhconvert.convert.hydra.merging import Branches, Pair, merged_bias, merged_weight, weight_delta
 
 
 class HydraLayer(BaseTunerLayer):
-    """The adapters of one base layer, and merging them into it. Shapes as in `merging.py`.
+    """The adapters of one base layer, and merging them into it. Shapes as in `adapter/merging.py`.
 
     hydra_par_A[name] (r, in), hydra_par_B[name] (out, r), hydra_seq_A[name] (r, out), hydra_seq_B[name] (out, r);
     a branch of rank 0 has no entry. The base layer's own weights are kept while adapters are merged, so unmerging
@@ -44,8 +44,13 @@ class HydraLayer(BaseTunerLayer):
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
 
     def update_layer(self, adapter_name: str, ranks: tuple[int, int], config: HydraConfig) -> None:
-        """Add the adapter, with `ranks` (r_par, r_seq)."""
+        """Add the adapter, with `ranks` (r_par, r_seq), in place of one that has its name."""
         r_par, r_seq = ranks
+        for name in self.adapter_layer_names:
+            matrices = getattr(self, name)
+            offload.keep_in_memory(matrices)
+            if adapter_name in matrices:
+                del matrices[adapter_name]
         if r_par:
             self.hydra_par_A[adapter_name] = nn.Parameter(torch.empty(r_par, self.in_features))
             self.hydra_par_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r_par))
@@ -90,14 +95,9 @@ class HydraLayer(BaseTunerLayer):
         if not names:
             return
         own = self._own_weights()
-        adapters = [self.branches(name) for name in (*self.merged_adapters, *names)]
-        weight = merged_weight(own[0], adapters)
-        bias = None if own[1] is None else merged_bias(own[1], adapters)
-        if safe_merge and not all(torch.isfinite(part).all() for part in (weight, bias) if part is not None):
-            raise AdapterError(
-                f"merging {', '.join(names)} gives weights that are not finite: the adapter holds NaN or infinity, "
-                f"or the result leaves {str(weight.dtype).removeprefix('torch.')}; nothing was merged"
-            )
+        weight, bias = self._merged_weights(names)
+        if safe_merge:
+            _require_finite(names, weight, bias)
         self._write(weight, bias)
         if (
             offload.hook_of(self.get_base_layer()) is not None
@@ -105,6 +105,18 @@ class HydraLayer(BaseTunerLayer):
             own = own[0].cpu(), None if own[1] is None else own[1].cpu()
         self._unmerged = own
         self.merged_adapters.extend(names)
+
+    def require_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Raises AdapterError where `merge` would; changes nothing."""
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in wanted if name in self.hydra_scale and name not in self.merged_adapters]
+        if not names:
+            return
+        self._own_weights()
+        if safe_merge:
+            with onload_layer(self):
+                merged = self._merged_weights(names)
+            _require_finite(names, *merged)
 
     def unmerge(self) -> None:
         """Give the base layer its own weights back, to the bit."""
@@ -121,13 +133,28 @@ class HydraLayer(BaseTunerLayer):
         device = hook.execution_device if device is None and hook is not None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
+    def _merged_weights(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
+        """W' and b' with the adapters `names` and those that are merged already."""
+        weight, bias = self._own_weights()
+        adapters = [self.branches(name) for name in (*self.merged_adapters, *names)]
+        return merged_weight(weight, adapters), None if bias is None else merged_bias(bias, adapters)
+
+    def own_values(self) -> dict[str, Tensor]:
+        """The base layer's "weight" and "bias" without adapters, as they are kept while adapters are merged."""
+        return {
+            kind: own
+            for kind, own in zip(("weight", "bias"), self._unmerged or (), strict=False)
+            if own is not None
+        }
+
     def _own_weights(self) -> tuple[Tensor, Tensor | None]:
         """W and b without adapters; the layer's tensors themselves. AdapterError where they are quantised."""
         if self._unmerged is not None:
             return self._unmerged
         base: Any = self.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if self.quantization_backend is not None or weight is None or not weight.is_floating_point():
+        weight: Any = getattr(base, "weight", None)
+        floats = weight is not None and weight.is_floating_point() and weight.element_size() > 1  # no float8
+        if self.quantization_backend is not None or not floats:
             name = getattr(self.quantization_backend, "backend_name", "") or type(base).__name__
             raise AdapterError(
                 f"the base layer is quantised ({name}): its weight cannot take an adapter in exactly; load the base "
@@ -173,11 +200,12 @@ class HydraLinear(nn.Module, HydraLayer):
         base = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return base
-        with offload.loaded([getattr(self, name) for name in self.adapter_layer_names]):
-            result = base
-            for name in self.active_adapters:
-                if name in self.hydra_scale:
-                    result = self._add(name, result, x, base)
+        for name in self.adapter_layer_names:
+            offload.keep_in_memory(getattr(self, name))
+        result = base
+        for name in self.active_adapters:
+            if name in self.hydra_scale:
+                result = self._add(name, result, x, base)
         return result.to(base.dtype)
 
     def _add(self, name: str, result: Tensor, x: Tensor, base: Tensor) -> Tensor:
@@ -195,3 +223,11 @@ class HydraLinear(nn.Module, HydraLayer):
 
     def __repr__(self) -> str:
         return "hydra." + super().__repr__()
+
+
+def _require_finite(names: list[str], weight: Tensor, bias: Tensor | None) -> None:
+    if not all(torch.isfinite(part).all() for part in (weight, bias) if part is not None):
+        raise AdapterError(
+            f"merging {', '.join(names)} gives weights that are not finite: the adapter holds NaN or infinity, or "
+            f"the result leaves {str(weight.dtype).removeprefix('torch.')}; nothing was merged"
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
-from torch import nn
+from torch import Tensor, nn
 
 from mhconvert.convert.errors import AdapterError
 from mhconvert.convert.hydra import offload, targets
@@ -15,7 +17,10 @@ from mhconvert.convert.hydra.layer import HydraLayer, HydraLinear
 
 
 class HydraModel(BaseTuner):
-    """A model with Hydra adapters; `peft.get_peft_model(model, HydraConfig(…))` makes one."""
+    """A model with Hydra adapters; `peft.get_peft_model(model, HydraConfig(…))` makes one.
+
+    What LoRA has and this has not: `adapter_names` for the rows of a batch, `add_weighted_adapter`, hotswapping.
+    """
 
     prefix = "hydra_"
     tuner_layer_cls = HydraLayer
@@ -28,9 +33,13 @@ class HydraModel(BaseTuner):
         that match nothing, and for what this peft cannot do.
         """
         if adapter_name in self.prefix or "." in adapter_name:
+            reason = (
+                "has a dot in it"
+                if "." in adapter_name
+                else f"is a part of '{self.prefix}', with which its parameters' names begin"
+            )
             raise AdapterError(
-                f"adapter name '{adapter_name}' cannot be told from the parameter names '{self.prefix}…' in saved "
-                "keys; choose another one"
+                f"adapter name '{adapter_name}' {reason}: peft could not find it in saved keys; choose another one"
             )
         config: Any = self.peft_config[adapter_name]
         bias = config.bias
@@ -40,16 +49,74 @@ class HydraModel(BaseTuner):
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters (None: the active ones) into every base layer; AdapterError before any is changed."""
+        self._require_mergeable(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters in its weights; AdapterError before any is changed."""
+        self._require_mergeable(safe_merge, adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _require_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, HydraLayer):
+                try:
+                    layer.require_mergeable(safe_merge, adapter_names)
+                except AdapterError as error:
+                    raise AdapterError(f"{name}: {error}") from error
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """peft hands over here what its own methods take beside a model's inputs, and then drops it."""
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError(
+                "adapter_names: Hydra has no other adapter for each row of a batch; choose one for all with set_adapter"
+            )
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """What is saved of the base layers, biases and heads, are their own values: a loaded adapter is not merged."""
+        for name, layer in model.named_modules():
+            if isinstance(layer, HydraLayer):
+                own = {f"{name}.base_layer.{kind}": value for kind, value in layer.own_values().items()}
+                # peft takes heads out of this very dict, a selection of its own, after it has called us
+                state_dict.update((key, value) for key, value in own.items() if key in state_dict)
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kwargs
+        )
+        return found
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The last that peft does when it loads an adapter, after it has spread the model over devices and disk."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.modules():
             if isinstance(layer, HydraLayer):
                 for name in layer.adapter_layer_names:
-                    offload.mend_index(getattr(layer, name))
+                    offload.keep_in_memory(getattr(layer, name))
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """The last before peft replaces modules one by one: every refusal happens here."""
         targets.require_match(peft_config.target_modules, model)
+        _maybe_include_all_linear_layers(peft_config, model)
+        held = targets.holders(model)
+        for name, module in targets.outside_tuners(model):
+            if name and self._check_target_module_exists(peft_config, name):
+                self._require_supported(module, name)
+                if not isinstance(module, HydraLayer):
+                    targets.require_unshared(module, name, held)
 
     def _create_and_replace(
         self,
@@ -65,23 +132,22 @@ class HydraModel(BaseTuner):
         if isinstance(target, HydraLayer):
             target.update_layer(adapter_name, ranks, peft_config)
             return
+        self._require_supported(target, current_key)  # which a given state dict may name beside the config
         quantization = get_quantization_kwargs(self.model)
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        self._require_supported(base, current_key, quantization)
-        layer = HydraLinear(target, adapter_name, ranks, peft_config, **quantization)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        setattr(parent, target_name, layer)
+        setattr(parent, target_name, HydraLinear(target, adapter_name, ranks, peft_config, **quantization))
 
-    def _require_supported(self, base: nn.Module, name: str, quantization: dict[str, Any]) -> None:
+    def _require_supported(self, module: nn.Module, name: str) -> None:
         """Raises AdapterError for a module that an adapter cannot be put on, or cannot be merged into."""
-        targets.require_linear(base, name, resolve_quantization_backend(base, **quantization) is not None)
-        if targets.is_tied_head(base, self.model):
+        if isinstance(module, HydraLayer):
+            return
+        quantised = resolve_quantization_backend(module, **get_quantization_kwargs(self.model)) is not None
+        targets.require_linear(module, name, quantised)
+        if targets.is_tied_head(module, self.model):
             raise AdapterError(
                 f"target module '{name}' is tied to the input embedding, which merging would change as well; leave it "
                 "out, or load the model with tie_word_embeddings=False"
             )
-        if getattr(base, "_hf_tp_plan", None) is not None:
+        if getattr(module, "_hf_tp_plan", None) is not None:
             raise AdapterError(
                 f"target module '{name}' is split over processes (tensor parallel): a sequential branch needs whole "
                 "outputs; load the model without tp_plan"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from accelerate.hooks import AlignDevicesHook
@@ -17,27 +15,26 @@ def hook_of(module: nn.Module) -> AlignDevicesHook | None:
     return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
 
 
-@contextmanager
-def loaded(dicts: list[nn.ParameterDict]) -> Iterator[None]:
-    """Offloaded ParameterDicts, in memory for as long as the context lasts: nobody calls them, so no hook runs."""
-    for module in dicts:
-        if (hook := hook_of(module)) is not None:
-            hook.pre_forward(module)
-    yield
-    for module in dicts:
-        if (hook := hook_of(module)) is not None:
-            hook.post_forward(module, None)
+def keep_in_memory(module: nn.ParameterDict) -> None:
+    """Bring in the matrices of `module`, for good, where its layer computes.
+
+    Nobody calls a ParameterDict, so no hook would run; and one whose hook knows some of its matrices takes no more.
+    """
+    hook = hook_of(module)
+    if hook is None:
+        return
+    _mend_index(module, hook.weights_map)
+    hook.pre_forward(module)
+    hook.offload = False
 
 
-def mend_index(module: nn.ParameterDict) -> None:
+def _mend_index(module: nn.ParameterDict, weights: Any) -> None:
     """Make the matrices of `module` findable on disk.
 
     peft files an adapter's tensors as if each were the weight of a module, which LoRA's are: the matrix
     `o_proj.hydra_par_A.NAME` lies under `o_proj.NAME.hydra_par_A`.
     """
-    hook = hook_of(module)
-    weights: Any = hook.weights_map if hook is not None else None
-    if weights is None or not isinstance(getattr(weights, "dataset", None), OffloadedWeightsLoader):
+    if not isinstance(getattr(weights, "dataset", None), OffloadedWeightsLoader):
         return
     index, (layer, _, matrices) = weights.dataset.index, weights.prefix.rstrip(".").rpartition(".")
     for name in module:

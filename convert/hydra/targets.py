@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -35,9 +35,7 @@ def require_match(wanted: Any, model: nn.Module) -> None:
     """
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(wanted, str):
-        if wanted != INCLUDE_LINEAR_LAYERS_SHORTHAND and not any(
-            re.fullmatch(wanted, name) for name in names
-        ):
+        if not means_all(wanted) and not any(re.fullmatch(wanted, name) for name in names):
             reason = "a string is an expression for whole names, a list holds names or their ends"
             raise AdapterError(f"{nothing_matches([wanted], model)}; {reason}")
         return
@@ -46,6 +44,11 @@ def require_match(wanted: Any, model: nn.Module) -> None:
         raise AdapterError(nothing_matches(missing, model))
     if missing:
         warnings.warn(nothing_matches(missing, model), stacklevel=2)
+
+
+def means_all(wanted: Any) -> bool:
+    """Whether target_modules are peft's word for every linear module but the head."""
+    return isinstance(wanted, str) and wanted.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def unmatched(wanted: Iterable[str], model: nn.Module) -> list[str]:
@@ -71,7 +74,10 @@ def nothing_matches(targets: list[str], model: nn.Module) -> str:
 def require_linear(module: nn.Module, name: str, quantised: bool) -> None:
     """Raises AdapterError naming the module unless Hydra can be put on it."""
     if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
+        raise AdapterError(
+            f"target module '{name}' has an adapter of another method ({type(module).__module__}), which merging would "
+            "leave out; merge that one first: merge_and_unload"
+        )
     kind = type(module).__name__
     if isinstance(module, Conv1D):
         kind, hint = "Conv1D", "whose weight lies transposed"
@@ -87,17 +93,42 @@ def require_linear(module: nn.Module, name: str, quantised: bool) -> None:
 
 
 def is_tied_head(module: nn.Module, model: Any) -> bool:
-    """Whether `module` is the output head of `model` and shares its weight with the input embedding."""
-    if not (hasattr(model, "get_output_embeddings") and hasattr(model, "get_input_embeddings")):
+    """Whether `module` is the output head of `model`, which its config ties to the input embedding."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return False
     try:
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    except NotImplementedError:  # a model without either
+        return module is model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # a model without
         return False
-    if head is not module:
-        return False
-    stated = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    return bool(stated) or getattr(embedding, "weight", None) is head.weight
+
+
+def holders(model: nn.Module) -> dict[int, list[str]]:
+    """The names under which each parameter of `model` is held, by its id."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return found
+
+
+def require_unshared(module: nn.Module, name: str, held: dict[int, list[str]]) -> None:
+    """Raises AdapterError where another module holds a parameter of `module` too. held: `holders` of the model."""
+    for kind, parameter in module.named_parameters():
+        others = [other for other in held[id(parameter)] if other != f"{name}.{kind}"]
+        if others:
+            raise AdapterError(
+                f"target module '{name}' shares its {kind} with {others[0]}, which merging would change as well; leave "
+                "it out, or give it a tensor of its own"
+            )
+
+
+def outside_tuners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its name, but for what is inside an adapted layer."""
+    inside = None  # named_modules goes depth first
+    for name, module in model.named_modules():
+        if inside is None or not name.startswith(inside):
+            yield name, module
+            if isinstance(module, BaseTunerLayer):
+                inside = f"{name}."
 
 
 def _ends(name: str) -> list[str]:

@@ -117,6 +117,15 @@ def test_every_option_reaches_the_adapter(main: Main, donor: Path, tmp_path: Pat
     assert weights[0] != weights[1]
 
 
+def test_every_linear_module_but_the_head(main: Main, donor: Path, tmp_path: Path) -> None:
+    assert main(donor, "--to", "hydra", "--targets", "all-linear", "-o", tmp_path / "all", "-q") == 0
+    stored = load_file(tmp_path / "all" / "adapter_model.safetensors")
+    assert len({name.rpartition(".")[0] for name in stored}) == 2 * 7
+    assert not any("lm_head" in name for name in stored)
+    assert main("merge", tmp_path / "all", "-o", tmp_path / "merged", "-q") == 0
+    assert main(donor, "--to", "hydra", "--targets", "all-linear,o_proj", "-o", tmp_path / "no", "-q") == 1
+
+
 def test_merge_options(main: Main, trained: tuple[Path, Any], donor: Path, tmp_path: Path) -> None:
     folder, model = trained
     options = "--dtype bfloat16 --max-shard-size 100KB --quiet"
@@ -156,8 +165,16 @@ def test_eval_and_generate_take_an_adapter(
 
 
 def test_inspect_says_what_an_adapter_would_be(
-    main: Main, capsys: pytest.CaptureFixture[str], donor: Path, trained: tuple[Path, Any]
+    main: Main,
+    capsys: pytest.CaptureFixture[str],
+    donor: Path,
+    trained: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-hydra").mkdir()  # where a new adapter would go; inspecting is no reason to look there
+    (tmp_path / "tiny-hydra" / "mine.txt").touch()
     assert main("inspect", donor) == 0
     assert "hydra: applies; 9,216 trainable parameters" in capsys.readouterr().out
     assert main("inspect", trained[0]) == 1
@@ -206,6 +223,7 @@ def test_wrong_usage(main: Main, capsys: pytest.CaptureFixture[str], words: str,
         ("--targets lm_head", "'lm_head' is tied to the input embedding"),
         ("--targets embed_tokens", "'model.embed_tokens' is a Embedding"),
         ("--dropout 1", "dropout=1.0 is outside [0, 1)"),
+        ("--r-par 99999999999", "r_par=99999999999 is not a rank: a whole number from 0 to 65536"),
     ],
 )
 def test_faults_are_one_line_and_leave_nothing(

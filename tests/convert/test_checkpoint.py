@@ -197,7 +197,7 @@ def test_the_donor_is_never_replaced(tmp_path: Path) -> None:
     donor.mkdir(parents=True)
     (tmp_path / "link").symlink_to(donor)
     for output in (donor, donor.parent, tmp_path / "link", tmp_path / "models" / ".." / "models" / "donor"):
-        with pytest.raises(OutputError, match=r"holds the donor, which is only read"):
+        with pytest.raises(OutputError, match=r"is read by this command"):
             check_free(output, True, donor)
     check_free(donor / "converted", True, donor)
 
@@ -210,6 +210,9 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_space(place, 10**9)
     with pytest.raises(OutputError, match=r"has 1\.00 GB free and the conversion needs 2\.50 GB"):
         check_space(place, 25 * 10**8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**10, 10**10 - 900, 900))  # type: ignore[attr-defined]
+    with pytest.raises(OutputError, match=r"has 900\.00 B free and the conversion needs 1\.25 MB"):
+        check_space(place, 1_250_000)
 
 
 def test_the_finished_folder_takes_the_place_of_the_old(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_folder_of_somebody_else_is_not_worked_in(recipe: Callable[..., Recipe
 
 
 def test_the_donor_is_not_replaced(recipe: Callable[..., Recipe], donor: Path) -> None:
-    with pytest.raises(OutputError, match=r"holds the donor"):
+    with pytest.raises(OutputError, match=r"is read by this command"):
         mhconvert.convert(recipe(donor), force=True)
     assert (donor / "model.safetensors").is_file()
 

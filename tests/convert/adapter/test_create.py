@@ -120,7 +120,7 @@ def test_a_saved_adapter_can_be_loaded_and_trained_on(biased_donor: Path, tmp_pa
         ),
         ({"targets": ("lm_head",)}, "'lm_head' is tied to the input embedding"),
         ({"targets": ("embed_tokens",)}, "is a Embedding"),
-        ({"scale": float("inf")}, "scale=inf is not finite"),
+        ({"scale": float("inf")}, "scale=inf is not a finite number"),
     ],
 )
 def test_refusals_leave_nothing(

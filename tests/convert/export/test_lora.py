@@ -11,11 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mhconvert
 from mhconvert.convert.errors import AdapterError, MhconvertError, UnsupportedError
+from mhconvert.convert.hydra import HydraLayer
 from tests.convert.hydra.adapted import difference_elsewhere, relative, tokens
 from tests.donors import make_donor
 
@@ -132,6 +133,99 @@ def test_a_bias_that_is_left_out_would_show(saved: Saved, biased_donor: Path, tm
         if name.endswith("lora_B.default.bias"):
             parameter.data.zero_()
     assert relative(lora(tokens()).logits, model(tokens()).logits) > 1e-4
+
+
+@pytest.mark.parametrize("bias", ["hydra_only", "all"])
+@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], ["o_proj", "down_proj"]])
+def test_trained_biases_go_along(
+    saved: Saved, biased_donor: Path, tmp_path: Path, bias: str, targets: list[str]
+) -> None:
+    folder, model = saved(target_modules=targets, bias=bias)
+    before = model(tokens()).logits
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.endswith("bias"):
+                parameter.add_(0.5)
+    model.save_pretrained(folder)
+    expected = model(tokens()).logits
+    assert relative(before, expected) > 1e-2
+    mhconvert.export(str(folder), "lora", str(tmp_path / "out"))
+    lora = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(biased_donor), tmp_path / "out"
+    ).eval()
+    assert relative(lora(tokens()).logits, expected) <= 2e-6
+
+
+def test_the_products_are_summed_in_float64(saved: Saved, biased_donor: Path, tmp_path: Path) -> None:
+    folder, model = saved(**ATTENTION)
+    mhconvert.export(str(folder), "lora", str(tmp_path / "out"))
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    rounded = 0
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, HydraLayer):
+            weight, seq = layer.get_base_layer().weight, layer.hydra_seq_A["default"]
+            down = found[f"base_model.model.{name}.lora_A.weight"][4:]
+            assert torch.equal(down, (seq.double() @ weight.double()).float())
+            rounded += (down != seq @ weight).sum().item()
+    assert rounded > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_adapters_of_a_float32_base(
+    saved: Saved, biased_donor: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    folder, model = saved(**ATTENTION)
+    for name, parameter in model.named_parameters():
+        if "hydra_" in name:
+            parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(folder)
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(biased_donor), folder).eval()
+    mhconvert.export(str(folder), "lora", str(tmp_path / "out"))
+    lora = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(biased_donor), tmp_path / "out"
+    ).eval()
+    assert {t.dtype for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {
+        torch.float32
+    }
+    assert relative(lora(tokens()).logits, expected(tokens()).logits) <= 2e-6
+
+
+def test_a_head_that_travels_in_the_adapter(saved: Saved, tmp_path: Path) -> None:
+    base = make_donor(tmp_path / "untied", tied=False)
+    folder, model = saved(base, target_modules=["lm_head", "o_proj"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.base_layer.weight.mul_(1.5)
+    model.save_pretrained(folder)
+    expected = model(tokens()).logits
+    mhconvert.export(str(folder), "lora", str(tmp_path / "out"))
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out").eval()
+    assert relative(lora(tokens()).logits, expected) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("parts", "factor", "tensor"),
+    [
+        ("A", 1e37, "o_proj.lora_A.weight"),
+        ("AB", 1e25, "o_proj.lora_B.bias"),
+    ],  # A W leaves float32; B A b does
+)
+def test_an_adapter_that_has_diverged(
+    saved: Saved, tmp_path: Path, parts: str, factor: float, tensor: str
+) -> None:
+    base = make_donor(tmp_path / "base", attention_bias=True)
+    stored = load_file(base / "model.safetensors")
+    stored["model.layers.0.self_attn.o_proj.weight"] *= 1e4
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    folder, _ = saved(base, target_modules=["o_proj"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for part in parts:
+        tensors[f"base_model.model.model.layers.0.self_attn.o_proj.hydra_seq_{part}"].fill_(factor)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(
+        AdapterError, match=rf"exporting it makes \S+{tensor} infinite; the adapter has diverged"
+    ):
+        mhconvert.export(str(folder), "lora", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bfloat16_base(saved: Saved, tmp_path: Path) -> None:

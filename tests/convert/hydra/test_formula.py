@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from mhconvert.convert.hydra import HydraConfig, HydraLinear
-from mhconvert.convert.hydra.merging import (
+from mhconvert.convert.adapter.merging import (
     Branches,
     as_lora,
     bias_delta,
@@ -21,6 +20,7 @@ from mhconvert.convert.hydra.merging import (
     merged_weight,
     weight_delta,
 )
+from mhconvert.convert.hydra import HydraConfig, HydraLinear
 from tests.convert.hydra.adapted import (
     TARGETS,
     adapted,

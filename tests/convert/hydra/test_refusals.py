@@ -39,7 +39,7 @@ from tests.donors import make_config
             r"rank_pattern\['o_proj'\]=4 is not ranks by name, such as \{'r_par'",
         ),
         ({"rank_pattern": {"o_proj": {"r": 4}}}, "is not ranks by name"),
-        ({"scale": float("nan")}, "scale=nan is not finite"),
+        ({"scale": float("nan")}, "scale=nan is not a finite number"),
         ({"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
         ({"bias": "lora_only"}, "bias='lora_only' is not one of none, all, hydra_only"),
         ({"target_modules": ".*o_proj", "layers_to_transform": [0]}, "layers_to_transform goes with a list"),
@@ -50,6 +50,15 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterError, match=message) as caught:
         HydraConfig(**settings)
     assert isinstance(caught.value, ValueError)  # what peft users catch
+
+
+def test_a_refused_name_says_why() -> None:
+    for name, reason in (
+        ("h", "'h' is a part of 'hydra_', with which"),
+        ("a.b", r"'a\.b' has a dot in it: peft"),
+    ):
+        with pytest.raises(AdapterError, match=reason), nullcontext() if "." in name else pytest.warns():
+            get_peft_model(mlp(), HydraConfig(target_modules=["lin0"]), adapter_name=name)
 
 
 @pytest.mark.parametrize("name", ["hydra", "hydra_", "h", "y", "", "ra_", "with.dot"])

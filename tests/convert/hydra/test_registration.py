@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -97,6 +98,31 @@ def test_importing_beside_a_method_of_peft_s_own_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", UPSTREAM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "so mhconvert's is not registered; use peft's" in done.stdout
+
+
+BESIDE = """
+import sys
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft import LoraConfig
+PEFT_TYPE_TO_CONFIG_MAPPING["HYDRA"] = LoraConfig
+PEFT_TYPE_TO_PREFIX_MAPPING["HYDRA"] = "hydra_"
+import mhconvert
+facts = mhconvert.inspect(sys.argv[1])["methods"]
+print(facts["mla"]["applies"], facts["hydra"])
+print(mhconvert.merge(sys.argv[2], sys.argv[3])["method"])
+"""
+
+
+def test_the_rest_goes_on_beside_a_method_of_peft_s_own(
+    biased_donor: Path, saved_lora: Any, tmp_path: Path
+) -> None:
+    words = [str(path) for path in (biased_donor, saved_lora()[0], tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", BESIDE, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    inspected, merged = done.stdout.splitlines()
+    assert inspected.startswith("True {'applies': False, 'reason': ")
+    assert "has a method of its own under the name of Hydra" in inspected
+    assert merged == "lora"
 
 
 def test_plain_import_is_light_and_registers_nothing() -> None:

@@ -13,10 +13,13 @@ any order. Source: arXiv 2309.06922 and its code; b' follows from y0, which hold
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 
 Pair = tuple[Tensor, Tensor]
 
@@ -53,9 +56,10 @@ def as_lora(weight: Tensor, adapter: Branches) -> Pair:
 
 def weight_delta(weight: Tensor, adapter: Branches) -> Tensor:
     """W' − W (o, i) for the base weight W, in the wider dtype of the two."""
-    down, up = as_lora(weight, adapter)
-    dtype = torch.promote_types(down.dtype, up.dtype)
-    return adapter.scale * (up.to(dtype) @ down.to(dtype))
+    with _no_autocast(weight):
+        down, up = as_lora(weight, adapter)
+        dtype = torch.promote_types(down.dtype, up.dtype)
+        return adapter.scale * (up.to(dtype) @ down.to(dtype))
 
 
 def bias_delta(bias: Tensor, adapter: Branches) -> Tensor:
@@ -64,7 +68,8 @@ def bias_delta(bias: Tensor, adapter: Branches) -> Tensor:
         return torch.zeros_like(bias)
     down, up = adapter.seq
     dtype = torch.promote_types(bias.dtype, down.dtype)
-    return adapter.scale * (up.to(dtype) @ (down.to(dtype) @ bias.to(dtype)))
+    with _no_autocast(bias):
+        return adapter.scale * (up.to(dtype) @ (down.to(dtype) @ bias.to(dtype)))
 
 
 def merged_weight(weight: Tensor, adapters: Iterable[Branches]) -> Tensor:
@@ -78,6 +83,12 @@ def merged_weight(weight: Tensor, adapters: Iterable[Branches]) -> Tensor:
 def merged_bias(bias: Tensor, adapters: Iterable[Branches]) -> Tensor:
     """A new b' with every adapter in it; as `merged_weight`."""
     return _merged(bias, adapters, bias_delta)
+
+
+def _no_autocast(tensor: Tensor) -> Any:
+    """Products of float32 stay float32, whatever goes on around the merge."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext()
 
 
 def _merged(own: Tensor, adapters: Iterable[Branches], delta: Callable[[Tensor, Branches], Tensor]) -> Tensor:
