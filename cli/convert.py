@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, TextIO
 
+import typer
+
 from mhconvert.cli import adapter
 from mhconvert.cli import options as o
 from mhconvert.cli.output import Flags, calm_transformers, execute, show_report, shown
 from mhconvert.cli.progress import progress
 from mhconvert.cli.recipe import method_options, recipe_of
+from mhconvert.convert.errors import HealError
 from mhconvert.convert.heal_settings import HealSettings, token_count
 from mhconvert.convert.methods import ADAPTERS
 
@@ -51,6 +54,10 @@ def command(
     """Convert DONOR's attention, or put an adapter beside it; DONOR itself is only read."""
     given = locals()
     settings = method_options(to, given)
+    try:
+        healing = _healing(heal, calibration, seed, device)
+    except HealError as error:
+        raise typer.BadParameter(str(error), param_hint="--heal") from error
 
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
@@ -63,7 +70,7 @@ def command(
             output=str(output) if output is not None else None,
             max_shard_size=max_shard_size,
             verify=not no_verify,
-            heal=_healing(heal, calibration, seed, device),
+            heal=healing,
         )
         if dry_run:
             return api.plan(recipe)

@@ -24,20 +24,20 @@ def read(source: str, *, chat: Chat | None = None, characters: int | None = None
     chat: for records with `messages` instead of `text`. characters: how many of a dataset's are enough.
     Raises TextError for what is missing or unreadable.
     """
-    paths = _paths(source)
+    paths = files(source)
     return [_file(path, chat) for path in paths] if paths else [_dataset(source, chat, characters)]
 
 
 def check_sources(sources: tuple[str, ...]) -> None:
     """Raises TextError for a file that is not there, a pattern without a match, or a folder. Reads nothing."""
     for source in sources:
-        for path in _paths(source):
+        for path in files(source):
             if not os.access(path, os.R_OK):
                 reason = "no permission" if path.exists() else "there is no such file"
                 raise TextError(f"text file {path} cannot be read: {reason}")
 
 
-def _paths(source: str) -> list[Path]:
+def files(source: str) -> list[Path]:
     """The files that `source` stands for; none when it can only be the name of a dataset."""
     source = os.path.expanduser(source)  # the shell leaves a quoted ~ alone
     path = Path(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,14 +70,36 @@ class HealSettings:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, token_count(value, name))
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", {self.data: 1.0})
-        elif not isinstance(self.data, dict):
-            object.__setattr__(self, "data", dict.fromkeys(self.data, 1.0))
+        if isinstance(self.data, (str, list, tuple)):
+            sources = [self.data] if isinstance(self.data, str) else self.data
+            object.__setattr__(self, "data", dict.fromkeys(sources, 1.0))
         if isinstance(self.loss, str):
             object.__setattr__(self, "loss", loss_terms(self.loss))
+        self._check_types()
         self._check_choices()
         self._check_numbers()
+
+    def _check_types(self) -> None:
+        """Values as YAML gives them: `3e-4` is text there."""
+        for place in ("data", "loss"):
+            if not isinstance(getattr(self, place), dict):
+                raise HealError(f"{place}: {getattr(self, place)} is not a mapping of names to weights")
+        for name in ("lr", "warmup", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                with suppress(ValueError):
+                    value = float(value)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise HealError(f"{name}={value!r} is not a number")
+            object.__setattr__(self, name, value)
+        for name in ("rank", "held_out", "epochs", "micro_batch", "sequence_length", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise HealError(f"{name}={value!r} is not a whole number")
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise HealError(
+                f"gradient_checkpointing={self.gradient_checkpointing!r} is neither true nor false"
+            )
 
     def _check_choices(self) -> None:
         if not self.tokens and not self.layer_tokens:
@@ -93,7 +116,11 @@ class HealSettings:
                 raise HealError(f"loss has no term '{term}'; it has {', '.join(TERMS)}")
         for place, shares in (("loss", self.loss), ("data", self.data)):
             for name, share in shares.items():
-                if not isinstance(share, (int, float)) or not 0 <= share < math.inf:
+                if (
+                    isinstance(share, bool)
+                    or not isinstance(share, (int, float))
+                    or not 0 <= share < math.inf
+                ):
                     raise HealError(f"{place} {name}={share} is not a weight; use a number from 0")
             if not sum(shares.values()) > 0:
                 raise HealError(f"every weight of {place} is 0; one of them has to count")

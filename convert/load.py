@@ -135,13 +135,17 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
 
 
 def written(recipe: Recipe) -> str | None:
-    """The folder that the conversion `recipe` has written, if it has."""
+    """The folder that the conversion `recipe` has written, if it has and nothing has healed it."""
     folder = recipe.output_folder(open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code).name)
     try:
         record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    made = isinstance(record, dict) and record.get("recipe") == json.loads(json.dumps(recipe.to_dict()))
+    made = (
+        isinstance(record, dict)
+        and not record.get("healed")
+        and record.get("recipe") == json.loads(json.dumps(recipe.to_dict()))
+    )
     return str(folder) if made else None
 
 

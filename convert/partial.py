@@ -13,6 +13,8 @@ from mhconvert.convert.errors import OutputError
 WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
 LOCK = "lock"  # in it: held as long as a run lasts
 
+DISK_FULL = ("No space left", "PytorchStreamWriter failed", "unexpected pos")  # the last two: torch.save
+
 
 class PartialFolder:
     """`folder` is OUT.partial, `work` the run's own subfolder of it; neither is made yet."""
@@ -60,4 +62,5 @@ class PartialFolder:
 
 def disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    said = str(error)
+    return getattr(error, "errno", None) == errno.ENOSPC or any(sign in said for sign in DISK_FULL)

@@ -130,7 +130,11 @@ class Recipe:
             part["sources"] = (sources,) if isinstance(sources, str) else tuple(sources)
             values["calibration"] = _build(Calibration, part, "calibration")
         if values.get("heal") is not None:
-            values["heal"] = _build(HealSettings, dict(values["heal"]), "heal")
+            if not isinstance(values["heal"], dict):
+                raise MhconvertError(
+                    f"heal: {values['heal']} is not a mapping of settings such as tokens: 20M"
+                )
+            values["heal"] = _build(HealSettings, values["heal"], "heal")
         return _build(Recipe, values, "recipe")
 
 

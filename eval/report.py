@@ -78,11 +78,12 @@ def healing_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table of a healed checkpoint: a line of titles, then what was measured before and after."""
     before, perplexity = report["before"], report["perplexity"]
     donor = perplexity["donor"]
-    table: list[tuple[str, ...]] = [("", "donor", "converted", "healed", "")]
+    judge = "teacher" if report["healing"]["settings"]["teacher"] else "donor"
+    table: list[tuple[str, ...]] = [("", judge, "converted", "healed", "")]
     pair = (before["perplexity"]["converted"], perplexity["converted"])
     times = " → ".join(f"× {value / donor:.3f}" for value in pair) if donor else ""
     table.append(("perplexity", number(donor), *map(number, pair), times))
-    table.append(("KL from the donor", "0", number(before["kl"]), number(report["kl"]), "nats a token"))
+    table.append((f"KL from the {judge}", "0", number(before["kl"]), number(report["kl"]), "nats a token"))
     table.append(
         ("top-1 agreement", "100 %", share(before["top1_agreement"]), share(report["top1_agreement"]), "")
     )
@@ -96,7 +97,7 @@ def healing_line(report: dict[str, Any]) -> str:
     return (
         f"{healing['trained_tokens']:,} tokens in {healing['steps']:,} steps, {duration(healing['seconds'])} in all"
         + (f", {speed:,.0f} tokens/s in training" if speed else "")
-        + f"; teacher {healing['teacher']}"
+        + f"; teacher {Path(healing['teacher']).name}"
     )
 
 
@@ -126,7 +127,8 @@ def show(report: dict[str, Any], console: Any) -> None:
     from rich.table import Column, Table
 
     method = str(report.get("method", "")).upper()
-    console.out(f"{report.get('donor_name') or report.get('donor', '')} → {method}", highlight=False)
+    title = f"{report.get('donor_name') or report.get('donor', '')} → {method}"
+    console.out(title if method else str(report.get("output", "")), highlight=False)
     healed = bool(report.get("healing"))
     titles, *found = healing_rows(report) if healed else [("", "donor", "converted", ""), *rows(report)]
     table = Table(*(Column(title, justify="right" if title else "left") for title in titles))
@@ -138,7 +140,11 @@ def show(report: dict[str, Any], console: Any) -> None:
     sample = report.get("sample") or {}
     if sample:
         console.print(f"[bold]{escape(sample['prompt'])}[/bold]{escape(sample.get('converted') or '')}")
-    if report.get("output"):
+    if report.get("output") and is_adapter(Path(report["output"])):
+        console.print(
+            f"\n{escape(str(report['output']))}: an adapter; mhconvert merge makes a checkpoint of it"
+        )
+    elif report.get("output"):
         console.print(f"\n{escape(str(report['output']))} loads with plain transformers:", highlight=False)
         console.print(f"[dim]{escape(loading(str(report['output'])))}[/dim]", highlight=False, soft_wrap=True)
 
@@ -186,13 +192,12 @@ def _healed(report: dict[str, Any]) -> list[str]:
     cache = next((row for row in rows(report) if row[0] == "KV cache a token"), None)
     lines += ["", f"The KV cache holds {cache[2]} a token, {cache[3]}."] if cache else []
     healing = report["healing"]
-    lines += [
-        "",
-        f"Healed by distillation: {healing_line(report)}. Text: {', '.join(healing['settings']['data'])}.",
-    ]
-    lines += [
-        f"Measured on {healing['held_out_tokens']:,} tokens of the same text that were never trained on."
-    ]
+    terms = ", ".join(
+        f"{name} × {weight:g}" for name, weight in healing["settings"]["loss"].items() if weight
+    )
+    sources = ", ".join(Path(source).name for source in healing["settings"]["data"])
+    lines += ["", f"Healed ({terms}): {healing_line(report)}. Text: {sources}."]
+    lines += [f"Measured on {healing['held_out_tokens']:,} tokens of the same text, held out of the healing."]
     if healing.get("plot"):
         lines += ["", f"![loss and KL against tokens]({healing['plot']})"]
     return [*lines, ""]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from mhconvert.convert.device import half_products
-from mhconvert.convert.errors import HealError
 from mhconvert.convert.families import family_of
 from mhconvert.convert.progress import Listener, Progress
 from mhconvert.heal.local import fit
@@ -31,7 +30,7 @@ def fit_blocks(
     train: "all" of a layer, or its attention. Rows are read as plain text by both models, across what may be document
     boundaries. A layer whose output on unseen rows has not come nearer is left as it was.
     """
-    _require_alike(student, teacher)
+    student.requires_grad_(False)
     pairs = list(zip(_layers(student), _layers(teacher), _norms(teacher), strict=True))
     device = next(student.parameters()).device
     ours, theirs = _Stream(student, ids, device), _Stream(teacher, ids, device)
@@ -151,13 +150,3 @@ def _norms(teacher: Any) -> list[nn.Module]:
     name = family.attention_norm
     between = [getattr(layer, name) if name else nn.Identity() for layer in decoder.layers[1:]]
     return [*between, getattr(decoder, family.final_norm)]
-
-
-def _require_alike(student: Any, teacher: Any) -> None:
-    for name in ("num_hidden_layers", "hidden_size"):
-        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
-        if ours != theirs:
-            raise HealError(
-                f"layers cannot be healed one by one: the teacher's {name} is {theirs} and the checkpoint's {ours}; "
-                "leave --layer-tokens out, or take the donor as the teacher"
-            )

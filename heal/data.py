@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ def prepare(settings: HealSettings, tokenizer: Any, length: int, rows: int, samp
     orders: list[list[int]] = []
     tokens, first = {}, 0
     for number, source in enumerate(shares):
+        if not wanted[source] + held[source]:
+            continue  # a share of less than a row
         once = -(-wanted[source] // settings.epochs)
         seed = f"{settings.seed} {number}"
         if source == "self":
@@ -121,7 +124,9 @@ def _pieces(source: str, tokenizer: Any, length: int, chance: random.Random, cha
     for text, ends in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if ids:
-            yield prefix + ids + [end] * (ends and end is not None and ids[-1] != end)
+            start = [] if ids[: len(prefix)] == prefix else prefix  # a chat's template may have it
+            closed = ids[-1] == end or (tokenizer.eos_token and text.rstrip().endswith(tokenizer.eos_token))
+            yield start + ids + [end] * (ends and end is not None and not closed)
 
 
 def _cut(text: str, most: int) -> Iterator[str]:
@@ -178,5 +183,12 @@ def _too_short(source: str, found: int, wanted: int, settings: HealSettings) -> 
 
 
 def check(settings: HealSettings) -> None:
-    """Raises TextError for files that are not there. Reads nothing."""
-    documents.check_sources(tuple(name for name in settings.data if name != "self"))
+    """Raises TextError for files that are not there, HealError for one that comes twice. Reads nothing."""
+    sources = [name for name in settings.data if name != "self"]
+    documents.check_sources(tuple(sources))
+    places = Counter(path.resolve() for name in sources for path in documents.files(name))
+    for path, times in places.items():
+        if times > 1:
+            raise HealError(
+                f"{path} is in {times} sources; name it once, so that its held-out rows are not trained on"
+            )

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,27 +59,24 @@ class Distillation:
         teacher: Teacher | None,
         settings: HealSettings,
         plan: Steps,
-        done: Path | None,
-        step: int,
+        space: HealSpace,
     ):
-        """done: the durable checkpoint after `step` to go on from."""
-        self.accelerator, self.teacher = accelerator, teacher
-        self.settings, self.plan, self.step = settings, plan, step
+        """space: holds the durable checkpoint to go on from, if there is one."""
+        self.accelerator, self.teacher, self.space = accelerator, teacher, space
+        self.settings, self.plan, self.step = settings, plan, space.step
         groups = parameter_groups(student, settings)
         peaks = [group["lr"] for group in groups]
         adam = torch.optim.AdamW(groups, betas=BETAS, fused=accelerator.device.type == "cuda")
         self.model, self.optimiser = accelerator.prepare(student, adam)
-        if done is not None:
-            accelerator.load_state(str(done))
+        if space.step:
+            accelerator.load_state(str(space.checkpoint(space.step)))
         for group, peak in zip(
             self.optimiser.param_groups, peaks, strict=True
         ):  # a resumed run may have others
             group["lr"] = group["initial_lr"] = peak
-        self.schedule = _schedule(self.optimiser.optimizer, settings, plan.steps, step)
+        self.schedule = _schedule(self.optimiser.optimizer, settings, plan.steps, self.step)
 
-    def run(
-        self, text: HealText, space: HealSpace, metrics: Metrics | None, measure: Measure, tell: Listener
-    ) -> None:
+    def run(self, text: HealText, metrics: Metrics | None, measure: Measure, tell: Listener) -> None:
         """Every step that is left. Raises HealError where the loss is not finite or leaps."""
         plan, recent = self.plan, deque[float](maxlen=RECENT)
         batches = self._batches(text)
@@ -88,6 +84,8 @@ class Distillation:
         held = ""
         tell(Progress("heal", self.step * plan.step_tokens, plan.rows * plan.length))
         while self.step < plan.steps:
+            if self.step == plan.lm_from:
+                recent.clear()  # another loss begins
             self.model.train()
             found = self._step([next(batches) for _ in range(self._accumulated)], recent)
             self.step += 1
@@ -102,7 +100,7 @@ class Distillation:
                 if metrics is not None:
                     metrics.add(self.step, **held_out_values(result))
             if self.step % plan.save_every == 0 or self.step == plan.steps:
-                self._save(space)
+                self._save()
             said = f"loss {found['loss']:.4f}{held} · {speed:,.0f} tokens/s"
             tell(Progress("heal", self.step * plan.step_tokens, plan.rows * plan.length, said))
 
@@ -140,7 +138,8 @@ class Distillation:
             sums += torch.stack([found[name].detach().float() for name in names])
         means = dict(zip(names, (accelerator.reduce(sums, "sum") / count).tolist(), strict=True))
         self._require_calm(means["loss"], recent)
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = accelerator.clip_grad_norm_(trained, self.settings.clip)
         if norm is not None and not torch.isfinite(norm) and accelerator.scaler is None:
             self._stop("the gradient is not finite")
         self.optimiser.step()
@@ -163,13 +162,16 @@ class Distillation:
         recent.append(loss)
 
     def _stop(self, what: str) -> None:
-        raise HealError(
-            f"{what} in step {self.step + 1}; the last durable checkpoint is kept, and the same command with --resume "
-            "and a smaller --lr goes on from it"
-        )
+        way_out = "nothing was durable yet; begin again with a smaller --lr"
+        if self.space.step:
+            way_out = (
+                f"the durable checkpoint after step {self.space.step} is kept, and the same command with --resume and "
+                "a smaller --lr goes on from it"
+            )
+        raise HealError(f"{what} in step {self.step + 1}; {way_out}")
 
-    def _save(self, space: HealSpace) -> None:
-        accelerator = self.accelerator
+    def _save(self) -> None:
+        accelerator, space = self.accelerator, self.space
         accelerator.save_state(str(space.unfinished(self.step)))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from mhconvert.convert.device import half_products
 from mhconvert.convert.errors import HealError
@@ -81,7 +82,10 @@ def make_accelerator(settings: HealSettings) -> Accelerator:
         )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise HealError("device 'cuda' cannot be used: torch finds no GPU; leave it out, or use cpu")
-    options: dict[str, Any] = {"cpu": settings.device == "cpu"}
+    waiting = InitProcessGroupKwargs(
+        timeout=timedelta(days=7)
+    )  # the first process samples, measures and writes alone
+    options: dict[str, Any] = {"cpu": settings.device == "cpu", "kwargs_handlers": [waiting]}
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         device = torch.device("cpu" if settings.device == "cpu" or not torch.cuda.is_available() else "cuda")
         options["mixed_precision"] = "bf16" if isinstance(half_products(device), torch.autocast) else "no"
@@ -96,7 +100,12 @@ def make_accelerator(settings: HealSettings) -> Accelerator:
 
 
 def _require_fitting(accelerator: Accelerator) -> None:
-    kind = accelerator.distributed_type
+    kind, started = accelerator.distributed_type, int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise HealError(
+            f"{started} processes were started and accelerate joins {accelerator.num_processes}; the config asks for "
+            "GPUs that are not there: use one process, or torchrun with ACCELERATE_USE_CPU=true"
+        )
     if kind not in FITTING:
         raise HealError(
             f"the accelerate config asks for {kind.value}, which healing does not run on; use one process, DDP "

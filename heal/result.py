@@ -46,7 +46,11 @@ def round_to(model: Any, source: SafetensorsSource) -> None:
 def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's report with what was measured on the held-out rows: now, and before healing."""
     old = _json(Path(checkpoint) / REPORT)
-    kept = {name: value for name, value in old.items() if name not in ("tolerance", "verified", "seconds")}
+    kept = {
+        name: value
+        for name, value in old.items()
+        if name not in ("tolerance", "verified", "seconds", "sample")
+    }
     return (
         copy.deepcopy(kept)
         | {"output": str(output), "before": {name: before[name] for name in MEASURED}}

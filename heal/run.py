@@ -12,6 +12,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from mhconvert.convert import checkpoint as folders
 from mhconvert.convert import load
 from mhconvert.convert.checkpoint import is_adapter
-from mhconvert.convert.errors import HealError
+from mhconvert.convert.errors import HealError, MhconvertError
 from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.progress import Listener, Progress, ignore
-from mhconvert.convert.provenance import peak_rss
+from mhconvert.convert.provenance import PROMPT, peak_rss
 from mhconvert.convert.sources import SafetensorsSource
 from mhconvert.convert.text import sampled_rows
 from mhconvert.convert.versions import versions
@@ -71,8 +72,8 @@ def run(
         if not memory_fault(error):
             raise
         raise HealError(
-            "there is not enough memory for a step: try a smaller --micro-batch, a shorter --sequence-length, or "
-            "--gradient-checkpointing"
+            "there is not enough memory for a step: try a smaller --micro-batch, a shorter --sequence-length, "
+            "--gradient-checkpointing, or fewer --layer-tokens"
         ) from error
     finally:
         accelerator.end_training()
@@ -93,7 +94,7 @@ class _Healing:
         self.source = SafetensorsSource(Path(asked.checkpoint)) if not self.adapter else None
         self.vocab_size = min(self.student.vocab_size, self.teacher.vocab_size)
         if self.main:
-            _check_output(asked, self.teacher)
+            _check_output(asked, self.student, self.teacher)
 
     def run(self, finish: Finish) -> dict[str, Any]:
         report: dict[str, Any] = {}
@@ -110,7 +111,6 @@ class _Healing:
             if self.settings.tokens:
                 model = self._distil(model)
             if self.metrics is not None:
-                self.metrics.close()
                 report = self._finish(model, before, finish)
             self.accelerator.wait_for_everyone()
         self.tell(Progress("done", 1, 1, str(self.asked.output)))
@@ -119,8 +119,9 @@ class _Healing:
     def _space(self) -> HealSpace:
         asked, place = self.asked, str(Path(self.asked.checkpoint).resolve())
         needed = _disk_needed(self.student, self.source, self.steps, self.settings)
+        shape = {name: getattr(self.steps, name) for name in ("steps", "length", "batch_rows")}
         options: dict[str, Any] = {"resume": asked.resume, "force": asked.force, "main": self.main}
-        return HealSpace(asked.output, self.settings, place, needed=needed, **options)
+        return HealSpace(asked.output, self.settings, place, shape, needed=needed, **options)
 
     def _teacher_model(self) -> Any:
         """In bfloat16 on a GPU that has it: it is only read."""
@@ -159,8 +160,6 @@ class _Healing:
     def _heal_layers(self, model: Any) -> None:
         """The layer-local stage, in every process alike; its result is durable."""
         file, settings = self.space.work / BLOCKS, self.settings
-        if self.space.step:
-            return
         if file.is_file():
             model.load_state_dict(load_file(file), strict=False)
             return
@@ -185,11 +184,8 @@ class _Healing:
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         student = self._trainable(model)
-        done = space.checkpoint(space.step) if space.step else None
-        distillation = Distillation(
-            accelerator, student, self.teaching, settings, self.steps, done, space.step
-        )
-        distillation.run(self.text, space, self.metrics, self.measure, self.tell)
+        distillation = Distillation(accelerator, student, self.teaching, settings, self.steps, space)
+        distillation.run(self.text, self.metrics, self.measure, self.tell)
         if accelerator.distributed_type is not DistributedType.FSDP:
             return accelerator.unwrap_model(distillation.model).model
         state = accelerator.get_state_dict(distillation.model)  # of all processes
@@ -211,7 +207,11 @@ class _Healing:
         if self.source is not None:
             model = result.merged(model)
             result.round_to(model, self.source)
-        report = result.report(asked.checkpoint, asked.output, before, self._fidelity(model))
+        after = self._fidelity(model)
+        if self.metrics is not None:
+            self.metrics.add(self.steps.steps, **held_out_values(after))
+            self.metrics.close()
+        report = result.report(asked.checkpoint, asked.output, before, after)
         report |= {"healing": self._facts(), "versions": versions()}
         result.write(space, model, self.source, asked.checkpoint)
         if asked.verify and not self.adapter:
@@ -239,7 +239,7 @@ class _Healing:
             "held_out_tokens": self.text.held_out.ids.numel(),
             "text_tokens": self.text.tokens,
             "tokens_per_second": speeds[-1] if speeds else None,
-            "seconds": time.perf_counter() - self.begun,
+            "seconds": self.space.earlier_seconds + time.perf_counter() - self.begun,
         }
 
 
@@ -258,11 +258,34 @@ def _open(asked: Run, accelerator: Accelerator, tell: Listener) -> tuple[load.Op
     student = load.open_model(asked.checkpoint, device=place, trust_remote_code=asked.trust_remote_code)
     if student.adapter is not None:
         _require_adapter_settings(student.adapter.method, settings)
-    reference = settings.teacher or load.recorded_donor(asked.checkpoint)
+    reference = settings.teacher or _recorded_donor(asked.checkpoint)
     tell(Progress("donor", 0, 1, reference))
     teacher = load.open_model(reference, device=place, trust_remote_code=asked.trust_remote_code)
     _require_one_tokenizer(student, teacher)
+    if settings.layer_tokens or settings.loss.get("hidden"):
+        _require_alike(student, teacher)
     return student, teacher
+
+
+def _recorded_donor(checkpoint: str) -> str:
+    try:
+        return load.recorded_donor(checkpoint)
+    except MhconvertError as error:
+        raise HealError(
+            f"{checkpoint} does not say what it was made from; name the donor with --teacher"
+        ) from error
+
+
+def _require_alike(student: load.OpenModel, teacher: load.OpenModel) -> None:
+    """Raises HealError where layers of the two cannot be compared."""
+    for name in ("num_hidden_layers", "hidden_size"):
+        ours, theirs = (getattr(model.config.get_text_config(), name) for model in (student, teacher))
+        if ours != theirs:
+            raise HealError(
+                f"layers cannot be compared one by one: {name} is {theirs} in the teacher {teacher.reference} and "
+                f"{ours} in {student.reference}; leave out --layer-tokens and the loss's hidden, or take the donor as "
+                "the teacher"
+            )
 
 
 def _require_adapter_settings(method: str, settings: HealSettings) -> None:
@@ -280,18 +303,28 @@ def _require_adapter_settings(method: str, settings: HealSettings) -> None:
         )
 
 
-def _check_output(asked: Run, teacher: load.OpenModel) -> None:
+def _check_output(asked: Run, student: load.OpenModel, teacher: load.OpenModel) -> None:
     """Raises OutputError where the result may not be written. Over its own checkpoint it may, with --force."""
     checkpoint = Path(asked.checkpoint)
-    read = [teacher.donor.folder if teacher.donor is not None else Path(teacher.reference)]
+    read = [model.donor.folder for model in (student, teacher) if model.donor is not None]
+    read += [Path(teacher.reference)]
+    with suppress(MhconvertError):  # a donor elsewhere cannot be replaced
+        read += [Path(load.recorded_donor(asked.checkpoint))]
     if asked.output.resolve() != checkpoint.resolve():
         read.append(checkpoint)
     folders.check_free(asked.output, asked.force, *read)
 
 
 def _require_one_tokenizer(student: load.OpenModel, teacher: load.OpenModel) -> None:
-    ours, theirs = student.tokenizer().get_vocab(), teacher.tokenizer().get_vocab()
+    tokenizers = (student.tokenizer(), teacher.tokenizer())
+    ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
     if ours == theirs:
+        probes = (tokenizer(PROMPT, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers)
+        if next(probes) != next(probes):
+            raise HealError(
+                f"the teacher {teacher.reference} splits text into other tokens than {student.reference}; distillation "
+                "needs a teacher of the same tokenizer"
+            )
         return
     other = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
     raise HealError(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from mhconvert.convert.checkpoint import check_space, replace_folder, write_json
 from mhconvert.convert.errors import HealError, MhconvertError, OutputError, ReloadKilledError
 from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.convert.partial import WORK, PartialFolder, disk_full
+from mhconvert.convert.partial import LOCK, WORK, PartialFolder, disk_full
 from mhconvert.heal.data import HealText, Rows
 
 STATE = "heal.json"  # in the work folder: the settings, and the last durable checkpoint
@@ -36,6 +37,7 @@ class HealSpace:
         output: Path,
         settings: HealSettings,
         source: str,
+        shape: dict[str, int],
         *,
         needed: int,
         resume: bool,
@@ -44,14 +46,16 @@ class HealSpace:
     ):
         self.output, self._folder = output, PartialFolder(output)
         self.partial, self.work = self._folder.folder, self._folder.work
-        self._settings, self._source, self._needed = settings, source, needed
+        self._settings, self._source, self._shape, self._needed = settings, source, shape, needed
         self._resume, self._force, self._main = resume, force, main
         self.step = 0
+        self.earlier_seconds, self._begun = 0.0, time.perf_counter()
 
     def __enter__(self) -> HealSpace:
         if self._main:
             found = self.partial.exists()
-            if found and not self.work.is_dir():
+            self._new = not found
+            if found and not self._ours():
                 raise OutputError(
                     f"{self.partial} is not the work of mhconvert; move it away, or choose another -o"
                 )
@@ -64,6 +68,11 @@ class HealSpace:
                 self._folder.unlock()
                 raise
         return self
+
+    def _ours(self) -> bool:
+        """Whether the folder is what an interrupted healing leaves: its state, its text, or hardly anything."""
+        there = {path.name for path in self.work.iterdir()} if self.work.is_dir() else {""}
+        return bool(there & {STATE, TEXT}) or there <= {LOCK, TEXT + ".new"}
 
     def _begin(self, found: bool) -> None:
         state = self.work / STATE
@@ -89,19 +98,30 @@ class HealSpace:
             raise HealError(
                 f"{self.partial} was started with another {other}; --resume needs the same command, --force starts over"
             )
-        self.step = state["step"]
+        for name, value in self._shape.items():
+            if state["shape"][name] != value:
+                raise HealError(
+                    f"{self.partial} was started with {name}={state['shape'][name]} and this run has {value}; --resume "
+                    "needs a number of processes that divides the same batches"
+                )
+        self.step, self.earlier_seconds = state["step"], state["seconds"]
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if not self._main:
             return
         self._folder.unlock()
-        kept = (self.work / STATE).is_file() and json.loads((self.work / STATE).read_text())["step"] > 0
+        learnt = self.step > 0 or any(self.work.glob("blocks.safetensors"))
         if isinstance(error, (OSError, SafetensorError, RuntimeError)) and disk_full(error):
             raise OutputError(
                 f"the disk is full; {self.partial} holds what is durable: free some space and run the same command "
                 "with --resume"
             ) from error
-        if isinstance(error, MhconvertError) and not isinstance(error, ReloadKilledError) and not kept:
+        if (
+            isinstance(error, MhconvertError)
+            and not isinstance(error, ReloadKilledError)
+            and self._new
+            and not learnt
+        ):
             self._folder.discard()
 
     def keep_text(self, text: HealText) -> None:
@@ -162,7 +182,15 @@ class HealSpace:
 
     def _write_state(self, step: int) -> None:
         settings = dataclasses.asdict(self._settings)
-        write_json(self.work / STATE, {"settings": settings, "source": self._source, "step": step})
+        seconds = self.earlier_seconds + time.perf_counter() - self._begun
+        state = {
+            "settings": settings,
+            "source": self._source,
+            "shape": self._shape,
+            "step": step,
+            "seconds": seconds,
+        }
+        write_json(self.work / STATE, state)
 
     def publish(self) -> None:
         """Give the folder its final name."""

@@ -63,9 +63,8 @@ class Student(nn.Module):
         if every_layer and theirs is not None:
             predicting = torch.nn.functional.pad(rows.predicted(), (0, 1))
             between = zip(seen[:-1], theirs[:-1], strict=True)
-            error = torch.stack(
-                [hidden_error(ours, expected, predicting) for ours, expected in between]
-            ).mean()
+            errors = [hidden_error(ours, expected, predicting) for ours, expected in between]
+            error = torch.stack(errors).mean() if errors else error  # a model of one layer has none
             loss = loss + weights.hidden * error
         count = torch.tensor(float(len(found.targets)), device=loss.device)
         return {"loss": loss, "kl": sums[0], "ce": sums[1], "hidden": error.detach(), "count": count}

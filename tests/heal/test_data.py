@@ -141,3 +141,16 @@ def test_chats_go_through_the_template(tmp_path: Path) -> None:
 def test_files_that_are_not_there_are_named_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(TextError, match=r"absent\.jsonl cannot be read: there is no such file"):
         check(HealSettings(tokens=1, data={str(tmp_path / "absent.jsonl"): 1, "self": 1}))
+
+
+def test_a_file_in_two_sources_is_refused(tmp_path: Path) -> None:
+    """Its held-out rows would be trained on."""
+    file = documents(tmp_path / "many.jsonl", 9)
+    with pytest.raises(HealError, match=r"many\.jsonl is in 2 sources; name it once"):
+        check(HealSettings(tokens=1, data=[str(file), str(tmp_path / "m*ny.jsonl")]))
+
+
+def test_a_share_of_less_than_a_row_is_left_out(tmp_path: Path) -> None:
+    file = documents(tmp_path / "a.jsonl", 60)
+    wanted = HealSettings(tokens=1, data={str(file): 1000, "self": 1}, held_out=2)
+    assert len(prepare(wanted, make_tokenizer(), 16, 20, no_sampling).order) == 20

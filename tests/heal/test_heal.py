@@ -121,6 +121,108 @@ def test_a_run_that_was_cut_short_goes_on_to_the_bit(checkpoint: Path, text: Pat
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_layer_stage_before_it_changes_nothing_of_that(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    """The rates follow the tensors' sizes behind the layer stage, after a resume too."""
+    data, often = {str(text): 1}, {"save_tokens": 1024, "layer_tokens": 4096, "epochs": 9}
+    settings = HealSettings(tokens=256 * 8, data=data, **often, **SMALL)
+    api.heal(str(checkpoint), settings, output=str(tmp_path / "whole"), verify=False)
+    seen: list[str] = []
+
+    def cut(event: Progress) -> None:
+        seen.append(event.stage)
+        if event.stage == "heal" and event.done == 256 * 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "cut"), verify=False, on_progress=cut)
+    api.heal(str(checkpoint), settings, output=str(tmp_path / "cut"), verify=False, resume=True)
+    assert "blocks" in seen
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_refused_resume_touches_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    settings = HealSettings(tokens=1024, data={str(text): 1}, layer_tokens=2048, **SMALL)
+
+    def cut(event: Progress) -> None:
+        if event.stage == "heal":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False, on_progress=cut)
+    kept = sorted(path.name for path in (tmp_path / "out.partial" / "work").iterdir())
+    assert "blocks.safetensors" in kept
+    other = dataclasses.replace(settings, seed=5)
+    with pytest.raises(HealError, match="was started with another seed"):
+        api.heal(str(checkpoint), other, output=str(tmp_path / "out"), verify=False, resume=True)
+    assert sorted(path.name for path in (tmp_path / "out.partial" / "work").iterdir()) == kept
+
+
+def test_the_text_alone_after_the_teacher_is_no_leap(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cross-entropy is many times KL."""
+    monkeypatch.setattr(distill, "RECENT", 3)
+    settings = HealSettings(tokens=256 * 8, lm_tokens=256 * 3, data={str(text): 1}, epochs=9, **SMALL)
+    api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+    found = losses(tmp_path / "out")
+    assert min(found[5:]) > distill.SPIKE * max(found[:5])
+    entries = read(tmp_path / "out" / "metrics.jsonl")
+    assert entries[-1]["step"] == 8
+    assert "held_out_kl" in entries[-1]
+
+
+def test_gradients_are_of_what_trains(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """What the layer stage passed through has no gradient that clipping would count."""
+    norms = []
+    plain = distill.Distillation._step
+
+    def step(self: Any, *words: Any) -> Any:
+        norms.append(
+            [name for name, p in self.model.named_parameters() if not p.requires_grad and p.grad is not None]
+        )
+        return plain(self, *words)
+
+    settings = HealSettings(tokens=256, data={str(text): 1}, layer_tokens=2048, **SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill.Distillation, "_step", step)
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+    assert norms == [[]]
+
+
+def test_a_wider_teacher_of_the_same_tokenizer(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    wide = make_donor(tmp_path / "wide", hidden=96, layers=3, seed=4)
+    settings = HealSettings(tokens=256 * 6, teacher=str(wide), data={str(text): 1}, epochs=9, **SMALL)
+    report = api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+    assert report["kl"] < report["before"]["kl"]
+    assert "KL from the teacher" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for part in ({"loss": {"kl": 1.0, "hidden": 0.1}}, {"layer_tokens": 512}):
+        other = dataclasses.replace(settings, **part)
+        with pytest.raises(HealError, match="num_hidden_layers is 3 in the teacher .*wide and 2"):
+            api.heal(str(checkpoint), other, output=str(tmp_path / "other"), verify=False)
+    assert not (tmp_path / "other.partial").exists()
+
+
+def test_force_replaces_no_donor(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    teacher = make_donor(tmp_path / "teacher", seed=4)
+    settings = HealSettings(tokens=256, teacher=str(teacher), data={str(text): 1}, **SMALL)
+    for place in (teacher, checkpoint.parent / "donor"):
+        with pytest.raises(OutputError):
+            api.heal(str(checkpoint), settings, output=str(place), force=True, verify=False)
+        assert (place / "config.json").is_file()
+
+
+def test_another_runs_folder_is_left_alone(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial" / "work").mkdir(parents=True)
+    (tmp_path / "out.partial" / "work" / "state.json").write_text("{}", encoding="utf-8")
+    settings = HealSettings(tokens=256, data={str(text): 1}, **SMALL)
+    for options in ({"resume": True}, {"force": True}):
+        with pytest.raises(OutputError, match="is not the work of"):
+            api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False, **options)
+    assert (tmp_path / "out.partial" / "work" / "state.json").is_file()
+
+
 def test_a_batch_is_the_same_in_other_parts(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     found = []
     for micro in (1, 4):
@@ -180,7 +282,7 @@ def test_a_leap_of_the_loss_stops_and_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(distill, "SPIKE", 1.02)
     settings = HealSettings(tokens=256 * 40, data={str(text): 1}, epochs=99, lr=0.5, save_tokens=256, **SMALL)
     with pytest.raises(
-        HealError, match=r"the loss leapt to .* in step \d+; the last durable checkpoint is kept"
+        HealError, match=r"the loss leapt to .* in step \d+; the durable checkpoint after step \d+ is kept"
     ):
         api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
     state = json.loads((tmp_path / "out.partial" / "work" / space.STATE).read_text())
@@ -200,7 +302,7 @@ def test_a_loss_that_is_no_number_stops(
 
     monkeypatch.setattr(distill.Student, "forward", broken)
     settings = HealSettings(tokens=512, data={str(text): 1}, **SMALL)
-    with pytest.raises(HealError, match="the loss is nan in step 1"):
+    with pytest.raises(HealError, match="the loss is nan in step 1; nothing was durable yet"):
         api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
     assert list(tmp_path.iterdir()) == []  # nothing was learnt, so nothing is kept
 

@@ -37,6 +37,10 @@ def test_no_numbers_of_tokens(text: Any) -> None:
         token_count(text)
 
 
+def test_a_rate_as_yaml_reads_it() -> None:
+    assert HealSettings(tokens=1, lr="3e-4").lr == 3e-4  # type: ignore[arg-type]
+
+
 def test_words_with_weights() -> None:
     assert loss_terms("kl,ce=0.1") == {"kl": 1.0, "ce": 0.1}
     assert weighted("a=b/c.txt") == ("a=b/c.txt", None)
@@ -56,6 +60,13 @@ def test_words_with_weights() -> None:
         ({"tokens": 1, "lr": 2.0}, "lr=2.0 is not between 0 and 1"),
         ({"tokens": 1, "warmup": 1.0}, "warmup=1.0 is a share"),
         ({"tokens": 1, "micro_batch": 0}, "micro_batch=0 is too small"),
+        ({"tokens": 1, "loss": ["kl"]}, r"loss: \['kl'\] is not a mapping"),
+        ({"tokens": 1, "lr": "fast"}, "lr='fast' is not a number"),
+        ({"tokens": 1, "epochs": 1.5}, "epochs=1.5 is not a whole number"),
+        (
+            {"tokens": 1, "gradient_checkpointing": "no"},
+            "gradient_checkpointing='no' is neither true nor false",
+        ),
         ({"tokens": 1, "schedule": "linear"}, "schedule 'linear' is not one of cosine, wsd, constant"),
     ],
 )
@@ -105,6 +116,7 @@ class Machine:
 
     def __init__(self, kind: DistributedType, version: int = 2, accumulation: int = 1):
         self.distributed_type, self.gradient_accumulation_steps = kind, accumulation
+        self.num_processes = 1
         self.state = type("State", (), {"fsdp_plugin": type("Plugin", (), {"fsdp_version": version})()})()
 
 
