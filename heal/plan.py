@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from mhconvert.convert.device import half_products
@@ -86,7 +87,9 @@ def make_accelerator(settings: HealSettings) -> Accelerator:
         timeout=timedelta(days=7)
     )  # the first process samples, measures and writes alone
     options: dict[str, Any] = {"cpu": settings.device == "cpu", "kwargs_handlers": [waiting]}
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    if is_initialized():  # in a notebook, by somebody else: this process stays as it is
+        options = {}
+    elif "ACCELERATE_MIXED_PRECISION" not in os.environ:
         device = torch.device("cpu" if settings.device == "cpu" or not torch.cuda.is_available() else "cuda")
         options["mixed_precision"] = "bf16" if isinstance(half_products(device), torch.autocast) else "no"
     try:

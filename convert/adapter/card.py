@@ -24,8 +24,8 @@ def about_new(report: dict[str, Any]) -> str:
         f"A Hydra adapter (r_par {chosen['r_par']}, r_seq {chosen['r_seq']}, scale {chosen['scale']:g}) of "
         f"{report['donor']} on {len(report['modules'])} modules ({', '.join(report['target_modules'])}): "
         f"{parameters['trainable']:,} trainable parameters, {100 * parameters['share']:.3g} % of the base model's. "
-        "It is untrained as it is written: with it the base model computes what it computes without. What it was trained "
-        "on since is in `mhconvert.json`."
+        "It is untrained as it is written: with it the base model computes what it computes without. What it was "
+        "trained on since is in `mhconvert.json`."
     )
 
 

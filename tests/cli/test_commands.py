@@ -105,6 +105,7 @@ def test_every_option_reaches_the_recipe(main: Main, calls: list) -> None:
         "max_shard_size": "1GB",
         "verify": False,
         "trust_remote_code": True,
+        "heal": None,
     }
     assert (options["resume"], options["force"]) == (True, True)
 

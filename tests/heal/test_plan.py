@@ -136,3 +136,10 @@ def test_accelerate_configs_that_do_not_fit(machine: Any, message: str) -> None:
 def test_devices() -> None:
     with pytest.raises(HealError, match="device 'tpu' is neither cpu nor cuda"):
         plan.make_accelerator(HealSettings(tokens=1, device="tpu"))
+
+
+def test_a_machine_that_somebody_has_set_up_is_taken_as_it_is() -> None:
+    first = plan.make_accelerator(HealSettings(tokens=1, device="cpu"))
+    again = plan.make_accelerator(HealSettings(tokens=1))
+    assert again.mixed_precision == first.mixed_precision
+    assert again.device == first.device
