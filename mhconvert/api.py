@@ -140,6 +140,7 @@ def heal(
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.report import write_report
     from mhconvert.heal import run
+    from mhconvert.heal.opening import Run
 
     def finish(folder: Path, report: dict[str, Any]) -> None:
         if settings.tokens:
@@ -147,7 +148,7 @@ def heal(
         write_report(folder, report)
 
     place = Path(output) if output else Path(f"{Path(checkpoint).resolve().name}-healed")
-    asked = run.Run(checkpoint, settings, place, resume, force, verify, tensorboard, trust_remote_code)
+    asked = Run(checkpoint, settings, place, resume, force, verify, tensorboard, trust_remote_code)
     return run.run(asked, measure=Fidelity, finish=finish, on_progress=on_progress)
 
 

@@ -265,3 +265,22 @@ def _write_gguf_facts(writer: Any, config: Any, pre: str) -> None:
     writer.add_pad_token_id(1)
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def make_checkpoint(path: Path) -> Path:
+    """Write a donor beside `path`, convert it into `path`, and return that."""
+    from mhconvert import api
+    from mhconvert.convert.mla.settings import MLASettings
+    from mhconvert.convert.recipe import Calibration, Recipe
+
+    recipe = Recipe(
+        model=str(make_donor(path.parent / "donor")),
+        method="mla",
+        settings=MLASettings(kv_budget=0.4),
+        effort="quick",
+        output=str(path),
+        calibration=Calibration(tokens=512, sequence_length=64, held_out=2),
+        verify=False,
+    )
+    api.convert(recipe)
+    return path

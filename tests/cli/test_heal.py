@@ -15,15 +15,20 @@ from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.recipe import Calibration, Recipe, load_recipe, save_recipe
 from mhconvert.heal.metrics import read
 from tests.conftest import Cli, Interrupted, Main
-from tests.donors import TEXT, make_donor
+from tests.donors import TEXT, make_checkpoint
 
 HEALING = ("--sequence-length", 32, "--batch-tokens", 256, "--held-out", 2, "--epochs", 99, "--device", "cpu")
 CONVERSION = ("--to", "mla", "--effort", "quick", "--kv-budget", 0.4, "--calibration-tokens", 512)
 
 
 @pytest.fixture(scope="module")
-def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_donor(tmp_path_factory.mktemp("donor") / "donor")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("converted") / "ckpt")
+
+
+@pytest.fixture(scope="module")
+def donor(checkpoint: Path) -> Path:
+    return checkpoint.parent / "donor"
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +36,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(TEXT * 120, encoding="utf-8")
     return file
-
-
-@pytest.fixture(scope="module")
-def checkpoint(donor: Path) -> Path:
-    recipe = Recipe(
-        model=str(donor),
-        method="mla",
-        settings=MLASettings(kv_budget=0.4),
-        effort="quick",
-        output=str(donor.parent / "ckpt"),
-        calibration=Calibration(tokens=512, sequence_length=64, held_out=2),
-        verify=False,
-    )
-    api.convert(recipe)
-    return donor.parent / "ckpt"
 
 
 def test_a_checkpoint_is_healed(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:

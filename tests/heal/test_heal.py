@@ -23,7 +23,7 @@ from mhconvert.convert.progress import Progress
 from mhconvert.convert.recipe import Calibration, Recipe
 from mhconvert.heal import distill, space
 from mhconvert.heal.metrics import read
-from tests.donors import TEXT, make_donor
+from tests.donors import TEXT, make_checkpoint, make_donor
 
 SMALL = {"sequence_length": 32, "batch_tokens": 256, "held_out": 2, "micro_batch": 2}
 
@@ -38,20 +38,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model, converted."""
-    folder = tmp_path_factory.mktemp("converted")
-    donor = make_donor(folder / "donor")
-    recipe = Recipe(
-        model=str(donor),
-        method="mla",
-        settings=MLASettings(kv_budget=0.4),
-        effort="quick",
-        output=str(folder / "ckpt"),
-        calibration=Calibration(tokens=512, sequence_length=64, held_out=2),
-        verify=False,
-    )
-    api.convert(recipe)
-    return folder / "ckpt"
+    """A random model, converted; its donor is beside it."""
+    return make_checkpoint(tmp_path_factory.mktemp("converted") / "ckpt")
 
 
 def losses(folder: Path) -> list[float]:
