@@ -112,6 +112,12 @@ CalibrationTokens = Annotated[
 RowLength = Annotated[
     int | None, typer.Option(metavar="N", help="Tokens in a calibration row  [default: 512].")
 ]
+HealFor = Annotated[
+    str | None,
+    typer.Option(
+        "--heal", metavar="N", help="Then heal the result on N tokens of the calibration text: 200k, 20M."
+    ),
+]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of every random choice.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
@@ -167,13 +173,6 @@ MergeOutput = Annotated[
 MergedDtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(help="Of the written weights; each as the base model stores it (GGUF: float32)."),
-]
-
-HealFor = Annotated[
-    str | None,
-    typer.Option(
-        "--heal", metavar="N", help="Then heal the result on N tokens of the calibration text: 200k, 20M."
-    ),
 ]
 
 # Healing

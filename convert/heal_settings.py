@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mhconvert.convert.errors import HealError
+from mhconvert.convert.fields import is_number
 
 Trained = Literal["attention", "all", "lora", "hydra"]
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -116,11 +116,7 @@ class HealSettings:
                 raise HealError(f"loss has no term '{term}'; it has {', '.join(TERMS)}")
         for place, shares in (("loss", self.loss), ("data", self.data)):
             for name, share in shares.items():
-                if (
-                    isinstance(share, bool)
-                    or not isinstance(share, (int, float))
-                    or not 0 <= share < math.inf
-                ):
+                if not is_number(share) or share < 0:
                     raise HealError(f"{place} {name}={share} is not a weight; use a number from 0")
             if not sum(shares.values()) > 0:
                 raise HealError(f"every weight of {place} is 0; one of them has to count")

@@ -17,14 +17,13 @@ from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.convert.methods import METHODS, register
+from mhconvert.convert.provenance import PROVENANCE
 from mhconvert.convert.resolve import load_tokenizer
 from mhconvert.convert.sources import require_finite
 
 if TYPE_CHECKING:
     from mhconvert.convert.adapter.folder import AdapterFolder
     from mhconvert.convert.recipe import Recipe
-
-PROVENANCE = "mhconvert.json"
 
 
 @dataclass

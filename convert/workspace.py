@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mhconvert.convert.allotment import LayerNeed
 from mhconvert.convert.calibrate import Rows, Streams
-from mhconvert.convert.checkpoint import ShardWriter, byte_size, check_space, replace_folder, write_json
+from mhconvert.convert.checkpoint import (
+    ShardWriter,
+    byte_size,
+    check_space,
+    replace_folder,
+    save_tensors,
+    write_json,
+)
 from mhconvert.convert.errors import MhconvertError, OutputError, ReloadKilledError
 from mhconvert.convert.partial import PartialFolder, disk_full
 from mhconvert.convert.recipe import Recipe
@@ -106,7 +113,7 @@ class Workspace:
         path = self._work / ROWS
         if not path.is_file():
             rows = draw()
-            _save({"fit": rows.fit, "held_out": rows.held_out}, path)
+            save_tensors({"fit": rows.fit, "held_out": rows.held_out}, path)
             return rows
         return Rows(**load_file(path))
 
@@ -168,7 +175,9 @@ class Workspace:
         begun = time.perf_counter()
         self._writer.flush()
         count = len(self.layers)
-        _save({"teacher": self.streams.teacher, "student": self.streams.student}, self._stream_file(count))
+        save_tensors(
+            {"teacher": self.streams.teacher, "student": self.streams.student}, self._stream_file(count)
+        )
         state = {
             "recipe": self._result_recipe(),
             "versions": versions(),
@@ -212,9 +221,3 @@ class Workspace:
 
     def _stream_file(self, layers: int) -> Path:
         return self._work / f"streams-{layers:05d}.safetensors"
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    partial = path.with_name(path.name + ".new")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)

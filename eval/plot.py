@@ -42,12 +42,16 @@ def write(result: dict[str, Any], file: Path) -> None:
                 json.dumps(json_safe(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
         else:
-            import matplotlib
-
-            with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
-                draw(result).savefig(file, dpi=160)
+            _save(draw(result), file)
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror}") from error
+
+
+def _save(figure: Any, file: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(file, dpi=160)
 
 
 def draw(result: dict[str, Any]) -> Any:
@@ -90,11 +94,8 @@ def write_healing(folder: Path) -> str | None:
     """Draw `metrics.jsonl` of a healed checkpoint beside it; the picture's name, or None without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
-    import matplotlib
-
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        draw_healing([json.loads(line) for line in lines]).savefig(folder / HEALING)
+    _save(draw_healing([json.loads(line) for line in lines]), folder / HEALING)
     return HEALING
 
 

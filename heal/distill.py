@@ -56,7 +56,7 @@ class Distillation:
         self,
         accelerator: Accelerator,
         student: Student,
-        teacher: Teacher | None,
+        teacher: Teacher,
         settings: HealSettings,
         plan: Steps,
         space: HealSpace,
@@ -68,6 +68,7 @@ class Distillation:
         peaks = [group["lr"] for group in groups]
         adam = torch.optim.AdamW(groups, betas=BETAS, fused=accelerator.device.type == "cuda")
         self.model, self.optimiser = accelerator.prepare(student, adam)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if space.step:
             accelerator.load_state(str(space.checkpoint(space.step)))
         for group, peak in zip(
@@ -138,8 +139,7 @@ class Distillation:
             sums += torch.stack([found[name].detach().float() for name in names])
         means = dict(zip(names, (accelerator.reduce(sums, "sum") / count).tolist(), strict=True))
         self._require_calm(means["loss"], recent)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = accelerator.clip_grad_norm_(trained, self.settings.clip)
+        norm = accelerator.clip_grad_norm_(self.trained, self.settings.clip)
         if norm is not None and not torch.isfinite(norm) and accelerator.scaler is None:
             self._stop("the gradient is not finite")
         self.optimiser.step()
@@ -181,7 +181,7 @@ class Distillation:
 
 @torch.no_grad()
 def fidelity(
-    student: Any, teacher: Teacher | None, rows: Rows, measure: Measure, batch: int, device: torch.device
+    student: Any, teacher: Teacher, rows: Rows, measure: Measure, batch: int, device: torch.device
 ) -> dict[str, Any]:
     """What `measure` says of the student's predictions beside the teacher's, a few rows at a time."""
     found = measure()

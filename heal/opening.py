@@ -11,7 +11,6 @@ from accelerate import Accelerator
 
 from mhconvert.convert import checkpoint as folders
 from mhconvert.convert import load
-from mhconvert.convert.checkpoint import is_adapter
 from mhconvert.convert.errors import HealError, MhconvertError
 from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.progress import Listener, Progress
@@ -42,7 +41,7 @@ def open_both(asked: Run, accelerator: Accelerator, tell: Listener) -> tuple[loa
     if asked.tensorboard is not None:
         require_tensorboard()
     method = load.converted_method(asked.checkpoint)
-    if method is None and not is_adapter(Path(asked.checkpoint)):
+    if method is None and not folders.is_adapter(Path(asked.checkpoint)):
         raise HealError(
             f"{asked.checkpoint} is not a checkpoint that mhconvert wrote; convert a donor first: "
             f"mhconvert {asked.checkpoint} --to mla"

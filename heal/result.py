@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from mhconvert.convert import provenance
 from mhconvert.convert.checkpoint import INDEX, ShardWriter, byte_size, write_json
-from mhconvert.convert.errors import CheckpointError
 from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.numbers import cast
-from mhconvert.convert.sources import SafetensorsSource
+from mhconvert.convert.sources import SafetensorsSource, read_json
 from mhconvert.convert.verify import verify
 from mhconvert.convert.versions import versions
 from mhconvert.heal.data import Rows
-from mhconvert.heal.space import HealSpace
+from mhconvert.heal.space import METRICS, HealSpace
 
 REPORT = "report.json"
-PICTURES = ("metrics.jsonl", "healing.svg")
+PICTURES = (METRICS, "healing.svg")
 MADE_ANEW = (REPORT, "README.md", provenance.PROVENANCE, INDEX, *PICTURES)
 PROBE_ROWS, PROBE_TOKENS = 2, 512  # whose logits a reload is compared with
 MEASURED = ("perplexity", "kl", "top1_agreement")
@@ -68,22 +65,15 @@ def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkp
     for stale in folder.glob("*.safetensors"):  # of a run that ended here
         stale.unlink()
     if source is None:
-        _write_adapter(folder, model)
+        from mhconvert.convert.adapter.create import save_matrices
+
+        save_matrices(model, folder)
         return
     recipe = _json(Path(checkpoint) / provenance.PROVENANCE).get("recipe") or {}
     writer = ShardWriter(folder, byte_size(str(recipe.get("max_shard_size", "5GB"))), len(source.names()))
     for name in source.names():
         writer.add(name, cast(name, state[name], source.dtype(name)))
     writer.finish()
-
-
-def _write_adapter(folder: Path, model: Any) -> None:
-    """The matrices alone: the config is the one that the adapter came with."""
-    from peft import get_peft_model_state_dict
-
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    file = folder / "adapter_model.safetensors"
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def proof(space: HealSpace, model: Any, held_out: Rows) -> dict[str, Any]:
@@ -108,8 +98,4 @@ def record(folder: Path, checkpoint: str, settings: HealSettings) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    return found if isinstance(found, dict) else {}
+    return read_json(file) if file.is_file() else {}

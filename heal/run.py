@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from mhconvert.convert.checkpoint import save_tensors
 from mhconvert.convert.errors import HealError
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.provenance import peak_rss
@@ -29,10 +30,8 @@ from mhconvert.heal import blocks, data, plan, result
 from mhconvert.heal.distill import Distillation, Measure, fidelity, held_out_values
 from mhconvert.heal.metrics import Metrics
 from mhconvert.heal.opening import Run, check_output, longest_row, needed_bytes, open_both
-from mhconvert.heal.space import METRICS, HealSpace, memory_fault
+from mhconvert.heal.space import BLOCKS, METRICS, HealSpace, memory_fault
 from mhconvert.heal.student import Student, Teacher, choose_trained
-
-BLOCKS = "blocks.safetensors"  # in the work folder: the layers behind the layer-local stage
 
 Finish = Callable[[Path, dict[str, Any]], None]
 
@@ -91,7 +90,7 @@ class _Healing:
             if self.settings.tokens:
                 model = self._distil(model)
             if self.metrics is not None:
-                report = self._finish(model, before, finish)
+                report = self._finish(model, before, self.metrics, finish)
             self.accelerator.wait_for_everyone()
         self.tell(Progress("done", 1, 1, str(self.asked.output)))
         return report
@@ -151,12 +150,7 @@ class _Healing:
         }
         blocks.fit_blocks(model, self.teaching.model, self.text.train.ids[rows], **options, tell=self.tell)
         if self.main:
-            layers = {
-                name: value.contiguous() for name, value in model.state_dict().items() if ".layers." in name
-            }
-            partial = file.with_name(BLOCKS + ".new")
-            save_file(layers, partial)
-            partial.replace(file)
+            save_tensors({name: t for name, t in model.state_dict().items() if ".layers." in name}, file)
 
     def _distil(self, model: Any) -> Any:
         """The end-to-end stages; returns the trained model, whole, in the first process."""
@@ -181,18 +175,17 @@ class _Healing:
         torch.manual_seed(self.settings.seed)  # a new adapter starts at random
         return Student(choose_trained(model, self.settings.train, self.settings.rank), self.vocab_size)
 
-    def _finish(self, model: Any, before: dict[str, Any], finish: Finish) -> dict[str, Any]:
+    def _finish(self, model: Any, before: dict[str, Any], metrics: Metrics, finish: Finish) -> dict[str, Any]:
         """Write the folder, prove it, and give it its name."""
         asked, space = self.asked, self.space
         if self.source is not None:
             model = result.merged(model)
             result.round_to(model, self.source)
         after = self._fidelity(model)
-        if self.metrics is not None:
-            self.metrics.add(self.steps.steps, **held_out_values(after))
-            self.metrics.close()
+        metrics.add(self.steps.steps, **held_out_values(after))
+        metrics.close()
         report = result.report(asked.checkpoint, asked.output, before, after)
-        report |= {"healing": self._facts(), "versions": versions()}
+        report |= {"healing": self._facts(metrics), "versions": versions()}
         result.write(space, model, self.source, asked.checkpoint)
         if asked.verify and not self.adapter:
             self.tell(Progress("verify", 0, 1))
@@ -203,10 +196,9 @@ class _Healing:
         space.publish()
         return report
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, metrics: Metrics) -> dict[str, Any]:
         """What was done, for the report."""
-        entries = self.metrics.entries if self.metrics is not None else []
-        speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
+        speeds = [entry["tokens_per_second"] for entry in metrics.entries if "tokens_per_second" in entry]
         trained = self.text.train[self.text.order[: self.steps.rows]]
         return {
             "settings": dataclasses.asdict(self.settings),

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from mhconvert.convert.checkpoint import check_space, replace_folder, write_json
+from mhconvert.convert.checkpoint import check_space, replace_folder, save_tensors, write_json
 from mhconvert.convert.errors import HealError, MhconvertError, OutputError, ReloadKilledError
 from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.partial import LOCK, WORK, PartialFolder, disk_full
@@ -22,6 +22,7 @@ from mhconvert.heal.data import HealText, Rows
 
 STATE = "heal.json"  # in the work folder: the settings, and the last durable checkpoint
 TEXT = "text.safetensors"  # in it: the packed rows and their order
+BLOCKS = "blocks.safetensors"  # in it: the layers behind the layer-local stage
 METRICS = "metrics.jsonl"  # in OUT: one line a step or measurement
 
 
@@ -110,7 +111,7 @@ class HealSpace:
         if not self._main:
             return
         self._folder.unlock()
-        learnt = self.step > 0 or any(self.work.glob("blocks.safetensors"))
+        learnt = self.step > 0 or (self.work / BLOCKS).is_file()
         if isinstance(error, (OSError, SafetensorError, RuntimeError)) and disk_full(error):
             raise OutputError(
                 f"the disk is full; {self.partial} holds what is durable: free some space and run the same command "
@@ -133,11 +134,7 @@ class HealSpace:
             "held_positions": text.held_out.positions,
             "order": text.order,
         }
-        partial = self.work / (TEXT + ".new")
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, partial, {"tokens": json.dumps(text.tokens)}
-        )
-        os.replace(partial, self.work / TEXT)
+        save_tensors(tensors, self.work / TEXT, {"tokens": json.dumps(text.tokens)})
 
     @property
     def has_text(self) -> bool:

@@ -43,7 +43,7 @@ class Student(nn.Module):
         self._no_split_modules = model._no_split_modules  # where accelerate divides it between processes
 
     def forward(
-        self, rows: Rows, teacher: Teacher | None, weights: Weights, measure: Any = None
+        self, rows: Rows, teacher: Teacher, weights: Weights, measure: Any = None
     ) -> dict[str, Tensor]:
         """Sums over the predictions of `rows` (B, T): loss (differentiable), kl, ce, hidden; and their count.
 
@@ -53,14 +53,13 @@ class Student(nn.Module):
             with torch.no_grad(), torch.autocast(rows.ids.device.type, enabled=False):
                 self._measure(rows, teacher, measure)
             return {}
-        taught = teacher if weights.taught else None
         every_layer = weights.hidden > 0
         seen = states(self.model, rows, every_layer)
-        theirs = None if taught is None else taught.states(rows, every_layer)
-        found = self._predictions(rows, seen[-1], taught, None if theirs is None else theirs[-1])
+        theirs = teacher.states(rows, every_layer) if weights.taught else []
+        found = self._predictions(rows, seen[-1], teacher, theirs[-1] if theirs else None)
         loss, sums = summed(found, self.model.get_output_embeddings(), weights.kl, weights.ce)
         error = torch.zeros_like(loss)
-        if every_layer and theirs is not None:
+        if every_layer:
             predicting = torch.nn.functional.pad(rows.predicted(), (0, 1))
             between = zip(seen[:-1], theirs[:-1], strict=True)
             errors = [hidden_error(ours, expected, predicting) for ours, expected in between]
@@ -69,25 +68,23 @@ class Student(nn.Module):
         count = torch.tensor(float(len(found.targets)), device=loss.device)
         return {"loss": loss, "kl": sums[0], "ce": sums[1], "hidden": error.detach(), "count": count}
 
-    def _predictions(
-        self, rows: Rows, ours: Tensor, teacher: Teacher | None, theirs: Tensor | None
-    ) -> Predictions:
+    def _predictions(self, rows: Rows, ours: Tensor, teacher: Teacher, theirs: Tensor | None) -> Predictions:
         chosen = rows.predicted()
         return Predictions(
             student=ours[:, :-1][chosen],
             teacher=None if theirs is None else theirs[:, :-1][chosen],
             targets=rows.ids[:, 1:][chosen].long(),
             student_head=self.logits,
-            teacher_head=_no_teacher if teacher is None else teacher.logits,
+            teacher_head=teacher.logits,
             vocab_size=self.vocab_size,
         )
 
-    def _measure(self, rows: Rows, teacher: Teacher | None, measure: Any) -> None:
-        theirs = None if teacher is None else teacher.states(rows)[-1]
-        found = self._predictions(rows, states(self.model, rows)[-1], teacher, theirs)
+    def _measure(self, rows: Rows, teacher: Teacher, measure: Any) -> None:
+        ours, theirs = states(self.model, rows)[-1], teacher.states(rows)[-1]
+        found = self._predictions(rows, ours, teacher, theirs)
         for part in found.slices():
-            ours, expected, targets = found.logits(part, found.student[part])
-            measure.add(ours if expected is None else expected, ours, targets)
+            candidate, reference, targets = found.logits(part, found.student[part])
+            measure.add(reference, candidate, targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed states (P, D) -> logits (P, V)."""
@@ -169,7 +166,3 @@ def _with_adapter(model: Any, kind: str, rank: int) -> Any:
     if kind == "lora":
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     return get_peft_model(model, HydraConfig(target_modules=targets, r_par=rank - rank // 2, r_seq=rank // 2))
-
-
-def _no_teacher(_: Tensor) -> Tensor:
-    raise AssertionError("only asked with a teacher's states")

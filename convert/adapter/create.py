@@ -106,11 +106,15 @@ def _initialise(model: Any, seed: int) -> None:
             layer.reset_parameters("default", generator=generator)
 
 
-def _write(folder: Path, recipe: Recipe, donor: Donor, model: Any, report: dict[str, Any]) -> None:
+def save_matrices(model: Any, folder: Path) -> None:
+    """Write what the adapter of `model` has of its own into the adapter folder, as peft reads it."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"}
-    )
+    found = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _write(folder: Path, recipe: Recipe, donor: Donor, model: Any, report: dict[str, Any]) -> None:
+    save_matrices(model, folder)
     config = model.peft_config["default"]
     config.base_model_name_or_path = donor.location
     _, _, revision = recipe.model.partition("@")
