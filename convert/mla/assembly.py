@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mhconvert.convert.attention import AttentionWeights, LayerStatistics
+from mhconvert.convert.donor_attention import QKNorm
 from mhconvert.convert.families import AttentionFacts
-from mhconvert.convert.mla.donor_attention import QKNorm
-from mhconvert.convert.mla.surgery import AttentionWeights, LatentWeights, LayerStatistics
+from mhconvert.convert.mla.surgery import LatentWeights
 
 TINY = torch.finfo(torch.float64).tiny
 

@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mhconvert.convert.allotment import LayerNeed, divide
+from mhconvert.convert.attention import LayerStatistics
+from mhconvert.convert.donor_attention import attention_weights, output_bias, qk_norm
 from mhconvert.convert.errors import UnsupportedError
 from mhconvert.convert.families import attention_facts
 from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.mla import modeling_mla
 from mhconvert.convert.mla.assembly import NormedWeights, at_mean_scale, module_tensors
 from mhconvert.convert.mla.budget import DIVISION, LayerBudget, layer_budget
-from mhconvert.convert.mla.donor_attention import attention_weights, output_bias, qk_norm
 from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.mla.statistics import observe
 from mhconvert.convert.mla.surgery import (
     LatentWeights,
-    LayerStatistics,
     RotaryBasis,
     convert_layer,
     kept_components,
@@ -32,6 +31,7 @@ from mhconvert.convert.mla.surgery import (
 )
 from mhconvert.convert.refusals import require, stock_refusal
 from mhconvert.convert.rotary import LayerRotary
+from mhconvert.convert.statistics import observe
 
 VALUE_WEIGHT = 0.01  # price of a relative error in the values against one in the scores
 VALUE_WEIGHTS = (0.003, 0.03)  # tried beside it

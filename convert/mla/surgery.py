@@ -13,45 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mhconvert.convert.attention import (
+    AttentionWeights,
+    LayerStatistics,
+    complex_pairs,
+    pair_moments,
+    second_moment,
+)
 from mhconvert.convert.linalg import complex_pca, interleaved, low_rank, realified
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-6  # of the rotary keys' mean energy: a component that the text hardly moves explains nothing
-
-
-@dataclass(frozen=True)
-class AttentionWeights:
-    """A donor layer: q (H, d, D), k (G, d, D), v (G, d, D), o (D, H, d), all float64; y = W x."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-
-    @property
-    def group(self) -> Tensor:
-        """(H,) which KV head each query head reads."""
-        heads, kv_heads = self.q.shape[0], self.k.shape[0]
-        return torch.arange(heads) // (heads // kv_heads)
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What calibration says of one layer's attention input x. float64.
-
-    query_moment (D, D) = E[x xᵀ] over tokens. key_moment (D, D) and key_mean (D,): the same and E[x] with each
-    token counted by how much an error in its key shows in the layer's output: a sink token, one in a row, takes
-    most of the attention. rope_gain: what the donor's RoPE multiplies every score by, 1 but for YaRN;
-    (F,) where it turns only some of the pairs.
-    phases (H, F) complex: rope_gain · E[exp(−iθΔ)] over the distances that each head attends over, which is the
-    constant that best replaces RoPE in a component.
-    """
-
-    query_moment: Tensor
-    key_moment: Tensor
-    key_mean: Tensor
-    phases: Tensor
-    rope_gain: float | Tensor = 1.0
 
 
 @dataclass(frozen=True)
@@ -85,20 +57,14 @@ class LatentWeights:
     o_bias: Tensor
 
 
-def complex_pairs(weight: Tensor) -> Tensor:
-    """(heads, d, D) real, half-split RoPE layout -> (F, heads, D) complex."""
-    half = weight.shape[1] // 2
-    return torch.complex(weight[:, :half], weight[:, half:]).transpose(0, 1)
-
-
 def rotary_basis(weights: AttentionWeights, statistics: LayerStatistics) -> RotaryBasis:
     """Complex PCA across KV heads in each frequency, weighted by the energy of the queries that read each head."""
-    query_moment = _second_moment(weights.q, statistics.query_moment)  # H d H d
+    query_moment = second_moment(weights.q, statistics.query_moment)  # H d H d
     query_energy = query_moment.diagonal(0, 0, 2).diagonal(0, 0, 1).unflatten(1, (2, -1)).sum(1).mT  # F H
     kv_heads = weights.k.shape[0]
     energy = query_energy.unflatten(1, (kv_heads, -1)).sum(-1)  # F G
     energy = energy.clamp_min(energy.amax() * 1e-12) if energy.amax() > 0 else torch.ones_like(energy)
-    values, vectors = complex_pca(_pair_moments(weights.k, statistics.key_moment), energy)
+    values, vectors = complex_pca(pair_moments(weights.k, statistics.key_moment), energy)
     root = energy.sqrt().to(torch.complex128)
     share = query_energy.unflatten(1, (kv_heads, -1)) / energy.unsqueeze(
         -1
@@ -107,20 +73,6 @@ def rotary_basis(weights: AttentionWeights, statistics: LayerStatistics) -> Rota
     lost = lost.mT.unflatten(1, (kv_heads, -1))  # F G n
     damage = 0.5 * values * torch.einsum("fgn,fgr->fr", share * lost, vectors.abs().square())
     return RotaryBasis(vectors / root.unsqueeze(-1), vectors.mH * root.unsqueeze(-2), damage, values.sum())
-
-
-def _second_moment(weight: Tensor, moment: Tensor) -> Tensor:
-    """E[y yᵀ] of y = weight · x: weight (heads, d, D) -> (heads, d, heads, d)."""
-    rows = weight.flatten(0, 1)
-    return (rows @ moment @ rows.mT).view(*weight.shape[:2], *weight.shape[:2])
-
-
-def _pair_moments(weight: Tensor, moment: Tensor) -> Tensor:
-    """E[z zᴴ] over heads in each frequency, z the complex pairs of weight (heads, d, D) · x -> (F, heads, heads)."""
-    full = _second_moment(weight, moment).unflatten(3, (2, -1)).unflatten(1, (2, -1))  # h 2 F g 2 F
-    same = full.diagonal(0, 2, 5)  # h 2 g 2 F: both of one frequency
-    parts = torch.complex(same[:, 0, :, 0] + same[:, 1, :, 1], same[:, 1, :, 0] - same[:, 0, :, 1])
-    return parts.permute(2, 0, 1)
 
 
 def kept_components(damage: Tensor, count: int) -> Tensor:

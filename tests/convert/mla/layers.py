@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhconvert.convert.mla.surgery import AttentionWeights, LatentWeights, LayerStatistics
+from mhconvert.convert.attention import AttentionWeights, LayerStatistics
+from mhconvert.convert.mla.surgery import LatentWeights
 
 HEADS, WIDTH, HIDDEN = 4, 8, 24
 

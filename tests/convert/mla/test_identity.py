@@ -16,11 +16,12 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from mhconvert.convert.attention import LayerStatistics
+from mhconvert.convert.donor_attention import attention_weights
 from mhconvert.convert.families import attention_facts
-from mhconvert.convert.mla.donor_attention import attention_weights
 from mhconvert.convert.mla.modeling_mla import LatentAttention, rotated
 from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.mla.surgery import LatentWeights, LayerStatistics, convert_layer, rotary_basis
+from mhconvert.convert.mla.surgery import LatentWeights, convert_layer, rotary_basis
 from mhconvert.convert.verify_child import cache_storage
 from tests.convert.mla.conversions import (
     LINEAR,

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mhconvert.convert.attention import LayerStatistics
+from mhconvert.convert.donor_attention import attention_weights
 from mhconvert.convert.families import attention_facts
 from mhconvert.convert.mla.assembly import NormedWeights
-from mhconvert.convert.mla.donor_attention import attention_weights
 from mhconvert.convert.mla.method import MLA, Observed
 from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.mla.statistics import observe
-from mhconvert.convert.mla.surgery import LayerStatistics, convert_layer, kept_components, rotary_basis
+from mhconvert.convert.mla.surgery import convert_layer, kept_components, rotary_basis
+from mhconvert.convert.statistics import observe
 from tests.convert.mla.conversions import YARN, attention_inputs, donor_model, relative, rotary_of, token_ids
 
 LENGTH = 64

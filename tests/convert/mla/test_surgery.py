@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mhconvert.convert.attention import AttentionWeights, LayerStatistics, complex_pairs
 from mhconvert.convert.mla.surgery import (
-    AttentionWeights,
     LatentWeights,
-    LayerStatistics,
-    complex_pairs,
     convert_layer,
     kept_components,
     rotary_basis,

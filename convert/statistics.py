@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import repeat_kv
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb  # the one that knows partial rotation
 
+from mhconvert.convert.attention import LayerStatistics
+from mhconvert.convert.donor_attention import queries_and_keys
 from mhconvert.convert.families import AttentionFacts, attention_facts, layer_window
-from mhconvert.convert.mla.donor_attention import queries_and_keys
-from mhconvert.convert.mla.surgery import LayerStatistics
 
 ATTENTION_TOKENS = 4096  # whose attention weights are computed one by one; enough for both uses of them
 ATTENDED_SHARE = 0.3  # of the key moment that counts tokens by the attention they get

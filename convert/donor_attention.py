@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhconvert.convert.attention import AttentionWeights
 from mhconvert.convert.families import AttentionFacts
-from mhconvert.convert.mla.surgery import AttentionWeights
 
 LONG = 1e3  # an input so long that a norm's epsilon is lost in float32
 
