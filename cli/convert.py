@@ -15,6 +15,13 @@ from mhconvert.convert.errors import HealError
 from mhconvert.convert.heal_settings import HealSettings, token_count
 from mhconvert.convert.methods import ADAPTERS
 
+SIZES = (
+    ("latent width", "kv_lora_rank"),
+    ("rotary key width", "qk_rope_head_dim"),
+    ("K and V heads", "kv_heads"),
+    ("K heads", "k_heads"),
+    ("V heads", "v_heads"),
+)
 INTERRUPTED = "interrupted; the same command with --resume continues after what is finished"
 
 
@@ -26,6 +33,12 @@ def command(
     kv_lora_rank: o.KvLoraRank = None,
     qk_rope_head_dim: o.QkRopeHeadDim = None,
     profile: o.Profile = None,
+    uniform: o.Uniform = None,
+    regroup: o.Regroup = None,
+    min_heads: o.MinHeads = None,
+    max_heads: o.MaxHeads = None,
+    head_multiple: o.HeadMultiple = None,
+    plan: o.Plan = None,
     tolerance: o.Tolerance = None,
     r_par: o.RPar = None,
     r_seq: o.RSeq = None,
@@ -46,6 +59,7 @@ def command(
     resume: o.Resume = False,
     force: o.Force = False,
     dry_run: o.DryRun = False,
+    survey: o.Survey = False,
     trust_remote_code: o.Trust = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -54,6 +68,8 @@ def command(
     """Convert DONOR's attention, or put an adapter beside it; DONOR itself is only read."""
     given = locals()
     settings = method_options(to, given)
+    if survey and not dry_run:
+        raise typer.BadParameter("--survey goes with --dry-run: a conversion surveys by itself")
     try:
         healing = _healing(heal, calibration, seed, device)
     except HealError as error:
@@ -73,7 +89,8 @@ def command(
             heal=healing,
         )
         if dry_run:
-            return api.plan(recipe)
+            with progress(quiet or not survey) as listener:
+                return api.plan(recipe, survey=survey, on_progress=listener)
         with progress(quiet) as listener:
             return api.convert(recipe, resume=resume, force=force, on_progress=listener)
 
@@ -120,7 +137,7 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
         ("memory needed", size(plan.get("memory_needed_bytes"))),
     ):
         table.add_row(name, value)
-    for label, key in (("latent width", "kv_lora_rank"), ("rotary key width", "qk_rope_head_dim")):
+    for label, key in SIZES:
         widths = [layer[key] for layer in plan.get("layers", []) if key in layer]
         if widths:
             low, high = min(widths), max(widths)

@@ -61,11 +61,17 @@ Method = Annotated[
         "--to",
         callback=_known_method,
         metavar="METHOD",
-        help="mla: latent attention; hydra: an untrained adapter beside DONOR.",
+        help="mla: latent attention; dha: fewer K and V heads; hydra: an untrained adapter beside DONOR.",
     ),
 ]
 CacheMethod = Annotated[
-    str, typer.Option("--to", callback=_with_a_cache, metavar="METHOD", help="mla: latent attention.")
+    str,
+    typer.Option(
+        "--to",
+        callback=_with_a_cache,
+        metavar="METHOD",
+        help="mla: latent attention; dha: fewer K and V heads.",
+    ),
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; ./DONOR-METHOD.")
@@ -83,6 +89,36 @@ QkRopeHeadDim = Annotated[
 Profile = Annotated[
     Literal["quality", "portable"] | None,
     typer.Option(help="quality: sizes may differ by layer (default); portable: one size for all layers."),
+]
+Uniform = Annotated[
+    bool | None,
+    typer.Option(
+        "--uniform",
+        help="dha: as many K as V heads in every layer: the donor's own architecture, no remote code.",
+    ),
+]
+Regroup = Annotated[
+    bool | None,
+    typer.Option(
+        "--regroup/--no-regroup",
+        help="dha: whether query heads of one KV head may part; the better of both.",
+    ),
+]
+MinHeads = Annotated[
+    int | None, typer.Option(metavar="N", help="dha: K heads, and V heads, of any layer at least; 1.")
+]
+MaxHeads = Annotated[
+    int | None, typer.Option(metavar="N", help="dha: K heads, and V heads, of any layer at most; DONOR's.")
+]
+HeadMultiple = Annotated[
+    int | None, typer.Option(metavar="N", help="dha: numbers of heads are multiples of N; 1.")
+]
+Plan = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="dha: the heads of every layer, as in the mhconvert.json of a conversion; not --kv-budget.",
+    ),
 ]
 Tolerance = Annotated[
     str | None,
@@ -130,6 +166,14 @@ NoVerify = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its costs; write nothing.")]
+
+Survey = Annotated[
+    bool,
+    typer.Option(
+        "--survey",
+        help="With --dry-run: read DONOR and divide the budget over its layers; with --json a file for --plan.",
+    ),
+]
 
 # A new adapter
 RPar = Annotated[

@@ -10,7 +10,8 @@ import typer
 from mhconvert.convert.methods import ADAPTERS, settings_class
 
 SIZES = ("kv_budget", "kv_lora_rank", "qk_rope_head_dim")
-METHOD_OPTIONS = (*SIZES, "profile", "r_par", "r_seq", "targets", "scale", "dropout")
+HEADS = ("uniform", "regroup", "min_heads", "max_heads", "head_multiple", "plan")
+METHOD_OPTIONS = (*SIZES, "profile", *HEADS, "r_par", "r_seq", "targets", "scale", "dropout")
 OF_THE_PASS: dict[str, Any] = {  # what an adapter has no use for, and its value when it is not given
     "tolerance": None,
     "effort": "default",
@@ -24,6 +25,7 @@ OF_THE_PASS: dict[str, Any] = {  # what an adapter has no use for, and its value
     "no_verify": False,
     "heal": None,
     "resume": False,
+    "survey": False,
 }
 SAME = ("effort", "fit_steps", "seed", "dtype", "device", "trust_remote_code")  # named alike in the recipe
 
@@ -39,6 +41,10 @@ def method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
     sizes = set(SIZES) & chosen.keys()
     if "kv_budget" in sizes and len(sizes) > 1:
         raise typer.BadParameter("give --kv-budget, or --kv-lora-rank and --qk-rope-head-dim, but not both")
+    if "kv_budget" in sizes and "plan" in chosen:
+        raise typer.BadParameter("give --kv-budget, or the heads of every layer by --plan, but not both")
+    if "plan" in chosen:
+        chosen["plan"] = str(chosen["plan"])
     if sizes and given.get("tolerance") is not None:
         raise typer.BadParameter("give --tolerance, or a budget or sizes, but not both")
     for name in chosen.keys() - {field.name for field in dataclasses.fields(settings_class(method))}:

@@ -16,6 +16,7 @@ class Family:
     input_bias, output_bias: whether q, k, v and o have biases, or the config's field that says so.
     qk_norm: "head" or "width", over what queries and keys are divided by their RMS. softcap: the config's field.
     window, partial_rotary: whether its attention honours `sliding_window` and `partial_rotary_factor`.
+    fused_qkv: whether q, k and v are one matrix.
     base: the attribute of the causal model that holds layers, embedding and final norm.
     """
 
@@ -27,6 +28,7 @@ class Family:
     softcap: str | None = None
     window: bool = False
     partial_rotary: bool = False
+    fused_qkv: bool = False
     base: str = "model"
     layers: str = "layers"
     embedding: str = "embed_tokens"
@@ -49,7 +51,7 @@ FAMILIES: dict[str, Family] = {
         Family("gemma", **BIASES),
         Family("gemma2", **BIASES, softcap="attn_logit_softcapping", window=True),
         Family("gemma3_text", **BIASES, qk_norm="head", window=True),
-        Family("phi3", window=True, partial_rotary=True),
+        Family("phi3", window=True, partial_rotary=True, fused_qkv=True),
         Family("olmo", **BIASES),
         Family("olmo2", attention_norm=None, **BIASES, qk_norm="width"),
         Family("olmo3", attention_norm=None, **BIASES, qk_norm="width", window=True),

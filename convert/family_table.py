@@ -7,16 +7,17 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from mhconvert.convert.families import FAMILIES, Family, attention_facts, rope_settings
-from mhconvert.convert.methods import ADAPTERS
 from mhconvert.convert.refusals import OTHER_FIELDS, QK_NORM_FIELDS, refusals
 
+SCALES_CACHED = ("mla",)  # beside what it keeps of the keys
 EXPERT_FIELDS = ("num_experts", "num_local_experts")
 NOTES = """\
-exact: at full rank the converted model is its donor (tests/convert/mla/test_families_exact.py); below it every family
-is approximate. exact + n: the cache also holds n numbers 1/RMS of a token's keys (G: one a KV head), which
-count against the budget, so that a budget of 1 is a little short of full rank. RoPE types default, linear, llama3 and
-yarn are carried over; dynamic and longrope are refused in every family. hydra: a new adapter changes nothing, and one
-that is merged computes what it computed beside its base; its targets are linear modules, which experts are not."""
+exact: at full rank, or with all heads, the converted model is its donor (tests/convert/mla/test_families_exact.py,
+tests/convert/dha/test_identity.py); below it every family is approximate. mla, exact + n: the cache also holds n
+numbers 1/RMS of a token's keys (G: one a KV head), which count against the budget, so that a budget of 1 is a
+little short of full rank. RoPE types default, linear, llama3 and yarn are carried over; dynamic and longrope are
+refused in every family. hydra: a new adapter changes nothing, and one that is merged computes what it computed
+beside its base; its targets are linear modules, which experts are not."""
 
 
 def family_table() -> list[dict[str, Any]]:
@@ -50,7 +51,7 @@ def _row(family: Family, config: Any) -> dict[str, Any]:
     return {
         "family": family.model_type,
         "methods": {
-            name: verdict or ("exact" if name in ADAPTERS else f"exact{cached}")
+            name: verdict or (f"exact{cached}" if name in SCALES_CACHED else "exact")
             for name, verdict in verdicts.items()
         },
         "carried": _carried(family, config),

@@ -58,3 +58,14 @@ def relative_error(output: Tensor, target: Tensor) -> float:
     expected = target.to(output.device)
     lost, whole = (output - expected).square().sum().item(), expected.square().sum().item()
     return lost / whole if whole else (0.0 if lost == 0 else float("inf"))
+
+
+def balance(written: Tensor, read: Tensor) -> Tensor:
+    """By what to multiply what is written, and divide what reads it, so that the weights of both are of one size.
+
+    written, read (n,): mean squares of the weights. Weights of one size in all elements are learnt at one rate. Powers
+    of two, so that nothing is rounded; 1 where either is zero.
+    """
+    used = (written > 0) & (read > 0)
+    tiny = torch.finfo(written.dtype).tiny
+    return torch.where(used, read / written.clamp_min(tiny), 1.0).log2().div(4).round().exp2()

@@ -4,6 +4,7 @@ anything else as a donor."""
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,12 +94,22 @@ class OpenModel:
 
 
 def converted_method(reference: str) -> str | None:
-    """The method that made the checkpoint in the folder `reference`; None if that is not a folder made by one."""
+    """The method whose architecture the folder `reference` has; None where it has none of ours."""
     try:
         config = json.loads((Path(reference) / "config.json").read_text(encoding="utf-8"))
         method = str(config.get("model_type", "")).split("_")[0]
     except (OSError, ValueError, AttributeError):
         return None
+    return method if method in METHODS else None
+
+
+def made_by(reference: str) -> str | None:
+    """The method that made the folder `reference`: by its architecture, or by its provenance where that is a stock one."""
+    method = converted_method(reference)
+    if method is None and not is_adapter(Path(reference)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads((Path(reference) / PROVENANCE).read_text(encoding="utf-8"))
+            method = record["recipe"]["method"]
     return method if method in METHODS else None
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any, Protocol
 
-METHODS = {"mla": "mhconvert.convert.mla"}  # one folder each; the pass over the layers makes a checkpoint
+METHODS = {  # one folder each; the pass over the layers makes a checkpoint
+    "mla": "mhconvert.convert.mla",
+    "dha": "mhconvert.convert.dha",
+}
 ADAPTERS = {
     "hydra": "mhconvert.convert.adapter"
 }  # who writes them: no layer is rewritten, and peft loads the result
@@ -36,6 +39,11 @@ class Method(Protocol):
     @property
     def divisible(self) -> bool:
         """Whether `share_out` may give each layer a budget of its own."""
+        ...
+
+    @property
+    def survey_shares(self) -> tuple[float, ...]:
+        """Budgets of a layer, as shares of its cache elements, at which a survey measures it."""
         ...
 
     def share_out(self, needs: Any) -> None:

@@ -30,14 +30,23 @@ from mhconvert.convert.search import Search, meet
 from mhconvert.convert.workspace import Workspace
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
+def plan(
+    recipe: Recipe,
+    *,
+    surveyed: Callable[[], Any] | None = None,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
     """What `run` would do: sizes, KV arithmetic, disk and memory. Reads no weights, writes nothing.
 
     With a tolerance the budget is searched: sizes are the most that it can come to, and layers are missing.
+    surveyed: `measure` as in `run`; the weights are read for a survey, and each layer's part of the budget is known.
     """
-    device = pick_device(recipe.device)
-    donor, method = _open(recipe, ignore)
+    device, tell = pick_device(recipe.device), on_progress or ignore
+    donor, method = _open(recipe, tell)
     checkpoint.check_free(recipe.output_folder(donor.name), True, donor.folder)
+    if surveyed is not None and recipe.tolerance is None and method.divisible:
+        rows = calibrate.draw(recipe, donor, device, tell)
+        method.share_out(survey.run(recipe, donor, device, rows, surveyed, tell))
     sizes = estimate.plan(recipe, donor, method, device)
     return sizes if recipe.tolerance is None else sizes | {"tolerance": recipe.tolerance, "layers": []}
 
@@ -137,7 +146,8 @@ def _attempt(
     method = survey.planned_method(recipe, donor, needs)
     layers = _convert_layers(recipe, donor, method, device, rows, space, fit, tell)
     sizes = estimate.plan(recipe, donor, method, device)
-    report = proof.known_facts(recipe, donor, rows, layers, sizes)
+    remote = provenance.needs_remote_code(method.model_class)
+    report = proof.known_facts(recipe, donor, rows, layers, sizes, remote)
     dtype, streams = estimate.output_dtype(recipe, donor), space.streams
     hidden = (streams.teacher_held, [streams.student])
     [found] = proof.fidelity(donor, *hidden, rows.held_out, measure, dtype, device, space.probe)

@@ -66,8 +66,9 @@ def known_facts(
     rows: calibrate.Rows,
     layers: list[dict[str, Any]],
     sizes: dict[str, Any],
+    remote_code: bool,
 ) -> dict[str, Any]:
-    """What is known before anything is measured."""
+    """What is known before anything is measured. remote_code: whether the folder carries its own modeling file."""
     return {
         "method": recipe.method,
         "donor": recipe.model,
@@ -75,6 +76,7 @@ def known_facts(
         "hub_id": donor.hub_id,
         "licence": donor.licence,
         "notice": donor.notice,
+        "remote_code": remote_code,
         "dtype": sizes["dtype"],
         "kv_bytes_per_token": {
             side: sum(layer["kv_elements"][side] for layer in layers) * estimate.element_bytes(sizes["dtype"])

@@ -24,23 +24,29 @@ PROMPT = "The history of science shows that"
 
 
 def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype) -> None:
-    """config.json with `auto_map`, the modeling files it names, tokenizer and generation settings."""
+    """config.json, tokenizer and generation settings; for a model class of ours `auto_map` and the files it names."""
     config, model = method.finish(), method.model_class
     config.dtype = dtype
     config.architectures = [model.__name__]
-    config_file = Path(inspect.getfile(type(config)))
-    model_file = Path(inspect.getfile(model))
-    config.auto_map = {
-        "AutoConfig": f"{config_file.stem}.{type(config).__name__}",
-        "AutoModel": f"{model_file.stem}.{method.decoder_class.__name__}",
-        "AutoModelForCausalLM": f"{model_file.stem}.{model.__name__}",
-    }
+    files: list[Path] = []
+    if needs_remote_code(model):
+        files = [Path(inspect.getfile(kind)) for kind in (type(config), model)]
+        config.auto_map = {
+            "AutoConfig": f"{files[0].stem}.{type(config).__name__}",
+            "AutoModel": f"{files[1].stem}.{method.decoder_class.__name__}",
+            "AutoModelForCausalLM": f"{files[1].stem}.{model.__name__}",
+        }
     donor.copy_files(folder)
     config.save_pretrained(folder)
-    for file in (config_file, model_file):
+    for file in files:
         (folder / file.name).write_bytes(file.read_bytes())
     if not (folder / "generation_config.json").is_file():
         donor.generation_config().save_pretrained(folder)
+
+
+def needs_remote_code(model_class: Any) -> bool:
+    """Whether a checkpoint of this class carries the files that define it."""
+    return not model_class.__module__.startswith("transformers.")
 
 
 def write_probe(path: Path, input_ids: Tensor, logits: Tensor) -> None:

@@ -38,7 +38,7 @@ def refusals(config: Any) -> dict[str, str | None]:
     return {
         "mla": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS)),
         "moh": NOT_YET,
-        "dha": NOT_YET,
+        "dha": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS, _normed_keys)),
         "hydra": _refusal(config, MODEL_CHECKS),
     }
 
@@ -107,6 +107,14 @@ def _quantised(config: Any) -> str | None:
 def _qk_norm(config: Any) -> str | None:
     name = next((n for n in QK_NORM_FIELDS if getattr(config, n, False)), None)
     return name and f"{name}=True: this norm of queries and keys is not supported"
+
+
+def _normed_keys(config: Any) -> str | None:
+    kind = attention_facts(config).qk_norm
+    return kind and (
+        "its keys are divided by their RMS before their product with the queries, which the fused head of several keys "
+        "does not have"
+    )
 
 
 def _other_attention(config: Any) -> str | None:

@@ -22,7 +22,6 @@ from mhconvert.convert.methods import Method, build_method
 from mhconvert.convert.progress import Listener, Progress
 from mhconvert.convert.recipe import Recipe
 
-SHARES = (1 / 8, 3 / 16, 5 / 16, 1 / 2, 3 / 4)  # of the donor's cache
 PROBED = 5 / 16  # where a layer is heard, or at the nearest of them that the donor can express
 TOKENS = 8192  # of the calibration text that the statistics come from
 STRIDE = 4  # one position in so many is compared at the output
@@ -90,7 +89,7 @@ def run(
 def _methods(recipe: Recipe, donor: Donor) -> dict[float, Method]:
     """By share; those that the donor cannot express are missing."""
     found = {}
-    for share in SHARES:
+    for share in build_method(recipe.method, donor.config, recipe.settings, recipe.effort).survey_shares:
         try:
             settings = recipe.settings.at_budget(share)
             found[share] = build_method(recipe.method, donor.config, settings, "survey")

@@ -11,7 +11,7 @@ import torch
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.estimate import DTYPES
-from mhconvert.convert.load import OpenModel, converted_method, open_model, recorded_donor
+from mhconvert.convert.load import OpenModel, made_by, open_model, recorded_donor
 from mhconvert.convert.methods import build_method, register, settings_class
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.eval import speed
@@ -64,7 +64,7 @@ def bench(
 ) -> dict[str, Any]:
     """Time the folder `checkpoint` and the donor `against` (None: the one it was made from)."""
     place = pick_device(device)
-    if converted_method(checkpoint) is None:
+    if made_by(checkpoint) is None:
         raise MhconvertError(
             f"{checkpoint} is no folder that mhconvert wrote; convert it first, or time its shape with --random"
         )

@@ -59,6 +59,8 @@ def cache_elements(config: Any) -> list[int]:
     if getattr(text, "rope_frequencies", None) is not None:
         scales = text.num_key_scales
         return [text.latent_rank(i) + 2 * len(text.layer_frequencies(i)) + scales for i in layers]
+    if getattr(text, "k_head_map", None) is not None:
+        return [_head_dim(text) * sum(max(heads) + 1 for heads in text.head_maps(i)) for i in layers]
     if getattr(text, "kv_lora_rank", None) is not None:
         return [text.kv_lora_rank + text.qk_rope_head_dim for _ in layers]
     return [2 * _kv_heads(text) * _head_dim(text) for _ in layers]
@@ -78,6 +80,11 @@ def attention(config: Any) -> dict[str, Any]:
         facts["kv_lora_rank"] = _one_or_all([text.latent_rank(i) for i in layers])
         facts["qk_rope_head_dim"] = _one_or_all([2 * len(text.layer_frequencies(i)) for i in layers])
         facts["qk_nope_head_dim"], facts["v_head_dim"] = text.qk_nope_head_dim, text.v_head_dim
+    elif getattr(text, "k_head_map", None) is not None:
+        maps = [text.head_maps(i) for i in range(text.num_hidden_layers)]
+        facts["kind"], facts["head_dim"] = "decoupled heads (DHA)", _head_dim(text)
+        facts["k_heads"] = _one_or_all([max(k) + 1 for k, _ in maps])
+        facts["v_heads"] = _one_or_all([max(v) + 1 for _, v in maps])
     else:
         heads, groups = text.num_attention_heads, _kv_heads(text)
         facts["kind"] = "multi-head" if heads == groups else "multi-query" if groups == 1 else "grouped-query"

@@ -146,16 +146,26 @@ def show(report: dict[str, Any], console: Any) -> None:
         )
     elif report.get("output"):
         console.print(f"\n{escape(str(report['output']))} loads with plain transformers:", highlight=False)
-        console.print(f"[dim]{escape(loading(str(report['output'])))}[/dim]", highlight=False, soft_wrap=True)
+        console.print(
+            f"[dim]{escape(loading(str(report['output']), remote_code(report)))}[/dim]",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
-def loading(folder: str) -> str:
+def loading(folder: str, remote_code: bool) -> str:
     """Python that loads `folder` where mhconvert is not installed."""
+    trust = ", trust_remote_code=True" if remote_code else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})\n'
     )
+
+
+def remote_code(report: dict[str, Any]) -> bool:
+    """Whether the report's folder carries its own modeling file."""
+    return bool(report.get("remote_code", True))
 
 
 def licence_file(folder: Path) -> str | None:
@@ -182,7 +192,7 @@ def model_card(report: dict[str, Any], licence: str | None = None) -> str:
         "",
     ]
     facts = _healed(report) if report.get("healing") else _measured(report)
-    return "\n".join(head + about + facts + _usage(name) + _origin(report, licence))
+    return "\n".join(head + about + facts + _usage(name, remote_code(report)) + _origin(report, licence))
 
 
 def _healed(report: dict[str, Any]) -> list[str]:
@@ -222,9 +232,10 @@ def _measured(report: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _usage(name: str) -> list[str]:
+def _usage(name: str, remote: bool) -> list[str]:
     note = "The folder carries its own modeling file, which is why `trust_remote_code=True` is needed."
-    return ["## Use", "", "```python", loading(name).rstrip(), "```", "", note, ""]
+    note = note if remote else "It is the base model's own architecture: any engine that runs that runs this."
+    return ["## Use", "", "```python", loading(name, remote).rstrip(), "```", "", note, ""]
 
 
 def _origin(report: dict[str, Any], licence: str | None) -> list[str]:

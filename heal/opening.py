@@ -40,7 +40,7 @@ def open_both(asked: Run, accelerator: Accelerator, tell: Listener) -> tuple[loa
     settings, place = asked.settings, str(accelerator.device)
     if asked.tensorboard is not None:
         require_tensorboard()
-    method = load.converted_method(asked.checkpoint)
+    method = load.made_by(asked.checkpoint)
     if method is None and not folders.is_adapter(Path(asked.checkpoint)):
         raise HealError(
             f"{asked.checkpoint} is not a checkpoint that mhconvert wrote; convert a donor first: "

@@ -64,18 +64,20 @@ def convert(
     )
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
+def plan(recipe: Recipe, *, survey: bool = False, on_progress: Listener | None = None) -> dict[str, Any]:
     """What `convert` would do: sizes per layer, KV arithmetic, disk and memory needed. Writes nothing.
 
-    For method hydra: the modules and parameters of the adapter.
+    survey: read the weights and divide the budget over the layers, as `convert` would. For method hydra: the modules
+    and parameters of the adapter.
     """
     if recipe.method in ADAPTERS:
         from mhconvert.convert.adapter import create
 
         return create.plan(recipe)
     from mhconvert.convert import pipeline
+    from mhconvert.eval.fidelity import Fidelity
 
-    return pipeline.plan(recipe)
+    return pipeline.plan(recipe, surveyed=Fidelity if survey else None, on_progress=on_progress)
 
 
 def curve(

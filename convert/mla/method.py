@@ -33,6 +33,7 @@ from mhconvert.convert.refusals import require, stock_refusal
 from mhconvert.convert.rotary import LayerRotary
 from mhconvert.convert.statistics import observe
 
+SURVEY_SHARES = (1 / 8, 3 / 16, 5 / 16, 1 / 2, 3 / 4)
 VALUE_WEIGHT = 0.01  # price of a relative error in the values against one in the scores
 VALUE_WEIGHTS = (0.003, 0.03)  # tried beside it
 PROBE_TOKENS = {
@@ -88,6 +89,11 @@ class MLA:
         """Whether layers may have budgets of their own."""
         free = self.budget.kv_lora_rank is None and self.budget.elements < self.budget.donor_elements
         return free and self.effort in ("default", "high")
+
+    @property
+    def survey_shares(self) -> tuple[float, ...]:
+        """Of the donor's cache elements."""
+        return SURVEY_SHARES
 
     def share_out(self, needs: Sequence[LayerNeed]) -> None:
         """Divide the budget over the layers by what a survey found that each needs."""

@@ -20,7 +20,7 @@ from mhconvert.convert.attention import (
     pair_moments,
     second_moment,
 )
-from mhconvert.convert.linalg import complex_pca, interleaved, low_rank, realified
+from mhconvert.convert.linalg import balance, complex_pca, interleaved, low_rank, realified
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-6  # of the rotary keys' mean energy: a component that the text hardly moves explains nothing
@@ -164,8 +164,7 @@ def _balance(cached: Tensor, kv_b: Tensor, queries: Tensor, rank: int) -> Tensor
     read[rank:] += queries[:, queries.shape[1] - len(cached) + rank :].square().mean((0, 2))
     pairs = [sizes[rank:].view(-1, 2).mean(1).repeat_interleave(2) for sizes in (written, read)]
     written, read = torch.cat((written[:rank], pairs[0])), torch.cat((read[:rank], pairs[1]))
-    used = (written > 0) & (read > 0)
-    return torch.where(used, read / written.clamp_min(TINY), 1.0).log2().div(4).round().exp2()
+    return balance(written, read)
 
 
 def _regression(rows: Tensor, rope_keys: Tensor, statistics: LayerStatistics, centred: bool) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 
 from mhconvert import api
 from tests.conftest import Main
-from tests.convert.mla.conversions import converted, donor_model
+from tests.convert.conversions import converted, donor_model
 from tests.donors import make_donor
 
 TIMING = {

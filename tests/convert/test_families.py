@@ -111,7 +111,7 @@ def test_refusals_name_the_feature(config, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["moh", "dha"])
+@pytest.mark.parametrize("method", ["moh"])
 def test_methods_to_come_say_so(method):
     with pytest.raises(UnsupportedError, match="not available in this version"):
         require(make_config(), method)

@@ -14,7 +14,7 @@ from mhconvert.convert.mla import register
 from mhconvert.convert.recipe import Calibration, Recipe
 from mhconvert.eval.fidelity import Fidelity
 from mhconvert.heal.local import fit
-from tests.convert.mla.conversions import logits, relative, token_ids
+from tests.convert.conversions import logits, relative, token_ids
 from tests.convert.mla.test_families_exact import VARIANTS, full_rank
 from tests.donors import make_donor
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mhconvert.convert.errors import CalibrationError, TextError
 from mhconvert.convert.progress import Progress, ignore
 from mhconvert.convert.text import CHARACTERS_A_TOKEN, sampled_rows, text_rows
-from tests.convert.mla.conversions import donor_model
+from tests.convert.conversions import donor_model
 from tests.donors import make_tokenizer
 
 LENGTH = 16

@@ -13,7 +13,7 @@ from mhconvert import api
 from mhconvert.convert.errors import BudgetError, MhconvertError
 from mhconvert.convert.load import OpenModel
 from mhconvert.eval import bench, memory
-from tests.convert.mla.conversions import converted, donor_model
+from tests.convert.conversions import converted, donor_model
 from tests.donors import make_config, make_donor
 
 QUICK: dict[str, Any] = {"contexts": [24], "batch": 2, "new_tokens": 2, "device": "cpu"}

@@ -18,7 +18,7 @@ from mhconvert import api
 from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.convert.load import converted_method, open_model, recorded_donor
 from mhconvert.eval.fidelity import text_rows
-from tests.convert.mla.conversions import converted, donor_model
+from tests.convert.conversions import converted, donor_model
 from tests.donors import make_donor, make_tokenizer
 
 LENGTH, ROWS = 32, 3

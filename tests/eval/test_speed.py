@@ -11,7 +11,7 @@ import torch
 
 from mhconvert.eval import speed
 from mhconvert.eval.speed import PREFILLS, WARM_STEPS, Load, Run, compare, switch_absorption
-from tests.convert.mla.conversions import converted, donor_model
+from tests.convert.conversions import converted, donor_model
 
 DONOR_ELEMENTS, LATENT_ELEMENTS = 2 * 2 * 2 * 16, 2 * 32  # of a token, over two layers
 

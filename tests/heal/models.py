@@ -8,7 +8,7 @@ import torch
 
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.heal.data import Rows
-from tests.convert.mla.conversions import converted, donor_model
+from tests.convert.conversions import converted, donor_model
 
 
 def pair(budget: float = 0.4, seed: int = 0) -> tuple[Any, Any]:

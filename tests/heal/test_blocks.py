@@ -12,7 +12,7 @@ from mhconvert.eval.fidelity import Fidelity
 from mhconvert.heal.blocks import fit_blocks
 from mhconvert.heal.distill import fidelity
 from mhconvert.heal.student import Student, Teacher, states
-from tests.convert.mla.conversions import donor_model
+from tests.convert.conversions import donor_model
 from tests.heal.models import pair, rows
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.heal.local import UNSEEN, fit
-from tests.convert.mla.conversions import attention_inputs, converted, donor_model, rotary_of, token_ids
+from tests.convert.conversions import attention_inputs, converted, donor_model, rotary_of, token_ids
 
 Problem = tuple[nn.Module, Tensor, Tensor, tuple[Tensor, Tensor]]
 

@@ -14,7 +14,7 @@ from mhconvert.heal.data import Rows
 from mhconvert.heal.distill import fidelity
 from mhconvert.heal.result import merged
 from mhconvert.heal.student import Student, Teacher, Weights, choose_trained, parameter_groups, states
-from tests.convert.mla.conversions import donor_model, logits
+from tests.convert.conversions import donor_model, logits
 from tests.heal.models import pair, rows
 
 FLOAT32 = 2e-5

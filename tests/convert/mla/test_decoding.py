@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from tests.convert.mla.conversions import LLAMA3, converted, donor_model, logits, relative, token_ids
+from tests.convert.conversions import LLAMA3, converted, donor_model, logits, relative, token_ids
 
 FLOAT32 = 1e-5
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from mhconvert.convert.families import FAMILIES, attention_facts
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.verify_child import cache_storage
-from tests.convert.mla.conversions import (
+from tests.convert.conversions import (
     attention_inputs,
     converted,
     donor_model,

@@ -23,7 +23,7 @@ from mhconvert.convert.mla.modeling_mla import LatentAttention, rotated
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.mla.surgery import LatentWeights, convert_layer, rotary_basis
 from mhconvert.convert.verify_child import cache_storage
-from tests.convert.mla.conversions import (
+from tests.convert.conversions import (
     LINEAR,
     LLAMA3,
     YARN,

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from tests.convert.mla.conversions import converted, donor_model, logits, relative, token_ids
+from tests.convert.conversions import converted, donor_model, logits, relative, token_ids
 
 
 @pytest.fixture(scope="module")

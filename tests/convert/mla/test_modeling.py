@@ -15,7 +15,7 @@ from mhconvert.convert.mla.configuration_mla import MLALlamaConfig, latent_tp_pl
 from mhconvert.convert.mla.method import latent_config
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.verify_child import cache_storage
-from tests.convert.mla.conversions import LLAMA3, YARN, converted, donor_model, logits, relative, token_ids
+from tests.convert.conversions import LLAMA3, YARN, converted, donor_model, logits, relative, token_ids
 from tests.donors import make_config
 
 RANKS, FREQUENCIES = [20, 12], [[0, 0, 3], [1, 7]]

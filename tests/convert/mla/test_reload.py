@@ -17,7 +17,7 @@ from mhconvert.convert.mla.method import MLA
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.provenance import write_config, write_probe
 from mhconvert.convert.verify import verify
-from tests.convert.mla.conversions import YARN, latent_layers, logits, token_ids
+from tests.convert.conversions import YARN, assembled, converted_layers, logits, token_ids
 from tests.donors import make_donor, stored_weights
 
 
@@ -25,12 +25,7 @@ def written(folder: Path, settings: MLASettings, **config: Any) -> Any:
     """Convert a random donor into `folder`; returns the converted model as it is in memory."""
     donor = open_donor(str(make_donor(folder.parent / f"{folder.name}-donor", **config)))
     method, stock = MLA(donor.config, settings, "quick"), donor.model("cpu")
-    layers = latent_layers(stock, method, token_ids(4, 32))
-    model = method.model_class(method.finish()).eval()
-    state = {name: tensor for name, tensor in stock.state_dict().items() if ".self_attn." not in name}
-    for index, layer in enumerate(layers):
-        state |= {f"model.layers.{index}.self_attn.{name}": t for name, t in layer.state_dict().items()}
-    model.load_state_dict(state, strict=True)
+    model = assembled(stock, method, converted_layers(stock, method, token_ids(4, 32)))
     folder.mkdir()
     save_file(stored_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
     write_config(folder, method, donor, torch.float32)

@@ -17,7 +17,7 @@ from mhconvert.convert.mla.method import MLA, Observed
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.mla.surgery import convert_layer, kept_components, rotary_basis
 from mhconvert.convert.statistics import observe
-from tests.convert.mla.conversions import YARN, attention_inputs, donor_model, relative, rotary_of, token_ids
+from tests.convert.conversions import YARN, attention_inputs, donor_model, relative, rotary_of, token_ids
 
 LENGTH = 64
 MOMENTS = 1e-5  # sums of a few hundred float32 products

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from mhconvert.convert.calibrate import Layer
+from mhconvert.convert.dha.method import DHA
+from mhconvert.convert.dha.settings import DHASettings
 from mhconvert.convert.families import layer_window
 from mhconvert.convert.mla.method import MLA
 from mhconvert.convert.mla.settings import MLASettings
@@ -57,8 +59,8 @@ def attention_inputs(model: Any, ids: Tensor) -> list[Tensor]:
     return found
 
 
-def latent_layers(donor: Any, method: MLA, ids: Tensor) -> list[Any]:
-    """The latent attention of every layer, from closed forms on `ids` (N, L)."""
+def converted_layers(donor: Any, method: Any, ids: Tensor) -> list[Any]:
+    """The attention of every layer as `method` makes it, from closed forms on `ids` (N, L)."""
     layers, length = [], ids.shape[1]
     for index, (module, x) in enumerate(zip(donor.model.layers, attention_inputs(donor, ids), strict=True)):
         rotary = layer_rotary(donor.model.rotary_emb, donor.config, index, length)
@@ -69,10 +71,15 @@ def latent_layers(donor: Any, method: MLA, ids: Tensor) -> list[Any]:
     return layers
 
 
-def converted(donor: Any, settings: MLASettings | None = None, seed: int = 1) -> Any:
-    """The latent-attention model of `donor`, fp32 and in eval mode, calibrated on four random rows."""
-    method = MLA(donor.config, settings or MLASettings(), "quick")
-    layers = latent_layers(donor, method, token_ids(4, 32, seed))
+def converted(donor: Any, settings: MLASettings | DHASettings | None = None, seed: int = 1) -> Any:
+    """`donor` converted by the method of `settings` (MLA), fp32 and in eval mode, calibrated on four random rows."""
+    settings = settings or MLASettings()
+    method = {MLASettings: MLA, DHASettings: DHA}[type(settings)](donor.config, settings, "quick")
+    return assembled(donor, method, converted_layers(donor, method, token_ids(4, 32, seed)))
+
+
+def assembled(donor: Any, method: Any, layers: list[Any]) -> Any:
+    """The method's model with `layers` for attention and the donor's other weights."""
     model = method.model_class(method.finish()).eval()
     state = {name: tensor for name, tensor in donor.state_dict().items() if ".self_attn." not in name}
     for index, layer in enumerate(layers):

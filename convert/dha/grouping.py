@@ -1,0 +1,120 @@
+"""Heads into clusters so that little is lost: exact where heads are few, else a search that keeps the best. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+
+Cluster = tuple[int, ...]
+Cost = Callable[[Cluster], float]
+
+EXACT_HEADS = 9  # 511 subsets, and 19,683 ways to split them
+RESTARTS = 8
+
+
+def best_clusters(count: int, clusters: int, cost: Cost, equal: bool = False) -> list[Cluster]:
+    """`count` heads in `clusters` clusters of least total cost, in the order of their first heads.
+
+    equal: clusters of one size; `clusters` has to divide `count`.
+    """
+    assert 1 <= clusters <= count
+    assert not equal or count % clusters == 0
+    size = count // clusters if equal else None
+    if count <= EXACT_HEADS:
+        return _exact(count, clusters, cost, size)
+    return _search(count, clusters, cost, size)
+
+
+def _exact(count: int, clusters: int, cost: Cost, size: int | None) -> list[Cluster]:
+    """By dynamic programming over the heads that are left: the cluster of the first of them is chosen."""
+
+    @cache
+    def best(left: Cluster, number: int) -> tuple[float, tuple[Cluster, ...]]:
+        first, rest = left[0], left[1:]
+        if number == 1:
+            return cost(left), (left,)
+        found: tuple[float, tuple[Cluster, ...]] | None = None
+        sizes = [size] if size else range(1, len(left) - number + 2)
+        for others in itertools.chain.from_iterable(itertools.combinations(rest, n - 1) for n in sizes):
+            cluster = (first, *others)
+            lost = cost(cluster)
+            if found is not None and lost >= found[0]:
+                continue
+            more, chosen = best(tuple(h for h in rest if h not in others), number - 1)
+            if found is None or lost + more < found[0]:
+                found = (lost + more, (cluster, *chosen))
+        assert found is not None
+        return found
+
+    return list(best(tuple(range(count)), clusters)[1])
+
+
+def pairwise(cost: Cost) -> Cost:
+    """The cost of a cluster from those of its pairs: exact for two heads, and for heads that have nothing in common."""
+    of_pair = cache(cost)
+
+    def lost(cluster: Cluster) -> float:
+        pairs = itertools.combinations(cluster, 2)
+        return sum(map(of_pair, pairs)) * 2 / len(cluster)
+
+    return lost
+
+
+def _search(count: int, clusters: int, cost: Cost, size: int | None) -> list[Cluster]:
+    """Merge what costs least (not with `size`), then move and exchange heads as long as that helps; from several
+    starts, of which the best is kept."""
+    known = cache(pairwise(cost))
+    draw = random.Random(0)
+    starts = [] if size else [_merged(count, clusters, known)]
+    for _ in range(RESTARTS):
+        heads = draw.sample(range(count), count)
+        starts.append([tuple(sorted(heads[i::clusters])) for i in range(clusters)])
+    found = [_improved(start, known, size is not None) for start in starts]
+    return sorted(min(found, key=lambda split: sum(map(known, split))))
+
+
+def _merged(count: int, clusters: int, cost: Cost) -> list[Cluster]:
+    split: list[Cluster] = [(head,) for head in range(count)]
+    while len(split) > clusters:
+        pair = min(
+            itertools.combinations(split, 2),
+            key=lambda two: cost(_union(*two)) - cost(two[0]) - cost(two[1]),
+        )
+        split = [c for c in split if c not in pair] + [_union(*pair)]
+    return split
+
+
+def _improved(split: Sequence[Cluster], cost: Cost, same_sizes: bool) -> list[Cluster]:
+    """Steepest descent: the one move or exchange that saves most, until none does."""
+    now = list(split)
+    while True:
+        best: tuple[float, int, int, Cluster, Cluster] | None = None
+        for i, j in itertools.permutations(range(len(now)), 2):
+            a, b = now[i], now[j]
+            before = cost(a) + cost(b)
+            for new_a, new_b in _neighbours(a, b, same_sizes):
+                saved = before - cost(new_a) - cost(new_b)
+                if saved > 1e-12 * before and (best is None or saved > best[0]):
+                    best = (saved, i, j, new_a, new_b)
+        if best is None:
+            return now
+        _, i, j, now[i], now[j] = best
+
+
+def _neighbours(a: Cluster, b: Cluster, same_sizes: bool) -> list[tuple[Cluster, Cluster]]:
+    def without(cluster: Cluster, head: int) -> Cluster:
+        return tuple(h for h in cluster if h != head)
+
+    swaps = [
+        (_union(without(a, x), (y,)), _union(without(b, y), (x,)))
+        for x, y in itertools.product(a, b)
+        if a < b
+    ]
+    moves = [] if same_sizes or len(a) == 1 else [(without(a, x), _union(b, (x,))) for x in a]
+    return swaps + moves
+
+
+def _union(a: Cluster, b: Cluster) -> Cluster:
+    return tuple(sorted(a + b))

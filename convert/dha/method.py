@@ -1,0 +1,279 @@
+"""DHA as the pass sees it: plan, then one layer at a time, then the config of the result."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from mhconvert.convert.allotment import LayerNeed, divide
+from mhconvert.convert.dha import modeling_dha
+from mhconvert.convert.dha.grouping import EXACT_HEADS, Cluster, best_clusters
+from mhconvert.convert.dha.heads import HeadBudget, head_budget
+from mhconvert.convert.dha.settings import DHASettings
+from mhconvert.convert.dha.surgery import FusedWeights, Heads, fuse
+from mhconvert.convert.donor_attention import attention_weights, output_bias, rotary_order
+from mhconvert.convert.errors import UnsupportedError
+from mhconvert.convert.families import attention_facts, family_of
+from mhconvert.convert.linalg import relative_error
+from mhconvert.convert.refusals import require
+from mhconvert.convert.rotary import LayerRotary
+from mhconvert.convert.statistics import observe
+
+PROBE_TOKENS = {
+    "survey": 512,
+    "quick": 1024,
+    "default": 2048,
+    "high": 4096,
+}  # on which candidates are compared
+CANDIDATES = {"survey": 2, "quick": 3, "default": 4, "high": 8}  # ways to split a layer's heads that are
+
+
+@dataclass
+class Observed:
+    """All of a donor layer that its conversions read, whatever their budgets; float64 on the CPU."""
+
+    heads: Heads
+    output_bias: Tensor
+    costs: dict[tuple[str, Cluster], float] = field(default_factory=dict)
+    clusters: dict[tuple[str, int, bool], list[Cluster]] = field(default_factory=dict)
+
+    def lost(self, kind: str, cluster: Cluster) -> float:
+        """The cost of a cluster of query heads; kind: "k", "v", or "kv" where both share it."""
+        if (kind, cluster) not in self.costs:
+            costs = {"k": self.heads.keys_lost, "v": self.heads.values_lost}
+            self.costs[kind, cluster] = sum(costs[one](cluster) for one in kind)
+        return self.costs[kind, cluster]
+
+    def split(self, kind: str, count: int, regroup: bool, equal: bool = False) -> list[Cluster]:
+        """The best `count` clusters: of query heads, or of the donor's KV heads with all that read them."""
+        key = (kind, count, regroup)
+        if key not in self.clusters:
+            group = self.heads.group
+            units: list[Cluster] = [(h,) for h in range(len(group))]
+            if not regroup:
+                units = [tuple(h for h, g in enumerate(group) if g == one) for one in range(self.heads.count)]
+
+            def heads(cluster: Cluster) -> Cluster:
+                return tuple(h for unit in cluster for h in units[unit])
+
+            found = best_clusters(len(units), count, lambda c: self.lost(kind, heads(c)), equal)
+            self.clusters[key] = [heads(cluster) for cluster in found]
+        return self.clusters[key]
+
+
+class DHA:
+    """Grouped-query or multi-head attention → decoupled heads (specified in `surgery`)."""
+
+    replaced = ("self_attn.",)
+
+    def __init__(self, config: Any, settings: DHASettings, effort: str):
+        """Raises UnsupportedError or BudgetError before any weight is read."""
+        require(config, "dha")
+        self.donor_config, self.settings, self.effort = config, settings, effort
+        self.facts = attention_facts(config)
+        if settings.uniform and family_of(config).fused_qkv:
+            raise UnsupportedError(
+                f"a uniform plan cannot be a {config.model_type} model yet: its q, k and v are one matrix; "
+                "leave out uniform"
+            )
+        self.budget: HeadBudget = head_budget(config, settings, self.facts)
+        self.heads = self.budget.spread()
+        self.shared_out = False
+        self.config = decoupled_config(config, output_bias=not settings.uniform)
+
+    def kv_elements(self) -> int:
+        """Cache elements per token, all layers."""
+        return sum(self.heads) * self.facts.head_dim
+
+    @property
+    def divisible(self) -> bool:
+        """Whether layers may have numbers of their own."""
+        return self.effort != "survey" and self.budget.free
+
+    @property
+    def survey_shares(self) -> tuple[float, ...]:
+        return self.budget.survey_shares()
+
+    def share_out(self, needs: Sequence[LayerNeed]) -> None:
+        """Divide the heads over the layers by what a survey found that each needs."""
+        budget = self.budget
+        self.heads = divide(needs, budget.total, budget.least, budget.most, budget.step, budget.whole)
+        self.shared_out = True
+
+    def layer_sizes(self, index: int) -> dict[str, int]:
+        """Planned heads of one layer; missing is what the survey or the pass chooses."""
+        fixed = self.budget.fixed[index] if self.budget.fixed else None
+        if fixed is not None and fixed.k_heads is not None and fixed.v_heads is not None:
+            return {"k_heads": fixed.k_heads, "v_heads": fixed.v_heads}
+        return {"kv_heads": self.heads[index]} if self.shared_out or not self.divisible else {}
+
+    def new_parameters(self) -> int:
+        """Parameters of one layer's attention; of the mean layer where they differ."""
+        facts, hidden = self.facts, self.donor_config.hidden_size
+        kept = math.ceil(sum(self.heads) / len(self.heads))
+        width = facts.heads * facts.head_dim
+        return (hidden + 1) * (width + kept * facts.head_dim) + width * hidden + hidden
+
+    def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
+        """The weights of a donor's attention, and what `inputs` (N, L, D), its calibration text, says of them."""
+        statistics = observe(
+            attention, self.donor_config, inputs, rotary.embeddings, rotary.inv_freq, rotary.attention_scaling
+        )
+        weights = attention_weights(attention, self.facts)
+        heads = Heads(weights, statistics, self.facts.scale * rotary.attention_scaling**2, self._biased)
+        return Observed(heads, output_bias(attention))
+
+    def convert(
+        self,
+        statistics: Observed,
+        index: int,
+        inputs: Tensor,
+        targets: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The attention of layer `index` with fewer heads, fp32 on the embeddings' device, and what was chosen.
+
+        inputs, targets (N, L, D): attention inputs and outputs of the donor's layer on calibration text.
+        """
+        device = position_embeddings[0].device
+        rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
+        probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
+        best: tuple[float, Any, FusedWeights] | None = None
+        for keys, values in self._candidates(statistics, index):
+            fused = fuse(statistics.heads, keys, values)
+            module = self._module(
+                fused.in_groups() if self.settings.uniform else fused, statistics, index, device
+            )
+            with torch.no_grad():
+                error = relative_error(module(probe, position_embeddings)[0], expected)
+            if best is None or error < best[0]:
+                best = (error, module, fused)
+        assert best is not None
+        _, module, fused = best
+        self._set(index, module.keys.head_map, module.values.head_map)
+        counts = {"k_heads": module.keys.count, "v_heads": module.values.count}
+        return module, counts | {"k_map": fused.k_map, "v_map": fused.v_map}  # of the donor's query heads
+
+    def restore(self, index: int, chosen: dict[str, Any]) -> None:
+        """Take over a layer that an interrupted run finished."""
+        self._set(index, chosen["k_map"], chosen["v_map"])
+
+    def finish(self) -> Any:
+        """The configuration of the converted model, every layer's maps filled in."""
+        if not self.settings.uniform:
+            return copy.deepcopy(self.config)
+        stock = copy.deepcopy(self.donor_config)
+        stock.num_key_value_heads = self.heads[0] // 2
+        return stock
+
+    def example_config(self) -> Any:
+        """A configuration of the planned size: half of a layer's heads are K heads, read by groups that follow
+        each other, where the pass would choose."""
+        for index, count in enumerate(self.heads):
+            k_heads, v_heads = self.budget.halves(index, count)
+            every = range(self.facts.heads)
+            maps = [[h * n // self.facts.heads for h in every] for n in (k_heads, v_heads)]
+            self._set(index, *maps)
+        return self.finish()
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers class that holds the result; the donor's own where all layers are alike."""
+        kind: Any = type(self.donor_config)
+        return MODEL_FOR_CAUSAL_LM_MAPPING[kind] if self.settings.uniform else decoupled_class(kind)
+
+    @property
+    def decoder_class(self) -> Any:
+        """The same without its language-model head."""
+        kind: Any = type(self.donor_config)
+        return MODEL_MAPPING[kind] if self.settings.uniform else self.model_class.decoder_class
+
+    @property
+    def _biased(self) -> bool:
+        return bool(self.config.attention_output_bias)
+
+    def _candidates(self, seen: Observed, index: int) -> list[tuple[list[Cluster], list[Cluster]]]:
+        """(key clusters, value clusters) to compare, the cheapest by closed form."""
+        fixed = self.budget.fixed[index] if self.budget.fixed else None
+        if fixed is not None and fixed.k_map is not None and fixed.v_map is not None:
+            return [(_clusters(fixed.k_map), _clusters(fixed.v_map))]
+        regroup = self.settings.regroup
+        options = [regroup] if regroup is not None else [True]
+        if regroup is None and self.facts.heads > EXACT_HEADS:
+            options = [False, True]
+        found = []
+        for again in options:
+            for k_heads, v_heads in self.budget.splits(index, self.heads[index]):
+                if self.settings.uniform:
+                    keys = values = seen.split("kv", k_heads, again, equal=True)
+                else:
+                    keys, values = seen.split("k", k_heads, again), seen.split("v", v_heads, again)
+                lost = sum(seen.lost("k", c) for c in keys) + sum(seen.lost("v", c) for c in values)
+                found.append((lost, keys, values))
+        found.sort(key=lambda one: one[0])
+        return [(keys, values) for _, keys, values in found[: CANDIDATES[self.effort]]]
+
+    def _set(self, index: int, k_map: Sequence[int], v_map: Sequence[int]) -> None:
+        self.config.k_head_map[index] = list(k_map)
+        self.config.v_head_map[index] = list(v_map)
+
+    def _module(self, fused: FusedWeights, seen: Observed, index: int, device: torch.device) -> Any:
+        self._set(index, fused.k_map, fused.v_map)
+        with torch.device("meta"):
+            module = modeling_dha.DecoupledHeadAttention(copy.deepcopy(self.config), index)
+        rows = rotary_order(self.facts).argsort()  # back to the donor's order
+        weights = fused.weights
+        tensors = {"o_proj.weight": weights.o.flatten(1)}
+        if self._biased:
+            tensors["o_proj.bias"] = fused.o_bias + seen.output_bias
+        readers = {"q_proj": weights.q[:, rows], "k_proj": weights.k[:, rows], "v_proj": weights.v}
+        for name, heads in readers.items():
+            matrix = heads.flatten(0, 1)
+            if self.facts.input_bias:
+                tensors[f"{name}.bias"] = matrix[:, -1]
+                matrix = matrix[:, :-1]
+            tensors[f"{name}.weight"] = matrix
+        state = {name: t.to(device, torch.float32).contiguous() for name, t in tensors.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+def decoupled_class(donor_config_class: Any) -> Any:
+    """The transformers class that holds a converted donor of a configuration class."""
+    donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
+    return getattr(modeling_dha, f"DHA{donor.__name__}")
+
+
+def decoupled_config(donor_config: Any, output_bias: bool) -> Any:
+    """The donor's configuration as that of its decoupled-head class; each layer's maps are still the donor's own."""
+    config_class, facts = decoupled_class(type(donor_config)).config_class, attention_facts(donor_config)
+    values = donor_config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"):
+        values.pop(key, None)
+    group = facts.heads // facts.kv_heads
+    own = [[head // group for head in range(facts.heads)] for _ in range(donor_config.num_hidden_layers)]
+    config = config_class(
+        **values,
+        k_head_map=copy.deepcopy(own),
+        v_head_map=own,
+        attention_output_bias=output_bias or facts.output_bias,
+        attention_input_bias=facts.input_bias,
+        softmax_scale=facts.scale,
+        attention_softcap=facts.softcap,
+    )
+    config._attn_implementation = "sdpa" if facts.softcap is None else "eager"
+    return config
+
+
+def _clusters(head_map: Sequence[int]) -> list[Cluster]:
+    return [tuple(h for h, n in enumerate(head_map) if n == one) for one in range(max(head_map) + 1)]
+
+
+METHOD = DHA
