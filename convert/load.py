@@ -104,7 +104,7 @@ def converted_method(reference: str) -> str | None:
 
 
 def made_by(reference: str) -> str | None:
-    """The method that made the folder `reference`: by its architecture, or by its provenance where that is a stock one."""
+    """The method that made the folder `reference`: by its architecture, or by its provenance if that is a stock one."""
     method = converted_method(reference)
     if method is None and not is_adapter(Path(reference)):
         with suppress(OSError, ValueError, KeyError, TypeError):

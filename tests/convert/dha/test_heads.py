@@ -51,7 +51,7 @@ def test_heads_of_all_layers_are_the_budget_and_never_more(
         method.share_out(found)
         assert sum(method.heads) == sum(spread)
     for heads in (spread, method.heads):
-        assert allowed - multiple < sum(heads) <= allowed + 1e-6 or sum(heads) == 2 * kv_heads * layers
+        assert allowed - multiple < sum(heads) <= allowed + 1e-6 or sum(heads) == method.budget.most * layers
         for index, number in enumerate(heads):
             pairs = method.budget.splits(index, number)
             assert pairs
