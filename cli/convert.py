@@ -39,6 +39,7 @@ def command(
     max_heads: o.MaxHeads = None,
     head_multiple: o.HeadMultiple = None,
     plan: o.Plan = None,
+    fusion: o.Fusion = None,
     tolerance: o.Tolerance = None,
     r_par: o.RPar = None,
     r_seq: o.RSeq = None,

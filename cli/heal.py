@@ -28,6 +28,7 @@ def command(
     train: o.Train = "attention",
     rank: o.HealRank = 16,
     loss: o.Loss = "kl",
+    fusion: o.HeadFusion = None,
     layer_tokens: o.LayerTokens = "0",
     lm_tokens: o.LmTokens = "0",
     lr: o.Lr = None,

@@ -120,6 +120,10 @@ Plan = Annotated[
         help="dha: the heads of every layer, as in the mhconvert.json of a conversion; not --kv-budget.",
     ),
 ]
+Fusion = Annotated[
+    Literal["closed", "trained"] | None,
+    typer.Option(help="dha: closed: heads are fused; trained: left for heal --fusion to fuse; closed."),
+]
 Tolerance = Annotated[
     str | None,
     typer.Option(
@@ -250,6 +254,14 @@ Loss = Annotated[
     typer.Option(
         metavar="TERM[=W],…",
         help="kl: from the teacher's predictions; ce: the text itself; hidden: states behind each layer.",
+    ),
+]
+HeadFusion = Annotated[
+    int | None,
+    typer.Option(
+        "--fusion",
+        metavar="N",
+        help="dha: train the heads of `--fusion trained` to be one, up to N together; 2, then 4, then 8.",
     ),
 ]
 LayerTokens = Annotated[

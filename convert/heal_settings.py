@@ -34,6 +34,7 @@ class HealSettings:
     data: sources (files, globs, dataset names, or "self": sampled from the teacher) and their shares of the tokens.
     teacher: a donor reference; None: the donor that the checkpoint was made from. loss: weight of kl (teacher ‖
     student, nats a token), ce (the text's next token) and hidden (relative squared error of hidden states).
+    fusion: of decoupled heads that are still to be fused, how many at most become one in this run.
     train: the tensors that change; rank: of lora and hydra, whose adapter is merged at the end. lr: peak; None: by
     what trains. warmup: share of the steps. sequence_length: tokens a row; None: 1024, or what the model reads.
     batch_tokens: a step; None: by tokens. micro_batch: rows of one process that are in memory together.
@@ -47,6 +48,7 @@ class HealSettings:
     data: dict[str, float] = field(default_factory=lambda: {"self": 1.0})
     teacher: str | None = None
     loss: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
+    fusion: int | None = None
     train: Trained = "attention"
     rank: int = 16
     lr: float | None = None
@@ -92,7 +94,7 @@ class HealSettings:
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise HealError(f"{name}={value!r} is not a number")
             object.__setattr__(self, name, value)
-        for name in ("rank", "held_out", "epochs", "micro_batch", "sequence_length", "seed"):
+        for name in ("rank", "held_out", "epochs", "micro_batch", "sequence_length", "seed", "fusion"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise HealError(f"{name}={value!r} is not a whole number")
@@ -104,6 +106,8 @@ class HealSettings:
     def _check_choices(self) -> None:
         if not self.tokens and not self.layer_tokens:
             raise HealError("there is nothing to do; say how many tokens to heal on, for example 20M")
+        if self.fusion is not None and (self.train not in ("attention", "all") or not self.tokens):
+            raise HealError("fusion trains the heads themselves: use --tokens, and --train attention or all")
         if self.lm_tokens > self.tokens:
             raise HealError(f"lm_tokens={self.lm_tokens} are a part of tokens={self.tokens}; choose fewer")
         if not self.data:
@@ -127,6 +131,7 @@ class HealSettings:
             ("epochs", 1),
             ("rank", 1),
             ("micro_batch", 1),
+            ("fusion", 2),
             ("sequence_length", 8),
         ):
             value = getattr(self, name)

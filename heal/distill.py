@@ -144,9 +144,12 @@ class Distillation:
             self._stop("the gradient is not finite")
         self.optimiser.step()
         self.optimiser.zero_grad()
+        facts = accelerator.unwrap_model(self.model).end_step((self.step + 1) / self.plan.steps)
+        if facts.get("fusion"):
+            recent.clear()  # the loss rises as long as heads become one
         rate = self.schedule.get_last_lr()[0] / self.schedule.base_lrs[0]  # of the peak
         self.schedule.step()
-        return means | {"rate": rate, "gradient_norm": float(norm)}
+        return means | facts | {"rate": rate, "gradient_norm": float(norm)}
 
     def _weights(self) -> Weights:
         if self.step >= self.plan.lm_from:

@@ -17,6 +17,7 @@ from mhconvert.convert.numbers import cast
 from mhconvert.convert.sources import SafetensorsSource, read_json
 from mhconvert.convert.verify import verify
 from mhconvert.convert.versions import versions
+from mhconvert.heal import fusion
 from mhconvert.heal.data import Rows
 from mhconvert.heal.space import METRICS, HealSpace
 
@@ -55,6 +56,13 @@ def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[st
     )
 
 
+def record_heads(report: dict[str, Any], model: Any, source: SafetensorsSource) -> None:
+    """The sizes in the report, where heads have been fused."""
+    width = source.dtype(next(name for name in source.names() if name.endswith("k_proj.weight"))).itemsize
+    report["kv_bytes_per_token"]["converted"] = fusion.cache_elements(model) * width
+    report["parameters"]["converted"] = sum(parameter.numel() for parameter in model.parameters())
+
+
 def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkpoint: str) -> None:
     """The checkpoint's files with the model's weights; not report, card and provenance. source: None for an adapter."""
     folder, state = space.partial, model.state_dict()
@@ -62,6 +70,9 @@ def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkp
     for file in sorted(path for path in Path(checkpoint).iterdir() if path.is_file()):
         if file.name not in kept and file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)
+    if source is not None:
+        changed = fusion.config_fields(model.config)
+        write_json(folder / "config.json", read_json(folder / "config.json") | changed)
     for stale in folder.glob("*.safetensors"):  # of a run that ended here
         stale.unlink()
     if source is None:

@@ -26,7 +26,7 @@ from mhconvert.convert.provenance import peak_rss
 from mhconvert.convert.sources import SafetensorsSource
 from mhconvert.convert.text import sampled_rows
 from mhconvert.convert.versions import versions
-from mhconvert.heal import blocks, data, plan, result
+from mhconvert.heal import blocks, data, fusion, plan, result
 from mhconvert.heal.distill import Distillation, Measure, fidelity, held_out_values
 from mhconvert.heal.metrics import Metrics
 from mhconvert.heal.opening import Run, check_output, longest_row, needed_bytes, open_both
@@ -173,11 +173,17 @@ class _Healing:
         if self.adapter:  # what trains is settled
             return Student(model, self.vocab_size)
         torch.manual_seed(self.settings.seed)  # a new adapter starts at random
+        if self.settings.fusion:
+            fusion.prepare(model, self.settings.fusion)
+            chosen = choose_trained(model, self.settings.train, self.settings.rank)
+            return fusion.FusingStudent(chosen, self.vocab_size)
         return Student(choose_trained(model, self.settings.train, self.settings.rank), self.vocab_size)
 
     def _finish(self, model: Any, before: dict[str, Any], metrics: Metrics, finish: Finish) -> dict[str, Any]:
         """Write the folder, prove it, and give it its name."""
         asked, space = self.asked, self.space
+        if self.settings.fusion:
+            fusion.fuse(model, self.settings.fusion)
         if self.source is not None:
             model = result.merged(model)
             result.round_to(model, self.source)
@@ -186,6 +192,8 @@ class _Healing:
         metrics.close()
         report = result.report(asked.checkpoint, asked.output, before, after)
         report |= {"healing": self._facts(metrics), "versions": versions()}
+        if self.settings.fusion and self.source is not None:
+            result.record_heads(report, model, self.source)
         result.write(space, model, self.source, asked.checkpoint)
         if asked.verify and not self.adapter:
             self.tell(Progress("verify", 0, 1))

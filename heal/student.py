@@ -17,6 +17,7 @@ from mhconvert.heal.losses import Predictions, hidden_error, summed
 
 # Peak learning rates by what trains; for attention and all of each tensor's RMS.
 LEARNING_RATES = {"attention": 3e-4, "all": 1e-4, "lora": 1e-3, "hydra": 1e-3}
+OMEGA_RATE = 1e-2  # of what mixes heads (DHA, arXiv 2406.06567, section 4.1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Student(nn.Module):
             loss = loss + weights.hidden * error
         count = torch.tensor(float(len(found.targets)), device=loss.device)
         return {"loss": loss, "kl": sums[0], "ce": sums[1], "hidden": error.detach(), "count": count}
+
+    def end_step(self, done: float) -> dict[str, float]:
+        """After each step of the optimiser; done: share of the run. Returns what is worth recording."""
+        return {}
 
     def _predictions(self, rows: Rows, ours: Tensor, teacher: Teacher, theirs: Tensor | None) -> Predictions:
         chosen = rows.predicted()
@@ -141,15 +146,21 @@ def parameter_groups(model: nn.Module, settings: HealSettings) -> list[dict[str,
     """
     rate = settings.lr or LEARNING_RATES[settings.train]
     own = settings.train in ("attention", "all")
-    return [
-        {
-            "params": [parameter],
-            "lr": rate * (tensor_scale(parameter) if own else 1.0),
-            "weight_decay": settings.weight_decay if parameter.dim() > 1 else 0.0,
-        }
-        for parameter in model.parameters()
-        if parameter.requires_grad
-    ]
+    groups = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        mixes = name.endswith(".omega")  # of heads that are to be one
+        scale = 1.0 if mixes or not own else tensor_scale(parameter)
+        decay = settings.weight_decay if parameter.dim() > 1 and not mixes else 0.0
+        groups.append(
+            {
+                "params": [parameter],
+                "lr": (OMEGA_RATE if mixes else rate) * scale,
+                "weight_decay": decay,
+            }
+        )
+    return groups
 
 
 def _with_adapter(model: Any, kind: str, rank: int) -> Any:

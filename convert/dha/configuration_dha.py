@@ -16,6 +16,8 @@ class DecoupledHeadFields:
 
     k_head_map, v_head_map: per layer, which of its K heads and which of its V heads each query head reads; a layer has
     as many heads as its map names, numbered from 0. num_key_value_heads stays the donor's and counts nothing here.
+    k_fusion, v_fusion: per layer, the head that each K head, and each V head, is to become part of; None: nothing is
+    left to fuse.
     attention_output_bias: whether o_proj has a bias (what fused values lack of the donor's means).
     attention_input_bias: whether the projections that read the hidden state have biases.
     softmax_scale: what scores are multiplied by; None: head_dim ** -0.5.
@@ -24,6 +26,8 @@ class DecoupledHeadFields:
 
     k_head_map: list[list[int]] | None = None
     v_head_map: list[list[int]] | None = None
+    k_fusion: list[list[int]] | None = None
+    v_fusion: list[list[int]] | None = None
     attention_output_bias: bool = False
     attention_input_bias: bool = False
     softmax_scale: float | None = None

@@ -17,7 +17,7 @@ from mhconvert.convert.dha import modeling_dha
 from mhconvert.convert.dha.grouping import EXACT_HEADS, Cluster, best_clusters
 from mhconvert.convert.dha.heads import HeadBudget, head_budget
 from mhconvert.convert.dha.settings import DHASettings
-from mhconvert.convert.dha.surgery import FusedWeights, Heads, fuse
+from mhconvert.convert.dha.surgery import FusedWeights, Heads, aligned, cluster_map, fuse, parts
 from mhconvert.convert.donor_attention import attention_weights, output_bias, rotary_order
 from mhconvert.convert.errors import UnsupportedError
 from mhconvert.convert.families import attention_facts, family_of
@@ -87,6 +87,8 @@ class DHA:
         self.heads = self.budget.spread()
         self.shared_out = False
         self.config = decoupled_config(config, output_bias=not settings.uniform)
+        if settings.fusion == "trained":
+            self.config.k_fusion, self.config.v_fusion = ([[] for _ in self.heads] for _ in "kv")
 
     def kv_elements(self) -> int:
         """Cache elements per token, all layers."""
@@ -145,6 +147,8 @@ class DHA:
         device = position_embeddings[0].device
         rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
         probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
+        if self.settings.fusion == "trained":
+            return self._unfused(statistics, index, device)
         best: tuple[float, Any, FusedWeights] | None = None
         for keys, values in self._candidates(statistics, index):
             fused = fuse(statistics.heads, keys, values)
@@ -163,7 +167,10 @@ class DHA:
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
         """Take over a layer that an interrupted run finished."""
-        self._set(index, chosen["k_map"], chosen["v_map"])
+        if self.settings.fusion == "trained":
+            self._set_unfused(index, chosen["k_map"], chosen["v_map"])
+        else:
+            self._set(index, chosen["k_map"], chosen["v_map"])
 
     def finish(self) -> Any:
         """The configuration of the converted model, every layer's maps filled in."""
@@ -219,6 +226,21 @@ class DHA:
                 found.append((lost, keys, values))
         found.sort(key=lambda one: one[0])
         return [(keys, values) for _, keys, values in found[: CANDIDATES[self.effort]]]
+
+    def _unfused(self, seen: Observed, index: int, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+        """The layer whose heads are still to be fused, and into what: the cheapest clusters by closed form."""
+        keys, values = self._candidates(seen, index)[0]
+        module = self._module(aligned(seen.heads, keys, values), seen, index, device)
+        maps = cluster_map(keys), cluster_map(values)
+        self._set_unfused(index, *maps)
+        counts = {"k_heads": len(keys), "v_heads": len(values)}
+        return module, counts | {"k_map": maps[0], "v_map": maps[1]}
+
+    def _set_unfused(self, index: int, k_map: list[int], v_map: list[int]) -> None:
+        group = [head // (self.facts.heads // self.facts.kv_heads) for head in range(self.facts.heads)]
+        (k_parts, k_fusion), (v_parts, v_fusion) = (parts(head_map, group) for head_map in (k_map, v_map))
+        self._set(index, k_parts, v_parts)
+        self.config.k_fusion[index], self.config.v_fusion[index] = k_fusion, v_fusion
 
     def _set(self, index: int, k_map: Sequence[int], v_map: Sequence[int]) -> None:
         self.config.k_head_map[index] = list(k_map)

@@ -215,6 +215,44 @@ def fuse(heads: Heads, key_clusters: Sequence[Cluster], value_clusters: Sequence
     return FusedWeights(fused, o_bias, cluster_map(key_clusters), cluster_map(value_clusters))
 
 
+def aligned(heads: Heads, key_clusters: Sequence[Cluster], value_clusters: Sequence[Cluster]) -> FusedWeights:
+    """The layer before its clusters are fused: as the donor, each head turned towards what its cluster would be.
+
+    A donor's head has a copy in each cluster that reads it; `parts` says which. Keys are turned in each RoPE plane and
+    their queries with them, values by an orthogonal map and o_proj by its inverse: nothing is lost.
+    """
+    donor = heads.weights
+    q, o = donor.q.clone(), donor.o.clone()
+    keys, values = [], []
+    for cluster in key_clusters:
+        _, mixing = heads.fused_key(cluster)
+        turns = realified(torch.diag_embed((mixing / mixing.abs()).conj()))
+        q[list(cluster)] = turns @ donor.q[list(cluster)]
+        first = {heads.group[head]: turn for head, turn in reversed(list(zip(cluster, turns, strict=True)))}
+        keys += [first[g] @ donor.k[g] for g in heads.donors(cluster)]
+    for cluster in value_clusters:
+        _, maps, _ = heads.fused_value(cluster)
+        u, _, vh = torch.linalg.svd(maps)
+        turns = u @ vh
+        o[:, list(cluster)] = torch.einsum("Dhe,hed->Dhd", donor.o[:, list(cluster)], turns)
+        first = {heads.group[head]: turn for head, turn in reversed(list(zip(cluster, turns, strict=True)))}
+        values += [first[g].mT @ donor.v[g] for g in heads.donors(cluster)]
+    weights = replace(donor, q=q, k=torch.stack(keys), v=torch.stack(values), o=o)
+    k_map, v_map = (
+        parts(cluster_map(clusters), heads.group)[0] for clusters in (key_clusters, value_clusters)
+    )
+    return FusedWeights(weights, o.new_zeros(len(o)), k_map, v_map)
+
+
+def parts(head_map: Sequence[int], group: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The heads of a layer before those that `head_map` names are fused: one for each donor's head in each of them.
+
+    group: the donor's KV head of each query head. Returns which of them each query head reads, and what each becomes.
+    """
+    found = sorted(set(zip(head_map, group, strict=True)))
+    return [found.index(pair) for pair in zip(head_map, group, strict=True)], [pair[0] for pair in found]
+
+
 def cluster_map(clusters: Sequence[Cluster]) -> list[int]:
     """Which cluster each head is in."""
     where = {head: index for index, cluster in enumerate(clusters) for head in cluster}
