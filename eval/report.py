@@ -93,9 +93,12 @@ def healing_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 def healing_line(report: dict[str, Any]) -> str:
     """How the healing went, in a sentence."""
     healing = report["healing"]
-    speed = healing.get("tokens_per_second")
+    speed, of_layers = healing.get("tokens_per_second"), healing["settings"].get("layer_tokens")
+    stages = [f"each layer on {of_layers:,} tokens"] if of_layers else []
+    if healing["steps"]:
+        stages.append(f"{healing['trained_tokens']:,} tokens in {healing['steps']:,} steps")
     return (
-        f"{healing['trained_tokens']:,} tokens in {healing['steps']:,} steps, {duration(healing['seconds'])} in all"
+        f"{', '.join(stages)}, {duration(healing['seconds'])} in all"
         + (f", {speed:,.0f} tokens/s in training" if speed else "")
         + f"; teacher {Path(healing['teacher']).name}"
     )

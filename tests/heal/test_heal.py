@@ -21,6 +21,7 @@ from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.progress import Progress
 from mhconvert.convert.recipe import Calibration, Recipe
+from mhconvert.eval.report import healing_line
 from mhconvert.heal import distill, space
 from mhconvert.heal.metrics import read
 from tests.donors import TEXT, make_checkpoint, make_donor
@@ -367,3 +368,12 @@ def test_a_damaged_shard_is_named(checkpoint: Path, text: Path, tmp_path: Path) 
             str(broken), HealSettings(tokens=256, data={str(text): 1}, **SMALL), output=str(tmp_path / "out")
         )
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_line_of_a_layer_stage_alone_says_what_was_done(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = HealSettings(layer_tokens=512, data={str(text): 1}, **SMALL)
+    report = api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+    assert healing_line(report).startswith("each layer on 512 tokens, ")
+    assert "steps" not in healing_line(report)
