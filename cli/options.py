@@ -134,7 +134,7 @@ Tolerance = Annotated[
 ]
 Effort = Annotated[
     Literal["quick", "default", "high"],
-    typer.Option(help="quick: the closed form alone; default: and a fit of every layer; high: a longer fit."),
+    typer.Option(help="quick: the closed form alone; default: and a fit of every layer; high: two longer ones."),
 ]
 FitSteps = Annotated[
     int | None, typer.Option(metavar="N", help="Optimiser steps a layer, whatever the effort; 0: none.")

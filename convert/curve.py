@@ -31,11 +31,11 @@ HeldOut = Callable[[Any, int], Tensor]  # tokenizer, tokens a row -> rows of ids
 
 @dataclass
 class Student:
-    """One budget on its way through the layers. hidden (M, L, D): the held-out rows behind the last of them."""
+    """One budget on its way through the layers; all budgets' streams have one teacher."""
 
     recipe: Recipe
     method: Method
-    hidden: Tensor
+    streams: calibrate.Streams
     layers: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -112,13 +112,17 @@ def trace(
     place, fitted = steps.positions(donor, rows.fit.shape[1], device), len(rows.fit)
     methods = [survey.planned_method(each, donor, needs) for each in recipes]
     teacher = donor.embed(rows.all)
-    begun = teacher[fitted:].to(dtype).float()
-    students = [Student(each, method, begun.clone()) for each, method in zip(recipes, methods, strict=True)]
+    blocks = steps.block_steps(recipes[0], *rows.fit.shape)
+    begun = (teacher if blocks else teacher[fitted:]).to(dtype).float()
+    students = [
+        Student(each, method, calibrate.Streams(teacher, begun.clone(), fitted))
+        for each, method in zip(recipes, methods, strict=True)
+    ]
     tell(Progress("layers", 0, total))
     for index in range(total):
-        _pass_layer(donor, index, teacher, fitted, students, place, device, fit, dtype)
+        _pass_layer(donor, index, students, place, device, fit, dtype)
         tell(Progress("layers", index + 1, total))
-    hidden = [student.hidden for student in students]
+    hidden = [student.streams.student_held for student in students]
     found = proof.fidelity(donor, teacher[fitted:], hidden, rows.held_out, measure, dtype, device)
     donor.release()
     elements = sum(layer["kv_elements"]["donor"] for layer in students[0].layers)
@@ -134,8 +138,6 @@ def trace(
 def _pass_layer(
     donor: Donor,
     index: int,
-    teacher: Tensor,
-    fitted: int,
     students: list[Student],
     place: steps.Positions,
     device: torch.device,
@@ -144,11 +146,13 @@ def _pass_layer(
 ) -> None:
     """Move the teacher and every student past a layer."""
     layer, rotary = steps.read(donor, index, place, device)
-    seen = steps.observe(layer, index, students[0].method, teacher, fitted, rotary, dtype)
+    shared, following = students[0].streams, donor.norm_behind(index, device)
+    seen = steps.observe(layer, index, students[0].method, shared.teacher, shared.fitted, rotary, dtype)
     for student in students:
         begun = time.perf_counter()
         attention, _ = steps.convert(student.recipe, student.method, index, seen, fit, dtype)
-        student.layers.append(steps.follow(layer, index, attention, seen, student.hidden))
+        steps.refine(student.recipe, layer, index, attention, student.streams, following, fit, dtype)
+        student.layers.append(steps.follow(layer, index, attention, seen, student.streams.student))
         student.seconds += time.perf_counter() - begun
 
 

@@ -110,6 +110,17 @@ class Donor:
         layer.load_state_dict(weights, strict=True, assign=True)
         return layer.eval().requires_grad_(False)
 
+    def norm_behind(self, index: int, device: torch.device | str) -> nn.Module:
+        """What reads the output of decoder layer `index`, float32: the next attention's norm, if it has one, and behind
+        the last layer the model's."""
+        if index + 1 == self.config.num_hidden_layers:
+            return self._norm(self._base, f"{self.family.base}.", self.family.final_norm, self.dtype, device)
+        name = self.family.attention_norm
+        if name is None:
+            return nn.Identity()
+        prefix = f"{self._layer_prefix}{index + 1}."
+        return self._norm(self._layers[index + 1], prefix, name, self.dtype, device)
+
     def rotary(self, device: torch.device | str) -> nn.Module:
         """The donor's rotary embedding: (hidden states, position_ids [B, T]) -> cos, sin [B, T, head_dim]."""
         stock = getattr(self._base, self.family.rotary)
@@ -126,13 +137,7 @@ class Donor:
         rounded_to: compute as if the weights were stored in that dtype.
         """
         stored = rounded_to or self.dtype
-        norm_name = f"{self.family.base}.{self.family.final_norm}"
-        norm = copy.deepcopy(getattr(self._base, self.family.final_norm))
-        weights = {
-            k: self._read_outer(f"{norm_name}.{k}").to(stored).to(hidden.device, torch.float32)
-            for k in norm.state_dict()
-        }
-        norm.load_state_dict(weights, strict=True, assign=True)
+        norm = self._norm(self._base, f"{self.family.base}.", self.family.final_norm, stored, hidden.device)
         tied = self.config.tie_word_embeddings
         output = self._read_outer(self._embedding if tied else "lm_head.weight")
         with torch.no_grad():
@@ -201,6 +206,18 @@ class Donor:
     def family(self) -> Family:
         """The donor's row of `families.FAMILIES`. Raises UnsupportedError when it has none."""
         return family_of(self.config)
+
+    def _norm(
+        self, owner: Any, prefix: str, name: str, stored: torch.dtype, device: torch.device | str
+    ) -> nn.Module:
+        """A norm as if its weights were stored in that dtype, float32."""
+        norm = copy.deepcopy(getattr(owner, name))
+        weights = {
+            key: self._read_outer(f"{prefix}{name}.{key}").to(stored).to(device, torch.float32)
+            for key in norm.state_dict()
+        }
+        norm.load_state_dict(weights, strict=True, assign=True)
+        return norm.requires_grad_(False)
 
     @property
     def _embedding_scale(self) -> float:

@@ -13,6 +13,7 @@ from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.families import attention_facts
 from mhconvert.convert.methods import Method
 from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.steps import block_steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SLACK_BYTES = 32 << 20  # tokenizer, report, headers
@@ -48,7 +49,8 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     tokens = token_count(recipe, device)
     length = row_length(recipe, config)
     held = recipe.calibration.held_out * length
-    streams = 4 * config.hidden_size * (tokens + 2 * held)
+    both = 2 if block_steps(recipe, -(-tokens // length), length) else 1  # the student has the fitted rows too
+    streams = 4 * config.hidden_size * (both * tokens + 2 * held)
     judged = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
     survey = SURVEY_COPIES * 4 * config.hidden_size * layers * judged if method.divisible else 0
     output_bytes = converted * width

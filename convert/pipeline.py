@@ -149,7 +149,7 @@ def _attempt(
     remote = provenance.needs_remote_code(method.model_class)
     report = proof.known_facts(recipe, donor, rows, layers, sizes, remote)
     dtype, streams = estimate.output_dtype(recipe, donor), space.streams
-    hidden = (streams.teacher_held, [streams.student])
+    hidden = (streams.teacher_held, [streams.student_held])
     [found] = proof.fidelity(donor, *hidden, rows.held_out, measure, dtype, device, space.probe)
     return method, report | found
 
@@ -171,7 +171,8 @@ def _convert_layers(
         method.restore(index, chosen)
     if not space.streams_ready:
         teacher = donor.embed(rows.all)
-        student = teacher[len(rows.fit) :].clone().to(dtype).float()
+        blocks = steps.block_steps(recipe, *rows.fit.shape)
+        student = (teacher if blocks else teacher[len(rows.fit) :]).clone().to(dtype).float()
         names = donor.outer_tensor_names()
         outer = ((name, cast(name, donor.source.read(name), dtype)) for name in names)
         space.begin(teacher, student, len(rows.fit), outer, len(donor.shapes()) + 2 * total)
@@ -180,7 +181,10 @@ def _convert_layers(
     for index in range(len(space.layers), total):
         begun = time.perf_counter()
         layer, rotary = steps.read(donor, index, place, device)
-        attention, chosen = _convert_layer(recipe, method, layer, index, streams, rotary, fit, dtype)
+        following = donor.norm_behind(index, device)
+        attention, chosen = _convert_layer(
+            recipe, method, layer, index, streams, rotary, following, fit, dtype
+        )
         chosen |= {"index": index, "seconds": time.perf_counter() - begun}
         tensors = _layer_tensors(donor, method, index, attention, dtype)
         space.finish_layer(tensors, chosen, last=index + 1 == total)
@@ -195,12 +199,14 @@ def _convert_layer(
     index: int,
     streams: calibrate.Streams,
     rotary: LayerRotary,
+    following: Any,
     fit: steps.Fit,
     dtype: torch.dtype,
 ) -> tuple[Any, dict[str, Any]]:
     """The new attention of one layer, what was chosen and what was measured; both streams move past it."""
     seen = steps.observe(layer, index, method, streams.teacher, streams.fitted, rotary, dtype)
     attention, chosen = steps.convert(recipe, method, index, seen, fit, dtype)
+    steps.refine(recipe, layer, index, attention, streams, following, fit, dtype)
     return attention, chosen | steps.follow(layer, index, attention, seen, streams.student)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.convert.calibrate import Layer
+from mhconvert.convert.calibrate import Layer, Streams
 from mhconvert.convert.device import half_products
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import CheckpointError
@@ -27,8 +27,9 @@ from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.rotary import LayerRotary, layer_rotary
 
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
-FIT_STEPS = {"quick": 0, "default": 180, "high": 800}
+FIT_STEPS = {"quick": 0, "default": 180, "high": 360}
 FIT_TOKENS = 1024  # a step
+BLOCK_ROUNDS = {"quick": 0, "default": 0, "high": 1}  # that the whole block's fit reads the calibration text
 
 Fit = Callable[..., None]  # `heal.local.fit`
 
@@ -77,6 +78,12 @@ def fit_steps(recipe: Recipe) -> int:
     return FIT_STEPS[recipe.effort] if recipe.fit_steps is None else recipe.fit_steps
 
 
+def block_steps(recipe: Recipe, rows: int, length: int) -> int:
+    """Optimiser steps of the whole block's fit on `rows` rows of `length` tokens; 0: there is none."""
+    rounds = BLOCK_ROUNDS[recipe.effort] if fit_steps(recipe) else 0
+    return rounds * max(1, rows * length // FIT_TOKENS)
+
+
 def observe(
     layer: Layer,
     index: int,
@@ -119,6 +126,35 @@ def convert(
         fit(attention, inputs, targets, embeddings, steps=steps, rows=rows, seed=seed)
     _round_to(attention, dtype, f"layer {index}: self_attn.")
     return attention, chosen
+
+
+def refine(
+    recipe: Recipe,
+    layer: Layer,
+    index: int,
+    attention: Any,
+    streams: Streams,
+    following: Any,
+    fit: Fit,
+    dtype: torch.dtype,
+) -> None:
+    """Fit the converted attention once more, so that the whole block gives what the donor's gives on the stream that
+    really reaches it: it mends what the layers before have changed.
+
+    streams: the student's is still before the layer, the teacher's behind it. following: the norm that reads the
+    block's output, in whose terms the two are compared.
+    """
+    student = streams.student_fitted
+    steps = block_steps(recipe, len(student), student.shape[1])
+    if not steps:
+        return
+    rows = max(1, FIT_TOKENS // student.shape[1])
+    seed = recipe.seed * 1000 + index
+    block, trained = layer.block(attention, following), list(attention.parameters())
+    targets = layer.through(following, streams.teacher[: streams.fitted])
+    place = layer.position_embeddings
+    fit(block, student, targets, place, steps=steps, rows=rows, seed=seed, trained=trained)
+    _round_to(attention, dtype, f"layer {index}: self_attn.")
 
 
 def follow(layer: Layer, index: int, attention: Any, seen: Observed, student: Tensor) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhconvert.convert.calibrate import Block
 from mhconvert.convert.device import half_products
 from mhconvert.convert.families import family_of
 from mhconvert.convert.progress import Listener, Progress
@@ -37,7 +38,7 @@ def fit_blocks(
     rows = max(1, STEP_TOKENS // ids.shape[1])
     for index, (layer, original, following) in enumerate(pairs):
         theirs.advance(original, index)
-        block = _Block(layer, following, ours.surroundings[index])
+        block = Block(layer, following, ours.surroundings[index])
         fitted: Any = layer if train == "all" else layer.self_attn
         targets = _by_rows(following, theirs.hidden, device)
         steps = max(1, tokens // (rows * ids.shape[1]))
@@ -54,19 +55,6 @@ def fit_blocks(
         )
         ours.advance(layer, index)
         tell(Progress("blocks", index + 1, len(pairs)))
-
-
-class _Block(nn.Module):
-    """A decoder layer and the norm behind it, called as `local.fit` calls an attention."""
-
-    def __init__(self, layer: nn.Module, following: nn.Module, surroundings: dict[str, Any]):
-        super().__init__()
-        self.layer, self._surroundings = layer, surroundings
-        self._following = [following]  # in a list: no part of what is fitted
-
-    def forward(self, hidden: Tensor, _: Any) -> tuple[Tensor]:
-        # A copy: the fit may change coordinates of maps that read its input itself, and the residual must not follow.
-        return (self._following[0](_output(self.layer, hidden.clone(), self._surroundings)),)
 
 
 class _Stream:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mhconvert
 from mhconvert.convert import checkpoint, pipeline, steps, workspace
+from mhconvert.convert.donor import open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError, OutputError, TextError
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.progress import Progress
@@ -246,3 +247,43 @@ def test_an_absurd_error_stops_with_the_layer(
     with pytest.raises(MhconvertError, match=r"layer 0: the converted attention's relative error is nan"):
         mhconvert.convert(recipe(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_high_effort_mends_what_the_layers_before_have_changed(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """The whole block's fit on the student's stream, on the same text and behind the same steps, comes nearer to the
+    donor; random layers that follow each other have little to mend."""
+    options = {"fit_steps": 30, "settings": MLASettings(kv_budget=0.25)}
+    tokens = Calibration(recipe(tmp_path).calibration.sources, tokens=8192, sequence_length=64, held_out=8)
+    found = []
+    for rounds in (0, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(steps.BLOCK_ROUNDS, "high", rounds)
+            high = recipe(tmp_path / str(rounds), effort="high", calibration=tokens, **options)
+            found.append(mhconvert.convert(high)["kl"])
+    assert found[1] < 0.97 * found[0]
+
+
+def test_high_effort_resumes_to_the_same_bytes(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    mhconvert.convert(recipe(tmp_path / "whole", effort="high"))
+    cut = recipe(tmp_path / "cut", effort="high")
+    with pytest.raises(KeyboardInterrupt):
+        mhconvert.convert(cut, on_progress=stop_after(3, KeyboardInterrupt()))
+    mhconvert.convert(cut, resume=True)
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2"])
+def test_the_norm_behind_each_layer_is_the_one_that_reads_it(tmp_path: Path, family: str) -> None:
+    donor = open_donor(str(make_donor(tmp_path / "tiny", family=family, layers=3)))
+    model, hidden = donor.model("cpu"), torch.randn(2, 5, 64)
+    for index in range(3):
+        found = donor.norm_behind(index, "cpu")(hidden)
+        if index == 2:
+            expected = model.model.norm(hidden)
+        elif family == "olmo2":
+            expected = hidden
+        else:
+            expected = model.model.layers[index + 1].input_layernorm(hidden)
+        assert torch.equal(found, expected)
