@@ -13,7 +13,7 @@ from mhconvert.cli.recipe import method_options, recipe_of
 def command(
     donor: o.Donor,
     to: o.CacheMethod,
-    budgets: o.Budgets = "0.75,0.5,0.375,0.3125,0.25,0.1875,0.125",
+    budgets: o.Budgets = None,
     output: o.CurveOutput = None,
     profile: o.Profile = None,
     uniform: o.Uniform = None,
@@ -52,7 +52,7 @@ def command(
         with progress(quiet) as listener:
             result = api.curve(
                 recipe,
-                [float(share) for share in budgets.split(",")],
+                None if budgets is None else [float(share) for share in budgets.split(",")],
                 text=text,
                 sequences=sequences,
                 on_progress=listener,

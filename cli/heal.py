@@ -25,7 +25,7 @@ def command(
     data: o.HealData = None,
     output: o.HealOutput = None,
     teacher: o.Teacher = None,
-    train: o.Train = "attention",
+    train: o.Train = None,
     rank: o.HealRank = 16,
     loss: o.Loss = "kl",
     fusion: o.HeadFusion = None,

@@ -32,9 +32,9 @@ def _known_tolerance(text: str | None) -> str | None:
         raise typer.BadParameter(str(error)) from error
 
 
-def _shares(text: str) -> str:
+def _shares(text: str | None) -> str | None:
     try:
-        _ = [float(word) for word in text.split(",")]
+        _ = text is None or [float(word) for word in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"'{text}' is no list of shares such as 0.75,0.5,0.25") from None
     return text
@@ -101,7 +101,7 @@ Regroup = Annotated[
     bool | None,
     typer.Option(
         "--regroup/--no-regroup",
-        help="dha: whether query heads of one KV head may part; the better of both.",
+        help="dha: whether query heads of one KV head may part; they may, beyond nine if that measures better.",
     ),
 ]
 MinHeads = Annotated[
@@ -134,7 +134,9 @@ Tolerance = Annotated[
 ]
 Effort = Annotated[
     Literal["quick", "default", "high"],
-    typer.Option(help="quick: the closed form alone; default: and a fit of every layer; high: two longer ones."),
+    typer.Option(
+        help="quick: the closed form alone; default: and a fit of every layer; high: two longer ones."
+    ),
 ]
 FitSteps = Annotated[
     int | None, typer.Option(metavar="N", help="Optimiser steps a layer, whatever the effort; 0: none.")
@@ -245,8 +247,10 @@ Teacher = Annotated[
     ),
 ]
 Train = Annotated[
-    Literal["attention", "all", "lora", "hydra"],
-    typer.Option(help="What changes; lora and hydra: an adapter on the attention, merged at the end."),
+    Literal["attention", "all", "lora", "hydra"] | None,
+    typer.Option(
+        help="What changes; lora (default) and hydra: an adapter on the attention, merged at the end."
+    ),
 ]
 HealRank = Annotated[int, typer.Option(metavar="N", help="Rank of lora and hydra.")]
 Loss = Annotated[
@@ -285,7 +289,7 @@ WeightDecay = Annotated[float, typer.Option(metavar="W", help="Of matrices; norm
 Clip = Annotated[float, typer.Option(metavar="NORM", help="The gradient's norm at most.")]
 BatchTokens = Annotated[
     str | None,
-    typer.Option(metavar="N", help="Tokens a step, all processes; a hundredth of --tokens, 2k to 64k."),
+    typer.Option(metavar="N", help="Tokens a step, all processes; a two-hundredth of --tokens, 1k to 64k."),
 ]
 MicroBatch = Annotated[
     int | None,
@@ -318,7 +322,8 @@ ResumeHealing = Annotated[bool, typer.Option("--resume", help="Continue an inter
 
 # Several budgets
 Budgets = Annotated[
-    str, typer.Option(callback=_shares, metavar="SHARE,SHARE,…", help="KV budgets to measure, in one pass.")
+    str | None,
+    typer.Option(callback=_shares, metavar="SHARE,SHARE,…", help="KV budgets to measure, in one pass."),
 ]
 CurveOutput = Annotated[
     list[Path] | None,

@@ -43,8 +43,6 @@ def method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
         raise typer.BadParameter("give --kv-budget, or --kv-lora-rank and --qk-rope-head-dim, but not both")
     if "kv_budget" in sizes and "plan" in chosen:
         raise typer.BadParameter("give --kv-budget, or the heads of every layer by --plan, but not both")
-    if "plan" in chosen:
-        chosen["plan"] = str(chosen["plan"])
     if sizes and given.get("tolerance") is not None:
         raise typer.BadParameter("give --tolerance, or a budget or sizes, but not both")
     for name in chosen.keys() - {field.name for field in dataclasses.fields(settings_class(method))}:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from mhconvert.convert import calibrate, estimate, proof, provenance, steps, survey
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
-from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.errors import BudgetError, MhconvertError
 from mhconvert.convert.methods import Method, build_method
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.recipe import Recipe
@@ -42,14 +43,15 @@ class Student:
 
 def run(
     recipe: Recipe,
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[float] | None = None,
     *,
     fit: steps.Fit,
     measure: Callable[[], Any],
     held_out: HeldOut | None = None,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """Fidelity and cache of the conversion that `recipe` describes, at each of `budgets` instead of its own.
+    """Fidelity and cache of the conversion that `recipe` describes, at each of `budgets` instead of its own (None: of
+    BUDGETS those that the donor can have).
 
     fit, measure: as in `pipeline.run`. held_out: rows to measure on instead of the calibration text's own.
     Returns the donor's perplexity and KV sizes, the points from the largest budget down, and what was measured on.
@@ -59,7 +61,7 @@ def run(
     device = pick_device(recipe.device)
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=tell)
     tell(Progress("donor", 1, 1, donor.notice or donor.name))
-    recipes = at_budgets(recipe, budgets)
+    recipes = at_budgets(recipe, expressible(recipe, donor, BUDGETS) if budgets is None else budgets)
     for each in recipes:
         build_method(each.method, donor.config, each.settings, each.effort)
     calibrate.check(recipe, donor.config)
@@ -85,6 +87,16 @@ def run(
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": provenance.peak_rss(),
     }
+
+
+def expressible(recipe: Recipe, donor: Donor, budgets: Sequence[float]) -> list[float]:
+    """Those of `budgets` that the donor can have."""
+    found = []
+    for share in budgets:
+        with suppress(BudgetError):
+            build_method(recipe.method, donor.config, recipe.settings.at_budget(share), recipe.effort)
+            found.append(share)
+    return found
 
 
 def at_budgets(recipe: Recipe, budgets: Sequence[float]) -> list[Recipe]:

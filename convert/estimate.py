@@ -49,7 +49,9 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     tokens = token_count(recipe, device)
     length = row_length(recipe, config)
     held = recipe.calibration.held_out * length
-    both = 2 if block_steps(recipe, -(-tokens // length), length) else 1  # the student has the fitted rows too
+    both = (
+        2 if block_steps(recipe, -(-tokens // length), length) else 1
+    )  # the student has the fitted rows too
     streams = 4 * config.hidden_size * (both * tokens + 2 * held)
     judged = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
     survey = SURVEY_COPIES * 4 * config.hidden_size * layers * judged if method.divisible else 0

@@ -35,9 +35,9 @@ class HealSettings:
     teacher: a donor reference; None: the donor that the checkpoint was made from. loss: weight of kl (teacher ‖
     student, nats a token), ce (the text's next token) and hidden (relative squared error of hidden states).
     fusion: of decoupled heads that are still to be fused, how many at most become one in this run.
-    train: the tensors that change; rank: of lora and hydra, whose adapter is merged at the end. lr: peak; None: by
-    what trains. warmup: share of the steps. sequence_length: tokens a row; None: 1024, or what the model reads.
-    batch_tokens: a step; None: by tokens. micro_batch: rows of one process that are in memory together.
+    train: the tensors that change (None: lora, or attention where heads are fused). rank: of lora and hydra, whose
+    adapter is merged at the end. lr: peak; None: by what trains. warmup: share of the steps.
+    sequence_length: tokens a row; None: 1024, or what the model reads. batch_tokens: a step; None: by tokens. micro_batch: rows of one process that are in memory together.
     held_out: rows never trained on. epochs: how often text may be repeated. eval_tokens, save_tokens: between two
     measurements on the held-out rows, and two durable checkpoints; None: a tenth of the run.
     """
@@ -49,7 +49,7 @@ class HealSettings:
     teacher: str | None = None
     loss: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
     fusion: int | None = None
-    train: Trained = "attention"
+    train: Trained = None  # type: ignore[assignment]  # one of them from the start, whatever was given
     rank: int = 16
     lr: float | None = None
     schedule: Schedule = "cosine"
@@ -77,6 +77,8 @@ class HealSettings:
             object.__setattr__(self, "data", dict.fromkeys(sources, 1.0))
         if isinstance(self.loss, str):
             object.__setattr__(self, "loss", loss_terms(self.loss))
+        if self.train is None:
+            object.__setattr__(self, "train", "lora" if self.fusion is None else "attention")
         self._check_types()
         self._check_choices()
         self._check_numbers()

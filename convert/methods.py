@@ -55,7 +55,7 @@ class Method(Protocol):
         ...
 
     def new_parameters(self) -> int:
-        """Parameters that the method writes in one layer, at most."""
+        """Parameters that the method writes in one layer, at most; in the mean layer where they differ in size."""
         ...
 
     def observe(self, attention: Any, inputs: Any, rotary: Any) -> Any:

@@ -21,6 +21,7 @@ import torch
 from mhconvert.convert import calibrate, checkpoint, estimate, proof, provenance, steps, survey
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
+from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.methods import Method, build_method
 from mhconvert.convert.numbers import cast
 from mhconvert.convert.progress import Listener, Progress, ignore
@@ -44,7 +45,11 @@ def plan(
     device, tell = pick_device(recipe.device), on_progress or ignore
     donor, method = _open(recipe, tell)
     checkpoint.check_free(recipe.output_folder(donor.name), True, donor.folder)
-    if surveyed is not None and recipe.tolerance is None and method.divisible:
+    if surveyed is not None:
+        if recipe.tolerance is not None or not method.divisible:
+            raise MhconvertError(
+                "there is nothing to survey: no budget that layers would have parts of; leave it out"
+            )
         rows = calibrate.draw(recipe, donor, device, tell)
         method.share_out(survey.run(recipe, donor, device, rows, surveyed, tell))
     sizes = estimate.plan(recipe, donor, method, device)
@@ -95,7 +100,7 @@ def run(
             method, report = attempt(recipe)
         else:
             find = Search(recipe, donor, device, rows, needs, fit, measure, tell).find
-            recipe, method, report = meet(recipe, space, find, attempt, tell)
+            recipe, method, report = meet(recipe, space, find, attempt, _planned_elements(donor), tell)
         report["output"] = str(output)
         space.release_streams()
         donor.release()
@@ -113,6 +118,15 @@ def run(
         space.publish()
     tell(Progress("done", 1, 1, str(output)))
     return report
+
+
+def _planned_elements(donor: Donor) -> Callable[[Recipe], int]:
+    """How many elements a token of a conversion would leave in its cache."""
+
+    def planned(recipe: Recipe) -> int:
+        return build_method(recipe.method, donor.config, recipe.settings, recipe.effort).kv_elements()
+
+    return planned
 
 
 def _open(recipe: Recipe, tell: Listener) -> tuple[Donor, Method]:

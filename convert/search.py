@@ -20,7 +20,6 @@ import torch
 from mhconvert.convert import calibrate, curve, steps, survey
 from mhconvert.convert.donor import Donor
 from mhconvert.convert.errors import BudgetError
-from mhconvert.convert.methods import build_method
 from mhconvert.convert.progress import Listener, Progress
 from mhconvert.convert.recipe import Recipe
 from mhconvert.convert.tolerance import Tolerance, parse
@@ -46,12 +45,14 @@ def meet(
     space: Workspace,
     find: Callable[[], dict[str, Any]],
     attempt: Callable[[Recipe], tuple[Made, dict[str, Any]]],
+    planned: Callable[[Recipe], int],
     tell: Listener,
 ) -> tuple[Recipe, Made, dict[str, Any]]:
     """Convert at the budget that `find` gives, and at larger ones as long as the measured result misses.
 
     find: `Search.find`; an interrupted run has its answer in `space`. attempt: converts into `space`; what it made,
-    and the report. Returns the recipe that was converted, what was made, and the report with the search in it.
+    and the report. planned: cache elements a token at a recipe's budget: where heads are few, some budgets come to the
+    same. Returns the recipe that was converted, what was made, and the report with the search in it.
     Raises BudgetError when not even the whole budget is near enough.
     """
     target = parse(str(recipe.tolerance))
@@ -68,6 +69,8 @@ def meet(
         if budget >= 1:
             raise _out_of_reach(target, measured)
         larger = step_up(state, target)
+        while larger < 1 and planned(recipe.at_budget(larger)) == planned(settled):
+            larger = neat(larger * (1 + STEP_UP))
         tell(Progress("search", 1, 1, f"budget {budget:g} measured {measured:.4g}: now {larger:g}"))
         space.start_over(state | {"kv_budget": larger})
 
@@ -93,7 +96,7 @@ class Search:
         """
         target = parse(str(self.recipe.tolerance))
         aim, fits = AIM * target.allowed, steps.fit_steps(self.recipe) > 0
-        grid = [share for share in GRID if self._expressible(share)]
+        grid = curve.expressible(self.recipe, self.donor, GRID)
         plain = dataclasses.replace(self.recipe, effort="quick", fit_steps=0) if fits else self.recipe
         seen = max(1, LOOK_TOKENS // self.rows.fit.shape[1]) if fits else len(self.rows.fit)
         looked = self._look(plain, grid, calibrate.Rows(self.rows.fit[:seen], self.rows.held_out), not fits)
@@ -115,14 +118,6 @@ class Search:
             "looked": looked,
             "tried": [],
         }
-
-    def _expressible(self, share: float) -> bool:
-        try:
-            settings = self.recipe.settings.at_budget(share)
-            build_method(self.recipe.method, self.donor.config, settings, self.recipe.effort)
-        except BudgetError:
-            return False
-        return True
 
     def _look(
         self, recipe: Recipe, budgets: Sequence[float], rows: calibrate.Rows, as_asked: bool
@@ -194,6 +189,6 @@ def neat(budget: float) -> float:
 
 def _out_of_reach(target: Tolerance, measured: float) -> BudgetError:
     return BudgetError(
-        f"no budget meets the tolerance {target}: with the donor's whole KV budget the conversion still measures "
-        f"{measured:.4g}, as the weights' dtype or the profile cost that much; choose a larger one, or another of those"
+        f"no budget meets the tolerance {target}: with the largest KV budget that the settings allow the conversion "
+        f"still measures {measured:.4g}; choose a larger tolerance, or other settings (dtype, profile, limits)"
     )

@@ -15,7 +15,7 @@ from mhconvert.convert.load import OpenModel, made_by, open_model, recorded_dono
 from mhconvert.convert.methods import build_method, register, settings_class
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.eval import speed
-from mhconvert.eval.inspection import cache_elements
+from mhconvert.eval.inspection import cache_elements, head_dim
 from mhconvert.eval.memory import available_memory
 from mhconvert.eval.units import size
 
@@ -119,7 +119,9 @@ def memory_needed(
     """
     text = converted.get_text_config()
     caches = [cache_elements(config) for config in (donor, converted)]
-    expanded = 6 * text.num_attention_heads * text.head_dim  # keys and values, and the parts they are made of
+    expanded = (
+        6 * text.num_attention_heads * head_dim(text)
+    )  # keys and values, and the parts they are made of
     prefill = max(map(sum, caches)) + 8 * text.hidden_size + 3 * text.intermediate_size + expanded
     held = sum(map(sum, caches)) + max(map(max, caches)) + 4 * text.num_attention_heads  # the last: scores
     held += reexpand * (sum(caches[1]) + expanded)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert import estimate, families, refusals
+from mhconvert.convert import estimate, families, load, refusals
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.convert.load import converted_method, read_config
@@ -40,7 +40,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
         "reference": reference,
         "notice": getattr(donor, "notice", None),
         "model_type": config.model_type,
-        "converted_by": made_by,
+        "converted_by": made_by or load.made_by(reference),
         "dtype": str(dtype).removeprefix("torch."),
         "attention": attention(config),
         "kv": {
@@ -59,11 +59,11 @@ def cache_elements(config: Any) -> list[int]:
     if getattr(text, "rope_frequencies", None) is not None:
         scales = text.num_key_scales
         return [text.latent_rank(i) + 2 * len(text.layer_frequencies(i)) + scales for i in layers]
-    if getattr(text, "k_head_map", None) is not None:
-        return [_head_dim(text) * sum(max(heads) + 1 for heads in text.head_maps(i)) for i in layers]
+    if hasattr(text, "k_head_map"):
+        return [head_dim(text) * sum(max(heads) + 1 for heads in text.head_maps(i)) for i in layers]
     if getattr(text, "kv_lora_rank", None) is not None:
         return [text.kv_lora_rank + text.qk_rope_head_dim for _ in layers]
-    return [2 * _kv_heads(text) * _head_dim(text) for _ in layers]
+    return [2 * _kv_heads(text) * head_dim(text) for _ in layers]
 
 
 def attention(config: Any) -> dict[str, Any]:
@@ -80,15 +80,15 @@ def attention(config: Any) -> dict[str, Any]:
         facts["kv_lora_rank"] = _one_or_all([text.latent_rank(i) for i in layers])
         facts["qk_rope_head_dim"] = _one_or_all([2 * len(text.layer_frequencies(i)) for i in layers])
         facts["qk_nope_head_dim"], facts["v_head_dim"] = text.qk_nope_head_dim, text.v_head_dim
-    elif getattr(text, "k_head_map", None) is not None:
+    elif hasattr(text, "k_head_map"):
         maps = [text.head_maps(i) for i in range(text.num_hidden_layers)]
-        facts["kind"], facts["head_dim"] = "decoupled heads (DHA)", _head_dim(text)
+        facts["kind"], facts["head_dim"] = "decoupled heads (DHA)", head_dim(text)
         facts["k_heads"] = _one_or_all([max(k) + 1 for k, _ in maps])
         facts["v_heads"] = _one_or_all([max(v) + 1 for _, v in maps])
     else:
         heads, groups = text.num_attention_heads, _kv_heads(text)
         facts["kind"] = "multi-head" if heads == groups else "multi-query" if groups == 1 else "grouped-query"
-        facts["num_key_value_heads"], facts["head_dim"] = groups, _head_dim(text)
+        facts["num_key_value_heads"], facts["head_dim"] = groups, head_dim(text)
     rope = families.rope_settings(text)[0]
     facts["rope_type"], facts["rope_theta"] = rope.get("rope_type", "default"), rope.get("rope_theta")
     facts["max_position_embeddings"] = getattr(text, "max_position_embeddings", None)
@@ -131,7 +131,8 @@ def _kv_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
-def _head_dim(config: Any) -> int:
+def head_dim(config: Any) -> int:
+    """Of a config that states it, or leaves it to be divided."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 

@@ -219,6 +219,9 @@ def _healed(report: dict[str, Any]) -> list[str]:
 def _measured(report: dict[str, Any]) -> list[str]:
     lines = ["## Measured", "", "| | base model | this model | |", "|---|---:|---:|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows(report)]
+    heads = [(layer["k_heads"], layer["v_heads"]) for layer in report.get("layers", []) if "k_heads" in layer]
+    if heads:
+        lines += ["", f"K + V heads by layer: {', '.join(f'{k} + {v}' for k, v in heads)}."]
     calibration = report.get("calibration") or {}
     if calibration:
         source = calibration.get("source") or calibration.get("sources") or "self"

@@ -16,6 +16,10 @@ from mhconvert.convert.verify_child import cache_storage
 WARM_STEPS = 2  # decode steps before the clock runs: allocations, and compilation
 PREFILLS = 3
 PATIENCE = 5.0  # seconds: a prefill that takes longer is not repeated, and re-expansion stops after so many
+READ_AS_IT_IS = (
+    "max_absorbed_tokens",
+    "max_grouped_tokens",
+)  # of an attention: query tokens that meet the cache unexpanded
 FEWEST = 2  # steps that re-expansion is timed on, whatever they take
 
 
@@ -171,10 +175,11 @@ def _decode(runs: list[Run], load: Load, on_step: Callable[[], None]) -> None:
 
 
 def switch_absorption(model: Any, on: bool) -> None:
-    """Let every latent attention in `model` read its cache in absorbed form, or make it expand it each time."""
+    """Let every converted attention in `model` read its cache as it is, or make it expand it each time."""
     for module in model.modules():
-        if hasattr(type(module), "max_absorbed_tokens"):
-            module.max_absorbed_tokens = type(module).max_absorbed_tokens if on else 0
+        for name in READ_AS_IT_IS:
+            if hasattr(type(module), name):
+                setattr(module, name, getattr(type(module), name) if on else 0)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:

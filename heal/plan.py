@@ -17,8 +17,8 @@ from mhconvert.convert.errors import HealError
 from mhconvert.convert.heal_settings import HealSettings
 
 ROW = 1024  # tokens, where both models read as many
-STEPS = 100  # that a batch is sized for, within these tokens
-LEAST_BATCH, MOST_BATCH = 2048, 65536
+STEPS = 200  # that a batch is sized for, within these tokens
+LEAST_BATCH, MOST_BATCH = 1024, 65536
 MICRO_ROWS = {"cpu": 2, "cuda": 8}
 TENTHS = 10  # measurements and durable checkpoints of a run, unless settings say otherwise
 FITTING = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)

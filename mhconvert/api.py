@@ -109,7 +109,7 @@ def curve(
 
     result = pass_.run(
         recipe,
-        budgets if budgets is not None else pass_.BUDGETS,
+        budgets,
         fit=local.fit,
         measure=fidelity.Fidelity,
         held_out=own_rows if text else None,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mhconvert.convert.dha.settings import DHASettings
@@ -51,6 +50,19 @@ class HeadBudget:
     @property
     def most(self) -> int:
         return 2 * self.counts[-1]
+
+    @property
+    def stock(self) -> bool:
+        """Whether every layer is grouped-query attention of one size, given an order of its query heads."""
+        if self.fixed is None:
+            return self.uniform
+        groups = {
+            (layer.k_heads, max(map(layer.k_map.count, layer.k_map)) * layer.k_heads == len(layer.k_map))
+            if layer.k_map is not None and layer.k_map == layer.v_map and layer.k_heads is not None
+            else (0, False)
+            for layer in self.fixed
+        }
+        return len(groups) == 1 and groups.pop()[1]
 
     @property
     def free(self) -> bool:
@@ -101,13 +113,14 @@ def head_budget(config: Any, settings: DHASettings, facts: AttentionFacts) -> He
         raise BudgetError("the donor has one KV head (multi-query attention); there is nothing to fuse")
     whole, step = 2 * groups, settings.head_multiple
     if settings.plan is not None:
-        fixed = read_plan(Path(settings.plan), config, facts)
+        fixed = layer_heads(settings.plan, config, facts)
         total = sum(layer.kv_heads for layer in fixed)
         return HeadBudget(total, layers, whole, tuple(range(1, groups + 1)), 1, fixed=fixed)
     highest = min(settings.max_heads or groups, groups)
     counts = tuple(n for n in range(step, highest + 1, step) if n >= settings.min_heads)
     if settings.uniform:
-        counts = tuple(n for n in counts if facts.heads % n == 0)
+        of = groups if settings.regroup is False else facts.heads
+        counts = tuple(n for n in counts if of % n == 0)
     if not counts:
         raise BudgetError(
             f"no number of heads is a multiple of {step} from {settings.min_heads} to {highest}"
@@ -135,33 +148,25 @@ def _too_small(budget: float, counts: tuple[int, ...], groups: int, who: str) ->
     )
 
 
-def read_plan(path: Path, config: Any, facts: AttentionFacts) -> tuple[LayerHeads, ...]:
-    """A plan file: {"layers": [{"kv_heads": 3}, {"k_heads": 2, "v_heads": 1}, {"k_map": […], "v_map": […]}, …]}.
-
-    The JSON of a dry run is one, and mhconvert.json and report.json of a converted checkpoint. Raises BudgetError
-    naming layer and number.
-    """
-    try:
-        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BudgetError(f'plan {path} cannot be read as {{"layers": […]}}: {error!r}') from error
-    if not isinstance(layers, list) or len(layers) != config.num_hidden_layers:
-        number = len(layers) if isinstance(layers, list) else "no list of"
-        raise BudgetError(f"plan {path} has {number} layers and the donor {config.num_hidden_layers}")
-    return tuple(_layer_heads(f"plan {path}, layer {i}", layer, facts) for i, layer in enumerate(layers))
+def layer_heads(plan: Sequence[dict[str, Any]], config: Any, facts: AttentionFacts) -> tuple[LayerHeads, ...]:
+    """A plan's layers: {"kv_heads": 3}, {"k_heads": 2, "v_heads": 1} or {"k_map": […], "v_map": […]}, or what agrees of
+    these. Raises BudgetError naming layer and number."""
+    if len(plan) != config.num_hidden_layers:
+        raise BudgetError(f"the plan has {len(plan)} layers and the donor {config.num_hidden_layers}")
+    return tuple(_layer_heads(f"plan, layer {index}", layer, facts) for index, layer in enumerate(plan))
 
 
-def _layer_heads(place: str, layer: Any, facts: AttentionFacts) -> LayerHeads:
+def _layer_heads(place: str, layer: dict[str, Any], facts: AttentionFacts) -> LayerHeads:
     forms = (("k_map", "v_map"), ("k_heads", "v_heads"), ("kv_heads",))
-    given = next((form for form in forms if isinstance(layer, dict) and set(form) & layer.keys()), None)
+    given = next((form for form in forms if set(form) & layer.keys()), None)
     if given is None or not layer.keys() >= set(given):
         raise BudgetError(
             f"{place}: it needs k_map and v_map, or k_heads and v_heads, or kv_heads; it is {layer!r}"
         )
     if given == ("kv_heads",):
-        _require_number(f"{place}: kv_heads", layer["kv_heads"], 2, 2 * facts.kv_heads)
-        return LayerHeads(layer["kv_heads"])
-    counts, maps = [], []
+        return LayerHeads(_number(f"{place}: kv_heads", layer["kv_heads"], 2, 2 * facts.kv_heads))
+    counts: list[int] = []
+    maps: list[list[int] | None] = []
     for kind in "kv":
         number, found = layer.get(f"{kind}_heads"), layer.get(f"{kind}_map")
         if found is not None:
@@ -172,20 +177,25 @@ def _layer_heads(place: str, layer: Any, facts: AttentionFacts) -> LayerHeads:
                     f"{place}: {kind}_heads={number} and {kind}_map names {named}; change one of them"
                 )
             number = named
-        _require_number(f"{place}: {kind}_heads", number, 1, facts.kv_heads)
-        counts.append(number)
+        counts.append(_number(f"{place}: {kind}_heads", number, 1, facts.kv_heads))
         maps.append(found)
-    return LayerHeads(sum(counts), *counts, *maps)
+    if layer.get("kv_heads") not in (None, sum(counts)):
+        raise BudgetError(
+            f"{place}: kv_heads={layer['kv_heads']} and {sum(counts)} K and V heads; change one of them"
+        )
+    (k_heads, v_heads), (k_map, v_map) = counts, maps
+    return LayerHeads(sum(counts), k_heads, v_heads, k_map, v_map)
 
 
-def _require_number(what: str, number: Any, least: int, most: int) -> None:
+def _number(what: str, number: Any, least: int, most: int) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
         raise BudgetError(f"{what}={number} is not a number from {least} to {most}, the donor's")
+    return number
 
 
 def _require_map(place: str, found: Any, facts: AttentionFacts) -> None:
     whole = isinstance(found, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in found)
     if not whole or len(found) != facts.heads:
         raise BudgetError(f"{place}: it needs a whole number for each of the {facts.heads} query heads")
-    if set(found) != set(range(max(found) + 1)):
+    if sorted(set(found)) != list(range(len(set(found)))):
         raise BudgetError(f"{place}: {found} does not number its heads 0, 1, … without a gap")

@@ -78,7 +78,8 @@ class DHA:
         require(config, "dha")
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
-        if settings.uniform and family_of(config).fused_qkv:
+        fused_qkv = family_of(config).fused_qkv
+        if settings.uniform and fused_qkv:
             raise UnsupportedError(
                 f"a uniform plan cannot be a {config.model_type} model yet: its q, k and v are one matrix; "
                 "leave out uniform"
@@ -86,7 +87,8 @@ class DHA:
         self.budget: HeadBudget = head_budget(config, settings, self.facts)
         self.heads = self.budget.spread()
         self.shared_out = False
-        self.config = decoupled_config(config, output_bias=not settings.uniform)
+        self.stock = self.budget.stock and not fused_qkv and settings.fusion == "closed"
+        self.config = decoupled_config(config, output_bias=not self.stock)
         if settings.fusion == "trained":
             self.config.k_fusion, self.config.v_fusion = ([[] for _ in self.heads] for _ in "kv")
 
@@ -121,7 +123,8 @@ class DHA:
         facts, hidden = self.facts, self.donor_config.hidden_size
         kept = math.ceil(sum(self.heads) / len(self.heads))
         width = facts.heads * facts.head_dim
-        return (hidden + 1) * (width + kept * facts.head_dim) + width * hidden + hidden
+        read = (hidden + facts.input_bias) * (width + kept * facts.head_dim)
+        return read + width * hidden + self._biased * hidden
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
         """The weights of a donor's attention, and what `inputs` (N, L, D), its calibration text, says of them."""
@@ -152,9 +155,7 @@ class DHA:
         best: tuple[float, Any, FusedWeights] | None = None
         for keys, values in self._candidates(statistics, index):
             fused = fuse(statistics.heads, keys, values)
-            module = self._module(
-                fused.in_groups() if self.settings.uniform else fused, statistics, index, device
-            )
+            module = self._module(fused.in_groups() if self.stock else fused, statistics, index, device)
             with torch.no_grad():
                 error = relative_error(module(probe, position_embeddings)[0], expected)
             if best is None or error < best[0]:
@@ -174,7 +175,7 @@ class DHA:
 
     def finish(self) -> Any:
         """The configuration of the converted model, every layer's maps filled in."""
-        if not self.settings.uniform:
+        if not self.stock:
             return copy.deepcopy(self.config)
         stock = copy.deepcopy(self.donor_config)
         stock.num_key_value_heads = self.heads[0] // 2
@@ -194,13 +195,13 @@ class DHA:
     def model_class(self) -> Any:
         """The transformers class that holds the result; the donor's own where all layers are alike."""
         kind: Any = type(self.donor_config)
-        return MODEL_FOR_CAUSAL_LM_MAPPING[kind] if self.settings.uniform else decoupled_class(kind)
+        return MODEL_FOR_CAUSAL_LM_MAPPING[kind] if self.stock else decoupled_class(kind)
 
     @property
     def decoder_class(self) -> Any:
         """The same without its language-model head."""
         kind: Any = type(self.donor_config)
-        return MODEL_MAPPING[kind] if self.settings.uniform else self.model_class.decoder_class
+        return MODEL_MAPPING[kind] if self.stock else self.model_class.decoder_class
 
     @property
     def _biased(self) -> bool:
@@ -213,12 +214,14 @@ class DHA:
             return [(_clusters(fixed.k_map), _clusters(fixed.v_map))]
         regroup = self.settings.regroup
         options = [regroup] if regroup is not None else [True]
-        if regroup is None and self.facts.heads > EXACT_HEADS:
+        if regroup is None and self.facts.heads > max(EXACT_HEADS, self.facts.kv_heads):
             options = [False, True]
         found = []
         for again in options:
             for k_heads, v_heads in self.budget.splits(index, self.heads[index]):
                 if self.settings.uniform:
+                    if not again and self.facts.kv_heads % k_heads:
+                        continue
                     keys = values = seen.split("kv", k_heads, again, equal=True)
                 else:
                     keys, values = seen.split("k", k_heads, again), seen.split("v", v_heads, again)

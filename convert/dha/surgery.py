@@ -85,7 +85,11 @@ class Heads:
         """(G d, G d): E[v vᵀ], about the mean where o_proj's bias can hold that."""
         rows, mean = self.weights.v.flatten(0, 1), self.value_mean
         moment = rows @ self.statistics.key_moment @ rows.mT
-        return moment - torch.outer(mean, mean) if self.output_bias else moment
+        if not self.output_bias:
+            return moment
+        # Of short text the moment has been spread over all directions, and the mean is more than its share of it.
+        values, vectors = torch.linalg.eigh(moment - torch.outer(mean, mean))
+        return (vectors * values.clamp_min(0)) @ vectors.mT
 
     @cached_property
     def value_metric(self) -> Tensor:

@@ -127,7 +127,7 @@ def test_an_adapter_changes_nothing_at_first_and_is_merged_at_the_end(train: str
 def test_rates_follow_the_size_of_a_tensor_and_biases_do_not_decay() -> None:
     student, _ = pair()
     model = choose_trained(student, "attention", 4)
-    groups = parameter_groups(model, HealSettings(tokens=1, lr=0.01, weight_decay=0.1))
+    groups = parameter_groups(model, HealSettings(tokens=1, train="attention", lr=0.01, weight_decay=0.1))
     assert len(groups) == sum(p.requires_grad for p in model.parameters())
     for group in groups:
         [parameter] = group["params"]

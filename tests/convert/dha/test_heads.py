@@ -98,7 +98,16 @@ def test_impossible_budgets_say_what_is_possible(settings: DHASettings, kv_heads
         ({"min_heads": 0}, "min_heads=0"),
         ({"head_multiple": True}, "head_multiple=True"),
         ({"min_heads": 3, "max_heads": 2}, "max_heads=2"),
-        ({"uniform": True, "plan": "p.json"}, "give one of them"),
+        ({"uniform": True, "plan": [{"kv_heads": 2}]}, "leave out uniform or the plan"),
+        ({"kv_budget": 0.4, "plan": [{"kv_heads": 2}]}, "leave out kv_budget"),
+        ({"min_heads": 4, "plan": [{"kv_heads": 2}]}, "leave out min_heads"),
+        ({"kv_budget": "0.5"}, "kv_budget=0.5 is outside"),
+        ({"kv_budget": True}, "outside"),
+        ({"uniform": "false"}, "uniform='false' is neither"),
+        ({"regroup": "no"}, "regroup='no' is neither"),
+        ({"min_heads": None}, "min_heads=None"),
+        ({"plan": 5}, "plan 5 is no list"),
+        ({"fusion": "both"}, "not one of closed, trained"),
     ],
 )
 def test_settings_that_contradict_themselves(choices: dict[str, Any], said: str) -> None:
@@ -141,12 +150,12 @@ def test_a_plan_fixes_heads_and_maps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        ("{", "cannot be read"),
-        ({"heads": []}, "cannot be read"),
-        ({"layers": 2}, "no list of layers"),
+        ("{", "is not JSON with"),
+        ({"heads": []}, "is not JSON with"),
+        ({"layers": 2}, "is no list of layers"),
         ({"layers": [PLAN["layers"][0], {"kv_heads": 1}]}, "layer 1: kv_heads=1 is not a number from 2 to 8"),
         ({"layers": PLAN["layers"][:1]}, "has 1 layers and the donor 2"),
-        ({"layers": [PLAN["layers"][0], 3]}, "layer 1: it needs k_map and v_map, .*; it is 3"),
+        ({"layers": [PLAN["layers"][0], 3]}, "is no list of layers"),
         ({"layers": [PLAN["layers"][0], {"k_heads": 5, "v_heads": 1}]}, "layer 1: k_heads=5"),
         ({"layers": [PLAN["layers"][0], {"k_heads": 2}]}, "layer 1: it needs"),
         ({"layers": [PLAN["layers"][0], {"k_heads": 2, "v_heads": True}]}, "layer 1: v_heads=True"),
@@ -159,6 +168,14 @@ def test_a_plan_fixes_heads_and_maps(tmp_path: Path) -> None:
             "layer 0, k_map: .* gap",
         ),
         ({"layers": [PLAN["layers"][0] | {"k_heads": 3}, PLAN["layers"][1]]}, "k_heads=3 and k_map names 2"),
+        (
+            {"layers": [{"kv_heads": 2, "k_heads": 3, "v_heads": 4}, PLAN["layers"][1]]},
+            "layer 0: kv_heads=2 and 7 K and V heads",
+        ),
+        (
+            {"layers": [{"k_map": [0, 1, 2, 10**9], "v_map": [0, 0, 1, 2]}, PLAN["layers"][1]]},
+            "layer 0, k_map: .* gap",
+        ),
         ({"layers": [{"k_map": [0, 1, 0, 1], "v_heads": 1}, PLAN["layers"][1]]}, "layer 0: it needs"),
     ],
 )
@@ -168,8 +185,8 @@ def test_a_plan_that_does_not_fit_names_layer_and_number(tmp_path: Path, plan: A
 
 
 def test_a_plan_that_is_not_there() -> None:
-    with pytest.raises(BudgetError, match=r"plan nowhere\.json cannot be read"):
-        DHA(make_config(heads=4, kv_heads=4), DHASettings(plan="nowhere.json"), "default")
+    with pytest.raises(BudgetError, match=r"plan nowhere\.json cannot be read: No such file"):
+        DHASettings(plan="nowhere.json")
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "olmo2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,14 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mhconvert
+from mhconvert.convert.dha.method import DHA
 from mhconvert.convert.dha.settings import DHASettings
+from mhconvert.convert.dha.surgery import fuse
+from mhconvert.convert.errors import OutputError
+from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.recipe import Calibration, Recipe
+from mhconvert.convert.rotary import layer_rotary
 from mhconvert.eval import inspection
-from tests.convert.conversions import converted, donor_model, logits, relative, token_ids
+from tests.convert.conversions import (
+    assembled,
+    attention_inputs,
+    converted,
+    converted_layers,
+    donor_model,
+    logits,
+    relative,
+    token_ids,
+)
 from tests.convert.test_pipeline import hashes, stop_after
 from tests.donors import make_donor
 
@@ -137,35 +153,152 @@ def test_a_uniform_plan_is_stock_grouped_query_attention(
     assert not any(loading.values())
 
 
-def test_a_uniform_plan_computes_what_decoupled_heads_of_its_maps_do() -> None:
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_uniform_layer_computes_what_decoupled_heads_of_its_maps_do(seed: int) -> None:
     """Query heads in another order, and o_proj's columns with them, are the same layer."""
+    donor, ids = donor_model(seed, heads=6, kv_heads=6, hidden=96), token_ids(4, 32)
+    method = DHA(donor.config, DHASettings(0.34, uniform=True), "quick")
+    for index, (layer, x) in enumerate(zip(donor.model.layers, attention_inputs(donor, ids), strict=True)):
+        rotary = layer_rotary(donor.model.rotary_emb, donor.config, index, 32)
+        seen = method.observe(layer.self_attn, x, rotary)
+        clusters = seen.split("kv", 2, True, equal=True)
+        assert sorted(map(len, clusters)) == [3, 3]
+        fused = fuse(seen.heads, clusters, clusters)
+        apart, stock = (
+            method._module(one, seen, index, torch.device("cpu")) for one in (fused, fused.in_groups())
+        )
+        assert stock.stock
+        assert relative(stock(x, rotary.embeddings)[0], apart(x, rotary.embeddings)[0]) < 2e-6
+
+
+def test_uniform_heads_of_a_whole_budget_are_the_donor() -> None:
     donor, ids = donor_model(heads=4, kv_heads=4), token_ids(2, 20)
-    stock = converted(donor, DHASettings(0.5, uniform=True))
-    assert isinstance(stock, LlamaForCausalLM)
-    assert stock.config.num_key_value_heads == 2
     whole = converted(donor, DHASettings(1.0, uniform=True))
+    assert isinstance(whole, LlamaForCausalLM)
     assert relative(logits(whole, ids), logits(donor, ids)) < 2e-5
-    assert relative(logits(stock, ids), logits(donor, ids)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("maps", "stock"),
+    [
+        ([[0, 1, 1, 0], [0, 0, 1, 1]], True),  # not next to each other, another order in each layer
+        ([[0, 1, 1, 1], [0, 0, 1, 1]], False),  # groups of two sizes
+        ([[0, 1, 2, 3], [0, 0, 1, 1]], False),  # layers of two sizes
+    ],
+)
+def test_a_plan_of_equal_groups_is_written_as_stock(
+    recipe: Callable[..., Recipe], tmp_path: Path, maps: list[list[int]], stock: bool
+) -> None:
+    plan = [{"k_map": heads, "v_map": heads} for heads in [*maps, maps[0]]]
+    report = mhconvert.convert(recipe(tmp_path / "out", settings=DHASettings(plan=plan), verify=True))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["architectures"] == ["LlamaForCausalLM"]) is stock
+    assert report["verified"]["relative_logit_error"] < 1e-5
+    assert report["remote_code"] is not stock
+    assert [layer["k_map"] for layer in report["layers"]] == [*maps, maps[0]]
 
 
 def test_a_uniform_checkpoint_is_known_as_ours(
     recipe: Callable[..., Recipe], text: Path, tmp_path: Path
 ) -> None:
-    """It can be healed and timed like others, and an adapter still sees a donor in it."""
-    from mhconvert.convert import load
-    from mhconvert.convert.heal_settings import HealSettings
-
+    """It can be healed and timed like others, and made again from its own plan."""
     out = tmp_path / "out"
     mhconvert.convert(recipe(out, settings=DHASettings(0.5, uniform=True)))
-    assert load.made_by(str(out)) == "dha"
-    settings = HealSettings(tokens=512, data={str(text): 1.0}, sequence_length=64, batch_tokens=128, lr=1e-3)
-    report = mhconvert.heal(str(out), settings, output=str(tmp_path / "healed"), verify=False)
+    assert inspection.inspect(str(out))["converted_by"] == "dha"
+    settings = HealSettings(
+        tokens=512, data={str(text): 1.0}, train="attention", sequence_length=64, batch_tokens=128, lr=1e-3
+    )
+    report = mhconvert.heal(str(out), settings, output=str(tmp_path / "healed"))
     assert report["kl"] < report["before"]["kl"]
+    timed = mhconvert.bench(str(out), contexts=[32], batch=1, new_tokens=2)
+    assert timed["rows"][0]["cache_ratio"] == 0.5
+    again = recipe(tmp_path / "again", settings=DHASettings(plan=str(out / "mhconvert.json")))
+    mhconvert.convert(again)
+    assert hashes(tmp_path / "again") == hashes(out)
+
+
+def test_an_edited_plan_is_another_recipe(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"layers": [{"kv_heads": 4}] * LAYERS}))
+    first = recipe(tmp_path / "out", settings=DHASettings(plan=str(plan)))
+    with pytest.raises(KeyboardInterrupt):
+        mhconvert.convert(first, on_progress=stop_after(2, KeyboardInterrupt()))
+    plan.write_text(json.dumps({"layers": [{"kv_heads": 2}] * LAYERS}))
+    with pytest.raises(OutputError, match="another settings"):
+        mhconvert.convert(recipe(tmp_path / "out", settings=DHASettings(plan=str(plan))), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "regroup"),
+    [(12, 4, None), (12, 4, True), (12, 4, False), (12, 12, None), (6, 3, False), (6, 3, True)],
+)
+@pytest.mark.parametrize("uniform", [False, True])
+def test_many_query_heads_and_both_ways_to_group_them(
+    heads: int, kv_heads: int, regroup: bool | None, uniform: bool
+) -> None:
+    """Beyond nine query heads heads are searched for; a donor's KV heads stay whole where they may not part."""
+    donor = donor_model(heads=heads, kv_heads=kv_heads, hidden=96, head_dim=16)
+    settings = DHASettings(0.75, regroup=regroup, uniform=uniform)
+    method, ids = DHA(donor.config, settings, "quick"), token_ids(4, 32)
+    layers = converted_layers(donor, method, ids)
+    model = assembled(donor, method, layers)
+    assert 1e-3 < relative(logits(model, ids), logits(donor, ids)) < 1.5  # random heads have little in common
+    if regroup is False and not uniform:
+        for k_map, v_map in zip(model.config.k_head_map, model.config.v_head_map, strict=True):
+            for head_map in (k_map, v_map):
+                group = heads // kv_heads
+                assert all(len(set(head_map[i : i + group])) == 1 for i in range(0, heads, group))
+    if kv_heads == heads:
+        seen = method.observe(
+            donor.model.layers[0].self_attn,
+            attention_inputs(donor, ids)[0],
+            layer_rotary(donor.model.rotary_emb, donor.config, 0, 32),
+        )
+        found = [tuple(map(tuple, one)) for one in method._candidates(seen, 0)]
+        assert len(set(found)) == len(found)
+
+
+def test_limits_are_kept(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    settings = DHASettings(0.75, min_heads=2, max_heads=3)
+    report = mhconvert.convert(recipe(tmp_path / "out", settings=settings))
+    assert heads_of(report) == [6] * LAYERS
+    assert all(2 <= layer[f"{kind}_heads"] <= 3 for layer in report["layers"] for kind in "kv")
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_donor_whose_config_leaves_the_head_dim_out(
+    recipe: Callable[..., Recipe], tmp_path: Path, uniform: bool
+) -> None:
+    bare = tmp_path / "bare"
+    make_donor(bare, family="starcoder2", heads=4, kv_heads=4, layers=LAYERS, sliding_window=None)
+    stored = json.loads((bare / "config.json").read_text())
+    stored.pop("head_dim", None)
+    (bare / "config.json").write_text(json.dumps(stored))
+    base = recipe(tmp_path / "out", settings=DHASettings(0.5, uniform=uniform))
+    mhconvert.convert(dataclasses.replace(base, model=str(bare)))
+    timed = mhconvert.bench(str(tmp_path / "out"), contexts=[32], batch=1, new_tokens=2)
+    assert timed["rows"][0]["cache_ratio"] == 0.5
+
+
+def test_a_curve_has_the_budgets_that_the_donor_can_have(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    found = mhconvert.curve(recipe(tmp_path / "none", effort="quick", fit_steps=None))
+    assert [point["kv_budget"] for point in found["points"]] == [0.75, 0.5, 0.375, 0.3125, 0.25]
+
+
+def test_a_tolerance_is_not_tried_twice_at_the_same_heads(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """A uniform donor of four heads has four sizes, whatever the budget."""
+    base = recipe(tmp_path / "out", settings=DHASettings(uniform=True), tolerance="kl=1e-3", fit_steps=0)
+    report = mhconvert.convert(base)
+    tried = [one["kv_budget"] for one in report["tolerance"]["tried"]]
+    sizes = [int(4 * budget + 1e-9) for budget in tried]
+    assert len(set(sizes)) == len(sizes)
 
 
 def test_decoupled_heads_are_healed(recipe: Callable[..., Recipe], text: Path, tmp_path: Path) -> None:
-    from mhconvert.convert.heal_settings import HealSettings
-
     out = tmp_path / "out"
     mhconvert.convert(recipe(out, settings=DHASettings(0.25), fit_steps=0))
     settings = HealSettings(tokens=2048, data={str(text): 1.0}, sequence_length=64, batch_tokens=128, lr=3e-3)
@@ -202,10 +335,10 @@ def mhconvert_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess
     [
         (["--kv-budget", "0.1"], 1, "kv_budget=0.1 leaves fewer heads than layers have at least"),
         (["--kv-budget", "0.5", "--plan", "p.json"], 2, "--kv-budget, or the heads of every layer"),
-        (["--plan", "p.json"], 1, "plan p.json cannot be read"),
+        (["--plan", "p.json"], 1, "plan p.json cannot be read: No such file"),
         (["--profile", "portable"], 2, "--profile does not apply to dha"),
         (["--survey"], 2, "--survey goes with --dry-run"),
-        (["--uniform", "--plan", "p.json"], 1, "give one of them"),
+        (["--uniform", "--plan", "p.json"], 1, "leave out uniform or the plan"),
     ],
 )
 def test_wrong_options_say_what_is_right(
