@@ -36,10 +36,11 @@ class HealSettings:
     student, nats a token), ce (the text's next token) and hidden (relative squared error of hidden states).
     fusion: of decoupled heads that are still to be fused, how many at most become one in this run.
     train: the tensors that change (None: lora, or attention where heads are fused). rank: of lora and hydra, whose
-    adapter is merged at the end. lr: peak; None: by what trains. warmup: share of the steps.
-    sequence_length: tokens a row; None: 1024, or what the model reads. batch_tokens: a step; None: by tokens. micro_batch: rows of one process that are in memory together.
-    held_out: rows never trained on. epochs: how often text may be repeated. eval_tokens, save_tokens: between two
-    measurements on the held-out rows, and two durable checkpoints; None: a tenth of the run.
+    adapter is merged at the end. lr: peak; None: by what trains. warmup: share of the steps. sequence_length:
+    tokens a row; None: 1024, or what the model reads. batch_tokens: a step; None: by tokens. micro_batch: rows of
+    one process that are in memory together. held_out: rows never trained on. epochs: how often text may be
+    repeated. eval_tokens, save_tokens: between two measurements on the held-out rows, and two durable checkpoints;
+    None: a tenth of the run.
     """
 
     tokens: int = 0
