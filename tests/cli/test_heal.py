@@ -15,7 +15,7 @@ from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.recipe import Calibration, Recipe, load_recipe, save_recipe
 from mhconvert.heal.metrics import read
 from tests.conftest import Cli, Interrupted, Main
-from tests.donors import TEXT, make_checkpoint
+from tests.donors import TEXT, make_checkpoint, make_donor
 
 HEALING = ("--sequence-length", 32, "--batch-tokens", 256, "--held-out", 2, "--epochs", 99, "--device", "cpu")
 CONVERSION = ("--to", "mla", "--effort", "quick", "--kv-budget", 0.4, "--calibration-tokens", 512)
@@ -186,3 +186,31 @@ def test_a_hydra_adapter_is_trained(cli: Cli, donor: Path, text: Path, tmp_path:
     )
     found = json.loads(judged.stdout)["perplexity"]
     assert found["converted"] < 0.7 * found["donor"]
+
+
+def test_heads_are_fused_in_two_rounds(cli: Cli, text: Path, tmp_path: Path) -> None:
+    """A conversion that leaves its heads apart, then 2 ×, then 2 ×: the README's three commands."""
+    source = make_donor(tmp_path / "donor", heads=4, kv_heads=4)
+    words = (
+        *("--to", "dha", "--kv-budget", 0.25, "--fusion", "trained", "--calibration", text),
+        *("--calibration-tokens", 512, "--sequence-length", 32, "--device", "cpu", "--no-verify"),
+    )
+    assert cli(source, *words, "-o", tmp_path / "apart", "-q").returncode == 0
+    unasked = cli(
+        "heal", tmp_path / "apart", "--tokens", "1k", "--data", text, *HEALING, "-o", tmp_path / "no"
+    )
+    assert unasked.returncode == 1
+    assert "with --fusion 2" in unasked.stderr
+    begun, widths = tmp_path / "apart", []
+    for name in ("half", "quarter"):
+        healing = ("--tokens", "4k", "--fusion", 2, "--data", text, *HEALING)
+        done = cli("heal", begun, *healing, "-o", tmp_path / name, "--json")
+        assert done.returncode == 0, done.stderr
+        begun = tmp_path / name
+        widths.append(json.loads(done.stdout)["verified"]["cache"]["elements_per_token"])
+    assert widths == [2 * 2 * 2 * 16, 2 * 2 * 16]  # two layers, K and V, two heads and then one
+    again = cli(
+        "heal", begun, "--tokens", "1k", "--fusion", 2, "--data", text, *HEALING, "-o", tmp_path / "no"
+    )
+    assert again.returncode == 1
+    assert "no heads that are to be fused" in again.stderr
