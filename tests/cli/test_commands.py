@@ -144,7 +144,13 @@ def test_dry_run_plans(
         "kv_bytes_per_token": {"donor": 4096, "converted": 1024},
         "layers": [{"index": 0, "kv_lora_rank": 24, "qk_rope_head_dim": 8}],
     }
-    monkeypatch.setattr(api, "plan", lambda recipe: plan)
+    asked: list[bool] = []
+
+    def planned(recipe: Recipe, *, survey: bool, on_progress: Any) -> dict[str, Any]:
+        asked.append(survey)
+        return plan
+
+    monkeypatch.setattr(api, "plan", planned)
     assert main("tiny", "--to", "mla", "--dry-run") == 0
     out = capsys.readouterr().out
     assert "4 KiB → 1 KiB" in out
@@ -152,6 +158,8 @@ def test_dry_run_plans(
     assert "nothing was written" in out
     assert main("tiny", "--to", "mla", "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out) == plan
+    assert main("tiny", "--to", "mla", "--dry-run", "--survey", "--quiet") == 0
+    assert asked == [False, False, True]
     assert calls == []
 
 
