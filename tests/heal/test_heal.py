@@ -47,12 +47,13 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in read(folder / "metrics.jsonl") if "loss" in entry]
 
 
+@pytest.mark.parametrize("train", ["attention", "lora"])
 @pytest.mark.parametrize(
     ("name", "text", "budget", "factor"),
     [("stories260k-gqa", "classic-books.jsonl", 0.3, 1.35), ("poems750k-mha", "poems.jsonl", 0.15, 1.2)],
 )
 def test_a_real_checkpoint_is_healed(
-    name: str, text: str, budget: float, factor: float, data: Path, tmp_path: Path
+    name: str, text: str, budget: float, factor: float, train: str, data: Path, tmp_path: Path
 ) -> None:
     """KL on rows it has not seen falls by a factor within seconds, and the folder is whole."""
     recipe = Recipe(
@@ -65,7 +66,9 @@ def test_a_real_checkpoint_is_healed(
     )
     api.convert(recipe)
     source = {str(data / "calib" / text): 1.0}
-    settings = HealSettings(tokens="60k", data=source, lr=3e-3, sequence_length=128, batch_tokens=1024)
+    settings = HealSettings(
+        tokens="60k", data=source, train=train, lr=3e-3, sequence_length=128, batch_tokens=1024
+    )
     report = api.heal(str(tmp_path / "ckpt"), settings, output=str(tmp_path / "healed"))
     assert report["before"]["kl"] > factor * report["kl"]
     assert report["healing"]["trained_tokens"] == 60_416
@@ -75,10 +78,16 @@ def test_a_real_checkpoint_is_healed(
         key: value.shape for key, value in theirs.items()
     }
     changed = {key for key in ours if not torch.equal(ours[key], theirs[key])}
-    assert changed == {key for key in ours if ".self_attn." in key and ours[key].numel()}
+    attention = {key for key in ours if ".self_attn." in key and ours[key].numel()}
+    assert changed == {key for key in attention if train == "attention" or key.endswith(".weight")}
     record = json.loads((tmp_path / "healed" / "mhconvert.json").read_text())
     assert record["healed"][0]["settings"]["tokens"] == 60_000
     assert "model.safetensors" in record["sha256"]
+
+
+def test_what_trains_where_nothing_is_said() -> None:
+    assert HealSettings(tokens=1).train == "lora"
+    assert HealSettings(tokens=1, fusion=2).train == "attention"
 
 
 def test_a_run_that_was_cut_short_goes_on_to_the_bit(checkpoint: Path, text: Path, tmp_path: Path) -> None:
