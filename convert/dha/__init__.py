@@ -5,7 +5,7 @@ def register() -> None:
     """Make transformers' Auto classes know the decoupled-head models in this process; may be called again."""
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    from mhconvert.convert.dha.method import decoupled_class
+    from mhconvert.convert.dha.donor_class import decoupled_class
     from mhconvert.convert.families import FAMILIES
 
     for model_type in FAMILIES:

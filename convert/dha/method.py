@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from mhconvert.convert.allotment import LayerNeed, divide
 from mhconvert.convert.dha import modeling_dha
-from mhconvert.convert.dha.grouping import EXACT_HEADS, Cluster, best_clusters
+from mhconvert.convert.dha.donor_class import decoupled_class, decoupled_config
+from mhconvert.convert.dha.grouping import EXACT_HEADS, Cluster
 from mhconvert.convert.dha.heads import HeadBudget, head_budget
+from mhconvert.convert.dha.observed import Observed
 from mhconvert.convert.dha.settings import DHASettings
 from mhconvert.convert.dha.surgery import FusedWeights, Heads, aligned, cluster_map, fuse, parts
 from mhconvert.convert.donor_attention import attention_weights, output_bias, rotary_order
@@ -33,39 +34,6 @@ PROBE_TOKENS = {
     "high": 4096,
 }  # on which candidates are compared
 CANDIDATES = {"survey": 2, "quick": 3, "default": 4, "high": 8}  # ways to split a layer's heads that are
-
-
-@dataclass
-class Observed:
-    """All of a donor layer that its conversions read, whatever their budgets; float64 on the CPU."""
-
-    heads: Heads
-    output_bias: Tensor
-    costs: dict[tuple[str, Cluster], float] = field(default_factory=dict)
-    clusters: dict[tuple[str, int, bool], list[Cluster]] = field(default_factory=dict)
-
-    def lost(self, kind: str, cluster: Cluster) -> float:
-        """The cost of a cluster of query heads; kind: "k", "v", or "kv" where both share it."""
-        if (kind, cluster) not in self.costs:
-            costs = {"k": self.heads.keys_lost, "v": self.heads.values_lost}
-            self.costs[kind, cluster] = sum(costs[one](cluster) for one in kind)
-        return self.costs[kind, cluster]
-
-    def split(self, kind: str, count: int, regroup: bool, equal: bool = False) -> list[Cluster]:
-        """The best `count` clusters: of query heads, or of the donor's KV heads with all that read them."""
-        key = (kind, count, regroup)
-        if key not in self.clusters:
-            group = self.heads.group
-            units: list[Cluster] = [(h,) for h in range(len(group))]
-            if not regroup:
-                units = [tuple(h for h, g in enumerate(group) if g == one) for one in range(self.heads.count)]
-
-            def heads(cluster: Cluster) -> Cluster:
-                return tuple(h for unit in cluster for h in units[unit])
-
-            found = best_clusters(len(units), count, lambda c: self.lost(kind, heads(c)), equal)
-            self.clusters[key] = [heads(cluster) for cluster in found]
-        return self.clusters[key]
 
 
 class DHA:
@@ -148,10 +116,10 @@ class DHA:
         inputs, targets (N, L, D): attention inputs and outputs of the donor's layer on calibration text.
         """
         device = position_embeddings[0].device
-        rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
-        probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
         if self.settings.fusion == "trained":
             return self._unfused(statistics, index, device)
+        rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
+        probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
         best: tuple[float, Any, FusedWeights] | None = None
         for keys, values in self._candidates(statistics, index):
             fused = fuse(statistics.heads, keys, values)
@@ -268,33 +236,6 @@ class DHA:
         state = {name: t.to(device, torch.float32).contiguous() for name, t in tensors.items()}
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval().requires_grad_(False)
-
-
-def decoupled_class(donor_config_class: Any) -> Any:
-    """The transformers class that holds a converted donor of a configuration class."""
-    donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
-    return getattr(modeling_dha, f"DHA{donor.__name__}")
-
-
-def decoupled_config(donor_config: Any, output_bias: bool) -> Any:
-    """The donor's configuration as that of its decoupled-head class; each layer's maps are still the donor's own."""
-    config_class, facts = decoupled_class(type(donor_config)).config_class, attention_facts(donor_config)
-    values = donor_config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"):
-        values.pop(key, None)
-    group = facts.heads // facts.kv_heads
-    own = [[head // group for head in range(facts.heads)] for _ in range(donor_config.num_hidden_layers)]
-    config = config_class(
-        **values,
-        k_head_map=copy.deepcopy(own),
-        v_head_map=own,
-        attention_output_bias=output_bias or facts.output_bias,
-        attention_input_bias=facts.input_bias,
-        softmax_scale=facts.scale,
-        attention_softcap=facts.softcap,
-    )
-    config._attn_implementation = "sdpa" if facts.softcap is None else "eager"
-    return config
 
 
 def _clusters(head_map: Sequence[int]) -> list[Cluster]:

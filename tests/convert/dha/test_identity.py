@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mhconvert.convert.dha import register
-from mhconvert.convert.dha.method import decoupled_config
+from mhconvert.convert.dha.donor_class import decoupled_config
 from mhconvert.convert.dha.settings import DHASettings
 from mhconvert.convert.verify_child import cache_storage
 from tests.convert.conversions import converted, donor_model, logits, relative, token_ids
