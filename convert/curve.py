@@ -158,12 +158,12 @@ def _pass_layer(
 ) -> None:
     """Move the teacher and every student past a layer."""
     layer, rotary = steps.read(donor, index, place, device)
-    shared, following = students[0].streams, donor.norm_behind(index, device)
+    shared = students[0].streams
     seen = steps.observe(layer, index, students[0].method, shared.teacher, shared.fitted, rotary, dtype)
     for student in students:
         begun = time.perf_counter()
         attention, _ = steps.convert(student.recipe, student.method, index, seen, fit, dtype)
-        steps.refine(student.recipe, layer, index, attention, student.streams, following, fit, dtype)
+        steps.refine(student.recipe, donor, layer, index, attention, student.streams, fit, dtype)
         student.layers.append(steps.follow(layer, index, attention, seen, student.streams.student))
         student.seconds += time.perf_counter() - begun
 

@@ -195,10 +195,7 @@ def _convert_layers(
     for index in range(len(space.layers), total):
         begun = time.perf_counter()
         layer, rotary = steps.read(donor, index, place, device)
-        following = donor.norm_behind(index, device)
-        attention, chosen = _convert_layer(
-            recipe, method, layer, index, streams, rotary, following, fit, dtype
-        )
+        attention, chosen = _convert_layer(recipe, donor, method, layer, index, streams, rotary, fit, dtype)
         chosen |= {"index": index, "seconds": time.perf_counter() - begun}
         tensors = _layer_tensors(donor, method, index, attention, dtype)
         space.finish_layer(tensors, chosen, last=index + 1 == total)
@@ -208,19 +205,19 @@ def _convert_layers(
 
 def _convert_layer(
     recipe: Recipe,
+    donor: Donor,
     method: Method,
     layer: calibrate.Layer,
     index: int,
     streams: calibrate.Streams,
     rotary: LayerRotary,
-    following: Any,
     fit: steps.Fit,
     dtype: torch.dtype,
 ) -> tuple[Any, dict[str, Any]]:
     """The new attention of one layer, what was chosen and what was measured; both streams move past it."""
     seen = steps.observe(layer, index, method, streams.teacher, streams.fitted, rotary, dtype)
     attention, chosen = steps.convert(recipe, method, index, seen, fit, dtype)
-    steps.refine(recipe, layer, index, attention, streams, following, fit, dtype)
+    steps.refine(recipe, donor, layer, index, attention, streams, fit, dtype)
     return attention, chosen | steps.follow(layer, index, attention, seen, streams.student)
 
 

@@ -130,19 +130,19 @@ def convert(
 
 def refine(
     recipe: Recipe,
+    donor: Donor,
     layer: Layer,
     index: int,
     attention: Any,
     streams: Streams,
-    following: Any,
     fit: Fit,
     dtype: torch.dtype,
 ) -> None:
     """Fit the converted attention once more, so that the whole block gives what the donor's gives on the stream that
     really reaches it: it mends what the layers before have changed.
 
-    streams: the student's is still before the layer, the teacher's behind it. following: the norm that reads the
-    block's output, in whose terms the two are compared.
+    streams: the student's is still before the layer, the teacher's behind it. The two are compared in terms of the norm
+    that reads the block's output.
     """
     student = streams.student_fitted
     steps = block_steps(recipe, len(student), student.shape[1])
@@ -150,9 +150,10 @@ def refine(
         return
     rows = max(1, FIT_TOKENS // student.shape[1])
     seed = recipe.seed * 1000 + index
+    place = layer.position_embeddings
+    following = donor.norm_behind(index, place[0].device)
     block, trained = layer.block(attention, following), list(attention.parameters())
     targets = layer.through(following, streams.teacher[: streams.fitted])
-    place = layer.position_embeddings
     fit(block, student, targets, place, steps=steps, rows=rows, seed=seed, trained=trained)
     _round_to(attention, dtype, f"layer {index}: self_attn.")
 
