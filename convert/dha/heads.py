@@ -118,13 +118,13 @@ def head_budget(config: Any, settings: DHASettings, facts: AttentionFacts) -> He
         return HeadBudget(total, layers, whole, tuple(range(1, groups + 1)), 1, fixed=fixed)
     highest = min(settings.max_heads or groups, groups)
     counts = tuple(n for n in range(step, highest + 1, step) if n >= settings.min_heads)
+    grouped = (groups, "KV") if settings.regroup is False else (facts.heads, "query")
     if settings.uniform:
-        of = groups if settings.regroup is False else facts.heads
-        counts = tuple(n for n in counts if of % n == 0)
+        counts = tuple(n for n in counts if grouped[0] % n == 0)
     if not counts:
         raise BudgetError(
             f"no number of heads is a multiple of {step} from {settings.min_heads} to {highest}"
-            + (f" that divides the {facts.heads} query heads" if settings.uniform else "")
+            + (" that divides the {} {} heads".format(*grouped) if settings.uniform else "")
             + f"; the donor has {groups} KV heads"
         )
     total = math.floor(settings.kv_budget * whole * layers + ROUNDING)
