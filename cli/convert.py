@@ -21,6 +21,8 @@ SIZES = (
     ("K and V heads", "kv_heads"),
     ("K heads", "k_heads"),
     ("V heads", "v_heads"),
+    ("heads of a token", "active_heads"),
+    ("heads of every token", "shared_heads"),
 )
 INTERRUPTED = "interrupted; the same command with --resume continues after what is finished"
 
@@ -40,6 +42,11 @@ def command(
     head_multiple: o.HeadMultiple = None,
     plan: o.Plan = None,
     fusion: o.Fusion = None,
+    active: o.Active = None,
+    shared: o.Shared = None,
+    router: o.HeadRouter = None,
+    shared_heads: o.SharedHeads = None,
+    route: o.HeadRoute = None,
     tolerance: o.Tolerance = None,
     r_par: o.RPar = None,
     r_seq: o.RSeq = None,
@@ -114,6 +121,12 @@ def _healing(tokens: str | None, calibration: list[str] | None, seed: int, devic
     return HealSettings(tokens=token_count(tokens), data=data, seed=seed, device=device)
 
 
+def active_heads(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """The line of a plan that leaves heads out."""
+    heads = plan.get("active_heads")
+    return [("active heads a token", f"{heads['converted']} of {heads['donor']}")] if heads else []
+
+
 def show_plan(plan: dict[str, Any], console: Any) -> None:
     """Print what a conversion would do and need."""
     from rich.table import Table
@@ -133,6 +146,7 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
             f"{size(cache['donor'])} → {'at most ' if asked else ''}{size(cache['converted'])}",
         ),
         ("share of the donor's", f"the smallest within {asked}; it will be searched" if asked else part),
+        *active_heads(plan),
         ("size of the result", size(plan.get("output_bytes"))),
         ("disk needed", size(plan.get("disk_needed_bytes"))),
         ("memory needed", size(plan.get("memory_needed_bytes"))),

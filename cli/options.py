@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from mhconvert.convert.errors import BudgetError
-from mhconvert.convert.methods import METHOD_NAMES, METHODS
+from mhconvert.convert.methods import CACHE_METHODS, METHOD_NAMES
 from mhconvert.convert.tolerance import parse
 
 
@@ -19,8 +19,8 @@ def _known_method(name: str) -> str:
 
 
 def _with_a_cache(name: str) -> str:
-    if name not in METHODS:
-        known = ", ".join(METHODS)
+    if name not in CACHE_METHODS:
+        known = ", ".join(CACHE_METHODS)
         raise typer.BadParameter(f"'{name}' is not a method that changes the KV cache; choose one of {known}")
     return name
 
@@ -38,6 +38,17 @@ def _shares(text: str | None) -> str | None:
     except ValueError:
         raise typer.BadParameter(f"'{text}' is no list of shares such as 0.75,0.5,0.25") from None
     return text
+
+
+def _counts(text: str | None) -> Any:
+    """0.75 from "0.75", [7, 8, 0.5] from "7,8,0.5"."""
+    if text is None:
+        return None
+    try:
+        found = [int(word) if word.strip().isdigit() else float(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is neither a share of heads nor a list such as 7,8,8,9") from None
+    return found if len(found) > 1 else found[0]
 
 
 # Every command
@@ -61,7 +72,8 @@ Method = Annotated[
         "--to",
         callback=_known_method,
         metavar="METHOD",
-        help="mla: latent attention; dha: fewer K and V heads; hydra: an untrained adapter beside DONOR.",
+        help="mla: latent attention; dha: fewer K and V heads; moh: some heads a token; hydra: an untrained adapter "
+        "beside DONOR.",
     ),
 ]
 CacheMethod = Annotated[
@@ -94,7 +106,8 @@ Uniform = Annotated[
     bool | None,
     typer.Option(
         "--uniform",
-        help="dha: as many K as V heads in every layer: the donor's own architecture, no remote code.",
+        help="dha: as many K as V heads in every layer: the donor's own architecture, no remote code; "
+        "moh: as many active heads.",
     ),
 ]
 Regroup = Annotated[
@@ -123,6 +136,40 @@ Plan = Annotated[
 Fusion = Annotated[
     Literal["closed", "trained"] | None,
     typer.Option(help="dha: closed: heads are fused; trained: left for heal --fusion to fuse; closed."),
+]
+Active = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE|LIST",
+        callback=_counts,
+        help="moh: heads that a token has, as a share of all, or a list with a number or share for each layer; 0.75.",
+    ),
+]
+Shared = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE|LIST",
+        callback=_counts,
+        help="moh: heads that every token has, of the active ones; 0.5. As many as --active: fixed pruning.",
+    ),
+]
+HeadRouter = Annotated[
+    Literal["learned", "norm"] | None,
+    typer.Option(
+        help="moh: what chooses heads. learned: a linear map of the attention's input; norm: the size of their query, "
+        "no parameters; learned."
+    ),
+]
+SharedHeads = Annotated[
+    Literal["calibrated", "first"] | None,
+    typer.Option(
+        help="moh: which heads are shared. calibrated: those that add most; first: the paper's rule, layers alike and "
+        "sizes of queries as they are; calibrated."
+    ),
+]
+HeadRoute = Annotated[
+    Literal["heads", "groups"] | None,
+    typer.Option(help="moh: what is routed. groups: whole KV heads, whose cache is then not read; heads."),
 ]
 Tolerance = Annotated[
     str | None,

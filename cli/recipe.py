@@ -11,7 +11,8 @@ from mhconvert.convert.methods import ADAPTERS, settings_class
 
 SIZES = ("kv_budget", "kv_lora_rank", "qk_rope_head_dim")
 HEADS = ("uniform", "regroup", "min_heads", "max_heads", "head_multiple", "plan", "fusion")
-METHOD_OPTIONS = (*SIZES, "profile", *HEADS, "r_par", "r_seq", "targets", "scale", "dropout")
+ROUTING = ("active", "shared", "router", "shared_heads", "route")
+METHOD_OPTIONS = (*SIZES, "profile", *HEADS, *ROUTING, "r_par", "r_seq", "targets", "scale", "dropout")
 OF_THE_PASS: dict[str, Any] = {  # what an adapter has no use for, and its value when it is not given
     "tolerance": None,
     "effort": "default",

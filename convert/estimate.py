@@ -70,6 +70,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "kv_elements_per_token": {"donor": donor_elements, "converted": method.kv_elements()},
         "kv_bytes_per_token": {"donor": donor_elements * width, "converted": method.kv_elements() * width},
         "parameters": {"donor": outer + layers * per_layer, "converted": converted},
+        **method.totals(),
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES

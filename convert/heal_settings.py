@@ -14,7 +14,7 @@ Trained = Literal["attention", "all", "lora", "hydra"]
 Schedule = Literal["cosine", "wsd", "constant"]
 TRAINED = ("attention", "all", "lora", "hydra")
 SCHEDULES = ("cosine", "wsd", "constant")
-TERMS = ("kl", "ce", "hidden")
+TERMS = ("kl", "ce", "hidden", "balance")
 FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 MAY_CHANGE = (
     "lr",
@@ -33,7 +33,8 @@ class HealSettings:
     teacher. layer_tokens: before that, each layer on its own, against what the teacher's layer gives.
     data: sources (files, globs, dataset names, or "self": sampled from the teacher) and their shares of the tokens.
     teacher: a donor reference; None: the donor that the checkpoint was made from. loss: weight of kl (teacher ‖
-    student, nats a token), ce (the text's next token) and hidden (relative squared error of hidden states).
+    student, nats a token), ce (the text's next token), hidden (relative squared error of hidden states) and balance (of
+    the load of routed heads).
     fusion: of decoupled heads that are still to be fused, how many at most become one in this run.
     train: the tensors that change (None: lora, or attention where heads are fused). rank: of lora and hydra, whose
     adapter is merged at the end. lr: peak; None: by what trains. warmup: share of the steps. sequence_length:
@@ -125,7 +126,7 @@ class HealSettings:
             for name, share in shares.items():
                 if not is_number(share) or share < 0:
                     raise HealError(f"{place} {name}={share} is not a weight; use a number from 0")
-            if not sum(shares.values()) > 0:
+            if not sum(share for name, share in shares.items() if name != "balance") > 0:
                 raise HealError(f"every weight of {place} is 0; one of them has to count")
 
     def _check_numbers(self) -> None:

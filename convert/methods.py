@@ -8,7 +8,9 @@ from typing import Any, Protocol
 METHODS = {  # one folder each; the pass over the layers makes a checkpoint
     "mla": "mhconvert.convert.mla",
     "dha": "mhconvert.convert.dha",
+    "moh": "mhconvert.convert.moh",
 }
+CACHE_METHODS = ("mla", "dha")  # of them, those that make the KV cache smaller
 ADAPTERS = {
     "hydra": "mhconvert.convert.adapter"
 }  # who writes them: no layer is rewritten, and peft loads the result
@@ -54,6 +56,10 @@ class Method(Protocol):
         """Planned sizes of one layer; those that the survey or the pass chooses are missing."""
         ...
 
+    def totals(self) -> dict[str, Any]:
+        """Sums over the layers that the method changes beside cache and parameters, of the donor and converted."""
+        ...
+
     def new_parameters(self) -> int:
         """Parameters that the method writes in one layer, at most; in the mean layer where they differ in size."""
         ...
@@ -84,8 +90,8 @@ class Method(Protocol):
 def settings_class(method: str) -> Any:
     """The frozen dataclass of choices of `method`; imports no torch.
 
-    One of METHODS has `kv_budget`, a share of the donor's KV elements, and `at_budget(share)`, the same choices at
-    another.
+    One of METHODS has `at_budget(share)`, the same choices at another share of what it divides over the layers; of
+    CACHE_METHODS that is `kv_budget`, a share of the donor's KV elements.
     """
     return importlib.import_module(f"{(METHODS | ADAPTERS)[method]}.settings").SETTINGS
 

@@ -16,6 +16,7 @@ from mhconvert.convert.verify import verify
 from mhconvert.convert.versions import versions
 from mhconvert.convert.workspace import Workspace
 
+TOTALS = ("active_heads", "attention_flops")  # of a plan, that not every method changes
 PROBE_ROWS = 2  # whose logits a reload is compared with
 
 
@@ -83,6 +84,7 @@ def known_facts(
             for side in ("donor", "converted")
         },
         "parameters": dict(sizes["parameters"]),
+        **{name: sizes[name] for name in TOTALS if name in sizes},
         "layers": layers,
         "calibration": calibration_facts(recipe, rows),
         "recipe": recipe.to_dict(),

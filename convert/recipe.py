@@ -12,7 +12,7 @@ import yaml
 from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.fields import changed_fields
 from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.convert.methods import ADAPTERS, METHOD_NAMES, settings_class
+from mhconvert.convert.methods import ADAPTERS, CACHE_METHODS, METHOD_NAMES, settings_class
 from mhconvert.convert.tolerance import parse
 
 Effort = Literal["quick", "default", "high"]
@@ -81,6 +81,10 @@ class Recipe:
             self._require_no_pass()
         if self.tolerance is not None:
             parse(self.tolerance)
+            if self.method not in CACHE_METHODS:
+                raise MhconvertError(
+                    f"a tolerance decides a KV budget, which {self.method} does not have; leave it out"
+                )
             free = self.settings.at_budget(type(self.settings)().kv_budget)  # refuses explicit sizes
             if free != self.settings:
                 raise MhconvertError(

@@ -30,14 +30,13 @@ OTHER_FIELDS = (
     "clip_qkv",
     "use_bidirectional_attention",
 )  # no softmax over products of linear queries and keys
-NOT_YET = "not available in this version"
 
 
 def refusals(config: Any) -> dict[str, str | None]:
     """For each method: None where it applies to `config`, else the reason why not."""
     return {
         "mla": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS)),
-        "moh": NOT_YET,
+        "moh": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS)),
         "dha": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS, _normed_keys)),
         "hydra": _refusal(config, MODEL_CHECKS),
     }

@@ -99,8 +99,10 @@ def bench_random(
     donor = open_model(reference, device=str(place))
     if donor.donor is None:
         raise MhconvertError(f"{reference} is converted already; --random takes the donor's shape")
-    settings = {} if kv_budget is None else {"kv_budget": kv_budget}
-    planned = build_method(method, donor.config, settings_class(method)(**settings), "quick")
+    settings = settings_class(method)()
+    if kv_budget is not None:
+        settings = settings.at_budget(kv_budget)
+    planned = build_method(method, donor.config, settings, "quick")
     register(method)
     converted = OpenModel(f"{reference} ({method})", planned.example_config(), str(place), None)
     dtype = _dtype(options, place)

@@ -80,6 +80,15 @@ def attention(config: Any) -> dict[str, Any]:
         facts["kv_lora_rank"] = _one_or_all([text.latent_rank(i) for i in layers])
         facts["qk_rope_head_dim"] = _one_or_all([2 * len(text.layer_frequencies(i)) for i in layers])
         facts["qk_nope_head_dim"], facts["v_head_dim"] = text.qk_nope_head_dim, text.v_head_dim
+    elif hasattr(text, "shared_heads"):
+        layers = range(text.num_hidden_layers)
+        facts["kind"], facts["head_dim"] = "mixture of heads (MoH)", head_dim(text)
+        facts["num_key_value_heads"], facts["routed"] = (
+            _kv_heads(text),
+            f"{text.head_route}, by {text.head_router}",
+        )
+        facts["active_heads"] = _one_or_all(list(text.active_heads))
+        facts["shared_heads"] = _one_or_all([len(text.shared_heads[i]) for i in layers])
     elif hasattr(text, "k_head_map"):
         maps = [text.head_maps(i) for i in range(text.num_hidden_layers)]
         facts["kind"], facts["head_dim"] = "decoupled heads (DHA)", head_dim(text)

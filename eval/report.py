@@ -64,6 +64,13 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         part = share(elements["converted"] / elements["donor"]) + " of the donor's, measured"
         donor, converted = (f"{elements[key]:,.10g}" for key in ("donor", "converted"))
         table.append(("KV elements a token", donor, converted, part))
+    heads, flops = report.get("active_heads") or {}, report.get("attention_flops") or {}
+    if heads:
+        part = share(heads["converted"] / heads["donor"]) + " of the donor's"
+        table.append(("active heads a token", count(heads["donor"]), count(heads["converted"]), part))
+    if flops:
+        part = f"{share(flops['converted'] / flops['donor'])} behind {flops['context']:,} tokens"
+        table.append(("attention FLOPs a token", number(flops["donor"]), number(flops["converted"]), part))
     parameters = report.get("parameters") or {}
     if parameters:
         table.append(("parameters", count(parameters.get("donor")), count(parameters.get("converted")), ""))

@@ -123,12 +123,12 @@ class Distillation:
         for batch in accelerator.prepare_data_loader(loader, device_placement=True):
             yield Rows(batch["ids"], batch["positions"])
 
-    def _step(self, batches: list[Rows], recent: deque[float]) -> dict[str, float]:
+    def _step(self, batches: list[Rows], recent: deque[float]) -> dict[str, Any]:
         """One optimiser step; the loss is the mean over all predictions of all processes."""
         accelerator, weights = self.accelerator, self._weights()
         mine = sum(int(rows.predicted().sum()) for rows in batches)
         count = accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum")
-        names = ("loss", "kl", "ce", "hidden")
+        names = ("loss", "kl", "ce", "hidden", "balance")
         sums = torch.zeros(len(names), device=accelerator.device)
         for number, rows in enumerate(batches):
             apart = accelerator.no_sync(self.model) if number + 1 < len(batches) else nullcontext()

@@ -91,7 +91,7 @@ class FusingStudent(Student):
         """L: 1 at the start, 0 where every group's heads are one."""
         return sum(float(m.apart()) for m in self.mixings) / sum(m.unit for m in self.mixings)
 
-    def end_step(self, done: float) -> dict[str, float]:
+    def end_step(self, done: float) -> dict[str, Any]:
         """Bring L back to its bound."""
         apart, bound = self.apart(), max(0.0, 1 - done / TIGHTENS) ** 2
         if apart > bound:

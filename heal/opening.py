@@ -17,7 +17,7 @@ from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.progress import Listener, Progress
 from mhconvert.convert.provenance import PROMPT
 from mhconvert.convert.sources import SafetensorsSource
-from mhconvert.heal import data, fusion, plan
+from mhconvert.heal import data, fusion, plan, routing
 from mhconvert.heal.metrics import require_tensorboard
 from mhconvert.heal.space import disk_needed
 
@@ -50,6 +50,7 @@ def open_both(asked: Run, accelerator: Accelerator, tell: Listener) -> tuple[loa
     data.check(settings)
     student = load.open_model(asked.checkpoint, device=place, trust_remote_code=asked.trust_remote_code)
     fusion.check(student.config, settings.fusion)
+    routing.check(student.config, settings.loss)
     if settings.fusion and accelerator.distributed_type is DistributedType.FSDP:
         raise HealError("fusion mixes whole heads, which FSDP divides: use one process or DDP for it")
     if student.adapter is not None:

@@ -30,6 +30,7 @@ from mhconvert.heal import blocks, data, fusion, plan, result
 from mhconvert.heal.distill import Distillation, Measure, fidelity, held_out_values
 from mhconvert.heal.metrics import Metrics
 from mhconvert.heal.opening import Run, check_output, longest_row, needed_bytes, open_both
+from mhconvert.heal.routing import RoutingStudent
 from mhconvert.heal.space import BLOCKS, METRICS, HealSpace, memory_fault
 from mhconvert.heal.student import Student, Teacher, choose_trained
 
@@ -177,7 +178,8 @@ class _Healing:
             fusion.prepare(model, self.settings.fusion)
             chosen = choose_trained(model, self.settings.train, self.settings.rank)
             return fusion.FusingStudent(chosen, self.vocab_size)
-        return Student(choose_trained(model, self.settings.train, self.settings.rank), self.vocab_size)
+        kind = RoutingStudent if hasattr(model, "load_balance") else Student
+        return kind(choose_trained(model, self.settings.train, self.settings.rank), self.vocab_size)
 
     def _finish(self, model: Any, before: dict[str, Any], metrics: Metrics, finish: Finish) -> dict[str, Any]:
         """Write the folder, prove it, and give it its name."""

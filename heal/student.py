@@ -27,6 +27,7 @@ class Weights:
     kl: float = 0.0
     ce: float = 0.0
     hidden: float = 0.0
+    balance: float = 0.0
 
     @property
     def taught(self) -> bool:
@@ -46,7 +47,7 @@ class Student(nn.Module):
     def forward(
         self, rows: Rows, teacher: Teacher, weights: Weights, measure: Any = None
     ) -> dict[str, Tensor]:
-        """Sums over the predictions of `rows` (B, T): loss (differentiable), kl, ce, hidden; and their count.
+        """Sums over the predictions of `rows` (B, T): loss (differentiable), kl, ce, hidden, balance; and their count.
 
         measure: adds the predictions, in float32, to this accumulator of fidelity instead.
         """
@@ -56,6 +57,7 @@ class Student(nn.Module):
             return {}
         every_layer = weights.hidden > 0
         seen = states(self.model, rows, every_layer)
+        balance = self.balance(weights)
         theirs = teacher.states(rows, every_layer) if weights.taught else []
         found = self._predictions(rows, seen[-1], teacher, theirs[-1] if theirs else None)
         loss, sums = summed(found, self.model.get_output_embeddings(), weights.kl, weights.ce)
@@ -67,9 +69,17 @@ class Student(nn.Module):
             error = torch.stack(errors).mean() if errors else error  # a model of one layer has none
             loss = loss + weights.hidden * error
         count = torch.tensor(float(len(found.targets)), device=loss.device)
-        return {"loss": loss, "kl": sums[0], "ce": sums[1], "hidden": error.detach(), "count": count}
+        terms = {"kl": sums[0], "ce": sums[1], "hidden": error.detach(), "balance": torch.zeros_like(count)}
+        if balance is not None:
+            loss = loss + weights.balance * balance * count
+            terms["balance"] = balance.detach() * count
+        return {"loss": loss, **terms, "count": count}
 
-    def end_step(self, done: float) -> dict[str, float]:
+    def balance(self, weights: Weights) -> Tensor | None:
+        """How unequal the load of what a model routes is, a mean over tokens; None where nothing is asked of it."""
+        return None
+
+    def end_step(self, done: float) -> dict[str, Any]:
         """After each step of the optimiser; done: share of the run. Returns what is worth recording."""
         return {}
 

@@ -86,6 +86,9 @@ class DHA:
             return {"k_heads": fixed.k_heads, "v_heads": fixed.v_heads}
         return {"kv_heads": self.heads[index]} if self.shared_out or not self.divisible else {}
 
+    def totals(self) -> dict[str, Any]:
+        return {}
+
     def new_parameters(self) -> int:
         """Parameters of one layer's attention; of the mean layer where they differ."""
         facts, hidden = self.facts, self.donor_config.hidden_size

@@ -113,6 +113,9 @@ class MLA:
         }
         return {name: size for name, size in sizes.items() if size is not None}
 
+    def totals(self) -> dict[str, Any]:
+        return {}
+
     def new_parameters(self) -> int:
         """Parameters of one layer's attention at its widest rotary key; of the mean layer where they differ."""
         facts, hidden = self.facts, self.donor_config.hidden_size

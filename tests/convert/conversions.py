@@ -13,6 +13,8 @@ from mhconvert.convert.dha.settings import DHASettings
 from mhconvert.convert.families import layer_window
 from mhconvert.convert.mla.method import MLA
 from mhconvert.convert.mla.settings import MLASettings
+from mhconvert.convert.moh.method import MoH
+from mhconvert.convert.moh.settings import MoHSettings
 from mhconvert.convert.rotary import layer_rotary
 from tests.donors import make_config, make_model
 
@@ -71,10 +73,13 @@ def converted_layers(donor: Any, method: Any, ids: Tensor) -> list[Any]:
     return layers
 
 
-def converted(donor: Any, settings: MLASettings | DHASettings | None = None, seed: int = 1) -> Any:
+def converted(
+    donor: Any, settings: MLASettings | DHASettings | MoHSettings | None = None, seed: int = 1
+) -> Any:
     """`donor` converted by the method of `settings` (MLA), fp32 and in eval mode, calibrated on four random rows."""
     settings = settings or MLASettings()
-    method = {MLASettings: MLA, DHASettings: DHA}[type(settings)](donor.config, settings, "quick")
+    kind = {MLASettings: MLA, DHASettings: DHA, MoHSettings: MoH}[type(settings)]
+    method = kind(donor.config, settings, "quick")
     return assembled(donor, method, converted_layers(donor, method, token_ids(4, 32, seed)))
 
 

@@ -111,12 +111,6 @@ def test_refusals_name_the_feature(config, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["moh"])
-def test_methods_to_come_say_so(method):
-    with pytest.raises(UnsupportedError, match="not available in this version"):
-        require(make_config(), method)
-
-
 def test_an_adapter_needs_a_known_unquantised_decoder_and_nothing_of_its_attention():
     assert require(make_config(sliding_window=64), "hydra").model_type == "llama"
     with pytest.raises(

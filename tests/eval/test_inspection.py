@@ -47,7 +47,7 @@ def test_a_donor(tmp_path: Path) -> None:
     assert facts["methods"]["mla"]["applies"]
     assert facts["methods"]["mla"]["kv_bytes_per_token"] <= 256
     assert facts["methods"]["mla"]["output_bytes"] > 0
-    assert facts["methods"]["moh"]["reason"]
+    assert facts["methods"]["moh"]["kv_bytes_per_token"] == 512
     json.dumps(facts)
 
 

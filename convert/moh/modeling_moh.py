@@ -1,0 +1,397 @@
+"""Causal language models whose tokens each use some of a layer's heads.
+
+Each class is its donor's own transformers class with every `self_attn` wrapped: projections, norms and rotary are the
+donor's modules under their own names. This file is shipped inside converted checkpoints: it imports torch,
+transformers and its siblings only.
+
+Shapes: B batch, T query tokens, S cached tokens, H query heads, G KV heads, d head_dim, D hidden_size; U routing units
+(heads, or groups of them), of which R are routed.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb  # the one that knows partial rotation
+
+from . import configuration_moh
+from .configuration_moh import MixtureOfHeadFields
+
+PART_ELEMENTS = 1 << 19  # of scores that are computed together, so that they stay in a core's cache
+LEAST_KEYS = 512  # from which leaving heads out is worth a loop over heads (measured on two CPU cores)
+
+
+class FloatLinear(nn.Linear):
+    """A linear map in float32, whatever its weights are kept in: a choice must not hang on bfloat16's rounding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(input.float(), self.weight.float(), bias)
+
+
+class HeadRouter(nn.Module):
+    """Which units each token has: the shared ones, and of the routed ones those with the highest scores.
+
+    Only of a layer that has something to choose (MoH, arXiv 2410.11842, sections 3.2 and 4.3). "norm": no parameters.
+    "learned": `score` (D -> R) chooses, and the coefficients of the two stages, α of `stage` and those of `shared` and
+    `routed`, are relative: where their maps are zero every chosen unit has a gate of exactly 1.
+    """
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        self.shared_units, self.routed_units, self.chosen = config.layer_routing(layer_idx)
+        self.units, self.learned = config.routing_units, config.head_router == "learned"
+        self.norm_scale = self.norm_offset = None
+        if self.learned:
+            width, routed = config.hidden_size, len(self.routed_units)
+            self.score = FloatLinear(width, routed)
+            self.routed = FloatLinear(width, routed, bias=False)
+            if self.shared_units:
+                self.shared = FloatLinear(width, len(self.shared_units), bias=False)
+                self.stage = FloatLinear(width, 2, bias=False)
+        elif config.norm_scale is not None:
+            self.norm_scale, self.norm_offset = config.norm_scale[layer_idx], config.norm_offset[layer_idx]
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, hidden_states: Tensor, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, D], query [B, T, H d] before norm and rotation -> which units are active [B, T, U], and
+        their gates, 0 where they are not; None: all 1.
+        """
+        scores = self.score(hidden_states) if self.learned else self.norms(query)
+        # Of equal scores the first unit has precedence, however many tokens are read together.
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., : self.chosen], True)
+        active = self.spread(chosen, torch.ones_like(chosen[..., :1]))
+        if torch.is_grad_enabled():
+            probability = scores.softmax(-1)
+            self.last = (probability, chosen) if self.training else None
+            # Straight through: the value is 0 or 1, and any score may learn.
+            routed = chosen.to(scores.dtype) + (probability - probability.detach())
+            gates = self.spread(routed, torch.ones_like(routed[..., :1]))
+        else:
+            gates = active.to(scores.dtype)
+        if not self.learned:
+            return active, gates if torch.is_grad_enabled() else None
+        return active, gates * self.coefficients(hidden_states, chosen)
+
+    def norms(self, query: Tensor) -> Tensor:
+        """[B, T, H d] -> [B, T, R], float32: ‖q‖ of each routed unit, by its logarithm."""
+        squares = query.float().unflatten(-1, (self.units, -1)).square().sum(-1)
+        scores = squares.clamp_min(torch.finfo(squares.dtype).tiny).log() / 2
+        scores = scores[..., torch.tensor(self.routed_units, device=scores.device)]
+        if self.norm_scale is None:
+            return scores
+        return scores * scores.new_tensor(self.norm_scale) + scores.new_tensor(self.norm_offset)
+
+    def coefficients(self, hidden_states: Tensor, chosen: Tensor) -> Tensor:
+        """[B, T, U]: of mean 1 among the shared units and among the chosen ones, and the two stages' α around it."""
+        weights = self.routed(hidden_states).masked_fill(~chosen, -torch.inf)
+        routed = self.relative(weights, self.chosen)
+        if not self.shared_units:
+            return self.spread(routed, routed[..., :0])
+        shared = self.relative(self.shared(hidden_states), len(self.shared_units))
+        stage = self.relative(self.stage(hidden_states), 2)
+        return self.spread(routed * stage[..., 1:], shared * stage[..., :1])
+
+    @staticmethod
+    def relative(weights: Tensor, count: int) -> Tensor:
+        """`count` times the softmax; exactly 1 for equal weights."""
+        powers = (weights - weights.amax(-1, keepdim=True)).exp()
+        return powers * (count / powers.sum(-1, keepdim=True))
+
+    def spread(self, routed: Tensor, shared: Tensor) -> Tensor:
+        """[B, T, R] and [B, T, shared or 1] -> [B, T, U]."""
+        shared = shared.expand(*routed.shape[:-1], len(self.shared_units))
+        places = torch.tensor([*self.routed_units, *self.shared_units], device=routed.device).argsort()
+        return torch.cat((routed, shared), dim=-1)[..., places]
+
+
+class MixtureOfHeadAttention(nn.Module):
+    """A donor's attention in which every token has the outputs of some heads only; keys and values are those of all.
+
+    Without gradients, heads that a token has not are not computed, and not read where no token of a step has them. With
+    gradients all are, so that a head that was not chosen can still make its score learn.
+    """
+
+    o_proj: nn.Linear
+
+    def __init__(self, donor: nn.Module, config: Any, layer_idx: int):
+        super().__init__()
+        for name, part in donor.named_children():
+            self.add_module(name, part)
+        functions = vars(sys.modules[type(donor).__module__])
+        self.donor_rotary: Callable = functions["apply_rotary_pos_emb"]
+        self.donor_eager: Callable = functions["eager_attention_forward"]
+        self.is_causal, self.config, self.layer_idx = True, config, layer_idx
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.num_key_value_groups = self.heads // self.kv_heads
+        self.scaling = config.softmax_scale or self.head_dim**-0.5
+        self.softcap = config.attention_softcap
+        self.window = config.layer_window(layer_idx)
+        self.attention_dropout = config.attention_dropout
+        _, self.routed_units, self.chosen = config.layer_routing(layer_idx)
+        if 0 < self.chosen < len(self.routed_units):
+            self.router = HeadRouter(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, d] -> output [B, T, D], weights."""
+        raw, key, value = self.projections(hidden_states)
+        active, gates = self.routing(hidden_states, raw)
+        query, key = self.normed(raw, key)
+        rotary = (
+            self.donor_rotary if position_embeddings[0].shape[-1] == self.head_dim else apply_rotary_pos_emb
+        )
+        query, key = rotary(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if active is not None and self.can_skip(query, key, attention_mask):
+            output, weights = self.active_attention(query, key, value, active, attention_mask), None
+        else:
+            output, weights = self.dense_attention(query, key, value, attention_mask, kwargs)
+            if active is not None and gates is None:
+                gates = active
+        if gates is not None:
+            output = output * gates.unsqueeze(-1).to(output.dtype)
+        return self.o_proj(output.flatten(2)), weights
+
+    def projections(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H d] and keys [B, T, G d] before any norm, values [B, G, T, d]."""
+        maps: Any = self
+        if hasattr(self, "qkv_proj"):
+            sizes = [self.head_dim * count for count in (self.heads, self.kv_heads, self.kv_heads)]
+            query, key, value = maps.qkv_proj(hidden_states).split(sizes, dim=-1)
+        else:
+            query, key, value = (p(hidden_states) for p in (maps.q_proj, maps.k_proj, maps.v_proj))
+        return query, key, self.by_head(value)
+
+    def normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, H, T, d] and keys [B, G, T, d] as they are rotated: over the width or each head, as the donor."""
+        if not hasattr(self, "q_norm"):
+            return self.by_head(query), self.by_head(key)
+        norms: Any = self
+        if norms.q_norm.weight.numel() != self.head_dim:
+            return self.by_head(norms.q_norm(query)), self.by_head(norms.k_norm(key))
+        return norms.q_norm(self.by_head(query)), norms.k_norm(self.by_head(key))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[B, T, n d] -> [B, n, T, d]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def routing(self, hidden_states: Tensor, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Which heads are active [B, T, H] (None: all) and their gates (None: 1 where they are)."""
+        if self.chosen == len(self.routed_units):
+            return None, None
+        if hasattr(self, "router"):
+            active, gates = self.router(hidden_states, query)
+        else:  # no routed unit is ever chosen
+            fixed = torch.ones(self.config.routing_units, dtype=torch.bool, device=hidden_states.device)
+            fixed[self.routed_units] = False
+            active, gates = fixed.expand(*hidden_states.shape[:2], -1), None
+        size = self.heads // self.config.routing_units
+        if size > 1:
+            active = active.repeat_interleave(size, dim=-1)
+            gates = None if gates is None else gates.repeat_interleave(size, dim=-1)
+        return active, gates
+
+    def dense_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """All heads, as the donor computes them: output [B, T, H, d], weights."""
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self.donor_eager
+        )
+        if attention_mask is None:
+            attention_mask = self.own_mask(query, key.shape[2])
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
+        return attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.window,
+            **kwargs,
+        )
+
+    def can_skip(self, query: Tensor, key: Tensor, attention_mask: Any) -> bool:
+        """Whether `active_attention` gives what is asked for, and is worth its loop: on a CPU, over enough keys."""
+        return (
+            not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and query.device.type == "cpu"
+            and self.config._attn_implementation in ("sdpa", "eager")
+            and key.shape[2] >= LEAST_KEYS
+            and (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4))
+        )
+
+    def active_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, active: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """The active (token, head) pairs alone: query [B, H, T, d], key and value [B, G, S, d], active [B, T, H],
+        attention_mask [B or 1, 1, T, S] -> [B, T, H, d], 0 where a head is not active.
+
+        Each KV head meets the queries that read it in the order of their tokens, and no further than the last of them
+        sees. A KV head that no token reads is not touched.
+        """
+        batch, _, length, _ = query.shape
+        size = self.num_key_value_groups
+        # Without a mask a single token is the last one; more of them begin the cache, which may have room behind them.
+        first = key.shape[2] - 1 if length == 1 else 0
+        output = query.new_zeros(batch, length, self.heads, self.head_dim)
+        for row in range(batch):
+            mask = None if attention_mask is None else attention_mask[row % len(attention_mask), 0]
+            for kv_head in range(self.kv_heads):
+                heads = slice(kv_head * size, (kv_head + 1) * size)
+                tokens, members = active[row, :, heads].nonzero(as_tuple=True)
+                if not len(tokens):
+                    continue
+                found = self.attend_rows(
+                    query[row, heads][members, tokens] * self.scaling,
+                    key[row, kv_head],
+                    value[row, kv_head],
+                    tokens + first,
+                    None if mask is None else mask[tokens],
+                )
+                output[row, tokens, members + heads.start] = found
+        return output
+
+    def attend_rows(
+        self, rows: Tensor, key: Tensor, value: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Scaled queries [P, d] at ascending places [P] in the cache, key and value [S, d], mask [P, S] -> [P, d]."""
+        found, begin = [], 0
+        while begin < len(rows):
+            reach = key.shape[0] if mask is not None else int(positions[begin]) + 1
+            part = slice(begin, begin + min(256, max(32, PART_ELEMENTS // reach)))
+            places = positions[part]
+            first, last = 0, key.shape[0]
+            if mask is None:
+                last = int(places[-1]) + 1
+                first = 0 if self.window is None else max(0, int(places[0]) - self.window + 1)
+            scores = rows[part] @ key[first:last].mT
+            if self.softcap is not None:
+                scores = torch.tanh(scores / self.softcap) * self.softcap
+            if mask is not None:
+                lowest = torch.finfo(scores.dtype).min
+                given = mask[part, first:last]
+                scores = scores.masked_fill(~given, lowest) if given.dtype == torch.bool else scores + given
+            else:
+                self.hide(scores, places, first)
+            exact = torch.promote_types(scores.dtype, torch.float32)
+            found.append(scores.softmax(-1, dtype=exact).to(value.dtype) @ value[first:last])
+            begin = part.stop
+        return torch.cat(found)
+
+    def hide(self, scores: Tensor, places: Tensor, first: int) -> None:
+        """In place: what lies behind a query's place, or outside its window; scores [P, n] of keys from `first`."""
+        keys = torch.arange(first, first + scores.shape[1], device=scores.device)
+        known = int(places[0]) - first  # columns that every row sees, but for a window
+        scores[:, known:].masked_fill_(keys[known:] > places.unsqueeze(1), -torch.inf)
+        if self.window is not None:
+            scores.masked_fill_(places.unsqueeze(1) - keys >= self.window, -torch.inf)
+
+    def own_mask(self, query: Tensor, seen: int) -> Tensor | None:
+        """The mask of a call without one, where sdpa's plain causal one would not do: [1, 1, T, seen]."""
+        length, kind = query.shape[2], self.config._attn_implementation
+        windowed = self.window is not None and self.window < seen
+        if length == 1 or not (kind == "eager" or (kind == "sdpa" and windowed)):
+            return None
+        distance = torch.arange(seen - length, seen, device=query.device).unsqueeze(1)
+        distance = distance - torch.arange(seen, device=query.device)
+        visible = distance >= 0
+        if windowed:
+            visible = visible & (distance < self.window)
+        lowest = torch.finfo(query.dtype).min
+        return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, lowest)[None, None]
+
+
+class MixtureOfHeadModel:
+    """Mixed into the donor's decoder stack: wraps every `self_attn`, and keeps the rotary frequencies in float32."""
+
+    def __init__(self, config: MixtureOfHeadFields):
+        super().__init__(config)  # type: ignore[call-arg]
+        for layer_idx, layer in enumerate(self.layers):  # type: ignore[attr-defined]
+            layer.self_attn = MixtureOfHeadAttention(layer.self_attn, config, layer_idx)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        """Cast or move, then undo what a cast did to the rotary frequencies.
+
+        In bfloat16 a frequency keeps 8 bits, and a phase is wrong after a few hundred tokens.
+        """
+        exact = {
+            (module, name): buffer
+            for module in self.modules()  # type: ignore[attr-defined]
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq")  # some donors have one for each type of layer
+        }
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        for (module, name), frequencies in exact.items():
+            cast = getattr(module, name)
+            if cast.dtype != frequencies.dtype:
+                setattr(module, name, frequencies.to(cast.device))
+        return result
+
+
+class MixtureOfHeadForCausalLM:
+    """Mixed into the donor's causal language model: its decoder stack is `decoder_class`."""
+
+    def __init__(self, config: MixtureOfHeadFields):
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model = self.decoder_class(config)  # type: ignore[attr-defined]
+        self.post_init()  # type: ignore[attr-defined]
+
+    def head_load(self, seen: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Of the last forward pass in training, for each layer that routes: the mean probability P and the share of
+        tokens f of its routed units, both [R]. seen [B, T]: which tokens count, None: all; padding must not.
+        """
+        found = []
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, HeadRouter) and module.last is not None:
+                kept = slice(None) if seen is None else seen.bool()
+                probability, share = (x[kept].flatten(0, -2).float().mean(0) for x in module.last)
+                found.append((probability, share))
+        return found
+
+    def load_balance(self, seen: Tensor | None = None) -> Tensor:
+        """Σ P f, the mean of all layers that route (MoH, eq. 7): chosen / R where the load is balanced; to be added to
+        the loss, times 0.01 in the paper.
+        """
+        losses = [(probability * share).sum() for probability, share in self.head_load(seen)]
+        if not losses:
+            return torch.zeros((), device=next(self.parameters()).device)  # type: ignore[attr-defined]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+
+def __getattr__(name: str) -> Any:
+    """`MoH<Donor>Model` and `MoH<Donor>ForCausalLM`, made from transformers' classes when they are asked for."""
+    donor = getattr(transformers, name.removeprefix("MoH"), None)
+    if not (name.startswith("MoH") and name.endswith(("Model", "ForCausalLM")) and donor):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    config_class = getattr(configuration_moh, f"MoH{donor.config_class.__name__}")
+    body: dict[str, Any] = {"__module__": __name__, "config_class": config_class}
+    if name.endswith("Model"):
+        body["_can_record_outputs"] = donor._can_record_outputs | {"attentions": MixtureOfHeadAttention}
+        return globals().setdefault(name, type(name, (MixtureOfHeadModel, donor), body))
+    stack: Any = MODEL_MAPPING[donor.config_class]
+    body["decoder_class"] = __getattr__(f"MoH{stack.__name__}")
+    return globals().setdefault(name, type(name, (MixtureOfHeadForCausalLM, donor), body))

@@ -1,0 +1,117 @@
+"""Healing of routed heads: real checkpoints come nearer to their donors, the load is recorded and can be balanced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhconvert import api
+from mhconvert.convert.errors import HealError
+from mhconvert.convert.heal_settings import HealSettings
+from mhconvert.convert.moh.settings import MoHSettings
+from mhconvert.convert.recipe import Calibration, Recipe
+from mhconvert.heal.metrics import read
+from tests.donors import make_donor
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    lines = (f"{n} boats came home past the town; {n * n} were counted.\n" for n in range(300))
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def made(donor: Path, text: Path, output: Path, **settings: Any) -> Path:
+    api.convert(
+        Recipe(
+            str(donor),
+            "moh",
+            settings=MoHSettings(**settings),
+            effort="quick",
+            verify=False,
+            output=str(output),
+            calibration=Calibration((str(text),), tokens=4096, sequence_length=128, held_out=2),
+        )
+    )
+    return output
+
+
+@pytest.mark.parametrize("train", ["attention", "lora"])
+@pytest.mark.parametrize(
+    ("name", "source", "factor"),
+    [("stories260k-gqa", "classic-books.jsonl", 1.5), ("poems750k-mha", "poems.jsonl", 1.5)],
+)
+def test_a_real_checkpoint_is_healed(
+    name: str, source: str, factor: float, train: Any, data: Path, tmp_path: Path
+) -> None:
+    text = data / "calib" / source
+    checkpoint = made(data / "checkpoints" / name, text, tmp_path / "ckpt", active=0.5, shared=0.25)
+    settings = HealSettings(
+        tokens="60k",
+        data={str(text): 1.0},
+        train=train,
+        lr=3e-3,
+        sequence_length=128,
+        batch_tokens=1024,
+        loss={"kl": 1.0, "balance": 0.01},
+    )
+    report = api.heal(str(checkpoint), settings, output=str(tmp_path / "healed"))
+    assert report["before"]["kl"] > factor * report["kl"]
+    assert report["verified"]["relative_logit_error"] < 1e-4
+    entries = [entry for entry in read(tmp_path / "healed" / "metrics.jsonl") if "head_load" in entry]
+    assert len(entries) == report["healing"]["steps"]
+    config = api.inspect(str(checkpoint))["attention"]
+    active = (
+        config["active_heads"] if isinstance(config["active_heads"], list) else [config["active_heads"]] * 5
+    )
+    routing = [count - config["shared_heads"] for count in active]
+    sums = [sum(load) for load in entries[-1]["head_load"]]
+    routed = config["num_attention_heads"] - config["shared_heads"]
+    assert sums == pytest.approx([count for count in routing if 0 < count < routed], abs=2e-3)
+    assert all(entry["balance"] > 0 for entry in entries)
+
+
+def test_a_balance_that_counts_makes_the_load_even(tmp_path: Path, text: Path) -> None:
+    """With it alone in charge, the busiest head of a layer has less of the tokens than without it."""
+    donor = make_donor(tmp_path / "donor", layers=2, heads=8, kv_heads=8, hidden=64, head_dim=8)
+    checkpoint = made(donor, text, tmp_path / "ckpt", active=0.25, shared=0.0, uniform=True)
+    busiest = []
+    for balance in (0.0, 30.0):
+        settings = HealSettings(
+            tokens=256 * 40,
+            data={str(text): 1.0},
+            epochs=99,
+            train="attention",
+            lr=0.03,
+            sequence_length=64,
+            batch_tokens=256,
+            loss={"kl": 1.0, "balance": balance},
+        )
+        out = tmp_path / str(balance)
+        api.heal(str(checkpoint), settings, output=str(out), verify=False)
+        loads = [entry["head_load"] for entry in read(out / "metrics.jsonl") if "head_load" in entry]
+        busiest.append(torch.tensor(loads[-8:]).mean(0).amax(-1).mean().item())
+    assert busiest[1] < 0.85 * busiest[0]
+
+
+def test_a_balance_needs_heads_that_are_routed(tmp_path: Path, text: Path) -> None:
+    donor = make_donor(tmp_path / "donor")
+    api.convert(
+        Recipe(
+            str(donor),
+            "mla",
+            effort="quick",
+            verify=False,
+            output=str(tmp_path / "ckpt"),
+            calibration=Calibration((str(text),), tokens=512, sequence_length=64, held_out=2),
+        )
+    )
+    settings = HealSettings(tokens=256, data={str(text): 1.0}, loss={"kl": 1.0, "balance": 0.01})
+    with pytest.raises(HealError, match="routes no heads"):
+        api.heal(str(tmp_path / "ckpt"), settings, output=str(tmp_path / "out"))
+    with pytest.raises(HealError, match="every weight of loss is 0"):
+        HealSettings(tokens=256, loss={"balance": 1.0})
