@@ -29,6 +29,7 @@ def command(
     rank: o.HealRank = 16,
     loss: o.Loss = "kl",
     fusion: o.HeadFusion = None,
+    router: o.HealRouter = "fixed",
     layer_tokens: o.LayerTokens = "0",
     lm_tokens: o.LmTokens = "0",
     lr: o.Lr = None,

@@ -304,7 +304,8 @@ Loss = Annotated[
     str,
     typer.Option(
         metavar="TERM[=W],…",
-        help="kl: from the teacher's predictions; ce: the text itself; hidden: states behind each layer.",
+        help="kl: from the teacher's predictions; ce: the text itself; hidden: states behind each layer; balance: "
+        "see --router.",
     ),
 ]
 HeadFusion = Annotated[
@@ -313,6 +314,12 @@ HeadFusion = Annotated[
         "--fusion",
         metavar="N",
         help="dha: train the heads of `--fusion trained` to be one, up to N together; 2, then 4, then 8.",
+    ),
+]
+HealRouter = Annotated[
+    Literal["fixed", "trained"],
+    typer.Option(
+        help="moh: whether the choice of heads stays, or learns too (loss: balance, of their load)."
     ),
 ]
 LayerTokens = Annotated[

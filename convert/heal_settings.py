@@ -13,6 +13,7 @@ from mhconvert.convert.fields import is_number
 Trained = Literal["attention", "all", "lora", "hydra"]
 Schedule = Literal["cosine", "wsd", "constant"]
 TRAINED = ("attention", "all", "lora", "hydra")
+ROUTERS = ("fixed", "trained")
 SCHEDULES = ("cosine", "wsd", "constant")
 TERMS = ("kl", "ce", "hidden", "balance")
 FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -36,6 +37,7 @@ class HealSettings:
     student, nats a token), ce (the text's next token), hidden (relative squared error of hidden states) and balance (of
     the load of routed heads).
     fusion: of decoupled heads that are still to be fused, how many at most become one in this run.
+    router: of routed heads, whether their choice by token stays or learns too.
     train: the tensors that change (None: lora, or attention where heads are fused). rank: of lora and hydra, whose
     adapter is merged at the end. lr: peak; None: by what trains. warmup: share of the steps. sequence_length:
     tokens a row; None: 1024, or what the model reads. batch_tokens: a step; None: by tokens. micro_batch: rows of
@@ -51,6 +53,7 @@ class HealSettings:
     teacher: str | None = None
     loss: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
     fusion: int | None = None
+    router: Literal["fixed", "trained"] = "fixed"
     train: Trained = None  # type: ignore[assignment]  # one of them from the start, whatever was given
     rank: int = 16
     lr: float | None = None
@@ -116,12 +119,16 @@ class HealSettings:
             raise HealError(f"lm_tokens={self.lm_tokens} are a part of tokens={self.tokens}; choose fewer")
         if not self.data:
             raise HealError("healing needs text; name files, a dataset, or self")
-        for name, known in (("train", TRAINED), ("schedule", SCHEDULES)):
+        for name, known in (("train", TRAINED), ("schedule", SCHEDULES), ("router", ROUTERS)):
             if getattr(self, name) not in known:
                 raise HealError(f"{name} '{getattr(self, name)}' is not one of {', '.join(known)}")
         for term in self.loss:
             if term not in TERMS:
                 raise HealError(f"loss has no term '{term}'; it has {', '.join(TERMS)}")
+        if self.loss.get("balance") and self.router == "fixed":
+            raise HealError(
+                "a fixed router does not learn to balance its load; use --router trained, or no balance"
+            )
         for place, shares in (("loss", self.loss), ("data", self.data)):
             for name, share in shares.items():
                 if not is_number(share) or share < 0:

@@ -50,7 +50,7 @@ def open_both(asked: Run, accelerator: Accelerator, tell: Listener) -> tuple[loa
     data.check(settings)
     student = load.open_model(asked.checkpoint, device=place, trust_remote_code=asked.trust_remote_code)
     fusion.check(student.config, settings.fusion)
-    routing.check(student.config, settings.loss)
+    routing.check(student.config, settings)
     if settings.fusion and accelerator.distributed_type is DistributedType.FSDP:
         raise HealError("fusion mixes whole heads, which FSDP divides: use one process or DDP for it")
     if student.adapter is not None:

@@ -8,11 +8,24 @@ import torch
 from torch import Tensor
 
 from mhconvert.convert.errors import HealError
-from mhconvert.heal.student import Student, Weights
+from mhconvert.convert.heal_settings import HealSettings
+from mhconvert.heal.student import Student, Weights, choose_trained
+
+SCORES = ".router.score."
 
 
 class RoutingStudent(Student):
     """A mixture-of-head model (MoH, arXiv 2410.11842), whose loss may ask for a balanced load."""
+
+    @classmethod
+    def of(cls, model: Any, settings: HealSettings, vocab_size: int) -> RoutingStudent:
+        """`model` with what `settings` train of it; a fixed router's scores learn nothing, and pass on no gradient."""
+        trained = settings.router == "trained"
+        for module in model.modules():
+            if hasattr(module, "straight_through"):
+                module.straight_through = trained
+        chosen = choose_trained(model, settings.train, settings.rank, None if trained else SCORES)
+        return cls(chosen, vocab_size)
 
     def balance(self, weights: Weights) -> Tensor | None:
         """Σ P f over the routed heads, mean of the layers, of the forward pass before; None where it counts nothing.
@@ -27,7 +40,9 @@ class RoutingStudent(Student):
         return {"head_load": [[round(f, 4) for f in share.tolist()] for _, share in self.model.head_load()]}
 
 
-def check(config: Any, loss: dict[str, float]) -> None:
-    """Raises HealError where a balance is asked for and no heads are routed."""
-    if loss.get("balance") and getattr(config, "head_router", None) is None:
-        raise HealError("the checkpoint routes no heads (--to moh does); leave balance out of the loss")
+def check(config: Any, settings: HealSettings) -> None:
+    """Raises HealError where something is asked of a router that there is not."""
+    if getattr(config, "head_router", None) is None and settings.router == "trained":
+        raise HealError(
+            "the checkpoint routes no heads (--to moh does); leave --router and the loss's balance out"
+        )

@@ -178,8 +178,9 @@ class _Healing:
             fusion.prepare(model, self.settings.fusion)
             chosen = choose_trained(model, self.settings.train, self.settings.rank)
             return fusion.FusingStudent(chosen, self.vocab_size)
-        kind = RoutingStudent if hasattr(model, "load_balance") else Student
-        return kind(choose_trained(model, self.settings.train, self.settings.rank), self.vocab_size)
+        if hasattr(model, "load_balance"):
+            return RoutingStudent.of(model, self.settings, self.vocab_size)
+        return Student(choose_trained(model, self.settings.train, self.settings.rank), self.vocab_size)
 
     def _finish(self, model: Any, before: dict[str, Any], metrics: Metrics, finish: Finish) -> dict[str, Any]:
         """Write the folder, prove it, and give it its name."""

@@ -135,14 +135,16 @@ def states(model: Any, rows: Rows, every_layer: bool = False) -> list[Tensor]:
     return [*(output.hidden_states[1:-1] if every_layer else ()), output.last_hidden_state]
 
 
-def choose_trained(model: Any, train: str, rank: int) -> Any:
-    """`model`, or an adapter on it, of which exactly the tensors that `train` names require gradients."""
-    model.requires_grad_(train == "all")
-    if train == "attention":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".self_attn." in name)
+def choose_trained(model: Any, train: str, rank: int, held: str | None = None) -> Any:
+    """`model`, or an adapter on it, of which exactly the tensors that `train` names require gradients.
+
+    held: a part of the names of those that stay as they are nevertheless.
+    """
+    for name, parameter in model.named_parameters():
+        chosen = train == "all" or (train == "attention" and ".self_attn." in name)
+        parameter.requires_grad_(chosen and not (held and held in name))
     if train in ("lora", "hydra"):
-        model = _with_adapter(model, train, rank)
+        model = _with_adapter(model, train, rank, held)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise HealError(f"the model has no tensor that train={train} would change")
     return model
@@ -173,7 +175,7 @@ def parameter_groups(model: nn.Module, settings: HealSettings) -> list[dict[str,
     return groups
 
 
-def _with_adapter(model: Any, kind: str, rank: int) -> Any:
+def _with_adapter(model: Any, kind: str, rank: int, held: str | None) -> Any:
     """A LoRA of `rank`, or a Hydra of two branches of half of it, on every linear map of the attention."""
     from peft import LoraConfig, get_peft_model
 
@@ -182,7 +184,7 @@ def _with_adapter(model: Any, kind: str, rank: int) -> Any:
     targets = sorted(
         name
         for name, module in model.named_modules()
-        if ".self_attn." in name and isinstance(module, nn.Linear)
+        if ".self_attn." in name and isinstance(module, nn.Linear) and not (held and held in f"{name}.")
     )
     if kind == "lora":
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))

@@ -41,6 +41,7 @@ class HeadRouter(nn.Module):
     """Which units each token has: the shared ones, and of the routed ones those with the highest scores.
 
     Only of a layer that has something to choose (MoH, arXiv 2410.11842, sections 3.2 and 4.3). "norm": no parameters.
+    In training the gradient of a gate is taken for that of its score, chosen or not, if `straight_through`.
     "learned": `score` (D -> R) chooses, and the coefficients of the two stages, α of `stage` and those of `shared` and
     `routed`, are relative: where their maps are zero every chosen unit has a gate of exactly 1.
     """
@@ -49,6 +50,7 @@ class HeadRouter(nn.Module):
         super().__init__()
         self.shared_units, self.routed_units, self.chosen = config.layer_routing(layer_idx)
         self.units, self.learned = config.routing_units, config.head_router == "learned"
+        self.straight_through = True
         self.norm_scale = self.norm_offset = None
         if self.learned:
             width, routed = config.hidden_size, len(self.routed_units)
@@ -70,16 +72,17 @@ class HeadRouter(nn.Module):
         order = scores.sort(dim=-1, descending=True, stable=True).indices
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., : self.chosen], True)
         active = self.spread(chosen, torch.ones_like(chosen[..., :1]))
-        if torch.is_grad_enabled():
+        if self.training:
             probability = scores.softmax(-1)
-            self.last = (probability, chosen) if self.training else None
-            # Straight through: the value is 0 or 1, and any score may learn.
-            routed = chosen.to(scores.dtype) + (probability - probability.detach())
+            self.last = probability, chosen
+            if not self.straight_through:
+                probability = probability.detach()
+            routed = chosen.to(scores.dtype) + (probability - probability.detach())  # the value is 0 or 1
             gates = self.spread(routed, torch.ones_like(routed[..., :1]))
         else:
             gates = active.to(scores.dtype)
         if not self.learned:
-            return active, gates if torch.is_grad_enabled() else None
+            return active, gates if self.training else None
         return active, gates * self.coefficients(hidden_states, chosen)
 
     def norms(self, query: Tensor) -> Tensor:
@@ -118,7 +121,7 @@ class MixtureOfHeadAttention(nn.Module):
     """A donor's attention in which every token has the outputs of some heads only; keys and values are those of all.
 
     Without gradients, heads that a token has not are not computed, and not read where no token of a step has them. With
-    gradients all are, so that a head that was not chosen can still make its score learn.
+    gradients all are: in training (`train()`) a head that was not chosen can make its score learn.
     """
 
     o_proj: nn.Linear

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mhconvert import api
 from mhconvert.convert.errors import HealError
@@ -40,13 +41,15 @@ def made(donor: Path, text: Path, output: Path, **settings: Any) -> Path:
     return output
 
 
-@pytest.mark.parametrize("train", ["attention", "lora"])
+@pytest.mark.parametrize(
+    ("train", "router"), [("attention", "fixed"), ("attention", "trained"), ("lora", "fixed")]
+)
 @pytest.mark.parametrize(
     ("name", "source", "factor"),
     [("stories260k-gqa", "classic-books.jsonl", 1.5), ("poems750k-mha", "poems.jsonl", 1.5)],
 )
 def test_a_real_checkpoint_is_healed(
-    name: str, source: str, factor: float, train: Any, data: Path, tmp_path: Path
+    name: str, source: str, factor: float, train: Any, router: Any, data: Path, tmp_path: Path
 ) -> None:
     text = data / "calib" / source
     checkpoint = made(data / "checkpoints" / name, text, tmp_path / "ckpt", active=0.5, shared=0.25)
@@ -57,7 +60,8 @@ def test_a_real_checkpoint_is_healed(
         lr=3e-3,
         sequence_length=128,
         batch_tokens=1024,
-        loss={"kl": 1.0, "balance": 0.01},
+        router=router,
+        loss={"kl": 1.0, "balance": 0.01} if router == "trained" else {"kl": 1.0},
     )
     report = api.heal(str(checkpoint), settings, output=str(tmp_path / "healed"))
     assert report["before"]["kl"] > factor * report["kl"]
@@ -72,7 +76,13 @@ def test_a_real_checkpoint_is_healed(
     sums = [sum(load) for load in entries[-1]["head_load"]]
     routed = config["num_attention_heads"] - config["shared_heads"]
     assert sums == pytest.approx([count for count in routing if 0 < count < routed], abs=2e-3)
-    assert all(entry["balance"] > 0 for entry in entries)
+    assert all((entry["balance"] > 0) == (router == "trained") for entry in entries)
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ckpt", "healed"))
+    same = {key for key in ours if torch.equal(ours[key], theirs[key])}
+    scores = {key for key in ours if ".router.score." in key}
+    assert scores
+    assert scores & same == (scores if router == "fixed" else set())
+    assert not any(key.endswith("q_proj.weight") for key in same)
 
 
 def test_a_balance_that_counts_makes_the_load_even(tmp_path: Path, text: Path) -> None:
@@ -89,6 +99,7 @@ def test_a_balance_that_counts_makes_the_load_even(tmp_path: Path, text: Path) -
             lr=0.03,
             sequence_length=64,
             batch_tokens=256,
+            router="trained",
             loss={"kl": 1.0, "balance": balance},
         )
         out = tmp_path / str(balance)
@@ -110,8 +121,10 @@ def test_a_balance_needs_heads_that_are_routed(tmp_path: Path, text: Path) -> No
             calibration=Calibration((str(text),), tokens=512, sequence_length=64, held_out=2),
         )
     )
-    settings = HealSettings(tokens=256, data={str(text): 1.0}, loss={"kl": 1.0, "balance": 0.01})
+    with pytest.raises(HealError, match="a fixed router does not learn to balance"):
+        HealSettings(tokens=256, loss={"kl": 1.0, "balance": 0.01})
+    settings = HealSettings(tokens=256, data={str(text): 1.0}, router="trained")
     with pytest.raises(HealError, match="routes no heads"):
         api.heal(str(tmp_path / "ckpt"), settings, output=str(tmp_path / "out"))
     with pytest.raises(HealError, match="every weight of loss is 0"):
-        HealSettings(tokens=256, loss={"balance": 1.0})
+        HealSettings(tokens=256, loss={"balance": 1.0}, router="trained")

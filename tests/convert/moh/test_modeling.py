@@ -311,7 +311,7 @@ def test_gradients_reach_the_scores_of_heads_that_were_not_chosen(kind: str) -> 
     attention.o_proj.register_forward_pre_hook(
         lambda _, given: given[0].retain_grad() or kept.update(gated=given[0])
     )
-    attention.requires_grad_(True)
+    attention.requires_grad_(True).train()
     attention(x, place)[0].square().sum().backward()
     assert torch.equal(kept["gates"].detach(), kept["active"].float())
     assert kept["gated"].grad is not None
@@ -322,6 +322,16 @@ def test_gradients_reach_the_scores_of_heads_that_were_not_chosen(kind: str) -> 
     learns = attention.router.score.weight if kind == "learned" else attention.q_proj.weight
     assert learns.grad is not None
     assert learns.grad.abs().max() > 0
+
+
+def test_a_layer_that_is_fitted_keeps_its_choices() -> None:
+    """Outside training a choice is a choice: the scores get no gradient from the layer's error."""
+    model = converted(donor_model(4, heads=4, kv_heads=2), MoHSettings(0.75, 0.25, uniform=True))
+    attention = model.model.layers[0].self_attn.requires_grad_(True)
+    x = torch.randn(2, 9, 64)
+    attention(x, model.model.rotary_emb(x, torch.arange(9)[None]))[0].square().sum().backward()
+    assert attention.router.score.weight.grad is None
+    assert attention.q_proj.weight.grad.abs().max() > 0
 
 
 def test_a_balanced_load_costs_what_the_paper_says() -> None:
