@@ -24,8 +24,10 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb  # the o
 from . import configuration_moh
 from .configuration_moh import MixtureOfHeadFields
 
-PART_ELEMENTS = 1 << 19  # of scores that are computed together, so that they stay in a core's cache
-LEAST_KEYS = 512  # from which leaving heads out is worth a loop over heads (measured on two CPU cores)
+PART_ELEMENTS = 1 << 18  # of scores that are computed together, so that they stay in a core's cache
+# From how many keys on it is worth while (two CPU cores): to leave heads out of a prompt, of a decoding step, and to
+# read a KV head for some rows of a batch only.
+LEAST_KEYS, LEAST_KEYS_OF_A_STEP, LEAST_KEYS_OF_A_ROW = 1024, 2048, 4096
 
 
 class FloatLinear(nn.Linear):
@@ -50,8 +52,7 @@ class HeadRouter(nn.Module):
         super().__init__()
         self.shared_units, self.routed_units, self.chosen = config.layer_routing(layer_idx)
         self.units, self.learned = config.routing_units, config.head_router == "learned"
-        self.straight_through = True
-        self.norm_scale = self.norm_offset = None
+        self.straight_through, self.norm_scale, self.norm_offset = True, None, None
         if self.learned:
             width, routed = config.hidden_size, len(self.routed_units)
             self.score = FloatLinear(width, routed)
@@ -61,7 +62,7 @@ class HeadRouter(nn.Module):
                 self.stage = FloatLinear(width, 2, bias=False)
         elif config.norm_scale is not None:
             self.norm_scale, self.norm_offset = config.norm_scale[layer_idx], config.norm_offset[layer_idx]
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor] | None = None  # of a forward pass in training
 
     def forward(self, hidden_states: Tensor, query: Tensor) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D], query [B, T, H d] before norm and rotation -> which units are active [B, T, U], and
@@ -73,10 +74,8 @@ class HeadRouter(nn.Module):
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., : self.chosen], True)
         active = self.spread(chosen, torch.ones_like(chosen[..., :1]))
         if self.training:
-            probability = scores.softmax(-1)
+            probability = scores.softmax(-1) if self.straight_through else scores.softmax(-1).detach()
             self.last = probability, chosen
-            if not self.straight_through:
-                probability = probability.detach()
             routed = chosen.to(scores.dtype) + (probability - probability.detach())  # the value is 0 or 1
             gates = self.spread(routed, torch.ones_like(routed[..., :1]))
         else:
@@ -157,20 +156,18 @@ class MixtureOfHeadAttention(nn.Module):
         raw, key, value = self.projections(hidden_states)
         active, gates = self.routing(hidden_states, raw)
         query, key = self.normed(raw, key)
-        rotary = (
-            self.donor_rotary if position_embeddings[0].shape[-1] == self.head_dim else apply_rotary_pos_emb
+        partial = position_embeddings[0].shape[-1] < self.head_dim
+        query, key = (apply_rotary_pos_emb if partial else self.donor_rotary)(
+            query, key, *position_embeddings
         )
-        query, key = rotary(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if active is not None and self.can_skip(query, key, attention_mask):
             output, weights = self.active_attention(query, key, value, active, attention_mask), None
         else:
             output, weights = self.dense_attention(query, key, value, attention_mask, kwargs)
-            if active is not None and gates is None:
-                gates = active
-        if gates is not None:
-            output = output * gates.unsqueeze(-1).to(output.dtype)
+        if active is not None:
+            output = output * (active if gates is None else gates).unsqueeze(-1).to(output.dtype)
         return self.o_proj(output.flatten(2)), weights
 
     def projections(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,33 +213,23 @@ class MixtureOfHeadAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """All heads, as the donor computes them: output [B, T, H, d], weights."""
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, self.donor_eager
-        )
+        kind = self.config._attn_implementation
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kind, self.donor_eager)
         if attention_mask is None:
             attention_mask = self.own_mask(query, key.shape[2])
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
-        return attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.window,
-            **kwargs,
-        )
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        return attention(self, query, key, value, attention_mask, sliding_window=self.window, **kwargs)
 
     def can_skip(self, query: Tensor, key: Tensor, attention_mask: Any) -> bool:
-        """Whether `active_attention` gives what is asked for, and is worth its loop: on a CPU, over enough keys."""
+        """Whether `active_attention` does what sdpa does here, and is worth its loop: on a CPU, over enough keys."""
         return (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and query.device.type == "cpu"
-            and self.config._attn_implementation in ("sdpa", "eager")
-            and key.shape[2] >= LEAST_KEYS
+            and self.config._attn_implementation == "sdpa"
+            and key.shape[2] >= (LEAST_KEYS if query.shape[2] > 1 else LEAST_KEYS_OF_A_STEP)
             and (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4))
         )
 
@@ -250,32 +237,62 @@ class MixtureOfHeadAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, active: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
         """The active (token, head) pairs alone: query [B, H, T, d], key and value [B, G, S, d], active [B, T, H],
-        attention_mask [B or 1, 1, T, S] -> [B, T, H, d], 0 where a head is not active.
+        attention_mask [B or 1, 1, T, S] -> [B, T, H, d], whatever where a head is not active.
 
-        Each KV head meets the queries that read it in the order of their tokens, and no further than the last of them
-        sees. A KV head that no token reads is not touched.
+        Heads that every token has go to the usual kernel. Of the others each KV head meets the queries that read it in
+        the order of their tokens, and no further than the last of them sees. A KV head that none reads is not touched.
         """
         batch, _, length, _ = query.shape
-        size = self.num_key_value_groups
-        # Without a mask a single token is the last one; more of them begin the cache, which may have room behind them.
-        first = key.shape[2] - 1 if length == 1 else 0
+        if length == 1:
+            return self.active_step(query, key, value, active, attention_mask)
         output = query.new_zeros(batch, length, self.heads, self.head_dim)
+        size, every = self.num_key_value_groups, active.flatten(0, 1).all(0)
+        if attention_mask is None and self.window is not None:
+            every = torch.zeros_like(every)
+        if len(chosen := every.nonzero().flatten()):
+            given = query[:, chosen], key[:, chosen // size], value[:, chosen // size], attention_mask
+            causal = attention_mask is None
+            found = F.scaled_dot_product_attention(*given, is_causal=causal, scale=self.scaling)
+            output[:, :, chosen] = found.transpose(1, 2)
         for row in range(batch):
             mask = None if attention_mask is None else attention_mask[row % len(attention_mask), 0]
             for kv_head in range(self.kv_heads):
                 heads = slice(kv_head * size, (kv_head + 1) * size)
-                tokens, members = active[row, :, heads].nonzero(as_tuple=True)
-                if not len(tokens):
-                    continue
-                found = self.attend_rows(
-                    query[row, heads][members, tokens] * self.scaling,
-                    key[row, kv_head],
-                    value[row, kv_head],
-                    tokens + first,
-                    None if mask is None else mask[tokens],
-                )
-                output[row, tokens, members + heads.start] = found
+                tokens, members = (active[row, :, heads] & ~every[heads]).nonzero(as_tuple=True)
+                if len(tokens):
+                    rows = query[row, heads][members, tokens] * self.scaling
+                    # Without a mask these tokens begin the cache, which may have room behind them.
+                    seen = None if mask is None else mask[tokens]
+                    found = self.attend_rows(rows, key[row, kv_head], value[row, kv_head], tokens, seen)
+                    output[row, tokens, members + heads.start] = found
         return output
+
+    def active_step(
+        self, query: Tensor, key: Tensor, value: Tensor, active: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """`active_attention` of one token a row: a KV head is read in place, for the rows that need it."""
+        output = torch.zeros_like(query)
+        read = active[:, 0].unflatten(-1, (self.kv_heads, -1)).any(-1)  # B G
+        first = 0 if attention_mask is not None or self.window is None else max(0, key.shape[2] - self.window)
+        for kv_head, heads in enumerate(torch.arange(self.heads).split(self.num_key_value_groups)):
+            rows = read[:, kv_head].nonzero().flatten().tolist()
+            whole = len(rows) == len(read) or (rows and key.shape[2] < LEAST_KEYS_OF_A_ROW)
+            parts = [slice(None)] if whole else [slice(row, row + 1) for row in rows]
+            for part in parts:
+                scores = query[part, heads, 0] * self.scaling @ key[part, kv_head, first:].mT  # B size S
+                mask = (
+                    None if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1)[part, 0]
+                )
+                weights = self.weights(scores, mask).to(value.dtype)
+                output[part, heads, 0] = weights @ value[part, kv_head, first:]
+        return output.transpose(1, 2)
+
+    def weights(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """The softmax of scores [..., S] under a boolean or additive mask."""
+        if mask is not None:
+            lowest = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
     def attend_rows(
         self, rows: Tensor, key: Tensor, value: Tensor, positions: Tensor, mask: Tensor | None
@@ -285,32 +302,23 @@ class MixtureOfHeadAttention(nn.Module):
         while begin < len(rows):
             reach = key.shape[0] if mask is not None else int(positions[begin]) + 1
             part = slice(begin, begin + min(256, max(32, PART_ELEMENTS // reach)))
-            places = positions[part]
-            first, last = 0, key.shape[0]
+            places, first, last = positions[part], 0, key.shape[0]
             if mask is None:
                 last = int(places[-1]) + 1
                 first = 0 if self.window is None else max(0, int(places[0]) - self.window + 1)
             scores = rows[part] @ key[first:last].mT
-            if self.softcap is not None:
-                scores = torch.tanh(scores / self.softcap) * self.softcap
-            if mask is not None:
-                lowest = torch.finfo(scores.dtype).min
-                given = mask[part, first:last]
-                scores = scores.masked_fill(~given, lowest) if given.dtype == torch.bool else scores + given
-            else:
-                self.hide(scores, places, first)
-            exact = torch.promote_types(scores.dtype, torch.float32)
-            found.append(scores.softmax(-1, dtype=exact).to(value.dtype) @ value[first:last])
+            if mask is None:
+                known = int(places[0]) if self.window is None else 0  # keys that all of these queries see
+                scores[:, known:].masked_fill_(~self.visible(places, first + known, last), -torch.inf)
+            weights = self.weights(scores, None if mask is None else mask[part])
+            found.append(weights.to(value.dtype) @ value[first:last])
             begin = part.stop
         return torch.cat(found)
 
-    def hide(self, scores: Tensor, places: Tensor, first: int) -> None:
-        """In place: what lies behind a query's place, or outside its window; scores [P, n] of keys from `first`."""
-        keys = torch.arange(first, first + scores.shape[1], device=scores.device)
-        known = int(places[0]) - first  # columns that every row sees, but for a window
-        scores[:, known:].masked_fill_(keys[known:] > places.unsqueeze(1), -torch.inf)
-        if self.window is not None:
-            scores.masked_fill_(places.unsqueeze(1) - keys >= self.window, -torch.inf)
+    def visible(self, places: Tensor, first: int, last: int) -> Tensor:
+        """[P, last - first]: whether a key lies before or at a query's place, and inside its window."""
+        distance = places.unsqueeze(1) - torch.arange(first, last, device=places.device)
+        return (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
 
     def own_mask(self, query: Tensor, seen: int) -> Tensor | None:
         """The mask of a call without one, where sdpa's plain causal one would not do: [1, 1, T, seen]."""
@@ -318,11 +326,7 @@ class MixtureOfHeadAttention(nn.Module):
         windowed = self.window is not None and self.window < seen
         if length == 1 or not (kind == "eager" or (kind == "sdpa" and windowed)):
             return None
-        distance = torch.arange(seen - length, seen, device=query.device).unsqueeze(1)
-        distance = distance - torch.arange(seen, device=query.device)
-        visible = distance >= 0
-        if windowed:
-            visible = visible & (distance < self.window)
+        visible = self.visible(torch.arange(seen - length, seen, device=query.device), 0, seen)
         lowest = torch.finfo(query.dtype).min
         return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, lowest)[None, None]
 
@@ -337,10 +341,7 @@ class MixtureOfHeadModel:
         self.post_init()  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
-        """Cast or move, then undo what a cast did to the rotary frequencies.
-
-        In bfloat16 a frequency keeps 8 bits, and a phase is wrong after a few hundred tokens.
-        """
+        """Cast or move, but not the rotary frequencies: in bfloat16 a phase is wrong after a few hundred tokens."""
         exact = {
             (module, name): buffer
             for module in self.modules()  # type: ignore[attr-defined]
@@ -379,10 +380,9 @@ class MixtureOfHeadForCausalLM:
         """Σ P f, the mean of all layers that route (MoH, eq. 7): chosen / R where the load is balanced; to be added to
         the loss, times 0.01 in the paper.
         """
-        losses = [(probability * share).sum() for probability, share in self.head_load(seen)]
-        if not losses:
-            return torch.zeros((), device=next(self.parameters()).device)  # type: ignore[attr-defined]
-        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+        start: Tensor = torch.zeros((), device=next(self.parameters()).device)  # type: ignore[attr-defined]
+        loads = self.head_load(seen)
+        return sum(((p * f).sum().to(start.device) for p, f in loads), start) / max(1, len(loads))
 
 
 def __getattr__(name: str) -> Any:
