@@ -21,7 +21,7 @@ def command(
     static_cache: o.StaticCache = False,
     compile: o.Compile = False,
     random: o.Random = False,
-    to: o.CacheMethod = "mla",
+    to: o.AnyMethod = "mla",
     kv_budget: o.KvBudget = None,
     dtype: o.RunDtype = None,
     device: o.Device = None,

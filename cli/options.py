@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mhconvert.convert.errors import BudgetError
-from mhconvert.convert.methods import CACHE_METHODS, METHOD_NAMES
+from mhconvert.convert.methods import CACHE_METHODS, METHOD_NAMES, METHODS
 from mhconvert.convert.tolerance import parse
 
 
@@ -22,6 +22,12 @@ def _with_a_cache(name: str) -> str:
     if name not in CACHE_METHODS:
         known = ", ".join(CACHE_METHODS)
         raise typer.BadParameter(f"'{name}' is not a method that changes the KV cache; choose one of {known}")
+    return name
+
+
+def _of_layers(name: str) -> str:
+    if name not in METHODS:
+        raise typer.BadParameter(f"'{name}' rewrites no layers; choose one of {', '.join(METHODS)}")
     return name
 
 
@@ -74,6 +80,15 @@ Method = Annotated[
         metavar="METHOD",
         help="mla: latent attention; dha: fewer K and V heads; moh: some heads a token; hydra: an untrained adapter "
         "beside DONOR.",
+    ),
+]
+AnyMethod = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        callback=_of_layers,
+        metavar="METHOD",
+        help="With --random, the conversion to time: mla, dha, or moh, whose --kv-budget is its share of active heads.",
     ),
 ]
 CacheMethod = Annotated[
@@ -318,9 +333,7 @@ HeadFusion = Annotated[
 ]
 HealRouter = Annotated[
     Literal["fixed", "trained"],
-    typer.Option(
-        help="moh: whether the choice of heads stays, or learns too (loss: balance, of their load)."
-    ),
+    typer.Option(help="moh: whether what chooses heads learns too (loss: balance, of their load)."),
 ]
 LayerTokens = Annotated[
     str, typer.Option(metavar="N", help="Before that: tokens on which each layer learns on its own.")

@@ -31,15 +31,17 @@ class LayerNeed:
         return self.divergence * math.exp(_interpolated(share, self.shares, known) - at_probe)
 
 
-def divide(needs: Sequence[LayerNeed], total: int, least: int, most: int, unit: int, whole: int) -> list[int]:
+def divide(
+    needs: Sequence[LayerNeed], total: int, least: int | Sequence[int], most: int, unit: int, whole: int
+) -> list[int]:
     """Elements for each layer, `total` in all, that make the sum of the layers' divergences small.
 
-    Every layer gets from `least` to `most`; the rest goes, `unit` elements at a time, to the layer whose divergence
-    falls most, and of equals to the smaller. whole: the donor's elements a layer.
+    Every layer gets from `least`, which may be a number for each, to `most`; the rest goes, `unit` elements at a time,
+    to the layer whose divergence falls most, and of equals to the smaller. whole: the donor's elements a layer.
     """
-    elements = [least] * len(needs)
-    left = total - least * len(needs)
-    assert 0 <= left <= (most - least) * len(needs)
+    elements = [least] * len(needs) if isinstance(least, int) else list(least)
+    left = total - sum(elements)
+    assert 0 <= left <= most * len(needs) - sum(elements)
 
     def gain(layer: int) -> tuple[float, int, int, int]:
         step = min(unit, most - elements[layer], left)

@@ -16,7 +16,7 @@ from mhconvert.convert.verify import verify
 from mhconvert.convert.versions import versions
 from mhconvert.convert.workspace import Workspace
 
-TOTALS = ("active_heads", "attention_flops")  # of a plan, that not every method changes
+TOTALS = ("active_heads", "kv_heads_read", "attention_flops")  # of a plan, that not every method changes
 PROBE_ROWS = 2  # whose logits a reload is compared with
 
 

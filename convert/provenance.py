@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from mhconvert.convert.checkpoint import write_json
 from mhconvert.convert.donor import Donor
@@ -28,9 +29,10 @@ def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype)
     config, model = method.finish(), method.model_class
     config.dtype = dtype
     config.architectures = [model.__name__]
-    files: list[Path] = []
+    files, siblings = list[Path](), list[Path]()
     if needs_remote_code(model):
         files = [Path(inspect.getfile(kind)) for kind in (type(config), model)]
+        siblings = [Path(name) for name in get_relative_import_files(files[1])]
         config.auto_map = {
             "AutoConfig": f"{files[0].stem}.{type(config).__name__}",
             "AutoModel": f"{files[1].stem}.{method.decoder_class.__name__}",
@@ -38,7 +40,7 @@ def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype)
         }
     donor.copy_files(folder)
     config.save_pretrained(folder)
-    for file in files:
+    for file in {*files, *siblings}:
         (folder / file.name).write_bytes(file.read_bytes())
     if not (folder / "generation_config.json").is_file():
         donor.generation_config().save_pretrained(folder)

@@ -68,6 +68,10 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if heads:
         part = share(heads["converted"] / heads["donor"]) + " of the donor's"
         table.append(("active heads a token", count(heads["donor"]), count(heads["converted"]), part))
+    reads = report.get("kv_heads_read") or {}
+    if reads:
+        part = share(reads["converted"] / reads["donor"]) + " of the donor's, by a decoding step"
+        table.append(("KV heads read", count(reads["donor"]), count(reads["converted"]), part))
     if flops:
         part = f"{share(flops['converted'] / flops['donor'])} behind {flops['context']:,} tokens"
         table.append(("attention FLOPs a token", number(flops["donor"]), number(flops["converted"]), part))
@@ -136,7 +140,7 @@ def show(report: dict[str, Any], console: Any) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    method = str(report.get("method", "")).upper()
+    method = {"moh": "MoH"}.get(str(report.get("method")), str(report.get("method", "")).upper())
     title = f"{report.get('donor_name') or report.get('donor', '')} → {method}"
     console.out(title if method else str(report.get("output", "")), highlight=False)
     healed = bool(report.get("healing"))
@@ -196,7 +200,7 @@ def model_card(report: dict[str, Any], licence: str | None = None) -> str:
     about = [
         f"# {name}",
         "",
-        f"{base or report.get('donor', 'A pretrained model')} with its attention rewritten as {method.upper()} "
+        f"{base or report.get('donor', 'A pretrained model')} with its attention rewritten as {method} "
         f"by mhconvert {report.get('versions', {}).get('mhconvert', '')}."
         " The tokenizer and the chat template are the base model's, unchanged.",
         "",
@@ -211,6 +215,8 @@ def _healed(report: dict[str, Any]) -> list[str]:
     lines += ["| " + " | ".join(row) + " |" for row in found]
     cache = next((row for row in rows(report) if row[0] == "KV cache a token"), None)
     lines += ["", f"The KV cache holds {cache[2]} a token, {cache[3]}."] if cache else []
+    heads = report.get("active_heads")
+    lines += ["", f"A token has {heads['converted']} of {heads['donor']} heads."] if heads else []
     healing = report["healing"]
     terms = ", ".join(
         f"{name} × {weight:g}" for name, weight in healing["settings"]["loss"].items() if weight

@@ -153,7 +153,7 @@ class Distillation:
 
     def _weights(self) -> Weights:
         if self.step >= self.plan.lm_from:
-            return Weights(ce=1.0)
+            return Weights(ce=1.0, balance=self.settings.loss.get("balance", 0.0))
         return Weights(**self.settings.loss)
 
     def _require_calm(self, loss: float, recent: deque[float]) -> None:

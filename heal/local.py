@@ -125,7 +125,10 @@ def _step(
     space: dict[Tensor, Coordinates],
 ) -> None:
     """Take the parameters' gradients to the variables, step, and bring the variables' values back."""
-    pairs = [(p, v) for p, v in zip(parameters, variables, strict=True) if p is not v]
+    changed = zip(parameters, variables, strict=True)
+    pairs = [
+        (p, v) for p, v in changed if p is not v and p.grad is not None
+    ]  # a router's scores have no gradient
     for parameter, variable in pairs:
         assert parameter.grad is not None
         variable.grad = parameter.grad @ space[parameter].root

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from mhconvert.convert.errors import HealError
 from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.heal.student import Student, Weights, choose_trained
-
-SCORES = ".router.score."
+from mhconvert.heal.student import SCORES, Student, Weights, choose_trained
 
 
 class RoutingStudent(Student):

@@ -17,6 +17,7 @@ from mhconvert.heal.losses import Predictions, hidden_error, summed
 
 # Peak learning rates by what trains; for attention and all of each tensor's RMS.
 LEARNING_RATES = {"attention": 3e-4, "all": 1e-4, "lora": 1e-3, "hydra": 1e-3}
+SCORES = ".router.score."  # of routed heads: what chooses
 OMEGA_RATE = 1e-2  # of what mixes heads (DHA, arXiv 2406.06567, section 4.1)
 
 
@@ -164,6 +165,10 @@ def parameter_groups(model: nn.Module, settings: HealSettings) -> list[dict[str,
             continue
         mixes = name.endswith(".omega")  # of heads that are to be one
         scale = 1.0 if mixes or not own else tensor_scale(parameter)
+        if own and ".router." in name and SCORES not in name:
+            scale = (
+                parameter.shape[-1] ** -0.5
+            )  # gates of routed heads begin at zero; as large as new maps are
         decay = settings.weight_decay if parameter.dim() > 1 and not mixes else 0.0
         groups.append(
             {

@@ -26,13 +26,13 @@ class Heads:
     free: bool
 
     @property
-    def least(self) -> int:
-        """Of active heads, in any layer."""
-        return max(1, *self.shared)
+    def least(self) -> list[int]:
+        """Of active heads, in each layer."""
+        return [max(1, n) for n in self.shared]
 
     def survey_shares(self) -> tuple[float, ...]:
         """Active heads at which a survey measures a layer, as shares: at most SURVEYED, and all of them."""
-        numbers = range(self.least, self.units)
+        numbers = range(min(self.least), self.units)
         step = -(-len(numbers) // SURVEYED)
         return (*(n / self.units for n in numbers[:: step or 1]), 1.0)
 
@@ -50,7 +50,11 @@ def heads_of(settings: MoHSettings, units: int, layers: int, survey: bool) -> He
     else:
         share = float(settings.active)  # type: ignore[arg-type]  # a list was the case above
         each = int(share * units + ROUNDING)
-        alike = settings.uniform or settings.shared_heads == "first" or survey
+        # As many shared heads as active ones: no layer routes, also where the share is no whole number of heads.
+        alike = settings.uniform or settings.shared_heads == "first" or survey or share == settings.shared
+        if survey:
+            shared = [min(n, each) for n in shared]
+            least = [max(1, n) for n in shared]
         total = each * layers if alike else int(share * units * layers + ROUNDING)
         if total < sum(least):
             raise BudgetError(

@@ -39,22 +39,31 @@ class MixtureOfHeadFields:
     def validate_routing(self) -> None:
         """Raises ValueError for a routing that does not fit the model."""
         layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
-        units = self.routing_units
+        units, kind = self.routing_units, self.head_route
         for field in ("shared_heads", "active_heads", "norm_scale", "norm_offset"):
             found = getattr(self, field)
             if found is not None and len(found) != layers:
                 raise ValueError(f"{field} has {len(found)} layers and the model {layers}")
+        if (self.norm_scale is None) != (self.norm_offset is None):
+            raise ValueError("norm_scale and norm_offset go together")
         if self.shared_heads is None or self.active_heads is None:
             return
         for index, (shared, active) in enumerate(zip(self.shared_heads, self.active_heads, strict=True)):
             if len(set(shared)) != len(shared) or not set(shared) <= set(range(units)):
                 raise ValueError(
-                    f"shared_heads, layer {index}: {shared} are not different ones of {units} {self.head_route}"
+                    f"shared_heads, layer {index}: {shared} are not different ones of {units} {kind}"
                 )
             if not max(1, len(shared)) <= active <= units:
                 raise ValueError(
                     f"active_heads, layer {index}: {active} is not from {max(1, len(shared))} to {units}"
                 )
+            routed = units - len(shared)
+            for field in ("norm_scale", "norm_offset"):
+                found = getattr(self, field)
+                if found is not None and len(found[index]) not in (0, routed):
+                    raise ValueError(
+                        f"{field}, layer {index}: {len(found[index])} numbers for {routed} routed {kind}"
+                    )
 
     def layer_routing(self, layer_idx: int) -> tuple[list[int], list[int], int]:
         """Shared units, routed units, and how many of the routed ones a token has."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mhconvert.convert.allotment import LayerNeed, divide
-from mhconvert.convert.families import attention_facts
+from mhconvert.convert.families import attention_facts, layer_window
 from mhconvert.convert.moh import modeling_moh
 from mhconvert.convert.moh.budget import Heads, heads_of
 from mhconvert.convert.moh.donor_class import mixture_class, mixture_config
@@ -68,26 +69,50 @@ class MoH:
         return {"active_heads": self.active[index]} | sizes if known else sizes
 
     def totals(self) -> dict[str, Any]:
-        """Active heads, and FLOPs of the attention for one token behind FLOPS_CONTEXT others."""
-        facts, hidden, layers = self.facts, self.donor_config.hidden_size, len(self.active)
-        width, size = facts.heads * facts.head_dim, facts.heads // self.budget.units
-        maps = 2 * hidden * (2 * width + 2 * facts.kv_heads * facts.head_dim)
-        head = 4 * facts.head_dim * FLOPS_CONTEXT
-        router = (
-            2 * (self.new_parameters() * layers) - layers * maps if self.settings.router == "learned" else 0
-        )
-        heads = {"donor": layers * facts.heads, "converted": size * sum(self.active)}
-        flops = {"donor": layers * maps + head * heads["donor"]}
-        flops["converted"] = layers * maps + router + head * heads["converted"]
-        return {"active_heads": heads, "attention_flops": {"context": FLOPS_CONTEXT} | flops}
+        """Active heads, KV heads that a decoding step reads where those are routed, and FLOPs of the attention for one
+        token behind FLOPS_CONTEXT others (as many of them as a layer's window shows)."""
+        facts, config, layers = self.facts, self.donor_config, range(len(self.active))
+        size = facts.heads // self.budget.units
+        heads = {"donor": len(layers) * facts.heads, "converted": size * sum(self.active)}
+        maps = 4 * config.hidden_size * facts.head_dim * (facts.heads + facts.kv_heads)  # q, k, v, o
+        products = [
+            4 * facts.head_dim * min(FLOPS_CONTEXT, layer_window(config, i) or FLOPS_CONTEXT) for i in layers
+        ]
+        donor = sum(maps + facts.heads * product for product in products)
+        routed = sum(maps + size * n * product for n, product in zip(self.active, products, strict=True))
+        of_router = self._parameters[1]
+        routers = sum(2 * of_router(index) for index in layers)
+        found: dict[str, Any] = {"active_heads": heads}
+        if self.settings.route == "groups":
+            whole = len(layers) * facts.kv_heads
+            found["kv_heads_read"] = {"donor": whole, "converted": sum(self.active)}
+        flops = {"context": FLOPS_CONTEXT, "donor": donor, "converted": routed + routers}
+        return found | {"attention_flops": flops}
 
     def new_parameters(self) -> int:
-        """Parameters of one layer's attention, its router's included."""
-        index = min(range(len(self.active)), key=lambda i: self.budget.shared[i])
+        """Parameters of the mean layer's attention, its router's included."""
+        own, of_router = self._parameters
+        return own + math.ceil(sum(map(of_router, range(len(self.active)))) / len(self.active))
+
+    @property
+    def _parameters(self) -> tuple[int, Callable[[int], int]]:
+        """Of a donor layer's attention, and of a layer's router: nothing is allocated for them."""
+        config = self.example_config()
+        known: dict[tuple[int, int], int] = {}
         with torch.device("meta"):
             donor = self._donor_attention()
-            module = modeling_moh.MixtureOfHeadAttention(donor, self.example_config(), index)
-        return sum(parameter.numel() for parameter in module.parameters())
+
+        def of_router(index: int) -> int:
+            shape = self.active[index], self.budget.shared[index]
+            if shape not in known:
+                with torch.device("meta"):
+                    module: Any = modeling_moh.MixtureOfHeadAttention(donor, config, index)
+                known[shape] = (
+                    sum(p.numel() for p in module.router.parameters()) if hasattr(module, "router") else 0
+                )
+            return known[shape]
+
+        return sum(p.numel() for p in donor.parameters()), of_router
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
         """The donor's attention, and what `inputs` (N, L, D), its calibration text, says of its heads."""

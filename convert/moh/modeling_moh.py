@@ -4,8 +4,7 @@ Each class is its donor's own transformers class with every `self_attn` wrapped:
 donor's modules under their own names. This file is shipped inside converted checkpoints: it imports torch,
 transformers and its siblings only.
 
-Shapes: B batch, T query tokens, S cached tokens, H query heads, G KV heads, d head_dim, D hidden_size; U routing units
-(heads, or groups of them), of which R are routed.
+Shapes: B batch, T query tokens, S cached tokens, H query heads, G KV heads, d head_dim, D hidden_size.
 """
 
 import sys
@@ -23,97 +22,12 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb  # the o
 
 from . import configuration_moh
 from .configuration_moh import MixtureOfHeadFields
+from .head_router import HeadRouter
 
 PART_ELEMENTS = 1 << 18  # of scores that are computed together, so that they stay in a core's cache
 # From how many keys on it is worth while (two CPU cores): to leave heads out of a prompt, of a decoding step, and to
 # read a KV head for some rows of a batch only.
-LEAST_KEYS, LEAST_KEYS_OF_A_STEP, LEAST_KEYS_OF_A_ROW = 1024, 2048, 4096
-
-
-class FloatLinear(nn.Linear):
-    """A linear map in float32, whatever its weights are kept in: a choice must not hang on bfloat16's rounding."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(input.float(), self.weight.float(), bias)
-
-
-class HeadRouter(nn.Module):
-    """Which units each token has: the shared ones, and of the routed ones those with the highest scores.
-
-    Only of a layer that has something to choose (MoH, arXiv 2410.11842, sections 3.2 and 4.3). "norm": no parameters.
-    In training the gradient of a gate is taken for that of its score, chosen or not, if `straight_through`.
-    "learned": `score` (D -> R) chooses, and the coefficients of the two stages, α of `stage` and those of `shared` and
-    `routed`, are relative: where their maps are zero every chosen unit has a gate of exactly 1.
-    """
-
-    def __init__(self, config: Any, layer_idx: int):
-        super().__init__()
-        self.shared_units, self.routed_units, self.chosen = config.layer_routing(layer_idx)
-        self.units, self.learned = config.routing_units, config.head_router == "learned"
-        self.straight_through, self.norm_scale, self.norm_offset = True, None, None
-        if self.learned:
-            width, routed = config.hidden_size, len(self.routed_units)
-            self.score = FloatLinear(width, routed)
-            self.routed = FloatLinear(width, routed, bias=False)
-            if self.shared_units:
-                self.shared = FloatLinear(width, len(self.shared_units), bias=False)
-                self.stage = FloatLinear(width, 2, bias=False)
-        elif config.norm_scale is not None:
-            self.norm_scale, self.norm_offset = config.norm_scale[layer_idx], config.norm_offset[layer_idx]
-        self.last: tuple[Tensor, Tensor] | None = None  # of a forward pass in training
-
-    def forward(self, hidden_states: Tensor, query: Tensor) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, T, D], query [B, T, H d] before norm and rotation -> which units are active [B, T, U], and
-        their gates, 0 where they are not; None: all 1.
-        """
-        scores = self.score(hidden_states) if self.learned else self.norms(query)
-        # Of equal scores the first unit has precedence, however many tokens are read together.
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., : self.chosen], True)
-        active = self.spread(chosen, torch.ones_like(chosen[..., :1]))
-        if self.training:
-            probability = scores.softmax(-1) if self.straight_through else scores.softmax(-1).detach()
-            self.last = probability, chosen
-            routed = chosen.to(scores.dtype) + (probability - probability.detach())  # the value is 0 or 1
-            gates = self.spread(routed, torch.ones_like(routed[..., :1]))
-        else:
-            gates = active.to(scores.dtype)
-        if not self.learned:
-            return active, gates if self.training else None
-        return active, gates * self.coefficients(hidden_states, chosen)
-
-    def norms(self, query: Tensor) -> Tensor:
-        """[B, T, H d] -> [B, T, R], float32: ‖q‖ of each routed unit, by its logarithm."""
-        squares = query.float().unflatten(-1, (self.units, -1)).square().sum(-1)
-        scores = squares.clamp_min(torch.finfo(squares.dtype).tiny).log() / 2
-        scores = scores[..., torch.tensor(self.routed_units, device=scores.device)]
-        if self.norm_scale is None:
-            return scores
-        return scores * scores.new_tensor(self.norm_scale) + scores.new_tensor(self.norm_offset)
-
-    def coefficients(self, hidden_states: Tensor, chosen: Tensor) -> Tensor:
-        """[B, T, U]: of mean 1 among the shared units and among the chosen ones, and the two stages' α around it."""
-        weights = self.routed(hidden_states).masked_fill(~chosen, -torch.inf)
-        routed = self.relative(weights, self.chosen)
-        if not self.shared_units:
-            return self.spread(routed, routed[..., :0])
-        shared = self.relative(self.shared(hidden_states), len(self.shared_units))
-        stage = self.relative(self.stage(hidden_states), 2)
-        return self.spread(routed * stage[..., 1:], shared * stage[..., :1])
-
-    @staticmethod
-    def relative(weights: Tensor, count: int) -> Tensor:
-        """`count` times the softmax; exactly 1 for equal weights."""
-        powers = (weights - weights.amax(-1, keepdim=True)).exp()
-        return powers * (count / powers.sum(-1, keepdim=True))
-
-    def spread(self, routed: Tensor, shared: Tensor) -> Tensor:
-        """[B, T, R] and [B, T, shared or 1] -> [B, T, U]."""
-        shared = shared.expand(*routed.shape[:-1], len(self.shared_units))
-        places = torch.tensor([*self.routed_units, *self.shared_units], device=routed.device).argsort()
-        return torch.cat((routed, shared), dim=-1)[..., places]
+LEAST_KEYS, LEAST_KEYS_OF_A_STEP, LEAST_KEYS_OF_A_ROW = 1024, 4096, 8192
 
 
 class MixtureOfHeadAttention(nn.Module):
@@ -200,9 +114,9 @@ class MixtureOfHeadAttention(nn.Module):
         if hasattr(self, "router"):
             active, gates = self.router(hidden_states, query)
         else:  # no routed unit is ever chosen
-            fixed = torch.ones(self.config.routing_units, dtype=torch.bool, device=hidden_states.device)
-            fixed[self.routed_units] = False
-            active, gates = fixed.expand(*hidden_states.shape[:2], -1), None
+            fixed = [unit not in self.routed_units for unit in range(self.config.routing_units)]
+            shared = torch.tensor(fixed, device=hidden_states.device)
+            active, gates = shared.expand(*hidden_states.shape[:2], -1), None
         size = self.heads // self.config.routing_units
         if size > 1:
             active = active.repeat_interleave(size, dim=-1)
@@ -224,13 +138,12 @@ class MixtureOfHeadAttention(nn.Module):
 
     def can_skip(self, query: Tensor, key: Tensor, attention_mask: Any) -> bool:
         """Whether `active_attention` does what sdpa does here, and is worth its loop: on a CPU, over enough keys."""
+        plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return (
-            not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and query.device.type == "cpu"
-            and self.config._attn_implementation == "sdpa"
+            plain
+            and (query.device.type, self.config._attn_implementation) == ("cpu", "sdpa")
             and key.shape[2] >= (LEAST_KEYS if query.shape[2] > 1 else LEAST_KEYS_OF_A_STEP)
-            and (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4))
+            and (attention_mask is None or (attention_mask.dim() == 4 and attention_mask.shape[1] == 1))
         )
 
     def active_attention(
@@ -245,7 +158,7 @@ class MixtureOfHeadAttention(nn.Module):
         batch, _, length, _ = query.shape
         if length == 1:
             return self.active_step(query, key, value, active, attention_mask)
-        output = query.new_zeros(batch, length, self.heads, self.head_dim)
+        output = value.new_zeros(batch, length, self.heads, self.head_dim)
         size, every = self.num_key_value_groups, active.flatten(0, 1).all(0)
         if attention_mask is None and self.window is not None:
             every = torch.zeros_like(every)
@@ -253,7 +166,7 @@ class MixtureOfHeadAttention(nn.Module):
             given = query[:, chosen], key[:, chosen // size], value[:, chosen // size], attention_mask
             causal = attention_mask is None
             found = F.scaled_dot_product_attention(*given, is_causal=causal, scale=self.scaling)
-            output[:, :, chosen] = found.transpose(1, 2)
+            output[:, :, chosen] = found.transpose(1, 2).to(output.dtype)
         for row in range(batch):
             mask = None if attention_mask is None else attention_mask[row % len(attention_mask), 0]
             for kv_head in range(self.kv_heads):
@@ -264,14 +177,15 @@ class MixtureOfHeadAttention(nn.Module):
                     # Without a mask these tokens begin the cache, which may have room behind them.
                     seen = None if mask is None else mask[tokens]
                     found = self.attend_rows(rows, key[row, kv_head], value[row, kv_head], tokens, seen)
-                    output[row, tokens, members + heads.start] = found
+                    output[row, tokens, members + heads.start] = found.to(output.dtype)
         return output
 
     def active_step(
         self, query: Tensor, key: Tensor, value: Tensor, active: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
-        """`active_attention` of one token a row: a KV head is read in place, for the rows that need it."""
-        output = torch.zeros_like(query)
+        """`active_attention` of one token a row: a KV head is read in place, where a row needs it; over many keys, for
+        the rows alone that do."""
+        output = value.new_zeros(query.shape)
         read = active[:, 0].unflatten(-1, (self.kv_heads, -1)).any(-1)  # B G
         first = 0 if attention_mask is not None or self.window is None else max(0, key.shape[2] - self.window)
         for kv_head, heads in enumerate(torch.arange(self.heads).split(self.num_key_value_groups)):
@@ -284,7 +198,7 @@ class MixtureOfHeadAttention(nn.Module):
                     None if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1)[part, 0]
                 )
                 weights = self.weights(scores, mask).to(value.dtype)
-                output[part, heads, 0] = weights @ value[part, kv_head, first:]
+                output[part, heads, 0] = (weights @ value[part, kv_head, first:]).to(output.dtype)
         return output.transpose(1, 2)
 
     def weights(self, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -368,10 +282,10 @@ class MixtureOfHeadForCausalLM:
         """Of the last forward pass in training, for each layer that routes: the mean probability P and the share of
         tokens f of its routed units, both [R]. seen [B, T]: which tokens count, None: all; padding must not.
         """
+        kept = slice(None) if seen is None else seen.bool()
         found = []
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, HeadRouter) and module.last is not None:
-                kept = slice(None) if seen is None else seen.bool()
                 probability, share = (x[kept].flatten(0, -2).float().mean(0) for x in module.last)
                 found.append((probability, share))
         return found

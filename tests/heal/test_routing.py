@@ -128,3 +128,30 @@ def test_a_balance_needs_heads_that_are_routed(tmp_path: Path, text: Path) -> No
         api.heal(str(tmp_path / "ckpt"), settings, output=str(tmp_path / "out"))
     with pytest.raises(HealError, match="every weight of loss is 0"):
         HealSettings(tokens=256, loss={"balance": 1.0}, router="trained")
+
+
+def test_layers_one_by_one_and_then_the_gates_learn(tmp_path: Path, text: Path) -> None:
+    donor = make_donor(tmp_path / "donor", layers=2, heads=4, kv_heads=2)
+    checkpoint = made(donor, text, tmp_path / "ckpt", active=0.75, shared=0.5, uniform=True)
+    settings = HealSettings(
+        tokens=256 * 8,
+        layer_tokens=2048,
+        lm_tokens=256 * 3,
+        data={str(text): 1.0},
+        epochs=99,
+        train="attention",
+        router="trained",
+        loss={"kl": 1.0, "balance": 0.1},
+        lr=0.01,
+        sequence_length=64,
+        batch_tokens=256,
+    )
+    report = api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+    assert report["kl"] < report["before"]["kl"]
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    gates = [tensor.abs().max().item() for key, tensor in stored.items() if ".router.maps." in key]
+    assert min(gates) > 1e-3
+    balances = [e["balance"] for e in read(tmp_path / "out" / "metrics.jsonl") if "balance" in e]
+    assert len(balances) == 8
+    assert min(balances) > 0  # also where the text alone teaches
+    assert "A token has 6 of 8 heads" in (tmp_path / "out" / "README.md").read_text()

@@ -45,6 +45,9 @@ def test_any_share_fits_or_is_refused(active: float, shared: float, units: int, 
         event("refused")
         assert int(active * units * layers + 1e-9) < least
         return
+    if active == shared:
+        assert found.active == tuple(max(1, n) for n in found.shared)
+        return
     assert active * units * layers - 1 < sum(found.active) <= active * units * layers + 1e-6
     assert all(max(1, s) <= a <= units for a, s in zip(found.active, found.shared, strict=True))
     assert found.survey_shares()[-1] == 1.0
@@ -137,3 +140,41 @@ def test_looking_at_a_plan_changes_no_layer_that_was_converted() -> None:
     method.example_config()
     config = method.finish()
     assert {name: getattr(config, name)[1] for name in chosen} == chosen
+
+
+def test_a_layer_has_its_own_least() -> None:
+    """Layer 0 shares three of four heads; what is divided is what the others may have beside."""
+    method = MoH(make_config(heads=4, kv_heads=2, layers=3), MoHSettings(0.6, [3, 0, 0]), "quick")
+    assert method.divisible
+    errors = (0.5, 0.4, 0.3, 0.2)
+    method.share_out([LayerNeed((0.25, 0.5, 0.75, 1.0), errors, 0.25, kl) for kl in (0.001, 0.001, 1.0)])
+    assert method.active == [3, 1, 3]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_as_many_shared_heads_as_active_ones_route_nothing(share: float) -> None:
+    config = make_config(heads=9, kv_heads=3, hidden=144, head_dim=16, layers=4)
+    method = MoH(config, MoHSettings(share, share), "quick")
+    assert not method.divisible
+    assert method.active == list(method.budget.shared) == [int(share * 9)] * 4
+
+
+def test_flops_and_parameters_are_those_of_every_layer() -> None:
+    """Two layers route, one has all heads; a window shows less than the context."""
+    config = make_config(family="mistral", heads=4, kv_heads=2, layers=3, sliding_window=64)
+    method = MoH(config, MoHSettings([4, 2, 3], [1, 1, 2]), "quick")
+    maps, head = 2 * 64 * (2 * 64 + 2 * 32), 4 * 16 * 64
+    # score, routed, shared and stage: a single head, chosen or shared, needs no coefficient
+    routers = [0, 64 * 3 + 3 + 64 * 2, 64 * 2 + 2 + 64 * 2 + 64 * 2]
+    flops = method.totals()["attention_flops"]
+    assert flops["donor"] == 3 * maps + 12 * head
+    assert flops["converted"] == 3 * maps + 9 * head + 2 * sum(routers)
+    assert method.new_parameters() == maps // 2 + -(-sum(routers) // 3)
+
+
+def test_groups_say_how_many_kv_heads_a_step_reads() -> None:
+    config = make_config(heads=4, kv_heads=2, layers=2)
+    totals = MoH(config, MoHSettings([1, 2], 0, route="groups"), "quick").totals()
+    assert totals["kv_heads_read"] == {"donor": 4, "converted": 3}
+    assert totals["active_heads"] == {"donor": 8, "converted": 6}
+    assert "kv_heads_read" not in MoH(config, MoHSettings(0.5, 0), "quick").totals()

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from mhconvert.convert.moh import modeling_moh
-from mhconvert.convert.moh.modeling_moh import HeadRouter, MixtureOfHeadAttention
+from mhconvert.convert.moh.head_router import HeadRouter
+from mhconvert.convert.moh.modeling_moh import MixtureOfHeadAttention
 from mhconvert.convert.moh.settings import MoHSettings
 from tests.convert.conversions import converted, donor_model, logits, relative, token_ids
 from tests.convert.mla.test_families_exact import VARIANTS, by_steps, donor_of
@@ -261,8 +262,8 @@ def test_coefficients_are_the_two_stages_of_the_paper() -> None:
     x = torch.randn(2, 7, 64)
     with torch.no_grad():
         active, gates = route(x, torch.zeros(2, 7, 64))
-        stage = (x @ route.stage.weight.mT).softmax(-1) * 2
-        shared = (x @ route.shared.weight.mT).softmax(-1) * 2 * stage[..., :1]
+        stage = (x @ route.maps["stage"].weight.mT).softmax(-1) * 2
+        shared = (x @ route.maps["shared"].weight.mT).softmax(-1) * 2 * stage[..., :1]
     assert gates is not None
     torch.testing.assert_close(gates[..., [0, 3]], shared)
     torch.testing.assert_close(
@@ -402,3 +403,48 @@ def test_gradient_checkpointing_routes_alike(route: str) -> None:
         found.append(model.model.layers[0].self_attn.router.score.weight.grad.clone())
     assert found[0].abs().max() > 0
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("choice", ROUTERS, ids=str)
+def test_autocast_leaves_heads_out_too(choice: MoHSettings, skipping: None) -> None:
+    model, ids = converted(donor_model(2, heads=4, kv_heads=2), choice), token_ids(2, 24)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = by_steps(model, ids, 12)
+    assert relative(found.float(), logits(model, ids)) < 0.15  # bfloat16, and a choice that it turns over
+
+
+def test_a_mask_for_each_head_goes_to_the_kernel(skipping: None) -> None:
+    model, ids = converted(donor_model(2, heads=4, kv_heads=2), ROUTERS[0]), token_ids(1, 12)
+    mask = torch.ones(12, 12, dtype=torch.bool).tril().expand(1, 4, 12, 12)
+    assert relative(logits(model, ids, attention_mask=mask), logits(model, ids)) < FLOAT32
+
+
+def test_a_model_is_copied_after_a_step_of_training() -> None:
+    model, ids = converted(donor_model(heads=4, kv_heads=2), ROUTERS[0]).train(), token_ids(2, 12)
+    model.requires_grad_(True)
+    model(input_ids=ids, labels=ids).loss.backward()
+    again = copy.deepcopy(model).eval()
+    assert torch.equal(logits(again, ids), logits(model.eval(), ids))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"shared_heads": [[0]]}, "shared_heads has 1 layers and the model 2"),
+        (
+            {"shared_heads": [[0, 0], [1]]},
+            r"shared_heads, layer 0: \[0, 0\] are not different ones of 4 heads",
+        ),
+        ({"active_heads": [3, 5]}, "active_heads, layer 1: 5 is not from 1 to 4"),
+        ({"norm_scale": [[1.0] * 3] * 2}, "norm_scale and norm_offset go together"),
+        (
+            {"norm_scale": [[1.0] * 3, [1.0]], "norm_offset": [[1.0] * 3] * 2},
+            "norm_scale, layer 1: 1 numbers for 3 routed heads",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_says_where(fields: dict[str, Any], words: str) -> None:
+    config = converted_config(donor_model(heads=4, kv_heads=2))
+    values = config.to_dict() | {"shared_heads": [[0], [1]], "active_heads": [2, 3]} | fields
+    with pytest.raises(Exception, match=words):
+        type(config)(**values)
