@@ -27,7 +27,9 @@ def _with_a_cache(name: str) -> str:
 
 def _of_layers(name: str) -> str:
     if name not in METHODS:
-        raise typer.BadParameter(f"'{name}' rewrites no layers; choose one of {', '.join(METHODS)}")
+        raise typer.BadParameter(
+            f"'{name}' is not a method that rewrites layers; choose one of {', '.join(METHODS)}"
+        )
     return name
 
 

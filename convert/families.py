@@ -117,6 +117,14 @@ def attention_facts(config: Any) -> AttentionFacts:
     )
 
 
+def class_free_values(config: Any) -> dict[str, Any]:
+    """What `config` says of the model, without what says of which class it is and where it came from."""
+    values: dict[str, Any] = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"):
+        values.pop(key, None)
+    return values
+
+
 def layer_window(config: Any, index: int) -> int | None:
     """How many tokens, itself included, a query of layer `index` sees; None: all before it."""
     kinds = getattr(config, "layer_types", None)

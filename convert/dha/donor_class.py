@@ -8,7 +8,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mhconvert.convert.dha import modeling_dha
-from mhconvert.convert.families import attention_facts
+from mhconvert.convert.families import attention_facts, class_free_values
 
 
 def decoupled_class(donor_config_class: Any) -> Any:
@@ -20,13 +20,10 @@ def decoupled_class(donor_config_class: Any) -> Any:
 def decoupled_config(donor_config: Any, output_bias: bool) -> Any:
     """The donor's configuration as that of its decoupled-head class; each layer's maps are still the donor's own."""
     config_class, facts = decoupled_class(type(donor_config)).config_class, attention_facts(donor_config)
-    values = donor_config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"):
-        values.pop(key, None)
     group = facts.heads // facts.kv_heads
     own = [[head // group for head in range(facts.heads)] for _ in range(donor_config.num_hidden_layers)]
     config = config_class(
-        **values,
+        **class_free_values(donor_config),
         k_head_map=copy.deepcopy(own),
         v_head_map=own,
         attention_output_bias=output_bias or facts.output_bias,

@@ -15,7 +15,7 @@ from mhconvert.convert.allotment import LayerNeed, divide
 from mhconvert.convert.attention import LayerStatistics
 from mhconvert.convert.donor_attention import attention_weights, output_bias, qk_norm
 from mhconvert.convert.errors import UnsupportedError
-from mhconvert.convert.families import attention_facts
+from mhconvert.convert.families import attention_facts, class_free_values
 from mhconvert.convert.linalg import relative_error
 from mhconvert.convert.mla import modeling_mla
 from mhconvert.convert.mla.assembly import NormedWeights, at_mean_scale, module_tensors
@@ -261,12 +261,9 @@ def model_class(donor_config_class: Any) -> Any:
 def latent_config(donor_config: Any, output_bias: bool, rope_in_latent: bool = False) -> Any:
     """The donor's configuration as that of its latent-attention class; each layer's sizes are still empty."""
     config_class, facts = model_class(type(donor_config)).config_class, attention_facts(donor_config)
-    values = donor_config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"):
-        values.pop(key, None)
     layers = donor_config.num_hidden_layers
     config = config_class(
-        **values,
+        **class_free_values(donor_config),
         kv_lora_rank=[0] * layers,
         rope_frequencies=[[] for _ in range(layers)],
         qk_nope_head_dim=facts.head_dim,

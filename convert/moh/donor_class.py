@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mhconvert.convert.families import attention_facts
+from mhconvert.convert.families import attention_facts, class_free_values
 from mhconvert.convert.moh import modeling_moh
 
 
@@ -19,12 +19,9 @@ def mixture_class(donor_config_class: Any) -> Any:
 def mixture_config(donor_config: Any, route: str = "heads", router: str = "learned") -> Any:
     """The donor's configuration as that of its mixture-of-head class; every head is shared still."""
     config_class, facts = mixture_class(type(donor_config)).config_class, attention_facts(donor_config)
-    values = donor_config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"):
-        values.pop(key, None)
     units, layers = facts.heads if route == "heads" else facts.kv_heads, donor_config.num_hidden_layers
     config = config_class(
-        **values,
+        **class_free_values(donor_config),
         head_route=route,
         head_router=router,
         shared_heads=[list(range(units)) for _ in range(layers)],

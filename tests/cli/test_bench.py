@@ -144,3 +144,25 @@ def test_a_tiny_pair_as_one_json_object(
     captured = capsys.readouterr()
     assert "is no folder that mhconvert wrote" in json.loads(captured.out)["error"]
     assert captured.err.startswith("mhconvert: ")
+
+
+def test_random_weights_of_a_mixture_of_heads(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    donor = make_donor(tmp_path / "donor", heads=4, kv_heads=2)
+    words = [
+        "--random",
+        "--to",
+        "moh",
+        "--kv-budget",
+        0.75,
+        "--contexts",
+        64,
+        "--batch",
+        1,
+        "--new-tokens",
+        2,
+    ]
+    assert main("bench", donor, *words, "--device", "cpu", "--json") == 0
+    [row] = json.loads(capsys.readouterr().out)["rows"]
+    assert row["converted"]["cache_bytes"] == row["donor"]["cache_bytes"]
