@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_relative_import_files
 
 import mhconvert
 
@@ -66,7 +67,14 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
 
 
 def shipped_files() -> list[Path]:
-    return sorted((*ROOT.glob("convert/*/modeling_*.py"), *ROOT.glob("convert/*/configuration_*.py")))
+    """Of every method its modeling file and, as transformers finds them, the siblings that it imports."""
+    found = set(ROOT.glob("convert/*/modeling_*.py"))
+    return sorted(found | {Path(name) for file in found for name in get_relative_import_files(file)})
+
+
+def test_the_shipped_files_are_found() -> None:
+    names = {path.name for path in shipped_files() if path.parent.name == "moh"}
+    assert names == {"configuration_moh.py", "head_router.py", "modeling_moh.py"}
 
 
 @pytest.mark.parametrize("path", shipped_files(), ids=lambda path: path.name)
