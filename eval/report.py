@@ -85,6 +85,11 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return table
 
 
+def method_title(method: str) -> str:
+    """A method's name as its paper writes it: mla -> MLA, moh -> MoH."""
+    return "MoH" if method == "moh" else method.upper()
+
+
 def healing_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table of a healed checkpoint: a line of titles, then what was measured before and after."""
     before, perplexity = report["before"], report["perplexity"]
@@ -140,7 +145,7 @@ def show(report: dict[str, Any], console: Any) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    method = {"moh": "MoH"}.get(str(report.get("method")), str(report.get("method", "")).upper())
+    method = method_title(str(report.get("method", "")))
     title = f"{report.get('donor_name') or report.get('donor', '')} → {method}"
     console.out(title if method else str(report.get("output", "")), highlight=False)
     healed = bool(report.get("healing"))
@@ -200,7 +205,7 @@ def model_card(report: dict[str, Any], licence: str | None = None) -> str:
     about = [
         f"# {name}",
         "",
-        f"{base or report.get('donor', 'A pretrained model')} with its attention rewritten as {method} "
+        f"{base or report.get('donor', 'A pretrained model')} with its attention rewritten as {method_title(method)} "
         f"by mhconvert {report.get('versions', {}).get('mhconvert', '')}."
         " The tokenizer and the chat template are the base model's, unchanged.",
         "",

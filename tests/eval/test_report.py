@@ -68,7 +68,9 @@ def test_card_front_matter_and_numbers(tmp_path: Path) -> None:
 
 def test_missing_facts_have_no_row() -> None:
     assert rows({"output": "x", "method": "mla"}) == []
-    assert "None" not in model_card({"output": "x", "method": "mla", "donor": "folder"})
+    card = model_card({"output": "x", "method": "mla", "donor": "folder"})
+    assert "None" not in card
+    assert "attention rewritten as MLA by" in card
 
 
 def test_table_for_people() -> None:

@@ -61,6 +61,7 @@ def test_a_whole_folder_that_a_bare_process_reads(
     flops = report["attention_flops"]
     assert flops["converted"] < flops["donor"]
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "rewritten as MoH by" in card
     assert "active heads a token" in card
     assert "58.3 % of the donor's" in card
     facts = inspection.inspect(str(tmp_path / "out"))
