@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,25 +13,15 @@ from mhconvert.convert.methods import CACHE_METHODS, METHOD_NAMES, METHODS
 from mhconvert.convert.tolerance import parse
 
 
-def _known_method(name: str) -> str:
-    if name not in METHOD_NAMES:
-        raise typer.BadParameter(f"'{name}' is not a method; choose one of {', '.join(METHOD_NAMES)}")
-    return name
+def _one_of(names: Collection[str], kind: str) -> Callable[[str], str]:
+    """A check that a word names a method among `names`, which are said to be of this `kind`."""
 
+    def check(name: str) -> str:
+        if name not in names:
+            raise typer.BadParameter(f"'{name}' is not a method{kind}; choose one of {', '.join(names)}")
+        return name
 
-def _with_a_cache(name: str) -> str:
-    if name not in CACHE_METHODS:
-        known = ", ".join(CACHE_METHODS)
-        raise typer.BadParameter(f"'{name}' is not a method that changes the KV cache; choose one of {known}")
-    return name
-
-
-def _of_layers(name: str) -> str:
-    if name not in METHODS:
-        raise typer.BadParameter(
-            f"'{name}' is not a method that rewrites layers; choose one of {', '.join(METHODS)}"
-        )
-    return name
+    return check
 
 
 def _known_tolerance(text: str | None) -> str | None:
@@ -78,7 +69,7 @@ Method = Annotated[
     str,
     typer.Option(
         "--to",
-        callback=_known_method,
+        callback=_one_of(METHOD_NAMES, ""),
         metavar="METHOD",
         help="mla: latent attention; dha: fewer K and V heads; moh: some heads a token; hydra: an untrained adapter "
         "beside DONOR.",
@@ -88,7 +79,7 @@ AnyMethod = Annotated[
     str,
     typer.Option(
         "--to",
-        callback=_of_layers,
+        callback=_one_of(METHODS, " that rewrites layers"),
         metavar="METHOD",
         help="With --random, the conversion to time: mla, dha, or moh, whose --kv-budget is its share of active heads.",
     ),
@@ -97,7 +88,7 @@ CacheMethod = Annotated[
     str,
     typer.Option(
         "--to",
-        callback=_with_a_cache,
+        callback=_one_of(CACHE_METHODS, " that changes the KV cache"),
         metavar="METHOD",
         help="mla: latent attention; dha: fewer K and V heads.",
     ),
