@@ -1,0 +1,228 @@
+"""A needle in a haystack: does the model find one number again, at several depths of texts of several lengths?
+
+Multiple-choice averages and perplexity hide damage to long-range attention; this does not. The text is written here,
+from templates and a seed, so that the donor and its conversions read the same tokens and nobody needs a data file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mhconvert.convert.errors import MhconvertError
+
+LENGTHS = (256, 512, 1024, 2048)
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+NAMES = (
+    "Alma",
+    "Bruno",
+    "Clara",
+    "Dario",
+    "Elena",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Irene",
+    "Jonas",
+    "Katya",
+    "Leon",
+)
+CITIES = ("Aarhus", "Bilbao", "Cork", "Dresden", "Exeter", "Florence", "Ghent", "Halifax", "Izmir", "Jaipur")
+PEOPLE = ("the baker", "the old captain", "my neighbour", "the librarian", "a young painter", "the postman")
+THINGS = ("a wooden chair", "the blue kettle", "a long letter", "two ripe pears", "an umbrella", "the map")
+PLACES = ("by the harbour", "in the market", "near the old bridge", "at the station", "behind the church")
+TIMES = (
+    "in the morning",
+    "after lunch",
+    "on Sundays",
+    "before the rain came",
+    "late in autumn",
+    "once a week",
+)
+SKIES = ("grey", "clear", "pale", "heavy with clouds", "warm and still", "full of swallows")
+SENTENCES = (
+    "{person} carried {thing} home and said nothing about it.",
+    "{time}, {person} waited {place} and watched the boats.",
+    "The sky was {sky}, and the streets {place} were quiet.",
+    "{person} had left {thing} {place} again.",
+    "{time}, somebody sang {place} until the lamps were lit.",
+    "Nobody remembered who had paid for {thing}.",
+    "{time}, the sky was {sky} and the bread was late.",
+    "{person} told a story about {thing}, and everyone laughed.",
+)
+NEEDLE = "The secret number of {key} is {number}."
+QUESTION = "The secret number of {key} is"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Token ids of a text, a question and its answer; the last `answer` of them are the answer's."""
+
+    ids: tuple[int, ...]
+    answer: int
+
+
+def usable_lengths(limit: int | None, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(lengths that a model of at most `limit` tokens reads, lengths left out), in their order. None: no limit."""
+    kept = [length for length in lengths if limit is None or length <= limit]
+    return kept, [length for length in lengths if length not in kept]
+
+
+def probe(
+    model: Any,
+    tokenizer: Any,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    depths: Sequence[float] = DEPTHS,
+    trials: int = 2,
+    seed: int = 0,
+    on_cell: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """How much of the needles a causal language model finds again, without sampling.
+
+    A case has at most `length` tokens, question and answer included; depth 0 puts the needle first, 1 last.
+    recalled (lengths × depths): the share of `trials` whose greedy continuation is the answer. nll, the same shape:
+    nats a token of the answer, which rises before recall breaks. share: the mean of recalled; share_stderr: its
+    standard error after Agresti and Coull, so that 0 of n and n of n are not certainties. absent: recalled and nll
+    at the shortest length where the text has no needle, which is what guessing gives.
+    on_cell(done, total) is called after each cell. Raises MhconvertError for lengths beyond the model's limit or too
+    short for needle and question.
+    """
+    _require(model, lengths, depths, trials)
+    cells: list[list[tuple[float, float]]] = []
+    for row, length in enumerate(lengths):
+        cells.append([])
+        for column, depth in enumerate(depths):
+            cells[-1].append(_cell(model, tokenizer, length, depth, trials, seed))
+            if on_cell is not None:
+                on_cell(row * len(depths) + column + 1, len(lengths) * len(depths))
+    absent = _cell(model, tokenizer, min(lengths), 0.5, trials, seed, planted=False)
+    recalled, nll = ([[cell[part] for cell in row] for row in cells] for part in (0, 1))
+    number = len(lengths) * len(depths) * trials
+    found = round(trials * sum(map(sum, recalled)))
+    centre = (found + 2) / (number + 4)
+    return {
+        "lengths": list(lengths),
+        "depths": list(depths),
+        "trials": trials,
+        "recalled": recalled,
+        "nll": nll,
+        "share": found / number,
+        "share_stderr": math.sqrt(centre * (1 - centre) / (number + 4)),
+        "mean_nll": sum(map(sum, nll)) / (len(lengths) * len(depths)),
+        "cells": len(lengths) * len(depths),
+        "absent": {"recalled": absent[0], "nll": absent[1]},
+    }
+
+
+def make_case(
+    tokenizer: Any, length: int, depth: float, *, seed: int = 0, trial: int = 0, planted: bool = True
+) -> Case:
+    """At most `length` tokens: sentences with the needle at `depth` of them, the question, and the answer.
+
+    The same for the same arguments on every machine; shorter than `length` by less than two sentences.
+    planted=False: the needle is left out. Raises MhconvertError when needle and question do not fit.
+    """
+    dice = random.Random(f"{seed} {length} {depth} {trial}")
+    key = f"{dice.choice(NAMES)} from {dice.choice(CITIES)}"
+    number = str(dice.randrange(10**6, 10**7))
+    needle = [NEEDLE.format(key=key, number=number)] if planted else []
+    question = QUESTION.format(key=key)
+    filler: list[str] = []
+    size = 0
+    while size < length:
+        filler.append(_sentence(dice))
+        size += len(_encode(tokenizer, " " + filler[-1]))
+    while True:
+        place = round(depth * len(filler))
+        text = " ".join([*filler[:place], *needle, *filler[place:], question])
+        ids = _start(tokenizer) + _encode(tokenizer, f"{text} {number}")
+        if len(ids) <= length:
+            return Case(tuple(ids), len(ids) - _shared(ids, _start(tokenizer) + _encode(tokenizer, text)))
+        if not filler:
+            raise MhconvertError(
+                f"a length of {length} tokens does not hold needle and question, which take {len(ids)}; "
+                "use longer lengths"
+            )
+        filler.pop()
+
+
+def measure(model: Any, case: Case) -> tuple[bool, float]:
+    """(whether the greedy continuation of the question is the answer, nats a token of the answer).
+
+    One forward: greedy decoding gives the answer exactly when each of its tokens is the likeliest after those before.
+    """
+    ids = torch.tensor([case.ids], device=model.device)
+    inputs: dict[str, Any] = {"input_ids": ids[:, :-1], "use_cache": False}
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" in inspect.signature(whole.forward).parameters:
+        inputs["logits_to_keep"] = case.answer
+    with torch.inference_mode():
+        logits = model(**inputs).logits[0, -case.answer :].float()
+    wanted = ids[0, -case.answer :]
+    nll = -logits.log_softmax(-1).gather(1, wanted[:, None]).double().mean().item()
+    return bool((logits.argmax(-1) == wanted).all()), nll
+
+
+def _cell(
+    model: Any, tokenizer: Any, length: int, depth: float, trials: int, seed: int, planted: bool = True
+) -> tuple[float, float]:
+    found = [
+        measure(model, make_case(tokenizer, length, depth, seed=seed, trial=trial, planted=planted))
+        for trial in range(trials)
+    ]
+    return sum(hit for hit, _ in found) / trials, sum(nll for _, nll in found) / trials
+
+
+def _require(model: Any, lengths: Sequence[int], depths: Sequence[float], trials: int) -> None:
+    if not lengths or not depths or trials < 1:
+        raise MhconvertError(
+            f"{len(lengths)} lengths, {len(depths)} depths and {trials} trials make no probe; use at least 1 each"
+        )
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise MhconvertError(
+            f"depths {', '.join(map(str, depths))} are not all between 0, first, and 1, last"
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    _, beyond = usable_lengths(limit, lengths)
+    if beyond:
+        raise MhconvertError(
+            f"the model reads at most {limit} tokens and a length of {max(beyond)} is asked for"
+        )
+
+
+def _sentence(dice: random.Random) -> str:
+    sentence = dice.choice(SENTENCES).format(
+        person=dice.choice(PEOPLE),
+        thing=dice.choice(THINGS),
+        place=dice.choice(PLACES),
+        time=dice.choice(TIMES),
+        sky=dice.choice(SKIES),
+    )
+    return sentence[0].upper() + sentence[1:]
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: its BOS, or nothing. An EOS that some put after it would end the text."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first and first == [tokenizer.bos_token_id] else []
+
+
+def _shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    for index, (ours, theirs) in enumerate(zip(left, right, strict=False)):
+        if ours != theirs:
+            return index
+    return min(len(left), len(right))
