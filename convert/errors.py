@@ -37,5 +37,13 @@ class AdapterError(MhconvertError, ValueError):
     """An adapter that cannot be made, loaded or merged. A ValueError too, as peft's own faults are."""
 
 
+class PublishError(MhconvertError):
+    """A push to the Hub that cannot begin, or that the Hub refused; nothing is half published."""
+
+
 class HealError(MhconvertError):
     """A healing run that cannot begin, or that came to a bad end: settings, text, memory, divergence."""
+
+
+class RecipeError(MhconvertError):
+    """A recipe's file or a part of it that cannot be taken: an unknown key, a wrong type, a value out of range."""

@@ -5,9 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from mhconvert.convert.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Also:
+    """In `Annotated[T, Also(S)]`: the field takes an S too, of which its dataclass makes a T."""
+
+    kind: Any
 
 
 def changed_fields(choices: Any) -> list[str]:

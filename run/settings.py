@@ -1,0 +1,102 @@
+"""What a recipe may say about the stages behind the conversion: evaluation, export, push."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from mhconvert.convert.errors import RecipeError
+from mhconvert.convert.fields import Also
+
+Suite = Literal["quick", "transmla", "moh", "dha", "open-llm"]
+Backend = Literal["hf", "vllm"]
+Names = Annotated[tuple[str, ...], Also(str)]
+SUITES = ("quick", "transmla", "moh", "dha", "open-llm")
+BACKENDS = ("hf", "vllm")
+LEAST = {"limit": 1, "num_fewshot": 0, "sequences": 1, "sequence_length": 8, "batch_size": 1}
+
+
+@dataclass(frozen=True)
+class EvalStage:
+    """Evaluation of the result beside its donor: a suite, tasks, text or retrieval, of which at least one is named.
+
+    suite: a list of lm-eval tasks with their numbers of examples. tasks: lm-eval tasks, groups or globs, beside the
+    suite's. text: files, globs or dataset names on which fidelity and perplexity are measured. data: a folder with
+    local copies of the tasks' data. include_path: a folder of lm-eval task YAMLs. limit: questions a task (None: all).
+    num_fewshot: examples before each question (None: the suite's, or the task's own number). chat_template: questions
+    as a chat. retrieval: also whether a fact is found again in a long text. sequences, sequence_length: rows of
+    text, and tokens a row. batch_size: rows of questions together (None: chosen by memory). dtype: of the weights as
+    loaded (None: as stored). backend: what runs the tasks.
+    """
+
+    suite: Suite | None = None
+    tasks: Names = ()
+    text: Names = ()
+    data: str | None = None
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    retrieval: bool = False
+    sequences: int = 16
+    sequence_length: int = 1024
+    batch_size: int | None = None
+    dtype: str | None = None
+    backend: Backend = "hf"
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "text"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            if not all(getattr(self, name)):
+                raise RecipeError(f"{name} has an empty name")
+        if not (self.suite or self.tasks or self.text or self.retrieval):
+            raise RecipeError(
+                "there is nothing to evaluate; name a suite, tasks or text, or set retrieval: true"
+            )
+        if self.suite is not None and self.suite not in SUITES:
+            raise RecipeError(f"suite '{self.suite}' is not one of {', '.join(SUITES)}")
+        if self.backend not in BACKENDS:
+            raise RecipeError(f"backend '{self.backend}' is not one of {', '.join(BACKENDS)}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RecipeError(f"{name}={value} is too small; use at least {least}")
+
+
+@dataclass(frozen=True)
+class ExportStage:
+    """Another form of the result. to: a form or an engine, such as lora. output: its folder (None: beside it)."""
+
+    to: str
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.to.strip():
+            raise RecipeError("to is empty; name a form such as lora")
+        if self.output is not None and not self.output.strip():
+            raise RecipeError("output is empty; name a folder, or leave it out")
+
+
+@dataclass(frozen=True)
+class PushStage:
+    """Upload of the result to the Hugging Face Hub.
+
+    repo: owner/name, or a name of one's own. private: whether a repository that is made for it is seen by others.
+    revision: a branch (None: main).
+    """
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(self.repo)
+        except HFValidationError as error:
+            raise RecipeError(f"repo '{self.repo}' is no name of a repository: {error}") from error
+        if self.revision is not None and not self.revision.strip():
+            raise RecipeError("revision is empty; name a branch, or leave it out")
