@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mhconvert.cli import bench, convert, curve, donors, evaluate, export, generate, heal, inspect, merge
+from mhconvert.cli import bench, convert, curve, donors, evaluate, export, generate, heal, inspect, merge, push
 from mhconvert.version import __version__
 
 HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
@@ -26,6 +26,7 @@ HELP = """Rewrite the attention of a pretrained language model so that its KV ca
   mhconvert heal ./my-model-mla --tokens 20M train it to predict as its donor does
   mhconvert llama3.2-1b --to hydra           an adapter for it that peft trains
   mhconvert merge ./adapter -o OUT           an adapter and its base as a plain checkpoint
+  mhconvert push ./my-model-mla USER/REPO    publish it on the Hugging Face Hub
 
 DONOR is an alias (mhconvert donors), org/name[@revision], a folder, or a .gguf file.
 `mhconvert DONOR --help` shows every option of a conversion."""
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench.command,
     "merge": merge.command,
     "export": export.command,
+    "push": push.command,
     "donors": donors.command,
 }
 for _name, _command in COMMANDS.items():

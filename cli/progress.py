@@ -24,6 +24,7 @@ NAMES = {
     "heal": "healing, tokens",
     "merge": "merging",
     "export": "exporting",
+    "push": "pushing",
     "verify": "checking in a bare process",
     "rows": "rows",
     "speed": "decode steps",

@@ -69,7 +69,7 @@ def run(
     """Write the checkpoint that `recipe` describes; returns its report.
 
     fit: trains a converted attention in place (`heal.local.fit`). measure: makes an accumulator of predictions
-    (`eval.fidelity.Fidelity`). finish: writes the report into the folder (`eval.report.write_report`).
+    (`eval.fidelity.Fidelity`). finish: writes the report into the folder (`eval.card.write_report`).
     Raises MhconvertError for what a user can mend; the output folder then does not exist or is as it was.
     """
     started, tell = time.perf_counter(), on_progress or ignore

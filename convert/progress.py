@@ -11,7 +11,7 @@ class Progress:
     Stages in order: "donor", "calibrate" (unit: tokens), "search" (of a tolerance's budget), "survey" (of the layers'
     needs) and "layers" (unit: decoder layers), "verify", "done"; or, with an adapter, "donor", "merge" (unit: tensors)
     or "export" (unit: modules), "done"; or, healing, "donor", "text", "measure", "blocks" (unit: layers), "heal" (unit:
-    tokens), "measure", "verify", "done".
+    tokens), "measure", "verify", "done"; or "push" (unit: steps).
     `error` is the relative squared error of the layer just finished, where there is one.
     """
 

@@ -1,26 +1,13 @@
-"""The measured facts of a conversion: `report.json`, the model card beside the weights, and the table for people."""
+"""The measured facts of a conversion as people read them: tables, a sample, how to load the folder."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from mhconvert.convert.checkpoint import is_adapter
 from mhconvert.eval.units import count, duration, number, share, size
-
-REPORT = "report.json"
-CARD = "README.md"
-
-
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write `report.json` and the model card (README.md) into `folder`; an adapter has its card already."""
-    text = json.dumps(json_safe(report), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-    if is_adapter(folder):
-        return
-    (folder / CARD).write_text(model_card(report, licence_file(folder)), encoding="utf-8")
 
 
 def json_safe(value: Any) -> Any:
@@ -185,93 +172,3 @@ def loading(folder: str, remote_code: bool) -> str:
 def remote_code(report: dict[str, Any]) -> bool:
     """Whether the report's folder carries its own modeling file."""
     return bool(report.get("remote_code", True))
-
-
-def licence_file(folder: Path) -> str | None:
-    """The name of the donor's licence file as carried over into `folder`."""
-    found = sorted(path.name for path in folder.glob("LICENSE*")) if folder.is_dir() else []
-    return found[0] if found else None
-
-
-def model_card(report: dict[str, Any], licence: str | None = None) -> str:
-    """The README.md of a converted checkpoint: what it is, what was measured and how, how to load it."""
-    base = report.get("hub_id")
-    method = str(report.get("method", ""))
-    name = Path(str(report.get("output", ""))).name
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    head += [f"base_model: {base}"] if base else []
-    head += [f"license: {report['licence']}"] if report.get("licence") else []
-    head += ["tags:", "- mhconvert", f"- {method}", "---", ""]
-    about = [
-        f"# {name}",
-        "",
-        f"{base or report.get('donor', 'A pretrained model')} with its attention rewritten as {method_title(method)} "
-        f"by mhconvert {report.get('versions', {}).get('mhconvert', '')}."
-        " The tokenizer and the chat template are the base model's, unchanged.",
-        "",
-    ]
-    facts = _healed(report) if report.get("healing") else _measured(report)
-    return "\n".join(head + about + facts + _usage(name, remote_code(report)) + _origin(report, licence))
-
-
-def _healed(report: dict[str, Any]) -> list[str]:
-    titles, *found = healing_rows(report)
-    lines = ["## Measured", "", "| " + " | ".join(titles) + " |", "|---|---:|---:|---:|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in found]
-    cache = next((row for row in rows(report) if row[0] == "KV cache a token"), None)
-    lines += ["", f"The KV cache holds {cache[2]} a token, {cache[3]}."] if cache else []
-    heads = report.get("active_heads")
-    lines += ["", f"A token has {heads['converted']} of {heads['donor']} heads."] if heads else []
-    healing = report["healing"]
-    terms = ", ".join(
-        f"{name} × {weight:g}" for name, weight in healing["settings"]["loss"].items() if weight
-    )
-    sources = ", ".join(Path(source).name for source in healing["settings"]["data"])
-    lines += ["", f"Healed ({terms}): {healing_line(report)}. Text: {sources}."]
-    lines += [f"Measured on {healing['held_out_tokens']:,} tokens of the same text, held out of the healing."]
-    if healing.get("plot"):
-        lines += ["", f"![loss and KL against tokens]({healing['plot']})"]
-    return [*lines, ""]
-
-
-def _measured(report: dict[str, Any]) -> list[str]:
-    lines = ["## Measured", "", "| | base model | this model | |", "|---|---:|---:|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(report)]
-    heads = [(layer["k_heads"], layer["v_heads"]) for layer in report.get("layers", []) if "k_heads" in layer]
-    if heads:
-        lines += ["", f"K + V heads by layer: {', '.join(f'{k} + {v}' for k, v in heads)}."]
-    calibration = report.get("calibration") or {}
-    if calibration:
-        source = calibration.get("source") or calibration.get("sources") or "self"
-        source = ", ".join(source) if isinstance(source, (list, tuple)) else source
-        held_out = calibration.get("held_out_tokens")
-        lines += [
-            "",
-            f"Calibrated on {calibration.get('tokens', 'an unrecorded number of')} tokens of: {source}"
-            + (" (text sampled from the base model itself)." if source == "self" else ".")
-            + " Perplexity, KL and agreement are measured on"
-            + (f" {held_out} tokens" if held_out else " rows")
-            + " of the same text that were held out of the conversion; `mhconvert eval` measures on any text.",
-        ]
-    return [*lines, ""]
-
-
-def _usage(name: str, remote: bool) -> list[str]:
-    note = "The folder carries its own modeling file, which is why `trust_remote_code=True` is needed."
-    note = note if remote else "It is the base model's own architecture: any engine that runs that runs this."
-    return ["## Use", "", "```python", loading(name, remote).rstrip(), "```", "", note, ""]
-
-
-def _origin(report: dict[str, Any], licence: str | None) -> list[str]:
-    terms = f"The base model's licence applies and is carried over in `{licence}`." if licence else ""
-    terms = terms or "The base model's licence applies; its folder had no licence file to carry over."
-    notice = report.get("notice")
-    return (
-        ["## Origin", "", terms]
-        + (["", str(notice)] if notice else [])
-        + [
-            "",
-            "`mhconvert.json` holds the recipe as run and the versions; `report.json` every measured number.",
-            "",
-        ]
-    )

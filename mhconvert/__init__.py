@@ -2,8 +2,8 @@
 
 `mhconvert.convert(recipe)`, `mhconvert.plan(recipe)`, `mhconvert.curve(recipe, budgets)`, `mhconvert.heal(...)`,
 `mhconvert.evaluate(...)`, `mhconvert.merge(...)`, `mhconvert.export(...)`, `mhconvert.inspect(...)`,
-`mhconvert.generate(...)` and `mhconvert.bench(...)` are what the command line calls. Nothing heavy is imported until
-one of them is used; importing `HydraConfig` makes peft know that method.
+`mhconvert.generate(...)`, `mhconvert.bench(...)` and `mhconvert.push(...)` are what the command line calls. Nothing
+heavy is imported until one of them is used; importing `HydraConfig` makes peft know that method.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _PUBLIC = {
     "inspect": ("mhconvert.api", "inspect"),
     "generate": ("mhconvert.api", "generate"),
     "bench": ("mhconvert.api", "bench"),
+    "push": ("mhconvert.api", "push"),
     "Recipe": ("mhconvert.convert.recipe", "Recipe"),
     "HealSettings": ("mhconvert.convert.heal_settings", "HealSettings"),
     "Calibration": ("mhconvert.convert.recipe", "Calibration"),

@@ -36,7 +36,7 @@ def convert(
         return create.run(recipe, force=force, on_progress=on_progress)
     from mhconvert.convert import load, pipeline
     from mhconvert.eval.fidelity import Fidelity
-    from mhconvert.eval.report import write_report
+    from mhconvert.eval.card import write_report
     from mhconvert.heal import local
 
     if recipe.heal is not None:
@@ -140,7 +140,7 @@ def heal(
     """
     from mhconvert.eval import plot
     from mhconvert.eval.fidelity import Fidelity
-    from mhconvert.eval.report import write_report
+    from mhconvert.eval.card import write_report
     from mhconvert.heal import run
     from mhconvert.heal.opening import Run
 
@@ -326,3 +326,33 @@ def bench(
     if random is not None:
         return timing.bench_random(checkpoint, random, kv_budget, options, device, tell)
     return timing.bench(checkpoint, against, options, device, tell)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    dry_run: bool = False,
+    message: str | None = None,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Publish a checkpoint or an adapter on the Hugging Face Hub in one commit; the folder is only read.
+
+    repo_id: USER/REPO; REPO alone is the token owner's. private: make the repository private. revision: a branch;
+    None: main. dry_run: check, and send nothing.
+    Returns repo, url, revision, commit, files [{path, bytes}], bytes, left_out, removed, private, dry_run, card.
+    Raises PublishError, with the branch as it was. What is returned as done, the Hub lists in full.
+    """
+    from mhconvert.hub import push as publishing
+
+    return publishing.push(
+        Path(folder).expanduser(),
+        repo_id,
+        private=private,
+        revision=revision,
+        dry_run=dry_run,
+        message=message,
+        on_progress=on_progress,
+    )

@@ -17,7 +17,7 @@ import mhconvert
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-FOLDERS = ("mhconvert", "convert", "cli", "eval", "heal", "recipes")
+FOLDERS = ("mhconvert", "convert", "cli", "eval", "heal", "hub", "recipes")
 
 
 def code_folders() -> dict[str, str]:

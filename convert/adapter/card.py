@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from mhconvert.convert.donor import Donor
+from mhconvert.convert.front_matter import front_matter
 
 
 def write(folder: Path, name: str, donor: Donor, text: str, *, library: str = "peft") -> None:
     """Write README.md: front matter, title and `text`. library: who loads the folder."""
-    head = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
-    head += [f"base_model: {donor.hub_id}"] if donor.hub_id else []
-    head += [f"license: {donor.licence}"] if donor.licence else []
-    head += ["tags:", "- mhconvert", "---", "", f"# {name}", "", text, ""]
-    (folder / "README.md").write_text("\n".join(head), encoding="utf-8")
+    head = front_matter(
+        library=library,
+        base=donor.hub_id,
+        relation="adapter" if library == "peft" else "finetune",
+        licence=donor.licence,
+        tags=["mhconvert"],
+    )
+    (folder / "README.md").write_text(f"{head}\n# {name}\n\n{text}\n", encoding="utf-8")
 
 
 def about_new(report: dict[str, Any]) -> str:

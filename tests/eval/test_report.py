@@ -1,18 +1,15 @@
-"""What people read: report.json is strict JSON, the card carries the measured numbers, units are right."""
+"""What people read: the table of a conversion, and units."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
-from pathlib import Path
 
 import pytest
-import yaml
 from rich.console import Console
 
 from mhconvert.eval import units
-from mhconvert.eval.report import CARD, REPORT, model_card, rows, show, write_report
+from mhconvert.eval.report import rows, show
 
 FULL = {
     "output": "some/where/tiny-mla",
@@ -43,34 +40,8 @@ def test_a_tolerance_has_a_row_of_its_own() -> None:
     assert not [quantity for quantity, *_ in rows(FULL) if quantity.startswith("tolerance")]
 
 
-def test_report_is_strict_json(tmp_path: Path) -> None:
-    write_report(tmp_path, FULL)
-    report = json.loads((tmp_path / REPORT).read_text(), parse_constant=pytest.fail)
-    assert report["layers"] == [{"index": 0, "relative_error": None}]
-    assert report["perplexity"] == FULL["perplexity"]
-
-
-def test_card_front_matter_and_numbers(tmp_path: Path) -> None:
-    (tmp_path / "LICENSE").write_text("terms")
-    write_report(tmp_path, FULL)
-    card = (tmp_path / CARD).read_text(encoding="utf-8")
-    head = yaml.safe_load(card.split("---")[1])
-    assert head["base_model"] == "org/tiny"
-    assert head["license"] == "apache-2.0"
-    assert head["library_name"] == "transformers"
-    assert "mla" in head["tags"]
-    assert "| perplexity | 20 | 25 | × 1.250 |" in card
-    assert "| KV cache a token | 4 KiB | 1.25 KiB | 31.2 % of the donor's, measured |" in card
-    assert "carried over in `LICENSE`" in card
-    assert 'from_pretrained("tiny-mla", trust_remote_code=True)' in card
-    assert "sampled from the base model itself" in card
-
-
 def test_missing_facts_have_no_row() -> None:
     assert rows({"output": "x", "method": "mla"}) == []
-    card = model_card({"output": "x", "method": "mla", "donor": "folder"})
-    assert "None" not in card
-    assert "attention rewritten as MLA by" in card
 
 
 def test_table_for_people() -> None:

@@ -1,0 +1,1 @@
+"""Publishing a checkpoint or an adapter on the Hugging Face Hub."""
