@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mhconvert.convert.errors import HealError
-from mhconvert.convert.fields import is_number
+from mhconvert.convert.fields import Also, is_number
 
 Trained = Literal["attention", "all", "lora", "hydra"]
 Schedule = Literal["cosine", "wsd", "constant"]
+Tokens = Annotated[int, Also(str)]  # 20M
 TRAINED = ("attention", "all", "lora", "hydra")
 ROUTERS = ("fixed", "trained")
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -46,12 +47,12 @@ class HealSettings:
     None: a tenth of the run.
     """
 
-    tokens: int = 0
-    layer_tokens: int = 0
-    lm_tokens: int = 0
-    data: dict[str, float] = field(default_factory=lambda: {"self": 1.0})
+    tokens: Tokens = 0
+    layer_tokens: Tokens = 0
+    lm_tokens: Tokens = 0
+    data: Annotated[dict[str, float], Also(str | list[str])] = field(default_factory=lambda: {"self": 1.0})
     teacher: str | None = None
-    loss: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
+    loss: Annotated[dict[str, float], Also(str)] = field(default_factory=lambda: {"kl": 1.0})
     fusion: int | None = None
     router: Literal["fixed", "trained"] = "fixed"
     train: Trained = None  # type: ignore[assignment]  # one of them from the start, whatever was given
@@ -62,13 +63,13 @@ class HealSettings:
     weight_decay: float = 0.0
     clip: float = 1.0
     sequence_length: int | None = None
-    batch_tokens: int | None = None
+    batch_tokens: Tokens | None = None
     micro_batch: int | None = None
     gradient_checkpointing: bool = False
     held_out: int = 4
     epochs: int = 1
-    eval_tokens: int | None = None
-    save_tokens: int | None = None
+    eval_tokens: Tokens | None = None
+    save_tokens: Tokens | None = None
     seed: int = 0
     device: str | None = None
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
+from mhconvert.convert import recipe_file
 from mhconvert.convert.errors import MhconvertError
-from mhconvert.convert.fields import changed_fields
+from mhconvert.convert.fields import Also, changed_fields
 from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.methods import ADAPTERS, CACHE_METHODS, METHOD_NAMES, settings_class
+from mhconvert.convert.recipe_file import NOWHERE, Origins
 from mhconvert.convert.tolerance import parse
+from mhconvert.convert.typed import build
 
 Effort = Literal["quick", "default", "high"]
+STAGES = ("eval", "export", "push")  # keys of a recipe's file that are no part of a conversion
 OF_THE_PASS = (
     "tolerance",
     "calibration",
@@ -39,10 +43,14 @@ class Calibration:
     held_out: rows of the same text kept out of statistics and fit, on which fidelity is measured.
     """
 
-    sources: tuple[str, ...] = ("self",)
+    sources: Annotated[tuple[str, ...], Also(str)] = ("self",)
     tokens: int | None = None
     sequence_length: int | None = None
     held_out: int = 4
+
+    def __post_init__(self) -> None:
+        sources = (self.sources,) if isinstance(self.sources, str) else tuple(self.sources)
+        object.__setattr__(self, "sources", sources)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Recipe:
     seed: int = 0
     dtype: str | None = None
     device: str | None = None
-    max_shard_size: str = "5GB"
+    max_shard_size: Annotated[str, Also(int)] = "5GB"
     verify: bool = True
     trust_remote_code: bool = False
     heal: HealSettings | None = None
@@ -75,6 +83,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHOD_NAMES:
             raise MhconvertError(f"unknown method '{self.method}'; choose one of {', '.join(METHOD_NAMES)}")
+        object.__setattr__(self, "max_shard_size", str(self.max_shard_size))
         if self.settings is None:
             object.__setattr__(self, "settings", settings_class(self.method)())
         if self.method in ADAPTERS:
@@ -120,50 +129,27 @@ class Recipe:
         return plain
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Recipe:
-        """Raises MhconvertError on a key that no part of a recipe has, or one that is missing."""
-        values = dict(data)
-        method = values.get("method", "")
-        if method not in METHOD_NAMES:
-            raise MhconvertError(f"unknown method '{method}'; choose one of {', '.join(METHOD_NAMES)}")
-        if values.get("settings") is not None:
-            values["settings"] = _build(settings_class(method), values["settings"], "settings")
-        if values.get("calibration") is not None:
-            part = dict(values["calibration"])
-            sources = part.get("sources", ("self",))
-            part["sources"] = (sources,) if isinstance(sources, str) else tuple(sources)
-            values["calibration"] = _build(Calibration, part, "calibration")
-        if values.get("heal") is not None:
-            if not isinstance(values["heal"], dict):
-                raise MhconvertError(
-                    f"heal: {values['heal']} is not a mapping of settings such as tokens: 20M"
-                )
-            values["heal"] = _build(HealSettings, values["heal"], "heal")
-        return _build(Recipe, values, "recipe")
+    def from_dict(data: dict[str, Any], origins: Origins = NOWHERE) -> Recipe:
+        """The recipe that plain values say; what they say of STAGES is left to who runs those.
+
+        origins: where the values stand, for messages. Raises RecipeError on a key that no part of a recipe has, one
+        that is missing, or a wrong type, and what the parts raise on a value out of range.
+        """
+        values = {name: value for name, value in data.items() if name not in STAGES}
+        if values.get("method") not in METHOD_NAMES:
+            found = f"unknown method '{values['method']}'" if "method" in values else "the method is missing"
+            raise origins.fault(("method",), f"{found}; choose one of {', '.join(METHOD_NAMES)}")
+        hints = {"settings": settings_class(values["method"])}
+        recipe: Recipe = build(Recipe, values, origins, hints=hints, beside=STAGES)
+        return recipe
 
 
 def load_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file. Raises MhconvertError when it is not one."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MhconvertError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise MhconvertError(f"recipe {path} is not a mapping of settings")
-    return Recipe.from_dict(data)
+    """The conversion in a YAML file. Raises RecipeError, with the line, when there is none."""
+    document = recipe_file.read(path)
+    return Recipe.from_dict(document.values, document.origins)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write `recipe` as YAML that `load_recipe` reads back to an equal recipe."""
     path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
-
-
-def _build(kind: Any, values: dict[str, Any], place: str) -> Any:
-    known = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise MhconvertError(f"{place} has no key '{unknown[0]}'; it has {', '.join(sorted(known))}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise MhconvertError(f"{place}: {error}") from error

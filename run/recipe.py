@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mhconvert.convert.recipe import Recipe
+from mhconvert.convert import recipe_file
+from mhconvert.convert.recipe import STAGES, Recipe
+from mhconvert.convert.recipe_file import NOWHERE, Origins
+from mhconvert.convert.typed import build
+from mhconvert.run import overrides as given
 from mhconvert.run.settings import EvalStage, ExportStage, PushStage
 
-STAGES = {"eval": EvalStage, "export": ExportStage, "push": PushStage}
+KINDS = {"eval": EvalStage, "export": ExportStage, "push": PushStage}
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,29 @@ class RunRecipe:
                 values = dataclasses.asdict(stage)
                 plain[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return plain
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], origins: Origins = NOWHERE) -> RunRecipe:
+        """The run that plain values say: the keys of a conversion, and a mapping for each stage behind it.
+
+        origins: where the values stand, for messages. Raises RecipeError as `Recipe.from_dict` does.
+        """
+        convert = Recipe.from_dict(data, origins)
+        return RunRecipe(convert, **{name: _stage(name, data.get(name), origins) for name in STAGES})
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunRecipe:
+    """The run in a YAML file, with `key.sub=value` in place of what it says there; the values are YAML.
+
+    No model is needed or looked for. Raises RecipeError, which names file, line and key, or the override.
+    """
+    document = given.apply(recipe_file.read(path), overrides)
+    return RunRecipe.from_dict(document.values, document.origins)
+
+
+def _stage(name: str, values: Any, origins: Origins) -> Any:
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise origins.fault((name,), f"{name}: {values!r} is not a mapping of settings")
+    return build(KINDS[name], values, origins, (name,))

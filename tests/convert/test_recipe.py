@@ -67,12 +67,21 @@ def test_defaults() -> None:
         ({"settings": {"rank": 3}}, "settings has no key 'rank'; it has kv_budget, kv_lora_rank, profile,"),
         ({"calibration": {"files": []}}, "calibration has no key 'files'; it has held_out, sequence_length,"),
         ({"method": "mqa"}, "unknown method 'mqa'; choose one of mla"),
-        ({"effort": "some"}, "effort 'some' is not one of quick, default, high"),
+        ({"effort": "some"}, "effort: 'some' is not one of quick, default, high"),
         ({"seed": -1}, "seed=-1 is not between 0 and 4294967295"),
         ({"seed": 2**64}, "is not between 0 and 4294967295"),
-        ({"heal": {"token": 5}}, "heal has no key 'token'; it has batch_tokens, clip,"),
+        (
+            {"heal": {"token": 5}},
+            r"heal has no key 'token'; did you mean tokens or lm_tokens\? \(it has batch_tokens,",
+        ),
         ({"heal": {"tokens": "lots"}}, "tokens 'lots' is not a number of tokens such as 200k or 20M"),
         ({"fit_steps": -1}, "fit_steps=-1 is negative; 0 means the closed form alone"),
+        ({"fit_steps": "many"}, "fit_steps: 'many' is not a whole number"),
+        ({"fit_steps": True}, "fit_steps: true is not a whole number"),
+        ({"verify": "no"}, "verify: 'no' is not true or false"),
+        ({"heal": "20M"}, "heal: '20M' is not a mapping of settings"),
+        ({"calibration": {"sources": ["a.txt", 5]}}, "calibration.sources: 5 is not text"),
+        ({"kv_budget": 0.5}, r"recipe has no key 'kv_budget'; did you mean settings\.kv_budget\? \(it has"),
     ],
 )
 def test_refusals(change: dict[str, Any], message: str) -> None:
@@ -83,7 +92,7 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 def test_a_recipe_without_a_model() -> None:
     with pytest.raises(MhconvertError, match=r"recipe: .*'model'"):
         Recipe.from_dict({"method": "mla"})
-    with pytest.raises(MhconvertError, match="unknown method ''"):
+    with pytest.raises(MhconvertError, match="the method is missing; choose one of mla, dha, moh, hydra"):
         Recipe.from_dict({"model": "x"})
 
 

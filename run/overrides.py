@@ -1,0 +1,51 @@
+"""Values given beside a recipe's file: `heal.tokens=1B`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from mhconvert.convert.errors import RecipeError
+from mhconvert.convert.recipe_file import Document, Keys, Origins
+
+
+def apply(document: Document, overrides: Sequence[str]) -> Document:
+    """The document with `key.sub=value` in place of what it has there, in order; the value is YAML.
+
+    A mapping that is missing or null begins with the key that goes into it; null takes a stage out. What has come from
+    an override has it for its origin. Raises RecipeError for one that is no key=value, has no value, or goes into what
+    is no mapping; whether there is such a key, the reader of the document finds.
+    """
+    values, places = copy.deepcopy(document.values), dict(document.origins.places)
+    for text in overrides:
+        keys, value = _parsed(text)
+        inner = values
+        for depth, key in enumerate(keys[:-1], start=1):
+            if inner.get(key) is None:
+                inner[key] = {}
+                places[keys[:depth]] = f"--set {text}"
+            if not isinstance(inner[key], dict):
+                raise RecipeError(f"--set {text}: {'.'.join(keys[:depth])} is not a mapping of settings")
+            inner = inner[key]
+        inner[keys[-1]] = value
+        places = {old: place for old, place in places.items() if old[: len(keys)] != keys}
+        places[keys] = f"--set {text}"
+    return Document(values, Origins(places))
+
+
+def _parsed(text: str) -> tuple[Keys, Any]:
+    """(("heal", "tokens"), "1B") from "heal.tokens=1B"."""
+    name, equals, written = text.partition("=")
+    keys = tuple(word.strip() for word in name.split("."))
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {text} is not key=value; for example heal.tokens=1B")
+    if not written.strip():
+        raise RecipeError(f"--set {text} has no value; null is the value of what is to be left out")
+    try:
+        return keys, yaml.safe_load(written)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise RecipeError(f"--set {text} cannot be read: {problem}") from error
