@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := mhconvert convert cli eval heal hub tests
+SOURCES := mhconvert convert cli eval heal hub run tests
 DEMO := demo/smollm2-135m-mla
 
 .PHONY: demo bench test lint format clean
@@ -50,4 +50,4 @@ clean:
 .venv/typing: pyproject.toml | .venv/bin/python
 	@rm -rf $@ && mkdir -p $@/mhconvert
 	@for file in mhconvert/*.py mhconvert/py.typed; do ln -s "$(CURDIR)/$$file" $@/mhconvert/; done
-	@for folder in convert cli eval heal hub; do ln -s "$(CURDIR)/$$folder" $@/mhconvert/$$folder; done
+	@for folder in convert cli eval heal hub run; do ln -s "$(CURDIR)/$$folder" $@/mhconvert/$$folder; done

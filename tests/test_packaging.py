@@ -17,7 +17,7 @@ import mhconvert
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-FOLDERS = ("mhconvert", "convert", "cli", "eval", "heal", "hub", "recipes")
+FOLDERS = ("mhconvert", "convert", "cli", "eval", "heal", "hub", "run", "recipes")
 
 
 def code_folders() -> dict[str, str]:
@@ -95,8 +95,15 @@ def test_shipped_files_need_nothing_of_ours(path: Path) -> None:
 
 
 def test_imports_go_one_way() -> None:
-    """cli -> {heal, eval} -> convert."""
-    forbidden = {"convert": ("cli", "eval", "heal"), "eval": ("cli", "heal"), "heal": ("cli", "eval")}
+    """cli -> run -> {heal, eval, hub} -> convert."""
+    tops = ("cli", "run")
+    forbidden = {
+        "convert": (*tops, "eval", "heal", "hub"),
+        "eval": (*tops, "heal", "hub"),
+        "heal": (*tops, "eval", "hub"),
+        "hub": (*tops, "heal"),
+        "run": ("cli",),
+    }
     for top, others in forbidden.items():
         for path in (ROOT / top).rglob("*.py"):
             if path.name == "__main__.py":  # a command line
