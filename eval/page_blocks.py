@@ -1,0 +1,156 @@
+"""What a page is made of, and how each part is written in HTML and in Markdown. Text is plain; it is escaped here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+NOTHING = "—"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell: the value, a smaller note beside it, and how it looks: classes of `page_style`."""
+
+    text: str
+    note: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+    lead: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """columns: their titles; groups: (title, columns that it spans) over them. The first column names the row.
+
+    strong: indices of rows that stand out. folded: hidden in HTML behind this summary until it is opened.
+    kind: how it looks: "words" for text, "heat" for a heat map.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    caption: str = ""
+    groups: Sequence[tuple[str, int]] = ()
+    strong: Sequence[int] = field(default=())
+    folded: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An inline SVG, the only thing that is not escaped: it comes from our own plots. Markdown leaves it out."""
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+
+
+Block = Heading | Paragraph | Table | Figure | Code
+
+
+def to_html(block: Block) -> str:
+    """The block as HTML."""
+    match block:
+        case Heading(text, level):
+            return f"<h{level}>{escape(text)}</h{level}>"
+        case Paragraph(text, lead):
+            return f"<p{' class=lead' if lead else ''}>{_held(text)}</p>"
+        case Code(text):
+            return f"<pre tabindex=0>{escape(text)}</pre>"
+        case Figure(svg, caption):
+            return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+        case Table():
+            table = _html_table(block)
+            if not block.folded:
+                return table
+            return f"<details><summary>{escape(block.folded)}</summary>{table}</details>"
+
+
+def to_markdown(block: Block) -> str:
+    """The block as GitHub's Markdown; nothing for a figure, whose numbers stand in a table."""
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {_plain(text)}"
+        case Paragraph(text):
+            return _plain(text)
+        case Code(text):
+            longest = max(map(len, re.findall("`+", text)), default=0)
+            fence = "`" * max(3, longest + 1)
+            return f"{fence}yaml\n{text.rstrip()}\n{fence}"
+        case Table():
+            return _markdown_table(block)
+        case Figure():
+            return ""
+
+
+def _html_table(table: Table) -> str:
+    lines = [f"<p class=caption>{_held(table.caption)}</p>"] if table.caption else []
+    kind = f" class={table.kind}" if table.kind else ""
+    lines.append(f"<div class=box tabindex=0><table{kind}><thead>")
+    if table.groups:
+        spans = "".join(f"<th scope=colgroup colspan={n}>{escape(title)}</th>" for title, n in table.groups)
+        lines.append(f"<tr class=groups>{spans}</tr>")
+    lines.append(
+        "<tr>"
+        + "".join(f"<th scope=col>{escape(title)}</th>" for title in table.columns)
+        + "</tr></thead><tbody>"
+    )
+    for index, row in enumerate(table.rows):
+        mark = " class=strong" if index in table.strong else ""
+        lines.append(
+            f"<tr{mark}>" + "".join(_html_cell(cell, at == 0) for at, cell in enumerate(row)) + "</tr>"
+        )
+    return "\n".join([*lines, "</tbody></table></div>"])
+
+
+def _html_cell(content: str | Cell, first: bool) -> str:
+    cell = content if isinstance(content, Cell) else Cell(content)
+    note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
+    kind = f' class="{cell.kind}"' if cell.kind else ""
+    tag, scope = ("th", " scope=row") if first else ("td", "")
+    return f"<{tag}{scope}{kind}>{escape(cell.text) or NOTHING}{note}</{tag}>"
+
+
+def _held(text: str) -> str:
+    """`text` escaped, with numbers kept on the line of their % and ±."""
+    return escape(text).replace(" %", "\u00a0%").replace("± ", "±\u00a0")
+
+
+def _markdown_table(table: Table) -> str:
+    over = [title for title, span in table.groups for _ in range(span)] or [""] * len(table.columns)
+    titles = [
+        f"{group}: {title}" if group else title for group, title in zip(over, table.columns, strict=True)
+    ]
+    lines = [_row(titles), "|---|" + "---:|" * (len(titles) - 1)]
+    for index, row in enumerate(table.rows):
+        cells = [cell if isinstance(cell, Cell) else Cell(cell) for cell in row]
+        texts = [_plain((cell.text or NOTHING) + (f" ({cell.note})" if cell.note else "")) for cell in cells]
+        lines.append(
+            _row([f"**{text}**" for text in texts] if index in table.strong else texts, escaped=True)
+        )
+    return "\n".join(([_plain(table.caption), ""] if table.caption else []) + lines)
+
+
+def _row(texts: Sequence[str], escaped: bool = False) -> str:
+    return "| " + " | ".join(text if escaped else _plain(text) for text in texts) + " |"
+
+
+def _plain(text: str) -> str:
+    """`text` on one line, so that Markdown and the HTML inside it leave it as it is."""
+    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,165 @@
+"""The page's plots as inline SVG whose colours are the page's own, so that they follow light and dark.
+
+matplotlib is an extra, mhconvert[plot]: without it there is no plot, and the page has its numbers in a table.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import cycle
+from typing import Any
+
+# matplotlib knows no CSS variables: these colours stand for them in the drawing, and occur nowhere else.
+INK = {
+    "#010203": "var(--text)",
+    "#010204": "var(--quiet)",
+    "#010205": "var(--line)",
+    "#010206": "var(--ground)",
+}
+TEXT, QUIET, LINE, GROUND = INK
+SERIES = {f"#02030{n}": f"var(--series-{n})" for n in range(6)}
+MARKERS = "osD^vP"
+NAME_LENGTH = 40  # characters of a model's name in a plot
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model beside its donor. kept: share of the donor's KV cache; ratio: perplexity over the donor's.
+
+    joined: it is on its method's line, as converted and not trained since.
+    """
+
+    name: str
+    method: str
+    kept: float
+    ratio: float
+    joined: bool
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def layers(series: Sequence[tuple[str, Sequence[float | None]]]) -> str:
+    """SVG: each layer's relative error, a line for each (model, errors by layer); logarithmic, zeros left out."""
+    axes = _axes("layer", "relative error")
+    for index, (_, errors) in enumerate(series):
+        found = [(at, error) for at, error in enumerate(errors) if _positive(error)]
+        if found:
+            axes.plot(*zip(*found, strict=True), label=str(index), **_look(index))
+    axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    legend = axes.figure.legend(
+        loc="outside lower left", frameon=False, fontsize=9.5, labelcolor=TEXT, ncols=2
+    )
+    for text in legend.get_texts():  # a name that begins with _ would be left out, and $ read as mathematics
+        text.set_text(_short(series[int(text.get_text())][0]))
+        text.set_parse_math(False)
+    return _svg(axes, "Relative error of each layer")
+
+
+def budget(points: Sequence[Point], text: str) -> str:
+    """SVG: perplexity over the donor's against the share of the KV cache kept, on `text`; the donor is (100 %, 1).
+
+    Each method has a line from the donor through its converted models; a point that is not finite is left out.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes = _axes("KV cache kept, % of the donor's", f"perplexity on {_short(text)}, times the donor's")
+    found = sorted((point for point in points if _positive(point.ratio)), key=lambda point: -point.kept)
+    axes.axhline(1, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    colours = dict(zip(sorted({point.method for point in found}), cycle(SERIES), strict=False))
+    for method, colour in colours.items():
+        line = [(100.0, 1.0)]
+        line += [
+            (100 * point.kept, point.ratio) for point in found if point.method == method and point.joined
+        ]
+        axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.4, zorder=1)
+    for point in found:
+        _place(axes, point, colours[point.method])
+    axes.plot([100], [1], marker="o", color=TEXT)
+    axes.annotate(
+        "donor", (100, 1), (0, -13), textcoords="offset points", ha="center", color=QUIET, fontsize=9.5
+    )
+    ratios = [1.0, *(point.ratio for point in found)]
+    if max(ratios) > 2 * min(ratios):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.margins(x=0.06, y=0.16)
+    return _svg(axes, "Perplexity against the KV cache kept")
+
+
+def _place(axes: Any, point: Point, colour: str) -> None:
+    """The point and its name beside it, to the left where there is no room to the right."""
+    at = (100 * point.kept, point.ratio)
+    axes.plot(*at, marker="o", color=colour, markerfacecolor=colour if point.joined else GROUND)
+    right = point.kept > 0.6
+    axes.annotate(
+        f"{_short(point.name)}  × {point.ratio:.3g}",
+        at,
+        (-7 if right else 7, 7),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        color=TEXT,
+        fontsize=9.5,
+        parse_math=False,
+        bbox={"facecolor": GROUND, "edgecolor": "none", "alpha": 0.85, "pad": 1},
+    )
+
+
+def _axes(x: str, y: str) -> Any:
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(5.8, 3.5), layout="constrained").subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(QUIET)
+    axes.tick_params(which="both", color=QUIET, labelcolor=TEXT, labelsize=9.5)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x, color=TEXT, fontsize=10)
+    axes.set_title(y, color=TEXT, fontsize=10, loc="left", parse_math=False)
+    return axes
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {
+        "color": list(SERIES)[index % len(SERIES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": "-" if index < len(SERIES) else "--",
+        "linewidth": 1.4,
+        "markersize": 3.5,
+    }
+
+
+def _svg(axes: Any, label: str) -> str:
+    """The figure as an element for HTML: the same bytes for the same drawing, no date, no ids but those used."""
+    import matplotlib
+
+    file = io.StringIO()
+    nobody = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        axes.figure.savefig(file, format="svg", transparent=True, metadata=nobody)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    for colour, variable in (INK | SERIES).items():
+        svg = svg.replace(colour, variable)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1).strip()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
+
+
+def _positive(value: float | None) -> bool:
+    return value is not None and math.isfinite(value) and value > 0
