@@ -57,7 +57,12 @@ def command(
                 on_progress=listener,
             )
 
-    execute(Flags(json, quiet, debug), work, _show_address if quiet else _show)
+    execute(
+        Flags(json, quiet, debug),
+        work,
+        _show_address if quiet else _show,
+        interrupted="interrupted; push again to go on, what has arrived is not sent twice",
+    )
 
 
 def _show_address(result: dict[str, Any], console: Any) -> None:

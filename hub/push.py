@@ -16,9 +16,10 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     constants,
+    errors,
     get_token,
 )
-from huggingface_hub.errors import HFValidationError, OIDCError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
@@ -31,6 +32,8 @@ from mhconvert.hub.faults import Attempts
 # What an earlier push left and this one lacks would be loaded beside it: stale weights of other shards, a config.
 SUPERSEDED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", *KINDS)
 STEPS = 4
+# Newer than the oldest huggingface_hub that will do.
+NO_TOKEN: type[Exception] = getattr(errors, "OIDCError", OSError)
 
 
 def push(
@@ -123,7 +126,7 @@ def _token() -> str:
         raise PublishError("HF_HUB_OFFLINE is set; unset it to push")
     try:
         token = get_token()
-    except OIDCError as error:
+    except NO_TOKEN as error:
         raise PublishError(f"no token can be had: {' '.join(str(error).split())}") from error
     if not token:
         raise PublishError(
