@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from mhconvert.convert.checkpoint import is_adapter
 from mhconvert.convert.errors import CheckpointError
 from mhconvert.convert.sources import read_json
 from mhconvert.eval.units import count, number, share
@@ -57,8 +58,10 @@ class Pair:
 def read_evaluation(folder: Path) -> Evaluation | None:
     """The evaluation in `folder`, of the model there; None without an `evaluation.json`.
 
-    That model is the one whose reference resolves to the folder, else the last one. A part that is missing has no
-    figures. Raises CheckpointError for a file that cannot be read.
+    That model is the one with the fingerprint of the folder's files. An adapter's is also its base model's, so an
+    adapter is the one whose reference resolves to the folder, else the last one; as is a model in a file without
+    fingerprints. A part that is missing has no figures.
+    Raises CheckpointError for a file that cannot be read, and for one that measures other weights.
     """
     file = folder / EVALUATION
     if not file.is_file():
@@ -68,8 +71,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         models = found.get("models") or []
         if not models:
             raise ValueError("it names no models")
-        own = [n for n, model in enumerate(models) if _is_folder(model.get("reference"), folder)]
-        this = own[-1] if own else len(models) - 1
+        this = _own(models, folder)
         donor = next((n for n, model in enumerate(models) if model.get("role") == "donor"), None)
         pair = Pair(this, donor if donor != this else None)
         evaluation = Evaluation()
@@ -85,6 +87,21 @@ def read_evaluation(folder: Path) -> Evaluation | None:
             "run mhconvert eval again, or remove the file"
         ) from error
     return evaluation
+
+
+def _own(models: list[dict[str, Any]], folder: Path) -> int:
+    marks = [model.get("fingerprint") for model in models]
+    if any(marks) and not is_adapter(folder):
+        from mhconvert.convert import fingerprint
+
+        mark = fingerprint.of_folder(folder)
+        if mark not in marks:  # a healed copy of what was measured, or a file that has changed since
+            raise CheckpointError(
+                f"{folder / EVALUATION} measures other files than {folder} holds; run mhconvert eval again, or remove it"
+            )
+        return len(marks) - 1 - marks[::-1].index(mark)
+    own = [n for n, model in enumerate(models) if _is_folder(model.get("reference"), folder)]
+    return own[-1] if own else len(models) - 1
 
 
 def _is_folder(reference: Any, folder: Path) -> bool:

@@ -52,7 +52,7 @@ class Contents:
 
 
 def contents(folder: Path, repo_id: str, branch: str | None) -> Contents:
-    """The files of `folder` for `repo_id`, with the card as it goes there. Reads no weights, sends nothing.
+    """The files of `folder` for `repo_id`, with the card as it goes there. Sends nothing.
 
     Raises PublishError for what is no whole checkpoint or adapter, CheckpointError for damaged files.
     """

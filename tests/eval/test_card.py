@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mhconvert.convert import fingerprint
 from mhconvert.convert.errors import CheckpointError
 from mhconvert.eval.card import CARD, REPORT, model_card, write_report
 from mhconvert.eval.model_index import read_evaluation
@@ -192,6 +193,21 @@ def test_evaluation_of_a_folder_that_has_moved_is_that_of_the_last_model(tmp_pat
     found = read_evaluation(tmp_path)
     assert found is not None
     assert found.results[0].metric_value == 99.0
+
+
+def test_an_evaluation_of_other_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    found = evaluation(tmp_path / "where it was")
+    for number, model in enumerate(found["models"]):
+        model["fingerprint"] = fingerprint.of_folder(tmp_path) if number == 1 else str(number)
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    read = read_evaluation(tmp_path)
+    assert read is not None
+    assert read.results[0].metric_value == 25.0  # though the folder has moved, and is not the last one
+    (tmp_path / "model.safetensors").write_bytes(b"healed")
+    with pytest.raises(CheckpointError, match="measures other files than"):
+        read_evaluation(tmp_path)
 
 
 def test_parts_of_an_evaluation_may_be_missing(tmp_path: Path) -> None:
