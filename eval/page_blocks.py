@@ -121,10 +121,10 @@ def _html_table(table: Table) -> str:
 
 def _html_cell(content: str | Cell, first: bool) -> str:
     cell = content if isinstance(content, Cell) else Cell(content)
-    note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
+    note = f"<small>{_held(cell.note)}</small>" if cell.note else ""
     kind = f' class="{cell.kind}"' if cell.kind else ""
     tag, scope = ("th", " scope=row") if first else ("td", "")
-    return f"<{tag}{scope}{kind}>{escape(cell.text) or NOTHING}{note}</{tag}>"
+    return f"<{tag}{scope}{kind}>{_held(cell.text) or NOTHING}{note}</{tag}>"
 
 
 def _held(text: str) -> str:

@@ -112,13 +112,13 @@ def cost(result: Result, reports: Reports) -> list[Block]:
     """What each model's cache holds, what it computes, and how fast it decodes where that was timed."""
     titles = ["model", "KV elements a token", "of the donor's", "bytes a token", "parameters", "active heads"]
     elements = result.get("cache") or [{}] * len(result["models"])
-    first = next((report for report in reports if report), {})
     rows: list[list[str]] = []
     for index, (model, kept) in enumerate(zip(result["models"], cache_shares(result), strict=True)):
-        report = first if index == 0 else reports[index - 1] if index <= len(reports) else {}
+        of_model = reports[index - 1 : index] if index else reports
         side = "converted" if index else "donor"
         stored, parameters, heads = (
-            (report.get(key) or {}).get(side) for key in ("kv_bytes_per_token", "parameters", "active_heads")
+            next((report[key][side] for report in of_model if (report or {}).get(key)), None)
+            for key in ("kv_bytes_per_token", "parameters", "active_heads")
         )
         held = elements[index].get("kv_elements_per_token")
         whole = f"{held:,.10g}" if held is not None else ""

@@ -48,12 +48,11 @@ def available() -> bool:
 
 
 def layers(series: Sequence[tuple[str, Sequence[float | None]]]) -> str:
-    """SVG: each layer's relative error, a line for each (model, errors by layer); logarithmic, zeros left out."""
+    """SVG: each layer's relative error, a line for each (model, errors by layer); logarithmic, zeros are gaps."""
     axes = _axes("layer", "relative error")
     for index, (_, errors) in enumerate(series):
-        found = [(at, error) for at, error in enumerate(errors) if _positive(error)]
-        if found:
-            axes.plot(*zip(*found, strict=True), label=str(index), **_look(index))
+        drawn = [error if _positive(error) else math.nan for error in errors]
+        axes.plot(drawn, label=str(index), **_look(index))
     axes.set_yscale("log")
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend = axes.figure.legend(

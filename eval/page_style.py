@@ -49,7 +49,7 @@ small { display: block; font-size: .85em; font-weight: 400; color: var(--quiet);
 .better small { color: var(--better); }
 .worse small { color: var(--worse); }
 table.heat td, table.heat thead th { text-align: center; min-width: 4.2rem; }
-table.heat tr > th:first-child { text-align: left; min-width: 4rem; }
+table.heat tr > th:first-child { text-align: left; min-width: 4rem; padding-left: 0; }
 td.heat {
   background: rgba(var(--hit), calc(var(--share) * .5));
 }

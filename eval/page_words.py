@@ -65,7 +65,8 @@ def _of_model(result: Mapping[str, Any], index: int, kept: float | None) -> str:
 
 def _perplexity(result: Mapping[str, Any], index: int) -> list[str]:
     """What became of the perplexity on each text; nothing without texts."""
-    finite, others = [], []
+    finite: list[str] = []
+    others: list[str] = []
     for text in result.get("texts") or ():
         times = ratio(*(text["models"][at].get("perplexity") for at in (index, 0)))
         if times is None:

@@ -100,7 +100,7 @@ def test_the_numbers_are_the_measured_ones() -> None:
 
 
 def test_a_difference_is_coloured_only_outside_the_noise_and_by_the_metrics_direction() -> None:
-    found = page.html(RESULT)
+    found = page.html(RESULT).replace("\u00a0", " ")
     cells = dict(re.findall(r"<td(.*?)>(.*?)<small>", found))
     kinds = {text: attributes for attributes, text in re.findall(r"<td([^>]*)>([^<]*)<small>", found)}
     assert cells
@@ -225,6 +225,13 @@ def test_layers_without_error_are_named_and_not_drawn() -> None:
     text = Reader(page.html(two_models(), [exact])).text
     assert "Without error: mla-half." in text
     assert "<svg" not in page.html(two_models(), [exact])
+
+
+def test_the_donors_figures_are_found_in_any_report() -> None:
+    routed = report(0.01, 5760.0) | {"active_heads": {"donor": 270, "converted": 202}}
+    text = Reader(page.html(RESULT, [REPORTS[0], routed])).text
+    assert "smollm2-135m 11,520 100 % 45 KiB 134,515,008 270 mla-half" in text
+    assert "147,046,464 — mla-eighth 1,440 12.5 % 5.625 KiB 147,046,464 202 mla-eighth-healed" in text
 
 
 def test_a_model_by_itself_has_no_curve() -> None:

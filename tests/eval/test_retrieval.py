@@ -101,6 +101,16 @@ def test_a_random_model_recalls_nothing(tokenizer: Any) -> None:
     assert max(model.kept) < 12  # of the answer alone
 
 
+def test_an_adapter_without_effect_is_measured_as_its_base_model(tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    options: dict[str, Any] = {"lengths": (300,), "depths": (0.5,)}
+    base = probe(make_model(make_config()), tokenizer, **options)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(make_model(make_config()), settings).eval()
+    assert probe(adapted, tokenizer, **options) == base
+
+
 def test_kept_logits_and_greedy_decoding_agree(tokenizer: Any) -> None:
     """Teacher forcing and slicing, with the model's own greedy continuation as the judge, right and wrong."""
     model = make_model(make_config())
