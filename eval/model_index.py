@@ -97,7 +97,7 @@ def _own(models: list[dict[str, Any]], folder: Path) -> int:
         mark = fingerprint.of_folder(folder)
         if mark not in marks:  # a healed copy of what was measured, or a file that has changed since
             raise CheckpointError(
-                f"{folder / EVALUATION} measures other files than {folder} holds; run mhconvert eval again, or remove it"
+                f"{folder / EVALUATION} measures other files than {folder} holds; run mhconvert eval, or remove it"
             )
         return len(marks) - 1 - marks[::-1].index(mark)
     own = [n for n, model in enumerate(models) if _is_folder(model.get("reference"), folder)]
