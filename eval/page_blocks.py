@@ -137,7 +137,7 @@ def _markdown_table(table: Table) -> str:
     titles = [
         f"{group}: {title}" if group else title for group, title in zip(over, table.columns, strict=True)
     ]
-    lines = [_row(titles), "|---|" + "---:|" * (len(titles) - 1)]
+    lines = [_row(titles), "|---|" + ("---|" if table.kind == "words" else "---:|") * (len(titles) - 1)]
     for index, row in enumerate(table.rows):
         cells = [cell if isinstance(cell, Cell) else Cell(cell) for cell in row]
         texts = [_plain((cell.text or NOTHING) + (f" ({cell.note})" if cell.note else "")) for cell in cells]

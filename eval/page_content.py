@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mhconvert.eval.page_blocks import NOTHING, Block, Cell, Code, Heading, Paragraph, Table
+from mhconvert.eval.page_blocks import Block, Cell, Code, Heading, Paragraph, Table
 from mhconvert.eval.page_figures import curves, layers
 from mhconvert.eval.page_tasks import tasks
 from mhconvert.eval.page_words import cache_shares, kind, ratio, title, verdict
@@ -14,6 +14,9 @@ from mhconvert.eval.units import count, duration, number, share, size
 
 Result = Mapping[str, Any]
 Reports = Sequence[Mapping[str, Any]]
+
+
+FINGERPRINT = 16  # of the 64 digits: enough to tell models apart
 
 
 def blocks(result: Result, reports: Reports, recipe: str | None) -> list[Block]:
@@ -75,9 +78,10 @@ def retrieval(result: Result) -> list[Block]:
     for model, probed in zip(result["models"], found["models"], strict=True):
         if not probed:
             continue
+        lengths = probed.get("lengths", found["lengths"])  # a model that reads less has fewer than the donor
         rows: list[list[str | Cell]] = [
             [f"{length:,}", *(_heat(*cell) for cell in zip(recalled, nll, strict=True))]
-            for length, recalled, nll in zip(found["lengths"], probed["recalled"], probed["nll"], strict=True)
+            for length, recalled, nll in zip(lengths, probed["recalled"], probed["nll"], strict=True)
         ]
         caption = _recall(probed)
         page += [
@@ -161,7 +165,7 @@ def settings(result: Result) -> list[Block]:
     if result.get("seconds") is not None:
         rows.append(["time", duration(result["seconds"])])
     of_models = [
-        [m["name"], *(str(m.get(key) or NOTHING) for key in ("reference", "dtype", "fingerprint"))]
+        [m["name"], m["reference"], m["dtype"], str(m.get("fingerprint") or "")[:FINGERPRINT]]
         for m in result["models"]
     ]
     columns = ["model", "reference", "dtype", "fingerprint"]

@@ -167,6 +167,19 @@ def test_the_same_arguments_make_the_same_page() -> None:
     assert "var(--series-1)" in first
 
 
+def test_a_model_that_reads_less_has_fewer_lengths() -> None:
+    result = two_models()
+    shorter = result["retrieval"]["models"][1]
+    result["retrieval"]["models"][1] = shorter | {
+        "lengths": [256],
+        "recalled": shorter["recalled"][:1],
+        "nll": shorter["nll"][:1],
+    }
+    text = page.markdown(result)
+    assert text.count("| 256 |") == 2
+    assert text.count("| 1,024 |") == 1
+
+
 def test_without_matplotlib_the_numbers_are_in_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = page.html(RESULT, REPORTS)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
