@@ -1,57 +1,83 @@
-"""`mhconvert eval`: how near a converted checkpoint stays to its donor on a text."""
+"""`mhconvert eval`: how near converted checkpoints stay to their donor, on texts, on tasks and on needles."""
 
 from __future__ import annotations
 
 from typing import Any, TextIO
 
+from mhconvert.cli import eval_options as e
 from mhconvert.cli import options as o
-from mhconvert.cli.output import Flags, calm_transformers, execute
+from mhconvert.cli.eval_table import show
+from mhconvert.cli.output import Flags, calm_harness, calm_transformers, execute
 from mhconvert.cli.progress import progress
+
+INTERRUPTED = "interrupted; the same command goes on after what is measured"
 
 
 def command(
-    checkpoint: o.Checkpoint,
-    text: o.Text,
+    checkpoints: e.Checkpoints,
+    text: e.Texts = None,
+    tasks: e.Tasks = None,
+    suite: e.Suite = None,
+    retrieval: e.Retrieval = False,
     against: o.Against = None,
     sequence_length: o.SequenceLength = 1024,
     sequences: o.Sequences = 16,
+    data: e.Data = None,
+    include_path: e.IncludePath = None,
+    num_fewshot: e.NumFewshot = None,
+    limit: e.Limit = None,
+    batch_size: e.BatchSize = None,
+    max_length: e.MaxLength = None,
+    chat_template: e.ChatTemplate = False,
+    backend: e.Backend = "hf",
+    dtype: e.TaskDtype = None,
+    fresh: e.Fresh = False,
+    record: e.Record = False,
+    report: e.Pages = None,
     device: o.Device = None,
     trust_remote_code: o.Trust = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Measure perplexity, KL divergence and top-1 agreement with the donor."""
+    """Measure CKPTs beside their donor: perplexity and KL on texts, lm-eval's tasks, retrieval at length.
+
+    Several GPUs: accelerate launch --num_processes N -m mhconvert.cli.main eval CKPT ...
+    """
+    names = tuple(word.strip() for word in (tasks or "").split(",") if word.strip())
 
     def work(_: TextIO) -> dict[str, Any]:
+        calm_harness(debug)
         from mhconvert import api
+        from mhconvert.eval import page
+        from mhconvert.eval.comparison import Settings
+        from mhconvert.eval.harness import Options
+        from mhconvert.eval.tasks import TaskChoice
 
         calm_transformers()
+        for path in report or []:
+            page.check(path)
+        settings = Settings(
+            texts=tuple(text or ()),
+            sequences=sequences,
+            sequence_length=sequence_length,
+            choice=TaskChoice(names, suite, data, include_path, num_fewshot),
+            options=Options(limit, batch_size, max_length, dtype, chat_template, backend),
+            retrieval=retrieval,
+            fresh=fresh,
+        )
         with progress(quiet) as listener:
-            return api.evaluate(
-                checkpoint,
-                text=text,
+            result = api.evaluate(
+                checkpoints,
+                settings,
                 against=against,
-                sequence_length=sequence_length,
-                sequences=sequences,
+                record=record,
                 device=device,
                 trust_remote_code=trust_remote_code,
                 on_progress=listener,
             )
+        for path in report or [] if result else []:
+            page.write(path, result, *page.sources(result))
+        return result
 
-    execute(Flags(json, quiet, debug), work, show)
-
-
-def show(result: dict[str, Any], console: Any) -> None:
-    """Print an evaluation."""
-    from rich.table import Column, Table
-
-    from mhconvert.eval.report import rows
-
-    title = f"{result['text']}: {result['sequences']} × {result['sequence_length']} tokens"
-    console.out(title, highlight=False)
-    console.out(f"{result['against']} → {result['checkpoint']}", highlight=False)
-    table = Table("", Column("donor", justify="right"), Column("converted", justify="right"), "")
-    for row in rows({key: value for key, value in result.items() if key != "seconds"}):
-        table.add_row(*row)
-    console.print(table)
+    execute(Flags(json, quiet, debug), work, show, interrupted=INTERRUPTED)

@@ -86,11 +86,7 @@ def command(
                 on_progress=listener,
             )
 
-    def show(report: dict[str, Any], console: Any) -> None:
-        if report:  # of several processes the first has it
-            shown(quiet, show_report)(report, console)
-
-    execute(Flags(json, quiet, debug), work, show, interrupted=INTERRUPTED)
+    execute(Flags(json, quiet, debug), work, shown(quiet, show_report), interrupted=INTERRUPTED)
 
 
 def sources(words: list[str]) -> dict[str, float]:

@@ -35,18 +35,27 @@ class Flags:
 
 Work = Callable[[TextIO], dict[str, Any]]
 Show = Callable[[dict[str, Any], Any], None]
+Faults = Callable[[dict[str, Any]], list[str]]
 
 
-def execute(flags: Flags, work: Work, show: Show, *, interrupted: str = "interrupted") -> NoReturn:
+def _none(_: dict[str, Any]) -> list[str]:
+    return []
+
+
+def execute(
+    flags: Flags, work: Work, show: Show, *, interrupted: str = "interrupted", faults: Faults = _none
+) -> NoReturn:
     """Run `work(stdout)`, show its result, exit.
 
-    Within `work`, only the stream it is given reaches stdout. `show(result, console)` prints for people.
+    Within `work`, only the stream it is given reaches stdout. `show(result, console)` prints for people. faults: of
+    several things that a result tells, what is wrong with some of them, a line each (exit 1).
     """
     _calm(flags)
     try:
         with _guarded_stdout() as stdout:
             result = work(stdout)
         _print(flags, result, show)
+        found = faults(result)
     except KeyboardInterrupt as error:
         _fail(flags, interrupted, error, 130)
     except MhconvertError as error:
@@ -57,7 +66,9 @@ def execute(flags: Flags, work: Work, show: Show, *, interrupted: str = "interru
     except Exception as error:
         hint = "" if flags.debug else " (--debug shows where)"
         _fail(flags, f"{type(error).__name__}: {' '.join(str(error).split())}{hint}", error, 1)
-    raise typer.Exit(0)
+    for fault in found:
+        print(f"mhconvert: {fault}", file=sys.stderr, flush=True)
+    raise typer.Exit(1 if found else 0)
 
 
 def shown(quiet: bool, show: Show) -> Show:
@@ -77,6 +88,8 @@ def show_report(report: dict[str, Any], console: Any) -> None:
 
 
 def _print(flags: Flags, result: dict[str, Any], show: Show) -> None:
+    if not result:  # of several processes the first has it
+        return
     if flags.json:
         from mhconvert.eval.report import json_safe
 
@@ -135,6 +148,13 @@ def _calm(flags: Flags) -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
+def calm_harness(debug: bool) -> None:
+    """Silence the bars and the chatter of lm-eval and datasets. Before they are imported."""
+    if not debug:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
 
 
 def calm_transformers() -> None:

@@ -26,9 +26,11 @@ NAMES = {
     "export": "exporting",
     "push": "pushing",
     "verify": "checking in a bare process",
-    "rows": "rows",
+    "checkpoint": "opening",
+    "tasks": "measuring",
     "speed": "decode steps",
 }
+NAMED = ("tasks",)  # stages of several parts, each counted anew and told by the message
 EACH = ("layers", "blocks")  # stages of which every step has a line of its own; others one a tenth
 
 
@@ -54,8 +56,9 @@ class Pace:
 
     def left(self, event: Progress, now: float) -> float | None:
         """Seconds, or None while nothing is known."""
-        if event.stage != self.stage:
-            self.stage, self.begun, self.first = event.stage, now, event.done
+        stage = f"{event.stage} {event.message}" if event.stage in NAMED else event.stage
+        if stage != self.stage:
+            self.stage, self.begun, self.first = stage, now, event.done
         finished = event.done - self.first
         if finished <= 0 or event.done >= event.total:
             return None

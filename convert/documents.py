@@ -84,12 +84,8 @@ def _text(record: dict[str, Any], chat: Chat | None) -> str:
 
 def _dataset(name: str, chat: Chat | None, characters: int | None) -> list[str]:
     """The first documents of a dataset, streamed: `name`, `name:config`; its train split."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise TextError(
-            f"'{name}' is no file; to read a dataset of that name: pip install 'mhconvert[datasets]'"
-        ) from error
+    import datasets
+
     identifier, _, config = name.partition(":")
     try:
         stream = datasets.load_dataset(identifier, config or None, split="train", streaming=True)

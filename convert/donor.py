@@ -75,6 +75,10 @@ class Donor:
         """Where to find it again from any folder: its Hub id, or the path of its folder or file."""
         return self.hub_id or str(self._place.weights_place.resolve())
 
+    def model_files(self) -> Path:
+        """The folder that holds config, tokenizer and weights, which are downloaded first, or the GGUF file."""
+        return self._place.model_files()
+
     def skeleton(self) -> Any:
         """The whole model on the meta device: every module and shape, and no weight."""
         return _skeleton(self.config)

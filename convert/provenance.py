@@ -21,6 +21,7 @@ from mhconvert.convert.versions import versions
 
 PROVENANCE = "mhconvert.json"
 RECIPE = "recipe.yaml"
+EVALUATION = "evaluation.json"  # what `mhconvert eval --record` leaves for the card on the Hub
 PROMPT = "The history of science shows that"
 
 

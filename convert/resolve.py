@@ -46,13 +46,19 @@ class Place:
         """What an error about a tensor should point at."""
         return self.header.path if self.header else self.folder
 
+    def model_files(self) -> Path:
+        """The GGUF file, or the folder of config and weights; a Hub model's weights are downloaded first."""
+        if self.header is not None:
+            return self.header.path
+        if self.hub_reference is not None:
+            return hub.download_weights(self.hub_reference, revision=self.folder.name)
+        return self.folder
+
     def open_source(self) -> TensorSource:
         """The weights; a Hub model's are downloaded first."""
         if self.header is not None:
             return GGUFSource(self.header.path, self.header)
-        if self.hub_reference is not None:
-            return SafetensorsSource(hub.download_weights(self.hub_reference, revision=self.folder.name))
-        return SafetensorsSource(self.folder)
+        return SafetensorsSource(self.model_files())
 
 
 def resolve(reference: str, *, on_progress: Listener) -> Place:

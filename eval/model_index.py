@@ -11,10 +11,10 @@ from huggingface_hub import EvalResult
 
 from mhconvert.convert.checkpoint import is_adapter
 from mhconvert.convert.errors import CheckpointError
+from mhconvert.convert.provenance import EVALUATION
 from mhconvert.convert.sources import read_json
 from mhconvert.eval.units import count, number, share
 
-EVALUATION = "evaluation.json"
 TASK_TYPE = "text-generation"  # the Hub's name for what is evaluated
 Row = tuple[str, str, str, str]
 

@@ -23,7 +23,7 @@ from mhconvert.heal.space import METRICS, HealSpace
 
 REPORT = "report.json"
 PICTURES = (METRICS, "healing.svg")
-MADE_ANEW = (REPORT, "README.md", provenance.PROVENANCE, INDEX, *PICTURES)
+MADE_ANEW = (REPORT, "README.md", provenance.PROVENANCE, provenance.EVALUATION, INDEX, *PICTURES)
 PROBE_ROWS, PROBE_TOKENS = 2, 512  # whose logits a reload is compared with
 MEASURED = ("perplexity", "kl", "top1_agreement")
 
@@ -66,7 +66,9 @@ def record_heads(report: dict[str, Any], model: Any, source: SafetensorsSource) 
 def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkpoint: str) -> None:
     """The checkpoint's files with the model's weights; not report, card and provenance. source: None for an adapter."""
     folder, state = space.partial, model.state_dict()
-    kept = MADE_ANEW if source is not None else (REPORT, provenance.PROVENANCE, *PICTURES)
+    kept = (
+        MADE_ANEW if source is not None else (REPORT, provenance.PROVENANCE, provenance.EVALUATION, *PICTURES)
+    )
     for file in sorted(path for path in Path(checkpoint).iterdir() if path.is_file()):
         if file.name not in kept and file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)

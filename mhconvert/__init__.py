@@ -25,6 +25,7 @@ _PUBLIC = {
     "generate": ("mhconvert.api", "generate"),
     "bench": ("mhconvert.api", "bench"),
     "push": ("mhconvert.api", "push"),
+    "EvalSettings": ("mhconvert.eval.comparison", "Settings"),
     "Recipe": ("mhconvert.convert.recipe", "Recipe"),
     "HealSettings": ("mhconvert.convert.heal_settings", "HealSettings"),
     "Calibration": ("mhconvert.convert.recipe", "Calibration"),

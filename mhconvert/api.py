@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from mhconvert.convert.errors import MhconvertError
 from mhconvert.convert.heal_settings import HealSettings
 from mhconvert.convert.methods import ADAPTERS
-from mhconvert.convert.progress import Listener, Progress, ignore
+from mhconvert.convert.progress import Listener, ignore
 from mhconvert.convert.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mhconvert.eval.comparison import Settings
 
 
 def convert(
@@ -35,8 +37,8 @@ def convert(
             raise MhconvertError(f"{recipe.method} writes an adapter at once; there is nothing to resume")
         return create.run(recipe, force=force, on_progress=on_progress)
     from mhconvert.convert import load, pipeline
-    from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.card import write_report
+    from mhconvert.eval.fidelity import Fidelity
     from mhconvert.heal import local
 
     if recipe.heal is not None:
@@ -139,8 +141,8 @@ def heal(
     more. `metrics.jsonl` in the folder has every step. Raises MhconvertError; an output folder that exists is whole.
     """
     from mhconvert.eval import plot
-    from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.card import write_report
+    from mhconvert.eval.fidelity import Fidelity
     from mhconvert.heal import run
     from mhconvert.heal.opening import Run
 
@@ -212,48 +214,40 @@ def export(
 
 
 def evaluate(
-    checkpoint: str,
+    checkpoints: str | Sequence[str],
+    settings: Settings,
     *,
-    text: Path,
     against: str | None = None,
-    sequence_length: int = 1024,
-    sequences: int = 16,
+    record: bool = False,
     device: str | None = None,
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of both models, KL(donor ‖ converted) and top-1 agreement on a text file.
+    """A donor and checkpoints side by side, on texts, on lm-eval's tasks, and on a needle in a long text.
 
-    The text is tokenised by the donor's tokenizer without special tokens; its first sequences × sequence_length
-    tokens are rows without overlap; float32; sequence_length − 1 predictions a row, one mean over all.
-    against: the donor; None: the one named in the checkpoint's `mhconvert.json`.
-    Returns perplexity {donor, converted}, kl, top1_agreement, tokens (predictions), kv_elements_per_token (measured
-    on cache objects), seconds, and the inputs.
+    settings: `mhconvert.EvalSettings`. against: the donor; None: the one named in the first checkpoint's
+    `mhconvert.json`. record: keep the result as `evaluation.json` in each checkpoint's folder, for its card on the Hub.
+    Returns, with the donor first wherever there are models: models (name, role, method, fingerprint, dtype), texts
+    (perplexity, kl(donor ‖ model) in nats a token, top1_agreement), cache (kv_elements_per_token, measured), tasks
+    (metrics with lm-eval's standard errors, and the paired difference from the donor with its own), average,
+    retrieval, settings, versions, seconds; of the processes of `accelerate launch` the first does, the others {}.
+    What earlier runs measured on the same files is read from the user's cache. Raises MhconvertError.
     """
-    from mhconvert.convert import load
-    from mhconvert.eval import cost, fidelity
+    from mhconvert.eval import comparison
+    from mhconvert.eval.recorded import record_evaluation
 
-    tell = on_progress or ignore
-    against = against or load.recorded_donor(checkpoint)
-    tell(Progress("donor", 0, 1, against))
-    donor = load.open_model(against, device=device, trust_remote_code=trust_remote_code)
-    rows = fidelity.text_rows(donor.tokenizer(), text, sequence_length, sequences)
-    donor.require_length(sequence_length)
-    converted = load.open_model(checkpoint, device=device, trust_remote_code=trust_remote_code)
-    if converted.vocab_size != donor.vocab_size:
-        raise MhconvertError(
-            f"{checkpoint} has {converted.vocab_size} tokens and {against} has {donor.vocab_size}; "
-            "they can be compared only over one vocabulary"
-        )
-    models = {"donor": donor.model(), "converted": converted.model()}
-    result = fidelity.evaluate(
-        models["converted"], models["donor"], rows, lambda done, total: tell(Progress("rows", done, total))
+    names = [checkpoints] if isinstance(checkpoints, str) else list(checkpoints)
+    result = comparison.run(
+        names,
+        settings,
+        against=against,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        tell=on_progress or ignore,
     )
-    result["kv_elements_per_token"] = {
-        name: cost.measure_cache(model).elements_per_token for name, model in models.items()
-    }
-    inputs = {"checkpoint": checkpoint, "against": against, "text": str(text)}
-    return inputs | {"sequence_length": sequence_length, "sequences": sequences} | result
+    if record and result:
+        record_evaluation(result)
+    return result
 
 
 def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any]:

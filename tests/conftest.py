@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {"TQDM_DISABLE": "1", "MHCONVERT_EVAL_CACHE": tempfile.mkdtemp(prefix="mhconvert-eval-")}
 
 import pytest
 import torch
+
+atexit.register(shutil.rmtree, os.environ["MHCONVERT_EVAL_CACHE"], ignore_errors=True)
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Main = Callable[..., int]

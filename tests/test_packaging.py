@@ -60,9 +60,14 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
     expected = {"mhconvert/py.typed"}
     for name, place in code_folders().items():
         files = [*(ROOT / place).glob("*.py"), *(ROOT / place).glob("*.yaml")]
-        settings = (ROOT / place).glob("accelerate/*.yaml")
-        expected |= {f"{name.replace('.', '/')}/accelerate/{file.name}" for file in settings}
-        expected |= {f"{name.replace('.', '/')}/{file.name}" for file in files}
+        data = [
+            file
+            for folder in (ROOT / place).iterdir()
+            if folder.is_dir() and not any(folder.glob("*.py")) and folder.name != "__pycache__"
+            for file in folder.iterdir()
+            if file.is_file()
+        ]
+        expected |= {f"{name.replace('.', '/')}/{file.relative_to(ROOT / place)}" for file in [*files, *data]}
     assert held == expected
 
 

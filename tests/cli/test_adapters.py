@@ -147,15 +147,17 @@ def test_eval_and_generate_take_an_adapter(
     words = ("--text", text, "--sequence-length", 32, "--sequences", 2, "--device", "cpu", "--json")
     assert main("eval", folder, *words) == 0
     measured = json.loads(capsys.readouterr().out)
-    assert measured["against"] == str(donor)
-    assert measured["kl"] > 1e-3
-    assert measured["kv_elements_per_token"]["converted"] == measured["kv_elements_per_token"]["donor"]
+    assert [model["reference"] for model in measured["models"]] == [str(donor), str(folder)]
+    assert [model["role"] for model in measured["models"]] == ["donor", "adapter"]
+    divergence = measured["texts"][0]["models"][1]["kl"]
+    assert divergence > 1e-3
+    assert measured["cache"][0] == measured["cache"][1]
     assert main("merge", folder, "-o", tmp_path / "out", "--quiet") == 0
     capsys.readouterr()
     assert main("eval", tmp_path / "out", *words) == 0  # against its base, which mhconvert.json names
     merged = json.loads(capsys.readouterr().out)
-    assert merged["against"] == str(donor)
-    assert merged["kl"] == pytest.approx(measured["kl"], rel=1e-4)
+    assert merged["models"][0]["reference"] == str(donor)
+    assert merged["texts"][0]["models"][1]["kl"] == pytest.approx(divergence, rel=1e-4)
     assert main("generate", folder, "7 boats", "--max-new-tokens", 6, "--device", "cpu", "--json") == 0
     written = json.loads(capsys.readouterr().out)
     assert (

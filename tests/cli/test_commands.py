@@ -211,7 +211,9 @@ def test_ctrl_c_tells_how_to_go_on(
         ("tiny more --to mla", "more"),
         ("tiny --to mla --no-such-option", "no-such-option"),
         ("inspct tiny", "did you mean 'mhconvert inspect'?"),
-        ("eval tiny", "--text"),
+        ("eval", "CKPT"),
+        ("eval tiny --limit 0 --suite quick", "--limit"),
+        ("eval tiny --suite everything", "everything"),
     ],
 )
 def test_wrong_usage(main: Main, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:

@@ -105,8 +105,9 @@ def test_inspect_generate_and_eval_take_the_result(
         == 0
     )
     measured = json.loads(capsys.readouterr().out)
-    assert measured["kl"] > 0
-    assert measured["tokens"] == 2 * 63
+    assert measured["texts"][0]["models"][1]["kl"] > 0
+    assert measured["texts"][0]["tokens"] == 2 * 63
+    assert [model["role"] for model in measured["models"]] == ["donor", "converted"]
 
 
 def test_an_existing_folder_is_refused(

@@ -30,10 +30,12 @@ def test_a_donor_against_its_gguf_twin(cli: Cli, donor: Path, text: Path, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["kl"] == pytest.approx(0, abs=1e-6)
-    assert result["top1_agreement"] == 1
-    assert result["tokens"] == 3 * 63
-    assert result["perplexity"]["converted"] == pytest.approx(result["perplexity"]["donor"], rel=1e-5)
+    (found,) = result["texts"]
+    first, second = found["models"]
+    assert found["tokens"] == 3 * 63
+    assert second["kl"] == pytest.approx(0, abs=1e-6)
+    assert second["top1_agreement"] == 1
+    assert second["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
 
 
 def test_generate_is_greedy_and_measures_its_cache(cli: Cli, donor: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from mhconvert import api
 from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.convert.load import converted_method, open_model, recorded_donor
+from mhconvert.eval.comparison import Settings
 from mhconvert.eval.fidelity import text_rows
 from tests.convert.conversions import converted, donor_model
 from tests.donors import make_donor, make_tokenizer
@@ -43,6 +44,10 @@ def pair(folder: Path) -> tuple[Path, Path]:
     return make_donor(folder / "one", seed=0), make_donor(folder / "other", seed=1)
 
 
+def on(text: Path, rows: int) -> Settings:
+    return Settings(texts=(text,), sequences=rows, sequence_length=LENGTH)
+
+
 def loss(checkpoint: Path, rows: torch.Tensor) -> float:
     """transformers' own mean loss: rows of one length weigh the same."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -52,24 +57,24 @@ def loss(checkpoint: Path, rows: torch.Tensor) -> float:
 
 def test_perplexity_is_the_exponential_of_transformers_loss(pair: tuple[Path, Path], text: Path) -> None:
     donor, other = pair
-    result = api.evaluate(
-        str(other), against=str(donor), text=text, sequence_length=LENGTH, sequences=ROWS, device="cpu"
-    )
+    result = api.evaluate(str(other), on(text, ROWS), against=str(donor), device="cpu")
     rows = text_rows(make_tokenizer(), text, LENGTH, ROWS)
-    assert result["tokens"] == ROWS * (LENGTH - 1)
-    assert result["perplexity"]["donor"] == pytest.approx(math.exp(loss(donor, rows)), rel=1e-4)
-    assert result["perplexity"]["converted"] == pytest.approx(math.exp(loss(other, rows)), rel=1e-4)
-    assert result["kl"] > 0
-    assert result["kv_elements_per_token"] == {"donor": 2 * 2 * 2 * 16, "converted": 2 * 2 * 2 * 16}
-    assert 0 <= result["top1_agreement"] < 1
+    (found,) = result["texts"]
+    assert (found["text"], found["tokens"]) == ("text.txt", ROWS * (LENGTH - 1))
+    assert found["models"][0]["perplexity"] == pytest.approx(math.exp(loss(donor, rows)), rel=1e-4)
+    assert found["models"][1]["perplexity"] == pytest.approx(math.exp(loss(other, rows)), rel=1e-4)
+    assert (found["models"][0]["kl"], found["models"][0]["top1_agreement"]) == (0, 1)
+    assert found["models"][1]["kl"] > 0
+    assert 0 <= found["models"][1]["top1_agreement"] < 1
+    assert result["cache"] == [{"kv_elements_per_token": 2 * 2 * 2 * 16}] * 2
 
 
 def test_the_donor_is_read_from_the_provenance(pair: tuple[Path, Path], text: Path) -> None:
     donor, other = pair
     (other / "mhconvert.json").write_text(json.dumps({"recipe": {"model": str(donor)}}))
     assert recorded_donor(str(other)) == str(donor)
-    result = api.evaluate(str(other), text=text, sequence_length=LENGTH, sequences=1, device="cpu")
-    assert result["against"] == str(donor)
+    result = api.evaluate(str(other), on(text, 1), device="cpu")
+    assert [model["reference"] for model in result["models"]] == [str(donor), str(other)]
     with pytest.raises(MhconvertError, match="name the donor with --against"):
         recorded_donor(str(donor))
 
@@ -77,7 +82,7 @@ def test_the_donor_is_read_from_the_provenance(pair: tuple[Path, Path], text: Pa
 def test_another_vocabulary_cannot_be_compared(pair: tuple[Path, Path], text: Path, folder: Path) -> None:
     small = make_donor(folder / "small", vocab=300)
     with pytest.raises(MhconvertError, match=r"300 tokens and .* has 320"):
-        api.evaluate(str(small), against=str(pair[0]), text=text, sequence_length=LENGTH, sequences=ROWS)
+        api.evaluate(str(small), on(text, ROWS), against=str(pair[0]))
 
 
 @pytest.fixture(scope="module")

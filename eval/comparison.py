@@ -1,0 +1,229 @@
+"""`mhconvert eval` from top to bottom: a donor and what was made from it, on texts, on tasks and on needles."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.convert import fingerprint, load
+from mhconvert.convert.errors import MhconvertError
+from mhconvert.convert.load import OpenModel
+from mhconvert.convert.progress import Listener, Progress
+from mhconvert.convert.provenance import PROVENANCE
+from mhconvert.convert.versions import versions
+from mhconvert.eval import fidelity, harness, retrieval, scores, texts
+from mhconvert.eval.harness import Candidate, Options
+from mhconvert.eval.stored import Store
+from mhconvert.eval.tasks import TaskChoice, resolve
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. texts: UTF-8 files, the first sequences × sequence_length tokens of each, in float32.
+
+    choice and options: lm-eval's tasks and how they are asked. retrieval: a needle in texts of several lengths.
+    fresh: measured anew whatever is stored of earlier runs.
+    """
+
+    texts: tuple[Path, ...] = ()
+    sequences: int = 16
+    sequence_length: int = 1024
+    choice: TaskChoice = field(default_factory=TaskChoice)
+    options: Options = field(default_factory=Options)
+    retrieval: bool = False
+    fresh: bool = False
+
+    @property
+    def has_tasks(self) -> bool:
+        return bool(self.choice.tasks) or self.choice.suite is not None
+
+    def rows(self, donor: OpenModel) -> dict[str, Tensor]:
+        """The rows of each text (sequences, sequence_length), by the file's name."""
+        shape = (self.sequence_length, self.sequences)
+        return {text.name: fidelity.text_rows(donor.tokenizer(), text, *shape) for text in self.texts}
+
+    def __post_init__(self) -> None:
+        if not (self.texts or self.has_tasks or self.retrieval):
+            raise MhconvertError("there is nothing to measure; give --text, --tasks, --suite or --retrieval")
+
+
+def run(
+    checkpoints: Sequence[str],
+    settings: Settings,
+    *,
+    against: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+    tell: Listener,
+    store: Store | None = None,
+) -> dict[str, Any]:
+    """Every model's figures, the donor's first: models, texts, cache, tasks, average, retrieval, settings, versions.
+
+    Raises MhconvertError; nothing that was finished before it is measured again by the next run.
+    """
+    started = time.perf_counter()
+    store = store if store is not None else Store()
+    with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
+        tasks = resolve(settings.choice, Path(folder)) if settings.has_tasks else None
+        opened = _open(checkpoints, settings, against, _place(device), trust_remote_code, tell)
+        rows_of = settings.rows(opened[0])
+        for model in opened if rows_of else []:
+            model.require_length(settings.sequence_length)
+        candidates = [Candidate(model, fingerprint.of_model(model), settings.options) for model in opened]
+        result: dict[str, Any] = {"models": [_identity(each) for each in candidates]}
+        if harness.rank() == 0:
+            result |= texts.compare(candidates, rows_of, store, fresh=settings.fresh, on_rows=_listener(tell))
+        rows, probes = [], []
+        for candidate in candidates:
+            if tasks is not None:
+                told = _listener(tell, candidate)
+                rows.append(harness.evaluate(candidate, tasks, store, fresh=settings.fresh, on_rows=told))
+            if settings.retrieval and harness.rank() == 0:
+                probes.append(_probe(candidate, settings, store, tell))
+            candidate.lm = None  # one model in memory at a time
+    if harness.rank() != 0:
+        return {}
+    result |= {"tasks": [], "average": None, "retrieval": _retrieval(probes)}
+    if tasks is not None:
+        local = {spec.name: spec.local.name if spec.local else None for spec in tasks.specs}
+        result["tasks"] = [
+            scores.task_row(outcomes, local[outcomes[0]["name"]]) for outcomes in zip(*rows, strict=True)
+        ]
+        result["average"] = scores.average(result["tasks"])
+    tell(Progress("done", 1, 1))
+    return result | {
+        "settings": _settings(settings, candidates[0]),
+        "versions": _versions(tasks is not None),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _place(device: str | None) -> str | None:
+    """Under `accelerate launch` each process has a GPU of its own."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device is None and local is not None and torch.cuda.is_available() else device
+
+
+def _open(
+    checkpoints: Sequence[str],
+    settings: Settings,
+    against: str | None,
+    device: str | None,
+    trust: bool,
+    tell: Listener,
+) -> list[OpenModel]:
+    """The donor, where there is one, and the checkpoints; no weights are read."""
+    references = list(dict.fromkeys(checkpoints))
+    if against is None:
+        try:
+            against = load.recorded_donor(references[0])
+        except MhconvertError:
+            if settings.texts or len(references) > 1:
+                raise
+    references = ([against] if against is not None else []) + [each for each in references if each != against]
+    found: list[OpenModel] = []
+    for index, reference in enumerate(references):
+        tell(Progress("donor" if index == 0 else "checkpoint", 0, 1, reference))
+        opened = load.open_model(reference, device=device, trust_remote_code=trust)
+        if found and opened.vocab_size != found[0].vocab_size:
+            raise MhconvertError(
+                f"{reference} has {opened.vocab_size} tokens and {references[0]} has {found[0].vocab_size}; "
+                "they can be compared only over one vocabulary"
+            )
+        found.append(opened)
+    return found
+
+
+def _identity(candidate: Candidate) -> dict[str, Any]:
+    opened = candidate.opened
+    role, method = "donor", load.made_by(opened.reference)
+    if opened.adapter is not None:
+        role, method = "adapter", opened.adapter.method
+    elif method is not None:
+        role = "healed" if _record(opened.reference).get("healed") else "converted"
+    return {
+        "name": candidate.name,
+        "reference": opened.reference,
+        "role": role,
+        "method": method,
+        "fingerprint": candidate.fingerprint,
+        "dtype": str(candidate.dtype).removeprefix("torch."),
+    }
+
+
+def _record(reference: str) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        record = json.loads((Path(reference) / PROVENANCE).read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) else {}
+    return {}
+
+
+def _probe(candidate: Candidate, settings: Settings, store: Store, tell: Listener) -> dict[str, Any]:
+    """What the needle test says of one model, and which lengths are more than it reads."""
+    limit = getattr(candidate.opened.config.get_text_config(), "max_position_embeddings", None)
+    lengths, left_out = retrieval.usable_lengths(limit, retrieval.LENGTHS)
+    if not lengths:
+        raise MhconvertError(
+            f"{candidate.opened.reference} reads {limit} tokens, fewer than the shortest text of the retrieval probe "
+            f"({min(retrieval.LENGTHS)}); leave out --retrieval"
+        )
+    facts = candidate.facts() | {"probe": lengths}
+    found = None if settings.fresh else store.load(facts)
+    if found is None:
+        model = candidate.lm.model if candidate.lm is not None else candidate.opened.model(candidate.dtype)
+        told = _listener(tell, candidate)
+        found = retrieval.probe(
+            model,
+            candidate.opened.tokenizer(),
+            lengths=lengths,
+            on_cell=lambda done, total: told("retrieval", done, total),
+        )
+        store.save(facts, found)
+    return found | {"left_out": left_out}
+
+
+def _retrieval(probes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if not probes:
+        return None
+    shared = {name: probes[0][name] for name in ("lengths", "depths", "trials", "left_out")}
+    return shared | {"models": probes}
+
+
+def _listener(tell: Listener, candidate: Candidate | None = None) -> Callable[[str, int, int], None]:
+    """How far a task is, as progress; the message says whose it is."""
+
+    def on_rows(task: str, done: int, total: int) -> None:
+        tell(Progress("tasks", done, total, f"{candidate.name}: {task}" if candidate else task))
+
+    return on_rows
+
+
+def _settings(settings: Settings, first: Candidate) -> dict[str, Any]:
+    options = settings.options
+    return {
+        "suite": settings.choice.suite,
+        "limit": options.limit,
+        "chat_template": options.chat_template,
+        "batch_size": first.batch_size(False),
+        "max_length": options.max_length,
+        "backend": options.backend,
+        "device": first.opened.device,
+    }
+
+
+def _versions(tasks: bool) -> dict[str, str]:
+    if not tasks:
+        return versions()
+    import lm_eval
+
+    return versions() | {"lm_eval": lm_eval.__version__}

@@ -1,0 +1,124 @@
+"""`mhconvert eval` with tasks, as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli, Interrupted, Main
+from tests.donors import make_donor
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("evaluation")
+    return make_donor(folder / "tiny"), make_donor(folder / "twin", seed=1)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "river.txt"
+    path.write_text("The river ran slowly past the town, and the boats came home. " * 40, encoding="utf-8")
+    return path
+
+
+def test_everything_in_one_command(cli: Cli, pair: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
+    donor, twin = pair
+    pages = [tmp_path / "report.html", tmp_path / "report.md"]
+    words = [
+        *("eval", twin, "--against", donor, "--suite", "quick", "--text", text, "--sequence-length", 64),
+        *("--sequences", 2, "--retrieval", "--device", "cpu", "--report", pages[0], "--report", pages[1]),
+    ]
+    done = cli(*words, "--json", COLUMNS="160")
+    assert done.returncode == 0, done.stderr
+    assert "tiny: mhconvert_quick" in done.stderr
+    result = json.loads(done.stdout)
+    assert [row["task"] for row in result["tasks"]] == ["mhconvert_quick"]
+    assert result["texts"][0]["models"][1]["kl"] > 0
+    assert result["retrieval"]["lengths"] == [256, 512]
+    assert result["retrieval"]["left_out"] == [1024, 2048]
+    for page in pages:
+        content = page.read_text(encoding="utf-8")
+        assert "mhconvert_quick" in content.replace("\\", "")
+        assert "river.txt" in content
+    again = cli(*words, "--quiet", COLUMNS="160")
+    assert again.stderr == ""
+    for part in (
+        "river.txt: 2 × 64 tokens",
+        "lm-eval",
+        "mhconvert_quick",
+        "retrieval",
+        "≈: within two standard errors",
+    ):
+        assert part in again.stdout, again.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "helaswag"], "lm-eval has no task 'helaswag'; did you mean"),
+        (
+            ["--tasks", "piqa", "--data", "{empty}"],
+            "have no file for piqa (piqa_validation*.jsonl or piqa*.jsonl)",
+        ),
+        (["--suite", "quick", "--report", "page.pdf"], "page.pdf ends in none of .html, .md"),
+        (["--suite", "quick", "--backend", "vllm"], "needs vllm, which is not installed here"),
+        ([], "give --text, --tasks, --suite or --retrieval"),
+    ],
+)
+def test_faults(
+    main: Main,
+    capsys: pytest.CaptureFixture[str],
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+) -> None:
+    if "--backend" in words and __import__("importlib.util").util.find_spec("vllm"):
+        pytest.skip("vllm is installed")
+    assert main("eval", pair[0], *(word.format(empty=tmp_path) for word in words), "--quiet") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_tokenizer(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    donor = make_donor(tmp_path / "mute")
+    for file in donor.glob("*token*"):
+        file.unlink()
+    assert main("eval", donor, "--suite", "quick", "--quiet", "--device", "cpu") == 1
+    assert f"the tokenizer in {donor} cannot be loaded" in capsys.readouterr().err
+
+
+def test_ctrl_c_and_again(cli: Cli, interrupted: Interrupted, tmp_path: Path) -> None:
+    donor = make_donor(tmp_path / "tiny", layers=4, seed=3)
+    words = ("eval", donor, "--suite", "quick", "--device", "cpu", "--batch-size", 1)
+    code, said = interrupted("measuring", *words)
+    assert code == 130
+    assert "interrupted; the same command goes on after what is measured" in said
+    whole = json.loads(cli(*words, "--fresh", "--json").stdout)["tasks"]
+    done = cli(*words, "--json")
+    assert json.loads(done.stdout)["tasks"] == whole
+
+
+def test_two_processes_under_accelerate_find_what_one_does(cli: Cli, tmp_path: Path) -> None:
+    donor = make_donor(tmp_path / "tiny", seed=5)
+    words = ("eval", donor, "--suite", "quick", "--device", "cpu", "--json")
+    alone = json.loads(cli(*words).stdout)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "mhconvert.cli.main", *map(str, words), "--fresh"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert json.loads(done.stdout)["tasks"] == alone["tasks"]
