@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mhconvert.convert import recipe_file
+from mhconvert.convert.fields import changed_fields
 from mhconvert.convert.recipe import STAGES, Recipe
 from mhconvert.convert.recipe_file import NOWHERE, Origins
 from mhconvert.convert.typed import build
@@ -32,6 +33,26 @@ class RunRecipe:
         """The stages that there are, in their order: convert, heal, eval, export, push."""
         healed = ("heal",) if self.convert.heal is not None else ()
         return ("convert", *healed, *(name for name in STAGES if getattr(self, name) is not None))
+
+    def summary(self) -> str:
+        """What the run does, in words: "convert llama3-8b with mla (kv_budget=0.25), evaluate quick"."""
+        chosen = ", ".join(
+            f"{name}={getattr(self.convert.settings, name)}" for name in changed_fields(self.convert.settings)
+        )
+        words = [
+            f"convert {self.convert.model} with {self.convert.method}" + (f" ({chosen})" if chosen else "")
+        ]
+        if self.convert.heal is not None:
+            words.append(f"heal on {self.convert.heal.tokens + self.convert.heal.layer_tokens:,} tokens")
+        if self.eval is not None:
+            suite = [self.eval.suite] if self.eval.suite else []
+            retrieval = ["retrieval"] if self.eval.retrieval else []
+            words.append(f"evaluate {', '.join([*suite, *self.eval.tasks, *self.eval.text, *retrieval])}")
+        if self.export is not None:
+            words.append(f"export to {self.export.to}")
+        if self.push is not None:
+            words.append(f"push to {self.push.repo}")
+        return ", ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON/YAML types, without the stages that there are not; `from_dict` of it equals this recipe."""

@@ -70,7 +70,7 @@ def _of(hint: Any, definitions: dict[str, Schema]) -> Schema:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return {}
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if hint.__name__ not in definitions:
             definitions[hint.__name__] = _mapping(hint, definitions)
         return {"$ref": f"#/$defs/{hint.__name__}"}
@@ -95,7 +95,7 @@ def _any(kinds: list[Schema]) -> Schema:
 
 def _spoken(kind: Any) -> tuple[str, dict[str, str]]:
     """What the docstring says of the whole, and of each field: "name, other: text." speaks of both."""
-    text = " ".join(inspect.getdoc(kind).split()) if kind.__doc__ else ""
+    text = " ".join((inspect.getdoc(kind) or "").split())
     name = "(?:" + "|".join(field.name for field in dataclasses.fields(kind)) + ")"
     heads = list(re.finditer(rf"(?:^|(?<=[.;] ))({name}(?:, {name})*)(?:: | (?=\"))", text))
     ends = [head.start() for head in heads[1:]] + [len(text)]

@@ -1,0 +1,335 @@
+"""A run as a file: what it says survives, and what it says wrongly is named with file, line and key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhconvert.convert.errors import MhconvertError, RecipeError
+from mhconvert.convert.heal_settings import HealSettings
+from mhconvert.convert.mla.settings import MLASettings
+from mhconvert.convert.recipe import Recipe, load_recipe
+from mhconvert.run.recipe import RunRecipe, load
+from mhconvert.run.settings import BACKENDS, SUITES, EvalStage, ExportStage, PushStage
+
+WHOLE = """\
+# A run with every stage.
+model: smollm2-135m
+method: mla
+settings:
+  kv_budget: 3e-1
+calibration:
+  sources: [self]
+heal:
+  tokens: 20M
+  lr: 1e-3
+eval:
+  suite: quick
+  tasks: piqa
+export:
+  to: lora
+push:
+  repo: someone/model
+"""
+MLA_KEYS = "kv_budget, kv_lora_rank, profile, qk_rope_head_dim"
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path("run.yaml")
+
+
+def message(path: Path, text: str, overrides: Sequence[str] = ()) -> str:
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load(path, overrides)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_every_stage_is_read(file: Path) -> None:
+    file.write_text(WHOLE, encoding="utf-8")
+    recipe = load(file)
+    assert recipe == RunRecipe(
+        Recipe("smollm2-135m", "mla", MLASettings(0.3), heal=HealSettings(tokens=20_000_000, lr=1e-3)),
+        EvalStage(suite="quick", tasks=("piqa",)),
+        ExportStage("lora"),
+        PushStage("someone/model"),
+    )
+    assert recipe.stages == ("convert", "heal", "eval", "export", "push")
+    assert recipe.summary() == (
+        "convert smollm2-135m with mla (kv_budget=0.3), heal on 20,000,000 tokens, evaluate quick, piqa, export to "
+        "lora, push to someone/model"
+    )
+    assert load_recipe(file) == recipe.convert
+    assert RunRecipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "expected"),
+    [
+        (
+            "kv_budget",
+            "kv_buget",
+            f"line 5: settings has no key 'kv_buget'; did you mean kv_budget? (it has {MLA_KEYS})",
+        ),
+        ("kv_budget", "rank", f"line 5: settings has no key 'rank'; it has {MLA_KEYS}"),
+        ("3e-1", "3", "line 5: kv_budget=3 is outside (0, 1]; it is a share of the donor's KV cache"),
+        ("3e-1", "many", "line 5: settings.kv_budget: 'many' is not a number"),
+        ("3e-1", ".nan", "line 5: settings.kv_budget: nan is not a number"),
+        ("[self]", "[self, 5]", "line 7: calibration.sources: 5 is not text"),
+        ("[self]", "[self]\n  tokens: 1.5", "line 8: calibration.tokens: 1.5 is not a whole number"),
+        ("20M", "lots", "line 9: tokens 'lots' is not a number of tokens such as 200k or 20M"),
+        ("20M", "[1]", "line 9: heal.tokens: [1] is not a whole number or text"),
+        (
+            "tokens: 20M",
+            "clip: 1",
+            "line 8: there is nothing to do; say how many tokens to heal on, for example 20M",
+        ),
+        ("quick", "slow", "line 12: eval.suite: 'slow' is not one of quick, transmla, moh, dha, open-llm"),
+        ("piqa", "[piqa, '']", "line 13: tasks has an empty name"),
+        ("tasks: piqa", "limit: 0", "line 13: limit=0 is too small; use at least 1"),
+        ("tasks: piqa", "chat_template: maybe", "line 13: eval.chat_template: 'maybe' is not true or false"),
+        ("to: lora", "too: lora", "line 15: export has no key 'too'; did you mean to? (it has output, to)"),
+        ("to: lora", "output: x", "line 14: export: the key 'to' is missing"),
+        ("export:\n  to: lora", "export: lora", "line 14: export: 'lora' is not a mapping of settings"),
+        ("model: smollm2-135m", "model:", "line 2: model: null is not text"),
+        ("model: smollm2-135m\n", "", "the key 'model' is missing"),
+        ("method: mla\n", "", "the method is missing; choose one of mla, dha, moh, hydra"),
+        ("mla", "mlaa", "line 3: unknown method 'mlaa'; choose one of mla, dha, moh, hydra"),
+        ("lora\n", "lora\nfit_steps: many\n", "line 16: fit_steps: 'many' is not a whole number"),
+        ("lora\n", "lora\neffort: some\n", "line 16: effort: 'some' is not one of quick, default, high"),
+        ("lora\n", "lora\nexport: {to: x}\n", "line 16: export is given twice, first in line 14"),
+        ("  lr", "  tokens", "line 10: heal.tokens is given twice, first in line 9"),
+    ],
+)
+def test_a_fault_has_its_line(file: Path, was: str, becomes: str, expected: str) -> None:
+    assert was in WHOLE
+    said = message(file, WHOLE.replace(was, becomes, 1))
+    place = (
+        "run.yaml, "
+        if expected.startswith("line ")
+        else "run.yaml: recipe: "
+        if "'model'" in expected
+        else "run.yaml: "
+    )
+    assert said == place + expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            WHOLE.replace("  lr", "\tlr"),
+            "run.yaml, line 10 cannot be read: found character '\\t' that cannot start any token (indent with spaces)",
+        ),
+        ("model: [", "run.yaml, line 1 cannot be read: expected the node content, but found '<stream end>'"),
+        ("a: b\n---\nc: d\n", "run.yaml, line 2 cannot be read: but found another document"),
+        ("- a\n- b", "run.yaml is not a mapping of settings"),
+        ("", "run.yaml is not a mapping of settings"),
+        ("a: *b", "run.yaml, line 1 cannot be read: found undefined alias 'b'"),
+        ("a: !!python/name:os.system", None),
+        ("[a]: b\n? {c: d}\n: e", None),
+        ("model: 2001-99-99", None),
+        ("a: \x00", None),
+        ("[" * 5000, None),
+    ],
+)
+def test_what_is_no_yaml(file: Path, text: str, expected: str | None) -> None:
+    said = message(file, text)
+    assert said == expected if expected else said.startswith("run.yaml")
+
+
+def test_a_file_that_is_not_there_or_not_text(file: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^run\.yaml cannot be read: No such file or directory$"):
+        load(file)
+    file.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(RecipeError, match=r"^run\.yaml cannot be read: it is not UTF-8 text$"):
+        load(file)
+
+
+def test_what_an_alias_repeats_is_read_in_linear_time(file: Path) -> None:
+    layers = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 25))
+    assert message(file, f"model: x\nmethod: mla\nl0: &l0 [a]\n{layers}").startswith(
+        "run.yaml, line 3: recipe has no key 'l0'; it has calibration,"
+    )
+
+
+def test_anchors_and_merged_keys(file: Path) -> None:
+    file.write_text(
+        "model: x\nmethod: mla\nheal: &h {tokens: 5, data: a.txt}\neval: {text: a.txt}\n", encoding="utf-8"
+    )
+    assert load(file).convert.heal == HealSettings(tokens=5, data={"a.txt": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("heal.tokens=1B", {"heal": {"tokens": 10**9}}),
+        ("settings.kv_budget=0.25", {"settings": {"kv_budget": 0.25}}),
+        ("settings.kv_budget=25e-2", {"settings": {"kv_budget": 0.25}}),
+        ("calibration.sources=[a, b]", {"calibration": {"sources": ["a", "b"]}}),
+        ("calibration.sources=a", {"calibration": {"sources": ["a"]}}),
+        ("eval.limit=20", {"eval": {"limit": 20}}),
+        ("eval.text=[a.txt]", {"eval": {"text": ["a.txt"]}}),
+        ("heal.loss={kl: 1, ce: 0.1}", {"heal": {"loss": {"kl": 1, "ce": 0.1}}}),
+        ("heal.data.self=2", {"heal": {"data": {"self": 2}}}),
+        ("fit_steps=1e2", {"fit_steps": 100}),
+        ("push.repo=a/b=c", None),
+        ("output=out=1", {"output": "out=1"}),
+    ],
+)
+def test_overrides(file: Path, override: str, expected: dict[str, Any] | None) -> None:
+    file.write_text(WHOLE, encoding="utf-8")
+    if expected is None:
+        with pytest.raises(
+            RecipeError, match="^--set push.repo=a/b=c: repo 'a/b=c' is no name of a repository: "
+        ):
+            load(file, [override])
+        return
+    plain = load(file, [override]).to_dict()
+    for key, value in expected.items():
+        found = plain[key]
+        assert {k: found[k] for k in value} == value if isinstance(value, dict) else found == value
+
+
+def test_overrides_take_stages_out_and_begin_them(file: Path) -> None:
+    file.write_text(WHOLE, encoding="utf-8")
+    assert load(file, ["push=null", "heal=null", "eval=null"]).stages == ("convert", "export")
+    file.write_text("model: x\nmethod: moh\nheal:\n", encoding="utf-8")
+    began = load(file, ["eval.suite=moh", "heal.tokens=5k", "push.repo=name", "heal.tokens=6k"])
+    assert began.stages == ("convert", "heal", "eval", "push")
+    assert began.convert.heal == HealSettings(tokens=6000)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("heal.tokens=", "--set heal.tokens= has no value; null is the value of what is to be left out"),
+        ("heal.tokens", "--set heal.tokens is not key=value; for example heal.tokens=1B"),
+        (".tokens=1", "--set .tokens=1 is not key=value; for example heal.tokens=1B"),
+        ("a=[", "--set a=[ cannot be read: expected the node content, but found '<stream end>'"),
+        ("model.x=1", "--set model.x=1: model is not a mapping of settings"),
+        (
+            "settings.kv_buget=0.1",
+            "--set settings.kv_buget=0.1: settings has no key 'kv_buget'; did you mean kv_budget? "
+            f"(it has {MLA_KEYS})",
+        ),
+        ("fit_steps=many", "--set fit_steps=many: fit_steps: 'many' is not a whole number"),
+        ("eval.limit=0", "--set eval.limit=0: limit=0 is too small; use at least 1"),
+        (
+            "eval={limit: 3}",
+            "--set eval={limit: 3}: there is nothing to evaluate; name a suite, tasks or text, or set retrieval: "
+            "true",
+        ),
+        (
+            "heal={token: 3}",
+            "--set heal={token: 3}: heal has no key 'token'; did you mean tokens or lm_tokens? (it has ",
+        ),
+        (
+            "method=hydra",
+            "run.yaml, line 5: settings has no key 'kv_budget'; it has dropout, r_par, r_seq, scale, targets",
+        ),
+    ],
+)
+def test_overrides_that_are_refused(file: Path, override: str, expected: str) -> None:
+    assert message(file, WHOLE, [override]).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "there is nothing to evaluate; name a suite, tasks or text, or set retrieval: true"),
+        ({"suite": "slow"}, "suite 'slow' is not one of quick, transmla, moh, dha, open-llm"),
+        ({"suite": "quick", "backend": "x"}, "backend 'x' is not one of hf, vllm"),
+        ({"retrieval": True, "sequence_length": 4}, "sequence_length=4 is too small; use at least 8"),
+        ({"text": "a.txt", "num_fewshot": -1}, "num_fewshot=-1 is too small; use at least 0"),
+    ],
+)
+def test_an_evaluation_that_cannot_be(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        EvalStage(**values)
+    assert str(caught.value) == expected
+
+
+def test_exports_and_pushes_that_cannot_be() -> None:
+    with pytest.raises(RecipeError, match="^to is empty; name a form such as lora$"):
+        ExportStage(" ")
+    with pytest.raises(RecipeError, match="^output is empty; name a folder, or leave it out$"):
+        ExportStage("lora", "")
+    with pytest.raises(RecipeError, match="^repo 'a/b/c' is no name of a repository: "):
+        PushStage("a/b/c")
+    with pytest.raises(RecipeError, match="^revision is empty; name a branch, or leave it out$"):
+        PushStage("a/b", revision="")
+
+
+COUNTS = st.none() | st.integers(1, 10**6)
+WORDS = st.text("abc-./: #'\"é", min_size=1, max_size=8)
+STAGES = {
+    "eval": st.builds(
+        EvalStage,
+        suite=st.sampled_from(SUITES),
+        tasks=st.lists(WORDS).map(tuple),
+        text=st.lists(WORDS).map(tuple),
+        limit=COUNTS,
+        num_fewshot=COUNTS,
+        retrieval=st.booleans(),
+        sequences=st.integers(1, 99),
+        dtype=st.none() | WORDS,
+        backend=st.sampled_from(BACKENDS),
+    ),
+    "export": st.builds(ExportStage, to=WORDS.filter(str.strip), output=st.none() | WORDS.filter(str.strip)),
+    "push": st.builds(PushStage, repo=st.sampled_from(["a/b", "name"]), private=st.booleans()),
+}
+HEALS = st.builds(
+    HealSettings,
+    tokens=st.integers(1, 10**10),
+    lr=st.none() | st.floats(1e-9, 0.9),
+    data=st.dictionaries(WORDS, st.floats(0.1, 10), min_size=1),
+    warmup=st.floats(0, 0.99),
+)
+
+
+@given(
+    budget=st.floats(1e-9, 1),
+    heal=st.none() | HEALS,
+    stages=st.fixed_dictionaries({name: st.none() | kind for name, kind in STAGES.items()}),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, budget: float, heal: HealSettings | None, stages: dict[str, Any]
+) -> None:
+    recipe = RunRecipe(Recipe("m", "mla", MLASettings(kv_budget=budget), heal=heal), **stages)
+    path = tmp_path_factory.mktemp("trip") / "run.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    assert load(path) == recipe
+    assert load_recipe(path) == recipe.convert
+
+
+KEYS = st.sampled_from(["model", "method", "settings", "heal", "eval", "tokens", "kv_budget", "suite", "x"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["mla", "moh", "1e-3", "a"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(values=st.dictionaries(KEYS, VALUES), method=st.sampled_from(["mla", "moh", "dha", "hydra"]))
+@settings(max_examples=200, deadline=None)
+def test_nothing_but_a_recipe_or_a_fault(values: dict[str, Any], method: str) -> None:
+    for data in (values, {"model": "m", "method": method} | values):
+        try:
+            recipe = RunRecipe.from_dict(data)
+        except MhconvertError as error:
+            said = str(error)
+        else:
+            said = recipe.summary()
+        assert said
+        assert "\n" not in said
