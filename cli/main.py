@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from mhconvert.cli import bench, convert, curve, donors, evaluate, export, generate, heal, inspect, merge, push
+from mhconvert.cli import (
+    bench,
+    convert,
+    curve,
+    donors,
+    evaluate,
+    export,
+    generate,
+    heal,
+    inspect,
+    merge,
+    push,
+    recipes,
+    run,
+)
 from mhconvert.version import __version__
 
 HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
@@ -27,6 +41,8 @@ HELP = """Rewrite the attention of a pretrained language model so that its KV ca
   mhconvert llama3.2-1b --to hydra           an adapter for it that peft trains
   mhconvert merge ./adapter -o OUT           an adapter and its base as a plain checkpoint
   mhconvert push ./my-model-mla USER/REPO    publish it on the Hugging Face Hub
+  mhconvert run smollm2-135m-mla             a whole run by one file: convert, heal, evaluate, export, push
+  mhconvert recipes list                     such files, ready to use
 
 DONOR is an alias (mhconvert donors), org/name[@revision], a folder, or a .gguf file.
 `mhconvert DONOR --help` shows every option of a conversion."""
@@ -53,10 +69,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge.command,
     "export": export.command,
     "push": push.command,
+    "run": run.command,
     "donors": donors.command,
 }
+GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}
 for _name, _command in COMMANDS.items():
     app.command(_name, options_metavar="[OPTIONS]")(_command)
+for _name, _group in GROUPS.items():
+    app.add_typer(_group, name=_name)
 
 
 def _version(wanted: bool) -> None:
@@ -76,7 +96,11 @@ def _root(
 
 def arguments(words: list[str]) -> list[str]:
     """The words with `convert` before them where they name a donor instead of a subcommand."""
-    if not words or words[0] in COMMANDS or (words[0] in ("-h", "--help", "--version") and len(words) == 1):
+    if (
+        not words
+        or words[0] in (*COMMANDS, *GROUPS)
+        or (words[0] in ("-h", "--help", "--version") and len(words) == 1)
+    ):
         return words
     return ["convert", *words]
 
@@ -85,7 +109,7 @@ def _misspelt(words: list[str]) -> str | None:
     """The subcommand that was probably meant, where a conversion was not."""
     if not words or words[0].startswith("-") or "--to" in words:
         return None
-    return next(iter(difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.7)), None)
+    return next(iter(difflib.get_close_matches(words[0], [*COMMANDS, *GROUPS], n=1, cutoff=0.7)), None)
 
 
 def main() -> None:
