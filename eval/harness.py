@@ -142,8 +142,9 @@ def _facts(candidate: Candidate, spec: Spec) -> dict[str, Any]:
 def _run(
     candidate: Candidate, spec: Spec, manager: Any, store: Store, on_rows: Callable[[str, int, int], None]
 ) -> dict[str, Any] | None:
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
+    evaluator.get_git_commit_hash = lambda: None  # of the folder at hand, which is not lm-eval's; git complains aloud
     started = time.perf_counter()
     loaded = _load(manager, spec)
     lm = _language_model(candidate)
@@ -152,7 +153,7 @@ def _run(
         lm.batch_size_per_gpu = candidate.batch_size(rolling)
         lm.on_rows = lambda done, total: on_rows(spec.name, done, total)
     top = [loaded["groups"][spec.name]] if spec.name in loaded["groups"] else list(loaded["tasks"].values())
-    found = simple_evaluate(
+    found = evaluator.simple_evaluate(
         model=lm,
         tasks=top,
         num_fewshot=spec.num_fewshot,

@@ -2,8 +2,9 @@
 
 `mhconvert.convert(recipe)`, `mhconvert.plan(recipe)`, `mhconvert.curve(recipe, budgets)`, `mhconvert.heal(...)`,
 `mhconvert.evaluate(...)`, `mhconvert.merge(...)`, `mhconvert.export(...)`, `mhconvert.inspect(...)`,
-`mhconvert.generate(...)`, `mhconvert.bench(...)` and `mhconvert.push(...)` are what the command line calls. Nothing
-heavy is imported until one of them is used; importing `HydraConfig` makes peft know that method.
+`mhconvert.generate(...)`, `mhconvert.bench(...)`, `mhconvert.push(...)` and `mhconvert.run(recipe)` are what the
+command line calls. Nothing heavy is imported until one of them is used; importing `HydraConfig` makes peft know that
+method.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _PUBLIC = {
     "generate": ("mhconvert.api", "generate"),
     "bench": ("mhconvert.api", "bench"),
     "push": ("mhconvert.api", "push"),
+    "run": ("mhconvert.run", None),
     "EvalSettings": ("mhconvert.eval.comparison", "Settings"),
     "Recipe": ("mhconvert.convert.recipe", "Recipe"),
     "HealSettings": ("mhconvert.convert.heal_settings", "HealSettings"),

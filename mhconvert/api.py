@@ -350,3 +350,26 @@ def push(
         message=message,
         on_progress=on_progress,
     )
+
+
+def run(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    only: Sequence[str] = (),
+    force: bool = False,
+    dry_run: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Convert, heal, evaluate, export and push as a recipe says, a file or the name of one that ships.
+
+    overrides: "heal.tokens=1B" and the like, in place of what the file says. only: of its stages these. force: do
+    again what an earlier run has done. dry_run: do nothing.
+    Returns output (the folder that is evaluated and pushed), stages ({stage, status, output, …} of each) and
+    evaluation (as `evaluate` returns it). Raises RecipeError and what the stages raise.
+    """
+    from mhconvert.run import library, stages
+    from mhconvert.run import recipe as recipes
+
+    asked = recipes.load(library.find(str(recipe)), overrides)
+    return stages.run(asked, only=only, force=force, dry_run=dry_run, on_progress=on_progress or ignore)

@@ -13,7 +13,7 @@ Backend = Literal["hf", "vllm"]
 Names = Annotated[tuple[str, ...], Also(str)]
 SUITES = ("quick", "transmla", "moh", "dha", "open-llm")
 BACKENDS = ("hf", "vllm")
-LEAST = {"limit": 1, "num_fewshot": 0, "sequences": 1, "sequence_length": 8, "batch_size": 1}
+LEAST = {"limit": 1, "num_fewshot": 0, "sequences": 1, "sequence_length": 8, "batch_size": 1, "max_length": 2}
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class EvalStage:
     """Evaluation of the result beside its donor: a suite, tasks, text or retrieval, of which at least one is named.
 
     suite: a list of lm-eval tasks with their numbers of examples. tasks: lm-eval tasks, groups or globs, beside the
-    suite's. text: files, globs or dataset names on which fidelity and perplexity are measured. data: a folder with
+    suite's. text: UTF-8 files on which fidelity and perplexity are measured. data: a folder with
     local copies of the tasks' data. include_path: a folder of lm-eval task YAMLs. limit: questions a task (None: all).
     num_fewshot: examples before each question (None: the suite's, or the task's own number). chat_template: questions
     as a chat. retrieval: also whether a fact is found again in a long text. sequences, sequence_length: rows of
-    text, and tokens a row. batch_size: rows of questions together (None: chosen by memory). dtype: of the weights as
+    text, and tokens a row. batch_size: rows of questions together (None: found by lm-eval on CUDA, 8 on
+    a CPU). max_length: tokens of a row of a task (None: what the model reads). dtype: of the weights as
     loaded (None: as stored). backend: what runs the tasks.
     """
 
@@ -41,6 +42,7 @@ class EvalStage:
     sequences: int = 16
     sequence_length: int = 1024
     batch_size: int | None = None
+    max_length: int | None = None
     dtype: str | None = None
     backend: Backend = "hf"
 
