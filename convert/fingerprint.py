@@ -13,7 +13,7 @@ from mhconvert.convert.load import OpenModel
 from mhconvert.convert.provenance import sha256
 
 MODEL_FILES = (
-    *("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.py"),
+    *("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
     *TEXT_FILES,
 )
 
@@ -21,7 +21,7 @@ MODEL_FILES = (
 def of_model(opened: OpenModel) -> str:
     """The hash of an opened model; of an adapter together with its base. A Hub model's weights are downloaded."""
     if opened.donor is None:
-        return of_folder(Path(opened.reference))
+        return of_folder(opened.folder)
     place = opened.donor.model_files()
     base = of_folder(place) if place.is_dir() else of_files([place])
     if opened.adapter is None:
@@ -30,7 +30,7 @@ def of_model(opened: OpenModel) -> str:
 
 
 def of_folder(folder: Path) -> str:
-    """The SHA-256 of the model files in `folder`, by name and content; reports, cards and licences do not count.
+    """The SHA-256 of the model files in `folder`, by name and content; reports, cards, code and licences do not count.
 
     Raises CheckpointError for a folder without any, or one that cannot be read.
     """

@@ -29,7 +29,7 @@ TEXT_FILES = (  # how text becomes tokens and tokens become text
 # What a converted checkpoint takes over from its donor, byte for byte.
 CARRIED_FILES = (*TEXT_FILES, "LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
 TOKENIZER_CODE = ("tokenization*.py",)  # run and carried over only with trust_remote_code
-CONFIG_FILES = ["config.json", "README.md", *CARRIED_FILES, *TOKENIZER_CODE]
+CONFIG_FILES = ["config.json", "README.md", "mhconvert.json", *CARRIED_FILES, *TOKENIZER_CODE]
 WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 PROBE_SECONDS = 5.0
 # httpx or requests, whichever huggingface_hub is built on.

@@ -13,13 +13,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from mhconvert.convert import hub
+from mhconvert.convert.aliases import ALIASES
 from mhconvert.convert.checkpoint import is_adapter
 from mhconvert.convert.device import pick_device
 from mhconvert.convert.donor import Donor, open_donor
 from mhconvert.convert.errors import CheckpointError, MhconvertError
 from mhconvert.convert.methods import METHODS, register
 from mhconvert.convert.provenance import PROVENANCE
-from mhconvert.convert.resolve import load_tokenizer
+from mhconvert.convert.resolve import HUB_ID, load_tokenizer
 from mhconvert.convert.sources import require_finite
 
 if TYPE_CHECKING:
@@ -37,6 +39,12 @@ class OpenModel:
     donor: Donor | None
     trust_remote_code: bool = False
     adapter: AdapterFolder | None = None
+    place: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where a converted checkpoint's files are."""
+        return self.place if self.place is not None else Path(self.reference)
 
     @property
     def vocab_size(self) -> int:
@@ -46,7 +54,7 @@ class OpenModel:
         """The model's tokenizer. Raises CheckpointError when there is none that can be read."""
         if self.donor is not None:
             return self.donor.tokenizer()
-        return load_tokenizer(Path(self.reference), self.trust_remote_code)
+        return load_tokenizer(self.folder, self.trust_remote_code)
 
     def model(self, dtype: torch.dtype = torch.float32, *, trainable: bool = False) -> Any:
         """The whole model on the device; `trainable`: an adapter's matrices require gradients.
@@ -59,7 +67,7 @@ class OpenModel:
 
         try:
             opened: Any = AutoModelForCausalLM.from_pretrained(
-                self.reference,
+                self.folder,
                 dtype=dtype,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
@@ -71,7 +79,7 @@ class OpenModel:
             for name in sorted(map(str, loading[f"{fault}_keys"])):
                 raise CheckpointError(f"{self.reference} does not fit its config: tensor {name} is {fault}")
         for name, weight in model.named_parameters():
-            require_finite(weight.detach(), name, Path(self.reference))
+            require_finite(weight.detach(), name, self.folder)
         return model.to(self.device).eval()
 
     def _with_adapter(self, base: Any, trainable: bool) -> Any:
@@ -103,6 +111,21 @@ def converted_method(reference: str) -> str | None:
     return method if method in METHODS else None
 
 
+def checkpoint_folder(reference: str, *, weights: bool = True) -> Path | None:
+    """The folder of a converted checkpoint: `reference` itself, or the snapshot of org/name[@revision] on the Hub.
+
+    None for anything else. weights: whether a snapshot has to have them. Raises CheckpointError where the Hub does not
+    give it.
+    """
+    path = Path(reference).expanduser()
+    if path.exists() or reference in ALIASES or not HUB_ID.fullmatch(reference):
+        return path if converted_method(reference) is not None else None
+    snapshot = hub.download_config(reference)
+    if converted_method(str(snapshot)) is None:
+        return None
+    return hub.download_weights(reference, revision=snapshot.name) if weights else snapshot
+
+
 def made_by(reference: str) -> str | None:
     """The method that made the folder `reference`: by its architecture, or by its provenance if that is a stock one."""
     method = converted_method(reference)
@@ -125,15 +148,17 @@ def read_config(folder: str, method: str) -> Any:
 
 
 def open_model(reference: str, *, device: str | None = None, trust_remote_code: bool = False) -> OpenModel:
-    """`reference` opened: a folder that mhconvert wrote, an adapter, or what `open_donor` takes. Reads no weights yet.
+    """`reference` opened: what mhconvert converted, a folder or org/name[@revision] on the Hub; an adapter's folder; or
+    what `open_donor` takes. Reads no weights yet.
 
     device: a torch device; None: CUDA if present. Code inside a folder runs only with trust_remote_code.
     """
     place = str(pick_device(device))
-    method = converted_method(reference)
-    if method is not None:
-        config = read_config(reference, method)
-        return OpenModel(reference, config, place, None, trust_remote_code)
+    folder = checkpoint_folder(reference)
+    method = converted_method(str(folder))
+    if folder is not None and method is not None:
+        config = read_config(str(folder), method)
+        return OpenModel(reference, config, place, None, trust_remote_code, place=folder)
     if is_adapter(Path(reference).expanduser()):
         from mhconvert.convert.adapter.folder import open_adapter
 
@@ -165,7 +190,7 @@ def recorded_donor(checkpoint: str) -> str:
         from mhconvert.convert.adapter.folder import open_adapter
 
         return open_adapter(checkpoint).base
-    path = Path(checkpoint) / PROVENANCE
+    path = (checkpoint_folder(checkpoint) or Path(checkpoint)) / PROVENANCE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return str(record["recipe"]["model"] if "recipe" in record else record["donor"]["reference"])

@@ -146,11 +146,11 @@ def _open(
 
 def _identity(candidate: Candidate) -> dict[str, Any]:
     opened = candidate.opened
-    role, method = "donor", load.made_by(opened.reference)
+    role, method = "donor", load.made_by(str(opened.folder))
     if opened.adapter is not None:
         role, method = "adapter", opened.adapter.method
     elif method is not None:
-        role = "healed" if _record(opened.reference).get("healed") else "converted"
+        role = "healed" if _record(opened.folder).get("healed") else "converted"
     return {
         "name": candidate.name,
         "reference": opened.reference,
@@ -161,9 +161,9 @@ def _identity(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _record(reference: str) -> dict[str, Any]:
+def _record(folder: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        record = json.loads((Path(reference) / PROVENANCE).read_text(encoding="utf-8"))
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         return record if isinstance(record, dict) else {}
     return {}
 

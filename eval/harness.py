@@ -69,7 +69,9 @@ class Candidate:
         """A donor's name, or that of the folder."""
         if self.opened.donor is not None and self.opened.adapter is None:
             return self.opened.donor.name
-        return Path(self.opened.reference).resolve().name
+        if self.opened.folder == Path(self.opened.reference).expanduser():
+            return self.opened.folder.resolve().name
+        return self.opened.reference.partition("@")[0].rpartition("/")[2]  # of a model on the Hub
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,7 +146,9 @@ def _run(
 ) -> dict[str, Any] | None:
     from lm_eval import evaluator
 
-    evaluator.get_git_commit_hash = lambda: None  # of the folder at hand, which is not lm-eval's; git complains aloud
+    evaluator.get_git_commit_hash = lambda: (
+        None
+    )  # of the folder at hand, which is not lm-eval's; git complains aloud
     started = time.perf_counter()
     loaded = _load(manager, spec)
     lm = _language_model(candidate)
@@ -239,7 +243,7 @@ def _served(candidate: Candidate) -> Any:
     opened = candidate.opened
     if opened.adapter is not None or (opened.donor is not None and not opened.donor.model_files().is_dir()):
         raise MhconvertError(f"{opened.reference} is no folder that vllm loads; merge or export it first")
-    place = opened.reference if opened.donor is None else str(opened.donor.model_files())
+    place = str(opened.folder if opened.donor is None else opened.donor.model_files())
     arguments: dict[str, Any] = {"pretrained": place, "dtype": str(candidate.dtype).removeprefix("torch.")}
     arguments |= {"trust_remote_code": opened.donor is None or opened.trust_remote_code}
     if candidate.options.max_length is not None:

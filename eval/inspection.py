@@ -23,13 +23,14 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     bytes {"8192": …}} at the stored dtype, methods {name: {applies, reason | kv_bytes_per_token, output_bytes}}; of an
     adapter trainable_parameters instead of kv_bytes_per_token.
     """
-    made_by = converted_method(reference)
+    folder = load.checkpoint_folder(reference, weights=False)
+    made_by = converted_method(str(folder))
     donor = None
-    if made_by is None:
+    if folder is None or made_by is None:
         donor = open_donor(reference, trust_remote_code=trust_remote_code)
         config, dtype = donor.config, donor.dtype
     else:
-        config = read_config(reference, made_by)
+        config = read_config(str(folder), made_by)
         dtype = _torch_dtype(config.dtype)
     try:
         elements = sum(cache_elements(config))

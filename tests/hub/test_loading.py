@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from mhconvert import api
 from mhconvert.convert.adapter.settings import HydraSettings
+from mhconvert.convert.fingerprint import of_model
+from mhconvert.convert.load import open_model, recorded_donor
 from mhconvert.convert.recipe import Recipe
 from mhconvert.hub.push import push
 from tests.conftest import Main
@@ -73,6 +75,30 @@ def test_it_loads_back_with_plain_transformers(hub: WriteHub, checkpoint: Path, 
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).eval()
     with torch.inference_mode():
         assert torch.equal(model(found["ids"]).logits, found["logits"])
+
+
+def test_our_own_commands_take_it_by_its_name_and_commit(
+    hub: WriteHub, checkpoint: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """inspect, generate, and what eval and bench open; from the pinned commit, not from what came later."""
+    (checkpoint / "mhconvert.json").write_text(
+        json.dumps({"recipe": {"model": "some/donor", "method": "mla"}})
+    )
+    result = push(checkpoint, REPO)
+    hub.repos[REPO].commit("main", files_at(hub) | {"config.json": b"broken"}, "later")
+    reference = f"{REPO}@{result['commit']}"
+    assert api.inspect(reference) == api.inspect(str(checkpoint)) | {"reference": reference}
+    assert not any("model.safetensors" in str(request) for request in hub.requests[-8:])
+    there, here = open_model(reference, device="cpu"), open_model(str(checkpoint), device="cpu")
+    assert of_model(there) == of_model(here)
+    assert recorded_donor(reference) == "some/donor"
+    ids = torch.arange(2, 18)[None]
+    with torch.inference_mode():
+        assert torch.equal(there.model()(ids).logits, here.model()(ids).logits)
+    assert main("generate", reference, "The cache", "--max-new-tokens", 4, "--device", "cpu", "--json") == 0
+    written = json.loads(capsys.readouterr().out)["text"]
+    assert main("generate", checkpoint, "The cache", "--max-new-tokens", 4, "--device", "cpu", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text"] == written
 
 
 def test_a_pushed_donor_can_be_converted_from_its_commit(hub: WriteHub, tmp_path: Path) -> None:
