@@ -13,6 +13,10 @@ demo: .venv/installed
 	@echo
 	@echo '$$ mhconvert generate $(DEMO) --chat "What is the capital of France?"'
 	@$(BIN)/mhconvert generate $(DEMO) --chat "What is the capital of France?" --max-new-tokens 40
+	@echo
+	@echo '$$ mhconvert eval $(DEMO) --suite quick'
+	@$(BIN)/mhconvert eval $(DEMO) --suite quick --quiet --report $(DEMO).html
+	@echo '$(DEMO).html shows the same in a browser'
 
 bench: .venv/installed
 	$(BIN)/mhconvert bench smollm2-135m --random --kv-budget 0.3125 --reexpand
