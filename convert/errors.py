@@ -47,3 +47,7 @@ class HealError(MhconvertError):
 
 class RecipeError(MhconvertError):
     """A recipe's file or a part of it that cannot be taken: an unknown key, a wrong type, a value out of range."""
+
+
+class ExportError(MhconvertError):
+    """A checkpoint that another form cannot hold exactly, or that is of the wrong kind for it."""

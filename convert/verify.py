@@ -29,10 +29,12 @@ def verify(
     max_new_tokens: int = 24,
     tolerance: float = TOLERANCE,
     threads: int | None = None,
+    python: str | None = None,
 ) -> dict[str, Any]:
     """`folder` loads with plain transformers, reproduces `probe`, and generates; its cache has been measured.
 
     probe: safetensors with input_ids (rows, length) int64 and logits (rows, length, vocab_size) float32.
+    python: the interpreter of another environment, with torch and some transformers; None: this one.
     Returns largest_logit_difference, relative_logit_error, logit_spread; sample {prompt, text}; cache {type, tokens,
     bytes, bytes_per_token, elements_per_token} of the float32 cache object; parameters; seconds; peak_rss_bytes (the
     child's peak and what this process held meanwhile).
@@ -42,7 +44,7 @@ def verify(
     resident = _resident()
     options = json.dumps({"prompt": prompt, "max_new_tokens": max_new_tokens, "threads": threads})
     with tempfile.TemporaryDirectory(prefix="mhconvert-") as modules:
-        command = [sys.executable, "-I", verify_child.__file__, str(folder), str(probe), options, modules]
+        command = [python or sys.executable, "-I", verify_child.__file__, str(folder), str(probe), options, modules]
         child = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", check=False
         )

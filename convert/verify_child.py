@@ -135,6 +135,7 @@ def main(folder: str, probe: str, options: dict[str, Any]) -> dict[str, Any]:
     return result | {
         "model_class": type(model).__name__,
         "module": type(model).__module__.split(".")[0],
+        "transformers": transformers.__version__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": peak_memory(),

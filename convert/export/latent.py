@@ -1,0 +1,121 @@
+"""One layer of latent attention as DeepSeek's classes hold it. Pure: tensors in, tensors out, float64 between.
+
+Three things differ. Their latent passes an RMSNorm, ours does not: with the latent's rows of kv_a_proj scaled by a tiny
+s the norm's eps outweighs their mean square, and RMSNorm(s x) · w = x where w = sqrt(eps) / s. Their scores are
+multiplied by (qk_nope_head_dim + qk_rope_head_dim) ** -0.5, whatever the donor's were by: q_proj takes the ratio.
+Their norms have one eps for all: in a residual stream scaled by g = sqrt(eps' / eps) norms of eps' do what those of eps
+did, so embedding, o_proj and down_proj take g.
+
+Rows of q_proj and kv_b_proj are heads, non-rotary part first; rotary pairs lie side by side, as DeepSeek's do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6  # of the latent's norm in transformers, whatever rms_norm_eps says
+IDENTITY_ERROR = 2.0**-26  # of the norm as an identity, for the largest latent that was seen
+MARGIN = 64.0  # by which a latent's root mean square may be larger than that
+SMALLEST = 2.0**-40  # of s: far from what float32 and bfloat16 hold at least
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """Widths of one model's latent attention. padded_v_head_dim: that values are filled up to with zeros."""
+
+    num_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    padded_v_head_dim: int
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The factors that make a layer fit. latent: s; norm: w as it is stored; correction: what w as stored makes of 1;
+    scores: ours by theirs; residual: g."""
+
+    latent: float
+    norm: float
+    correction: float
+    scores: float
+    residual: float
+
+
+def latent_scale(largest_mean_square: float) -> float:
+    """s, a power of two: a norm of eps 1e-6 is an identity to IDENTITY_ERROR for latents up to MARGIN times this large.
+
+    largest_mean_square: of the unscaled latent, over its elements, of the worst token seen.
+    """
+    reach = max(largest_mean_square, 1.0) * MARGIN**2
+    wanted = math.sqrt(2 * EPS * IDENTITY_ERROR / reach)
+    return max(2.0 ** math.floor(math.log2(wanted)), SMALLEST)
+
+
+def fold(
+    largest_mean_square: float,
+    softmax_scale: float,
+    shape: LatentShape,
+    rms_norm_eps: float,
+    dtype: torch.dtype,
+) -> Fold:
+    """The factors for a layer that is written in `dtype`."""
+    scale = latent_scale(largest_mean_square)
+    exact = math.sqrt(EPS) / scale
+    stored = torch.tensor(exact, dtype=dtype).item()
+    query_width = shape.qk_nope_head_dim + shape.qk_rope_head_dim
+    return Fold(
+        latent=scale,
+        norm=stored,
+        correction=stored / exact,
+        scores=softmax_scale * math.sqrt(query_width),
+        residual=math.sqrt(EPS / rms_norm_eps),
+    )
+
+
+def dense_attention(
+    tensors: dict[str, Tensor], shape: LatentShape, fold: Fold, order: list[int]
+) -> dict[str, Tensor]:
+    """The tensors of one DeepSeek attention from those of one LatentAttention, by name; float64.
+
+    tensors: q_proj (H (n + p), D), kv_a_proj_with_mqa (r + p, D), kv_b_proj (H (n + v), r), o_proj (D, H v), all
+    `.weight`. order: which of our rotary components each of theirs is, p / 2 of them.
+    """
+    heads, rank = shape.num_heads, shape.kv_lora_rank
+    nope, value, padded = shape.qk_nope_head_dim, shape.v_head_dim, shape.padded_v_head_dim
+    pairs = [element for component in order for element in (2 * component, 2 * component + 1)]
+    query = tensors["q_proj.weight"].double().unflatten(0, (heads, -1)) * fold.scores
+    query = torch.cat((query[:, :nope] / fold.correction, query[:, nope:][:, pairs]), dim=1)
+    reads = tensors["kv_a_proj_with_mqa.weight"].double()
+    reads = torch.cat((reads[:rank] * fold.latent, reads[rank:][pairs]))
+    up = tensors["kv_b_proj.weight"].double().unflatten(0, (heads, -1))
+    up = torch.cat((up, up.new_zeros(heads, padded - value, rank)), dim=1)
+    out = tensors["o_proj.weight"].double().unflatten(1, (heads, value)) * (fold.residual / fold.correction)
+    out = torch.cat((out, out.new_zeros(len(out), heads, padded - value)), dim=2)
+    return {
+        "q_proj.weight": query.flatten(0, 1),
+        "kv_a_proj_with_mqa.weight": reads,
+        "kv_a_layernorm.weight": torch.full((rank,), fold.norm, dtype=torch.float64),
+        "kv_b_proj.weight": up.flatten(0, 1),
+        "o_proj.weight": out.flatten(1),
+    }
+
+
+def series_order(frequencies: list[int], rotary_pairs: int) -> list[int] | None:
+    """Which of a layer's rotary components turns with the series' first frequency, its second, …; None if it has none.
+
+    frequencies: indices into the donor's rotary_pairs ones. A stock class computes a geometric series of its own over
+    the components that it has: every so-many-th of the donor's.
+    """
+    count = len(frequencies)
+    if not count or rotary_pairs % count:
+        return None
+    step = rotary_pairs // count
+    places = {frequency: component for component, frequency in enumerate(frequencies)}
+    wanted = [step * index for index in range(count)]
+    return [places[frequency] for frequency in wanted] if set(places) == set(wanted) else None

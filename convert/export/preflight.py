@@ -1,0 +1,87 @@
+"""Which engines load an export, from its sizes alone: said before anything is written.
+
+What is said of an engine was read in its source (vLLM 0.33, SGLang 0.5.23, llama.cpp of 2026); only transformers and
+llama.cpp have been run on our exports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PREFILL_WIDTHS = (
+    (128, 64, 128),
+    (192, 64, 256),
+    (64, 64, 128),
+    (256, 0, 256),
+)  # (nope, rope, v) of vLLM's kernels
+FAST_ROWS = (512 + 64,)  # latent and rotary key: FlashMLA, FlashAttention-MLA, CUTLASS
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of an export's attention. The cache row of a token and layer is kv_lora_rank + qk_rope_head_dim."""
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def row(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+def engines(to: str, sizes: Sizes) -> list[tuple[str, bool, str]]:
+    """(engine, whether it serves the export with the small cache, how or why not)."""
+    if to == "own":
+        return _own()
+    table = [
+        ("transformers ≥ 5.16.1", True, "caches latent and rotary key"),
+        ("transformers < 5.16.1", False, "loads and computes the same, but caches expanded keys and values"),
+    ]
+    if to == "youtu":
+        return [
+            *table,
+            (
+                "vLLM",
+                True,
+                "by its Transformers backend, which finds the latent by the attention's structure",
+            ),
+            ("SGLang", False, "does not know the class as latent attention and would cache expanded keys"),
+            ("llama.cpp", False, "loses RoPE scaling; export to gguf refuses it"),
+        ]
+    return [
+        *table,
+        ("vLLM, Triton kernel", _prefill(sizes) is None, _prefill(sizes) or "any GPU, any row"),
+        ("vLLM, FlashMLA and its like", _fast(sizes) is None, _fast(sizes) or "the row is 512 + 64"),
+        ("SGLang", True, "as DeepSeek-V3"),
+        ("llama.cpp", True, "after export to gguf, with a BPE tokenizer that it knows"),
+    ]
+
+
+def _prefill(sizes: Sizes) -> str | None:
+    widths = (sizes.qk_nope_head_dim, sizes.qk_rope_head_dim, sizes.v_head_dim)
+    if widths in PREFILL_WIDTHS:
+        return None
+    return f"its prefill kernels take (nope, rope, v) of {', '.join(map(str, PREFILL_WIDTHS))}, and this is {widths}"
+
+
+def _fast(sizes: Sizes) -> str | None:
+    if _prefill(sizes) is not None:
+        return _prefill(sizes)
+    if sizes.row in FAST_ROWS and sizes.kv_lora_rank == 512:
+        return None
+    return f"want a row of 512 + 64, and this is {sizes.kv_lora_rank} + {sizes.qk_rope_head_dim}"
+
+
+def _own() -> list[tuple[str, bool, str]]:
+    return [
+        ("transformers ≥ 5", True, "trust_remote_code=True; caches latent and rotary key"),
+        (
+            "vLLM",
+            True,
+            "--trust-remote-code, by its Transformers backend, which finds the latent by the structure",
+        ),
+        ("SGLang", False, "its fallback has no latent attention and would cache expanded keys"),
+        ("llama.cpp", False, "does not know the class"),
+    ]

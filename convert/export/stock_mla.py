@@ -1,0 +1,139 @@
+"""`mhconvert export CKPT --to deepseek_v3|youtu`: read, fold, write, prove."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhconvert.convert import hub, load, provenance
+from mhconvert.convert.checkpoint import ShardWriter, byte_size, check_free, write_json
+from mhconvert.convert.errors import ExportError
+from mhconvert.convert.estimate import SLACK_BYTES
+from mhconvert.convert.export import dense_mla, preflight, proof
+from mhconvert.convert.export.card import write_card
+from mhconvert.convert.progress import Listener, Progress, ignore
+from mhconvert.convert.sources import SafetensorsSource
+from mhconvert.convert.versions import versions
+from mhconvert.convert.whole_folder import whole_folder
+
+SHARD = "5GB"
+
+
+def run(
+    reference: str,
+    to: str,
+    output: str | None = None,
+    *,
+    dtype: str | None = None,
+    verify: bool = True,
+    force: bool = False,
+    dry_run: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """See `mhconvert.api.export`."""
+    begun, tell = time.perf_counter(), on_progress or ignore
+    opened = load.open_model(reference, device=device)
+    if opened.donor is not None or load.converted_method(str(opened.folder)) != "mla":
+        raise ExportError(
+            f"{reference} has no latent attention; {to} holds what --to mla --profile portable makes"
+        )
+    folder, config = opened.folder, opened.config
+    source = SafetensorsSource(folder)
+    stored = source.dtype("model.embed_tokens.weight")
+    plan = dense_mla.plan(config, to, _dtype(dtype, stored))
+    place = Path(output) if output else Path(f"{folder.resolve().name}-{to}")
+    shape = plan.shape
+    sizes = preflight.Sizes(
+        shape.kv_lora_rank, shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.padded_v_head_dim
+    )
+    report = {
+        "checkpoint": reference,
+        "method": "mla",
+        "to": to,
+        "architecture": dense_mla.CLASSES[to],
+        "output": str(place),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "kv_elements_per_token": plan.elements_per_token,
+        "kv_bytes_per_token": plan.elements_per_token * plan.dtype.itemsize,
+        "padded_v_head_dim": shape.padded_v_head_dim if shape.padded_v_head_dim != shape.v_head_dim else None,
+        "engines": [list(row) for row in preflight.engines(to, sizes)],
+    }
+    check_free(place, force, folder)
+    if dry_run:
+        return report
+    tell(Progress("donor", 0, 1, reference))
+    tokenizer, model = opened.tokenizer(), opened.model()
+    expected = proof.expect(model, tokenizer, seed, tell)
+    del model
+    needed = (
+        sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
+        * 2
+        * plan.dtype.itemsize
+    )
+    with whole_folder(place, needed + SLACK_BYTES, force=force) as partial:
+        report["output_bytes"] = _write(partial, plan, source, config, expected.latents, tell)
+        dense_mla.write_config(plan, partial)
+        carry(folder, partial)
+        write_card(partial, place.name, report, _donor(folder))
+        if verify:
+            tell(Progress("verify", 0, 1))
+            probe = partial / "probe.safetensors.tmp"
+            report["verified"] = proof.prove(partial, expected, probe, plan.dtype, plan.elements_per_token)
+        record(partial, report, _donor(folder))
+    tell(Progress("done", 1, 1, str(place)))
+    return report | {"seconds": time.perf_counter() - begun}
+
+
+def _dtype(wanted: str | None, stored: torch.dtype) -> torch.dtype:
+    if wanted is None:
+        return stored
+    found = getattr(torch, wanted, None)
+    if not isinstance(found, torch.dtype):
+        raise ExportError(f"'{wanted}' is no dtype; use {' or '.join(dense_mla.DTYPES)}")
+    return found
+
+
+def _write(
+    folder: Path,
+    plan: dense_mla.Plan,
+    source: SafetensorsSource,
+    config: Any,
+    latents: list[float],
+    tell: Listener,
+) -> int:
+    layers = plan.config.num_hidden_layers
+    writer = ShardWriter(folder, byte_size(SHARD), len(source.names()) + layers + 1)
+    done = -1
+    for name, tensor in dense_mla.tensors(plan, source, config, latents):
+        writer.add(name, tensor)
+        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+        if layer != done:
+            done = layer
+            tell(Progress("write", layer + 1, layers))
+    return writer.finish()
+
+
+def carry(source: Path, target: Path) -> None:
+    """Tokenizer, chat template, generation settings and licence, byte for byte."""
+    for file in sorted({f for pattern in hub.CARRIED_FILES for f in source.glob(pattern) if f.is_file()}):
+        shutil.copyfile(file, target / file.name)
+
+
+def record(folder: Path, report: dict[str, Any], donor: dict[str, Any]) -> None:
+    """mhconvert.json: what was exported, the donor of its checkpoint, versions, and hashes of the files."""
+    facts = {"exported": report, "donor": donor, "versions": versions(), "sha256": provenance.hashes(folder)}
+    write_json(folder / provenance.PROVENANCE, facts)
+
+
+def _donor(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / provenance.PROVENANCE).read_text(encoding="utf-8"))["donor"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
