@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from mhconvert.convert.errors import ExportError
-from mhconvert.convert.export.latent import EPS, Fold, LatentShape, dense_attention, fold, series_order
+from mhconvert.convert.export.latent import (
+    EPS,
+    Fold,
+    LatentShape,
+    dense_attention,
+    fold,
+    series_order,
+    series_theta,
+)
 from mhconvert.convert.export.preflight import PREFILL_WIDTHS
 from mhconvert.convert.numbers import cast
 from mhconvert.convert.refusals import STOCK_BLOCKS
@@ -74,15 +82,19 @@ def refusal(config: Any, to: str) -> str | None:
 
 
 def _rotary_refusal(config: Any) -> str | None:
-    pairs = config.head_dim // 2
     if (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
         return "RoPE turns a part of a head alone, which the class does not do"
+    steps = set()
     for index in range(config.num_hidden_layers):
-        if series_order(config.layer_frequencies(index), pairs) is None:
+        found = series_order(config.layer_frequencies(index))
+        if found is None:
             return (
                 f"layer {index} turns with frequencies that are no geometric series, and the class computes one "
                 "(convert with --profile portable)"
             )
+        steps.add((found[0], len(found[1])))
+    if len(steps) > 1:
+        return "its layers turn with different frequencies, and the class has one series (--profile portable)"
     return None
 
 
@@ -96,16 +108,15 @@ def plan(config: Any, to: str, dtype: torch.dtype) -> Plan:
             f"{str(dtype).removeprefix('torch.')} holds no numbers as small as the latent's norm needs; use "
             "--dtype bfloat16 or float32"
         )
-    orders = [
-        series_order(config.layer_frequencies(index), config.head_dim // 2) or []
-        for index in range(config.num_hidden_layers)
-    ]
+    found = [series_order(config.layer_frequencies(index)) for index in range(config.num_hidden_layers)]
+    orders, step = [each[1] for each in found if each], next(each[0] for each in found if each)
     rope, value = 2 * len(orders[0]), config.v_head_dim
     padded = _padded_value(config.qk_nope_head_dim, rope, value) if to == "deepseek_v3" else value
     shape = LatentShape(
         config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim, rope, value, padded
     )
-    return Plan(to, _stock_config(config, to, shape, dtype), shape, orders, dtype)
+    theta = series_theta(config.rope_parameters["rope_theta"], step, rope, config.head_dim)
+    return Plan(to, _stock_config(config, to, shape, theta, dtype), shape, orders, dtype)
 
 
 def _padded_value(nope: int, rope: int, value: int) -> int:
@@ -114,10 +125,11 @@ def _padded_value(nope: int, rope: int, value: int) -> int:
     return min(widths, default=value)
 
 
-def _stock_config(config: Any, to: str, shape: LatentShape, dtype: torch.dtype) -> Any:
+def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig
 
     kept = {name: value for name, value in config.to_dict().items() if name in PLAIN}
+    kept["rope_parameters"] = kept["rope_parameters"] | {"rope_theta": theta}
     widths = {
         "kv_lora_rank": shape.kv_lora_rank,
         "q_lora_rank": None,

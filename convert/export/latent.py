@@ -106,16 +106,20 @@ def dense_attention(
     }
 
 
-def series_order(frequencies: list[int], rotary_pairs: int) -> list[int] | None:
-    """Which of a layer's rotary components turns with the series' first frequency, its second, …; None if it has none.
+def series_order(frequencies: list[int]) -> tuple[int, list[int]] | None:
+    """(step, which of a layer's rotary components turns with the series' first frequency, its second, …).
 
-    frequencies: indices into the donor's rotary_pairs ones. A stock class computes a geometric series of its own over
-    the components that it has: every so-many-th of the donor's.
+    frequencies: indices into the donor's. A stock class computes a geometric series of its own over the components that
+    it has; the donor's frequencies 0, step, 2 · step, … are one. None where a layer's are not those.
     """
-    count = len(frequencies)
-    if not count or rotary_pairs % count:
+    ordered = sorted(frequencies)
+    step = ordered[1] if len(ordered) > 1 else 1
+    if not ordered or step < 1 or ordered != [step * index for index in range(len(ordered))]:
         return None
-    step = rotary_pairs // count
-    places = {frequency: component for component, frequency in enumerate(frequencies)}
-    wanted = [step * index for index in range(count)]
-    return [places[frequency] for frequency in wanted] if set(places) == set(wanted) else None
+    return step, [frequencies.index(frequency) for frequency in ordered]
+
+
+def series_theta(rope_theta: float, step: int, qk_rope_head_dim: int, head_dim: int) -> float:
+    """The base whose series over qk_rope_head_dim elements is every step-th frequency of the donor's over head_dim:
+    theta' ** (-2 i / p) = theta ** (-2 step i / d)."""
+    return float(rope_theta ** (step * qk_rope_head_dim / head_dim))
