@@ -40,6 +40,7 @@ HELP = """Rewrite the attention of a pretrained language model so that its KV ca
   mhconvert heal ./my-model-mla --tokens 20M train it to predict as its donor does
   mhconvert llama3.2-1b --to hydra           an adapter for it that peft trains
   mhconvert merge ./adapter -o OUT           an adapter and its base as a plain checkpoint
+  mhconvert export ./my-model-mla --to auto  a form that stock engines load, proven by logits
   mhconvert push ./my-model-mla USER/REPO    publish it on the Hugging Face Hub
   mhconvert run smollm2-135m-mla             a whole run by one file: convert, heal, evaluate, export, push
   mhconvert recipes list                     such files, ready to use
@@ -68,6 +69,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench.command,
     "merge": merge.command,
     "export": export.command,
+    "verify": export.verify,
     "push": push.command,
     "run": run.command,
     "donors": donors.command,

@@ -266,12 +266,6 @@ Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The folder of a
 Base = Annotated[
     str | None, typer.Option(metavar="DONOR", help="Its base model; the one that ADAPTER names.")
 ]
-ExportTo = Annotated[
-    Literal["lora"], typer.Option("--to", help="lora: a Hydra adapter as an equal LoRA.", show_choices=False)
-]
-ExportOutput = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; ./ADAPTER-lora.")
-]
 MergeOutput = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; ./ADAPTER-merged.")
 ]

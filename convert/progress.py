@@ -10,8 +10,10 @@ class Progress:
 
     Stages in order: "donor", "calibrate" (unit: tokens), "search" (of a tolerance's budget), "survey" (of the layers'
     needs) and "layers" (unit: decoder layers), "verify", "done"; or, with an adapter, "donor", "merge" (unit: tensors)
-    or "export" (unit: modules), "done"; or, healing, "donor", "text", "measure", "blocks" (unit: layers), "heal" (unit:
-    tokens), "measure", "verify", "done"; or "push" (unit: steps).
+    or "export" (unit: modules), "done"; or, exporting, "donor", "measure", "write" (unit: layers), "verify", "done";
+    or, healing, "donor", "text", "measure", "blocks" (unit: layers), "heal" (unit: tokens), "measure", "verify",
+    "done"; or, evaluating, "donor", "checkpoint", "tasks" (unit: rows of the task that the message names), "done"; or
+    "push" (unit: steps); before each part of a recipe's run, "stage".
     `error` is the relative squared error of the layer just finished, where there is one.
     """
 

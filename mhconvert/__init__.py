@@ -1,7 +1,8 @@
 """Rewrite the attention of pretrained language models.
 
 `mhconvert.convert(recipe)`, `mhconvert.plan(recipe)`, `mhconvert.curve(recipe, budgets)`, `mhconvert.heal(...)`,
-`mhconvert.evaluate(...)`, `mhconvert.merge(...)`, `mhconvert.export(...)`, `mhconvert.inspect(...)`,
+`mhconvert.evaluate(...)`, `mhconvert.merge(...)`, `mhconvert.export(...)`, `mhconvert.verify(...)`,
+`mhconvert.inspect(...)`,
 `mhconvert.generate(...)`, `mhconvert.bench(...)`, `mhconvert.push(...)` and `mhconvert.run(recipe)` are what the
 command line calls. Nothing heavy is imported until one of them is used; importing `HydraConfig` makes peft know that
 method.
@@ -21,6 +22,7 @@ _PUBLIC = {
     "heal": ("mhconvert.heal", None),
     "merge": ("mhconvert.api", "merge"),
     "export": ("mhconvert.api", "export"),
+    "verify": ("mhconvert.api", "verify"),
     "evaluate": ("mhconvert.api", "evaluate"),
     "inspect": ("mhconvert.api", "inspect"),
     "generate": ("mhconvert.api", "generate"),

@@ -189,27 +189,64 @@ def merge(
 
 
 def export(
-    adapter: str,
-    to: str = "lora",
+    checkpoint: str,
+    to: str = "auto",
     output: str | None = None,
     *,
     base: str | None = None,
+    dtype: str | None = None,
+    kind: str = "bf16",
+    duplicate: bool = False,
+    verify: bool = True,
     force: bool = False,
+    dry_run: bool = False,
+    device: str | None = None,
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """Write a Hydra adapter as a LoRA of rank r_par + r_seq that computes the same; only adapted layers are read.
+    """Write a converted checkpoint, or a Hydra adapter, in a form that others load, and prove that it is the same.
 
-    output: None: ./<adapter>-<to>. base: as in `merge`.
-    Returns base, output, modules, rank, rank_pattern (of modules with other ranks), lora_bias and bias (how biases
-    come along), output_bytes. Raises MhconvertError for what cannot be exact.
+    to: deepseek_v3, youtu, own, gguf (of mla --profile portable); llama, nemotron-nas (of dha); lora (of hydra); auto:
+    the first of these that is exact. output: None: ./<checkpoint>-<to>. dtype: of the weights, kind: of a gguf's.
+    duplicate: heads of dha may be cached twice where that makes groups equal. verify: reload in a bare process, compare
+    logits and a greedy continuation, weigh the cache; a difference removes the export. dry_run: which engines load it,
+    and write nothing.
+    Returns to, why (of auto), output and the facts of that form. Raises ExportError for what would be lost.
     """
-    from mhconvert.convert.export import lora
+    from mhconvert.convert.export import choose
 
-    if to != "lora":
-        raise MhconvertError(f"'{to}' is not an export; choose lora")
-    return lora.run(
-        adapter, output, base=base, force=force, trust_remote_code=trust_remote_code, on_progress=on_progress
+    options = choose.Options(
+        output, base, dtype, kind, duplicate, verify, force, dry_run, device, trust_remote_code
+    )
+    return choose.run(checkpoint, to, options, on_progress)
+
+
+def verify(
+    folder: str,
+    *,
+    against: str | None = None,
+    tolerance: float | None = None,
+    python: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Load `folder` in a bare process and compare it with the model that it should be, or with `against`.
+
+    against: None: of an export its checkpoint; of a converted checkpoint itself, by mhconvert's own class. tolerance:
+    of the largest logit difference, in standard deviations of the logits; None: by dtype, where `against` is None;
+    otherwise nothing is refused. python: the interpreter of another environment, to try its transformers.
+    Returns folder, against, relative_difference (in those deviations), relative_logit_error, greedy_equal, cache (of
+    the float32 model), transformers, model_class. Raises ExportError where the two differ by more.
+    """
+    from mhconvert.convert.export import compare
+
+    return compare.run(
+        folder,
+        against=against,
+        tolerance=tolerance,
+        python=python,
+        trust_remote_code=trust_remote_code,
+        on_progress=on_progress,
     )
 
 

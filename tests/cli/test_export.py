@@ -1,0 +1,91 @@
+"""`mhconvert export` and `mhconvert verify` as a person runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli, Main
+from tests.donors import make_checkpoint, make_donor
+
+
+@pytest.fixture(scope="module")
+def portable(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("export")
+    donor = make_donor(place / "donor", head_dim=64, hidden=96)
+    words = ("--to", "mla", "--profile", "portable", "--kv-lora-rank", 96, "--qk-rope-head-dim", 64)
+    text = place / "text.txt"
+    text.write_text("The river ran slowly past the town, and the boats came home. " * 40, encoding="utf-8")
+    more = ("--effort", "quick", "--calibration", text, "--calibration-tokens", 256, "--sequence-length", 32)
+    done = cli(donor, *words, *more, "--device", "cpu", "-o", place / "tiny-mla", "--quiet", "--no-verify")
+    assert done.returncode == 0, done.stderr
+    return place / "tiny-mla"
+
+
+def test_auto_takes_deepseek_and_says_why(cli: Cli, portable: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    planned = cli("export", portable, "--to", "auto", "-o", out, "--dry-run", "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["to"] == "deepseek_v3"
+    assert not out.exists()
+    done = cli("export", portable, "--to", "auto", "-o", out)
+    assert done.returncode == 0, done.stderr
+    for part in ("--to deepseek_v3: it is exact", "the same", "SGLang", "KV cache a token"):
+        assert part in done.stdout
+    checked = cli("verify", out, "--json")
+    found = json.loads(checked.stdout)
+    assert found["model_class"] == "DeepseekV3ForCausalLM"
+    assert found["relative_difference"] < 1e-4
+    assert found["greedy_equal"]
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("llama", "was made by mla, and llama holds what --to dha makes"),
+        ("lora", "was made by mla, and lora holds an adapter of --to hydra"),
+    ],
+)
+def test_a_form_of_another_method(
+    main: Main, capsys: pytest.CaptureFixture[str], portable: Path, to: str, message: str
+) -> None:
+    assert main("export", portable, "--to", to, "--quiet") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_what_has_nothing_to_export(
+    main: Main, capsys: pytest.CaptureFixture[str], cli: Cli, portable: Path, tmp_path: Path
+) -> None:
+    donor = portable.parent / "donor"
+    assert main("export", donor, "--to", "auto", "--quiet") == 1
+    assert "is no checkpoint that mhconvert converted; an export begins with one" in capsys.readouterr().err
+    assert main("export", portable, "--to", "vllm", "--quiet") == 2
+    capsys.readouterr()
+    quality = make_checkpoint(tmp_path / "quality")
+    assert main("export", quality, "--to", "auto", "--quiet", "-o", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "no form holds" in said
+    assert "--profile portable" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_routed_heads_have_their_own_class_alone(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "routed"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "moh_llama"}))
+    assert main("export", folder, "--to", "auto", "--quiet") == 1
+    assert "routes its heads, which no stock class does" in capsys.readouterr().err
+
+
+def test_verify_against_another_model(main: Main, capsys: pytest.CaptureFixture[str], portable: Path) -> None:
+    donor = portable.parent / "donor"
+    assert main("verify", portable, "--against", donor, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["relative_difference"] > 0.01
+    assert main("verify", portable, "--against", donor, "--tolerance", 0.001) == 1
+    assert "standard deviations, and 0.001 is allowed" in capsys.readouterr().err
+    assert main("verify", donor) == 1
+    assert "name a model with --against" in capsys.readouterr().err
