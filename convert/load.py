@@ -132,8 +132,27 @@ def made_by(reference: str) -> str | None:
     if method is None and not is_adapter(Path(reference)):
         with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads((Path(reference) / PROVENANCE).read_text(encoding="utf-8"))
-            method = record["recipe"]["method"]
+            method = record["exported" if "exported" in record else "recipe"]["method"]
     return method if method in METHODS else None
+
+
+def exported(reference: str) -> bool:
+    """Whether the folder `reference` is a whole model that `mhconvert export` wrote."""
+    folder = Path(reference).expanduser()
+    try:
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and "exported" in record and not is_adapter(folder)
+
+
+def _stock_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder}/config.json does not load: {_first_line(error)}") from error
 
 
 def read_config(folder: str, method: str) -> Any:
@@ -159,6 +178,9 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
     if folder is not None and method is not None:
         config = read_config(str(folder), method)
         return OpenModel(reference, config, place, None, trust_remote_code, place=folder)
+    if exported(reference):
+        own = Path(reference).expanduser()
+        return OpenModel(reference, _stock_config(own), place, None, trust_remote_code, place=own)
     if is_adapter(Path(reference).expanduser()):
         from mhconvert.convert.adapter.folder import open_adapter
 

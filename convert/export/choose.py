@@ -164,6 +164,8 @@ def _method(reference: str) -> str:
     path = Path(reference).expanduser()
     if is_adapter(path):
         return "hydra"
+    if load.exported(reference):
+        raise ExportError(f"{reference} is an export already; export the checkpoint that it was made from")
     folder = load.checkpoint_folder(reference)
     method = load.made_by(str(folder or path))
     if method is None:

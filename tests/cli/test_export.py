@@ -39,6 +39,14 @@ def test_auto_takes_deepseek_and_says_why(cli: Cli, portable: Path, tmp_path: Pa
     assert found["model_class"] == "DeepseekV3ForCausalLM"
     assert found["relative_difference"] < 1e-4
     assert found["greedy_equal"]
+    text = portable.parent / "text.txt"
+    judged = cli("eval", out, "--against", portable, "--text", text, "--sequence-length", 32, "--json")
+    first, second = json.loads(judged.stdout)["texts"][0]["models"]
+    assert second["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
+    assert second["kl"] < 1e-6
+    again = cli("export", out, "--to", "auto")
+    assert again.returncode == 1
+    assert "is an export already" in again.stderr
 
 
 @pytest.mark.parametrize(
