@@ -27,7 +27,14 @@ PROMPT = "The history of science shows that"
 
 def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype) -> None:
     """config.json, tokenizer and generation settings; for a model class of ours `auto_map` and the files it names."""
-    config, model = method.finish(), method.model_class
+    donor.copy_files(folder)
+    write_model_config(folder, method.finish(), method.model_class, method.decoder_class, dtype)
+    if not (folder / "generation_config.json").is_file():
+        donor.generation_config().save_pretrained(folder)
+
+
+def write_model_config(folder: Path, config: Any, model: Any, decoder: Any, dtype: torch.dtype) -> None:
+    """config.json; where `model` is a class of ours, with `auto_map` and the files it names. decoder: its stack."""
     config.dtype = dtype
     config.architectures = [model.__name__]
     files, siblings = list[Path](), list[Path]()
@@ -36,15 +43,12 @@ def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype)
         siblings = [Path(name) for name in get_relative_import_files(files[1])]
         config.auto_map = {
             "AutoConfig": f"{files[0].stem}.{type(config).__name__}",
-            "AutoModel": f"{files[1].stem}.{method.decoder_class.__name__}",
+            "AutoModel": f"{files[1].stem}.{decoder.__name__}",
             "AutoModelForCausalLM": f"{files[1].stem}.{model.__name__}",
         }
-    donor.copy_files(folder)
     config.save_pretrained(folder)
     for file in {*files, *siblings}:
         (folder / file.name).write_bytes(file.read_bytes())
-    if not (folder / "generation_config.json").is_file():
-        donor.generation_config().save_pretrained(folder)
 
 
 def needs_remote_code(model_class: Any) -> bool:
