@@ -72,12 +72,13 @@ def group(maps: HeadMaps, size: int) -> GroupPlan:
 
 
 def plan_layers(
-    maps: Sequence[HeadMaps], *, uniform: bool, duplicate: bool, head_bytes: int, to: str
+    maps: Sequence[HeadMaps], *, uniform: bool, duplicate: bool, head_bytes: int, donor_heads: int, to: str
 ) -> list[GroupPlan]:
     """Every layer as grouped queries. uniform: as many KV heads in all layers; otherwise as few as each can have.
 
     duplicate: whether heads may be cached more than once where it cannot be done without. head_bytes: of a head, one
-    token. Raises ExportError naming the first layer that needs copies, and what they would cost all together.
+    token. donor_heads: K and V heads of one layer of the donor. Raises ExportError naming the first layer that needs
+    copies, and what they would cost all together.
     """
     sizes = [largest_group(layer) for layer in maps]
     if uniform:
@@ -88,8 +89,8 @@ def plan_layers(
         before, after = cached_heads(maps), 2 * sum(plan.groups for plan in plans)
         raise ExportError(
             f"layer {index}: {_why(maps[index], plans[index])}. --duplicate caches {after - before} heads, all layers "
-            f"together, more than once: {before * head_bytes} -> {after * head_bytes} KV bytes per token; "
-            f"{_way_out(to)}"
+            f"together, more than once: {before * head_bytes} -> {after * head_bytes} KV bytes per token (the donor: "
+            f"{donor_heads * len(maps) * head_bytes}); {_way_out(to)}"
         )
     return plans
 
@@ -126,9 +127,10 @@ def _take(tensor: Tensor, heads: Sequence[int], head_dim: int, dim: int) -> Tens
 def _why(maps: HeadMaps, plan: GroupPlan) -> str:
     own = group(maps, largest_group(maps))
     if not own.duplicated:
+        heads = f"{own.groups} KV head{'s' if own.groups > 1 else ''}"
         return (
-            f"it has {own.groups} KV heads, and other layers force groups of {plan.group_size} query heads, which are "
-            f"{plan.groups}; the class has one number for all layers"
+            f"it has {heads}, and other layers force groups of {plan.group_size} query heads, which are {plan.groups}; "
+            "the class has one number for all layers"
         )
     k_heads, v_heads = len(set(own.k_heads)), len(set(own.v_heads))
     sizes = sorted((len(heads) for heads in readers(maps).values()), reverse=True)
