@@ -18,6 +18,7 @@ import torch
 
 from mhconvert.convert.errors import MhconvertError, TextError
 from mhconvert.convert.load import OpenModel
+from mhconvert.eval.outcome import plain_outcome
 from mhconvert.eval.stored import Store
 from mhconvert.eval.tasks import Spec, TaskSet
 
@@ -166,7 +167,11 @@ def _run(
         use_cache=store.responses(candidate.facts()),
         task_manager=manager,
     )
-    return None if found is None else _outcome(spec, found) | {"seconds": time.perf_counter() - started}
+    return (
+        None
+        if found is None
+        else plain_outcome(spec.name, found) | {"seconds": time.perf_counter() - started}
+    )
 
 
 def _load(manager: Any, spec: Spec) -> Any:
@@ -181,41 +186,6 @@ def _load(manager: Any, spec: Spec) -> Any:
         )
         way = f"look at {spec.local}" if spec.local else "give a folder with a local copy by --data"
         raise TextError(f"the documents of task {spec.name} cannot be had: {reason[:200]}; {way}") from error
-
-
-def _outcome(spec: Spec, found: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's answer in plain JSON types, without its prompts and responses."""
-    results = {task: _plain(metrics) for task, metrics in found["results"].items()}
-    results |= {group: _plain(metrics) for group, metrics in found.get("groups", {}).items()}
-    samples: dict[str, dict[str, list[Any]]] = {}
-    for task, documents in found["samples"].items():
-        values = samples.setdefault(task, {})
-        for document in sorted(documents, key=lambda sample: sample["doc_id"]):
-            for metric in document["metrics"]:
-                values.setdefault(f"{metric},{document['filter']}", []).append(_plain(document[metric]))
-    return {
-        "name": spec.name,
-        "results": results,
-        "samples": samples,
-        "groups": {
-            name: list(members) for name, members in found.get("group_subtasks", {}).items() if members
-        },
-        "versions": _plain(found["versions"]),
-        "counts": {task: count["effective"] for task, count in found["n-samples"].items()},
-        "num_fewshot": _plain(found["n-shot"]),
-        "higher_is_better": _plain(found["higher_is_better"]),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Dictionaries, lists, text, numbers and None; what lm-eval has beyond these, as text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):  # numpy's numbers
-        value = value.item()
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _language_model(candidate: Candidate) -> Any:

@@ -7,55 +7,23 @@ What a stage depends on is hashed: its part of the recipe and the model that it 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mhconvert import api
 from mhconvert.convert import load
-from mhconvert.convert.checkpoint import is_adapter
 from mhconvert.convert.donor import open_donor
-from mhconvert.convert.errors import OutputError, RecipeError
+from mhconvert.convert.errors import RecipeError
 from mhconvert.convert.progress import Listener, Progress
 from mhconvert.convert.provenance import EVALUATION, PROVENANCE, sha256
 from mhconvert.convert.sources import read_json
-from mhconvert.eval import page
-from mhconvert.eval.comparison import Settings
-from mhconvert.eval.harness import Options
-from mhconvert.eval.tasks import TaskChoice
 from mhconvert.run.ledger import Ledger, mark
 from mhconvert.run.recipe import RunRecipe
-from mhconvert.run.settings import EvalStage
+from mhconvert.run.work import STAGES, Run, conversion, export_folder
 
-PAGES = ("evaluation.html", "evaluation.md")
 ELSEWHERE = ("output", "device", "verify", "max_shard_size")  # keys that do not change what a model is
-
-
-@dataclass
-class Run:
-    """A recipe on its way. force: stages run though they are done. results: each stage's status, output and figures."""
-
-    recipe: RunRecipe
-    output: Path
-    ledger: Ledger
-    force: bool
-    tell: Listener
-    results: list[dict[str, Any]]
-
-    @property
-    def healed(self) -> Path:
-        return self.output.with_name(f"{self.output.name}-healed")
-
-    @property
-    def final(self) -> Path:
-        """The checkpoint that is evaluated, exported and pushed."""
-        return self.output if self.recipe.convert.heal is None else self.healed
 
 
 def run(
@@ -129,7 +97,7 @@ def _done(work: Run, name: str, inputs: Any) -> dict[str, Any] | None:
         entry is None
         and name == "convert"
         and unknown
-        and load.written(_conversion(work))
+        and load.written(conversion(work))
         and _whole(work.output)
     ):
         return {"output": str(work.output)}  # by `mhconvert DONOR --to METHOD`, with all the same settings
@@ -169,123 +137,7 @@ def _begins_with(work: Run, name: str) -> Path:
 def _place(work: Run, name: str) -> str:
     recipe = work.recipe
     if name == "export":
-        return str(_export_folder(work))
+        return str(export_folder(work))
     if name == "push":
         return recipe.push.repo if recipe.push else ""
     return str({"convert": work.output, "heal": work.healed}.get(name, work.final / EVALUATION))
-
-
-def _conversion(work: Run) -> Any:
-    return dataclasses.replace(work.recipe.convert, heal=None, output=str(work.output))
-
-
-def _convert(work: Run) -> dict[str, Any]:
-    recipe = _conversion(work)
-    resume = _interrupted(work.output) and not work.force
-    if work.output.exists() and not work.force:
-        raise OutputError(
-            f"{work.output} is there already and is not what this recipe makes; --force replaces it, --set output=OUT "
-            "writes another"
-        )
-    report = api.convert(recipe, resume=resume, force=work.force, on_progress=work.tell)
-    return {"output": str(work.output), "report": report}
-
-
-def _heal(work: Run) -> dict[str, Any]:
-    recipe = work.recipe.convert
-    assert recipe.heal is not None
-    report = api.heal(
-        str(work.output),
-        recipe.heal,
-        output=str(work.healed),
-        resume=_interrupted(work.healed) and not work.force,
-        force=work.force or work.ledger.known("heal", work.healed),
-        verify=recipe.verify,
-        trust_remote_code=recipe.trust_remote_code,
-        on_progress=work.tell,
-    )
-    return {"output": str(work.healed), "report": report}
-
-
-def _evaluate(work: Run) -> dict[str, Any]:
-    recipe, stage = work.recipe.convert, work.recipe.eval
-    assert stage is not None
-    checkpoints = [str(work.output)] + ([str(work.healed)] if recipe.heal is not None else [])
-    result = api.evaluate(
-        checkpoints,
-        eval_settings(stage, fresh=work.force),
-        against=None if is_adapter(work.output) else recipe.model,
-        record=True,
-        device=recipe.device,
-        trust_remote_code=recipe.trust_remote_code,
-        on_progress=work.tell,
-    )
-    reports, _ = page.sources(result)
-    text = yaml.safe_dump(work.recipe.to_dict(), sort_keys=False, allow_unicode=True)
-    for name in PAGES:
-        page.write(work.final / name, result, reports, text)
-    return {"output": str(work.final / EVALUATION), "result": result}
-
-
-def eval_settings(stage: EvalStage, *, fresh: bool) -> Settings:
-    """The stage as the settings of `mhconvert eval`. Raises MhconvertError."""
-    folder = Path(stage.data).expanduser() if stage.data else None
-    own = Path(stage.include_path).expanduser() if stage.include_path else None
-    return Settings(
-        texts=tuple(Path(name).expanduser() for name in stage.text),
-        sequences=stage.sequences,
-        sequence_length=stage.sequence_length,
-        choice=TaskChoice(stage.tasks, stage.suite, folder, own, stage.num_fewshot),
-        options=Options(
-            stage.limit, stage.batch_size, stage.max_length, stage.dtype, stage.chat_template, stage.backend
-        ),
-        retrieval=stage.retrieval,
-        fresh=fresh,
-    )
-
-
-def _export_folder(work: Run) -> Path:
-    stage = work.recipe.export
-    assert stage is not None
-    return Path(stage.output) if stage.output else work.final.with_name(f"{work.final.name}-{stage.to}")
-
-
-def _export(work: Run) -> dict[str, Any]:
-    stage = work.recipe.export
-    assert stage is not None
-    place = _export_folder(work)
-    report = api.export(
-        str(work.final),
-        stage.to,
-        str(place),
-        force=work.force or work.ledger.known("export", place),
-        trust_remote_code=work.recipe.convert.trust_remote_code,
-        on_progress=work.tell,
-    )
-    return {"output": str(place), "report": report}
-
-
-def _push(work: Run) -> dict[str, Any]:
-    stage = work.recipe.push
-    assert stage is not None
-    sent = api.push(
-        work.final, stage.repo, private=stage.private, revision=stage.revision, on_progress=work.tell
-    )
-    return {
-        "output": sent["url"],
-        "facts": {"commit": sent["commit"], "url": sent["url"]},
-        "commit": sent["commit"],
-    }
-
-
-def _interrupted(output: Path) -> bool:
-    return output.with_name(f"{output.name}.partial").is_dir()
-
-
-STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
-    "convert": _convert,
-    "heal": _heal,
-    "eval": _evaluate,
-    "export": _export,
-    "push": _push,
-}

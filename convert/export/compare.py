@@ -60,8 +60,8 @@ def run(
     limit = tolerance if tolerance is not None else _tolerance(folder) if against is None else None
     if limit is not None and not found["relative_difference"] <= limit:
         raise ExportError(
-            f"{reference} is not {twin}: their logits differ by {found['relative_difference']:.3g} standard deviations, "
-            f"and {limit:g} is allowed"
+            f"{reference} is not {twin}: their logits differ by {found['relative_difference']:.3g} standard "
+            f"deviations, and {limit:g} is allowed"
         )
     tell(Progress("done", 1, 1))
     return {
@@ -74,7 +74,7 @@ def run(
 
 
 def _twin(reference: str, folder: Path) -> str:
-    """What the folder should compute: of an export its checkpoint, of a converted checkpoint itself by our own class."""
+    """What the folder should compute: an export its checkpoint, a converted checkpoint itself by our own class."""
     exported = _record(folder).get("exported") or {}
     source = exported.get("checkpoint")
     if source is not None and Path(source).is_dir():
