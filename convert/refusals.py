@@ -50,12 +50,12 @@ def require(config: Any, method: str) -> Family:
     return family_of(config)
 
 
-def stock_refusal(config: Any) -> str | None:
-    """Why no stock latent-attention class holds a donor of `config`; None where one does."""
-    facts, family = attention_facts(config), family_of(config)
+def served_refusal(config: Any) -> str | None:
+    """Why no latent-attention class that engines cache as a latent holds a donor of `config`; None where one does."""
+    facts = attention_facts(config)
     reasons = {
-        f"{family.model_type} blocks are not Llama's": family.model_type not in STOCK_BLOCKS,
-        "its attention has biases": facts.input_bias or facts.output_bias,
+        f"its keys have a norm ({facts.qk_norm}), whose RMS would have to be cached too": facts.qk_norm is not None,
+        f"its scores have a softcap of {facts.softcap}": facts.softcap is not None,
         f"sliding_window={getattr(config, 'sliding_window', None)}": any(
             layer_window(config, index) for index in range(config.num_hidden_layers)
         ),

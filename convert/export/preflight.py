@@ -34,7 +34,7 @@ class Sizes:
 def engines(to: str, sizes: Sizes) -> list[tuple[str, bool, str]]:
     """(engine, whether it serves the export with the small cache, how or why not)."""
     if to == "own":
-        return _own()
+        return _own(sizes)
     table = [
         ("transformers ≥ 5.16.1", True, "caches latent and rotary key"),
         ("transformers < 5.16.1", False, "loads and computes the same, but caches expanded keys and values"),
@@ -74,13 +74,14 @@ def _fast(sizes: Sizes) -> str | None:
     return f"want a row of 512 + 64, and this is {sizes.kv_lora_rank} + {sizes.qk_rope_head_dim}"
 
 
-def _own() -> list[tuple[str, bool, str]]:
+def _own(sizes: Sizes) -> list[tuple[str, bool, str]]:
     return [
-        ("transformers ≥ 5", True, "trust_remote_code=True; caches latent and rotary key"),
+        ("transformers ≥ 5.16.1", True, "trust_remote_code=True; caches latent and rotary key"),
         (
             "vLLM",
-            True,
-            "--trust-remote-code, by its Transformers backend, which finds the latent by the structure",
+            _prefill(sizes) is None,
+            _prefill(sizes)
+            or "--trust-remote-code, by its Transformers backend, which finds the latent by the structure",
         ),
         ("SGLang", False, "its fallback has no latent attention and would cache expanded keys"),
         ("llama.cpp", False, "does not know the class"),

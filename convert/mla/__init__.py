@@ -5,9 +5,11 @@ def register() -> None:
     """Make transformers' Auto classes know the latent-attention models in this process; may be called again."""
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+    from mhconvert.convert import mla_served
     from mhconvert.convert.families import FAMILIES
     from mhconvert.convert.mla.method import model_class
 
+    mla_served.register()  # the form in which a checkpoint is served begins with the same model_type
     for model_type in FAMILIES:
         model = model_class(CONFIG_MAPPING[model_type])
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)

@@ -29,7 +29,7 @@ from mhconvert.convert.mla.surgery import (
     rotary_basis,
     series_components,
 )
-from mhconvert.convert.refusals import require, stock_refusal
+from mhconvert.convert.refusals import require, served_refusal
 from mhconvert.convert.rotary import LayerRotary
 from mhconvert.convert.statistics import observe
 
@@ -72,13 +72,14 @@ class MLA:
         require(config, "mla")
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
-        reason = stock_refusal(config) if settings.profile == "portable" else None
+        reason = served_refusal(config) if settings.profile == "portable" else None
         if reason is not None:
             raise UnsupportedError(f"profile portable cannot hold this donor: {reason}; use quality")
         self.budget: LayerBudget = layer_budget(config, settings)
         self.budgets, self.shared_out = [self.budget] * config.num_hidden_layers, False
         quality = settings.profile == "quality"
-        self.config = latent_config(config, output_bias=quality, rope_in_latent=quality)
+        bias = quality or self.facts.output_bias
+        self.config = latent_config(config, output_bias=bias, rope_in_latent=quality)
 
     def kv_elements(self) -> int:
         """Cache elements per token, all layers."""

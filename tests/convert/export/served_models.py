@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from mhconvert.convert.export import served_layer
 from mhconvert.convert.export.served_layer import EPS, ServedShape, served_config, served_tensors
-from mhconvert.convert.mla import method
 from mhconvert.convert.mla.settings import MLASettings
 from mhconvert.convert.provenance import write_model_config
 from tests.convert.conversions import converted, donor_model
@@ -22,10 +20,8 @@ WIDE = {"head_dim": 64, "hidden": 96}
 
 
 def portable(seed: int = 0, settings: MLASettings = PORTABLE, **config: Any) -> Any:
-    """A donor converted with --profile portable, whatever its blocks and biases."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(method, "stock_refusal", lambda _: None)
-        return converted(donor_model(seed, **(WIDE | config)), settings)
+    """A donor converted with --profile portable."""
+    return converted(donor_model(seed, **(WIDE | config)), settings)
 
 
 def served(model: Any, s: float = 1.0, eps: float = EPS) -> Any:

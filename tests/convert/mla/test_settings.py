@@ -67,16 +67,23 @@ def test_the_method_refuses_a_donor_it_cannot_carry_over() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"attention_bias": True}, "its attention has biases"),
+        ({"family": "gemma2"}, "its scores have a softcap of 50.0"),
         ({"family": "mistral", "sliding_window": 64}, "sliding_window=64"),
-        ({"family": "qwen3"}, "qwen3 blocks are not Llama's"),
+        ({"family": "qwen3"}, r"its keys have a norm \(head\)"),
     ],
 )
-def test_portable_refuses_what_no_stock_class_holds(config: dict[str, Any], words: str) -> None:
+def test_portable_refuses_what_no_served_class_holds(config: dict[str, Any], words: str) -> None:
     with pytest.raises(
         UnsupportedError, match=f"profile portable cannot hold this donor: {words}; use quality"
     ):
         MLA(make_config(**config), MLASettings(profile="portable"), "quick")
+
+
+def test_portable_keeps_the_donors_biases_and_adds_none() -> None:
+    wide = {"head_dim": 64}
+    for config, kept in (({}, False), ({"attention_bias": True}, True), ({"family": "qwen2"}, False)):
+        method = MLA(make_config(**wide, **config), MLASettings(profile="portable"), "quick")
+        assert method.config.attention_output_bias is kept
 
 
 @pytest.mark.parametrize("effort", ["quick", "default", "high"])
