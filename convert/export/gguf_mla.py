@@ -230,13 +230,12 @@ def balanced(norm: Tensor, query: Tensor, reads: Tensor, latent_norm: Tensor) ->
     spread = rows * norm.double()
     # The norm's output has length ≤ sqrt(D), so no latent has a larger mean square than this.
     largest = width / rank * float(torch.linalg.eigvalsh(spread @ spread.T)[-1])
-    if largest == 0 or largest > 2 * LATENT_EPS * IDENTITY_ERROR:
+    if largest <= 0:
         return norm, query, reads, latent_norm
-    gain = 2.0 ** math.floor(math.log2(2 * LATENT_EPS * IDENTITY_ERROR / largest) / 2)
-    size = gain * float(rows.square().mean().sqrt())
+    spare = 2 * LATENT_EPS * IDENTITY_ERROR / largest
+    gain = 2.0 ** max(0, math.floor(math.log2(spare) / 2))
+    wanted = HALF_ROWS / (gain * float(rows.square().mean().sqrt()))
     room = HALF_LARGEST / max(float(query.abs().max()), float(reads[rank:].abs().max()), 1.0)
-    lift = 2.0 ** max(
-        0, min(math.ceil(math.log2(HALF_ROWS / size)), math.floor(math.log2(room)), LARGEST_LIFT)
-    )
+    lift = 2.0 ** max(0, min(math.ceil(math.log2(wanted)), math.floor(math.log2(room)), LARGEST_LIFT))
     grown = torch.cat((reads[:rank] * (gain * lift), reads[rank:] * lift))
     return norm / lift, query * lift, grown, latent_norm / gain
