@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from mhconvert.convert import load
 from mhconvert.convert.checkpoint import is_adapter
-from mhconvert.convert.errors import ExportError, UnsupportedError
+from mhconvert.convert.errors import ExportError, MhconvertError, UnsupportedError
 from mhconvert.convert.progress import Listener
 
 FORMS = {  # what `--to` takes, and whose checkpoints have it
@@ -63,7 +64,7 @@ def run(reference: str, to: str, options: Options, on_progress: Listener | None 
         try:
             made = WRITERS[form](reference, options, on_progress)
         except LOSSES as error:
-            lost.append(str(error))
+            lost.append(f"{form}: {error}")
             continue
         why = "; ".join(lost) or "it is exact, and what most engines load"
         return made | {"to": form, "why": why}
@@ -115,18 +116,33 @@ def _llama(reference: str, options: Options, tell: Listener | None) -> dict[str,
     from mhconvert.convert.export import stock_gqa
 
     _no_dry_run("llama", options)
-    return stock_gqa.run(
+    made = stock_gqa.run(
         reference, options.output, force=options.force, duplicate=options.duplicate, on_progress=tell
     )
+    return _proved(made, options, tell)
 
 
 def _nemotron_nas(reference: str, options: Options, tell: Listener | None) -> dict[str, Any]:
     from mhconvert.convert.export import nemotron_nas
 
     _no_dry_run("nemotron-nas", options)
-    return nemotron_nas.run(
+    made = nemotron_nas.run(
         reference, options.output, force=options.force, duplicate=options.duplicate, on_progress=tell
     )
+    return _proved(made, options, tell)
+
+
+def _proved(made: dict[str, Any], options: Options, tell: Listener | None) -> dict[str, Any]:
+    """`made` with what a bare process says of its folder, which is removed where it is not what its checkpoint is."""
+    if not options.verify:
+        return made
+    from mhconvert.convert.export import compare
+
+    try:
+        return made | {"verified": compare.run(made["output"], on_progress=tell)}
+    except MhconvertError:
+        shutil.rmtree(made["output"])
+        raise
 
 
 def _lora(reference: str, options: Options, tell: Listener | None) -> dict[str, Any]:
@@ -145,7 +161,9 @@ def _lora(reference: str, options: Options, tell: Listener | None) -> dict[str, 
 
 def _no_dry_run(to: str, options: Options) -> None:
     if options.dry_run:
-        raise ExportError(f"--dry-run tells which engines load deepseek_v3, youtu and own; {to} has no such table")
+        raise ExportError(
+            f"--dry-run tells which engines load deepseek_v3, youtu and own; {to} has no such table"
+        )
 
 
 WRITERS: dict[str, Writer] = {
@@ -173,6 +191,8 @@ def _method(reference: str) -> str:
             f"{reference} is no checkpoint that mhconvert converted; an export begins with one: "
             f"mhconvert {reference} --to mla --profile portable"
         )
+    if method == "dha" and folder is None:
+        raise ExportError(f"{reference} is of its donor's own class already: engines load it as it is")
     if method == "moh":
         raise ExportError(
             f"{reference} routes its heads, which no stock class does: it is served by its own class alone, with "

@@ -79,6 +79,29 @@ def test_what_has_nothing_to_export(
     assert not (tmp_path / "out").exists()
 
 
+def test_decoupled_heads_of_equal_groups(cli: Cli, portable: Path, tmp_path: Path) -> None:
+    """Two KV heads in one layer and one in the other go to nemotron-nas; two in both are a Llama from the start."""
+    donor = make_donor(tmp_path / "donor", heads=4, kv_heads=4)
+    words = ("--to", "dha", "--effort", "quick", "--calibration", portable.parent / "text.txt")
+    more = ("--calibration-tokens", 256, "--sequence-length", 32, "--device", "cpu", "--quiet", "--no-verify")
+    for name, heads in (("uneven", [2, 1]), ("even", [2, 2])):
+        plan = tmp_path / f"{name}.json"
+        maps = {2: [0, 0, 1, 1], 1: [0, 0, 0, 0]}
+        plan.write_text(json.dumps({"layers": [{"k_map": maps[n], "v_map": maps[n]} for n in heads]}))
+        made = cli(donor, *words, *more, "--plan", plan, "-o", tmp_path / name)
+        assert made.returncode == 0, made.stderr
+    done = cli("export", tmp_path / "uneven", "--to", "auto", "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["to"], report["architecture"]) == ("nemotron-nas", "DeciLMForCausalLM")
+    assert "llama" in report["why"]
+    assert report["verified"]["relative_difference"] < 1e-4
+    assert report["verified"]["cache"]["elements_per_token"] == (2 + 1) * 2 * 16
+    stock = cli("export", tmp_path / "even", "--to", "auto", "-o", tmp_path / "no")
+    assert stock.returncode == 1
+    assert "is of its donor's own class already: engines load it as it is" in stock.stderr
+
+
 def test_routed_heads_have_their_own_class_alone(
     main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
