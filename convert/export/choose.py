@@ -106,10 +106,18 @@ def _own(reference: str, options: Options, tell: Listener | None) -> dict[str, A
 
 
 def _gguf(reference: str, options: Options, tell: Listener | None) -> dict[str, Any]:
-    from mhconvert.convert.export import gguf
+    from mhconvert.convert.export import gguf_deepseek2
 
     _no_dry_run("gguf", options)
-    return gguf.run(reference, options.output, kind=options.kind, force=options.force, on_progress=tell)
+    return gguf_deepseek2.run(
+        reference,
+        options.output,
+        kind=options.kind,
+        verify=options.verify,
+        force=options.force,
+        device=options.device,
+        on_progress=tell,
+    )
 
 
 def _llama(reference: str, options: Options, tell: Listener | None) -> dict[str, Any]:

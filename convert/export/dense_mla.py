@@ -98,8 +98,10 @@ def _rotary_refusal(config: Any) -> str | None:
     return None
 
 
-def plan(config: Any, to: str, dtype: torch.dtype) -> Plan:
-    """The stock configuration and shapes of a converted checkpoint. Raises ExportError for what would be lost."""
+def plan(config: Any, to: str, dtype: torch.dtype, pad_values: bool = True) -> Plan:
+    """The stock configuration and shapes of a converted checkpoint; pad_values: for kernels, where `to` has some.
+
+    Raises ExportError for what would be lost."""
     reason = refusal(config, to)
     if reason is not None:
         raise ExportError(f"{to} cannot hold this checkpoint: {reason}")
@@ -111,7 +113,9 @@ def plan(config: Any, to: str, dtype: torch.dtype) -> Plan:
     found = [series_order(config.layer_frequencies(index)) for index in range(config.num_hidden_layers)]
     orders, step = [each[1] for each in found if each], next(each[0] for each in found if each)
     rope, value = 2 * len(orders[0]), config.v_head_dim
-    padded = _padded_value(config.qk_nope_head_dim, rope, value) if to == "deepseek_v3" else value
+    padded = (
+        _padded_value(config.qk_nope_head_dim, rope, value) if to == "deepseek_v3" and pad_values else value
+    )
     shape = LatentShape(
         config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim, rope, value, padded
     )

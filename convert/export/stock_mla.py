@@ -33,11 +33,12 @@ def run(
     verify: bool = True,
     force: bool = False,
     dry_run: bool = False,
+    pad_values: bool = True,
     seed: int = 0,
     device: str | None = None,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """See `mhconvert.api.export`."""
+    """See `mhconvert.api.export`. pad_values: whether values get the width of the narrowest kernel that takes them."""
     begun, tell = time.perf_counter(), on_progress or ignore
     opened = load.open_model(reference, device=device)
     if opened.donor is not None or load.converted_method(str(opened.folder)) != "mla":
@@ -47,7 +48,7 @@ def run(
     folder, config = opened.folder, opened.config
     source = SafetensorsSource(folder)
     stored = source.dtype("model.embed_tokens.weight")
-    plan = dense_mla.plan(config, to, _dtype(dtype, stored))
+    plan = dense_mla.plan(config, to, _dtype(dtype, stored), pad_values)
     place = Path(output) if output else Path(f"{folder.resolve().name}-{to}")
     shape = plan.shape
     sizes = preflight.Sizes(

@@ -1,0 +1,52 @@
+"""`mhconvert export CKPT --to gguf`: the dense DeepSeek-V3 form, proven, and then written as llama.cpp reads it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mhconvert.convert import load
+from mhconvert.convert.errors import OutputError
+from mhconvert.convert.export import gguf_file, stock_mla
+from mhconvert.convert.progress import Listener, ignore
+
+
+def run(
+    reference: str,
+    output: str | None = None,
+    *,
+    kind: str = "bf16",
+    verify: bool = True,
+    force: bool = False,
+    device: str | None = None,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Write one .gguf file; output: None: ./<checkpoint>-<kind>.gguf. The proof is of what it is written from.
+
+    Returns what `stock_mla.run` does of the dense form, with output, bytes, kind, tensors and skipped of the file.
+    """
+    tell = on_progress or ignore
+    folder = load.checkpoint_folder(reference) or Path(reference)
+    place = Path(output) if output else Path(f"{folder.resolve().name}-{kind}.gguf")
+    if place.suffix != ".gguf":
+        raise OutputError(f"{place} does not end in .gguf; a gguf export is one file of that ending")
+    if place.exists() and not force:
+        raise OutputError(f"{place} exists; choose another file with -o, or replace it with --force")
+    if not place.absolute().parent.is_dir():
+        raise OutputError(f"there is no folder {place.absolute().parent} to write {place.name} into")
+    with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=f".{place.name}-") as work:
+        dense = Path(work) / "dense"
+        report = stock_mla.run(
+            reference,
+            "deepseek_v3",
+            str(dense),
+            dtype="float32",
+            pad_values=False,
+            verify=verify,
+            device=device,
+            on_progress=on_progress,
+        )
+        made = gguf_file.write(dense, place, kind, force=force, on_progress=tell)
+    kept = {name: value for name, value in report.items() if name not in ("output_bytes", "engines", "dtype")}
+    return kept | made | {"architecture": "deepseek2", "output_bytes": made["bytes"], "output": str(place)}
