@@ -22,7 +22,7 @@ bench: .venv/installed
 	$(BIN)/mhconvert bench smollm2-135m --random --kv-budget 0.3125 --reexpand
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed-dev .venv/typing
 	$(BIN)/ruff check $(SOURCES)

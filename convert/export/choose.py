@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,24 +121,15 @@ def _gguf(reference: str, options: Options, tell: Listener | None) -> dict[str, 
     )
 
 
-def _llama(reference: str, options: Options, tell: Listener | None) -> dict[str, Any]:
-    from mhconvert.convert.export import stock_gqa
+def _decoupled(to: str, module: str) -> Writer:
+    def write(reference: str, options: Options, tell: Listener | None) -> dict[str, Any]:
+        _no_dry_run(to, options)
+        made = importlib.import_module(f"mhconvert.convert.export.{module}").run(
+            reference, options.output, force=options.force, duplicate=options.duplicate, on_progress=tell
+        )
+        return _proved(made, options, tell)
 
-    _no_dry_run("llama", options)
-    made = stock_gqa.run(
-        reference, options.output, force=options.force, duplicate=options.duplicate, on_progress=tell
-    )
-    return _proved(made, options, tell)
-
-
-def _nemotron_nas(reference: str, options: Options, tell: Listener | None) -> dict[str, Any]:
-    from mhconvert.convert.export import nemotron_nas
-
-    _no_dry_run("nemotron-nas", options)
-    made = nemotron_nas.run(
-        reference, options.output, force=options.force, duplicate=options.duplicate, on_progress=tell
-    )
-    return _proved(made, options, tell)
+    return write
 
 
 def _proved(made: dict[str, Any], options: Options, tell: Listener | None) -> dict[str, Any]:
@@ -179,8 +171,8 @@ WRITERS: dict[str, Writer] = {
     "youtu": _stock_mla("youtu"),
     "own": _own,
     "gguf": _gguf,
-    "llama": _llama,
-    "nemotron-nas": _nemotron_nas,
+    "llama": _decoupled("llama", "stock_gqa"),
+    "nemotron-nas": _decoupled("nemotron-nas", "nemotron_nas"),
     "lora": _lora,
 }
 
