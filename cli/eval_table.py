@@ -48,6 +48,8 @@ def _texts(result: dict[str, Any], names: list[str], console: Any) -> None:
 def _tasks(result: dict[str, Any], names: list[str], console: Any) -> None:
     from rich.table import Column, Table
 
+    from mhconvert.eval.scores import is_share
+
     settings = result["settings"]
     asked = "through the chat template" if settings["chat_template"] else "without a chat template"
     limit = f", the first {settings['limit']} documents of each" if settings["limit"] else ""
@@ -58,24 +60,25 @@ def _tasks(result: dict[str, Any], names: list[str], console: Any) -> None:
     for row in result["tasks"]:
         shots = f" ({row['num_fewshot']}-shot)" if row["num_fewshot"] else ""
         for index, metric in enumerate(row["metrics"]):
-            cells = [_cell(cell, metric["metric"]) for cell in metric["models"]]
+            cells = [_cell(cell, is_share(metric)) for cell in metric["models"]]
             first = (f"{row['task']}{shots}", str(row["samples"])) if index == 0 else ("", "")
-            table.add_row(first[0], metric["metric"], first[1], *cells)
+            label = metric["metric"] + (f" ({metric['filter']})" if "filter" in metric else "")
+            table.add_row(first[0], label, first[1], *cells)
     if result["average"]:
         table.add_section()
         tasks = len(result["average"]["tasks"])
-        cells = [_cell(cell, "mean") for cell in result["average"]["models"]]
+        cells = [_cell(cell, True) for cell in result["average"]["models"]]
         table.add_row(f"mean of {tasks} tasks", "", "", *cells)
     console.print(table)
     if len(names) > 1:
         console.out(NOISE, highlight=False)
 
 
-def _cell(cell: dict[str, Any], metric: str) -> str:
-    """Value ± standard error, and the difference where there is one: 43.2 ± 2.2 (−1.4 ≈)."""
+def _cell(cell: dict[str, Any], share: bool) -> str:
+    """Value ± standard error, in percent of a share, and the difference where there is one: 43.2 ± 2.2 (−1.4 ≈)."""
     if not isinstance(cell["value"], (int, float)):
         return "–"
-    scale, digits = (1.0, 3) if "perplexity" in metric or "bits" in metric else (100.0, 1)
+    scale, digits = (100.0, 1) if share else (1.0, 3)
     text = f"{scale * cell['value']:.{digits}f}"
     if cell["stderr"] is not None:
         text += f" ± {scale * cell['stderr']:.{digits}f}"

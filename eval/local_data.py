@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -111,21 +111,38 @@ def _config(name: str, template: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _form(name: str, forms: list[dict[str, Any]], file: Path) -> dict[str, Any]:
-    """The form that the file has: by the keys of its first line, or as raw text. Raises TextError."""
+    """The form that the file has: by the keys of its lines, or as raw text. Raises TextError, with the line."""
     if file.suffix != ".jsonl":
         return next(form for form in forms if "raw" in form)
-    try:
-        with open(file, encoding="utf-8") as lines:
-            first = json.loads(lines.readline())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise TextError(f"{file} of task {name} cannot be read as JSON lines: {error}") from error
-    keys = set(first) if isinstance(first, dict) else set()
     known = [form for form in forms if "columns" in form]
-    for form in known:
-        if keys >= set(form["columns"]):
-            return form
-    wanted = " or ".join(", ".join(form["columns"]) for form in known)
-    raise TextError(f"{file} is no copy of {name}: its first line has {sorted(keys)} instead of {wanted}")
+    found: dict[str, Any] | None = None
+    for number, keys in _keys_by_line(name, file):
+        if found is None:
+            found = next((form for form in known if keys >= set(form["columns"])), None)
+        if found is None or not keys >= set(found["columns"]):
+            wanted = " or ".join(", ".join(form["columns"]) for form in ([found] if found else known))
+            raise TextError(
+                f"{file} is no copy of {name}: line {number} has {sorted(keys)} instead of {wanted}"
+            )
+    if found is None:
+        raise TextError(f"{file} of task {name} has no documents")
+    return found
+
+
+def _keys_by_line(name: str, file: Path) -> Iterator[tuple[int, set[str]]]:
+    """(number, the keys that have a value) of every line of a JSON lines file."""
+    try:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)
+            except ValueError as error:
+                raise TextError(f"{file} of task {name}, line {number}, is no JSON: {error}") from error
+            values = document if isinstance(document, dict) else {}
+            yield number, {key for key, value in values.items() if value is not None}
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{file} of task {name} cannot be read as JSON lines: {error}") from error
 
 
 def _matching(data: Path, patterns: list[str]) -> Path | None:

@@ -44,12 +44,10 @@ def markdown(
 
 
 def sources(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], str | None]:
-    """`report.json` of each folder of `result` but the donor's, empty where there is none, and the first's recipe."""
+    """`report.json` of each model of `result` but the first, empty where there is none, and the first recipe."""
     reports: list[Mapping[str, Any]] = []
     recipe = None
-    for model in result["models"]:
-        if model["role"] == "donor":
-            continue
+    for model in result["models"][1:]:
         folder = Path(model["reference"])
         try:
             reports.append(json.loads((folder / REPORT).read_text(encoding="utf-8")))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mhconvert.eval.page_blocks import Block, Cell, Heading, Paragraph, Table
+from mhconvert.eval.scores import is_share
 from mhconvert.eval.units import count, number
 
 LEGEND = "≈ within 2 standard errors of the paired difference"
@@ -39,14 +40,6 @@ def tasks(result: Mapping[str, Any]) -> list[Block]:
     if average:
         page.append(Paragraph(f"The average is over {', '.join(average['tasks'])}."))
     return [*page, Table(columns, others, folded="Other metrics of these tasks")] if others else page
-
-
-def is_share(metric: Mapping[str, Any]) -> bool:
-    """Whether a metric's values are shares of 1, to be shown in percent: by its name, and by what was measured."""
-    name = str(metric["metric"])
-    values = [model.get("value") for model in metric["models"]]
-    counted = any(word in name for word in ("perplexity", "bits", "nll", "loss"))
-    return not counted and all(value is None or 0 <= value <= 1 for value in values)
 
 
 def value_text(model: Mapping[str, Any], percent: bool) -> str:

@@ -7,7 +7,7 @@ is far less than what two independent samples would have.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,12 @@ PRIMARY = (
     "word_perplexity",
     "perplexity",
 )  # the first that a task has
-WEIGHTED = {"word_perplexity": 1, "byte_perplexity": 1, "bits_per_byte": 1 / math.log(2)}  # of (nll, weight)
+WEIGHTED = {  # metrics of (log-likelihood, weight) pairs, and what a mean is multiplied by
+    "word_perplexity": 1.0,
+    "byte_perplexity": 1.0,
+    "bits_per_byte": 1 / math.log(2),
+}
+PERPLEXITY = "perplexity"  # of log-likelihoods, each of weight 1
 
 
 def task_row(outcomes: Sequence[dict[str, Any]], local: str | None) -> dict[str, Any]:
@@ -31,7 +36,7 @@ def task_row(outcomes: Sequence[dict[str, Any]], local: str | None) -> dict[str,
     metrics = [key for key in first["results"][name] if "," in key and "_stderr," not in key]
     chosen = next((key for word in PRIMARY for key in metrics if key.split(",")[0] == word), None)
     chosen = chosen or next(iter(metrics), None)
-    leaves = first["groups"].get(name) or [name]
+    leaves = _leaves(name, first["groups"])
     return {
         "task": name,
         "version": first["versions"].get(name),
@@ -42,10 +47,26 @@ def task_row(outcomes: Sequence[dict[str, Any]], local: str | None) -> dict[str,
     }
 
 
+def _leaves(name: str, groups: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group, and of the groups in it, each once; a task itself."""
+    if not groups.get(name):
+        return [name]
+    found = [leaf for member in groups[name] for leaf in _leaves(member, groups)]
+    return list(dict.fromkeys(found))
+
+
+def is_share(metric: Mapping[str, Any]) -> bool:
+    """Whether a metric row's values are shares of 1, to be shown in percent: by its name, and by what was measured."""
+    values = [model.get("value") for model in metric["models"]]
+    return not _is_loss(str(metric["metric"])) and all(
+        value is None or (isinstance(value, (int, float)) and 0 <= value <= 1) for value in values
+    )
+
+
 def average(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The mean of the tasks' primary metrics, those that are shares; None of fewer than two. Tasks count alike."""
     shares = [(row["task"], metric) for row in rows for metric in row["metrics"] if metric["primary"]]
-    shares = [(task, metric) for task, metric in shares if not _is_perplexity(metric["metric"])]
+    shares = [(task, metric) for task, metric in shares if _averaged(metric)]
     if len(shares) < 2:
         return None
     models = []
@@ -90,22 +111,41 @@ def _judged(difference: float | None, stderr: float | None) -> dict[str, Any]:
 def _paired_error(
     one: dict[str, Any], other: dict[str, Any], leaves: list[str], metric: str, key: str
 ) -> float | None:
-    """The standard error of the difference over the documents of all leaves together; None where it is not known."""
+    """The standard error of the difference over the documents of all leaves; None where it is not known.
+
+    A group's value is the mean of its documents, or of its tasks: whichever of the two it is.
+    """
     pairs = [
         (one["samples"].get(leaf, {}).get(key), other["samples"].get(leaf, {}).get(key)) for leaf in leaves
     ]
-    if any(a is None or b is None or len(a) != len(b) for a, b in pairs):
-        return None
-    mine, theirs = ([value for pair in pairs for value in pair[side]] for side in (0, 1))
-    if len(mine) < 2:
+    if any(a is None or b is None or len(a) != len(b) or len(a) < 2 for a, b in pairs):
         return None
     try:
-        if metric in WEIGHTED:
-            return _jackknife(np.array(mine, dtype=float), np.array(theirs, dtype=float), metric)
-        spread = np.array(mine, dtype=float) - np.array(theirs, dtype=float)
+        found = [tuple(_numbers(values, metric) for values in pair) for pair in pairs]
     except (TypeError, ValueError):  # a metric whose samples are no numbers
         return None
-    return float(spread.std(ddof=1) / math.sqrt(len(spread))) if spread.ndim == 1 else None
+    if metric in WEIGHTED or metric == PERPLEXITY:
+        ours, others = (np.concatenate([pair[side] for pair in found]) for side in (0, 1))
+        return _jackknife(ours, others, metric)
+    if any(mine.ndim != 1 for mine, _ in found):
+        return None
+    value, tasks = one["results"][one["name"]].get(key), [float(mine.mean()) for mine, _ in found]
+    whole = np.concatenate([mine - theirs for mine, theirs in found])
+    if len(found) == 1 or _same(value, float(np.concatenate([mine for mine, _ in found]).mean())):
+        return float(whole.std(ddof=1) / math.sqrt(len(whole)))
+    if not _same(value, sum(tasks) / len(tasks)):
+        return None
+    errors = [(mine - theirs).std(ddof=1) / math.sqrt(len(mine)) for mine, theirs in found]
+    return _error_of_mean([float(error) for error in errors])
+
+
+def _numbers(values: list[Any], metric: str) -> np.ndarray:
+    found = np.array(values, dtype=float)
+    return np.stack([found, np.ones_like(found)], 1) if metric == PERPLEXITY else found
+
+
+def _same(value: Any, mean: float) -> bool:
+    return isinstance(value, (int, float)) and math.isclose(value, mean, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _jackknife(mine: np.ndarray, theirs: np.ndarray, metric: str) -> float:
@@ -113,7 +153,7 @@ def _jackknife(mine: np.ndarray, theirs: np.ndarray, metric: str) -> float:
 
     def without_one(pairs: np.ndarray) -> np.ndarray:
         rest = pairs.sum(0) - pairs
-        mean = -rest[:, 0] / rest[:, 1] * WEIGHTED[metric]
+        mean = -rest[:, 0] / rest[:, 1] * WEIGHTED.get(metric, 1.0)
         return mean if metric == "bits_per_byte" else np.exp(mean)
 
     values = without_one(mine) - without_one(theirs)
@@ -121,8 +161,12 @@ def _jackknife(mine: np.ndarray, theirs: np.ndarray, metric: str) -> float:
     return float(math.sqrt((count - 1) / count * ((values - values.mean()) ** 2).sum()))
 
 
-def _is_perplexity(metric: str) -> bool:
-    return "perplexity" in metric or "bits" in metric
+def _is_loss(metric: str) -> bool:
+    return any(word in metric for word in ("perplexity", "bits", "nll", "loss"))
+
+
+def _averaged(metric: Mapping[str, Any]) -> bool:
+    return is_share(metric) and metric["higher_is_better"] is not False
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

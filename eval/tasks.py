@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mhconvert.convert.errors import MhconvertError, TextError
+from mhconvert.convert.provenance import sha256
 from mhconvert.eval import local_data
 
 
@@ -64,6 +65,8 @@ def resolve(choice: TaskChoice, folder: Path) -> TaskSet:
     import lm_eval
 
     wanted = _wanted(choice)
+    if choice.data is not None:
+        wanted = _local_first(wanted)
     local = {local_data.QUICK: local_data.quick()} if local_data.QUICK in wanted else {}
     if choice.data is not None:
         local |= {task.name: task for task in local_data.find(list(wanted), choice.data)}
@@ -79,7 +82,7 @@ def resolve(choice: TaskChoice, folder: Path) -> TaskSet:
     for word, shots in wanted.items():
         for name in _names(word, manager):
             file = local[name].file if name in local else None
-            digest = local[name].digest if name in local else _digest(name, manager)
+            digest = local[name].digest if name in local else _digest(name, choice.include_path)
             specs.append(Spec(name, shots, file, f"lm-eval {lm_eval.__version__} {digest}"))
     return TaskSet(list({spec.name: spec for spec in specs}.values()), manager)
 
@@ -117,7 +120,8 @@ def _manager(choice: TaskChoice, folder: Path, *, only_local: bool) -> Any:
 def _names(word: str, manager: Any) -> list[str]:
     known = manager.all_tasks
     if word in manager.task_index:
-        return [word]
+        entry = manager.task_index[word]
+        return sorted(entry.tags) if entry.kind.name == "TAG" else [word]
     found = fnmatch.filter(known, word) if any(sign in word for sign in "*?[") else []
     if found:
         return found
@@ -126,10 +130,21 @@ def _names(word: str, manager: Any) -> list[str]:
     raise MhconvertError(f"lm-eval has no task '{word}'; {hint}")
 
 
-def _digest(name: str, manager: Any) -> str:
-    """Of the task's YAML and the code beside it; lm-eval's version stands for what these include."""
-    path = manager.task_index[name].yaml_path
+def _local_first(wanted: dict[str, int | None]) -> dict[str, int | None]:
+    """A glob means, where it matches tasks that can be read from files, those alone."""
+    found: dict[str, int | None] = {}
+    for word, shots in wanted.items():
+        matching = fnmatch.filter(local_data.templates(), word) if any(sign in word for sign in "*?[") else []
+        found |= dict.fromkeys(matching or [word], shots)
+    return found
+
+
+def _digest(name: str, own: Path | None) -> str:
+    """Of all that defines a task beside lm-eval's version: with an --include-path every file in that folder, as a task
+    there may include others, run their code and read their data."""
     digest = hashlib.sha256(name.encode())
-    for source in [path, *sorted(path.parent.glob("*.py"))] if path is not None else []:
-        digest.update(source.read_bytes())
+    if own is not None:
+        for file in sorted(own.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(f"{file.relative_to(own)} {sha256(file)}".encode())
     return digest.hexdigest()

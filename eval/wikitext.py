@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mhconvert.convert.errors import TextError
+
 TITLE = re.compile(r" = [^=].* = \s*")  # a heading of the first level; deeper ones are ` = = `
 
 
@@ -23,5 +25,11 @@ def documents(*, path: str, split: str, **_: Any) -> dict[str, Any]:
     """{split: a dataset of `page`} for an lm-eval task's `custom_dataset`; lm-eval adds the task's metadata."""
     from datasets import Dataset
 
-    pages = articles(Path(path).read_text(encoding="utf-8"))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path} of task wikitext cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise TextError(f"{path} of task wikitext is empty")
+    pages = articles(text)
     return {split: Dataset.from_dict({"page": pages})}

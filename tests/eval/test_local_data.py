@@ -142,12 +142,10 @@ def test_missing_files_are_named_all_together(data: Path, place: Path) -> None:
 def test_a_file_with_other_columns_is_no_copy(data: Path, place: Path) -> None:
     file = data / "piqa" / "piqa_validation.jsonl"
     file.write_text('{"question": "?"}\n', encoding="utf-8")
-    with pytest.raises(
-        TextError, match=r"is no copy of piqa: its first line has \['question'\] instead of goal"
-    ):
+    with pytest.raises(TextError, match=r"is no copy of piqa: line 1 has \['question'\] instead of goal"):
         resolve(TaskChoice(("piqa",), data=data), place)
     file.write_text("not json\n", encoding="utf-8")
-    with pytest.raises(TextError, match="cannot be read as JSON lines"):
+    with pytest.raises(TextError, match="piqa, line 1, is no JSON"):
         resolve(TaskChoice(("piqa",), data=data), place)
 
 
@@ -196,3 +194,47 @@ def test_all_tasks_of_the_papers_suites_exist_in_lm_eval() -> None:
         for entry in suite["tasks"]
     }
     assert named - set(TaskManager().all_tasks) == {"mhconvert_quick"}
+
+
+def test_a_later_line_that_lacks_a_value_is_named(data: Path, place: Path) -> None:
+    file = data / "piqa" / "piqa_validation.jsonl"
+    line = json.dumps(LINES["piqa"][1])
+    file.write_text(f"{line}\n{line.replace('Use a song', '')[:-1]}\n", encoding="utf-8")
+    with pytest.raises(TextError, match="piqa, line 2, is no JSON"):
+        resolve(TaskChoice(("piqa",), data=data), place)
+    file.write_text(line + "\n" + json.dumps(LINES["piqa"][1] | {"sol2": None}) + "\n", encoding="utf-8")
+    with pytest.raises(
+        TextError, match=r"is no copy of piqa: line 2 has \['goal', 'label', 'sol1'\] instead of"
+    ):
+        resolve(TaskChoice(("piqa",), data=data), place)
+    file.write_text("", encoding="utf-8")
+    with pytest.raises(TextError, match="piqa_validation.jsonl of task piqa has no documents"):
+        resolve(TaskChoice(("piqa",), data=data), place)
+
+
+def test_a_glob_means_the_local_copies(data: Path, place: Path) -> None:
+    found = resolve(TaskChoice(("arc_*",), data=data), place)
+    assert [spec.name for spec in found.specs] == ["arc_challenge", "arc_easy"]
+    assert all(spec.local for spec in found.specs)
+
+
+OWN = "task: {name}\ntag: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\n"
+OWN += "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{{{q}}}}'\ndoc_to_target: 0\ndoc_to_choice: c\n"
+
+
+def test_ones_own_tasks_by_tag_and_what_their_digest_depends_on(tmp_path: Path, place: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "a.jsonl").write_text('{"q": "x", "c": ["a", "b"]}\n')
+    for name in ("one", "two"):
+        (own / f"{name}.yaml").write_text(OWN.format(name=name, file=own / "a.jsonl"))
+
+    def digests() -> list[str]:
+        specs = resolve(TaskChoice(("mine",), include_path=own), place).specs
+        assert [spec.name for spec in specs] == ["one", "two"]
+        return [spec.digest for spec in specs]
+
+    before = digests()
+    assert digests() == before
+    (own / "a.jsonl").write_text('{"q": "y", "c": ["a", "b"]}\n')
+    assert not set(digests()) & set(before)

@@ -126,3 +126,65 @@ def test_the_average_is_over_shares_alone() -> None:
     assert second["difference"] == pytest.approx(-0.25)
     assert second["difference_stderr"] == pytest.approx(0.5 / 2)
     assert average(rows[:1]) is None
+
+
+def test_a_group_of_groups_is_paired_over_all_that_is_in_it() -> None:
+    def nested(first: list[float], second: list[float]) -> dict[str, Any]:
+        mean = sum(first + second) / len(first + second)
+        return outcome(first, name="one") | {
+            "name": "top",
+            "results": {"top": {"acc,none": mean, "acc_stderr,none": 0.1}},
+            "samples": {"one": {"acc,none": first}, "two": {"acc,none": second}},
+            "groups": {"top": ["inner", "two"], "inner": ["one"]},
+            "counts": {"one": len(first), "two": len(second)},
+            "higher_is_better": {"top": {"acc": True}},
+        }
+
+    row = task_row([nested([1.0, 1.0], [0.0, 1.0, 1.0]), nested([1.0, 0.0], [0.0, 1.0, 1.0])], None)
+    cell = row["metrics"][0]["models"][1]
+    assert row["samples"] == 5
+    assert cell["difference_stderr"] == pytest.approx(0.2)
+
+
+def test_a_group_whose_tasks_count_alike_has_the_error_of_their_mean() -> None:
+    def group(first: list[float], second: list[float]) -> dict[str, Any]:
+        mean = (sum(first) / len(first) + sum(second) / len(second)) / 2
+        return outcome(first, name="one") | {
+            "name": "both",
+            "results": {"both": {"acc,none": mean, "acc_stderr,none": 0.1}},
+            "samples": {"one": {"acc,none": first}, "two": {"acc,none": second}},
+            "groups": {"both": ["one", "two"]},
+            "counts": {"one": len(first), "two": len(second)},
+            "higher_is_better": {"both": {"acc": True}},
+        }
+
+    one, two = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0], [1.0, 0.0]
+    cell = task_row([group([1.0] * 8, [1.0, 1.0]), group(one, two)], None)["metrics"][0]["models"][1]
+    spreads = [np.subtract(values, 1.0) for values in (one, two)]
+    errors = [spread.std(ddof=1) / math.sqrt(len(spread)) for spread in spreads]
+    assert cell["difference_stderr"] == pytest.approx(math.hypot(*errors) / 2)
+
+
+def test_a_perplexity_of_log_likelihoods_is_judged_on_its_own_scale() -> None:
+    def lambada(values: list[float]) -> dict[str, Any]:
+        found = outcome(values, metric="perplexity")
+        found["results"]["toy"]["perplexity,none"] = math.exp(-sum(values) / len(values))
+        return found
+
+    random = np.random.default_rng(0)
+    donor, other = (random.normal(-30, 20, 40).tolist() for _ in range(2))
+    cell = task_row([lambada(donor), lambada(other)], None)["metrics"][0]["models"][1]
+    rest = [[np.delete(values, index).mean() for index in range(40)] for values in (donor, other)]
+    differences = np.exp(-np.array(rest[1])) - np.exp(-np.array(rest[0]))
+    jackknife = math.sqrt(39 / 40 * ((differences - differences.mean()) ** 2).sum())
+    assert cell["difference_stderr"] == pytest.approx(jackknife)
+
+
+def test_what_is_no_share_or_better_when_lower_is_not_averaged() -> None:
+    rows = [task_row([outcome([1.0, 0.0], name=name)] * 2, None) for name in "ab"]
+    wide = task_row([outcome([137.8, 120.0], name="c", metric="ter")] * 2, None)
+    lower = task_row([outcome([0.5, 0.5], name="d")] * 2, None)
+    lower["metrics"][0]["higher_is_better"] = False
+    found = average([*rows, wide, lower])
+    assert found is not None
+    assert found["tasks"] == ["a", "b"]
