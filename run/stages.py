@@ -2,7 +2,7 @@
 
     recipe ─▶ OUT ─▶ OUT-healed ─▶ evaluation.json and pages in it ─▶ OUT-<form> ─▶ the Hub
 
-What a stage depends on is hashed: its part of the recipe and the model that it begins with.
+What a stage depends on is hashed: its part of the recipe, the model that it begins with, and the files that it reads.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from mhconvert.convert.errors import RecipeError
 from mhconvert.convert.progress import Listener, Progress
 from mhconvert.convert.provenance import EVALUATION, PROVENANCE, sha256
 from mhconvert.convert.sources import read_json
+from mhconvert.run import inputs
 from mhconvert.run.ledger import Ledger, mark
 from mhconvert.run.recipe import RunRecipe
-from mhconvert.run.work import STAGES, Run, conversion, export_folder
-
-ELSEWHERE = ("output", "device", "verify", "max_shard_size")  # keys that do not change what a model is
+from mhconvert.run.work import STAGES, Run, check_ahead, conversion, export_folder
 
 
 def run(
@@ -45,11 +44,12 @@ def run(
             raise RecipeError(f"the recipe has no stage '{name}'; it has {', '.join(recipe.stages)}")
     output = output_folder(recipe)
     work = Run(recipe, output, Ledger(output), force, on_progress, [])
+    check_ahead(recipe, [name for name in recipe.stages if not only or name in only])
     for name in recipe.stages:
         if only and name not in only:
             continue
-        inputs = _inputs(work, name)
-        entry = None if force or inputs is None else _done(work, name, inputs)
+        depends = _inputs(work, name)
+        entry = None if force or depends is None else _done(work, name, depends)
         if entry is not None:
             work.results.append({"stage": name, "status": "skipped", **_kept(name, entry)})
         elif dry_run:
@@ -67,8 +67,8 @@ def output_folder(recipe: RunRecipe) -> Path:
 
 
 def _do(work: Run, name: str) -> None:
-    inputs = _inputs(work, name)
-    if inputs is None:
+    depends = _inputs(work, name)
+    if depends is None:
         raise RecipeError(
             f"{name} needs the checkpoint {_begins_with(work, name)}, which is not there; run that stage too"
         )
@@ -77,7 +77,7 @@ def _do(work: Run, name: str) -> None:
     found = STAGES[name](work)
     place = found.get("output")
     work.ledger.record(
-        name, inputs, Path(place) if place and name != "push" else None, **found.pop("facts", {})
+        name, depends, Path(place) if place and name != "push" else None, **found.pop("facts", {})
     )
     work.results.append({"stage": name, "status": "done", "seconds": time.perf_counter() - started, **found})
 
@@ -90,8 +90,8 @@ def _kept(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _done(work: Run, name: str, inputs: Any) -> dict[str, Any] | None:
-    entry = work.ledger.done(name, inputs)
+def _done(work: Run, name: str, depends: Any) -> dict[str, Any] | None:
+    entry = work.ledger.done(name, depends)
     unknown = not work.ledger.known(name, work.output)
     if (
         entry is None
@@ -116,18 +116,22 @@ def _whole(folder: Path) -> bool:
 
 def _inputs(work: Run, name: str) -> Any:
     """What the stage depends on; None where the checkpoint that it begins with is not there."""
-    recipe, plain = work.recipe, work.recipe.to_dict()
+    recipe = work.recipe
     if name == "convert":
-        return {k: v for k, v in plain.items() if k not in (*ELSEWHERE, "heal", "eval", "export", "push")}
+        return inputs.of_conversion(recipe)
     begins = mark(_begins_with(work, name))
     if begins is None:
         return None
-    inputs = {"model": begins, "settings": plain[name], "trust_remote_code": recipe.convert.trust_remote_code}
-    if name == "eval" and recipe.convert.heal is not None:
-        inputs["converted"] = mark(work.output)
+    trust = recipe.convert.trust_remote_code
+    found = {"model": begins, "settings": recipe.to_dict()[name], "trust_remote_code": trust}
+    if name == "heal":
+        found |= inputs.of_healing(recipe)
+    if name == "eval":
+        found |= inputs.of_evaluation(recipe)
+        found["converted"] = mark(work.output) if recipe.convert.heal is not None else None
     if name == "push":
-        inputs["evaluation"] = mark(work.final / EVALUATION)
-    return inputs
+        found["evaluation"] = mark(work.final / EVALUATION)
+    return found
 
 
 def _begins_with(work: Run, name: str) -> Path:

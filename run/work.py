@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import get_token
 
 from mhconvert import api
 from mhconvert.convert.checkpoint import is_adapter
-from mhconvert.convert.errors import OutputError
+from mhconvert.convert.errors import OutputError, PublishError, RecipeError, TextError
+from mhconvert.convert.export.choose import FORMS
 from mhconvert.convert.progress import Listener
 from mhconvert.convert.provenance import EVALUATION
 from mhconvert.eval import page
 from mhconvert.eval.comparison import Settings
 from mhconvert.eval.harness import Options
-from mhconvert.eval.tasks import TaskChoice
+from mhconvert.eval.tasks import TaskChoice, resolve
 from mhconvert.run.ledger import Ledger
 from mhconvert.run.recipe import RunRecipe
 from mhconvert.run.settings import EvalStage
@@ -49,6 +52,24 @@ class Run:
 
 def conversion(work: Run) -> Any:
     return dataclasses.replace(work.recipe.convert, heal=None, output=str(work.output))
+
+
+def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
+    """Raises MhconvertError for what a later stage would be refused for: tasks, files, a form, a token."""
+    if recipe.eval is not None and "eval" in stages:
+        settings = eval_settings(recipe.eval, fresh=False)
+        for text in settings.texts:
+            if not text.is_file():
+                raise TextError(f"text file {text} of the recipe's eval is not there")
+        if settings.has_tasks:
+            with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
+                resolve(settings.choice, Path(folder))
+    if recipe.export is not None and "export" in stages and recipe.export.to not in (*FORMS, "auto"):
+        raise RecipeError(
+            f"export to '{recipe.export.to}' is no form; choose one of {', '.join(FORMS)}, auto"
+        )
+    if recipe.push is not None and "push" in stages and get_token() is None:
+        raise PublishError("the recipe pushes, and there is no token: run 'hf auth login', or set HF_TOKEN")
 
 
 def _convert(work: Run) -> dict[str, Any]:

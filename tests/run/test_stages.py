@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import mhconvert
 from mhconvert import api
-from mhconvert.convert.errors import OutputError, RecipeError
+from mhconvert.convert.errors import MhconvertError, OutputError, RecipeError
 from mhconvert.run.ledger import Ledger
 from tests.donors import make_donor
 
@@ -186,3 +186,44 @@ def test_a_ledger_that_cannot_be_read_is_no_ledger(tmp_path: Path) -> None:
     assert Ledger(tmp_path / "out").done("eval", {"a": 2}) is None
     made.write_text("2")
     assert Ledger(tmp_path / "out").done("eval", {"a": 1}) is None
+
+
+def test_a_stage_is_done_again_when_what_it_reads_has_changed(place: Path, tmp_path: Path) -> None:
+    donor, text, judged = tmp_path / "donor", tmp_path / "text.txt", tmp_path / "judged.txt"
+    make_donor(donor, layers=2, kv_heads=2)
+    text.write_text(TEXT)
+    judged.write_text(TEXT)
+    stage = {"text": str(judged), "sequences": 2, "sequence_length": 32}
+    calibration = {"sources": [str(text)], "tokens": 256, "sequence_length": 32, "held_out": 2}
+    file = recipe(place, tmp_path / "out", heal=None, eval=stage, model=str(donor), calibration=calibration)
+    first = mhconvert.run(file)
+    assert set(statuses(mhconvert.run(file)).values()) == {"skipped"}
+    judged.write_text(TEXT.replace("river", "road"))
+    again = mhconvert.run(file)
+    assert statuses(again) == {"convert": "skipped", "eval": "done"}
+    assert again["evaluation"]["texts"] != first["evaluation"]["texts"]
+    text.write_text(TEXT.replace("boats", "carts"))
+    assert statuses(mhconvert.run(file, dry_run=True))["convert"] == "to do"
+    text.write_text(TEXT)
+    assert set(statuses(mhconvert.run(file, dry_run=True)).values()) == {"skipped"}
+    make_donor(donor, layers=2, kv_heads=2, seed=9)
+    assert set(statuses(mhconvert.run(file, dry_run=True)).values()) == {"to do"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.tasks=[mhconvert_quik]", "lm-eval has no task 'mhconvert_quik'"),
+        ("eval.text=[absent.txt]", "text file absent.txt of the recipe's eval is not there"),
+        ("eval.dtype=float99", "'float99' is no dtype"),
+        ("export.to=foo", "export to 'foo' is no form; choose one of"),
+        ("push.repo=me/model", "the recipe pushes, and there is no token"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    monkeypatch.setattr("mhconvert.run.work.get_token", lambda: None)
+    with pytest.raises(MhconvertError, match=message):
+        mhconvert.run(recipe(place, tmp_path / "out"), [override])
+    assert not (tmp_path / "out").exists()
