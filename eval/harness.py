@@ -158,15 +158,16 @@ def _run(
         lm.batch_size_per_gpu = candidate.batch_size(rolling)
         lm.on_rows = lambda done, total: on_rows(spec.name, done, total)
     top = [loaded["groups"][spec.name]] if spec.name in loaded["groups"] else list(loaded["tasks"].values())
-    found = evaluator.simple_evaluate(
-        model=lm,
-        tasks=top,
-        num_fewshot=spec.num_fewshot,
-        limit=candidate.options.limit,
-        apply_chat_template=candidate.options.chat_template,
-        use_cache=store.responses(candidate.facts()),
-        task_manager=manager,
-    )
+    with store.guarded(candidate.facts()):
+        found = evaluator.simple_evaluate(
+            model=lm,
+            tasks=top,
+            num_fewshot=spec.num_fewshot,
+            limit=candidate.options.limit,
+            apply_chat_template=candidate.options.chat_template,
+            use_cache=store.responses(candidate.facts()),
+            task_manager=manager,
+        )
     return (
         None
         if found is None

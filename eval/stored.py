@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,20 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
         return str(self.folder / f"responses-{_key(facts)}")
 
+    @contextmanager
+    def guarded(self, facts: dict[str, Any]) -> Iterator[None]:
+        """Faults of the database that `responses` names, in words; one that is damaged is removed."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise self._unwritable(error) from error
+        except sqlite3.DatabaseError as error:
+            self.forget_responses(facts)
+            raise OutputError(
+                f"the responses kept in {self.folder} were damaged ({error}) and are removed; run the same command "
+                "again"
+            ) from error
+
     def forget_responses(self, facts: dict[str, Any]) -> None:
         """Remove what `responses` holds, of every process."""
         for file in self.folder.glob(f"responses-{_key(facts)}*"):
@@ -60,10 +75,12 @@ class Store:
         try:
             yield
         except OSError as error:
-            raise OutputError(
-                f"{self.folder}, which keeps results, cannot be written: {error.strerror or error}; "
-                "make room, or set MHCONVERT_EVAL_CACHE"
-            ) from error
+            raise self._unwritable(error.strerror or error) from error
+
+    def _unwritable(self, reason: object) -> OutputError:
+        return OutputError(
+            f"{self.folder}, which keeps results, cannot be written: {reason}; make room, or set MHCONVERT_EVAL_CACHE"
+        )
 
     def _file(self, facts: dict[str, Any]) -> Path:
         return self.folder / f"{_key(facts)}.json"

@@ -13,7 +13,7 @@ from mhconvert import api
 from mhconvert.convert.errors import MhconvertError, OutputError, TextError
 from mhconvert.convert.fingerprint import of_model
 from mhconvert.convert.load import open_model
-from mhconvert.eval import harness
+from mhconvert.eval import harness, page
 from mhconvert.eval.comparison import Settings
 from mhconvert.eval.harness import Candidate, Options
 from mhconvert.eval.stored import Store
@@ -193,6 +193,18 @@ def test_a_store_that_cannot_be_written_is_said(donor: Path, tmp_path: Path) -> 
         evaluate(candidate(donor, limit=2), Store(tmp_path / "file" / "store"), tmp_path / "tasks")
 
 
+def test_a_damaged_database_is_removed_and_said(donor: Path, store: Store, tmp_path: Path) -> None:
+    each = candidate(donor, limit=2)
+    database = Path(store.responses(each.facts()) + "_rank0.db")
+    database.write_bytes(b"no database at all " * 400)
+    with pytest.raises(OutputError, match=r"were damaged \(.*\) and are removed; run the same command again"):
+        evaluate(each, store, tmp_path / "tasks")
+    assert not database.exists()
+    assert evaluate(candidate(donor, limit=2), store, tmp_path / "tasks")[0]["counts"] == {
+        "mhconvert_quick": 2
+    }
+
+
 def test_the_comparison_pairs_donor_and_other(donor: Path, other: Path) -> None:
     settings = Settings(choice=QUICK, options=Options(limit=20))
     result = api.evaluate(str(other), settings, against=str(donor), device="cpu")
@@ -205,6 +217,16 @@ def test_the_comparison_pairs_donor_and_other(donor: Path, other: Path) -> None:
     assert result["versions"]["lm_eval"]
     with pytest.raises(MhconvertError, match="there is nothing to measure"):
         Settings()
+
+
+def test_reports_stand_beside_their_own_models(donor: Path, other: Path, tmp_path: Path) -> None:
+    (other / "report.json").write_text('{"seconds": 1}')
+    models = [
+        {"role": role, "reference": str(place)} for role, place in (("donor", donor), ("donor", tmp_path))
+    ]
+    models.append({"role": "converted", "reference": str(other)})
+    assert page.sources({"models": models})[0] == [{}, {"seconds": 1}]
+    (other / "report.json").unlink()
 
 
 def test_figures_are_recorded_in_the_checkpoint_but_not_in_the_donor(
