@@ -51,3 +51,7 @@ class RecipeError(MhconvertError):
 
 class ExportError(MhconvertError):
     """A checkpoint that another form cannot hold exactly, or that is of the wrong kind for it."""
+
+
+class ProofError(MhconvertError):
+    """An export that does not compute what its checkpoint does."""

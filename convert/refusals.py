@@ -54,7 +54,8 @@ def served_refusal(config: Any) -> str | None:
     """Why no latent-attention class that engines cache as a latent holds a donor of `config`; None where one does."""
     facts = attention_facts(config)
     reasons = {
-        f"its keys have a norm ({facts.qk_norm}), whose RMS would have to be cached too": facts.qk_norm is not None,
+        f"its keys have a norm ({facts.qk_norm}), whose RMS would have to be cached too": facts.qk_norm
+        is not None,
         f"its scores have a softcap of {facts.softcap}": facts.softcap is not None,
         f"sliding_window={getattr(config, 'sliding_window', None)}": any(
             layer_window(config, index) for index in range(config.num_hidden_layers)

@@ -44,7 +44,15 @@ def verify(
     resident = _resident()
     options = json.dumps({"prompt": prompt, "max_new_tokens": max_new_tokens, "threads": threads})
     with tempfile.TemporaryDirectory(prefix="mhconvert-") as modules:
-        command = [python or sys.executable, "-I", verify_child.__file__, str(folder), str(probe), options, modules]
+        command = [
+            python or sys.executable,
+            "-I",
+            verify_child.__file__,
+            str(folder),
+            str(probe),
+            options,
+            modules,
+        ]
         child = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", check=False
         )

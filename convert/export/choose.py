@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from mhconvert.convert import load
 from mhconvert.convert.checkpoint import is_adapter
-from mhconvert.convert.errors import ExportError, MhconvertError, UnsupportedError
+from mhconvert.convert.errors import ExportError, UnsupportedError
 from mhconvert.convert.progress import Listener
 
 FORMS = {  # what `--to` takes, and whose checkpoints have it
@@ -124,25 +123,18 @@ def _gguf(reference: str, options: Options, tell: Listener | None) -> dict[str, 
 def _decoupled(to: str, module: str) -> Writer:
     def write(reference: str, options: Options, tell: Listener | None) -> dict[str, Any]:
         _no_dry_run(to, options)
-        made = importlib.import_module(f"mhconvert.convert.export.{module}").run(
-            reference, options.output, force=options.force, duplicate=options.duplicate, on_progress=tell
+        writer = importlib.import_module(f"mhconvert.convert.export.{module}")
+        made: dict[str, Any] = writer.run(
+            reference,
+            options.output,
+            force=options.force,
+            duplicate=options.duplicate,
+            verify=options.verify,
+            on_progress=tell,
         )
-        return _proved(made, options, tell)
+        return made
 
     return write
-
-
-def _proved(made: dict[str, Any], options: Options, tell: Listener | None) -> dict[str, Any]:
-    """`made` with what a bare process says of its folder, which is removed where it is not what its checkpoint is."""
-    if not options.verify:
-        return made
-    from mhconvert.convert.export import compare
-
-    try:
-        return made | {"verified": compare.run(made["output"], on_progress=tell)}
-    except MhconvertError:
-        shutil.rmtree(made["output"])
-        raise
 
 
 def _lora(reference: str, options: Options, tell: Listener | None) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import torch
 
 from mhconvert.convert import load
 from mhconvert.convert.checkpoint import is_adapter
-from mhconvert.convert.errors import CheckpointError, ExportError
+from mhconvert.convert.errors import CheckpointError, ExportError, ProofError, UnsupportedError
 from mhconvert.convert.export import proof
 from mhconvert.convert.progress import Listener, Progress, ignore
 from mhconvert.convert.provenance import PROVENANCE, write_probe
+from mhconvert.convert.sources import read_json
 from mhconvert.convert.verify import verify
 
 FREE = 1e9  # a tolerance that refuses nothing: what is reported is judged here
@@ -34,11 +35,18 @@ def run(
     """See `mhconvert.api.verify`."""
     begun, tell = time.perf_counter(), on_progress or ignore
     folder = Path(reference).expanduser()
-    if not folder.is_dir() or is_adapter(folder):
-        raise CheckpointError(f"{reference} is no folder of a whole model; merge an adapter first")
+    if not folder.is_dir():
+        raise CheckpointError(f"{reference} is no folder; verify takes a folder with a whole model in it")
+    if is_adapter(folder):
+        raise CheckpointError(
+            f"{reference} is an adapter and no whole model; mhconvert merge makes one of it"
+        )
+    if not trust_remote_code:
+        _require_known_code(folder)
     twin = against or _twin(reference, folder)
     tell(Progress("donor", 0, 1, twin))
     opened = load.open_model(twin, trust_remote_code=trust_remote_code)
+    _require_one_vocabulary(folder, opened.vocab_size, twin)
     model = opened.model()
     expected = proof.expect(model, opened.tokenizer(), seed, tell)
     del model
@@ -59,7 +67,7 @@ def run(
     found["relative_difference"] = found["largest_logit_difference"] / found["logit_spread"]
     limit = tolerance if tolerance is not None else _tolerance(folder) if against is None else None
     if limit is not None and not found["relative_difference"] <= limit:
-        raise ExportError(
+        raise ProofError(
             f"{reference} is not {twin}: their logits differ by {found['relative_difference']:.3g} standard "
             f"deviations, and {limit:g} is allowed"
         )
@@ -73,10 +81,30 @@ def run(
     }
 
 
+def _require_known_code(folder: Path) -> None:
+    """Raises UnsupportedError for Python in the folder that is not, byte for byte, what this package ships."""
+    package = Path(__file__).parent.parent
+    for file in sorted(folder.glob("*.py")):
+        if not any(own.read_bytes() == file.read_bytes() for own in package.rglob(file.name)):
+            raise UnsupportedError(
+                f"{file} is code that this version of mhconvert does not ship, and verify would run it; "
+                "--trust-remote-code allows it"
+            )
+
+
+def _require_one_vocabulary(folder: Path, vocab_size: int, twin: str) -> None:
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    own = config.get("vocab_size", vocab_size)
+    if own != vocab_size:
+        raise CheckpointError(
+            f"{folder} has {own} tokens and {twin} has {vocab_size}; they cannot be compared"
+        )
+
+
 def _twin(reference: str, folder: Path) -> str:
     """What the folder should compute: an export its checkpoint, a converted checkpoint itself by our own class."""
     exported = _record(folder).get("exported") or {}
-    source = exported.get("checkpoint")
+    source = exported.get("source") or exported.get("checkpoint")
     if source is not None and Path(source).is_dir():
         return str(source)
     if source is not None:
@@ -89,11 +117,10 @@ def _twin(reference: str, folder: Path) -> str:
 
 
 def _tolerance(folder: Path) -> float:
-    """By the dtype of its weights."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
-    exported = bool(_record(folder).get("exported"))
-    return proof.TOLERANCES.get(stored, 0.5) if exported else proof.TOLERANCES[torch.float32]
+    """Weights that an export multiplied and rounded may differ by more."""
+    exported = _record(folder).get("exported") or {}
+    rounded = exported.get("to") in ("deepseek_v3", "youtu") and exported.get("dtype") != "float32"
+    return proof.ROUNDED if rounded or exported.get("exact") is False else proof.TOLERANCE
 
 
 def _record(folder: Path) -> dict[str, Any]:

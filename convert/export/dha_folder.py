@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.convert import hub, provenance
+from mhconvert.convert import hub, load, provenance
 from mhconvert.convert.checkpoint import ShardWriter, byte_size, check_free, write_json
 from mhconvert.convert.errors import OutputError
 from mhconvert.convert.estimate import SLACK_BYTES
+from mhconvert.convert.export import proof
 from mhconvert.convert.export.dha_checkpoint import DHACheckpoint
 from mhconvert.convert.export.grouped import GroupPlan, cached_heads, regrouped
 from mhconvert.convert.front_matter import front_matter
@@ -95,9 +96,9 @@ def shapes(checkpoint: DHACheckpoint, target: Target) -> dict[str, Tensor]:
 
 
 def write(
-    checkpoint: DHACheckpoint, target: Target, output: str | None, force: bool, tell: Listener
+    checkpoint: DHACheckpoint, target: Target, output: str | None, force: bool, verify: bool, tell: Listener
 ) -> dict[str, Any]:
-    """The export as a folder that appears when it is whole; returns the report.
+    """The export as a folder that appears when it is whole and, with `verify`, proven; returns the report.
 
     Raises OutputError where the folder exists or the disk is too small.
     """
@@ -108,6 +109,7 @@ def write(
     coming = shapes(checkpoint, target)
     report = _report(checkpoint, target, place) | target.facts
     report["output_bytes"] = sum(t.numel() * t.element_size() for t in coming.values())
+    expected = _expected(checkpoint, tell) if verify else None
     with whole_folder(place, report["output_bytes"] + SLACK_BYTES, force=force) as folder:
         writer = ShardWriter(folder, byte_size(SHARD), len(coming))
         for done, part in enumerate(tensors(checkpoint, target, checkpoint.source.read)):
@@ -124,6 +126,12 @@ def write(
         ):
             shutil.copyfile(file, folder / file.name)
         _write_card(folder, place.name, checkpoint, report, target.note)
+        if expected is not None:
+            tell(Progress("verify", 0, 1))
+            elements = report["kv_bytes_per_token"]["export"] / checkpoint.dtype.itemsize
+            report["verified"] = proof.prove(
+                folder, expected, folder / "probe.tmp", exact=True, elements_per_token=elements
+            )
         kept = {
             name: checkpoint.record[name]
             for name in ("recipe", "layers", "healed")
@@ -135,10 +143,16 @@ def write(
     return report
 
 
+def _expected(checkpoint: DHACheckpoint, tell: Listener) -> proof.Expected:
+    opened = load.open_model(str(checkpoint.folder))
+    return proof.expect(opened.model(), opened.tokenizer(), 0, tell)
+
+
 def _report(checkpoint: DHACheckpoint, target: Target, place: Path) -> dict[str, Any]:
     heads = [plan.groups for plan in target.plans]
     return {
         "checkpoint": checkpoint.reference,
+        "source": str(checkpoint.folder.resolve()),
         "method": "dha",
         "to": target.to,
         "output": str(place),

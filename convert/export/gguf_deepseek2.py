@@ -8,8 +8,10 @@ from typing import Any
 
 from mhconvert.convert import load
 from mhconvert.convert.errors import OutputError
-from mhconvert.convert.export import gguf_file, stock_mla
+from mhconvert.convert.export import gguf_file, gguf_tokenizer, stock_mla
 from mhconvert.convert.progress import Listener, ignore
+
+F16_BYTES = 2  # of an element of llama.cpp's cache, unless it is told otherwise
 
 
 def run(
@@ -31,10 +33,14 @@ def run(
     place = Path(output) if output else Path(f"{folder.resolve().name}-{kind}.gguf")
     if place.suffix != ".gguf":
         raise OutputError(f"{place} does not end in .gguf; a gguf export is one file of that ending")
+    if place.is_dir():
+        raise OutputError(f"{place} is a folder; a gguf export is one file")
     if place.exists() and not force:
         raise OutputError(f"{place} exists; choose another file with -o, or replace it with --force")
     if not place.absolute().parent.is_dir():
         raise OutputError(f"there is no folder {place.absolute().parent} to write {place.name} into")
+    opened = load.open_model(reference, device=device)
+    gguf_tokenizer.read_vocabulary(opened.folder, opened.vocab_size)  # refused before the work
     with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=f".{place.name}-") as work:
         dense = Path(work) / "dense"
         report = stock_mla.run(
@@ -48,5 +54,8 @@ def run(
             on_progress=on_progress,
         )
         made = gguf_file.write(dense, place, kind, force=force, on_progress=tell)
-    kept = {name: value for name, value in report.items() if name not in ("output_bytes", "engines", "dtype")}
-    return kept | made | {"architecture": "deepseek2", "output_bytes": made["bytes"], "output": str(place)}
+    of_dense = ("output_bytes", "engines", "dtype", "verified")
+    kept = {name: value for name, value in report.items() if name not in of_dense}
+    own = {"architecture": "deepseek2", "output_bytes": made["bytes"], "output": str(place)}
+    own |= {"kv_bytes_per_token": report["kv_elements_per_token"] * F16_BYTES}
+    return kept | made | own | {"dense_form_verified": report.get("verified")}

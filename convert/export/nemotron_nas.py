@@ -31,6 +31,7 @@ def run(
     *,
     force: bool = False,
     duplicate: bool = False,
+    verify: bool = True,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint `reference` as a nemotron-nas one: K heads = V heads in each layer, in equal groups.
@@ -42,7 +43,7 @@ def run(
     read.
     """
     checkpoint = open_dha(reference, TO)
-    return write(checkpoint, target(checkpoint, duplicate), output, force, on_progress or ignore)
+    return write(checkpoint, target(checkpoint, duplicate), output, force, verify, on_progress or ignore)
 
 
 def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:

@@ -38,6 +38,7 @@ def engines(to: str, sizes: Sizes) -> list[tuple[str, bool, str]]:
     table = [
         ("transformers ≥ 5.16.1", True, "caches latent and rotary key"),
         ("transformers < 5.16.1", False, "loads and computes the same, but caches expanded keys and values"),
+        ("any of them in float16", False, "the latent's norm leaves its range: serve in bfloat16 or float32"),
     ]
     if to == "youtu":
         return [

@@ -67,7 +67,7 @@ def run(
     served = served_config(config, eps)
     place = Path(output) if output else Path(f"{folder.resolve().name}-own")
     check_free(place, force, folder)
-    report = _report(reference, place, config, served, source, kind, s)
+    report = _report(reference, place, config, served, source, kind, s) | {"source": str(folder.resolve())}
     if dry_run:
         return report
     tell(Progress("donor", 0, 1, reference))
@@ -79,7 +79,10 @@ def run(
         if expected is not None:
             tell(Progress("verify", 0, 1))
             elements = report["kv_elements_per_token"]
-            report["verified"] = proof.prove(partial, expected, partial / "probe.tmp", kind, elements)
+            exact = report["exact"] or kind == torch.float32
+            report["verified"] = proof.prove(
+                partial, expected, partial / "probe.tmp", exact=exact, elements_per_token=elements
+            )
         record(partial, report, _donor(folder))
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}

@@ -27,6 +27,7 @@ def run(
     *,
     force: bool = False,
     duplicate: bool = False,
+    verify: bool = True,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint `reference` as its donor's own class, with as many KV heads in every layer.
@@ -39,7 +40,7 @@ def run(
     checkpoint = open_dha(reference, TO)
     if checkpoint.stock:
         raise ExportError(f"{reference} is a {_class(checkpoint.config)} already: engines load it as it is")
-    return write(checkpoint, target(checkpoint, duplicate), output, force, on_progress or ignore)
+    return write(checkpoint, target(checkpoint, duplicate), output, force, verify, on_progress or ignore)
 
 
 def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:

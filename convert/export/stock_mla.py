@@ -56,6 +56,7 @@ def run(
     )
     report = {
         "checkpoint": reference,
+        "source": str(folder.resolve()),
         "method": "mla",
         "to": to,
         "architecture": dense_mla.CLASSES[to],
@@ -86,7 +87,10 @@ def run(
         if verify:
             tell(Progress("verify", 0, 1))
             probe = partial / "probe.safetensors.tmp"
-            report["verified"] = proof.prove(partial, expected, probe, plan.dtype, plan.elements_per_token)
+            exact = plan.dtype == torch.float32
+            report["verified"] = proof.prove(
+                partial, expected, probe, exact=exact, elements_per_token=plan.elements_per_token
+            )
         record(partial, report, _donor(folder))
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}

@@ -82,12 +82,12 @@ def test_an_own_text_is_what_eval_measures(recipe: Build, text: Path, tmp_path: 
     assert result["measured_on"] == str(own)
     assert result["measured_tokens"] == 3 * 63
     mhconvert.convert(base.at_budget(0.4))
-    measured = mhconvert.evaluate(
-        str(tmp_path / "out"), text=own, sequence_length=64, sequences=3, device="cpu"
-    )
+    settings = mhconvert.EvalSettings(texts=(own,), sequences=3, sequence_length=64)
+    donor, converted = mhconvert.evaluate(str(tmp_path / "out"), settings, device="cpu")["texts"][0]["models"]
     [point] = result["points"]
-    assert point["kl"] == pytest.approx(measured["kl"], rel=1e-4)  # float32, layers in another order of rows
-    assert point["perplexity"] == pytest.approx(measured["perplexity"], rel=1e-5)
+    assert point["kl"] == pytest.approx(converted["kl"], rel=1e-4)  # float32, layers in another order of rows
+    found = {"donor": donor["perplexity"], "converted": converted["perplexity"]}
+    assert point["perplexity"] == pytest.approx(found, rel=1e-5)
     with pytest.raises(MhconvertError, match=r"own\.txt has .* choose --sequences"):
         mhconvert.curve(base, (0.4,), text=own, sequences=1000)
 

@@ -166,9 +166,6 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("org/texts", "small", {"split": "train", "streaming": True})]
     with pytest.raises(TextError, match="'org/broken' is neither a file nor a dataset.*no such repository"):
         drawn("org/broken")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TextError, match=r"pip install 'mhconvert\[datasets\]'"):
-        drawn("org/texts")
 
 
 def sampled(rows: int = 5, length: int = 12, seed: int = 0, listener: Any = ignore) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from mhconvert.convert.errors import ExportError, OutputError
+from mhconvert.convert.errors import ExportError, OutputError, ProofError
 from mhconvert.convert.export import served, served_layer
 from mhconvert.convert.mla.settings import MLASettings
 from tests.convert.conversions import LLAMA3, converted, donor_model, logits, relative, token_ids
@@ -117,7 +117,7 @@ def test_a_mismatch_deletes_the_export(source: Path, tmp_path: Path, monkeypatch
         return made | {"q_proj.bias": made["q_proj.bias"] * 0}
 
     monkeypatch.setattr(served, "served_tensors", wrong)
-    with pytest.raises(ExportError, match="is not what its checkpoint is, and was removed: .*logits differ"):
+    with pytest.raises(ProofError, match="is not what its checkpoint is, and was removed: .*logits differ"):
         served.run(str(source), str(tmp_path / "out"), device="cpu")
     assert list(tmp_path.iterdir()) == []
 

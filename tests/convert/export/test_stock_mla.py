@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mhconvert.convert.errors import CheckpointError, ExportError, OutputError
+from mhconvert.convert.errors import CheckpointError, ExportError, OutputError, ProofError
 from mhconvert.convert.export import compare, dense_mla, preflight, proof, stock_mla
 from mhconvert.convert.mla.settings import MLASettings
 from tests.convert.conversions import (
@@ -193,7 +193,7 @@ def test_a_mismatch_deletes_the_export(plain: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(dense_mla, "dense_attention", wrong)
     with pytest.raises(
-        ExportError, match="the export is not what its checkpoint is, and was removed: .*logits differ"
+        ProofError, match="the export is not what its checkpoint is, and was removed: .*logits differ"
     ):
         stock_mla.run(str(plain), "deepseek_v3", str(tmp_path / "out"), device="cpu")
     assert os.listdir(tmp_path) == []
@@ -236,14 +236,14 @@ def test_verify_names_what_it_compares_with(plain: Path, tmp_path: Path) -> None
     assert compare.run(str(whole))["against"] == str(whole)
     other = checkpoint(tmp_path / "other", seed=4)
     with pytest.raises(
-        ExportError, match=r"out is not .*other: their logits differ by .* and 0.005 is allowed"
+        ProofError, match=r"out is not .*other: their logits differ by .* and 0.005 is allowed"
     ):
         compare.run(str(tmp_path / "out"), against=str(other), tolerance=5e-3)
     assert compare.run(str(tmp_path / "out"), against=str(other))["relative_difference"] > 0.1
     donor_model().save_pretrained(tmp_path / "donor")
     with pytest.raises(ExportError, match="does not say what it should compute; name a model with --against"):
         compare.run(str(tmp_path / "donor"))
-    with pytest.raises(CheckpointError, match="nowhere is no folder of a whole model"):
+    with pytest.raises(CheckpointError, match="nowhere is no folder; verify takes"):
         compare.run(str(tmp_path / "nowhere"))
 
 
