@@ -79,6 +79,8 @@ def _show(result: dict[str, Any], console: Any) -> None:
     for title, names in (("not published", result["left_out"]), ("removed there", result["removed"])):
         if names:
             console.out(f"{title}: {', '.join(names)}", highlight=False)
+    for note in result["notes"]:
+        console.out(f"note: {note}", highlight=False)
     visible = "private" if result["private"] else "public"
     total = f"{len(result['files'])} files, {size(result['bytes'])}"
     if result["dry_run"]:

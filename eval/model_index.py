@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from mhconvert.convert.checkpoint import is_adapter
+from mhconvert.convert.checkpoint import ADAPTER_CONFIG, is_adapter
 from mhconvert.convert.errors import CheckpointError
 from mhconvert.convert.provenance import EVALUATION
 from mhconvert.convert.sources import read_json
@@ -58,9 +60,10 @@ class Pair:
 def read_evaluation(folder: Path) -> Evaluation | None:
     """The evaluation in `folder`, of the model there; None without an `evaluation.json`.
 
-    That model is the one with the fingerprint of the folder's files. An adapter's is also its base model's, so an
-    adapter is the one whose reference resolves to the folder, else the last one; as is a model in a file without
-    fingerprints. A part that is missing has no figures.
+    That model is the one with the fingerprint of the folder's files, of an adapter's together with its base model's.
+    In a file without fingerprints it is the one whose reference resolves to the folder, else the last one; so too for
+    an adapter whose base model can be had from neither this machine nor the file. A part that is missing has no
+    figures.
     Raises CheckpointError for a file that cannot be read, and for one that measures other weights.
     """
     file = folder / EVALUATION
@@ -68,6 +71,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         return None
     found = read_json(file)
     try:
+        json.dumps(found, allow_nan=False)  # NaN is no JSON, and the Hub refuses it
         models = found.get("models") or []
         if not models:
             raise ValueError("it names no models")
@@ -91,10 +95,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
 
 def _own(models: list[dict[str, Any]], folder: Path) -> int:
     marks = [model.get("fingerprint") for model in models]
-    if any(marks) and not is_adapter(folder):
-        from mhconvert.convert import fingerprint
-
-        mark = fingerprint.of_folder(folder)
+    mark = _mark(models, folder) if any(marks) else None
+    if mark is not None:
         if mark not in marks:  # a healed copy of what was measured, or a file that has changed since
             raise CheckpointError(
                 f"{folder / EVALUATION} measures other files than {folder} holds; run mhconvert eval, or remove it"
@@ -102,6 +104,25 @@ def _own(models: list[dict[str, Any]], folder: Path) -> int:
         return len(marks) - 1 - marks[::-1].index(mark)
     own = [n for n, model in enumerate(models) if _is_folder(model.get("reference"), folder)]
     return own[-1] if own else len(models) - 1
+
+
+def _mark(models: list[dict[str, Any]], folder: Path) -> str | None:
+    """The fingerprint of what is in `folder`, as `fingerprint.of_model` has it; None where it cannot be had."""
+    from mhconvert.convert import fingerprint
+
+    if not is_adapter(folder):
+        return fingerprint.of_folder(folder)
+    base = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    place = Path(base).expanduser()
+    if base and place.exists():
+        of_base = fingerprint.of_folder(place) if place.is_dir() else fingerprint.of_files([place])
+    else:
+        # A base model on the Hub is not asked for: if it was evaluated too, its fingerprint is in the file, and the
+        # adapter itself is compared. Else nothing can be.
+        stated = (m.get("fingerprint") for m in models if str(m.get("reference")).partition("@")[0] == base)
+        of_base = next((str(found) for found in stated if found), "")
+    own = fingerprint.of_folder(folder)
+    return hashlib.sha256(f"{own} on {of_base}".encode()).hexdigest() if of_base else None
 
 
 def _is_folder(reference: Any, folder: Path) -> bool:

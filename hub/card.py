@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mhconvert.convert.resolve import HUB_ID
 from mhconvert.convert.sources import read_json
 from mhconvert.eval.card import CARD, usage
 from mhconvert.eval.model_index import Evaluation, read_evaluation
+from mhconvert.hub.paths import read_text
 
 HEAD = re.compile(r"\A---\r?\n(?P<yaml>.*?)^---\s*?\n", re.DOTALL | re.MULTILINE)
 BEGIN, END = "<!-- mhconvert eval -->", "<!-- end of mhconvert eval -->"
@@ -33,7 +35,7 @@ def published_card(folder: Path, repo_id: str, branch: str | None = None) -> str
     Raises CheckpointError for front matter that is no YAML and for an `evaluation.json` that cannot be read.
     """
     file = folder / CARD
-    text = file.read_text(encoding="utf-8") if file.is_file() else _bare(folder)
+    text = read_text(file) if file.is_file() else _bare(folder)
     data, body = _parted(text, file)
     adapter = is_adapter(folder)
     base = _base(folder, data)
@@ -65,6 +67,7 @@ def _parted(text: str, file: Path) -> tuple[ModelCardData, str]:
         stated = (yaml.safe_load(match["yaml"]) or {}) if match else {}
         if not isinstance(stated, dict):
             raise ValueError("not a mapping")
+        json.dumps(stated, allow_nan=False, default=str)  # the Hub takes no NaN
         return ModelCardData(**stated), text[match.end() :] if match else text
     except (yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())

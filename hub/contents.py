@@ -5,42 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 
 from mhconvert.convert.adapter.folder import WEIGHTS as ADAPTER_WEIGHTS
-from mhconvert.convert.checkpoint import KINDS, is_adapter
+from mhconvert.convert.checkpoint import ADAPTER_CONFIG, KINDS, is_adapter
 from mhconvert.convert.errors import PublishError
 from mhconvert.convert.provenance import PROVENANCE
+from mhconvert.convert.resolve import HUB_ID
 from mhconvert.convert.sources import SafetensorsSource, read_header, read_json
 from mhconvert.eval.card import CARD
 from mhconvert.hub.card import published_card
-
-# Never published: hidden files, files of a run that has not ended, trainers' states, and pickles, which run code.
-LEFT_OUT = (
-    ".*",
-    "__pycache__",
-    "*.partial",
-    "*.new",
-    "*.lock",
-    "checkpoint-*",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.pkl",
-    "*.pickle",
-)
+from mhconvert.hub.kinds import sorted_out
+from mhconvert.hub.paths import Paths, is_text, read_text
 
 
 @dataclass(frozen=True)
 class Contents:
     """files: path in the repository -> the file here, or its text where the Hub gets another than lies here.
 
-    left_out: what lies in the folder and is not published.
+    left_out: what lies in the folder and is not published. notes: what whoever publishes it should know.
     """
 
     files: dict[str, Path | bytes]
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -52,24 +40,43 @@ class Contents:
 
 
 def contents(folder: Path, repo_id: str, branch: str | None) -> Contents:
-    """The files of `folder` for `repo_id`, with the card as it goes there. Sends nothing.
+    """The files of `folder` for `repo_id`, with the card as it goes there, and without this machine's paths.
 
-    Raises PublishError for what is no whole checkpoint or adapter, CheckpointError for damaged files.
+    Sends nothing. Raises PublishError for what is no whole checkpoint or adapter, CheckpointError for damaged files.
     """
     _require_whole(folder)
-    files: dict[str, Path | bytes] = {}
-    left_out = []
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        place = file.relative_to(folder)
-        if any(fnmatch(part, pattern) for part in place.parts for pattern in LEFT_OUT):
-            left_out.append(place.as_posix())
-        else:
-            files[place.as_posix()] = file
-    card = published_card(folder, repo_id, branch).encode()
-    files[CARD] = card
-    if PROVENANCE in files:
-        files[PROVENANCE] = _provenance(folder / PROVENANCE, card)
-    return Contents(dict(sorted(files.items())), left_out)
+    sent, left_out = sorted_out(folder)
+    files: dict[str, Path | bytes] = {place.as_posix(): folder / place for place in sent}
+    texts = {place: read_text(folder / place) for place in files if is_text(place) and place != CARD}
+    texts[CARD] = published_card(folder, repo_id, branch)
+    instead, notes = dict[str, str](), list[str]()
+    if is_adapter(folder):
+        instead, notes = _base(folder, texts)
+    paths = Paths(folder, texts, instead)
+    for place, text in texts.items():
+        files[place] = paths.without(text).encode()
+    if PROVENANCE in texts:
+        files[PROVENANCE] = _provenance(folder / PROVENANCE, files)
+    return Contents(dict(sorted(files.items())), [place.as_posix() for place in left_out], notes)
+
+
+def _base(folder: Path, texts: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """What stands for an adapter's base model where that is on this machine only; and what to know of it."""
+    base = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    if not base or (HUB_ID.fullmatch(base) and not Path(base).exists()):
+        return {}, []
+    donor = read_json(folder / PROVENANCE).get("donor") if (folder / PROVENANCE).is_file() else None
+    hub_id = donor.get("hub_id") if isinstance(donor, dict) else None
+    name = str(hub_id) if hub_id else Path(base).name
+    stated = json.dumps(base)
+    for place in (ADAPTER_CONFIG, CARD):  # also a name alone, which is no path
+        texts[place] = texts[place].replace(stated, json.dumps(name))
+    if hub_id:
+        return ({base: name} if "/" in base else {}), []
+    return ({base: name} if "/" in base else {}), [
+        f"the base model {name} is only on this machine: others cannot load the adapter until it is public and "
+        f"{ADAPTER_CONFIG} names it"
+    ]
 
 
 def _require_whole(folder: Path) -> None:
@@ -89,11 +96,16 @@ def _require_whole(folder: Path) -> None:
         SafetensorsSource(folder)
 
 
-def _provenance(file: Path, card: bytes) -> bytes:
-    """mhconvert.json with the hash of the card that is published beside it."""
-    facts = read_json(file)
-    hashes = facts.get("sha256")
-    if not isinstance(hashes, dict) or CARD not in hashes:
-        return file.read_bytes()
-    facts["sha256"] = hashes | {CARD: hashlib.sha256(card).hexdigest()}
-    return json.dumps(facts, indent=1).encode()
+def _provenance(file: Path, files: dict[str, Path | bytes]) -> bytes:
+    """mhconvert.json as it is published, with the hashes of what is published beside it."""
+    text = files[PROVENANCE]
+    hashes = read_json(file).get("sha256")
+    assert isinstance(text, bytes)
+    if not isinstance(hashes, dict):
+        return text
+    changed = {
+        place: hashlib.sha256(source).hexdigest()
+        for place, source in files.items()
+        if isinstance(source, bytes) and place in hashes
+    }
+    return json.dumps(json.loads(text) | {"sha256": hashes | changed}, indent=1).encode()

@@ -5,6 +5,7 @@ HF_TOKEN (or what `hf auth login` left), HF_ENDPOINT and HF_HOME mean what they 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -32,6 +33,7 @@ from mhconvert.hub.faults import Attempts
 # What an earlier push left and this one lacks would be loaded beside it: stale weights of other shards, a config.
 SUPERSEDED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", *KINDS)
 STEPS = 4
+FORBIDDEN = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{")  # by git, in a branch's name
 # Newer than the oldest huggingface_hub that will do.
 NO_TOKEN: type[Exception] = getattr(errors, "OIDCError", OSError)
 
@@ -52,8 +54,8 @@ def push(
     private: make the repository private; one that exists and is public is refused. revision: a branch, made if
     missing; None: main. dry_run: every check that needs no Hub, and nothing is sent; it needs no token.
     Returns repo, url, revision (the branch), commit (None in a dry run), files [{path, bytes}], bytes, left_out
-    (files of the folder that are never published), removed (what an earlier push had left on the branch), private,
-    dry_run, card (the text of README.md as published).
+    (files of the folder that are never published), notes (sentences for whoever publishes it), removed (what an
+    earlier push had left on the branch), private, dry_run, card (the text of README.md as published).
     Raises PublishError, with the branch as it was: a push is one commit. It returns only when the Hub lists every file
     at its size.
     """
@@ -97,6 +99,7 @@ def _result(repo: str, branch: str, found: Contents, private: bool, dry_run: boo
         "files": [{"path": path, "bytes": size} for path, size in sizes.items()],
         "bytes": sum(sizes.values()),
         "left_out": found.left_out,
+        "notes": found.notes,
         "removed": [],
         "private": private,
         "dry_run": dry_run,
@@ -117,7 +120,14 @@ def _require_repo_id(repo_id: str) -> None:
 def _require_branch(branch: str) -> None:
     if constants.REGEX_COMMIT_OID.fullmatch(branch):
         raise PublishError(f"'{branch}' is a commit, which cannot be written to; name a branch")
-    if not branch.strip("/") or any(part in ("", ".", "..") for part in branch.split("/")) or " " in branch:
+    parts = branch.split("/")
+    if (
+        FORBIDDEN.search(branch)
+        or branch in ("@", "HEAD")
+        or branch.startswith("-")
+        or branch.endswith(".")
+        or any(not part or part.startswith(".") or part.endswith(".lock") for part in parts)
+    ):
         raise PublishError(f"'{branch}' is no name for a branch; choose one such as v2")
 
 
