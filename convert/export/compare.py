@@ -84,7 +84,14 @@ def run(
 def _require_known_code(folder: Path) -> None:
     """Raises UnsupportedError for Python in the folder that is not, byte for byte, what this package ships."""
     package = Path(__file__).parent.parent
-    for file in sorted(folder.glob("*.py")):
+    for name in ("config.json", "tokenizer_config.json"):
+        named = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
+        if "--" in json.dumps(named):  # transformers' form for code of another repository
+            raise UnsupportedError(
+                f"{folder / name} names code of another repository, and verify would run it; "
+                "--trust-remote-code allows it"
+            )
+    for file in sorted(folder.rglob("*.py")):
         if not any(own.read_bytes() == file.read_bytes() for own in package.rglob(file.name)):
             raise UnsupportedError(
                 f"{file} is code that this version of mhconvert does not ship, and verify would run it; "
