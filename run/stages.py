@@ -55,7 +55,7 @@ def run(
         elif dry_run:
             work.results.append({"stage": name, "status": "to do", "output": _place(work, name)})
         else:
-            _do(work, name)
+            _do(work, name, depends)
     evaluation = next((each.pop("result") for each in work.results if "result" in each), None)
     return {"output": str(work.final), "stages": work.results, "evaluation": evaluation}
 
@@ -66,8 +66,7 @@ def output_folder(recipe: RunRecipe) -> Path:
     return Path(named) if named else recipe.convert.output_folder(open_donor(recipe.convert.model).name)
 
 
-def _do(work: Run, name: str) -> None:
-    depends = _inputs(work, name)
+def _do(work: Run, name: str, depends: Any) -> None:
     if depends is None:
         raise RecipeError(
             f"{name} needs the checkpoint {_begins_with(work, name)}, which is not there; run that stage too"

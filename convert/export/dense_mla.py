@@ -24,7 +24,7 @@ from mhconvert.convert.export.latent import (
     series_order,
     series_theta,
 )
-from mhconvert.convert.export.preflight import PREFILL_WIDTHS
+from mhconvert.convert.export.preflight import padded_value
 from mhconvert.convert.numbers import cast
 from mhconvert.convert.refusals import STOCK_BLOCKS
 from mhconvert.convert.sources import SafetensorsSource
@@ -114,19 +114,13 @@ def plan(config: Any, to: str, dtype: torch.dtype, pad_values: bool = True) -> P
     orders, step = [each[1] for each in found if each], next(each[0] for each in found if each)
     rope, value = 2 * len(orders[0]), config.v_head_dim
     padded = (
-        _padded_value(config.qk_nope_head_dim, rope, value) if to == "deepseek_v3" and pad_values else value
+        padded_value(config.qk_nope_head_dim, rope, value) if to == "deepseek_v3" and pad_values else value
     )
     shape = LatentShape(
         config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim, rope, value, padded
     )
     theta = series_theta(config.rope_parameters["rope_theta"], step, rope, config.head_dim)
     return Plan(to, _stock_config(config, to, shape, theta, dtype), shape, orders, dtype)
-
-
-def _padded_value(nope: int, rope: int, value: int) -> int:
-    """The value width of the narrowest kernel that takes these heads; their own where none does."""
-    widths = [wide for n, r, wide in PREFILL_WIDTHS if (n, r) == (nope, rope) and wide >= value]
-    return min(widths, default=value)
 
 
 def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype: torch.dtype) -> Any:

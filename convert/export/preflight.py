@@ -60,6 +60,12 @@ def engines(to: str, sizes: Sizes) -> list[tuple[str, bool, str]]:
     ]
 
 
+def padded_value(nope: int, rope: int, value: int) -> int:
+    """The value width of the narrowest kernel that takes heads of these widths; their own where none does."""
+    widths = [wide for n, r, wide in PREFILL_WIDTHS if (n, r) == (nope, rope) and wide >= value]
+    return min(widths, default=value)
+
+
 def _prefill(sizes: Sizes) -> str | None:
     widths = (sizes.qk_nope_head_dim, sizes.qk_rope_head_dim, sizes.v_head_dim)
     if widths in PREFILL_WIDTHS:

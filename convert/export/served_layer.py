@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from mhconvert.convert.errors import ExportError
-from mhconvert.convert.export.preflight import PREFILL_WIDTHS
+from mhconvert.convert.export.preflight import padded_value
 from mhconvert.convert.families import class_free_values
 from mhconvert.convert.mla_served import modeling_served
 from mhconvert.convert.numbers import cast
@@ -122,9 +122,3 @@ def model_class(config: Any) -> Any:
     donor_config = getattr(transformers, type(config).__name__.removeprefix("MLA").removeprefix("Served"))
     donor: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[donor_config]
     return getattr(modeling_served, f"MLAServed{donor.__name__}")
-
-
-def padded_value(nope: int, rope: int, value: int) -> int:
-    """The value width of the narrowest kernel that takes heads of these widths; their own where none does."""
-    widths = [wide for n, r, wide in PREFILL_WIDTHS if (n, r) == (nope, rope) and wide >= value]
-    return min(widths, default=value)
