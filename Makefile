@@ -24,10 +24,10 @@ bench: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-lint: .venv/installed-dev .venv/typing
+lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	MYPYPATH=.venv/typing $(BIN)/mypy -p mhconvert
+	$(BIN)/mypy -p mhconvert
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -49,9 +49,3 @@ clean:
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ .venv/installed
-
-# Type checkers do not follow the import hook of an editable install: give them the tree as the wheel has it.
-.venv/typing: pyproject.toml | .venv/bin/python
-	@rm -rf $@ && mkdir -p $@/mhconvert
-	@for file in mhconvert/*.py mhconvert/py.typed; do ln -s "$(CURDIR)/$$file" $@/mhconvert/; done
-	@for folder in convert cli eval heal hub run; do ln -s "$(CURDIR)/$$folder" $@/mhconvert/$$folder; done

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from mhconvert.cli import (
+from mhconvert.version import __version__
+
+from .commands import (
     bench,
     convert,
     curve,
@@ -24,7 +26,6 @@ from mhconvert.cli import (
     recipes,
     run,
 )
-from mhconvert.version import __version__
 
 HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO
 
 import typer
 
-from mhconvert.convert.errors import MhconvertError
+from mhconvert.errors import MhconvertError
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
@@ -82,7 +82,7 @@ def shown(quiet: bool, show: Show) -> Show:
 
 def show_report(report: dict[str, Any], console: Any) -> None:
     """Print a conversion's or a healing's table, a sample and how to load the folder."""
-    from mhconvert.eval.report import show
+    from ..eval.report.conversion_tables import show
 
     show(report, console)
 
@@ -91,7 +91,7 @@ def _print(flags: Flags, result: dict[str, Any], show: Show) -> None:
     if not result:  # of several processes the first has it
         return
     if flags.json:
-        from mhconvert.eval.report import json_safe
+        from ..eval.report.conversion_tables import json_safe
 
         print(json.dumps(json_safe(result), ensure_ascii=False, allow_nan=False), flush=True)
         return

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from mhconvert.convert.progress import Listener, Progress, ignore
-from mhconvert.eval.units import duration
+from mhconvert.progress import Listener, Progress, ignore
+
+from ..eval.report.units import duration
 
 NAMES = {
     "donor": "opening the donor",

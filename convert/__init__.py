@@ -5,4 +5,4 @@ The module can be called: `mhconvert.convert(recipe)`.
 
 from mhconvert.callable_module import make_callable
 
-make_callable(__name__)
+make_callable(__name__, "mhconvert.api")

@@ -18,17 +18,21 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert import calibrate, checkpoint, estimate, proof, provenance, steps, survey
-from mhconvert.convert.device import pick_device
-from mhconvert.convert.donor import Donor, open_donor
-from mhconvert.convert.errors import MhconvertError
-from mhconvert.convert.methods import Method, build_method
-from mhconvert.convert.numbers import cast
-from mhconvert.convert.progress import Listener, Progress, ignore
-from mhconvert.convert.recipe import Recipe
-from mhconvert.convert.rotary import LayerRotary
-from mhconvert.convert.search import Search, meet
-from mhconvert.convert.workspace import Workspace
+from mhconvert.device import pick_device
+from mhconvert.errors import MhconvertError
+from mhconvert.progress import Listener, Progress, ignore
+
+from .attention.rotary import LayerRotary
+from .calibration import calibration_rows
+from .checkpoint import provenance
+from .donor.donor import Donor, open_donor
+from .layer_pass import conversion_report, cost_estimate, decoder_layer, layer_steps, survey
+from .layer_pass.resumable_run import Workspace
+from .layer_pass.tolerance_search import Search, meet
+from .methods.registry import Method, build_method
+from .recipe.recipe import Recipe
+from .storage import output_folder, shard_writer
+from .storage.dtype_cast import cast
 
 
 def plan(
@@ -44,22 +48,22 @@ def plan(
     """
     device, tell = pick_device(recipe.device), on_progress or ignore
     donor, method = _open(recipe, tell)
-    checkpoint.check_free(recipe.output_folder(donor.name), True, donor.folder)
+    output_folder.check_free(recipe.output_folder(donor.name), True, donor.folder)
     if surveyed is not None:
         if recipe.tolerance is not None or not method.divisible:
             raise MhconvertError(
                 "there is nothing to survey: no budget that layers would have parts of; leave it out"
             )
-        rows = calibrate.draw(recipe, donor, device, tell)
+        rows = calibration_rows.draw(recipe, donor, device, tell)
         method.share_out(survey.run(recipe, donor, device, rows, surveyed, tell))
-    sizes = estimate.plan(recipe, donor, method, device)
+    sizes = cost_estimate.plan(recipe, donor, method, device)
     return sizes if recipe.tolerance is None else sizes | {"tolerance": recipe.tolerance, "layers": []}
 
 
 def run(
     recipe: Recipe,
     *,
-    fit: steps.Fit,
+    fit: layer_steps.Fit,
     measure: Callable[[], Any],
     finish: Callable[[Path, dict[str, Any]], None],
     resume: bool = False,
@@ -75,13 +79,13 @@ def run(
     started, tell = time.perf_counter(), on_progress or ignore
     device = pick_device(recipe.device)
     donor, method = _open(recipe, tell)
-    output, dtype = recipe.output_folder(donor.name), estimate.output_dtype(recipe, donor)
-    checkpoint.check_free(output, force, donor.folder)
+    output, dtype = recipe.output_folder(donor.name), cost_estimate.output_dtype(recipe, donor)
+    output_folder.check_free(output, force, donor.folder)
     _ = donor.source  # downloads, and checks every name and shape
-    sizes = estimate.plan(recipe, donor, method, device)
+    sizes = cost_estimate.plan(recipe, donor, method, device)
     space = Workspace(output, recipe, sizes["disk_needed_bytes"], resume=resume, force=force)
     with space:
-        rows = space.rows(lambda: calibrate.draw(recipe, donor, device, tell))
+        rows = space.rows(lambda: calibration_rows.draw(recipe, donor, device, tell))
         needs = functools.partial(
             space.needs, functools.partial(survey.run, recipe, donor, device, rows, measure, tell)
         )
@@ -108,7 +112,7 @@ def run(
         provenance.write_config(space.partial, method, donor, dtype)
         tell(Progress("verify", 0, 1))
         if recipe.verify:
-            proof.reload(report, space)
+            conversion_report.add_reload(report, space)
         report["seconds"] = time.perf_counter() - started + space.earlier_seconds
         report["peak_rss_bytes"] = max(
             provenance.peak_rss(), report.get("verified", {}).get("peak_rss_bytes", 0)
@@ -134,13 +138,13 @@ def _open(recipe: Recipe, tell: Listener) -> tuple[Donor, Method]:
 
     Every refusal that needs no weights happens here.
     """
-    checkpoint.byte_size(recipe.max_shard_size)
+    shard_writer.byte_size(recipe.max_shard_size)
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=tell)
     tell(Progress("donor", 1, 1, donor.notice or donor.name))
     largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)
     method = build_method(recipe.method, donor.config, largest.settings, recipe.effort)
-    calibrate.check(recipe, donor.config)
-    estimate.output_dtype(recipe, donor)
+    calibration_rows.check(recipe, donor.config)
+    cost_estimate.output_dtype(recipe, donor)
     return donor, method
 
 
@@ -149,22 +153,22 @@ def _attempt(
     *,
     donor: Donor,
     device: torch.device,
-    rows: calibrate.Rows,
+    rows: calibration_rows.Rows,
     needs: survey.Needs,
     space: Workspace,
-    fit: steps.Fit,
+    fit: layer_steps.Fit,
     measure: Callable[[], Any],
     tell: Listener,
 ) -> tuple[Method, dict[str, Any]]:
     """Convert every layer into `space`, and measure the result on the held-out rows."""
     method = survey.planned_method(recipe, donor, needs)
     layers = _convert_layers(recipe, donor, method, device, rows, space, fit, tell)
-    sizes = estimate.plan(recipe, donor, method, device)
+    sizes = cost_estimate.plan(recipe, donor, method, device)
     remote = provenance.needs_remote_code(method.model_class)
-    report = proof.known_facts(recipe, donor, rows, layers, sizes, remote)
-    dtype, streams = estimate.output_dtype(recipe, donor), space.streams
+    report = conversion_report.known_facts(recipe, donor, rows, layers, sizes, remote)
+    dtype, streams = cost_estimate.output_dtype(recipe, donor), space.streams
     hidden = (streams.teacher_held, [streams.student_held])
-    [found] = proof.fidelity(donor, *hidden, rows.held_out, measure, dtype, device, space.probe)
+    [found] = conversion_report.fidelity(donor, *hidden, rows.held_out, measure, dtype, device, space.probe)
     return method, report | found
 
 
@@ -173,19 +177,19 @@ def _convert_layers(
     donor: Donor,
     method: Method,
     device: torch.device,
-    rows: calibrate.Rows,
+    rows: calibration_rows.Rows,
     space: Workspace,
-    fit: steps.Fit,
+    fit: layer_steps.Fit,
     tell: Listener,
 ) -> list[dict[str, Any]]:
     """Every layer, from the first that is not finished; leaves both streams behind the last layer."""
-    total, dtype = donor.config.num_hidden_layers, estimate.output_dtype(recipe, donor)
-    place = steps.positions(donor, rows.fit.shape[1], device)
+    total, dtype = donor.config.num_hidden_layers, cost_estimate.output_dtype(recipe, donor)
+    place = layer_steps.positions(donor, rows.fit.shape[1], device)
     for index, chosen in enumerate(space.layers):
         method.restore(index, chosen)
     if not space.streams_ready:
         teacher = donor.embed(rows.all)
-        blocks = steps.block_steps(recipe, *rows.fit.shape)
+        blocks = layer_steps.block_steps(recipe, *rows.fit.shape)
         student = (teacher if blocks else teacher[len(rows.fit) :]).clone().to(dtype).float()
         names = donor.outer_tensor_names()
         outer = ((name, cast(name, donor.source.read(name), dtype)) for name in names)
@@ -194,7 +198,7 @@ def _convert_layers(
     tell(Progress("layers", len(space.layers), total))
     for index in range(len(space.layers), total):
         begun = time.perf_counter()
-        layer, rotary = steps.read(donor, index, place, device)
+        layer, rotary = layer_steps.read(donor, index, place, device)
         attention, chosen = _convert_layer(recipe, donor, method, layer, index, streams, rotary, fit, dtype)
         chosen |= {"index": index, "seconds": time.perf_counter() - begun}
         tensors = _layer_tensors(donor, method, index, attention, dtype)
@@ -207,18 +211,18 @@ def _convert_layer(
     recipe: Recipe,
     donor: Donor,
     method: Method,
-    layer: calibrate.Layer,
+    layer: decoder_layer.Layer,
     index: int,
-    streams: calibrate.Streams,
+    streams: decoder_layer.Streams,
     rotary: LayerRotary,
-    fit: steps.Fit,
+    fit: layer_steps.Fit,
     dtype: torch.dtype,
 ) -> tuple[Any, dict[str, Any]]:
     """The new attention of one layer, what was chosen and what was measured; both streams move past it."""
-    seen = steps.observe(layer, index, method, streams.teacher, streams.fitted, rotary, dtype)
-    attention, chosen = steps.convert(recipe, method, index, seen, fit, dtype)
-    steps.refine(recipe, donor, layer, index, attention, streams, fit, dtype)
-    return attention, chosen | steps.follow(layer, index, attention, seen, streams.student)
+    seen = layer_steps.observe(layer, index, method, streams.teacher, streams.fitted, rotary, dtype)
+    attention, chosen = layer_steps.convert(recipe, method, index, seen, fit, dtype)
+    layer_steps.refine(recipe, donor, layer, index, attention, streams, fit, dtype)
+    return attention, chosen | layer_steps.follow(layer, index, attention, seen, streams.student)
 
 
 def _layer_tensors(donor: Donor, method: Method, index: int, attention: Any, dtype: torch.dtype) -> Any:

@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.convert import fingerprint, load
-from mhconvert.convert.errors import MhconvertError
-from mhconvert.convert.load import OpenModel
-from mhconvert.convert.progress import Listener, Progress
-from mhconvert.convert.provenance import PROVENANCE
-from mhconvert.convert.versions import versions
-from mhconvert.eval import fidelity, harness, retrieval, scores, texts
-from mhconvert.eval.harness import Candidate, Options
-from mhconvert.eval.stored import Store
-from mhconvert.eval.tasks import TaskChoice, resolve
+from mhconvert.errors import MhconvertError
+from mhconvert.library_versions import versions
+from mhconvert.progress import Listener, Progress
+
+from ..convert import open_model
+from ..convert.checkpoint import identity
+from ..convert.checkpoint.provenance import PROVENANCE
+from ..convert.open_model import OpenModel
+from . import fidelity, retrieval, texts
+from .result_cache import Store
+from .tasks import harness, scores
+from .tasks.harness import Candidate, Options
+from .tasks.task_choice import TaskChoice, resolve
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def run(
         rows_of = settings.rows(opened[0])
         for model in opened if rows_of else []:
             model.require_length(settings.sequence_length)
-        candidates = [Candidate(model, fingerprint.of_model(model), settings.options) for model in opened]
+        candidates = [Candidate(model, open_model.of_model(model), settings.options) for model in opened]
         result: dict[str, Any] = {"models": [_identity(each) for each in candidates]}
         if harness.rank() == 0:
             result |= texts.compare(candidates, rows_of, store, fresh=settings.fresh, on_rows=_listener(tell))
@@ -126,7 +129,7 @@ def _open(
     references = list(dict.fromkeys(checkpoints))
     if against is None:
         try:
-            against = load.recorded_donor(references[0])
+            against = open_model.recorded_donor(references[0])
         except MhconvertError:
             if settings.texts or len(references) > 1:
                 raise
@@ -134,7 +137,7 @@ def _open(
     found: list[OpenModel] = []
     for index, reference in enumerate(references):
         tell(Progress("donor" if index == 0 else "checkpoint", 0, 1, reference))
-        opened = load.open_model(reference, device=device, trust_remote_code=trust)
+        opened = open_model.open_model(reference, device=device, trust_remote_code=trust)
         if found and opened.vocab_size != found[0].vocab_size:
             raise MhconvertError(
                 f"{reference} has {opened.vocab_size} tokens and {references[0]} has {found[0].vocab_size}; "
@@ -146,7 +149,7 @@ def _open(
 
 def _identity(candidate: Candidate) -> dict[str, Any]:
     opened = candidate.opened
-    role, method = "donor", load.made_by(str(opened.folder))
+    role, method = "donor", identity.made_by(str(opened.folder))
     if opened.adapter is not None:
         role, method = "adapter", opened.adapter.method
     elif method is not None:

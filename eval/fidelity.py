@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhconvert.convert.errors import MhconvertError
+from mhconvert.errors import MhconvertError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from mhconvert.convert.errors import MhconvertError
-from mhconvert.convert.load import OpenModel
-from mhconvert.convert.verify_child import cache_storage
+from mhconvert.errors import MhconvertError
+
+from ..convert.bare_process.child import cache_storage
+from ..convert.open_model import OpenModel
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,18 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert import estimate, families, load, refusals
-from mhconvert.convert.donor import Donor, open_donor
-from mhconvert.convert.errors import CheckpointError, MhconvertError
-from mhconvert.convert.load import converted_method, read_config
-from mhconvert.convert.methods import ADAPTERS, METHODS, build_method
-from mhconvert.convert.recipe import Recipe
+from mhconvert.errors import CheckpointError, MhconvertError
+
+from ..convert import open_model
+from ..convert.checkpoint import identity
+from ..convert.checkpoint.identity import converted_method
+from ..convert.donor.donor import Donor, open_donor
+from ..convert.families import facts as family_facts
+from ..convert.families import refusals
+from ..convert.layer_pass import cost_estimate
+from ..convert.methods.registry import ADAPTERS, METHODS, build_method
+from ..convert.open_model import read_config
+from ..convert.recipe.recipe import Recipe
 
 CONTEXTS = (8_192, 32_768, 131_072)
 
@@ -23,7 +29,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     bytes {"8192": …}} at the stored dtype, methods {name: {applies, reason | kv_bytes_per_token, output_bytes}}; of an
     adapter trainable_parameters instead of kv_bytes_per_token.
     """
-    folder = load.checkpoint_folder(reference, weights=False)
+    folder = open_model.checkpoint_folder(reference, weights=False)
     made_by = converted_method(str(folder))
     donor = None
     if folder is None or made_by is None:
@@ -41,7 +47,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
         "reference": reference,
         "notice": getattr(donor, "notice", None),
         "model_type": config.model_type,
-        "converted_by": made_by or load.made_by(reference),
+        "converted_by": made_by or identity.made_by(reference),
         "dtype": str(dtype).removeprefix("torch."),
         "attention": attention(config),
         "kv": {
@@ -99,7 +105,7 @@ def attention(config: Any) -> dict[str, Any]:
         heads, groups = text.num_attention_heads, _kv_heads(text)
         facts["kind"] = "multi-head" if heads == groups else "multi-query" if groups == 1 else "grouped-query"
         facts["num_key_value_heads"], facts["head_dim"] = groups, head_dim(text)
-    rope = families.rope_settings(text)[0]
+    rope = family_facts.rope_settings(text)[0]
     facts["rope_type"], facts["rope_theta"] = rope.get("rope_type", "default"), rope.get("rope_theta")
     facts["max_position_embeddings"] = getattr(text, "max_position_embeddings", None)
     return facts
@@ -120,7 +126,7 @@ def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str,
                 continue
             recipe = Recipe(model=donor.reference, method=name)
             method = build_method(name, config, recipe.settings, recipe.effort)
-            plan = estimate.plan(recipe, donor, method, torch.device("cpu"))
+            plan = cost_estimate.plan(recipe, donor, method, torch.device("cpu"))
         except MhconvertError as error:
             found[name]["reason"] = str(error)
             continue
@@ -131,7 +137,7 @@ def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str,
 
 def _adapter(donor: Donor, method: str) -> dict[str, Any]:
     """What a default adapter would be."""
-    from mhconvert.convert.adapter import create
+    from ..convert.adapters import create
 
     plan = create.describe(Recipe(model=donor.reference, method=method))
     return {"trainable_parameters": plan["parameters"]["trainable"], "output_bytes": plan["output_bytes"]}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert.errors import MhconvertError
+from mhconvert.errors import MhconvertError
 
 LENGTHS = (256, 512, 1024, 2048)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mhconvert.eval import cost, fidelity
-from mhconvert.eval.harness import Candidate
-from mhconvert.eval.stored import Store
+from . import cache_size, fidelity
+from .result_cache import Store
+from .tasks.harness import Candidate
 
 
 def compare(
@@ -79,7 +79,7 @@ def _measured(
         for text, ids in rows.items():
             told = partial(on_rows, f"{candidate.name}: {text}")
             texts.append(fidelity.evaluate(model, reference, ids, told))
-        cache = [cost.measure_cache(each).elements_per_token for each in (reference, model)]
+        cache = [cache_size.measure_cache(each).elements_per_token for each in (reference, model)]
         found = {"texts": texts, "cache": cache}
         store.save(facts, found)
     return found

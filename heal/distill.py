@@ -18,14 +18,15 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from mhconvert.convert.errors import HealError
-from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.convert.progress import Listener, Progress
-from mhconvert.heal.data import HealText, Rows
-from mhconvert.heal.metrics import Metrics
-from mhconvert.heal.plan import Steps
-from mhconvert.heal.space import HealSpace
-from mhconvert.heal.student import Student, Teacher, Weights, parameter_groups
+from mhconvert.errors import HealError
+from mhconvert.progress import Listener, Progress
+
+from ..convert.recipe.heal_settings import HealSettings
+from .metrics import Metrics
+from .packed_rows import HealText, Rows
+from .resumable_run import HealSpace
+from .schedule import Steps
+from .student import Student, Teacher, Weights, parameter_groups
 
 BETAS = (0.9, 0.95)
 DECAY = 0.2  # of a warmup-stable-decay schedule's steps

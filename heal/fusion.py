@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mhconvert.convert.errors import HealError
-from mhconvert.convert.families import rotary_share
-from mhconvert.heal.student import Student
+from mhconvert.errors import HealError
+
+from ..convert.families.facts import rotary_share
+from .student import Student
 
 TIGHTENS = 0.7  # share of the steps after which t is 0; its root, a distance, falls evenly
 KINDS = ("k", "v")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mhconvert.convert.errors import HealError
+from mhconvert.errors import HealError
 
 
 class Metrics:

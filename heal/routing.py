@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.convert.errors import HealError
-from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.heal.student import SCORES, Student, Weights, choose_trained
+from mhconvert.errors import HealError
+
+from ..convert.recipe.heal_settings import HealSettings
+from .student import SCORES, Student, Weights, choose_trained
 
 
 class RoutingStudent(Student):

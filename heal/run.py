@@ -19,20 +19,21 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from mhconvert.convert.checkpoint import save_tensors
-from mhconvert.convert.errors import HealError
-from mhconvert.convert.progress import Listener, Progress, ignore
-from mhconvert.convert.provenance import peak_rss
-from mhconvert.convert.sources import SafetensorsSource
-from mhconvert.convert.text import sampled_rows
-from mhconvert.convert.versions import versions
-from mhconvert.heal import blocks, data, fusion, plan, result
-from mhconvert.heal.distill import Distillation, Measure, fidelity, held_out_values
-from mhconvert.heal.metrics import Metrics
-from mhconvert.heal.opening import Run, check_output, longest_row, needed_bytes, open_both
-from mhconvert.heal.routing import RoutingStudent
-from mhconvert.heal.space import BLOCKS, METRICS, HealSpace, memory_fault
-from mhconvert.heal.student import Student, Teacher, choose_trained
+from mhconvert.errors import HealError
+from mhconvert.library_versions import versions
+from mhconvert.progress import Listener, Progress, ignore
+
+from ..convert.calibration.token_rows import sampled_rows
+from ..convert.checkpoint.provenance import peak_rss
+from ..convert.storage.atomic_files import save_tensors
+from ..convert.storage.safetensors_reader import SafetensorsSource
+from . import fusion, layer_healing, packed_rows, schedule, write_result
+from .distill import Distillation, Measure, fidelity, held_out_values
+from .metrics import Metrics
+from .open_models import Run, check_output, longest_row, needed_bytes, open_both
+from .resumable_run import BLOCKS, METRICS, HealSpace, memory_fault
+from .routing import RoutingStudent
+from .student import Student, Teacher, choose_trained
 
 Finish = Callable[[Path, dict[str, Any]], None]
 
@@ -44,7 +45,7 @@ def run(
 
     measure, finish: as in `convert.pipeline.run`. Raises MhconvertError for what a user can mend.
     """
-    accelerator = plan.make_accelerator(asked.settings)
+    accelerator = schedule.make_accelerator(asked.settings)
     tell = (on_progress or ignore) if accelerator.is_main_process else ignore
     try:
         return _Healing(asked, accelerator, measure, tell).run(finish)
@@ -69,7 +70,7 @@ class _Healing:
         self.begun = time.perf_counter()
         self.student, self.teacher = open_both(asked, accelerator, tell)
         limit, processes = longest_row(self.student, self.teacher), accelerator.num_processes
-        self.steps = plan.divide(self.settings, limit, processes, accelerator.device.type)
+        self.steps = schedule.divide(self.settings, limit, processes, accelerator.device.type)
         self.adapter = self.student.adapter is not None
         self.source = SafetensorsSource(Path(asked.checkpoint)) if not self.adapter else None
         self.vocab_size = min(self.student.vocab_size, self.teacher.vocab_size)
@@ -109,7 +110,7 @@ class _Healing:
         half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
         return self.teacher.model(torch.bfloat16 if half else torch.float32)
 
-    def _text(self) -> data.HealText:
+    def _text(self) -> packed_rows.HealText:
         """The rows: prepared once, by the first process, then the same everywhere and after every resume."""
         if self.main and not self.space.has_text:
             settings, tokenizer, length = self.settings, self.student.tokenizer(), self.steps.length
@@ -119,7 +120,7 @@ class _Healing:
             def sample(count: int) -> torch.Tensor:
                 return sampled_rows(self.teaching.model, tokenizer, count, length, settings.seed, self.tell)
 
-            self.space.keep_text(data.prepare(settings, tokenizer, length, rows, sample))
+            self.space.keep_text(packed_rows.prepare(settings, tokenizer, length, rows, sample))
             self.space.start()
         self.accelerator.wait_for_everyone()
         return self.space.text()
@@ -149,7 +150,9 @@ class _Healing:
             "train": settings.train,
             "seed": settings.seed,
         }
-        blocks.fit_blocks(model, self.teaching.model, self.text.train.ids[rows], **options, tell=self.tell)
+        layer_healing.fit_blocks(
+            model, self.teaching.model, self.text.train.ids[rows], **options, tell=self.tell
+        )
         if self.main:
             save_tensors({name: t for name, t in model.state_dict().items() if ".layers." in name}, file)
 
@@ -188,22 +191,22 @@ class _Healing:
         if self.settings.fusion:
             fusion.fuse(model, self.settings.fusion)
         if self.source is not None:
-            model = result.merged(model)
-            result.round_to(model, self.source)
+            model = write_result.merged(model)
+            write_result.round_to(model, self.source)
         after = self._fidelity(model)
         metrics.add(self.steps.steps, **held_out_values(after))
         metrics.close()
-        report = result.report(asked.checkpoint, asked.output, before, after)
+        report = write_result.report(asked.checkpoint, asked.output, before, after)
         report |= {"healing": self._facts(metrics), "versions": versions()}
         if self.settings.fusion and self.source is not None:
-            result.record_heads(report, model, self.source)
-        result.write(space, model, self.source, asked.checkpoint)
+            write_result.record_heads(report, model, self.source)
+        write_result.write(space, model, self.source, asked.checkpoint)
         if asked.verify and not self.adapter:
             self.tell(Progress("verify", 0, 1))
-            report |= result.proof(space, model, self.text.held_out)
+            report |= write_result.proof(space, model, self.text.held_out)
         report["peak_rss_bytes"] = max(peak_rss(), report.get("verified", {}).get("peak_rss_bytes", 0))
         finish(space.partial, report)
-        result.record(space.partial, asked.checkpoint, self.settings)
+        write_result.record(space.partial, asked.checkpoint, self.settings)
         space.publish()
         return report
 

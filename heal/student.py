@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhconvert.convert.donor import final_logits
-from mhconvert.convert.errors import HealError
-from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.heal.data import Rows
-from mhconvert.heal.local import tensor_scale
-from mhconvert.heal.losses import Predictions, hidden_error, summed
+from mhconvert.errors import HealError
+
+from ..convert.donor.donor import final_logits
+from ..convert.recipe.heal_settings import HealSettings
+from .layer_fit import tensor_scale
+from .losses import Predictions, hidden_error, summed
+from .packed_rows import Rows
 
 # Peak learning rates by what trains; for attention and all of each tensor's RMS.
 LEARNING_RATES = {"attention": 3e-4, "all": 1e-4, "lora": 1e-3, "hydra": 1e-3}
@@ -184,7 +185,7 @@ def _with_adapter(model: Any, kind: str, rank: int, held: str | None) -> Any:
     """A LoRA of `rank`, or a Hydra of two branches of half of it, on every linear map of the attention."""
     from peft import LoraConfig, get_peft_model
 
-    from mhconvert.convert.hydra import HydraConfig
+    from ..convert.methods.hydra import HydraConfig
 
     targets = sorted(
         name

@@ -7,16 +7,17 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mhconvert.convert.adapter.folder import WEIGHTS as ADAPTER_WEIGHTS
-from mhconvert.convert.checkpoint import ADAPTER_CONFIG, KINDS, is_adapter
-from mhconvert.convert.errors import PublishError
-from mhconvert.convert.provenance import PROVENANCE
-from mhconvert.convert.resolve import HUB_ID
-from mhconvert.convert.sources import SafetensorsSource, read_header, read_json
-from mhconvert.eval.card import CARD
-from mhconvert.hub.card import published_card
-from mhconvert.hub.kinds import sorted_out
-from mhconvert.hub.paths import Paths, is_text, read_text
+from mhconvert.errors import PublishError
+
+from ..convert.adapters.saved_adapter import WEIGHTS as ADAPTER_WEIGHTS
+from ..convert.checkpoint.provenance import PROVENANCE
+from ..convert.donor.reference import HUB_ID
+from ..convert.storage.folder_kind import ADAPTER_CONFIG, KINDS, is_adapter
+from ..convert.storage.safetensors_reader import SafetensorsSource, read_header, read_json
+from ..eval.report.model_card import CARD
+from .local_paths import Paths, is_text, read_text
+from .published_card import published_card
+from .published_files import sorted_out
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from mhconvert.convert.checkpoint import KINDS
-from mhconvert.convert.errors import PublishError
-from mhconvert.convert.progress import Listener, Progress, ignore
-from mhconvert.hub.contents import Contents, contents
-from mhconvert.hub.faults import Attempts
+from mhconvert.errors import PublishError
+from mhconvert.progress import Listener, Progress, ignore
+
+from ..convert.storage.folder_kind import KINDS
+from .contents import Contents, contents
+from .upload_errors import Attempts
 
 # What an earlier push left and this one lacks would be loaded beside it: stale weights of other shards, a config.
 SUPERSEDED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", *KINDS)

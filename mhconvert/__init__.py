@@ -30,12 +30,12 @@ _PUBLIC = {
     "push": ("mhconvert.api", "push"),
     "run": ("mhconvert.run", None),
     "EvalSettings": ("mhconvert.eval.comparison", "Settings"),
-    "Recipe": ("mhconvert.convert.recipe", "Recipe"),
-    "HealSettings": ("mhconvert.convert.heal_settings", "HealSettings"),
-    "Calibration": ("mhconvert.convert.recipe", "Calibration"),
-    "HydraConfig": ("mhconvert.convert.hydra", "HydraConfig"),
-    "load_recipe": ("mhconvert.convert.recipe", "load_recipe"),
-    "MhconvertError": ("mhconvert.convert.errors", "MhconvertError"),
+    "Recipe": ("mhconvert.convert.recipe.recipe", "Recipe"),
+    "HealSettings": ("mhconvert.convert.recipe.heal_settings", "HealSettings"),
+    "Calibration": ("mhconvert.convert.recipe.recipe", "Calibration"),
+    "HydraConfig": ("mhconvert.convert.methods.hydra", "HydraConfig"),
+    "load_recipe": ("mhconvert.convert.recipe.recipe", "load_recipe"),
+    "MhconvertError": ("mhconvert.errors", "MhconvertError"),
 }
 
 __all__ = [*_PUBLIC, "__version__"]

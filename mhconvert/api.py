@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhconvert.convert.errors import MhconvertError
-from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.convert.methods import ADAPTERS
-from mhconvert.convert.progress import Listener, ignore
-from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.methods.registry import ADAPTERS
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.convert.recipe.recipe import Recipe
+from mhconvert.errors import MhconvertError
+from mhconvert.progress import Listener, ignore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,19 +31,21 @@ def convert(
     and the folder holds the converted checkpoint until the healed one takes its place.
     """
     if recipe.method in ADAPTERS:
-        from mhconvert.convert.adapter import create
+        from mhconvert.convert.adapters import create
 
         if resume:
             raise MhconvertError(f"{recipe.method} writes an adapter at once; there is nothing to resume")
         return create.run(recipe, force=force, on_progress=on_progress)
-    from mhconvert.convert import load, pipeline
-    from mhconvert.eval.card import write_report
+    from mhconvert.convert import open_model, pipeline
     from mhconvert.eval.fidelity import Fidelity
-    from mhconvert.heal import local
+    from mhconvert.eval.report.model_card import write_report
+    from mhconvert.heal import layer_fit
 
     if recipe.heal is not None:
         plain = dataclasses.replace(recipe, heal=None)
-        output = load.written(plain) if resume else None  # the conversion is done, its healing was cut short
+        output = (
+            open_model.written(plain) if resume else None
+        )  # the conversion is done, its healing was cut short
         output = output or convert(plain, resume=resume, force=force, on_progress=on_progress)["output"]
         return heal(
             output,
@@ -57,7 +59,7 @@ def convert(
         )
     return pipeline.run(
         recipe,
-        fit=local.fit,
+        fit=layer_fit.fit,
         measure=Fidelity,
         finish=write_report,
         resume=resume,
@@ -73,7 +75,7 @@ def plan(recipe: Recipe, *, survey: bool = False, on_progress: Listener | None =
     and parameters of the adapter.
     """
     if recipe.method in ADAPTERS:
-        from mhconvert.convert.adapter import create
+        from mhconvert.convert.adapters import create
 
         return create.plan(recipe)
     from mhconvert.convert import pipeline
@@ -101,9 +103,9 @@ def curve(
     """
     if recipe.method in ADAPTERS:
         raise MhconvertError(f"{recipe.method} leaves the KV cache as it is, so there is no curve of it")
-    from mhconvert.convert import curve as pass_
+    from mhconvert.convert.layer_pass import budget_curve as pass_
     from mhconvert.eval import fidelity
-    from mhconvert.heal import local
+    from mhconvert.heal import layer_fit
 
     def own_rows(tokenizer: Any, length: int) -> Tensor:
         assert text is not None
@@ -112,7 +114,7 @@ def curve(
     result = pass_.run(
         recipe,
         budgets,
-        fit=local.fit,
+        fit=layer_fit.fit,
         measure=fidelity.Fidelity,
         held_out=own_rows if text else None,
         on_progress=on_progress,
@@ -140,15 +142,15 @@ def heal(
     with the same before it, and `healing`: settings, teacher, steps, trained_tokens, tokens_per_second, seconds and
     more. `metrics.jsonl` in the folder has every step. Raises MhconvertError; an output folder that exists is whole.
     """
-    from mhconvert.eval import plot
-    from mhconvert.eval.card import write_report
     from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.report import curve_plot
+    from mhconvert.eval.report.model_card import write_report
     from mhconvert.heal import run
-    from mhconvert.heal.opening import Run
+    from mhconvert.heal.open_models import Run
 
     def finish(folder: Path, report: dict[str, Any]) -> None:
         if settings.tokens:
-            report["healing"]["plot"] = plot.write_healing(folder)
+            report["healing"]["plot"] = curve_plot.write_healing(folder)
         write_report(folder, report)
 
     place = Path(output) if output else Path(f"{Path(checkpoint).resolve().name}-healed")
@@ -174,7 +176,7 @@ def merge(
     Returns base, output, dtype, modules (changed), replaced (base tensors that the adapter had whole), output_bytes,
     seconds. Raises MhconvertError; an output folder that exists afterwards is whole.
     """
-    from mhconvert.convert.adapter import merge as merging
+    from mhconvert.convert.adapters import merge as merging
 
     return merging.run(
         adapter,
@@ -213,12 +215,12 @@ def export(
     and write nothing.
     Returns to, why (of auto), output and the facts of that form. Raises ExportError for what would be lost.
     """
-    from mhconvert.convert.export import choose
+    from mhconvert.convert.export import forms
 
-    options = choose.Options(
+    options = forms.Options(
         output, base, dtype, kind, duplicate, verify, force, dry_run, device, trust_remote_code
     )
-    return choose.run(checkpoint, to, options, on_progress)
+    return forms.run(checkpoint, to, options, on_progress)
 
 
 def verify(
@@ -238,9 +240,9 @@ def verify(
     Returns folder, against, relative_difference (in those deviations), relative_logit_error, greedy_equal, cache (of
     the float32 model), transformers, model_class. Raises ExportError where the two differ by more.
     """
-    from mhconvert.convert.export import compare
+    from mhconvert.convert.export import verify_folder
 
-    return compare.run(
+    return verify_folder.run(
         folder,
         against=against,
         tolerance=tolerance,
@@ -271,7 +273,7 @@ def evaluate(
     What earlier runs measured on the same files is read from the user's cache. Raises MhconvertError.
     """
     from mhconvert.eval import comparison
-    from mhconvert.eval.recorded import record_evaluation
+    from mhconvert.eval.report.recorded_evaluation import record_evaluation
 
     names = [checkpoints] if isinstance(checkpoints, str) else list(checkpoints)
     result = comparison.run(
@@ -313,10 +315,10 @@ def generate(
     Returns prompt, text, prompt_tokens, new_tokens, kv_bytes_per_token (measured on the cache, in
     `dtype`), seconds.
     """
-    from mhconvert.convert import load
+    from mhconvert.convert import open_model
     from mhconvert.eval import generation
 
-    opened = load.open_model(checkpoint, device=device, trust_remote_code=trust_remote_code)
+    opened = open_model.open_model(checkpoint, device=device, trust_remote_code=trust_remote_code)
     options = generation.Options(max_new_tokens, chat, temperature, seed)
     return {"checkpoint": checkpoint} | generation.generate(opened, prompt, options, on_text)
 
@@ -350,7 +352,7 @@ def bench(
     Raises MhconvertError, before weights are read, for what is not converted, has another shape than its donor, is
     shorter than a context, or does not fit into memory.
     """
-    from mhconvert.eval import bench as timing
+    from mhconvert.eval.speed import bench as timing
 
     options = timing.Options(tuple(contexts), batch, new_tokens, dtype, static_cache, compile, reexpand)
     tell = on_progress or ignore
@@ -387,26 +389,3 @@ def push(
         message=message,
         on_progress=on_progress,
     )
-
-
-def run(
-    recipe: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    only: Sequence[str] = (),
-    force: bool = False,
-    dry_run: bool = False,
-    on_progress: Listener | None = None,
-) -> dict[str, Any]:
-    """Convert, heal, evaluate, export and push as a recipe says, a file or the name of one that ships.
-
-    overrides: "heal.tokens=1B" and the like, in place of what the file says. only: of its stages these. force: do
-    again what an earlier run has done. dry_run: do nothing.
-    Returns output (the folder that is evaluated and pushed), stages ({stage, status, output, …} of each) and
-    evaluation (as `evaluate` returns it). Raises RecipeError and what the stages raise.
-    """
-    from mhconvert.run import library, stages
-    from mhconvert.run import recipe as recipes
-
-    asked = recipes.load(library.find(str(recipe)), overrides)
-    return stages.run(asked, only=only, force=force, dry_run=dry_run, on_progress=on_progress or ignore)

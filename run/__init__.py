@@ -5,4 +5,4 @@ The module can be called: `mhconvert.run(recipe)`.
 
 from mhconvert.callable_module import make_callable
 
-make_callable(__name__)
+make_callable(__name__, "mhconvert.run.run_recipe")

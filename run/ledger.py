@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mhconvert.convert.errors import CheckpointError, OutputError
-from mhconvert.convert.fingerprint import of_folder
+from mhconvert.errors import CheckpointError, OutputError
+
+from ..convert.checkpoint.fingerprint import of_folder
 
 
 class Ledger:

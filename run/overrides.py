@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from mhconvert.convert.errors import RecipeError
-from mhconvert.convert.recipe_file import Document, Keys, Origins
+from mhconvert.errors import RecipeError
+
+from ..convert.validation.yaml_file import Document, Keys, Origins
 
 
 def apply(document: Document, overrides: Sequence[str]) -> Document:

@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mhconvert.convert import load
-from mhconvert.convert.donor import open_donor
-from mhconvert.convert.errors import RecipeError
-from mhconvert.convert.progress import Listener, Progress
-from mhconvert.convert.provenance import EVALUATION, PROVENANCE, sha256
-from mhconvert.convert.sources import read_json
-from mhconvert.run import inputs
-from mhconvert.run.ledger import Ledger, mark
-from mhconvert.run.recipe import RunRecipe
-from mhconvert.run.work import STAGES, Run, check_ahead, conversion, export_folder
+from mhconvert.errors import RecipeError
+from mhconvert.progress import Listener, Progress
+
+from ..convert import open_model
+from ..convert.checkpoint.provenance import EVALUATION, PROVENANCE
+from ..convert.donor.donor import open_donor
+from ..convert.storage.atomic_files import sha256
+from ..convert.storage.safetensors_reader import read_json
+from . import stage_inputs
+from .ledger import Ledger, mark
+from .stage_work import STAGES, Run, check_ahead, conversion, export_folder
+from .whole_recipe import RunRecipe
 
 
 def run(
@@ -96,7 +98,7 @@ def _done(work: Run, name: str, depends: Any) -> dict[str, Any] | None:
         entry is None
         and name == "convert"
         and unknown
-        and load.written(conversion(work))
+        and open_model.written(conversion(work))
         and _whole(work.output)
     ):
         return {"output": str(work.output)}  # by `mhconvert DONOR --to METHOD`, with all the same settings
@@ -117,16 +119,16 @@ def _inputs(work: Run, name: str) -> Any:
     """What the stage depends on; None where the checkpoint that it begins with is not there."""
     recipe = work.recipe
     if name == "convert":
-        return inputs.of_conversion(recipe)
+        return stage_inputs.of_conversion(recipe)
     begins = mark(_begins_with(work, name))
     if begins is None:
         return None
     trust = recipe.convert.trust_remote_code
     found = {"model": begins, "settings": recipe.to_dict()[name], "trust_remote_code": trust}
     if name == "heal":
-        found |= inputs.of_healing(recipe)
+        found |= stage_inputs.of_healing(recipe)
     if name == "eval":
-        found |= inputs.of_evaluation(recipe)
+        found |= stage_inputs.of_evaluation(recipe)
         found["converted"] = mark(work.output) if recipe.convert.heal is not None else None
     if name == "push":
         found["evaluation"] = mark(work.final / EVALUATION)

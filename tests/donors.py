@@ -270,8 +270,8 @@ def _write_gguf_facts(writer: Any, config: Any, pre: str) -> None:
 def make_checkpoint(path: Path) -> Path:
     """Write a donor beside `path`, convert it into `path`, and return that."""
     from mhconvert import api
-    from mhconvert.convert.mla.settings import MLASettings
-    from mhconvert.convert.recipe import Calibration, Recipe
+    from mhconvert.convert.methods.mla.settings import MLASettings
+    from mhconvert.convert.recipe.recipe import Calibration, Recipe
 
     recipe = Recipe(
         model=str(make_donor(path.parent / "donor")),

@@ -73,7 +73,7 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
 
 def shipped_files() -> list[Path]:
     """Of every method its modeling file and, as transformers finds them, the siblings that it imports."""
-    found = set(ROOT.glob("convert/*/modeling_*.py"))
+    found = set(ROOT.glob("convert/**/modeling_*.py"))
     return sorted(found | {Path(name) for file in found for name in get_relative_import_files(file)})
 
 
@@ -130,7 +130,7 @@ def test_packages_that_are_functions_too(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("convert", "heal"):
         monkeypatch.setattr(api, name, lambda *arguments, **options: (arguments, options))
         assert getattr(mhconvert, name)("recipe", force=True) == (("recipe",), {"force": True})
-    from mhconvert.convert.errors import MhconvertError
+    from mhconvert.errors import MhconvertError
 
     assert mhconvert.MhconvertError is MhconvertError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mhconvert.convert.front_matter import front_matter
+from ..checkpoint.card_front_matter import front_matter
 
 
 def write_card(folder: Path, name: str, report: dict[str, Any], donor: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import Cli, Interrupted, Main
-from tests.convert.hydra.adapted import adapted, relative, tokens
+from tests.convert.methods.hydra.adapted import adapted, relative, tokens
 from tests.donors import make_donor
 
 OPTIONS = "--to hydra --r-par 8 --r-seq 8 --targets o_proj,down_proj"

@@ -13,9 +13,9 @@ import pytest
 
 from mhconvert import api
 from mhconvert.cli.main import arguments
-from mhconvert.convert.errors import MhconvertError
-from mhconvert.convert.progress import Progress
-from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.recipe.recipe import Recipe
+from mhconvert.errors import MhconvertError
+from mhconvert.progress import Progress
 from tests.conftest import Main
 
 REPORT = {

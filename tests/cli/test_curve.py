@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from mhconvert import api
-from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.recipe import Calibration, Recipe
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from tests.conftest import Main
 from tests.donors import make_donor
-from tests.eval.test_plot import CURVE
+from tests.eval.report.test_curve_plot import CURVE
 
 RESULT = CURVE | {
     "kv_bytes_per_token": 46080,

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mhconvert import api
-from mhconvert.convert.calibrate import Rows
-from mhconvert.convert.errors import MhconvertError
-from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.recipe import Calibration, Recipe, load_recipe, save_recipe
+from mhconvert.convert.calibration.calibration_rows import Rows
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe, save_recipe
+from mhconvert.errors import MhconvertError
 from mhconvert.heal.metrics import read
 from tests.conftest import Cli, Interrupted, Main
 from tests.donors import TEXT, make_checkpoint, make_donor
@@ -133,7 +133,7 @@ def test_a_recipe_with_healing(
         raise MhconvertError("the lights went out")
 
     with monkeypatch.context() as dark:
-        dark.setattr("mhconvert.heal.data.prepare", broken)
+        dark.setattr("mhconvert.heal.packed_rows.prepare", broken)
         with pytest.raises(MhconvertError, match="the lights went out"):
             api.convert(recipe)
     converted = (tmp_path / "out" / "model.safetensors").read_bytes()

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from mhconvert.cli.progress import Pace, PlainLines, describe, progress
-from mhconvert.convert.progress import Progress
+from mhconvert.progress import Progress
 
 
 def test_a_line_says_what_is_known() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mhconvert.cli.main import arguments
-from mhconvert.run import library
-from mhconvert.run.schema import schema
+from mhconvert.run import shipped_recipes
+from mhconvert.run.json_schema import schema
 from tests.conftest import Main
 
 Words = Callable[..., tuple[int, str, str]]
@@ -91,7 +91,7 @@ def test_validate_with_overrides(recipes: Words) -> None:
 
 def test_list(recipes: Words) -> None:
     found = json.loads(recipes("list", "--json")[1])["recipes"]
-    assert [entry["name"] for entry in found] == library.names()
+    assert [entry["name"] for entry in found] == shipped_recipes.names()
     assert set(found[0]) == {"name", "about", "model", "method", "settings", "stages"}
     lines = recipes("list")[1].splitlines()
     assert lines[0].split() == ["recipe", "model", "method", "settings", "stages"]
@@ -101,7 +101,7 @@ def test_list(recipes: Words) -> None:
 
 def test_show(recipes: Words) -> None:
     code, out, err = recipes("show", "smollm2-135m-dha")
-    assert out == library.find("smollm2-135m-dha").read_text(encoding="utf-8")
+    assert out == shipped_recipes.find("smollm2-135m-dha").read_text(encoding="utf-8")
     assert json.loads(recipes("show", "smollm2-135m-dha", "--json")[1])["recipe"]["method"] == "dha"
     code, out, err = recipes("show", "smollm-dha")
     assert code == 1

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import AutoModelForCausalLM
 
-from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.recipe import Calibration, Recipe
-from tests.convert.hydra.adapted import TARGETS, adapted
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
+from tests.convert.methods.hydra.adapted import TARGETS, adapted
 from tests.donors import make_donor
 
 LAYERS = 5

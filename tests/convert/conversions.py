@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.convert.calibrate import Layer
-from mhconvert.convert.dha.method import DHA
-from mhconvert.convert.dha.settings import DHASettings
-from mhconvert.convert.families import layer_window
-from mhconvert.convert.mla.method import MLA
-from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.moh.method import MoH
-from mhconvert.convert.moh.settings import MoHSettings
-from mhconvert.convert.rotary import layer_rotary
+from mhconvert.convert.attention.rotary import layer_rotary
+from mhconvert.convert.families.facts import layer_window
+from mhconvert.convert.layer_pass.decoder_layer import Layer
+from mhconvert.convert.methods.dha.method import DHA
+from mhconvert.convert.methods.dha.settings import DHASettings
+from mhconvert.convert.methods.mla.method import MLA
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.methods.moh.method import MoH
+from mhconvert.convert.methods.moh.settings import MoHSettings
 from tests.donors import make_config, make_model
 
 LLAMA3 = {

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mhconvert
-from mhconvert.convert import checkpoint, pipeline, steps, workspace
-from mhconvert.convert.donor import open_donor
-from mhconvert.convert.errors import CheckpointError, MhconvertError, OutputError, TextError
-from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.progress import Progress
-from mhconvert.convert.recipe import Calibration, Recipe, load_recipe
+from mhconvert.convert import pipeline
+from mhconvert.convert.donor.donor import open_donor
+from mhconvert.convert.layer_pass import layer_steps, resumable_run
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe
+from mhconvert.convert.storage import shard_writer
+from mhconvert.errors import CheckpointError, MhconvertError, OutputError, TextError
+from mhconvert.progress import Progress
 from tests.convert.conftest import LAYERS
 from tests.donors import make_donor
 
@@ -120,16 +122,16 @@ def test_a_full_disk_keeps_what_is_finished(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mhconvert.convert(recipe(tmp_path / "whole"))
-    add, calls = checkpoint.ShardWriter.add, []
+    add, calls = shard_writer.ShardWriter.add, []
 
-    def full(self: checkpoint.ShardWriter, name: str, tensor: torch.Tensor) -> None:
+    def full(self: shard_writer.ShardWriter, name: str, tensor: torch.Tensor) -> None:
         calls.append(name)
         if ".layers.3." in name:
             raise OSError(errno.ENOSPC, "No space left on device")
         add(self, name, tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ShardWriter, "add", full)
+        patch.setattr(shard_writer.ShardWriter, "add", full)
         with pytest.raises(OutputError, match=r"the disk is full; 3 layers .* --resume"):
             mhconvert.convert(recipe(tmp_path / "cut"))
     mhconvert.convert(recipe(tmp_path / "cut"), resume=True)
@@ -139,8 +141,8 @@ def test_a_full_disk_keeps_what_is_finished(
 def test_too_little_disk_is_seen_before_work(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = checkpoint.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    usage = shard_writer.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shard_writer.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     with pytest.raises(OutputError, match=r"1\.05 MB free and the conversion needs"):
         mhconvert.convert(recipe(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
@@ -214,7 +216,7 @@ def test_another_version_does_not_continue_a_run(
     cut = recipe(tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         mhconvert.convert(cut, on_progress=stop_after(2, KeyboardInterrupt()))
-    monkeypatch.setattr(workspace, "versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr(resumable_run, "versions", lambda: {"torch": "0.0"})
     with pytest.raises(OutputError, match=r"was started with torch .*, and this is 0\.0"):
         mhconvert.convert(cut, resume=True)
     assert (tmp_path / "cut.partial").is_dir()
@@ -243,7 +245,7 @@ def test_missing_text_is_seen_before_the_weights(donor: Path, tmp_path: Path) ->
 def test_an_absurd_error_stops_with_the_layer(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "relative_error", lambda *_: float("nan"))
+    monkeypatch.setattr(layer_steps, "relative_error", lambda *_: float("nan"))
     with pytest.raises(MhconvertError, match=r"layer 0: the converted attention's relative error is nan"):
         mhconvert.convert(recipe(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
@@ -259,7 +261,7 @@ def test_high_effort_mends_what_the_layers_before_have_changed(
     found = []
     for rounds in (0, 1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(steps.BLOCK_ROUNDS, "high", rounds)
+            patch.setitem(layer_steps.BLOCK_ROUNDS, "high", rounds)
             high = recipe(tmp_path / str(rounds), effort="high", calibration=tokens, **options)
             found.append(mhconvert.convert(high)["kl"])
     assert found[1] < 0.97 * found[0]

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mhconvert.convert import pipeline
-from mhconvert.convert.mla import register
-from mhconvert.convert.recipe import Calibration, Recipe
+from mhconvert.convert.methods.mla import register
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.eval.fidelity import Fidelity
-from mhconvert.heal.local import fit
+from mhconvert.heal.layer_fit import fit
 from tests.convert.conversions import logits, relative, token_ids
-from tests.convert.mla.test_families_exact import VARIANTS, full_rank
+from tests.convert.methods.mla.test_families_exact import VARIANTS, full_rank
 from tests.donors import make_donor
 
 FLOAT32 = 2e-5  # as in test_families_exact
@@ -52,7 +52,7 @@ def test_a_run_at_full_rank_writes_the_donor(variant: str, tmp_path: Path, text:
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["gemma3_text", "granite"])
 def test_the_head_and_the_embedding_are_the_familys(variant: str, tmp_path: Path) -> None:
-    from mhconvert.convert.donor import open_donor
+    from mhconvert.convert.donor.donor import open_donor
 
     folder = make_donor(tmp_path / "donor", family=variant, **VARIANTS[variant])
     donor, reference, ids = (

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mhconvert import api
-from mhconvert.convert.errors import CheckpointError, MhconvertError
-from mhconvert.convert.load import converted_method, open_model, recorded_donor
+from mhconvert.convert.checkpoint.identity import converted_method
+from mhconvert.convert.open_model import open_model, recorded_donor
+from mhconvert.errors import CheckpointError, MhconvertError
 from mhconvert.eval.comparison import Settings
 from mhconvert.eval.fidelity import text_rows
 from tests.convert.conversions import converted, donor_model

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhconvert.convert.errors import MhconvertError
+from mhconvert.errors import MhconvertError
 from mhconvert.eval.fidelity import CHUNK, Fidelity, compare_rows, text_rows
 from tests.donors import make_tokenizer
 

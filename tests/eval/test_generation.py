@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mhconvert import api
-from mhconvert.convert.errors import MhconvertError
+from mhconvert.errors import MhconvertError
 from tests.donors import make_donor
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mhconvert import api
-from mhconvert.convert.errors import MhconvertError
-from mhconvert.convert.mla.configuration_mla import MLALlamaConfig
+from mhconvert.convert.methods.mla.configuration_mla import MLALlamaConfig
+from mhconvert.errors import MhconvertError
 from mhconvert.eval.inspection import attention, cache_elements
 from tests.donors import make_config, make_donor
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mhconvert.eval import page
+from mhconvert.eval.page import page
 from tests.eval.page_sample import RECIPE, REPORTS, RESULT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

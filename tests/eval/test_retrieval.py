@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mhconvert.convert.errors import MhconvertError
+from mhconvert.errors import MhconvertError
 from mhconvert.eval.retrieval import Case, make_case, measure, probe, usable_lengths
 from tests.donors import make_config, make_model, make_tokenizer
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.heal.data import Rows
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.heal.packed_rows import Rows
 from tests.convert.conversions import converted, donor_model
 
 

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mhconvert
-from mhconvert.convert.dha import register
-from mhconvert.convert.dha.settings import DHASettings
-from mhconvert.convert.errors import BudgetError, HealError
-from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.convert.recipe import Calibration, Recipe
+from mhconvert.convert.methods.dha import register
+from mhconvert.convert.methods.dha.settings import DHASettings
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
+from mhconvert.errors import BudgetError, HealError
 from mhconvert.heal import fusion
 from tests.convert.conversions import converted, donor_model, logits, relative, token_ids
 from tests.donors import make_donor
@@ -225,7 +225,7 @@ def test_a_uniform_plan_is_not_trained() -> None:
 
 
 def test_the_recipe_keeps_the_choice(tmp_path: Path) -> None:
-    from mhconvert.convert.recipe import load_recipe, save_recipe
+    from mhconvert.convert.recipe.recipe import load_recipe, save_recipe
 
     recipe = Recipe("x", "dha", PENDING, heal=HealSettings(tokens=128, fusion=2))
     save_recipe(recipe, tmp_path / "r.yaml")

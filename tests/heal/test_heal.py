@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from mhconvert import api
-from mhconvert.convert.errors import HealError, MhconvertError, OutputError
-from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.progress import Progress
-from mhconvert.convert.recipe import Calibration, Recipe
-from mhconvert.eval.report import healing_line
-from mhconvert.heal import distill, space
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
+from mhconvert.errors import HealError, MhconvertError, OutputError
+from mhconvert.eval.report.conversion_tables import healing_line
+from mhconvert.heal import distill, resumable_run
 from mhconvert.heal.metrics import read
+from mhconvert.progress import Progress
 from tests.donors import TEXT, make_checkpoint, make_donor
 
 SMALL = {"sequence_length": 32, "batch_tokens": 256, "held_out": 2, "micro_batch": 2}
@@ -283,7 +283,7 @@ def test_a_leap_of_the_loss_stops_and_keeps_the_last_good_checkpoint(
         HealError, match=r"the loss leapt to .* in step \d+; the durable checkpoint after step \d+ is kept"
     ):
         api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
-    state = json.loads((tmp_path / "out.partial" / "work" / space.STATE).read_text())
+    state = json.loads((tmp_path / "out.partial" / "work" / resumable_run.STATE).read_text())
     assert state["step"] > 0
     weights = load_file(next((tmp_path / "out.partial" / "work").glob("step-*/model.safetensors")))
     assert all(torch.isfinite(value).all() for value in weights.values())

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from mhconvert import api
-from mhconvert.convert.errors import HealError
-from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.convert.moh.settings import MoHSettings
-from mhconvert.convert.recipe import Calibration, Recipe
+from mhconvert.convert.methods.moh.settings import MoHSettings
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
+from mhconvert.errors import HealError
 from mhconvert.heal.metrics import read
 from tests.donors import make_donor
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from mhconvert.convert.errors import HealError
-from mhconvert.convert.heal_settings import HealSettings
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.errors import HealError
 from mhconvert.eval.fidelity import Fidelity
-from mhconvert.heal.data import Rows
 from mhconvert.heal.distill import fidelity
-from mhconvert.heal.result import merged
+from mhconvert.heal.packed_rows import Rows
 from mhconvert.heal.student import Student, Teacher, Weights, choose_trained, parameter_groups, states
+from mhconvert.heal.write_result import merged
 from tests.convert.conversions import donor_model, logits
 from tests.heal.models import pair, rows
 

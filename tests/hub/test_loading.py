@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mhconvert import api
-from mhconvert.convert.adapter.settings import HydraSettings
-from mhconvert.convert.fingerprint import of_model
-from mhconvert.convert.load import open_model, recorded_donor
-from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.methods.hydra.settings import HydraSettings
+from mhconvert.convert.open_model import of_model, open_model, recorded_donor
+from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.hub.push import push
 from tests.conftest import Main
 from tests.donors import make_donor

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from mhconvert import api
-from mhconvert.convert.adapter.settings import HydraSettings
-from mhconvert.convert.errors import CheckpointError
-from mhconvert.convert.fingerprint import of_model
-from mhconvert.convert.load import open_model
-from mhconvert.convert.recipe import Recipe
+from mhconvert.convert.methods.hydra.settings import HydraSettings
+from mhconvert.convert.open_model import of_model, open_model
+from mhconvert.convert.recipe.recipe import Recipe
+from mhconvert.errors import CheckpointError
 from mhconvert.hub.push import push
 from tests.donors import make_donor
 from tests.hub.pushing import REPO, files_at

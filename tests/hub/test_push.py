@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from mhconvert.convert.errors import CheckpointError, PublishError
-from mhconvert.convert.progress import Progress
+from mhconvert.errors import CheckpointError, PublishError
 from mhconvert.hub.push import push
+from mhconvert.progress import Progress
 from tests.donors import make_donor
 from tests.hub.pushing import REPO, files_at, pushed
 from tests.hub.stand_in_write_hub import WriteHub

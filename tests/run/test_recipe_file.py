@@ -11,12 +11,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhconvert.convert.errors import MhconvertError, RecipeError
-from mhconvert.convert.heal_settings import HealSettings
-from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.recipe import Recipe, load_recipe
-from mhconvert.run.recipe import RunRecipe, load
-from mhconvert.run.settings import BACKENDS, SUITES, EvalStage, ExportStage, PushStage
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.convert.recipe.recipe import Recipe, load_recipe
+from mhconvert.errors import MhconvertError, RecipeError
+from mhconvert.eval.settings import BACKENDS, SUITES, EvalStage
+from mhconvert.run.stage_settings import ExportStage, PushStage
+from mhconvert.run.whole_recipe import RunRecipe, load
 
 WHOLE = """\
 # A run with every stage.

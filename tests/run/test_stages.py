@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import mhconvert
 from mhconvert import api
-from mhconvert.convert.errors import MhconvertError, OutputError, RecipeError
+from mhconvert.errors import MhconvertError, OutputError, RecipeError
 from mhconvert.run.ledger import Ledger
 from tests.donors import make_donor
 
@@ -223,7 +223,7 @@ def test_a_stage_is_done_again_when_what_it_reads_has_changed(place: Path, tmp_p
 def test_what_a_later_stage_would_refuse_is_refused_before_the_first(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
-    monkeypatch.setattr("mhconvert.run.work.get_token", lambda: None)
+    monkeypatch.setattr("mhconvert.run.stage_work.get_token", lambda: None)
     with pytest.raises(MhconvertError, match=message):
         mhconvert.run(recipe(place, tmp_path / "out"), [override])
     assert not (tmp_path / "out").exists()

@@ -9,11 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mhconvert
-from mhconvert.convert.dha.settings import DHASettings
-from mhconvert.convert.provenance import PROMPT, write_probe
-from mhconvert.convert.recipe import Calibration, Recipe
-from mhconvert.convert.verify import verify
-from mhconvert.convert.verify_child import cache_storage
+from mhconvert.convert.bare_process.child import cache_storage
+from mhconvert.convert.bare_process.reload import PROMPT, verify, write_probe
+from mhconvert.convert.methods.dha.settings import DHASettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from tests.convert.conversions import logits, relative, token_ids
 from tests.donors import make_donor
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from mhconvert.convert.export import served_layer
-from mhconvert.convert.export.served_layer import EPS, ServedShape, served_config, served_tensors
-from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.provenance import write_model_config
+from mhconvert.convert.checkpoint.provenance import write_model_config
+from mhconvert.convert.export.mla import own_layer
+from mhconvert.convert.export.mla.own_layer import EPS, ServedShape, served_config, served_tensors
+from mhconvert.convert.methods.mla.settings import MLASettings
 from tests.convert.conversions import converted, donor_model
 from tests.donors import make_tokenizer
 
@@ -27,7 +27,7 @@ def portable(seed: int = 0, settings: MLASettings = PORTABLE, **config: Any) -> 
 def served(model: Any, s: float = 1.0, eps: float = EPS) -> Any:
     """`model` in the served class."""
     config = served_config(model.config, eps)
-    made = served_layer.model_class(config)(config).eval()
+    made = own_layer.model_class(config)(config).eval()
     shape = ServedShape(
         config.num_attention_heads, config.kv_lora_rank, model.config.v_head_dim, config.v_head_dim
     )

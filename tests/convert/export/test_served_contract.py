@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mhconvert.convert.export import served as export
-from mhconvert.convert.mla_served.modeling_served import LatentRMSNorm, ServedLatentAttention
+from mhconvert.convert.export.mla import to_own as export
+from mhconvert.convert.methods.mla.served.modeling_served import LatentRMSNorm, ServedLatentAttention
 from tests.convert.conversions import LLAMA3
 from tests.convert.export import vllm_fuser
 from tests.convert.export.mla_contract import broken, is_rms_norm

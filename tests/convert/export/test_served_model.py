@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from mhconvert.convert.errors import CheckpointError, ExportError
-from mhconvert.convert.export.served_layer import (
+from mhconvert.convert.bare_process.child import cache_storage
+from mhconvert.convert.export.mla.own_layer import (
     EPS,
     EPS_FLOAT16,
     ServedShape,
@@ -23,13 +23,13 @@ from mhconvert.convert.export.served_layer import (
     refusal,
     served_tensors,
 )
-from mhconvert.convert.mla.settings import MLASettings
-from mhconvert.convert.mla_served.configuration_served import MLAServedLlamaConfig, latent_tp_plan
-from mhconvert.convert.mla_served.modeling_served import LatentRMSNorm, rotated
-from mhconvert.convert.verify_child import cache_storage
+from mhconvert.convert.methods.mla.served.configuration_served import MLAServedLlamaConfig, latent_tp_plan
+from mhconvert.convert.methods.mla.served.modeling_served import LatentRMSNorm, rotated
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.errors import CheckpointError, ExportError
 from tests.convert.conversions import LINEAR, LLAMA3, YARN, logits, relative, token_ids
 from tests.convert.export.served_models import portable, served
-from tests.convert.mla.test_decoding import in_chunks
+from tests.convert.methods.mla.test_decoding import in_chunks
 
 FLOAT32 = 1e-5
 DONORS: dict[str, dict[str, Any]] = {
@@ -256,7 +256,7 @@ def test_a_save_and_a_load_are_the_same_bits(pair: tuple[Any, Any], tmp_path: Pa
 
 
 def test_the_classes_are_known_by_their_type(pair: tuple[Any, Any]) -> None:
-    from mhconvert.convert.mla_served import register
+    from mhconvert.convert.methods.mla.served import register
 
     register()
     register()

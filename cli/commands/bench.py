@@ -1,0 +1,109 @@
+"""`mhconvert bench`: how fast a converted checkpoint reads and writes, beside its donor."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO
+
+import typer
+
+from ..options import common, timing
+from ..options import conversion as o
+from ..output import Flags, calm_transformers, execute
+from ..progress import progress
+
+
+def command(
+    checkpoint: o.Checkpoint,
+    against: o.Against = None,
+    contexts: timing.Contexts = "512,2048,8192",
+    batch: timing.Batch = 8,
+    new_tokens: timing.NewTokens = 16,
+    reexpand: timing.Reexpand = False,
+    static_cache: timing.StaticCache = False,
+    compile: timing.Compile = False,
+    random: timing.Random = False,
+    to: o.AnyMethod = "mla",
+    kv_budget: o.KvBudget = None,
+    dtype: timing.RunDtype = None,
+    device: common.Device = None,
+    json: common.Json = False,
+    quiet: common.Quiet = False,
+    debug: common.Debug = False,
+) -> None:
+    """Time prefill and decode of a converted checkpoint and of its donor, in turns."""
+    lengths = _numbers(contexts)
+    if kv_budget is not None and not random:
+        raise typer.BadParameter("--kv-budget goes with --random; a checkpoint has its own")
+    if random and against is not None:
+        raise typer.BadParameter("--against does not go with --random, which times CKPT's own shape")
+
+    def work(_: TextIO) -> dict[str, Any]:
+        from mhconvert import api
+
+        calm_transformers()
+        with progress(quiet) as listener:
+            return api.bench(
+                checkpoint,
+                against=against,
+                contexts=lengths,
+                batch=batch,
+                new_tokens=new_tokens,
+                reexpand=reexpand,
+                static_cache=static_cache,
+                compile=compile,
+                random=to if random else None,
+                kv_budget=kv_budget,
+                dtype=dtype,
+                device=device,
+                on_progress=listener,
+            )
+
+    execute(Flags(json, quiet, debug), work, show)
+
+
+def show(result: dict[str, Any], console: Any) -> None:
+    """Print the timings: a line for each model at each context."""
+    from rich.table import Column, Table
+
+    from ...eval.report.units import number, share, size
+
+    of = result["checkpoint"] or f"{result['random']}, random weights"
+    console.out(f"{result['against']} → {of}", highlight=False)
+    plural = "s" * (result["threads"] > 1)
+    place = f"cpu, {result['threads']} thread{plural}" if result["device"] == "cpu" else result["device"]
+    how = f"{result['cache']} cache" + (", compiled" if result["compiled"] else "")
+    console.out(f"batch {result['batch']}, {result['dtype']}, {place}, {how}", highlight=False)
+    names = ("context", "", "prefill tok/s", "decode tok/s", "±", "decode", "KV cache", "")
+    table = Table(*(Column(name, justify="left" if name == "" else "right") for name in names))
+    for row in result["rows"]:
+        donor, converted, slow = (row.get(name) for name in ("donor", "converted", "reexpanded"))
+        table.add_section()
+        table.add_row(f"{row['context']:,}", "donor", *_speeds(donor), "× 1", size(donor["cache_bytes"]), "")
+        table.add_row(
+            "",
+            "converted",
+            *_speeds(converted),
+            f"× {number(row['ratio'])}",
+            size(converted["cache_bytes"]),
+            share(row["cache_ratio"]),
+        )
+        if slow:
+            times = row["ratio"] / row["ratio_to_reexpanded"]
+            table.add_row("", "re-expanded", *_speeds(slow), f"× {number(times)}", "", "")
+    console.print(table)
+
+
+def _speeds(timing: dict[str, Any]) -> tuple[str, str, str]:
+    from ...eval.report.units import share
+
+    prefill, decode = timing.get("prefill_tokens_per_s"), timing["decode_tokens_per_s"]
+    return f"{prefill:,.0f}" if prefill else "", f"{decode:,.1f}", share(timing["step_spread"])
+
+
+def _numbers(words: str) -> list[int]:
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"--contexts '{words}' is not a list of whole numbers like 512,2048"
+        ) from None

@@ -1,0 +1,103 @@
+"""An evaluation as tables on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NOISE = "≈: within two standard errors of the paired difference from the first model, that is, perhaps noise"
+
+
+def show(result: dict[str, Any], console: Any) -> None:
+    """Print models and texts, then tasks, then retrieval; each where there is any."""
+    names = [model["name"] for model in result["models"]]
+    if result["texts"]:
+        _texts(result, names, console)
+    if result["tasks"]:
+        _tasks(result, names, console)
+    if result["retrieval"]:
+        _retrieval(result, names, console)
+
+
+def _texts(result: dict[str, Any], names: list[str], console: Any) -> None:
+    from rich.table import Column, Table
+
+    from ..eval.report.units import number, share
+
+    donor = result["cache"][0]["kv_elements_per_token"]
+    for text in result["texts"]:
+        title = f"{text['text']}: {text['sequences']} × {text['sequence_length']} tokens"
+        console.out(title, highlight=False)
+        figures = ("perplexity", "", "KL, nats a token", "top-1 agreement", "KV elements a token")
+        table = Table("", *(Column(name, justify="right") for name in figures))
+        for name, found, cache in zip(names, text["models"], result["cache"], strict=True):
+            elements = cache["kv_elements_per_token"]
+            reference = text["models"][0]["perplexity"]
+            times = f"× {found['perplexity'] / reference:.3f}" if found is not text["models"][0] else ""
+            part = f"{elements:,.10g}" + (f" ({share(elements / donor)})" if times else "")
+            table.add_row(
+                name,
+                number(found["perplexity"]),
+                times,
+                number(found["kl"]),
+                share(found["top1_agreement"]),
+                part,
+            )
+        console.print(table)
+
+
+def _tasks(result: dict[str, Any], names: list[str], console: Any) -> None:
+    from rich.table import Column, Table
+
+    from ..eval.tasks.scores import is_share
+
+    settings = result["settings"]
+    asked = "through the chat template" if settings["chat_template"] else "without a chat template"
+    limit = f", the first {settings['limit']} documents of each" if settings["limit"] else ""
+    console.out(f"lm-eval {result['versions'].get('lm_eval', '')}, {asked}{limit}", highlight=False)
+    table = Table(
+        "", "metric", Column("documents", justify="right"), *(Column(name, justify="right") for name in names)
+    )
+    for row in result["tasks"]:
+        shots = f" ({row['num_fewshot']}-shot)" if row["num_fewshot"] else ""
+        for index, metric in enumerate(row["metrics"]):
+            cells = [_cell(cell, is_share(metric)) for cell in metric["models"]]
+            first = (f"{row['task']}{shots}", str(row["samples"])) if index == 0 else ("", "")
+            label = metric["metric"] + (f" ({metric['filter']})" if "filter" in metric else "")
+            table.add_row(first[0], label, first[1], *cells)
+    if result["average"]:
+        table.add_section()
+        tasks = len(result["average"]["tasks"])
+        cells = [_cell(cell, True) for cell in result["average"]["models"]]
+        table.add_row(f"mean of {tasks} tasks", "", "", *cells)
+    console.print(table)
+    if len(names) > 1:
+        console.out(NOISE, highlight=False)
+
+
+def _cell(cell: dict[str, Any], share: bool) -> str:
+    """Value ± standard error, in percent of a share, and the difference where there is one: 43.2 ± 2.2 (−1.4 ≈)."""
+    if not isinstance(cell["value"], (int, float)):
+        return "–"
+    scale, digits = (100.0, 1) if share else (1.0, 3)
+    text = f"{scale * cell['value']:.{digits}f}"
+    if cell["stderr"] is not None:
+        text += f" ± {scale * cell['stderr']:.{digits}f}"
+    if cell["difference"] is None:
+        return text
+    return text + f" ({scale * cell['difference']:+.{digits}f}{' ≈' if cell['within_noise'] else ''})"
+
+
+def _retrieval(result: dict[str, Any], names: list[str], console: Any) -> None:
+    from rich.table import Column, Table
+
+    found = result["retrieval"]
+    console.out("retrieval: needles found again, by length of the text in tokens", highlight=False)
+    table = Table(
+        "",
+        *(Column(str(length), justify="right") for length in found["lengths"]),
+        Column("all", justify="right"),
+    )
+    for name, model in zip(names, found["models"], strict=True):
+        shares = [sum(row) / len(row) for row in model["recalled"]]
+        table.add_row(name, *(f"{share:.0%}" for share in shares), f"{model['share']:.0%}")
+    console.print(table)

@@ -1,1 +1,0 @@
-"""Adapter folders: written new beside a donor, read, merged. What an adapter computes is in `convert/hydra`."""

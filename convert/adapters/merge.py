@@ -1,0 +1,142 @@
+"""An adapter folded into its base model: a plain checkpoint, written one tensor at a time."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.errors import AdapterError, MhconvertError
+from mhconvert.progress import Listener, Progress, ignore
+
+from ..checkpoint import provenance
+from ..donor import hub_download
+from ..donor.donor import Donor
+from ..layer_pass.cost_estimate import SLACK_BYTES
+from ..methods.hydra.branches import merged_bias, merged_weight
+from ..storage import shard_writer
+from ..storage.dtype_cast import DTYPES, cast
+from ..storage.output_folder import whole_folder
+from . import card
+from .saved_adapter import AdapterFolder, open_adapter, open_base, output_folder
+from .shape_check import require_fit
+
+
+def run(
+    reference: str,
+    output: str | None = None,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """See `mhconvert.api.merge`."""
+    begun, tell = time.perf_counter(), on_progress or ignore
+    adapter = open_adapter(reference, base)
+    limit = shard_writer.byte_size(max_shard_size)
+    donor = open_base(adapter, tell, trust_remote_code=trust_remote_code)
+    asked = _dtype(dtype)
+    place = output_folder(output, "merged", adapter, donor, force)
+    _require_untied(adapter, donor)
+    require_fit(adapter, donor)
+    source = donor.published
+    _require_published(adapter, donor)
+    dtypes = {name: asked or source.dtype(name) for name in source.names()}
+    report: dict[str, Any] = {
+        "adapter": reference,
+        "base": adapter.base,
+        "method": adapter.method,
+        "output": str(place),
+        "dtype": str(asked or donor.dtype).removeprefix("torch."),
+        "modules": sorted(adapter.modules),
+        "replaced": sorted(adapter.replaced),
+        "output_bytes": sum(
+            source.nbytes(name) // source.dtype(name).itemsize * dtypes[name].itemsize
+            for name in source.names()
+        ),
+    }
+    with whole_folder(place, report["output_bytes"] + SLACK_BYTES, force=force) as folder:
+        writer = shard_writer.ShardWriter(folder, limit, len(source.names()))
+        for done, (name, tensor) in enumerate(_tensors(adapter, donor, dtypes), 1):
+            writer.add(name, cast(name, tensor, dtypes[name]))
+            tell(Progress("merge", done, len(source.names())))
+        writer.finish()
+        _write_rest(folder, adapter, donor, asked or donor.dtype, report)
+    tell(Progress("done", 1, 1, str(place)))
+    return report | {"seconds": time.perf_counter() - begun}
+
+
+def _tensors(
+    adapter: AdapterFolder, donor: Donor, dtypes: dict[str, torch.dtype]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the base model as it is published, those that the adapter changes with their change.
+
+    A changed tensor is rounded to its stored dtype, or to the one that it is written in where that is wider.
+    """
+    for name in donor.published.names():
+        tensor = (
+            adapter.read(adapter.replaced[name]) if name in adapter.replaced else donor.published.read(name)
+        )
+        module, _, kind = name.rpartition(".")
+        if module in adapter.modules and kind in ("weight", "bias"):
+            own = tensor.to(torch.promote_types(tensor.dtype, dtypes[name]))
+            change = merged_weight if kind == "weight" else merged_bias
+            tensor = change(own, [adapter.branches(module)])
+            added = adapter.added_bias(module) if kind == "bias" else None
+            tensor = tensor if added is None else (tensor + added).to(own.dtype)
+            if not torch.isfinite(tensor).all():
+                narrow = ", or float16 is too narrow: --dtype bfloat16" if own.dtype == torch.float16 else ""
+                raise AdapterError(
+                    f"{adapter.file}: merging it makes {name} infinite; the adapter has diverged{narrow}"
+                )
+        yield name, tensor
+
+
+def _require_untied(adapter: AdapterFolder, donor: Donor) -> None:
+    embedding = f"{donor.family.base}.{donor.family.embedding}.weight"
+    for name in ("lm_head.weight", embedding):
+        if donor.config.tie_word_embeddings and name in adapter.replaced:
+            raise AdapterError(
+                f"{adapter.file} holds {name} of its own, and in {donor.reference} head and embedding are one tensor; "
+                "merge it in Python, where peft unties them: PeftModel.merge_and_unload"
+            )
+
+
+def _require_published(adapter: AdapterFolder, donor: Donor) -> None:
+    """Raises AdapterError where a tensor that changes is stored under another name than transformers' classes have."""
+    changed = {f"{module}.weight" for module in adapter.modules} | set(adapter.replaced)
+    for name in sorted(changed - set(donor.published.names())):
+        raise AdapterError(
+            f"{adapter.file} changes {name}, which {donor.reference} stores under another name, as mixtures of experts "
+            "do; merge it in Python: PeftModel.merge_and_unload"
+        )
+
+
+def _dtype(wanted: str | None) -> torch.dtype | None:
+    """The dtype of every tensor; None: each as it is stored."""
+    if wanted is not None and wanted not in DTYPES:
+        raise MhconvertError(f"dtype '{wanted}' is not one of {', '.join(DTYPES)}")
+    return DTYPES[wanted] if wanted is not None else None
+
+
+def _write_rest(
+    folder: Path, adapter: AdapterFolder, donor: Donor, dtype: torch.dtype, report: dict[str, Any]
+) -> None:
+    """Config, tokenizer (the adapter's, where it has one), card and where all of it came from."""
+    config = copy.deepcopy(donor.config)
+    config.dtype = dtype
+    config.architectures = [type(donor.skeleton()).__name__]
+    donor.copy_files(folder)
+    for file in sorted({f for pattern in hub_download.TEXT_FILES for f in adapter.folder.glob(pattern)}):
+        (folder / file.name).write_bytes(file.read_bytes())
+    config.save_pretrained(folder)
+    card.write(folder, Path(report["output"]).name, donor, card.about_merged(report), library="transformers")
+    provenance.record(folder, donor, merged=report)

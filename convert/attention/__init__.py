@@ -1,0 +1,1 @@
+"""The mathematics of an attention layer: weights, projections, rotary embeddings, statistics, linear algebra."""

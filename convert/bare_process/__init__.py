@@ -1,0 +1,1 @@
+"""Loading a checkpoint in a process without mhconvert, as its users do."""

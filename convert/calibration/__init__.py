@@ -1,0 +1,1 @@
+"""Calibration text: documents, token rows, and the rows of a conversion."""

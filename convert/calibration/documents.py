@@ -1,0 +1,106 @@
+"""Text as people keep it: files, globs, dataset names → documents."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mhconvert.errors import TextError
+
+TEXT_SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
+DATASET_DOCUMENTS = 2000  # read from a streamed dataset, unless characters are counted
+
+Chat = Callable[[list[dict[str, Any]]], str]  # messages -> text, by the tokenizer's template
+
+
+def read(source: str, *, chat: Chat | None = None, characters: int | None = None) -> list[list[str]]:
+    """The documents of each file that `source` stands for, or of the dataset of that name.
+
+    chat: for records with `messages` instead of `text`. characters: how many of a dataset's are enough.
+    Raises TextError for what is missing or unreadable.
+    """
+    paths = files(source)
+    return [_file(path, chat) for path in paths] if paths else [_dataset(source, chat, characters)]
+
+
+def check_sources(sources: tuple[str, ...]) -> None:
+    """Raises TextError for a file that is not there, a pattern without a match, or a folder. Reads nothing."""
+    for source in sources:
+        for path in files(source):
+            if not os.access(path, os.R_OK):
+                reason = "no permission" if path.exists() else "there is no such file"
+                raise TextError(f"text file {path} cannot be read: {reason}")
+
+
+def files(source: str) -> list[Path]:
+    """The files that `source` stands for; none when it can only be the name of a dataset."""
+    source = os.path.expanduser(source)  # the shell leaves a quoted ~ alone
+    path = Path(source)
+    if glob.has_magic(source) and not path.is_file():
+        paths = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
+        if not paths:
+            raise TextError(f"no text file matches '{source}'")
+        return paths
+    if path.is_file() or path.suffix in TEXT_SUFFIXES:
+        return [path]
+    if path.is_dir():
+        raise TextError(f"'{source}' is a folder; name its files, for example '{source}/*.jsonl'")
+    return []
+
+
+def _file(path: Path, chat: Chat | None) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise TextError(f"text file {path} cannot be read: {reason}") from error
+    if path.suffix != ".jsonl":
+        return [content]
+    found = []
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() also breaks inside strings
+        if not line.strip():
+            continue
+        try:
+            found.append(_text(json.loads(line), chat))
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = "a 'text' field" if chat is None else "a 'text' or 'messages' field"
+            raise TextError(f"text file {path}, line {number}: not a JSON object with {wanted}") from error
+    return found
+
+
+def _text(record: dict[str, Any], chat: Chat | None) -> str:
+    if chat is not None and "text" not in record:
+        return chat(record["messages"])
+    text = record["text"]
+    if not isinstance(text, str):
+        raise TypeError("text is no string")
+    return text
+
+
+def _dataset(name: str, chat: Chat | None, characters: int | None) -> list[str]:
+    """The first documents of a dataset, streamed: `name`, `name:config`; its train split."""
+    import datasets
+
+    identifier, _, config = name.partition(":")
+    try:
+        stream = datasets.load_dataset(identifier, config or None, split="train", streaming=True)
+        texts = (_text(row, chat) for row in stream)
+        if characters is None:
+            return list(islice(texts, DATASET_DOCUMENTS))
+        return list(_enough(texts, characters))
+    except Exception as error:  # the datasets library raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise TextError(f"'{name}' is neither a file nor a dataset that can be read: {reason}") from error
+
+
+def _enough(texts: Iterable[str], characters: int) -> Iterable[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return

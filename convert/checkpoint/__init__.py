@@ -1,0 +1,1 @@
+"""What a converted checkpoint says of itself: method, origin, hashes, model card."""

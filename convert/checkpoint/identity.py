@@ -1,0 +1,41 @@
+"""What a folder is: a converted checkpoint and of which method, or an export."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from ..methods.registry import METHODS
+from ..storage.folder_kind import is_adapter
+from .provenance import PROVENANCE
+
+
+def converted_method(reference: str) -> str | None:
+    """The method whose architecture the folder `reference` has; None where it has none of ours."""
+    try:
+        config = json.loads((Path(reference) / "config.json").read_text(encoding="utf-8"))
+        method = str(config.get("model_type", "")).split("_")[0]
+    except (OSError, ValueError, AttributeError):
+        return None
+    return method if method in METHODS else None
+
+
+def made_by(reference: str) -> str | None:
+    """The method that made the folder `reference`: by its architecture, or by its provenance if that is a stock one."""
+    method = converted_method(reference)
+    if method is None and not is_adapter(Path(reference)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads((Path(reference) / PROVENANCE).read_text(encoding="utf-8"))
+            method = record["exported" if "exported" in record else "recipe"]["method"]
+    return method if method in METHODS else None
+
+
+def exported(reference: str) -> bool:
+    """Whether the folder `reference` is a whole model that `mhconvert export` wrote."""
+    folder = Path(reference).expanduser()
+    try:
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and "exported" in record and not is_adapter(folder)

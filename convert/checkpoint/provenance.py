@@ -1,0 +1,77 @@
+"""What a checkpoint carries beside its weights: config and code, tokenizer, and where it came from."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from mhconvert.library_versions import versions
+
+from ..bare_process.child import peak_memory
+from ..donor.donor import Donor
+from ..methods.registry import Method
+from ..recipe.recipe import Recipe, save_recipe
+from ..storage.atomic_files import sha256, write_json
+
+PROVENANCE = "mhconvert.json"
+RECIPE = "recipe.yaml"
+EVALUATION = "evaluation.json"  # what `mhconvert eval --record` leaves for the card on the Hub
+
+
+def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype) -> None:
+    """config.json, tokenizer and generation settings; for a model class of ours `auto_map` and the files it names."""
+    donor.copy_files(folder)
+    write_model_config(folder, method.finish(), method.model_class, method.decoder_class, dtype)
+    if not (folder / "generation_config.json").is_file():
+        donor.generation_config().save_pretrained(folder)
+
+
+def write_model_config(folder: Path, config: Any, model: Any, decoder: Any, dtype: torch.dtype) -> None:
+    """config.json; where `model` is a class of ours, with `auto_map` and the files it names. decoder: its stack."""
+    config.dtype = dtype
+    config.architectures = [model.__name__]
+    files, siblings = list[Path](), list[Path]()
+    if needs_remote_code(model):
+        files = [Path(inspect.getfile(kind)) for kind in (type(config), model)]
+        siblings = [Path(name) for name in get_relative_import_files(files[1])]
+        config.auto_map = {
+            "AutoConfig": f"{files[0].stem}.{type(config).__name__}",
+            "AutoModel": f"{files[1].stem}.{decoder.__name__}",
+            "AutoModelForCausalLM": f"{files[1].stem}.{model.__name__}",
+        }
+    config.save_pretrained(folder)
+    for file in {*files, *siblings}:
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+def needs_remote_code(model_class: Any) -> bool:
+    """Whether a checkpoint of this class carries the files that define it."""
+    return not model_class.__module__.startswith("transformers.")
+
+
+def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[str, Any]) -> None:
+    """mhconvert.json: the recipe as run, versions, each layer's error, and hashes of the files; recipe.yaml."""
+    save_recipe(recipe, folder / RECIPE)
+    record(folder, donor, recipe=report["recipe"], layers=report["layers"])
+
+
+def record(folder: Path, donor: Donor, **facts: Any) -> None:
+    """mhconvert.json: `facts`, the donor, versions, and hashes of the files that are there."""
+    origin = {"reference": donor.reference, "hub_id": donor.hub_id, "licence": donor.licence}
+    found = {"donor": origin, "versions": versions(), "sha256": hashes(folder)}
+    write_json(folder / PROVENANCE, facts | found)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in `folder` but the one that will hold them."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name != PROVENANCE)
+    return {file.name: sha256(file) for file in files}
+
+
+def peak_rss() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    return peak_memory()

@@ -1,0 +1,1 @@
+"""A donor: its reference resolved to config, tokenizer and lazily read tensors."""

@@ -1,0 +1,100 @@
+"""Mixtures of experts as they are published: one tensor for each expert, where transformers' classes have one for all.
+
+…experts.0.w1.weight (gate), …experts.0.w3.weight (up)  ->  …experts.gate_up_proj (experts, 2 · width, hidden)
+…experts.0.w2.weight (down)                             ->  …experts.down_proj (experts, hidden, width)
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from mhconvert.errors import CheckpointError
+
+from ..storage.safetensors_reader import TensorSource
+
+EXPERT = re.compile(r"(?P<block>.*\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
+PARTS = {  # published name -> (the fused tensor, its place in it)
+    "w1": ("gate_up_proj", 0),
+    "gate_proj": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "up_proj": ("gate_up_proj", 1),
+    "w2": ("down_proj", 0),
+    "down_proj": ("down_proj", 0),
+}
+RENAMED = {  # model type -> (published part of a name, transformers')
+    "mixtral": ((".block_sparse_moe.", ".mlp."),),
+    "granitemoe": (
+        (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+        (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+        (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
+    ),
+}
+
+
+def by_transformers_names(source: TensorSource, model_type: str) -> TensorSource:
+    """`source` itself where it has no experts of its own, else the same tensors as transformers' classes name them."""
+    renamed = _FusedExperts(source, RENAMED.get(model_type, ()))
+    return source if renamed.names() == source.names() else renamed
+
+
+class _FusedExperts:
+    """Raises CheckpointError at construction when an expert lacks a tensor that the others have."""
+
+    def __init__(self, source: TensorSource, renamed: tuple[tuple[str, str], ...]) -> None:
+        self._source = source
+        self._stored: dict[str, dict[tuple[int, int], str]] = {}  # name -> {(expert, place): stored name}
+        for stored in source.names():
+            name, key = stored, (0, 0)
+            for published, ours in renamed:
+                name = name.replace(published, ours)
+            match = EXPERT.fullmatch(name)
+            if match and match["part"] in PARTS:
+                fused, place = PARTS[match["part"]]
+                name, key = f"{match['block']}.{fused}", (int(match["expert"]), place)
+            self._stored.setdefault(name, {})[key] = stored
+        for name, pieces in self._stored.items():
+            experts, places = ({key[axis] for key in pieces} for axis in (0, 1))
+            if len(pieces) != (max(experts) + 1) * (max(places) + 1):
+                raise CheckpointError(
+                    f"{name}: an expert of 0 … {max(experts)} lacks a tensor; download it again"
+                )
+
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        pieces = self._pieces(name)
+        rows, *rest = self._source.shape(pieces[0, 0])
+        if self._plain(name):
+            return (rows, *rest)
+        experts, places = (max(key[axis] for key in pieces) + 1 for axis in (0, 1))
+        return (experts, places * rows, *rest)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(self._pieces(name)[0, 0])
+
+    def nbytes(self, name: str) -> int:
+        return sum(self._source.nbytes(stored) for stored in self._pieces(name).values())
+
+    def read(self, name: str) -> Tensor:
+        pieces = self._pieces(name)
+        if self._plain(name):
+            return self._source.read(pieces[0, 0])
+        experts, rows, *rest = self.shape(name)
+        whole = torch.empty(experts, rows, *rest, dtype=self.dtype(name))
+        for (expert, place), stored in pieces.items():
+            tensor = self._source.read(stored)
+            whole[expert, place * len(tensor) : (place + 1) * len(tensor)] = tensor
+        return whole
+
+    def _plain(self, name: str) -> bool:
+        """Whether the tensor is stored as it is, under whatever name."""
+        return EXPERT.fullmatch(next(iter(self._pieces(name).values()))) is None
+
+    def _pieces(self, name: str) -> dict[tuple[int, int], str]:
+        if name not in self._stored:
+            raise CheckpointError(f"tensor {name} is not in the checkpoint")
+        return self._stored[name]

@@ -1,0 +1,197 @@
+"""Config, tokenizer and generation settings of a GGUF file, from its metadata alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from mhconvert.errors import CheckpointError, UnsupportedError
+
+from .gguf_reader import ROPE_FACTORS, GGUFHeader, dequantised, kv_heads, require_readable
+
+SPECIAL_IDS = ("bos", "eos", "padding", "unknown")
+CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types that must never be cut into pieces
+
+_GPT2 = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_STEPS = [
+    pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+]
+# How the text was cut before the merges were learned (`tokenizer.ggml.pre`), as in the published tokenizers.
+PRE_TOKENIZERS: dict[str, list[Any]] = {
+    "gpt-2": _GPT2,
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), *_GPT2],
+    "llama-bpe": _LLAMA3_STEPS,
+    "llama3": _LLAMA3_STEPS,
+    "llama-v3": _LLAMA3_STEPS,
+}
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+
+def gguf_config(header: GGUFHeader) -> Any:
+    """The transformers config of `header`'s model, dtype float32 (what its tensors dequantise to).
+
+    Raises UnsupportedError for a RoPE scaling that the file does not state in full, CheckpointError for
+    missing facts.
+    """
+    require_readable(header)
+    ids = special_ids(header)
+    try:
+        hidden, heads = int(header.fact("embedding_length")), int(header.fact("attention.head_count"))
+        head_dim = int(
+            header.fact("attention.key_length", header.fact("rope.dimension_count", hidden // heads))
+        )
+        common: dict[str, Any] = {
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads(header),
+            "head_dim": head_dim,
+            "num_hidden_layers": int(header.fact("block_count")),
+            "intermediate_size": int(header.fact("feed_forward_length")),
+            "vocab_size": header.tensors["token_embd.weight"].shape[0],
+            "max_position_embeddings": int(header.fact("context_length")),
+            "rms_norm_eps": float(header.fact("attention.layer_norm_rms_epsilon")),
+            "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+            "tie_word_embeddings": "output.weight" not in header.tensors,
+            "bos_token_id": ids["bos"],
+            "eos_token_id": ids["eos"],
+            "pad_token_id": ids["padding"],
+        }
+        config: Any
+        if header.architecture == "gemma3":
+            config = _gemma3_config(header, common)
+        else:
+            config = LlamaConfig(**common, rope_parameters=_rope(header, head_dim))
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{header.path} lacks a fact about its model ({error}); use another file"
+        ) from error
+    config.architectures = ["LlamaForCausalLM" if header.architecture == "llama" else "Gemma3ForCausalLM"]
+    config.dtype = torch.float32
+    return config
+
+
+GEMMA3_27B_LAYERS = 62  # the one size whose scores are not scaled by the root of head_dim
+
+
+def _gemma3_config(header: GGUFHeader, common: dict[str, Any]) -> Gemma3TextConfig:
+    """Gemma 3's layers are local but for every sixth, and the local ones turn by a base of their own."""
+    hidden, heads, head_dim = (common[key] for key in ("hidden_size", "num_attention_heads", "head_dim"))
+    largest = common["num_hidden_layers"] == GEMMA3_27B_LAYERS
+    local = {"rope_type": "default", "rope_theta": float(header.fact("rope.freq_base_swa", 10000.0))}
+    return Gemma3TextConfig(
+        **common,
+        query_pre_attn_scalar=hidden // heads if largest else head_dim,
+        sliding_window=int(header.fact("attention.sliding_window")),
+        rope_parameters={"sliding_attention": local, "full_attention": _rope(header, head_dim)},
+    )
+
+
+def gguf_generation_config(header: GGUFHeader) -> GenerationConfig:
+    """Start, end and padding tokens as the file states them."""
+    ids = special_ids(header)
+    return GenerationConfig(bos_token_id=ids["bos"], eos_token_id=ids["eos"], pad_token_id=ids["padding"])
+
+
+def special_ids(header: GGUFHeader) -> dict[str, int | None]:
+    """Token ids of `SPECIAL_IDS`, None where the file has none."""
+    return {name: header.facts.get(f"tokenizer.ggml.{name}_token_id") for name in SPECIAL_IDS}
+
+
+def gguf_tokenizer(header: GGUFHeader) -> Any:
+    """The tokenizer that the file describes, with its chat template; UnsupportedError for an unknown one."""
+    kind, pre = header.facts.get("tokenizer.ggml.model"), header.facts.get("tokenizer.ggml.pre")
+    if kind == "llama":  # sentencepiece: transformers rebuilds it exactly
+        return AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise UnsupportedError(
+            f"{header.path} has tokenizer '{kind}' with pre-tokenizer '{pre}'; known are llama, "
+            f"and gpt2 with {known}; use the model's safetensors folder"
+        )
+    tokens = header.facts["tokenizer.ggml.tokens"]
+    names = {name: tokens[at] for name, at in special_ids(header).items() if at is not None}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level(header, tokens, pre, names.get("bos")),
+        bos_token=names.get("bos"),
+        eos_token=names.get("eos"),
+        pad_token=names.get("padding"),
+        unk_token=names.get("unknown"),
+        model_max_length=int(header.fact("context_length")),
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = header.facts.get("tokenizer.chat_template")
+    return fast
+
+
+def _byte_level(header: GGUFHeader, tokens: list[str], pre: str, bos: str | None) -> Tokenizer:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in header.facts["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_NAMES))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = header.facts.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    whole = [
+        (token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, USER_DEFINED)
+    ]
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t, k in whole if k == CONTROL]
+    )
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in whole if k == USER_DEFINED])
+    if bos and header.facts.get("tokenizer.ggml.add_bos_token", pre in LLAMA3_NAMES):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
+        )
+    return tokenizer
+
+
+def _rope(header: GGUFHeader, head_dim: int) -> dict[str, Any]:
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": float(header.fact("rope.freq_base", 10000.0)),
+    }
+    rotated = int(header.fact("rope.dimension_count", head_dim))
+    if rotated != head_dim:
+        rope["partial_rotary_factor"] = rotated / head_dim
+    scaling = header.fact("rope.scaling.type", "none")
+    if scaling == "linear":
+        return rope | {"rope_type": "linear", "factor": float(header.fact("rope.scaling.factor"))}
+    if scaling != "none":
+        raise UnsupportedError(
+            f"{header.path} scales RoPE by '{scaling}', which GGUF does not state in full; "
+            "use the model's safetensors folder"
+        )
+    return (
+        rope | _llama3_scaling(header, rope["rope_theta"], head_dim)
+        if ROPE_FACTORS in header.tensors
+        else rope
+    )
+
+
+def _llama3_scaling(header: GGUFHeader, theta: float, head_dim: int) -> dict[str, Any]:
+    """The llama3 parameters behind the file's per-frequency divisors; known only when all of them agree."""
+    divisors = dequantised(header.path, header.tensors[ROPE_FACTORS])
+    known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    factor = float(divisors.max())
+    wavelengths = 2 * torch.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    smooth = ((8192 / wavelengths - 1.0) / 3.0).clamp(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if expected.shape != divisors.shape or not torch.allclose(expected, divisors.double(), rtol=1e-4):
+        raise UnsupportedError(
+            f"{header.path} carries RoPE factors (rope_freqs) other than Llama 3's; "
+            "use the model's safetensors folder"
+        )
+    return {"rope_type": "llama3", "factor": factor, **known}

@@ -1,0 +1,230 @@
+"""GGUF files: one quick pass over the metadata, then tensors one at a time, dequantised."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from mhconvert.errors import CheckpointError, UnsupportedError
+
+from ..storage.safetensors_reader import read_bytes, require_finite
+from .gguf_names import ARCHITECTURES
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+BLOCK = 1 << 22  # elements dequantised together, so that reading needs little more than the tensor itself
+
+ROPE_FACTORS = (
+    "rope_freqs.weight"  # per-frequency divisors; the config's business (gguf_model.py), not a weight
+)
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor as stored: `shape` rows first (the file has it reversed), `offset` from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) * size // block
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """A file's metadata (plain Python values; arrays are lists) and its tensors by llama.cpp's name."""
+
+    path: Path
+    facts: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.facts.get("general.architecture"))
+
+    def fact(self, key: str, default: Any = None) -> Any:
+        """A metadata value of the file's architecture: `block_count` is `llama.block_count`."""
+        return self.facts.get(f"{self.architecture}.{key}", default)
+
+
+def read_gguf_header(path: Path) -> GGUFHeader:
+    """Metadata of the GGUF file `path`. Raises CheckpointError when it is damaged, truncated or no GGUF."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            if stream.read(4) != MAGIC:
+                raise CheckpointError(f"{path} is not a GGUF file")
+            version, tensor_count, fact_count = struct.unpack("<IQQ", stream.read(20))
+            if version not in VERSIONS:
+                raise CheckpointError(f"{path} is GGUF version {version}; 2 and 3 (little-endian) are read")
+            reader = _Reader(stream, size)
+            facts = {reader.string(): reader.value(reader.scalar(4)) for _ in range(fact_count)}
+            entries = [_tensor_entry(reader) for _ in range(tensor_count)]
+            alignment = int(facts.get("general.alignment", ALIGNMENT))
+            start = -(-stream.tell() // alignment) * alignment
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (struct.error, ValueError, KeyError, EOFError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} is truncated or not a valid GGUF file ({error})") from error
+    tensors = {t.name: GGUFTensor(t.name, t.shape, t.kind, start + t.offset) for t in entries}
+    end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
+    if end > size:
+        raise CheckpointError(f"{path} is truncated: {size} bytes of {end}; download it again")
+    return GGUFHeader(path, facts, tensors)
+
+
+class _Reader:
+    """Values of a GGUF header in file order; a length beyond the file's end is an EOFError."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self.stream, self.size = stream, size
+
+    def take(self, count: int) -> bytes:
+        if count > self.size or len(data := self.stream.read(count)) < count:
+            raise EOFError("the file ends inside its metadata")
+        return data
+
+    def scalar(self, kind: int) -> Any:
+        layout = "<" + SCALARS[kind]
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def string(self) -> str:
+        return self.take(self.scalar(10)).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            number = self.scalar(kind)
+            # 32-bit floats come back as people wrote them: 1e-05, not 9.999999747378752e-06.
+            return float(str(np.float32(number))) if SCALARS[kind] == "f" else number
+        item, count = self.scalar(4), self.scalar(10)
+        if item in (STRING, ARRAY):
+            return [self.value(item) for _ in range(count)]
+        layout = np.dtype(SCALARS[item]).newbyteorder("<")
+        return np.frombuffer(self.take(count * layout.itemsize), dtype=layout).tolist()
+
+
+def _tensor_entry(reader: _Reader) -> GGUFTensor:
+    name = reader.string()
+    shape = tuple(reader.scalar(10) for _ in range(reader.scalar(4)))
+    kind = GGMLQuantizationType(reader.scalar(4))
+    return GGUFTensor(name, shape[::-1], kind, reader.scalar(10))
+
+
+class GGUFSource:
+    """The weights of a GGUF file in fp32 and in transformers' row order.
+
+    Raises CheckpointError or UnsupportedError at construction for files that `read_gguf_header` or
+    `require_readable` refuse.
+    """
+
+    def __init__(self, path: Path, header: GGUFHeader | None = None) -> None:
+        self.path = Path(path)
+        self.header = header or read_gguf_header(self.path)
+        require_readable(self.header)
+        self._architecture = ARCHITECTURES[self.header.architecture]
+        stored = (tensor for tensor in self.header.tensors.values() if tensor.name != ROPE_FACTORS)
+        self._tensors = {self._architecture.hub_name(tensor.name): tensor for tensor in stored}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def nbytes(self, name: str) -> int:
+        return 4 * math.prod(self.shape(name))
+
+    def read(self, name: str) -> Tensor:
+        tensor = dequantised(self.path, self._entry(name))
+        require_finite(tensor, name, self.path)
+        if name.endswith("norm.weight"):
+            tensor -= self._architecture.norm_offset
+        if self._architecture.interleaved:
+            if name.endswith((".q_proj.weight", ".q_proj.bias")):
+                return _halves(tensor, self.header.fact("attention.head_count"))
+            if name.endswith((".k_proj.weight", ".k_proj.bias")):
+                return _halves(tensor, kv_heads(self.header))
+        return tensor
+
+    def _entry(self, name: str) -> GGUFTensor:
+        if name not in self._tensors:
+            raise CheckpointError(f"tensor {name} is not in {self.path}")
+        return self._tensors[name]
+
+
+def require_readable(header: GGUFHeader) -> None:
+    """Raises UnsupportedError when architecture, quantisation or split of `header` cannot be read."""
+    if header.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UnsupportedError(
+            f"{header.path} has GGUF architecture '{header.architecture}'; GGUF donors can be: {known} "
+            "(other families from safetensors)"
+        )
+    if header.facts.get("split.count", 1) > 1:
+        raise UnsupportedError(
+            f"{header.path} is one of {header.facts['split.count']} parts; merge them first"
+        )
+    if header.fact("expert_count", 0):
+        raise UnsupportedError(f"{header.path} is a mixture of experts, which is not supported as GGUF")
+    for tensor in header.tensors.values():
+        try:
+            _dequantise(np.zeros(GGML_QUANT_SIZES[tensor.kind][1], dtype=np.uint8), tensor.kind)
+        except (NotImplementedError, KeyError) as error:
+            raise UnsupportedError(
+                f"{header.path} stores {tensor.name} as {tensor.kind.name}, which cannot be read; "
+                "use an F16, Q8_0 or K-quant file"
+            ) from error
+
+
+def dequantised(path: Path, tensor: GGUFTensor) -> Tensor:
+    """The fp32 values of one stored tensor, equal to gguf's own `dequantize`; a block of rows at a time."""
+    raw = read_bytes(path, tensor.offset, tensor.nbytes).numpy()
+    values = torch.empty(tensor.shape, dtype=torch.float32)
+    flat = values.view(-1).numpy()
+    block, size = GGML_QUANT_SIZES[tensor.kind]
+    step = BLOCK // block
+    for first in range(0, raw.size // size, step):
+        part = _dequantise(raw[first * size : (first + step) * size], tensor.kind)
+        flat[first * block : first * block + part.size] = part
+    return values
+
+
+def kv_heads(header: GGUFHeader) -> int:
+    """How many key/value heads the file's model has."""
+    return int(header.fact("attention.head_count_kv", header.fact("attention.head_count")))
+
+
+def _dequantise(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    # gguf wants plain floats as floats and everything else as bytes.
+    if kind == GGMLQuantizationType.F32:
+        return raw.view("<f4")
+    if kind == GGMLQuantizationType.F16:
+        return raw.view("<f2").astype(np.float32)
+    return dequantize(raw, kind).reshape(-1)
+
+
+def _halves(weight: Tensor, heads: int) -> Tensor:
+    """Rows of one head: pairs (r0 i0 r1 i1 …), llama.cpp's RoPE order -> halves (r0 r1 … | i0 i1 …)."""
+    rows = weight.shape[0] // heads // 2
+    return weight.view(heads, rows, 2, -1).transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,140 @@
+"""Models on the Hugging Face Hub: only the files that are needed, and faults in words a person can act on.
+
+HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, hf_hub_url, snapshot_download
+
+from mhconvert.errors import CheckpointError
+
+from ..storage.safetensors_reader import no_weights
+
+TEXT_FILES = (  # how text becomes tokens and tokens become text
+    "tokenizer*.json",
+    "tokenizer*.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+)
+# What a converted checkpoint takes over from its donor, byte for byte.
+CARRIED_FILES = (*TEXT_FILES, "LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
+TOKENIZER_CODE = ("tokenization*.py",)  # run and carried over only with trust_remote_code
+CONFIG_FILES = ["config.json", "README.md", "mhconvert.json", *CARRIED_FILES, *TOKENIZER_CODE]
+WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+PROBE_SECONDS = 5.0
+# httpx or requests, whichever huggingface_hub is built on.
+TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (getattr(errors, "HTTPError", OSError), OSError)
+LOOKUP_ERRORS: tuple[type[BaseException], ...] = (*TRANSPORT_ERRORS, ValueError)
+
+
+def download_config(reference: str) -> Path:
+    """The snapshot folder of `org/name[@revision]` with config, tokenizer and licence, but no weights."""
+    repo, _, revision = reference.partition("@")
+    folder = _download(repo, revision or None, CONFIG_FILES)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(_incomplete(repo, folder))
+    return folder
+
+
+def download_weights(reference: str, *, revision: str) -> Path:
+    """The snapshot folder of `org/name` at the commit `revision` with its safetensors in it.
+
+    Raises CheckpointError when the repository has none, or cannot be had.
+    """
+    repo = reference.partition("@")[0]
+    folder = _download(repo, revision, WEIGHT_FILES)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(_incomplete(repo, folder))
+    return folder
+
+
+def unavailable(repo: str) -> str | None:
+    """None when `repo` is cached or the Hub answers for it within seconds; else the reason why not."""
+    try:
+        patterns = [*CONFIG_FILES, *WEIGHT_FILES]
+        cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
+        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
+            return None
+    except LOOKUP_ERRORS:
+        pass
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and it is not in the local cache"
+    outcome: list[str | None] = ["the Hub does not answer"]
+    # Name resolution obeys no timeout of ours, so the question is asked in a thread that can be left behind.
+    asker = threading.Thread(target=_ask, args=(repo, outcome), daemon=True)
+    asker.start()
+    asker.join(PROBE_SECONDS + 1)
+    return outcome[0]
+
+
+def _ask(repo: str, outcome: list[str | None]) -> None:
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=PROBE_SECONDS)
+        outcome[0] = None
+    except errors.HfHubHTTPError as error:
+        outcome[0] = f"the Hub refuses it ({type(error).__name__})"
+    except Exception as error:  # whatever it is, the fallback is the answer, and the reason is shown
+        outcome[0] = f"the Hub cannot be reached ({type(error).__name__})"
+
+
+def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError as error:
+        page = f"{constants.ENDPOINT}/{repo}"
+        raise CheckpointError(
+            f"{repo} is gated: accept its terms at {page}, then run 'hf auth login' or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo} has no revision '{revision}' on the Hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo} is not on the Hub (nor a folder here); check the name, or for a private model "
+            "run 'hf auth login' or set HF_TOKEN"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(_unreachable(repo, error.__cause__)) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"'{repo}' is not a Hub id (org/name)") from error
+    except TRANSPORT_ERRORS as error:
+        raise CheckpointError(f"{repo} cannot be downloaded: {_one_line(error)}") from error
+
+
+def _unreachable(repo: str, cause: BaseException | None) -> str:
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{repo} is not in the local cache and HF_HUB_OFFLINE is set; unset it, "
+            "or give a folder or .gguf file"
+        )
+    if isinstance(cause, errors.HfHubHTTPError):
+        return f"{repo} cannot be downloaded: {_one_line(cause)}"
+    return (
+        f"{repo} cannot be downloaded: {constants.ENDPOINT} cannot be reached and the local cache lacks it; "
+        "check the connection, or give a folder or .gguf file"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _incomplete(repo: str, folder: Path) -> str:
+    """Why the snapshot `folder` lacks what was asked for: the repository does, or only a part of it is cached."""
+    try:
+        names = HfApi().list_repo_files(repo, revision=folder.name)
+    except LOOKUP_ERRORS as error:
+        return _unreachable(repo, error)
+    if "config.json" not in names and not any(name.endswith((".gguf", ".bin")) for name in names):
+        return f"{repo} on the Hub has no config.json: not a transformers model"
+    return no_weights(f"{repo} on the Hub", names)

@@ -1,0 +1,1 @@
+"""Exports of decoupled heads (method dha)."""

@@ -1,0 +1,202 @@
+"""The folder that an export of a DHA checkpoint is, written with one layer in memory at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.errors import OutputError
+from mhconvert.library_versions import versions
+from mhconvert.progress import Listener, Progress
+
+from ... import open_model
+from ...checkpoint import provenance
+from ...checkpoint.card_front_matter import front_matter
+from ...donor import hub_download
+from ...layer_pass.cost_estimate import SLACK_BYTES
+from ...storage.atomic_files import write_json
+from ...storage.output_folder import check_free, whole_folder
+from ...storage.shard_writer import ShardWriter, byte_size
+from .. import same_outputs
+from .head_groups import GroupPlan, cached_heads, regrouped
+from .source_checkpoint import DHACheckpoint
+
+SHARD = "5GB"
+LAYERS = "model.layers."
+ATTENTION = "self_attn."
+INPUTS = ("q_proj", "k_proj", "v_proj")
+OUTPUT_BIAS = "o_proj.bias"
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a checkpoint becomes. values: config.json. plans: its layers. biased: which of q_proj, k_proj, v_proj and
+    o_proj have biases. width: of the MLP, where hidden units that compute nothing fill it up; None: as it is.
+    code: files that are shipped. facts: go into the report. note: how to load it, for the card.
+    """
+
+    to: str
+    architecture: str
+    values: dict[str, Any]
+    plans: list[GroupPlan]
+    biased: tuple[str, ...]
+    width: int | None = None
+    code: tuple[Path, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def tensors(checkpoint: DHACheckpoint, target: Target, read: Read) -> Iterator[dict[str, Tensor]]:
+    """Everything that the export holds, by its names: what is outside the layers, then one layer at a time."""
+    names = checkpoint.source.names()
+    yield {name: read(name) for name in names if not name.startswith(LAYERS)}
+    for index, plan in enumerate(target.plans):
+        prefix = f"{LAYERS}{index}."
+        layer = {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
+        attention = {n.removeprefix(ATTENTION): layer.pop(n) for n in list(layer) if n.startswith(ATTENTION)}
+        attention = _biased(regrouped(attention, plan, checkpoint.head_dim), target.biased)
+        if target.width is not None:
+            layer = {name: _filled(name, tensor, target.width) for name, tensor in layer.items()}
+        layer |= {ATTENTION + name: tensor for name, tensor in attention.items()}
+        yield {prefix + name: tensor for name, tensor in layer.items()}
+
+
+def _biased(attention: dict[str, Tensor], biased: tuple[str, ...]) -> dict[str, Tensor]:
+    """Zeros where a bias is asked for and there is none; without the one that is all zeros where none is."""
+    for projection in (*INPUTS, "o_proj"):
+        weight, name = attention[f"{projection}.weight"], f"{projection}.bias"
+        if projection in biased:
+            attention.setdefault(name, weight.new_zeros(len(weight)))
+        elif name == OUTPUT_BIAS:
+            attention.pop(name, None)
+    return attention
+
+
+def _filled(name: str, tensor: Tensor, width: int) -> Tensor:
+    """Hidden units of the MLP that are zero: silu(0) · 0 goes into a column of zeros."""
+    if name in ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.gate_proj.bias", "mlp.up_proj.bias"):
+        return torch.cat([tensor, tensor.new_zeros(width - len(tensor), *tensor.shape[1:])])
+    if name == "mlp.down_proj.weight":
+        return torch.cat([tensor, tensor.new_zeros(len(tensor), width - tensor.shape[1])], dim=1)
+    return tensor
+
+
+def shapes(checkpoint: DHACheckpoint, target: Target) -> dict[str, Tensor]:
+    """What `tensors` will give, on the meta device: no weight is read."""
+    source = checkpoint.source
+
+    def on_meta(name: str) -> Tensor:
+        return torch.empty(source.shape(name), dtype=source.dtype(name), device="meta")
+
+    return {name: t for part in tensors(checkpoint, target, on_meta) for name, t in part.items()}
+
+
+def write(
+    checkpoint: DHACheckpoint, target: Target, output: str | None, force: bool, verify: bool, tell: Listener
+) -> dict[str, Any]:
+    """The export as a folder that appears when it is whole and, with `verify`, proven; returns the report.
+
+    Raises OutputError where the folder exists or the disk is too small.
+    """
+    place = Path(output) if output else Path(f"{checkpoint.folder.resolve().name}-{target.to}")
+    check_free(place, force, checkpoint.folder)
+    if place.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise OutputError(f"{place} is inside {checkpoint.folder}, which is only read; choose another -o")
+    coming = shapes(checkpoint, target)
+    report = _report(checkpoint, target, place) | target.facts
+    report["output_bytes"] = sum(t.numel() * t.element_size() for t in coming.values())
+    expected = _expected(checkpoint, tell) if verify else None
+    with whole_folder(place, report["output_bytes"] + SLACK_BYTES, force=force) as folder:
+        writer = ShardWriter(folder, byte_size(SHARD), len(coming))
+        for done, part in enumerate(tensors(checkpoint, target, checkpoint.source.read)):
+            for name, tensor in part.items():
+                writer.add(name, tensor)
+            tell(Progress("export", done, len(target.plans)))
+        writer.finish()
+        write_json(folder / "config.json", target.values)
+        for file in target.code:
+            shutil.copyfile(file, folder / file.name)
+        patterns = (*hub_download.CARRIED_FILES, *hub_download.TOKENIZER_CODE)
+        for file in sorted(
+            {f for pattern in patterns for f in checkpoint.folder.glob(pattern) if f.is_file()}
+        ):
+            shutil.copyfile(file, folder / file.name)
+        _write_card(folder, place.name, checkpoint, report, target.note)
+        if expected is not None:
+            tell(Progress("verify", 0, 1))
+            elements = report["kv_bytes_per_token"]["export"] / checkpoint.dtype.itemsize
+            report["verified"] = same_outputs.prove(
+                folder, expected, folder / "probe.tmp", exact=True, elements_per_token=elements
+            )
+        kept = {
+            name: checkpoint.record[name]
+            for name in ("recipe", "layers", "healed")
+            if name in checkpoint.record
+        }
+        found = {"donor": checkpoint.donor, "versions": versions(), "sha256": provenance.hashes(folder)}
+        write_json(folder / provenance.PROVENANCE, kept | {"exported": report} | found)
+    tell(Progress("done", 1, 1, str(place)))
+    return report
+
+
+def _expected(checkpoint: DHACheckpoint, tell: Listener) -> same_outputs.Expected:
+    opened = open_model.open_model(str(checkpoint.folder))
+    return same_outputs.expect(opened.model(), opened.tokenizer(), 0, tell)
+
+
+def _report(checkpoint: DHACheckpoint, target: Target, place: Path) -> dict[str, Any]:
+    heads = [plan.groups for plan in target.plans]
+    return {
+        "checkpoint": checkpoint.reference,
+        "source": str(checkpoint.folder.resolve()),
+        "method": "dha",
+        "to": target.to,
+        "output": str(place),
+        "architecture": target.architecture,
+        "heads_by_layer": heads,
+        "duplicated_heads": sum(plan.duplicated for plan in target.plans),
+        "kv_bytes_per_token": {
+            "checkpoint": cached_heads(checkpoint.maps) * checkpoint.head_bytes,
+            "export": 2 * sum(heads) * checkpoint.head_bytes,
+        },
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "biases": list(target.biased),
+        "exact": True,
+    }
+
+
+def _write_card(
+    folder: Path, name: str, checkpoint: DHACheckpoint, report: dict[str, Any], note: str
+) -> None:
+    cache = report["kv_bytes_per_token"]
+    copies = report["duplicated_heads"]
+    text = (
+        f"{checkpoint.donor.get('hub_id') or 'A pretrained model'} with fewer KV heads, converted by mhconvert (DHA) "
+        f"and exported as `{report['architecture']}`: it computes what its checkpoint computes. KV heads by layer: "
+        f"{', '.join(map(str, report['heads_by_layer']))}; {cache['export']:,} bytes of cache a token "
+        f"({report['dtype']})"
+    )
+    text += f", of which {copies} heads are copies that the architecture asks for.\n" if copies else ".\n"
+    text += f"{note}\n"
+    rows = [
+        f"| {engine} | {'yes' if loads else 'no'} | {how} |"
+        for engine, loads, how in report.get("engines", [])
+    ]
+    if rows:
+        text += "\n" + "\n".join(["| engine | loads it | |", "|---|---|---|", *rows]) + "\n"
+    head = front_matter(
+        library="transformers",
+        base=checkpoint.donor.get("hub_id"),
+        relation="finetune",
+        licence=checkpoint.donor.get("licence"),
+        tags=["mhconvert", "dha", "kv-cache"],
+    )
+    (folder / "README.md").write_text(f"{head}\n# {name}\n\n{text}", encoding="utf-8")

@@ -1,0 +1,148 @@
+"""`mhconvert export CKPT --to nemotron-nas`: a DHA checkpoint as a Llama whose layers differ in their KV heads.
+
+The format is that of DeciLM and Nemotron-NAS checkpoints. What is said of engines was read in their sources (vLLM's,
+SGLang's and llama.cpp's of 2026: models/nemotron_nas.py, conversion/deci.py); only transformers has been run on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from mhconvert.errors import ExportError
+from mhconvert.progress import Listener, ignore
+
+from . import configuration_nemotron_nas, modeling_nemotron_nas
+from .head_groups import GroupPlan
+from .output_folder import Target, write
+from .source_checkpoint import DHACheckpoint, open_dha
+from .to_llama import biases, llama_config, plan
+
+TO = "nemotron-nas"
+ARCHITECTURE = "DeciLMForCausalLM"
+FFN_STEP = 256  # engines round an MLP's width up to a multiple of it
+CODE = (configuration_nemotron_nas, modeling_nemotron_nas)
+Engine = tuple[str, bool, str]  # its name, whether it loads the export, how or why not
+
+
+def run(
+    reference: str,
+    output: str | None = None,
+    *,
+    force: bool = False,
+    duplicate: bool = False,
+    verify: bool = True,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint `reference` as a nemotron-nas one: K heads = V heads in each layer, in equal groups.
+
+    duplicate: cache copies of heads where a layer's groups do not come out equal. Returns checkpoint, method, to,
+    output, architecture, heads_by_layer, duplicated_heads, kv_bytes_per_token {checkpoint, export}, dtype, biases,
+    mlp_width {checkpoint, export}, engines, output_bytes, exact. An MLP is filled up with units that compute nothing
+    where its width is no multiple of 256. Raises ExportError naming what the format cannot hold, before a matrix is
+    read.
+    """
+    checkpoint = open_dha(reference, TO)
+    return write(checkpoint, target(checkpoint, duplicate), output, force, verify, on_progress or ignore)
+
+
+def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:
+    """The checkpoint in blocks. Raises ExportError where its own are not Llama's, or its groups are not equal."""
+    config = llama_config(checkpoint, TO)
+    if config.hidden_act != "silu":
+        raise ExportError(
+            f"{TO} cannot hold {checkpoint.reference}: hidden_act={config.hidden_act}, engines have silu"
+        )
+    plans = plan(checkpoint, duplicate, uniform=False, to=TO)
+    width = -(-config.intermediate_size // FFN_STEP) * FFN_STEP
+    widths = {"checkpoint": config.intermediate_size, "export": width}
+    config.intermediate_size = width
+    config.num_key_value_heads = max(plan.groups for plan in plans)
+    config.dtype = checkpoint.dtype
+    return Target(
+        TO,
+        ARCHITECTURE,
+        _values(config, plans),
+        plans,
+        biases(config),
+        width=width,
+        code=tuple(Path(inspect.getfile(module)) for module in CODE),
+        facts={
+            "mlp_width": widths,
+            "engines": engines(config, plans),
+        },
+        note="transformers loads it, and its tokenizer, with trust_remote_code=True; mhconvert need not be installed.",
+    )
+
+
+def ffn_mult(width: int, hidden_size: int) -> float:
+    """What engines make an MLP of `width` of: int(2 · ffn_mult · hidden_size / 3), rounded up to a multiple of 256."""
+    found = 3 * width / (2 * hidden_size)
+    assert -(-int(2 * found * hidden_size / 3) // FFN_STEP) * FFN_STEP == width
+    return found
+
+
+def engines(config: Any, plans: list[GroupPlan]) -> list[Engine]:
+    """Which engines load the export; `config`: Llama's, as it is exported."""
+    uneven = len({plan.groups for plan in plans}) > 1
+    rope = config.rope_parameters.get("rope_type", "default")
+    sglang = "wants the same number of KV heads in every layer" if uneven else None
+    llama_cpp = next(
+        (
+            reason
+            for reason, holds in {
+                f"has heads of hidden_size / num_attention_heads only, and these have {config.head_dim}": (
+                    config.head_dim * config.num_attention_heads != config.hidden_size
+                ),
+                f"its converter drops {rope} scaling of RoPE": rope not in ("default", "linear", "llama3"),
+            }.items()
+            if holds
+        ),
+        None,
+    )
+    if config.mlp_bias:
+        sglang = "drops the biases of the MLP"
+    return [
+        ("transformers", True, "trust_remote_code=True"),
+        ("vLLM", True, "--trust-remote-code, for the configuration's class; the model's is its own"),
+        ("SGLang", sglang is None, sglang or "--trust-remote-code, for the configuration's class"),
+        (
+            "llama.cpp",
+            llama_cpp is None,
+            llama_cpp or "after its own conversion to GGUF, where that knows the tokenizer",
+        ),
+    ]
+
+
+def _values(config: Any, plans: list[GroupPlan]) -> dict[str, Any]:
+    """config.json. RoPE is said twice: as transformers 5 reads it, and as SGLang and llama.cpp do."""
+    rope = dict(config.rope_parameters)
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    files = [Path(inspect.getfile(module)).stem for module in CODE]
+    block = {"ffn_mult": ffn_mult(config.intermediate_size, config.hidden_size), "no_op": False}
+    values = config.to_diff_dict() | {
+        "model_type": TO,
+        "architectures": [ARCHITECTURE],
+        "auto_map": {
+            "AutoConfig": f"{files[0]}.DeciLMConfig",
+            "AutoModel": f"{files[1]}.DeciLMModel",
+            "AutoModelForCausalLM": f"{files[1]}.{ARCHITECTURE}",
+        },
+        "block_configs": [
+            {
+                "attention": {
+                    "n_heads_in_group": plan.group_size,
+                    "no_op": False,
+                    "replace_with_linear": False,
+                },
+                "ffn": block | {"replace_with_linear": False},
+            }
+            for plan in plans
+        ],
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
+    }
+    if "original_max_position_embeddings" in scaling:  # llama.cpp looks for it here
+        values["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    return values

@@ -1,0 +1,1 @@
+"""Exports of latent attention (method mla)."""

@@ -1,0 +1,197 @@
+"""A portable latent-attention checkpoint as a stock class: dense DeepSeek-V3, or Youtu.
+
+`plan` refuses what the class would drop, from the config alone; `run` writes the folder and proves it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.errors import ExportError
+
+from ...families.refusals import STOCK_BLOCKS
+from ...storage.dtype_cast import cast
+from ...storage.safetensors_reader import SafetensorsSource
+from ..engine_support import padded_value
+from .deepseek_layer import EPS, Fold, LatentShape, dense_attention, fold, series_order, series_theta
+
+CLASSES = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
+ROPE_TYPES = {"deepseek_v3": ("default",), "youtu": ("default", "linear", "llama3")}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLAIN = {  # config keys that mean the same in the donor's class and in these
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("hidden_act", "max_position_embeddings", "initializer_range", "use_cache", "attention_dropout"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is written. orders: of each layer's rotary components."""
+
+    to: str
+    config: Any
+    shape: LatentShape
+    orders: list[list[int]]
+    dtype: torch.dtype
+
+    @property
+    def elements_per_token(self) -> int:
+        """That the cache holds, all layers."""
+        return (self.shape.kv_lora_rank + self.shape.qk_rope_head_dim) * self.config.num_hidden_layers
+
+
+def refusal(config: Any, to: str) -> str | None:
+    """What of the checkpoint the class `to` cannot hold, and what would be lost; None where it holds all."""
+    rope = config.rope_parameters or {}
+    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+    family = config.model_type.removeprefix("mla_")
+    reasons = {
+        f"{family} blocks are not Llama's, whose norms and MLP the class has": family not in STOCK_BLOCKS,
+        "kv_lora_rank differs from layer to layer, and the class has one (convert with --profile portable)": (
+            isinstance(config.kv_lora_rank, list)
+        ),
+        "kv_b_proj reads the rotary key too (convert with --profile portable)": config.rope_in_latent,
+        "o_proj has a bias, which the class would drop": config.attention_output_bias,
+        "q_proj and kv_a_proj_with_mqa have biases, which the class would drop": config.attention_input_bias,
+        f"qk_norm={config.qk_norm}, which the class does not have": config.qk_norm is not None,
+        f"attention_softcap={config.attention_softcap}, which the class does not have": config.attention_softcap
+        is not None,
+        "the MLP has biases, which the class would drop": bool(getattr(config, "mlp_bias", False)),
+        f"hidden_act={config.hidden_act}, and engines take silu alone": config.hidden_act != "silu",
+        f"a window of {config.layer_window(0)} tokens, which the class does not have": any(
+            config.layer_window(index) for index in range(config.num_hidden_layers)
+        ),
+        f"rope_type {kind}, whose frequencies engines would compute otherwise": kind not in ROPE_TYPES[to],
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None) or _rotary_refusal(config)
+
+
+def _rotary_refusal(config: Any) -> str | None:
+    if (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        return "RoPE turns a part of a head alone, which the class does not do"
+    steps = set()
+    for index in range(config.num_hidden_layers):
+        found = series_order(config.layer_frequencies(index))
+        if found is None:
+            return (
+                f"layer {index} turns with frequencies that are no geometric series, and the class computes one "
+                "(convert with --profile portable)"
+            )
+        steps.add((found[0], len(found[1])))
+    if len(steps) > 1:
+        return "its layers turn with different frequencies, and the class has one series (--profile portable)"
+    return None
+
+
+def plan(config: Any, to: str, dtype: torch.dtype, pad_values: bool = True) -> Plan:
+    """The stock configuration and shapes of a converted checkpoint; pad_values: for kernels, where `to` has some.
+
+    Raises ExportError for what would be lost."""
+    reason = refusal(config, to)
+    if reason is not None:
+        raise ExportError(f"{to} cannot hold this checkpoint: {reason}")
+    if dtype not in DTYPES.values():
+        raise ExportError(
+            f"{str(dtype).removeprefix('torch.')} holds no numbers as small as the latent's norm needs; use "
+            "--dtype bfloat16 or float32"
+        )
+    found = [series_order(config.layer_frequencies(index)) for index in range(config.num_hidden_layers)]
+    orders, step = [each[1] for each in found if each], next(each[0] for each in found if each)
+    rope, value = 2 * len(orders[0]), config.v_head_dim
+    padded = (
+        padded_value(config.qk_nope_head_dim, rope, value) if to == "deepseek_v3" and pad_values else value
+    )
+    shape = LatentShape(
+        config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim, rope, value, padded
+    )
+    theta = series_theta(config.rope_parameters["rope_theta"], step, rope, config.head_dim)
+    return Plan(to, _stock_config(config, to, shape, theta, dtype), shape, orders, dtype)
+
+
+def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig
+
+    kept = {name: value for name, value in config.to_dict().items() if name in PLAIN}
+    kept["rope_parameters"] = kept["rope_parameters"] | {"rope_theta": theta}
+    widths = {
+        "kv_lora_rank": shape.kv_lora_rank,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": shape.qk_nope_head_dim,
+        "qk_rope_head_dim": shape.qk_rope_head_dim,
+        "v_head_dim": shape.padded_v_head_dim,
+        "num_key_value_heads": shape.num_heads,
+    }
+    norms = {
+        "rms_norm_eps": EPS,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "rope_interleave": True,
+    }
+    experts = {  # none of them: every layer is dense; engines read the numbers all the same
+        "first_k_dense_replace": config.num_hidden_layers,
+        "n_routed_experts": 1,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": config.intermediate_size,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 0,
+    }
+    found = AutoConfig.for_model(to, **kept, **widths, **norms, **(experts if to == "deepseek_v3" else {}))
+    found.architectures = [CLASSES[to]]
+    found.dtype = dtype
+    return found
+
+
+def write_config(plan: Plan, folder: Path) -> None:
+    """config.json with every key written out: some engines read the file and not the class's defaults."""
+    content = plan.config.to_dict()
+    content["dtype"] = content["torch_dtype"] = str(plan.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(
+        json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+
+
+def tensors(
+    plan: Plan, source: SafetensorsSource, config: Any, largest_mean_squares: list[float]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the stock checkpoint in plan.dtype, a layer at a time.
+
+    largest_mean_squares: of each layer's latent, the worst token's.
+    """
+    names = source.names()
+    residual = layer_fold(plan, config, 1.0).residual
+    embedding = source.read("model.embed_tokens.weight")
+    head = source.read("lm_head.weight") if "lm_head.weight" in names else embedding
+    yield "model.embed_tokens.weight", cast("embed_tokens", embedding.double() * residual, plan.dtype)
+    yield "lm_head.weight", cast("lm_head", head, plan.dtype)
+    yield "model.norm.weight", cast("norm", source.read("model.norm.weight"), plan.dtype)
+    for index, largest in enumerate(largest_mean_squares):
+        prefix = f"model.layers.{index}."
+        own = {name.removeprefix(prefix): source.read(name) for name in names if name.startswith(prefix)}
+        attention = {
+            name.removeprefix("self_attn."): value
+            for name, value in own.items()
+            if name.startswith("self_attn.")
+        }
+        factors = layer_fold(plan, config, largest)
+        made = dense_attention(attention, plan.shape, factors, plan.orders[index])
+        rest = {name: value for name, value in own.items() if not name.startswith("self_attn.")}
+        rest["mlp.down_proj.weight"] = rest["mlp.down_proj.weight"].double() * residual
+        for name, value in (rest | {f"self_attn.{name}": value for name, value in made.items()}).items():
+            yield prefix + name, cast(prefix + name, value, plan.dtype)
+
+
+def layer_fold(plan: Plan, config: Any, largest_mean_square: float) -> Fold:
+    """The factors of one layer."""
+    scale = config.softmax_scale or config.head_dim**-0.5
+    return fold(largest_mean_square, scale, plan.shape, config.rms_norm_eps, plan.dtype)

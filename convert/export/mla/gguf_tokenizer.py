@@ -1,0 +1,204 @@
+"""A byte-level BPE tokenizer as GGUF metadata, under the name that llama.cpp has for how it cuts text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+from tokenizers import Regex, pre_tokenizers
+
+from mhconvert.errors import ExportError
+
+from ...donor.gguf_config import PRE_TOKENIZERS
+
+BYTES_A_PIECE = 64  # reserved on the disk for a token, and for a merge
+
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_QWEN2 = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_QWEN35 = (
+    rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
+)
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+)
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+)
+
+
+def _split(regex: str) -> list[Any]:
+    return [
+        pre_tokenizers.Split(Regex(regex), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+# llama.cpp's name, the published tokenizer's steps, and whether a word that is a token skips the merges.
+KNOWN: tuple[tuple[str, list[Any], bool], ...] = (
+    ("gpt-2", PRE_TOKENIZERS["gpt-2"], False),
+    ("smollm", PRE_TOKENIZERS["smollm"], False),
+    ("llama-bpe", PRE_TOKENIZERS["llama-bpe"], True),
+    ("smaug-bpe", PRE_TOKENIZERS["llama-bpe"], False),
+    ("qwen2", _split(_QWEN2), False),
+    ("qwen35", _split(_QWEN35), False),
+    ("tekken", _split(_TEKKEN), True),
+    ("gpt-4o", _split(_GPT4O), False),
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF file says of a tokenizer. ids: "bos", "eos", "unk", "pad" where there are such tokens.
+
+    template: the chat template, or several as {"name", "template"}. skipped: what llama.cpp does not do of it.
+    """
+
+    pre: str
+    tokens: list[str]
+    kinds: list[TokenType]
+    merges: list[str]
+    ids: dict[str, int]
+    starts: bool
+    ends: bool
+    template: str | list[dict[str, str]] | None
+    skipped: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Room for it in a file, generously."""
+        template = len(json.dumps(self.template))
+        return BYTES_A_PIECE * (len(self.tokens) + len(self.merges)) + template
+
+    def add_to(self, writer: GGUFWriter) -> None:
+        """Write it into the file's metadata."""
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.kinds)
+        writer.add_token_merges(self.merges)
+        for name, index in self.ids.items():
+            getattr(writer, f"add_{name}_token_id")(index)
+        writer.add_add_bos_token(self.starts)
+        writer.add_add_eos_token(self.ends)
+        if self.template is not None:
+            writer.add_chat_template(self.template)
+
+
+def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+    """The tokenizer of `folder`, filled up to the model's vocab_size tokens.
+
+    Raises ExportError where there is none, or llama.cpp would make other tokens of the same text.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise ExportError(f"{folder} has no tokenizer.json, and a GGUF file holds its tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, normalizer = content["model"], (content["normalizer"] or {}).get("type")
+    refusals = {
+        f"it is {model['type']}{' with byte fallback' if model.get('byte_fallback') else ''}; byte-level BPE alone is "
+        "written": model["type"] != "BPE" or bool(model.get("byte_fallback")),
+        f"it normalises text by {normalizer}": normalizer not in (None, "NFC"),
+        "its pieces have a prefix or suffix": bool(
+            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        ),
+        f"it has {len(tokenizer)} tokens and the model {vocab_size}": len(tokenizer) > vocab_size,
+    }
+    reason = next((reason for reason, holds in refusals.items() if holds), None)
+    if reason is not None:
+        raise ExportError(f"llama.cpp cannot hold the tokenizer of {folder}: {reason}")
+    tokens, kinds = _tokens(content, vocab_size)
+    starts, ends = _ends(tokenizer, folder)
+    named = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    return Vocabulary(
+        pre=_pre_tokenizer(content, folder),
+        tokens=tokens,
+        kinds=kinds,
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        ids={name: index for name, index in named.items() if index is not None},
+        starts=starts,
+        ends=ends,
+        template=_template(tokenizer.chat_template),
+        skipped=_skipped(content),
+    )
+
+
+def _tokens(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
+    tokens = [f"[PAD{index}]" for index in range(vocab_size)]
+    kinds = [TokenType.UNUSED] * vocab_size
+    for token, index in content["model"]["vocab"].items():
+        tokens[index], kinds[index] = token, TokenType.NORMAL
+    for added in content["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    return tokens, kinds
+
+
+def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
+    ours, ignores = _steps(content["pre_tokenizer"]), bool(content["model"].get("ignore_merges"))
+    for name, steps, ignore in KNOWN:
+        state = json.loads(pre_tokenizers.Sequence(steps).__getstate__())
+        if (ours, ignores) == (_steps(state), ignore):
+            return name
+    names = ", ".join(name for name, _, _ in KNOWN)
+    shown = " then ".join(" ".join(step) for step in ours) or "nothing"
+    raise ExportError(
+        f"the tokenizer of {folder} cuts text by {shown} (ignore_merges={ignores}), which is none of llama.cpp's "
+        f"pre-tokenizers that are known here: {names}"
+    )
+
+
+def _steps(state: dict[str, Any] | None) -> list[tuple[str, ...]]:
+    """What of a pre-tokenizer decides where text is cut. A Split that removes what lies between its matches does what
+    one does that isolates them, where the matches leave nothing out, as those of KNOWN do."""
+    if state is None:
+        return []
+    if state["type"] == "Sequence":
+        return [step for part in state["pretokenizers"] for step in _steps(part)]
+    if state["type"] == "Split":
+        how = (state["behavior"], state["invert"])
+        plain = how in (("Isolated", False), ("Removed", True))
+        return [("Split", *state["pattern"].values(), *(() if plain else map(str, how)))]
+    if state["type"] == "ByteLevel":
+        return [
+            (
+                "ByteLevel",
+                f"use_regex={state['use_regex']}",
+                *(["prefix"] if state["add_prefix_space"] else []),
+            )
+        ]
+    return [(state["type"], *(f"{key}={value}" for key, value in state.items() if key != "type"))]
+
+
+def _ends(tokenizer: Any, folder: Path) -> tuple[bool, bool]:
+    """Whether text starts with bos and ends with eos."""
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    for starts in (False, True):
+        for ends in (False, True):
+            if whole == [tokenizer.bos_token_id] * starts + bare + [tokenizer.eos_token_id] * ends:
+                return starts, ends
+    raise ExportError(f"the tokenizer of {folder} adds tokens other than bos and eos to a text: {whole}")
+
+
+def _template(template: str | dict[str, str] | None) -> str | list[dict[str, str]] | None:
+    if isinstance(template, dict):
+        return [{"name": name, "template": text} for name, text in template.items()]
+    return template
+
+
+def _skipped(content: dict[str, Any]) -> list[str]:
+    skipped = ["NFC normalisation of text"] if content["normalizer"] else []
+    for added in content["added_tokens"]:
+        if added["lstrip"] or added["rstrip"] or added["single_word"]:
+            skipped.append(f"what {added['content']} does to the text around it")
+    return skipped

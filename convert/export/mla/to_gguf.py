@@ -1,0 +1,62 @@
+"""`mhconvert export CKPT --to gguf`: the dense DeepSeek-V3 form, proven, and then written as llama.cpp reads it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mhconvert.errors import OutputError
+from mhconvert.progress import Listener, ignore
+
+from ... import open_model
+from . import gguf_tokenizer, gguf_writer, to_deepseek_v3
+
+F16_BYTES = 2  # of an element of llama.cpp's cache, unless it is told otherwise
+
+
+def run(
+    reference: str,
+    output: str | None = None,
+    *,
+    kind: str = "bf16",
+    verify: bool = True,
+    force: bool = False,
+    device: str | None = None,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Write one .gguf file; output: None: ./<checkpoint>-<kind>.gguf. The proof is of what it is written from.
+
+    Returns what `stock_mla.run` does of the dense form, with output, bytes, kind, tensors and skipped of the file.
+    """
+    tell = on_progress or ignore
+    folder = open_model.checkpoint_folder(reference) or Path(reference)
+    place = Path(output) if output else Path(f"{folder.resolve().name}-{kind}.gguf")
+    if place.suffix != ".gguf":
+        raise OutputError(f"{place} does not end in .gguf; a gguf export is one file of that ending")
+    if place.is_dir():
+        raise OutputError(f"{place} is a folder; a gguf export is one file")
+    if place.exists() and not force:
+        raise OutputError(f"{place} exists; choose another file with -o, or replace it with --force")
+    if not place.absolute().parent.is_dir():
+        raise OutputError(f"there is no folder {place.absolute().parent} to write {place.name} into")
+    opened = open_model.open_model(reference, device=device)
+    gguf_tokenizer.read_vocabulary(opened.folder, opened.vocab_size)  # refused before the work
+    with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=f".{place.name}-") as work:
+        dense = Path(work) / "dense"
+        report = to_deepseek_v3.run(
+            reference,
+            "deepseek_v3",
+            str(dense),
+            dtype="float32",
+            pad_values=False,
+            verify=verify,
+            device=device,
+            on_progress=on_progress,
+        )
+        made = gguf_writer.write(dense, place, kind, force=force, on_progress=tell)
+    of_dense = ("output_bytes", "engines", "dtype", "verified")
+    kept = {name: value for name, value in report.items() if name not in of_dense}
+    own = {"architecture": "deepseek2", "output_bytes": made["bytes"], "output": str(place)}
+    own |= {"kv_bytes_per_token": report["kv_elements_per_token"] * F16_BYTES}
+    return kept | made | own | {"dense_form_verified": report.get("verified")}

@@ -1,0 +1,1 @@
+"""What is known of each supported model family, and what is refused."""

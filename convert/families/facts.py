@@ -1,0 +1,157 @@
+"""Donor facts as data: the model families that are known, and their attention in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mhconvert.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one family keeps its parts and what its attention can do; names are those of its transformers modules.
+
+    attention_norm: the decoder layer's attribute whose output feeds `self_attn`; None: it reads the block's input.
+    input_bias, output_bias: whether q, k, v and o have biases, or the config's field that says so.
+    qk_norm: "head" or "width", over what queries and keys are divided by their RMS. softcap: the config's field.
+    window, partial_rotary: whether its attention honours `sliding_window` and `partial_rotary_factor`.
+    fused_qkv: whether q, k and v are one matrix.
+    base: the attribute of the causal model that holds layers, embedding and final norm.
+    """
+
+    model_type: str
+    attention_norm: str | None = "input_layernorm"
+    input_bias: bool | str = False
+    output_bias: bool | str = False
+    qk_norm: str | None = None
+    softcap: str | None = None
+    window: bool = False
+    partial_rotary: bool = False
+    fused_qkv: bool = False
+    base: str = "model"
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    final_norm: str = "norm"
+    rotary: str = "rotary_emb"
+
+
+BIASES: Any = {"input_bias": "attention_bias", "output_bias": "attention_bias"}
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family("llama", **BIASES),
+        Family("mistral", window=True),
+        Family("ministral", window=True),
+        Family("mixtral", window=True),
+        Family("qwen2", input_bias=True, window=True),
+        Family("qwen2_moe", input_bias="qkv_bias", window=True),
+        Family("qwen3", **BIASES, qk_norm="head", window=True),
+        Family("qwen3_moe", **BIASES, qk_norm="head", window=True),
+        Family("gemma", **BIASES),
+        Family("gemma2", **BIASES, softcap="attn_logit_softcapping", window=True),
+        Family("gemma3_text", **BIASES, qk_norm="head", window=True),
+        Family("phi3", window=True, partial_rotary=True, fused_qkv=True),
+        Family("olmo", **BIASES),
+        Family("olmo2", attention_norm=None, **BIASES, qk_norm="width"),
+        Family("olmo3", attention_norm=None, **BIASES, qk_norm="width", window=True),
+        Family("olmoe", **BIASES, qk_norm="width"),
+        Family("granite", **BIASES),
+        Family("granitemoe", **BIASES),
+        Family("stablelm", input_bias="use_qkv_bias", partial_rotary=True),
+        Family("starcoder2", input_bias="use_bias", output_bias="use_bias", window=True),
+        Family("arcee", **BIASES),
+        Family("seed_oss", input_bias="attention_bias", output_bias="attention_out_bias"),
+    )
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family of `config`. Raises UnsupportedError naming its model_type and the supported ones."""
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedError(f"model type '{model_type}' is not supported; the supported ones are {known}")
+    return FAMILIES[model_type]
+
+
+@dataclass(frozen=True)
+class AttentionFacts:
+    """A donor's attention in numbers.
+
+    rotary_dim: how many of a head's head_dim elements RoPE turns. scale: what scores are multiplied by before the
+    softmax; softcap: c where they then pass through c · tanh(score / c). norm_eps: of the QK-norm.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    scale: float
+    softcap: float | None
+    input_bias: bool
+    output_bias: bool
+    qk_norm: str | None
+
+    @property
+    def key_scales(self) -> int:
+        """Numbers 1 / RMS that a token's keys have: one a KV head, one, or none."""
+        return {None: 0, "head": self.kv_heads, "width": 1}[self.qk_norm]
+
+
+def attention_facts(config: Any) -> AttentionFacts:
+    """The facts of a donor of a known family; the same for all its layers."""
+    family = family_of(config)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return AttentionFacts(
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * rotary_share(config)),
+        scale=_softmax_scale(config, head_dim),
+        softcap=getattr(config, family.softcap) if family.softcap else None,
+        input_bias=_stated(config, family.input_bias),
+        output_bias=_stated(config, family.output_bias),
+        qk_norm=family.qk_norm,
+    )
+
+
+def class_free_values(config: Any) -> dict[str, Any]:
+    """What `config` says of the model, without what says of which class it is and where it came from."""
+    values: dict[str, Any] = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"):
+        values.pop(key, None)
+    return values
+
+
+def layer_window(config: Any, index: int) -> int | None:
+    """How many tokens, itself included, a query of layer `index` sees; None: all before it."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[index] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None) or None
+
+
+def _stated(config: Any, field: bool | str) -> bool:
+    return bool(getattr(config, field)) if isinstance(field, str) else field
+
+
+def _softmax_scale(config: Any, head_dim: int) -> float:
+    """Granite states the scale itself, Gemma 2 and 3 the width that it is the inverse root of."""
+    scale = getattr(config, "attention_multiplier", None)
+    return (
+        scale if scale is not None else (getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5
+    )
+
+
+def rotary_share(config: Any) -> float:
+    """The share of a head's elements that RoPE turns."""
+    return min(rope.get("partial_rotary_factor") or 1.0 for rope in rope_settings(config))
+
+
+def rope_settings(config: Any) -> list[dict[str, Any]]:
+    """The config's rope_parameters: one for all layers, or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [value for value in rope.values() if isinstance(value, dict)]
+    return kinds or [rope]

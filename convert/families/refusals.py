@@ -1,0 +1,152 @@
+"""What stands in the way of a method, from the config alone; every reason names the feature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mhconvert.errors import UnsupportedError
+
+from .facts import Family, attention_facts, family_of, layer_window, rope_settings, rotary_share
+
+# These scale each frequency by a constant. "dynamic" and "longrope" change with the length of the text.
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+STOCK_BLOCKS = ("llama", "mistral", "ministral")  # their blocks, but for the attention, are a stock class's
+QUANTISED = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "bitsandbytes": "bitsandbytes", "gguf": "GGUF"}
+PART_CONFIGS = ("vision_config", "audio_config", "text_config", "thinker_config", "speech_config")
+QK_NORM_FIELDS = (
+    "use_qk_norm",
+    "qk_norm",
+    "qk_layernorm",
+)  # LayerNorm, or a norm after RoPE: no RMS before it
+OTHER_FIELDS = (
+    "clip_qkv",
+    "use_bidirectional_attention",
+)  # no softmax over products of linear queries and keys
+
+
+def refusals(config: Any) -> dict[str, str | None]:
+    """For each method: None where it applies to `config`, else the reason why not."""
+    return {
+        "mla": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS)),
+        "moh": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS)),
+        "dha": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS, _normed_keys)),
+        "hydra": _refusal(config, MODEL_CHECKS),
+    }
+
+
+def require(config: Any, method: str) -> Family:
+    """The family of `config`, to which `method` applies; otherwise UnsupportedError with the reason."""
+    reason = refusals(config).get(method, f"method '{method}' is unknown")
+    if reason is not None:
+        raise UnsupportedError(f"{method} cannot convert this donor: {reason}")
+    return family_of(config)
+
+
+def served_refusal(config: Any) -> str | None:
+    """Why no latent-attention class that engines cache as a latent holds a donor of `config`; None where one does."""
+    facts = attention_facts(config)
+    reasons = {
+        f"its keys have a norm ({facts.qk_norm}), whose RMS would have to be cached too": facts.qk_norm
+        is not None,
+        f"its scores have a softcap of {facts.softcap}": facts.softcap is not None,
+        f"sliding_window={getattr(config, 'sliding_window', None)}": any(
+            layer_window(config, index) for index in range(config.num_hidden_layers)
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _refusal(config: Any, checks: tuple[Check, ...]) -> str | None:
+    reasons = (check(config) for check in checks)
+    return next((reason for reason in reasons if reason), None)
+
+
+def _multimodal(config: Any) -> str | None:
+    part = next((p for p in PART_CONFIGS if getattr(config, p, None) is not None), None)
+    return part and f"it is multimodal ({part}); only text decoders are supported"
+
+
+def _encoder(config: Any) -> str | None:
+    if getattr(config, "is_encoder_decoder", False):
+        return f"it is an encoder-decoder model ({config.model_type}); only decoders are supported"
+    names = getattr(config, "architectures", None) or []
+    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return f"its architecture {names[0]} is not a causal language model (…ForCausalLM)"
+    return None
+
+
+def _unknown_family(config: Any) -> str | None:
+    try:
+        family_of(config)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def _quantised(config: Any) -> str | None:
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        return None
+    plain = settings if isinstance(settings, dict) else settings.to_dict()
+    method = plain.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in plain else "unknown")
+    name = QUANTISED.get(str(method), str(method))
+    return (
+        f"its weights are quantised ({name}); use the plain (bf16 or fp16) donor it was made from, "
+        "convert that, and quantise the result"
+    )
+
+
+def _qk_norm(config: Any) -> str | None:
+    name = next((n for n in QK_NORM_FIELDS if getattr(config, n, False)), None)
+    return name and f"{name}=True: this norm of queries and keys is not supported"
+
+
+def _normed_keys(config: Any) -> str | None:
+    kind = attention_facts(config).qk_norm
+    return kind and (
+        "its keys are divided by their RMS before their product with the queries, which the fused head of several keys "
+        "does not have"
+    )
+
+
+def _other_attention(config: Any) -> str | None:
+    name = next((n for n in OTHER_FIELDS if getattr(config, n, None)), None)
+    return name and f"{name}={getattr(config, name)} is not supported"
+
+
+def _heads(config: Any) -> str | None:
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    bad = groups is not None and (groups < 1 or heads % groups)
+    return f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}" if bad else None
+
+
+def _window(config: Any) -> str | None:
+    kinds = set(getattr(config, "layer_types", None) or [])
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other:
+        return f"layer_types has '{min(other)}': only full and sliding attention are supported"
+    window = getattr(config, "sliding_window", None)
+    if (window or "sliding_attention" in kinds) and not family_of(config).window:
+        return f"sliding_window={window}: {config.model_type} models have no windowed attention"
+    return None
+
+
+def _rope(config: Any) -> str | None:
+    for rope in rope_settings(config):
+        kind = rope.get("rope_type", "default")
+        if kind not in FIXED_ROPE_TYPES:
+            return f"rope_type '{kind}' is not supported; supported are {', '.join(FIXED_ROPE_TYPES)}"
+    share = rotary_share(config)
+    if share != 1 and not family_of(config).partial_rotary:
+        return f"partial_rotary_factor={share}: {config.model_type} models turn whole heads"
+    head_dim, turned = attention_facts(config).head_dim, attention_facts(config).rotary_dim
+    if turned < 2 or turned % 2 or head_dim % 2:
+        return f"RoPE turns {turned} of a head's {head_dim} elements; both must be even"
+    return None
+
+
+Check = Callable[[Any], str | None]
+MODEL_CHECKS: tuple[Check, ...] = (_multimodal, _encoder, _unknown_family, _quantised)
+ATTENTION_CHECKS: tuple[Check, ...] = (_heads, _qk_norm, _other_attention, _window, _rope)

@@ -1,0 +1,79 @@
+"""Family × method as a table: exact, approximate or refused, and why; from the families' rows and the checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from .facts import FAMILIES, Family, attention_facts, rope_settings
+from .refusals import OTHER_FIELDS, QK_NORM_FIELDS, refusals
+
+SCALES_CACHED = ("mla",)  # beside what it keeps of the keys
+EXPERT_FIELDS = ("num_experts", "num_local_experts")
+NOTES = """\
+exact: at full rank, or with all heads, the converted model is its donor (tests/convert/methods/mla/test_families_exact.py,
+tests/convert/dha/test_identity.py; moh: to the bit, tests/convert/moh/test_modeling.py); below it every family is
+approximate. mla, exact + n: the cache also holds n numbers 1/RMS of a token's keys (G: one a KV head), which count
+against the budget, so that a budget of 1 is a little short of full rank. RoPE types default, linear, llama3 and yarn
+are carried over; dynamic and longrope are refused in every family. hydra: a new adapter changes nothing, and one that
+is merged computes what it computed beside its base; its targets are linear modules, which experts are not."""
+
+
+def family_table() -> list[dict[str, Any]]:
+    """One row a family: family, methods {name: verdict}, carried [feature], refused [config field]. Reads no model."""
+    return [_row(row, CONFIG_MAPPING[name]()) for name, row in sorted(FAMILIES.items())]
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    """The table as GitHub shows it, its refusals numbered, and what its words mean."""
+    methods = list(table[0]["methods"])
+    reasons: list[str] = []
+
+    def cell(verdict: str) -> str:
+        word, _, reason = verdict.partition(": ")
+        if reason and reason not in reasons:
+            reasons.append(reason)
+        return f"{word} ({reasons.index(reason) + 1})" if reason else word
+
+    lines = [["family", *methods, "carried over", "refused by name"], ["---"] * (len(methods) + 3)]
+    for row in table:
+        verdicts = [cell(row["methods"][name]) for name in methods]
+        lines.append([row["family"], *verdicts, "; ".join(row["carried"]), ", ".join(row["refused"])])
+    cells = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    numbered = "\n".join(f"({n}) {reason}" for n, reason in enumerate(reasons, 1))
+    return f"{cells}\n\n{numbered}\n\n{NOTES}"
+
+
+def _row(family: Family, config: Any) -> dict[str, Any]:
+    verdicts = {name: reason and f"refused: {reason}" for name, reason in refusals(config).items()}
+    cached = {None: "", "head": " + G", "width": " + 1"}[family.qk_norm]
+    return {
+        "family": family.model_type,
+        "methods": {
+            name: verdict or (f"exact{cached}" if name in SCALES_CACHED else "exact")
+            for name, verdict in verdicts.items()
+        },
+        "carried": _carried(family, config),
+        "refused": [name for name in (*QK_NORM_FIELDS, *OTHER_FIELDS) if hasattr(config, name)],
+    }
+
+
+def _carried(family: Family, config: Any) -> list[str]:
+    """What a family's attention has beside grouped queries and RoPE over whole heads."""
+    bases = {rope.get("rope_theta") for rope in rope_settings(config)}
+    features = {
+        "biases": family.input_bias or family.output_bias,
+        "QK-norm over a head": family.qk_norm == "head",
+        "QK-norm over the width": family.qk_norm == "width",
+        "sliding windows": family.window,
+        "a RoPE base for each type of layer": len(bases) > 1,
+        "soft-caps": family.softcap,
+        "partial RoPE": family.partial_rotary,
+        "a softmax scale of its own": attention_facts(config).scale
+        != attention_facts(config).head_dim ** -0.5
+        or hasattr(config, "query_pre_attn_scalar"),
+        "no norm before the attention": family.attention_norm is None,
+        "experts (untouched)": any(hasattr(config, name) for name in EXPERT_FIELDS),
+    }
+    return [feature for feature, present in features.items() if present]

@@ -1,0 +1,105 @@
+"""The proof of a conversion, inside the pass's memory: held-out rows, and a reload in a bare process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.library_versions import versions
+
+from ..bare_process.reload import PROMPT, verify, write_probe
+from ..calibration import calibration_rows
+from ..donor.donor import Donor
+from ..recipe.recipe import Recipe
+from ..storage import dtype_cast
+from .resumable_run import Workspace
+
+TOTALS = ("active_heads", "kv_heads_read", "attention_flops")  # of a plan, that not every method changes
+PROBE_ROWS = 2  # whose logits a reload is compared with
+
+
+def fidelity(
+    donor: Donor,
+    teacher: Tensor,
+    students: Sequence[Tensor],
+    held_out: Tensor,
+    measure: Callable[[], Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    probe: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Perplexity, KL and agreement of each student with the teacher on the held-out rows.
+
+    teacher, students (M, L, D): hidden states behind the last layer. The first student's logits of two rows go
+    to `probe`.
+    """
+    predictions = [measure() for _ in students]
+    kept: list[Tensor] = []
+    with torch.inference_mode():
+        for index, row in enumerate(held_out):
+            expected = donor.head(teacher[index].to(device)).cpu()[:-1]
+            for student, found in zip(students, predictions, strict=True):
+                converted = donor.head(student[index].to(device), dtype).cpu()
+                found.add(expected, converted[:-1], row[1:])
+                if probe is not None and student is students[0] and index < PROBE_ROWS:
+                    kept.append(converted)
+    if probe is not None:
+        write_probe(probe, held_out[: len(kept)], torch.stack(kept))
+    results = [found.result() for found in predictions]
+    return [{key: result[key] for key in ("perplexity", "kl", "top1_agreement")} for result in results]
+
+
+def add_reload(report: dict[str, Any], space: Workspace) -> None:
+    """Reload in a bare process; the cache that `generate` leaves there is the one that is reported."""
+    result = verify(space.partial, space.probe, prompt=PROMPT, threads=torch.get_num_threads())
+    report["verified"] = result
+    report["parameters"]["converted"] = result["parameters"]
+    report["sample"] = {"prompt": result["sample"]["prompt"], "converted": result["sample"]["text"]}
+    width = dtype_cast.element_bytes(report["dtype"])
+    report["kv_bytes_per_token"]["converted"] = result["cache"]["elements_per_token"] * width
+
+
+def known_facts(
+    recipe: Recipe,
+    donor: Donor,
+    rows: calibration_rows.Rows,
+    layers: list[dict[str, Any]],
+    sizes: dict[str, Any],
+    remote_code: bool,
+) -> dict[str, Any]:
+    """What is known before anything is measured. remote_code: whether the folder carries its own modeling file."""
+    return {
+        "method": recipe.method,
+        "donor": recipe.model,
+        "donor_name": donor.name,
+        "hub_id": donor.hub_id,
+        "licence": donor.licence,
+        "notice": donor.notice,
+        "remote_code": remote_code,
+        "dtype": sizes["dtype"],
+        "kv_bytes_per_token": {
+            side: sum(layer["kv_elements"][side] for layer in layers)
+            * dtype_cast.element_bytes(sizes["dtype"])
+            for side in ("donor", "converted")
+        },
+        "parameters": dict(sizes["parameters"]),
+        **{name: sizes[name] for name in TOTALS if name in sizes},
+        "layers": layers,
+        "calibration": calibration_facts(recipe, rows),
+        "recipe": recipe.to_dict(),
+        "versions": versions(),
+    }
+
+
+def calibration_facts(recipe: Recipe, rows: calibration_rows.Rows) -> dict[str, Any]:
+    """The text that was drawn, in tokens."""
+    return {
+        "sources": list(recipe.calibration.sources),
+        "tokens": rows.fit.numel(),
+        "held_out_tokens": rows.held_out.numel(),
+        "sequence_length": rows.fit.shape[1],
+    }

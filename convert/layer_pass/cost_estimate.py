@@ -1,0 +1,93 @@
+"""What a conversion will need and give, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from mhconvert.errors import MhconvertError
+
+from ..calibration.calibration_rows import JUDGE_TOKENS, judging_rows, row_length, token_count
+from ..donor.donor import Donor
+from ..families.facts import attention_facts
+from ..methods.registry import Method
+from ..recipe.recipe import Recipe
+from ..storage.dtype_cast import DTYPES
+from .layer_steps import block_steps
+
+SLACK_BYTES = 32 << 20  # tokenizer, report, headers
+RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
+SURVEY_COPIES = 4  # of what it keeps of each layer: attention inputs, outputs, and a longer one
+STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a result on its way
+
+
+def output_dtype(recipe: Recipe, donor: Donor) -> torch.dtype:
+    """The dtype of the written weights. Raises MhconvertError for one that cannot be written."""
+    if recipe.dtype is None:
+        return donor.dtype if donor.dtype in DTYPES.values() else torch.float32
+    name = recipe.dtype.removeprefix("torch.")
+    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
+    if name not in DTYPES:
+        raise MhconvertError(f"dtype '{recipe.dtype}' is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> dict[str, Any]:
+    """The plan behind `--dry-run`: geometry, KV arithmetic, parameters, disk and memory needed."""
+    config, dtype = donor.config, output_dtype(recipe, donor)
+    layers, width = config.num_hidden_layers, dtype.itemsize
+    facts = attention_facts(config)
+    donor_elements = 2 * facts.kv_heads * facts.head_dim * layers
+    outer, per_layer, attention = _parameters(donor, method)
+    converted = outer + layers * (per_layer - attention + method.new_parameters())
+    tokens = token_count(recipe, device)
+    length = row_length(recipe, config)
+    held = recipe.calibration.held_out * length
+    both = (
+        2 if block_steps(recipe, -(-tokens // length), length) else 1
+    )  # the student has the fitted rows too
+    streams = 4 * config.hidden_size * (both * tokens + 2 * held)
+    judged = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
+    survey = SURVEY_COPIES * 4 * config.hidden_size * layers * judged if method.divisible else 0
+    output_bytes = converted * width
+    layer_memory = 4 * (per_layer + method.new_parameters() * 4)
+    embedding = config.vocab_size * config.hidden_size * donor.dtype.itemsize
+    probe = 4 * config.vocab_size * length * 4
+    return {
+        "donor": recipe.model,
+        "method": recipe.method,
+        "family": config.model_type,
+        "output": str(recipe.output_folder(donor.name)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "layers": [{"index": i} | method.layer_sizes(i) for i in range(layers)],
+        "kv_elements_per_token": {"donor": donor_elements, "converted": method.kv_elements()},
+        "kv_bytes_per_token": {"donor": donor_elements * width, "converted": method.kv_elements() * width},
+        "parameters": {"donor": outer + layers * per_layer, "converted": converted},
+        **method.totals(),
+        "output_bytes": output_bytes,
+        "disk_needed_bytes": output_bytes + 2 * streams + probe + SLACK_BYTES,
+        "memory_needed_bytes": RUNTIME_BYTES
+        + max(STREAM_COPIES * streams, survey)
+        + layer_memory
+        + embedding
+        + probe,
+        "calibration": {
+            "sources": list(recipe.calibration.sources),
+            "tokens": tokens,
+            "sequence_length": length,
+        },
+    }
+
+
+def _parameters(donor: Donor, method: Method) -> tuple[int, int, int]:
+    """Parameters outside the layers, in one layer, and of it those that the method replaces."""
+    shapes = donor.shapes()
+    names = donor.layer_tensor_names(0)
+    prefix = names[0][: names[0].index(".0.") + len(".0.")]
+    sizes = {name: math.prod(shapes[name]) for name in names}
+    replaced = sum(n for name, n in sizes.items() if name.removeprefix(prefix).startswith(method.replaced))
+    outer = sum(math.prod(shapes[name]) for name in donor.outer_tensor_names())
+    return outer, sum(sizes.values()), replaced

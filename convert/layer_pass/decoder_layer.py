@@ -1,0 +1,143 @@
+"""One decoder layer of the donor on its own, and the two streams of hidden states that pass through the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..bare_process.child import cache_storage
+
+STEP_TOKENS = 8192  # that pass through a layer at the same time
+
+
+@dataclass
+class Streams:
+    """Hidden states between two layers, float32 on the CPU.
+
+    teacher (N, L, D): all calibration rows through the donor, the `fitted` ones first, then the held-out ones.
+    student: the same rows, or the held-out ones alone, through the converted layers.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    fitted: int
+
+    @property
+    def teacher_held(self) -> Tensor:
+        return self.teacher[self.fitted :]
+
+    @property
+    def student_held(self) -> Tensor:
+        return self.student[len(self.student) - len(self.teacher) + self.fitted :]
+
+    @property
+    def student_fitted(self) -> Tensor:
+        """Empty where the held-out rows are all that passes through the converted layers."""
+        return self.student[: len(self.student) - len(self.student_held)]
+
+
+class _Given(nn.Module):
+    """Stands in a decoder layer for its attention and hands back what was computed before."""
+
+    output: Tensor
+
+    def forward(self, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return self.output, None
+
+
+class Block(nn.Module):
+    """A decoder layer and the norm behind it, called as `heal.local.fit` calls an attention."""
+
+    def __init__(self, layer: nn.Module, following: nn.Module, surroundings: dict[str, Any]):
+        super().__init__()
+        self.layer, self._surroundings = layer, surroundings
+        self._following = [following]  # in a list: no part of what is fitted
+
+    def forward(self, hidden: Tensor, _: Any) -> tuple[Tensor]:
+        # A copy: the fit may change coordinates of maps that read its input itself, and the residual must not follow.
+        output = self.layer(hidden.clone(), **self._surroundings)
+        return (self._following[0](output[0] if isinstance(output, tuple) else output),)
+
+
+class Layer:
+    """One donor decoder layer taken apart: attention input, attention, and the rest of the block.
+
+    Streams are (N, L, D) float32 on the CPU; a few rows at a time pass through the layer's device.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        norm: str | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        window: int | None = None,
+    ):
+        self.module = module
+        self.attention = module.self_attn
+        self._norm = getattr(module, norm) if norm else None
+        self.position_embeddings = position_embeddings
+        mask = self._attention_mask(window)
+        self._surroundings = {"position_embeddings": position_embeddings, "attention_mask": mask}
+
+    def attention_inputs(self, hidden: Tensor) -> Tensor:
+        """What the attention reads of the block's input; that itself where no norm precedes the attention."""
+        return self._by_rows(self._norm, hidden) if self._norm else hidden.clone()
+
+    def through(self, function: Any, hidden: Tensor) -> Tensor:
+        """`function` of hidden states, a few rows at a time."""
+        return self._by_rows(function, hidden)
+
+    def attend(self, attention: nn.Module, inputs: Tensor) -> Tensor:
+        """The outputs of `attention`, the donor's or a converted one."""
+        return self._by_rows(lambda x: attention(x, **self._surroundings)[0], inputs)
+
+    def complete(self, hidden: Tensor, attention_outputs: Tensor) -> None:
+        """Replace the block's input by its output, given its attention's output; in place."""
+        given = _Given()
+        self.module.self_attn = given
+        device = self.position_embeddings[0].device
+        rows = max(1, STEP_TOKENS // hidden.shape[1])
+        with torch.inference_mode():
+            for h, y in zip(hidden.split(rows), attention_outputs.split(rows), strict=True):
+                given.output = y.to(device)
+                h.copy_(self.module(h.to(device)))
+        self.module.self_attn = self.attention
+
+    def block(self, attention: nn.Module, following: nn.Module) -> nn.Module:
+        """The decoder layer with `attention`, and the norm behind it."""
+        self.module.self_attn = attention
+        return Block(self.module, following, self._surroundings)
+
+    def cache_elements(self, attention: nn.Module, inputs: Tensor) -> float:
+        """Elements that one token of `inputs` leaves in a transformers cache object."""
+        cache = DynamicCache()
+        row = inputs[:1].to(self.position_embeddings[0].device)
+        with torch.no_grad():
+            attention(row, **self._surroundings, past_key_values=cache)
+        return cache_storage(cache)[1] / row.shape[1]
+
+    def _attention_mask(self, window: int | None) -> Tensor | None:
+        """Additive (1, 1, L, L); None where sdpa's own causal mask is the right one."""
+        cos = self.position_embeddings[0]
+        length = cos.shape[1]
+        windowed = window is not None and window < length
+        if not windowed and self.attention.config._attn_implementation == "sdpa":
+            return None
+        position = torch.arange(length, device=cos.device)
+        distance = position[:, None] - position[None]
+        hidden = (distance < 0) | (distance >= (window or length))
+        mask = torch.zeros(1, 1, length, length, device=cos.device)
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+    def _by_rows(self, function: Any, tensor: Tensor) -> Tensor:
+        device = self.position_embeddings[0].device
+        result = torch.empty_like(tensor)
+        rows = max(1, STEP_TOKENS // tensor.shape[1])
+        with torch.no_grad():
+            for source, target in zip(tensor.split(rows), result.split(rows), strict=True):
+                target.copy_(function(source.to(device)))
+        return result

@@ -1,0 +1,219 @@
+"""What a run has finished, kept in OUT.partial so that it can be cut short and go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mhconvert.errors import MhconvertError, OutputError, ReloadKilledError
+from mhconvert.library_versions import versions
+
+from ..calibration.calibration_rows import Rows
+from ..methods.budget_division import LayerNeed
+from ..recipe.recipe import Recipe
+from ..storage.atomic_files import save_tensors, write_json
+from ..storage.output_folder import PartialFolder, check_space, disk_full, replace_folder
+from ..storage.shard_writer import ShardWriter, byte_size
+from .decoder_layer import Streams
+
+STATE = "state.json"  # in the work folder: what is finished
+ROWS = "rows.safetensors"  # in it: the calibration rows
+NEEDS = "needs.json"  # in it: what a survey of the layers found
+COMMIT_SHARE = 0.1  # of a run's time that commits may take: each writes both streams
+NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may change
+
+
+class Workspace:
+    """A run's folder. Use as a context: it is locked inside, and cleared when the run fails for good.
+
+    An interrupt, a full disk or a killed reload leaves it for `resume`. `layers`: what was chosen and measured
+    for each finished layer; `search`: what a search for the budget has found. A layer is finished when `state.json`
+    says so; all it needs was written before.
+    """
+
+    def __init__(self, output: Path, recipe: Recipe, needed: int, *, resume: bool, force: bool):
+        self.output, self._folder = output, PartialFolder(output)
+        self.partial, self._work = self._folder.folder, self._folder.work
+        self._recipe, self._needed = recipe, needed
+        self._resume, self._force = resume, force
+        self._limit = byte_size(recipe.max_shard_size)
+        self.layers: list[dict[str, Any]] = []
+        self.search: dict[str, Any] | None = None
+        self.earlier_seconds = 0.0
+        self._begun = self._committed = time.perf_counter()
+        self._commit_seconds = 0.0
+        self._streams: Streams | None = None
+        self._writer: ShardWriter | None = None
+
+    @property
+    def probe(self) -> Path:
+        """Where the logits go that the reload is compared with."""
+        return self._work / "probe.safetensors"
+
+    @property
+    def streams_ready(self) -> bool:
+        """Whether an earlier run, or `begin`, has left streams."""
+        return self._streams is not None
+
+    @property
+    def streams(self) -> Streams:
+        assert self._streams is not None
+        return self._streams
+
+    def __enter__(self) -> Workspace:
+        state = self._work / STATE
+        found = self.partial.exists()
+        if not found:
+            check_space(self.partial, self._needed)
+        elif not self._work.is_dir() and not (self.partial / "recipe.yaml").is_file():
+            raise OutputError(
+                f"{self.partial} is not the work of mhconvert; move it away, or choose another -o"
+            )
+        self._folder.make()
+        try:
+            if found and not self._resume and not self._force:
+                finished = len(json.loads(state.read_text())["layers"]) if state.is_file() else 0
+                held = f"{self.partial} holds an interrupted run ({finished} layers finished)"
+                raise OutputError(f"{held}; --resume continues it, --force starts over")
+            if found and not (self._resume and state.is_file()):
+                self._folder.empty()
+                check_space(self.partial, self._needed)
+            if state.is_file():
+                self._load(json.loads(state.read_text()))
+        except BaseException:
+            self._folder.unlock()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self._folder.unlock()
+        if isinstance(error, MhconvertError) and not isinstance(error, ReloadKilledError):
+            self._folder.discard()
+        elif isinstance(error, (OSError, SafetensorError)) and disk_full(error):
+            raise OutputError(
+                f"the disk is full; {len(self.layers)} layers are finished in {self.partial}: free some space and "
+                "run the same command with --resume"
+            ) from error
+
+    def rows(self, draw: Callable[[], Rows]) -> Rows:
+        """The calibration rows of this run: drawn once, then the same after every resume."""
+        path = self._work / ROWS
+        if not path.is_file():
+            rows = draw()
+            save_tensors({"fit": rows.fit, "held_out": rows.held_out}, path)
+            return rows
+        return Rows(**load_file(path))
+
+    def needs(self, survey: Callable[[], list[LayerNeed]]) -> list[LayerNeed]:
+        """What this run's survey found of each layer: made once, then the same after every resume."""
+        path = self._work / NEEDS
+        if not path.is_file():
+            write_json(path, [dataclasses.asdict(need) for need in survey()])
+        return [LayerNeed(**need) for need in json.loads(path.read_text())]
+
+    def begin(
+        self, teacher: Tensor, student: Tensor, fitted: int, outer: Iterable[tuple[str, Tensor]], tensors: int
+    ) -> None:
+        """Start with the embedded rows, and write the tensors that lie outside the layers."""
+        self._writer = ShardWriter(self.partial, self._limit, tensors)
+        self._tensors = tensors
+        for name, tensor in outer:
+            self._writer.add(name, tensor)
+        self._streams = Streams(teacher, student, fitted)
+        self._commit()
+
+    def finish_layer(self, tensors: Iterable[tuple[str, Tensor]], chosen: dict[str, Any], last: bool) -> None:
+        """Write a layer. It is durable at once, or with the next layer where commits are slow.
+
+        A commit writes the tensors, the streams behind the layer, and then the word that it is finished.
+        """
+        assert self._writer is not None
+        for name, tensor in tensors:
+            self._writer.add(name, tensor)
+        self.layers.append(chosen)
+        since = time.perf_counter() - self._committed
+        if last or self._commit_seconds < COMMIT_SHARE * since:
+            self._commit()
+
+    def start_over(self, search: dict[str, Any]) -> None:
+        """Begin the layers again, with the same rows and what a search knows by now."""
+        (self._work / STATE).unlink()  # first: what it counts as finished is going
+        self._folder.empty(ROWS, NEEDS)
+        self.layers, self.search = [], search
+        self._streams = self._writer = None
+
+    def finish_tensors(self) -> int:
+        """Complete the shards and their index; returns the bytes of all tensors."""
+        assert self._writer is not None
+        return self._writer.finish()
+
+    def release_streams(self) -> None:
+        """Let go of the streams' memory; the pass is over."""
+        self._streams = None
+
+    def publish(self) -> None:
+        """Give the folder its final name."""
+        (self._work / STATE).unlink()  # first: half a work folder is nothing to resume from
+        shutil.rmtree(self._work)
+        replace_folder(self.partial, self.output)
+
+    def _commit(self) -> None:
+        assert self._writer is not None
+        begun = time.perf_counter()
+        self._writer.flush()
+        count = len(self.layers)
+        save_tensors(
+            {"teacher": self.streams.teacher, "student": self.streams.student}, self._stream_file(count)
+        )
+        state = {
+            "recipe": self._result_recipe(),
+            "versions": versions(),
+            "layers": self.layers,
+            "search": self.search,
+            "fitted": self.streams.fitted,
+            "seconds": self.earlier_seconds + begun - self._begun,
+            "tensors": self._tensors,
+            "writer": self._writer.state,
+        }
+        write_json(self._work / STATE, state)
+        for stale in self._work.glob("streams-*.safetensors"):
+            if stale != self._stream_file(count):
+                stale.unlink()
+        self._committed = time.perf_counter()
+        self._commit_seconds = self._committed - begun
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if state["recipe"] != self._result_recipe():
+            keys = [k for k, v in self._result_recipe().items() if state["recipe"].get(k) != v]
+            raise OutputError(
+                f"{self.partial} was started with another {keys[0]}; --resume needs the same command, --force "
+                "starts over"
+            )
+        for name, version in versions().items():
+            if state["versions"].get(name) != version:
+                raise OutputError(
+                    f"{self.partial} was started with {name} {state['versions'].get(name)}, and this is {version}; "
+                    "use that version with --resume, or start over with --force"
+                )
+        self.layers, self.earlier_seconds = state["layers"], state["seconds"]
+        self.search = state.get("search")
+        self._tensors = state["tensors"]
+        streams = load_file(self._stream_file(len(self.layers)))
+        self._streams = Streams(streams["teacher"], streams["student"], state["fitted"])
+        self._writer = ShardWriter(self.partial, self._limit, self._tensors, state["writer"])
+
+    def _result_recipe(self) -> dict[str, Any]:
+        recipe = json.loads(json.dumps(self._recipe.to_dict()))  # as state.json gives it back
+        return {key: value for key, value in recipe.items() if key not in NOT_THE_RESULT}
+
+    def _stream_file(self, layers: int) -> Path:
+        return self._work / f"streams-{layers:05d}.safetensors"

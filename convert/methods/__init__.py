@@ -1,0 +1,1 @@
+"""The conversion methods, one folder each, and their registry."""

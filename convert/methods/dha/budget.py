@@ -1,0 +1,202 @@
+"""A budget as numbers of K heads and V heads: integer-exact, within the user's limits; or as a plan says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mhconvert.errors import BudgetError
+
+from ...families.facts import AttentionFacts
+from .settings import DHASettings
+
+ROUNDING = 1e-9  # of a head: 2 / 3 of six heads are four
+SURVEYED = 6  # numbers of heads, at most, at which a survey measures a layer
+
+
+@dataclass(frozen=True)
+class LayerHeads:
+    """One layer's part of a plan. kv_heads: K and V heads together; maps: which of them each query head reads. None:
+    the pass chooses."""
+
+    kv_heads: int
+    k_heads: int | None = None
+    v_heads: int | None = None
+    k_map: list[int] | None = None
+    v_map: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class HeadBudget:
+    """K and V heads are counted alike: a layer of the donor has `whole` of them.
+
+    total: that all `layers` layers may have. counts: numbers of K heads, and of V heads, that a layer may have.
+    step: by which a layer's number can grow. fixed: what a plan says of each layer. uniform: as many K as V heads.
+    """
+
+    total: int
+    layers: int
+    whole: int
+    counts: tuple[int, ...]
+    step: int
+    uniform: bool = False
+    fixed: tuple[LayerHeads, ...] | None = None
+
+    @property
+    def least(self) -> int:
+        return 2 * self.counts[0]
+
+    @property
+    def most(self) -> int:
+        return 2 * self.counts[-1]
+
+    @property
+    def stock(self) -> bool:
+        """Whether every layer is grouped-query attention of one size, given an order of its query heads."""
+        if self.fixed is None:
+            return self.uniform
+        groups = {
+            (layer.k_heads, max(map(layer.k_map.count, layer.k_map)) * layer.k_heads == len(layer.k_map))
+            if layer.k_map is not None and layer.k_map == layer.v_map and layer.k_heads is not None
+            else (0, False)
+            for layer in self.fixed
+        }
+        return len(groups) == 1 and groups.pop()[1]
+
+    @property
+    def free(self) -> bool:
+        """Whether layers may differ."""
+        return (
+            not self.uniform
+            and self.fixed is None
+            and self.least * self.layers < self.total < self.most * self.layers
+        )
+
+    def spread(self) -> list[int]:
+        """Heads of each layer before a survey: as equal as can be, the first layers have what is left over."""
+        if self.fixed is not None:
+            return [layer.kv_heads for layer in self.fixed]
+        if self.uniform:
+            return [self.total // self.layers] * self.layers
+        steps, extra = divmod((self.total - self.least * self.layers) // self.step, self.layers)
+        return [self.least + self.step * (steps + (index < extra)) for index in range(self.layers)]
+
+    def splits(self, index: int, heads: int) -> list[tuple[int, int]]:
+        """(K heads, V heads) that a layer of `heads` may have."""
+        if self.fixed is not None:
+            layer = self.fixed[index]
+            if layer.k_heads is not None and layer.v_heads is not None:
+                return [(layer.k_heads, layer.v_heads)]
+        if self.uniform:
+            return [(heads // 2, heads // 2)]
+        return [(n, heads - n) for n in self.counts if heads - n in self.counts]
+
+    def halves(self, index: int, heads: int) -> tuple[int, int]:
+        """The split that is nearest to one half."""
+        return min(self.splits(index, heads), key=lambda pair: abs(pair[0] - pair[1]))
+
+    def survey_shares(self) -> tuple[float, ...]:
+        """Of a layer's heads: where a survey measures it."""
+        numbers = list(range(self.least, self.most, self.step)) or [self.least]
+        if len(numbers) > SURVEYED:
+            ratio = (numbers[-1] / numbers[0]) ** (1 / (SURVEYED - 1))
+            wished = [numbers[0] * ratio**i for i in range(SURVEYED)]
+            numbers = sorted({min(numbers, key=lambda n: abs(n - w)) for w in wished})
+        return tuple(n / self.whole for n in numbers)
+
+
+def head_budget(config: Any, settings: DHASettings, facts: AttentionFacts) -> HeadBudget:
+    """The heads that `settings` leave a donor. Raises BudgetError for what no numbers of heads can be."""
+    layers, groups = config.num_hidden_layers, facts.kv_heads
+    if groups == 1:
+        raise BudgetError("the donor has one KV head (multi-query attention); there is nothing to fuse")
+    whole, step = 2 * groups, settings.head_multiple
+    if settings.plan is not None:
+        fixed = layer_heads(settings.plan, config, facts)
+        total = sum(layer.kv_heads for layer in fixed)
+        return HeadBudget(total, layers, whole, tuple(range(1, groups + 1)), 1, fixed=fixed)
+    highest = min(settings.max_heads or groups, groups)
+    counts = tuple(n for n in range(step, highest + 1, step) if n >= settings.min_heads)
+    grouped = (groups, "KV") if settings.regroup is False else (facts.heads, "query")
+    if settings.uniform:
+        counts = tuple(n for n in counts if grouped[0] % n == 0)
+    if not counts:
+        raise BudgetError(
+            f"no number of heads is a multiple of {step} from {settings.min_heads} to {highest}"
+            + (" that divides the {} {} heads".format(*grouped) if settings.uniform else "")
+            + f"; the donor has {groups} KV heads"
+        )
+    total = math.floor(settings.kv_budget * whole * layers + ROUNDING)
+    if settings.uniform:
+        fitting = [n for n in counts if 2 * n * layers <= total]
+        if not fitting:
+            raise _too_small(settings.kv_budget, counts, groups, "a uniform plan has")
+        return HeadBudget(2 * fitting[-1] * layers, layers, whole, counts, step, uniform=True)
+    if total < 2 * counts[0] * layers:
+        raise _too_small(settings.kv_budget, counts, groups, "layers have")
+    total = min(total, 2 * counts[-1] * layers)
+    total -= (total - 2 * counts[0] * layers) % step
+    return HeadBudget(total, layers, whole, counts, step)
+
+
+def _too_small(budget: float, counts: tuple[int, ...], groups: int, who: str) -> BudgetError:
+    shares = ", ".join(f"{math.ceil(1e4 * n / groups) / 1e4:g} ({n} of {groups})" for n in counts[:3])
+    return BudgetError(
+        f"kv_budget={budget} leaves fewer heads than {who} at least ({counts[0]} K and {counts[0]} V each); the "
+        f"nearest that it can: {shares}"
+    )
+
+
+def layer_heads(plan: Sequence[dict[str, Any]], config: Any, facts: AttentionFacts) -> tuple[LayerHeads, ...]:
+    """A plan's layers: {"kv_heads": 3}, {"k_heads": 2, "v_heads": 1} or {"k_map": […], "v_map": […]}, or what agrees of
+    these. Raises BudgetError naming layer and number."""
+    if len(plan) != config.num_hidden_layers:
+        raise BudgetError(f"the plan has {len(plan)} layers and the donor {config.num_hidden_layers}")
+    return tuple(_layer_heads(f"plan, layer {index}", layer, facts) for index, layer in enumerate(plan))
+
+
+def _layer_heads(place: str, layer: dict[str, Any], facts: AttentionFacts) -> LayerHeads:
+    forms = (("k_map", "v_map"), ("k_heads", "v_heads"), ("kv_heads",))
+    given = next((form for form in forms if set(form) & layer.keys()), None)
+    if given is None or not layer.keys() >= set(given):
+        raise BudgetError(
+            f"{place}: it needs k_map and v_map, or k_heads and v_heads, or kv_heads; it is {layer!r}"
+        )
+    if given == ("kv_heads",):
+        return LayerHeads(_number(f"{place}: kv_heads", layer["kv_heads"], 2, 2 * facts.kv_heads))
+    counts: list[int] = []
+    maps: list[list[int] | None] = []
+    for kind in "kv":
+        number, found = layer.get(f"{kind}_heads"), layer.get(f"{kind}_map")
+        if found is not None:
+            _require_map(f"{place}, {kind}_map", found, facts)
+            named = max(found) + 1
+            if number not in (None, named):
+                raise BudgetError(
+                    f"{place}: {kind}_heads={number} and {kind}_map names {named}; change one of them"
+                )
+            number = named
+        counts.append(_number(f"{place}: {kind}_heads", number, 1, facts.kv_heads))
+        maps.append(found)
+    if layer.get("kv_heads") not in (None, sum(counts)):
+        raise BudgetError(
+            f"{place}: kv_heads={layer['kv_heads']} and {sum(counts)} K and V heads; change one of them"
+        )
+    (k_heads, v_heads), (k_map, v_map) = counts, maps
+    return LayerHeads(sum(counts), k_heads, v_heads, k_map, v_map)
+
+
+def _number(what: str, number: Any, least: int, most: int) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+        raise BudgetError(f"{what}={number} is not a number from {least} to {most}, the donor's")
+    return number
+
+
+def _require_map(place: str, found: Any, facts: AttentionFacts) -> None:
+    whole = isinstance(found, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in found)
+    if not whole or len(found) != facts.heads:
+        raise BudgetError(f"{place}: it needs a whole number for each of the {facts.heads} query heads")
+    if sorted(set(found)) != list(range(len(set(found)))):
+        raise BudgetError(f"{place}: {found} does not number its heads 0, 1, … without a gap")

@@ -1,0 +1,35 @@
+"""The class and the configuration of a donor's conversion."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ...families.facts import attention_facts, class_free_values
+from . import modeling_dha
+
+
+def decoupled_class(donor_config_class: Any) -> Any:
+    """The transformers class that holds a converted donor of a configuration class."""
+    donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
+    return getattr(modeling_dha, f"DHA{donor.__name__}")
+
+
+def decoupled_config(donor_config: Any, output_bias: bool) -> Any:
+    """The donor's configuration as that of its decoupled-head class; each layer's maps are still the donor's own."""
+    config_class, facts = decoupled_class(type(donor_config)).config_class, attention_facts(donor_config)
+    group = facts.heads // facts.kv_heads
+    own = [[head // group for head in range(facts.heads)] for _ in range(donor_config.num_hidden_layers)]
+    config = config_class(
+        **class_free_values(donor_config),
+        k_head_map=copy.deepcopy(own),
+        v_head_map=own,
+        attention_output_bias=output_bias or facts.output_bias,
+        attention_input_bias=facts.input_bias,
+        softmax_scale=facts.scale,
+        attention_softcap=facts.softcap,
+    )
+    config._attn_implementation = "sdpa" if facts.softcap is None else "eager"
+    return config

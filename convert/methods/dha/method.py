@@ -1,0 +1,249 @@
+"""DHA as the pass sees it: plan, then one layer at a time, then the config of the result."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from mhconvert.errors import UnsupportedError
+
+from ...attention.linalg import relative_error
+from ...attention.projections import attention_weights, output_bias, rotary_order
+from ...attention.rotary import LayerRotary
+from ...attention.statistics import observe
+from ...families.facts import attention_facts, family_of
+from ...families.refusals import require
+from ..budget_division import LayerNeed, divide
+from . import modeling_dha
+from .budget import HeadBudget, head_budget
+from .converted_class import decoupled_class, decoupled_config
+from .grouping import EXACT_HEADS, Cluster
+from .observed import Observed
+from .settings import DHASettings
+from .surgery import FusedWeights, Heads, aligned, cluster_map, fuse, parts
+
+PROBE_TOKENS = {
+    "survey": 512,
+    "quick": 1024,
+    "default": 2048,
+    "high": 4096,
+}  # on which candidates are compared
+CANDIDATES = {"survey": 2, "quick": 3, "default": 4, "high": 8}  # ways to split a layer's heads that are
+
+
+class DHA:
+    """Grouped-query or multi-head attention → decoupled heads (specified in `surgery`)."""
+
+    replaced = ("self_attn.",)
+
+    def __init__(self, config: Any, settings: DHASettings, effort: str):
+        """Raises UnsupportedError or BudgetError before any weight is read."""
+        require(config, "dha")
+        self.donor_config, self.settings, self.effort = config, settings, effort
+        self.facts = attention_facts(config)
+        fused_qkv = family_of(config).fused_qkv
+        if settings.uniform and fused_qkv:
+            raise UnsupportedError(
+                f"a uniform plan cannot be a {config.model_type} model yet: its q, k and v are one matrix; "
+                "leave out uniform"
+            )
+        self.budget: HeadBudget = head_budget(config, settings, self.facts)
+        self.heads = self.budget.spread()
+        self.shared_out = False
+        self.stock = self.budget.stock and not fused_qkv and settings.fusion == "closed"
+        self.config = decoupled_config(config, output_bias=not self.stock)
+        if settings.fusion == "trained":
+            self.config.k_fusion, self.config.v_fusion = ([[] for _ in self.heads] for _ in "kv")
+
+    def kv_elements(self) -> int:
+        """Cache elements per token, all layers."""
+        return sum(self.heads) * self.facts.head_dim
+
+    @property
+    def divisible(self) -> bool:
+        """Whether layers may have numbers of their own."""
+        return self.effort != "survey" and self.budget.free
+
+    @property
+    def survey_shares(self) -> tuple[float, ...]:
+        return self.budget.survey_shares()
+
+    def share_out(self, needs: Sequence[LayerNeed]) -> None:
+        """Divide the heads over the layers by what a survey found that each needs."""
+        budget = self.budget
+        self.heads = divide(needs, budget.total, budget.least, budget.most, budget.step, budget.whole)
+        self.shared_out = True
+
+    def layer_sizes(self, index: int) -> dict[str, int]:
+        """Planned heads of one layer; missing is what the survey or the pass chooses."""
+        fixed = self.budget.fixed[index] if self.budget.fixed else None
+        if fixed is not None and fixed.k_heads is not None and fixed.v_heads is not None:
+            return {"k_heads": fixed.k_heads, "v_heads": fixed.v_heads}
+        return {"kv_heads": self.heads[index]} if self.shared_out or not self.divisible else {}
+
+    def totals(self) -> dict[str, Any]:
+        return {}
+
+    def new_parameters(self) -> int:
+        """Parameters of one layer's attention; of the mean layer where they differ."""
+        facts, hidden = self.facts, self.donor_config.hidden_size
+        kept = math.ceil(sum(self.heads) / len(self.heads))
+        width = facts.heads * facts.head_dim
+        read = (hidden + facts.input_bias) * (width + kept * facts.head_dim)
+        return read + width * hidden + self._biased * hidden
+
+    def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
+        """The weights of a donor's attention, and what `inputs` (N, L, D), its calibration text, says of them."""
+        statistics = observe(
+            attention, self.donor_config, inputs, rotary.embeddings, rotary.inv_freq, rotary.attention_scaling
+        )
+        weights = attention_weights(attention, self.facts)
+        heads = Heads(weights, statistics, self.facts.scale * rotary.attention_scaling**2, self._biased)
+        return Observed(heads, output_bias(attention))
+
+    def convert(
+        self,
+        statistics: Observed,
+        index: int,
+        inputs: Tensor,
+        targets: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The attention of layer `index` with fewer heads, fp32 on the embeddings' device, and what was chosen.
+
+        inputs, targets (N, L, D): attention inputs and outputs of the donor's layer on calibration text.
+        """
+        device = position_embeddings[0].device
+        if self.settings.fusion == "trained":
+            return self._unfused(statistics, index, device)
+        rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
+        probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
+        best: tuple[float, Any, FusedWeights] | None = None
+        for keys, values in self._candidates(statistics, index):
+            fused = fuse(statistics.heads, keys, values)
+            module = self._module(fused.in_groups() if self.stock else fused, statistics, index, device)
+            with torch.no_grad():
+                error = relative_error(module(probe, position_embeddings)[0], expected)
+            if best is None or error < best[0]:
+                best = (error, module, fused)
+        assert best is not None
+        _, module, fused = best
+        self._set(index, module.keys.head_map, module.values.head_map)
+        counts = {"k_heads": module.keys.count, "v_heads": module.values.count}
+        return module, counts | {"k_map": fused.k_map, "v_map": fused.v_map}  # of the donor's query heads
+
+    def restore(self, index: int, chosen: dict[str, Any]) -> None:
+        """Take over a layer that an interrupted run finished."""
+        if self.settings.fusion == "trained":
+            self._set_unfused(index, chosen["k_map"], chosen["v_map"])
+        else:
+            self._set(index, chosen["k_map"], chosen["v_map"])
+
+    def finish(self) -> Any:
+        """The configuration of the converted model, every layer's maps filled in."""
+        if not self.stock:
+            return copy.deepcopy(self.config)
+        stock = copy.deepcopy(self.donor_config)
+        stock.num_key_value_heads = self.heads[0] // 2
+        return stock
+
+    def example_config(self) -> Any:
+        """A configuration of the planned size: half of a layer's heads are K heads, read by groups that follow
+        each other, where the pass would choose."""
+        for index, count in enumerate(self.heads):
+            k_heads, v_heads = self.budget.halves(index, count)
+            every = range(self.facts.heads)
+            maps = [[h * n // self.facts.heads for h in every] for n in (k_heads, v_heads)]
+            self._set(index, *maps)
+        return self.finish()
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers class that holds the result; the donor's own where all layers are alike."""
+        kind: Any = type(self.donor_config)
+        return MODEL_FOR_CAUSAL_LM_MAPPING[kind] if self.stock else decoupled_class(kind)
+
+    @property
+    def decoder_class(self) -> Any:
+        """The same without its language-model head."""
+        kind: Any = type(self.donor_config)
+        return MODEL_MAPPING[kind] if self.stock else self.model_class.decoder_class
+
+    @property
+    def _biased(self) -> bool:
+        return bool(self.config.attention_output_bias)
+
+    def _candidates(self, seen: Observed, index: int) -> list[tuple[list[Cluster], list[Cluster]]]:
+        """(key clusters, value clusters) to compare, the cheapest by closed form."""
+        fixed = self.budget.fixed[index] if self.budget.fixed else None
+        if fixed is not None and fixed.k_map is not None and fixed.v_map is not None:
+            return [(_clusters(fixed.k_map), _clusters(fixed.v_map))]
+        regroup = self.settings.regroup
+        options = [regroup] if regroup is not None else [True]
+        if regroup is None and self.facts.heads > max(EXACT_HEADS, self.facts.kv_heads):
+            options = [False, True]
+        found = []
+        for again in options:
+            for k_heads, v_heads in self.budget.splits(index, self.heads[index]):
+                if self.settings.uniform:
+                    if not again and self.facts.kv_heads % k_heads:
+                        continue
+                    keys = values = seen.split("kv", k_heads, again, equal=True)
+                else:
+                    keys, values = seen.split("k", k_heads, again), seen.split("v", v_heads, again)
+                lost = sum(seen.lost("k", c) for c in keys) + sum(seen.lost("v", c) for c in values)
+                found.append((lost, keys, values))
+        found.sort(key=lambda one: one[0])
+        return [(keys, values) for _, keys, values in found[: CANDIDATES[self.effort]]]
+
+    def _unfused(self, seen: Observed, index: int, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+        """The layer whose heads are still to be fused, and into what: the cheapest clusters by closed form."""
+        keys, values = self._candidates(seen, index)[0]
+        module = self._module(aligned(seen.heads, keys, values), seen, index, device)
+        maps = cluster_map(keys), cluster_map(values)
+        self._set_unfused(index, *maps)
+        counts = {"k_heads": len(keys), "v_heads": len(values)}
+        return module, counts | {"k_map": maps[0], "v_map": maps[1]}
+
+    def _set_unfused(self, index: int, k_map: list[int], v_map: list[int]) -> None:
+        group = [head // (self.facts.heads // self.facts.kv_heads) for head in range(self.facts.heads)]
+        (k_parts, k_fusion), (v_parts, v_fusion) = (parts(head_map, group) for head_map in (k_map, v_map))
+        self._set(index, k_parts, v_parts)
+        self.config.k_fusion[index], self.config.v_fusion[index] = k_fusion, v_fusion
+
+    def _set(self, index: int, k_map: Sequence[int], v_map: Sequence[int]) -> None:
+        self.config.k_head_map[index] = list(k_map)
+        self.config.v_head_map[index] = list(v_map)
+
+    def _module(self, fused: FusedWeights, seen: Observed, index: int, device: torch.device) -> Any:
+        self._set(index, fused.k_map, fused.v_map)
+        with torch.device("meta"):
+            module = modeling_dha.DecoupledHeadAttention(copy.deepcopy(self.config), index)
+        rows = rotary_order(self.facts).argsort()  # back to the donor's order
+        weights = fused.weights
+        tensors = {"o_proj.weight": weights.o.flatten(1)}
+        if self._biased:
+            tensors["o_proj.bias"] = fused.o_bias + seen.output_bias
+        readers = {"q_proj": weights.q[:, rows], "k_proj": weights.k[:, rows], "v_proj": weights.v}
+        for name, heads in readers.items():
+            matrix = heads.flatten(0, 1)
+            if self.facts.input_bias:
+                tensors[f"{name}.bias"] = matrix[:, -1]
+                matrix = matrix[:, :-1]
+            tensors[f"{name}.weight"] = matrix
+        state = {name: t.to(device, torch.float32).contiguous() for name, t in tensors.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+def _clusters(head_map: Sequence[int]) -> list[Cluster]:
+    return [tuple(h for h, n in enumerate(head_map) if n == one) for one in range(max(head_map) + 1)]
+
+
+METHOD = DHA

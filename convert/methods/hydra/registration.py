@@ -1,0 +1,58 @@
+"""Hydra among peft's methods.
+
+peft keeps its methods in a closed enum and has no way to plug one in, so the enum gets a member first; without one,
+transformers' loaders fail on a type that has no `.value`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+from mhconvert.errors import AdapterError
+
+NAME = "HYDRA"
+
+
+def register(config_class: Any, model_class: Any) -> None:
+    """Make peft know Hydra by these classes, in this process; may be called again.
+
+    Raises AdapterError where peft has a method of that name, or of that prefix, of its own: both cannot be loaded.
+    """
+    found = next((known for kind, known in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind == NAME), None)
+    if found is config_class:
+        return
+    taken = [
+        str(kind) for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == model_class.prefix
+    ]
+    if found is not None or taken:
+        other = f"{found.__module__}.{found.__name__}" if found is not None else taken[0]
+        raise AdapterError(
+            f"peft {peft.__version__} has a method of its own under the name of Hydra ({other}), so mhconvert's is "
+            "not registered; use peft's, or for adapters that mhconvert wrote an older peft"
+        )
+    add_peft_type(NAME)
+    register_peft_method(
+        name=NAME.lower(), config_cls=config_class, model_cls=model_class, prefix=model_class.prefix
+    )
+
+
+def add_peft_type(name: str) -> Any:
+    """The member `name` of peft's enum, added if it has none. It is found by name, by value and in iteration."""
+    kinds: Any = PeftType
+    if name in kinds.__members__:
+        return kinds[name]
+    member: Any = str.__new__(kinds, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = kinds
+    member._sort_order_ = len(kinds._member_names_)
+    kinds._member_map_[name] = member
+    kinds._member_names_.append(name)
+    kinds._value2member_map_[name] = member
+    if hasattr(kinds, "_hashable_values_"):  # CPython's bookkeeping since 3.12
+        kinds._hashable_values_.append(name)
+    type.__setattr__(kinds, name, member)  # EnumType's own forbids it
+    return member

@@ -1,0 +1,137 @@
+"""Which modules an adapter is put on: the defaults, and a name that means none of them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mhconvert.errors import AdapterError
+
+# The projections that write to the residual stream: their outputs are what a sequential branch re-mixes.
+_BLOCK = ["o_proj", "down_proj"]
+_ATTENTION = ["o_proj"]  # the experts of these are one parameter for all, not linear modules
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    **dict.fromkeys(("arcee", "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral"), _BLOCK),
+    **dict.fromkeys(("mistral", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "seed_oss"), _BLOCK),
+    **dict.fromkeys(("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"), _ATTENTION),
+    "stablelm": _BLOCK,
+    "starcoder2": ["o_proj", "c_proj"],
+}
+NEAREST = 5
+
+
+def require_match(wanted: Any, model: nn.Module) -> None:
+    """Raises AdapterError where no module's name is meant by `wanted`, target_modules as a list or an expression.
+
+    A name of the list that means none of them, beside others that do, is warned of.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(wanted, str):
+        if not means_all(wanted) and not any(re.fullmatch(wanted, name) for name in names):
+            reason = "a string is an expression for whole names, a list holds names or their ends"
+            raise AdapterError(f"{nothing_matches([wanted], model)}; {reason}")
+        return
+    missing = unmatched(wanted or (), model)
+    if missing and len(missing) == len(wanted):
+        raise AdapterError(nothing_matches(missing, model))
+    if missing:
+        warnings.warn(nothing_matches(missing, model), stacklevel=2)
+
+
+def means_all(wanted: Any) -> bool:
+    """Whether target_modules are peft's word for every linear module but the head."""
+    return isinstance(wanted, str) and wanted.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def unmatched(wanted: Iterable[str], model: nn.Module) -> list[str]:
+    """Those of the names `wanted` that no module of `model` has, nor ends with."""
+    ends = {end for name, _ in model.named_modules() for end in _ends(name)}
+    return sorted(set(wanted) - ends - set(DUMMY_TARGET_MODULES))
+
+
+def nothing_matches(targets: list[str], model: nn.Module) -> str:
+    """That `targets` name no module of `model`, and the linear modules whose names are nearest."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
+    last = sorted({name.rpartition(".")[2] for name in linear} - {"base_layer"})
+    ends = sorted({end for name in linear for end in _ends(name)})
+    near = [name for target in targets for name in difflib.get_close_matches(target, ends, NEAREST, 0.5)]
+    found = (list(dict.fromkeys(near)) or last)[:NEAREST]
+    named = ", ".join(f"'{target}'" for target in targets)
+    hint = (
+        f"the nearest names of linear modules are {', '.join(found)}" if found else "it has no linear module"
+    )
+    return f"target_modules {named} match nothing in {type(model).__name__}: {hint}"
+
+
+def require_linear(module: nn.Module, name: str, quantised: bool) -> None:
+    """Raises AdapterError naming the module unless Hydra can be put on it."""
+    if isinstance(module, BaseTunerLayer):
+        raise AdapterError(
+            f"target module '{name}' has an adapter of another method ({type(module).__module__}), which merging would "
+            "leave out; merge that one first: merge_and_unload"
+        )
+    kind = type(module).__name__
+    if isinstance(module, Conv1D):
+        kind, hint = "Conv1D", "whose weight lies transposed"
+    elif isinstance(module, nn.Embedding):
+        hint = "which looks rows up and computes no product"
+    elif kind == "NonDynamicallyQuantizableLinear":
+        hint = "whose weight nn.MultiheadAttention uses without calling it"
+    elif isinstance(module, nn.Linear) or quantised:
+        return
+    else:
+        hint = "not a linear layer"
+    raise AdapterError(f"target module '{name}' is a {kind}, {hint}; Hydra adapts torch.nn.Linear")
+
+
+def is_tied_head(module: nn.Module, model: Any) -> bool:
+    """Whether `module` is the output head of `model`, which its config ties to the input embedding."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return False
+    try:
+        return module is model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # a model without
+        return False
+
+
+def holders(model: nn.Module) -> dict[int, list[str]]:
+    """The names under which each parameter of `model` is held, by its id."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return found
+
+
+def require_unshared(module: nn.Module, name: str, held: dict[int, list[str]]) -> None:
+    """Raises AdapterError where another module holds a parameter of `module` too. held: `holders` of the model."""
+    for kind, parameter in module.named_parameters():
+        others = [other for other in held[id(parameter)] if other != f"{name}.{kind}"]
+        if others:
+            raise AdapterError(
+                f"target module '{name}' shares its {kind} with {others[0]}, which merging would change as well; leave "
+                "it out, or give it a tensor of its own"
+            )
+
+
+def outside_tuners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its name, but for what is inside an adapted layer."""
+    inside = None  # named_modules goes depth first
+    for name, module in model.named_modules():
+        if inside is None or not name.startswith(inside):
+            yield name, module
+            if isinstance(module, BaseTunerLayer):
+                inside = f"{name}."
+
+
+def _ends(name: str) -> list[str]:
+    """ "a.b.c" -> "a.b.c", "b.c", "c"."""
+    parts = name.split(".")
+    return [".".join(parts[first:]) for first in range(len(parts))]

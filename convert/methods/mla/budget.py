@@ -1,0 +1,143 @@
+"""How many cache elements a converted layer may hold, and the ways to split them. No torch, no weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mhconvert.errors import BudgetError, UnsupportedError
+
+from ...families.facts import AttentionFacts, attention_facts
+from .settings import MLASettings
+
+# Shares of a layer's elements that the rotary key may take; each is tried on the layer's own output error.
+ROPE_SHARES = {
+    "survey": (2 / 5,),
+    "quick": (1 / 4, 2 / 5, 1 / 2),
+    "default": (1 / 4, 1 / 3, 2 / 5, 1 / 2),
+    "high": (1 / 8, 1 / 6, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 3 / 5, 2 / 3),
+}
+LEAST, MOST = 1 / 2, 2  # times the mean budget that one layer may have
+DIVISION = 96  # parts of the donor's elements in which a budget is divided over layers
+SMALLEST = 3  # elements: one rotary component and one of the latent
+ROUND_WIDTH = 16  # elements
+
+# (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) that the MLA prefill of vLLM 0.33 takes on Hopper and older GPUs.
+KERNEL_SHAPES = ((128, 64, 128), (192, 64, 256), (64, 64, 128), (256, 0, 256))
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """elements: of the latent cache per token and layer. kv_lora_rank, qk_rope_head_dim: fixed sizes, or None
+    when the pass chooses the split. donor_elements = 2 G d; frequencies: rotary pairs of a head; kv_heads G;
+    key_scales: of the elements, those that hold 1 / RMS of a donor's normed keys.
+    """
+
+    elements: int
+    kv_lora_rank: int | None
+    qk_rope_head_dim: int | None
+    donor_elements: int
+    frequencies: int
+    kv_heads: int
+    key_scales: int = 0
+
+    @property
+    def all_components(self) -> int:
+        """One for each rotary pair of each KV head."""
+        return self.frequencies * self.kv_heads
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the most elements of a layer where the layers divide their budget unevenly."""
+        least = max(SMALLEST + self.key_scales, round(LEAST * self.elements))
+        return min(least, self.elements), min(
+            round(MOST * self.elements), self.donor_elements + self.key_scales
+        )
+
+    def component_choices(self, effort: str) -> list[int]:
+        """Numbers R of rotary components to try, each leaving the latent at least one element."""
+        if self.qk_rope_head_dim is not None:
+            return [self.qk_rope_head_dim // 2]
+        free = self.elements - self.key_scales
+        largest = min(self.all_components, (free - 1) // 2)
+        counts = {min(largest, max(1, round(share * free / 2))) for share in ROPE_SHARES[effort]}
+        if free >= self.donor_elements:
+            counts = {self.all_components}  # every key rotates and every value fits: exact
+        return sorted(counts)
+
+    def rank(self, components: int) -> int:
+        """Width of the latent beside `components` rotary ones."""
+        return self.elements - self.key_scales - 2 * components
+
+
+def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
+    """The elements per token and layer that `settings` grant a donor with `config`.
+
+    Profile portable: every layer's rotary key has the width that kernels want at this head_dim.
+    Raises BudgetError, with the nearest that is possible, when the geometry cannot express the sizes, and
+    UnsupportedError for a head_dim that the profile does not have.
+    """
+    facts = attention_facts(config)
+    head_dim, scales = facts.head_dim, facts.key_scales
+    donor = 2 * facts.kv_heads * head_dim
+    if settings.kv_lora_rank is not None and settings.qk_rope_head_dim is not None:
+        budget = _explicit(settings.kv_lora_rank, settings.qk_rope_head_dim, facts)
+        if settings.profile == "portable" and settings.qk_rope_head_dim != portable_rope(head_dim):
+            raise BudgetError(
+                f"qk_rope_head_dim={settings.qk_rope_head_dim} has no kernel at head_dim={head_dim}: --profile "
+                f"portable needs {portable_rope(head_dim)}; choose that or --profile quality"
+            )
+        return budget
+    elements = round(settings.kv_budget * donor)
+    rope = portable_rope(head_dim) if settings.profile == "portable" else None
+    smallest = (SMALLEST if rope is None else rope + 1) + scales
+    if elements < smallest:
+        needs = f"{smallest}" if rope is None else f"{smallest} (a rotary key of {rope} and a latent)"
+        raise BudgetError(
+            f"kv_budget={settings.kv_budget} leaves {elements} of the donor's {donor} KV elements per token and "
+            f"layer, and --profile {settings.profile} needs {needs}; the nearest that it can: "
+            f"{_nearest(smallest, donor)}"
+        )
+    rank = None if rope is None else elements - rope
+    return LayerBudget(elements, rank, rope, donor, facts.rotary_dim // 2, facts.kv_heads, scales)
+
+
+def portable_rope(head_dim: int) -> int:
+    """qk_rope_head_dim of the kernel shape whose non-rotary part is a whole head; values may be padded to theirs.
+
+    Raises UnsupportedError for a head_dim that has none.
+    """
+    for nope, rope, value in KERNEL_SHAPES:
+        if nope == head_dim and rope and value >= head_dim:
+            return rope
+    shapes = ", ".join(map(str, KERNEL_SHAPES))
+    raise UnsupportedError(
+        f"--profile portable cannot express head_dim={head_dim}: vLLM's MLA kernels accept (qk_nope_head_dim, "
+        f"qk_rope_head_dim, v_head_dim) = {shapes}, which leaves head_dim 64, 128 and 192; use --profile quality"
+    )
+
+
+def _nearest(smallest: int, donor: int) -> str:
+    """The smallest budgets that are possible, as `0.1693 (65 elements), …`; after the first, round widths."""
+    widths = [smallest, *(w for w in range(0, donor + 1, ROUND_WIDTH) if w > smallest)][:3]
+    shares = [math.ceil(1e4 * width / donor) / 1e4 for width in widths]
+    return ", ".join(f"{share:.4g} ({round(share * donor)} elements)" for share in shares)
+
+
+def _explicit(rank: int, rope: int, facts: AttentionFacts) -> LayerBudget:
+    keys, turned = facts.kv_heads * facts.head_dim, facts.kv_heads * facts.rotary_dim
+    if rope < 2 or rope % 2 or rope > turned:
+        width = "head_dim" if turned == keys else "rotary width"
+        raise BudgetError(
+            f"qk_rope_head_dim={rope} must be even and between 2 and num_key_value_heads·{width} = {turned}"
+        )
+    most = 2 * keys - rope
+    if not 1 <= rank <= most:
+        raise BudgetError(
+            f"kv_lora_rank={rank} is outside 1 … 2·num_key_value_heads·head_dim − qk_rope_head_dim = {most}"
+        )
+    scales = facts.key_scales
+    return LayerBudget(
+        rank + rope + scales, rank, rope, 2 * keys, facts.rotary_dim // 2, facts.kv_heads, scales
+    )

@@ -1,0 +1,246 @@
+"""MLA as the pass sees it: plan, then one layer at a time, then the config of the result."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhconvert.errors import UnsupportedError
+
+from ...attention.linalg import relative_error
+from ...attention.projections import attention_weights, output_bias, qk_norm
+from ...attention.rotary import LayerRotary
+from ...attention.statistics import observe
+from ...families.facts import attention_facts
+from ...families.refusals import require, served_refusal
+from ..budget_division import LayerNeed, divide
+from . import modeling_mla
+from .assembly import at_mean_scale, module_tensors
+from .budget import DIVISION, LayerBudget, layer_budget
+from .converted_class import latent_config, model_class
+from .observed import Observed
+from .settings import MLASettings
+from .surgery import (
+    LatentWeights,
+    convert_layer,
+    kept_components,
+    rotary_basis,
+    series_components,
+)
+
+SURVEY_SHARES = (1 / 8, 3 / 16, 5 / 16, 1 / 2, 3 / 4)
+VALUE_WEIGHT = 0.01  # price of a relative error in the values against one in the scores
+VALUE_WEIGHTS = (0.003, 0.03)  # tried beside it
+PROBE_TOKENS = {
+    "survey": 512,
+    "quick": 1024,
+    "default": 2048,
+    "high": 4096,
+}  # on which candidates are compared
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to spend a layer's budget."""
+
+    components: int
+    value_weight: float
+
+
+class MLA:
+    """Grouped-query or multi-head attention → latent attention (specified in `surgery`)."""
+
+    replaced = ("self_attn.",)
+
+    def __init__(self, config: Any, settings: MLASettings, effort: str):
+        """Raises UnsupportedError or BudgetError before any weight is read."""
+        require(config, "mla")
+        self.donor_config, self.settings, self.effort = config, settings, effort
+        self.facts = attention_facts(config)
+        reason = served_refusal(config) if settings.profile == "portable" else None
+        if reason is not None:
+            raise UnsupportedError(f"profile portable cannot hold this donor: {reason}; use quality")
+        self.budget: LayerBudget = layer_budget(config, settings)
+        self.budgets, self.shared_out = [self.budget] * config.num_hidden_layers, False
+        quality = settings.profile == "quality"
+        bias = quality or self.facts.output_bias
+        self.config = latent_config(config, output_bias=bias, rope_in_latent=quality)
+
+    def kv_elements(self) -> int:
+        """Cache elements per token, all layers."""
+        return sum(budget.elements for budget in self.budgets)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether layers may have budgets of their own."""
+        free = self.budget.kv_lora_rank is None and self.budget.elements < self.budget.donor_elements
+        return free and self.effort in ("default", "high")
+
+    @property
+    def survey_shares(self) -> tuple[float, ...]:
+        """Of the donor's cache elements."""
+        return SURVEY_SHARES
+
+    def share_out(self, needs: Sequence[LayerNeed]) -> None:
+        """Divide the budget over the layers by what a survey found that each needs."""
+        whole, (least, most) = self.budget.donor_elements, self.budget.limits
+        unit = max(1, whole // DIVISION)
+        elements = divide(needs, self.kv_elements(), least, most, unit, whole)
+        self.budgets = [replace(self.budget, elements=count) for count in elements]
+        self.shared_out = True
+
+    def layer_sizes(self, index: int) -> dict[str, int]:
+        """Planned sizes of one layer; missing is what the survey or the pass chooses."""
+        budget = self.budgets[index]
+        sizes = {
+            "kv_elements": budget.elements if self.shared_out or not self.divisible else None,
+            "kv_lora_rank": budget.kv_lora_rank,
+            "qk_rope_head_dim": budget.qk_rope_head_dim,
+        }
+        return {name: size for name, size in sizes.items() if size is not None}
+
+    def totals(self) -> dict[str, Any]:
+        return {}
+
+    def new_parameters(self) -> int:
+        """Parameters of one layer's attention at its widest rotary key; of the mean layer where they differ."""
+        facts, hidden = self.facts, self.donor_config.hidden_size
+        choices = self.budget.component_choices(self.effort)
+        heads, head_dim, rope = facts.heads, facts.head_dim, 2 * max(choices)
+        elements = self.budget.elements - facts.key_scales
+        queries = hidden * heads * (head_dim + rope)
+        if facts.qk_norm is not None:
+            queries = heads * head_dim * (hidden + head_dim + rope) + facts.kv_heads * head_dim * hidden
+        projections = hidden * (elements + heads * head_dim + 1)
+        reads = elements if self.config.rope_in_latent else self.budget.rank(min(choices))
+        return queries + projections + 2 * reads * heads * head_dim
+
+    def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
+        """The weights of a donor's attention, and what `inputs` (N, L, D), its calibration text, says of them."""
+        statistics = observe(
+            attention,
+            self.donor_config,
+            inputs,
+            rotary.embeddings,
+            rotary.inv_freq,
+            rotary.attention_scaling,
+        )
+        plain, norm = attention_weights(attention, self.facts), qk_norm(attention, self.facts)
+        weights = at_mean_scale(plain, norm, self.facts, statistics)
+        return Observed(weights, output_bias(attention), statistics, rotary_basis(weights.linear, statistics))
+
+    def convert(
+        self,
+        statistics: Observed,
+        index: int,
+        inputs: Tensor,
+        targets: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The latent attention of layer `index`, fp32 on the embeddings' device, and what was chosen for it.
+
+        inputs, targets (N, L, D): attention inputs and outputs of the donor's layer on calibration text.
+        """
+        device = position_embeddings[0].device
+        rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
+        probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
+        best: tuple[float, Any, Candidate] | None = None
+        components = self.budgets[index].component_choices(self.effort)
+        queue = [Candidate(count, VALUE_WEIGHT) for count in components]
+        tried: set[Candidate] = set()
+        while queue:
+            candidate = queue.pop(0)
+            tried.add(candidate)
+            module = self._module(self._surgery(statistics, index, candidate), statistics, index, device)
+            with torch.no_grad():
+                error = relative_error(module(probe, position_embeddings)[0], expected)
+            if best is None or error < best[0]:
+                best = (error, module, candidate)
+            if not queue and self.effort in ("default", "high"):
+                around = (Candidate(best[2].components, weight) for weight in VALUE_WEIGHTS)
+                queue = [c for c in around if c not in tried and len(tried) < len(components) + 2]
+        assert best is not None
+        _, module, chosen = best
+        self._set(index, module.kv_lora_rank, module.rope_frequencies)
+        return module, {
+            "kv_lora_rank": module.kv_lora_rank,
+            "qk_rope_head_dim": module.qk_rope_head_dim,
+            "rope_frequencies": module.rope_frequencies,
+            "value_weight": chosen.value_weight,
+        }
+
+    def restore(self, index: int, chosen: dict[str, Any]) -> None:
+        """Take over a layer that an interrupted run finished."""
+        self._set(index, chosen["kv_lora_rank"], chosen["rope_frequencies"])
+
+    def finish(self) -> Any:
+        """The configuration of the converted model, every layer's sizes filled in."""
+        config = copy.deepcopy(self.config)
+        ranks = set(config.kv_lora_rank)
+        if self.settings.profile == "portable":
+            assert len(ranks) == 1
+            config.kv_lora_rank = ranks.pop()
+        return config
+
+    def example_config(self) -> Any:
+        """A configuration of the planned size: a quarter of a layer's elements rotate, where the pass would choose."""
+        choices = self.budget.component_choices("quick")
+        components = min(choices, key=lambda count: abs(count - self.budget.elements / 8))
+        frequencies = [index % self.budget.frequencies for index in range(components)]
+        for index in range(self.donor_config.num_hidden_layers):
+            self._set(index, self.budget.rank(components), frequencies)
+        return self.finish()
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers class that holds the result."""
+        return model_class(type(self.donor_config))
+
+    @property
+    def decoder_class(self) -> Any:
+        """The same without its language-model head."""
+        return self.model_class.decoder_class
+
+    def _surgery(self, seen: Observed, index: int, choice: Candidate) -> LatentWeights:
+        rank = self.budgets[index].rank(choice.components)
+        if self.settings.profile == "portable":
+            kept = series_components(seen.basis.damage, choice.components)
+        else:
+            kept = kept_components(seen.basis.damage, choice.components)
+        # A mean left out of the keys cancels in the softmax only where no norm scales them.
+        bias = self.config.attention_output_bias and self.facts.qk_norm is None
+        weights = seen.weights.linear
+        return convert_layer(
+            weights,
+            seen.statistics,
+            seen.basis,
+            kept,
+            rank,
+            choice.value_weight,
+            bias,
+            self.config.rope_in_latent,
+        )
+
+    def _set(self, index: int, rank: int, frequencies: list[int]) -> None:
+        self.config.kv_lora_rank[index] = rank
+        self.config.rope_frequencies[index] = list(frequencies)
+
+    def _module(self, latent: LatentWeights, seen: Observed, index: int, device: torch.device) -> Any:
+        rotary = 2 * len(latent.frequencies)
+        self._set(index, len(latent.kv_a_proj_with_mqa) - rotary, latent.frequencies)
+        with torch.device("meta"):
+            module = modeling_mla.LatentAttention(copy.deepcopy(self.config), index)
+        tensors = module_tensors(latent, seen.weights, self.facts, seen.output_bias)
+        if not self.config.attention_output_bias:
+            del tensors["o_proj.bias"]
+        state = {name: t.to(device, torch.float32).contiguous() for name, t in tensors.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+METHOD = MLA

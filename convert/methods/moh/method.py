@@ -1,0 +1,205 @@
+"""MoH as the pass sees it: plan, then one layer at a time, then the config of the result."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ...attention.rotary import LayerRotary
+from ...families.facts import attention_facts, layer_window
+from ...families.refusals import require
+from ..budget_division import LayerNeed, divide
+from . import modeling_moh
+from .budget import Heads, heads_of
+from .converted_class import mixture_class, mixture_config
+from .observed import Observed, observe
+from .settings import MoHSettings
+from .surgery import linear_scores, norm_scores, shared_units
+
+FLOPS_CONTEXT = 2048  # tokens in the cache for which a plan states FLOPs
+
+
+class MoH:
+    """Multi-head or grouped-query attention → the same heads, of which a token has some (`routing` says which)."""
+
+    replaced = ("self_attn.",)
+
+    def __init__(self, config: Any, settings: MoHSettings, effort: str):
+        """Raises UnsupportedError or BudgetError before any weight is read."""
+        require(config, "moh")
+        self.donor_config, self.settings, self.effort = config, settings, effort
+        self.facts, layers = attention_facts(config), config.num_hidden_layers
+        units = self.facts.heads if settings.route == "heads" else self.facts.kv_heads
+        self.budget: Heads = heads_of(settings, units, layers, effort == "survey")
+        self.active = list(self.budget.active)
+        self.shared_out = False
+        self.config = mixture_config(config, settings.route, settings.router)
+        if self._calibrated_norms:
+            self.config.norm_scale, self.config.norm_offset = ([[] for _ in range(layers)] for _ in "ab")
+
+    def kv_elements(self) -> int:
+        """Cache elements per token, all layers: the donor's, for any token may be read by any head."""
+        return 2 * self.facts.kv_heads * self.facts.head_dim * self.donor_config.num_hidden_layers
+
+    @property
+    def divisible(self) -> bool:
+        """Whether layers may have numbers of their own."""
+        return self.effort != "survey" and self.budget.free
+
+    @property
+    def survey_shares(self) -> tuple[float, ...]:
+        return self.budget.survey_shares()
+
+    def share_out(self, needs: Sequence[LayerNeed]) -> None:
+        """Divide the active heads over the layers by what a survey found that each needs."""
+        budget, total = self.budget, sum(self.budget.active)
+        self.active = divide(needs, total, budget.least, budget.units, 1, budget.units)
+        self.shared_out = True
+
+    def layer_sizes(self, index: int) -> dict[str, int]:
+        """Planned heads of one layer; missing is what the survey chooses."""
+        sizes = {"shared_heads": self.budget.shared[index]}
+        known = self.shared_out or not self.divisible
+        return {"active_heads": self.active[index]} | sizes if known else sizes
+
+    def totals(self) -> dict[str, Any]:
+        """Active heads, KV heads that a decoding step reads where those are routed, and FLOPs of the attention for one
+        token behind FLOPS_CONTEXT others (as many of them as a layer's window shows)."""
+        facts, config, layers = self.facts, self.donor_config, range(len(self.active))
+        size = facts.heads // self.budget.units
+        heads = {"donor": len(layers) * facts.heads, "converted": size * sum(self.active)}
+        maps = 4 * config.hidden_size * facts.head_dim * (facts.heads + facts.kv_heads)  # q, k, v, o
+        products = [
+            4 * facts.head_dim * min(FLOPS_CONTEXT, layer_window(config, i) or FLOPS_CONTEXT) for i in layers
+        ]
+        donor = sum(maps + facts.heads * product for product in products)
+        routed = sum(maps + size * n * product for n, product in zip(self.active, products, strict=True))
+        of_router = self._parameters[1]
+        routers = sum(2 * of_router(index) for index in layers)
+        found: dict[str, Any] = {"active_heads": heads}
+        if self.settings.route == "groups":
+            whole = len(layers) * facts.kv_heads
+            found["kv_heads_read"] = {"donor": whole, "converted": sum(self.active)}
+        flops = {"context": FLOPS_CONTEXT, "donor": donor, "converted": routed + routers}
+        return found | {"attention_flops": flops}
+
+    def new_parameters(self) -> int:
+        """Parameters of the mean layer's attention, its router's included."""
+        own, of_router = self._parameters
+        return own + math.ceil(sum(map(of_router, range(len(self.active)))) / len(self.active))
+
+    @property
+    def _parameters(self) -> tuple[int, Callable[[int], int]]:
+        """Of a donor layer's attention, and of a layer's router: nothing is allocated for them."""
+        config = self.example_config()
+        known: dict[tuple[int, int], int] = {}
+        with torch.device("meta"):
+            donor = self._donor_attention()
+
+        def of_router(index: int) -> int:
+            shape = self.active[index], self.budget.shared[index]
+            if shape not in known:
+                with torch.device("meta"):
+                    module: Any = modeling_moh.MixtureOfHeadAttention(donor, config, index)
+                known[shape] = (
+                    sum(p.numel() for p in module.router.parameters()) if hasattr(module, "router") else 0
+                )
+            return known[shape]
+
+        return sum(p.numel() for p in donor.parameters()), of_router
+
+    def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
+        """The donor's attention, and what `inputs` (N, L, D), its calibration text, says of its heads."""
+        config = mixture_config(self.donor_config, self.settings.route)
+        return observe(attention, config, inputs, rotary.embeddings)
+
+    def convert(
+        self,
+        statistics: Observed,
+        index: int,
+        inputs: Tensor,
+        targets: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The attention of layer `index` that routes, fp32 on the embeddings' device, and what was chosen."""
+        count, seen = self.budget.shared[index], statistics.statistics
+        first = self.settings.shared_heads == "first"
+        shared = list(range(count)) if first else shared_units(seen, count)
+        chosen: dict[str, Any] = {"active_heads": self.active[index], "shared_heads": shared}
+        routed = [unit for unit in range(self.budget.units) if unit not in shared]
+        if self._calibrated_norms:
+            scale, offset = norm_scores(seen, routed)
+            chosen |= {"norm_scale": scale, "norm_offset": offset}
+        self.restore(index, chosen)
+        module = modeling_moh.MixtureOfHeadAttention(
+            copy.deepcopy(statistics.attention), copy.deepcopy(self.config), index
+        )
+        if hasattr(module, "router") and module.router.learned:
+            weight, bias = linear_scores(seen, routed)
+            _learn(module.router, weight, bias)
+        module = module.to(position_embeddings[0].device, torch.float32)
+        return module.eval().requires_grad_(False), chosen
+
+    def restore(self, index: int, chosen: dict[str, Any]) -> None:
+        """Take over a layer that an interrupted run finished."""
+        _set(self.config, index, chosen)
+
+    def finish(self) -> Any:
+        """The configuration of the converted model, every layer's heads filled in."""
+        return copy.deepcopy(self.config)
+
+    def example_config(self) -> Any:
+        """A configuration of the planned size: the first heads are shared, where the pass would choose."""
+        config = self.finish()
+        for index, (active, shared) in enumerate(zip(self.active, self.budget.shared, strict=True)):
+            chosen: dict[str, Any] = {"active_heads": active, "shared_heads": list(range(shared))}
+            if self._calibrated_norms:
+                routed = self.budget.units - shared
+                chosen |= {"norm_scale": [1.0] * routed, "norm_offset": [0.0] * routed}
+            _set(config, index, chosen)
+        return config
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers class that holds the result."""
+        return mixture_class(type(self.donor_config))
+
+    @property
+    def decoder_class(self) -> Any:
+        """The same without its language-model head."""
+        return self.model_class.decoder_class
+
+    @property
+    def _calibrated_norms(self) -> bool:
+        return self.settings.router == "norm" and self.settings.shared_heads == "calibrated"
+
+    def _donor_attention(self) -> nn.Module:
+        """A donor layer's attention, of the current default device; all layers' have the same shapes."""
+        donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.donor_config)]
+        config = copy.deepcopy(self.donor_config)
+        config.num_hidden_layers = 1
+        return donor(config).get_decoder().layers[0].self_attn
+
+
+def _set(config: Any, index: int, chosen: dict[str, Any]) -> None:
+    for name in ("active_heads", "shared_heads", "norm_scale", "norm_offset"):
+        if name in chosen:
+            getattr(config, name)[index] = copy.copy(chosen[name])
+
+
+@torch.no_grad()
+def _learn(router: Any, weight: Tensor, bias: Tensor) -> None:
+    """Scores from the closed form; every gate 1."""
+    for parameter in router.parameters():
+        parameter.zero_()
+    router.score.weight.copy_(weight)
+    router.score.bias.copy_(bias)
+
+
+METHOD = MoH

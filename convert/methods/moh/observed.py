@@ -1,0 +1,49 @@
+"""What the pass keeps of a donor layer whose heads are to be routed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modeling_moh import MixtureOfHeadAttention
+from .surgery import RoutingStatistics
+
+STEP_TOKENS = 4096  # that are looked at together
+
+
+@dataclass(frozen=True)
+class Observed:
+    """All of a donor layer that its conversions read, whatever their budgets."""
+
+    attention: nn.Module
+    statistics: RoutingStatistics
+
+
+@torch.no_grad()
+def observe(
+    attention: Any, config: Any, inputs: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> Observed:
+    """The donor's `attention` and what its units add to the tokens of `inputs` (N, L, D).
+
+    config: of the mixture that the donor is with all heads active, which says what a unit is.
+    """
+    index, device = attention.layer_idx, position_embeddings[0].device
+    whole = MixtureOfHeadAttention(attention, config, index)
+    units, width = config.routing_units, whole.heads * whole.head_dim // config.routing_units
+    weight = whole.o_proj.weight.float().unflatten(1, (units, width))  # D U w
+    metric = torch.einsum("duw,duv->uwv", weight, weight)
+    statistics = RoutingStatistics.empty(inputs.shape[-1], units)
+    outputs: list[Tensor] = []
+    hook = whole.o_proj.register_forward_pre_hook(lambda _, arguments: outputs.append(arguments[0]))
+    for rows in inputs.split(max(1, STEP_TOKENS // inputs.shape[1])):
+        x = rows.to(device)
+        whole(x, position_embeddings)
+        heads = outputs.pop().float().unflatten(-1, (units, width)).flatten(0, 1)
+        energies = torch.einsum("nuw,uwv,nuv->nu", heads, metric, heads)
+        queries = whole.projections(x)[0].float().unflatten(-1, (units, width)).flatten(0, 1)
+        statistics.add(x.flatten(0, 1), energies, queries.square().sum(-1))
+    hook.remove()
+    return Observed(attention, statistics)

@@ -1,0 +1,210 @@
+"""Open a model for measuring: a converted checkpoint by the package's own classes, an adapter on its base model,
+anything else as a donor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from mhconvert.device import pick_device
+from mhconvert.errors import CheckpointError, MhconvertError
+
+from .checkpoint.fingerprint import of_files, of_folder
+from .checkpoint.identity import converted_method, exported
+from .checkpoint.provenance import PROVENANCE
+from .donor import hub_download
+from .donor.aliases import ALIASES
+from .donor.donor import Donor, open_donor
+from .donor.reference import HUB_ID, load_tokenizer
+from .methods.registry import register
+from .storage.folder_kind import is_adapter
+from .storage.safetensors_reader import require_finite
+
+if TYPE_CHECKING:
+    from .adapters.saved_adapter import AdapterFolder
+    from .recipe.recipe import Recipe
+
+
+@dataclass
+class OpenModel:
+    """A model whose config is known and whose weights are read when `model` is called. Eval mode."""
+
+    reference: str
+    config: Any
+    device: str
+    donor: Donor | None
+    trust_remote_code: bool = False
+    adapter: AdapterFolder | None = None
+    place: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where a converted checkpoint's files are."""
+        return self.place if self.place is not None else Path(self.reference)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.get_text_config().vocab_size)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises CheckpointError when there is none that can be read."""
+        if self.donor is not None:
+            return self.donor.tokenizer()
+        return load_tokenizer(self.folder, self.trust_remote_code)
+
+    def model(self, dtype: torch.dtype = torch.float32, *, trainable: bool = False) -> Any:
+        """The whole model on the device; `trainable`: an adapter's matrices require gradients.
+
+        Raises CheckpointError for weights that are missing, damaged or not finite.
+        """
+        if self.donor is not None:
+            return self._with_adapter(self.donor.model(torch.device(self.device), dtype), trainable).eval()
+        from transformers import AutoModelForCausalLM
+
+        try:
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=dtype,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{self.reference} does not load: {_first_line(error)}") from error
+        model, loading = opened
+        for fault in ("missing", "unexpected", "mismatched"):  # transformers would go on with random weights
+            for name in sorted(map(str, loading[f"{fault}_keys"])):
+                raise CheckpointError(f"{self.reference} does not fit its config: tensor {name} is {fault}")
+        for name, weight in model.named_parameters():
+            require_finite(weight.detach(), name, self.folder)
+        return model.to(self.device).eval()
+
+    def _with_adapter(self, base: Any, trainable: bool) -> Any:
+        """`base` with the adapter on it as peft loads it, not merged; `base` itself where there is none."""
+        if self.adapter is None or self.donor is None:
+            return base
+        from peft import PeftModel
+
+        from .adapters.shape_check import require_fit
+
+        require_fit(self.adapter, self.donor)
+        folder = str(self.adapter.folder)
+        return PeftModel.from_pretrained(base, folder, torch_device=self.device, is_trainable=trainable)
+
+    def require_length(self, tokens: int) -> None:
+        """Raises MhconvertError when `tokens` are more than the model was made for."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if limit and tokens > limit:
+            raise MhconvertError(f"{self.reference} reads at most {limit} tokens and {tokens} are asked for")
+
+
+def checkpoint_folder(reference: str, *, weights: bool = True) -> Path | None:
+    """The folder of a converted checkpoint: `reference` itself, or the snapshot of org/name[@revision] on the Hub.
+
+    None for anything else. weights: whether a snapshot has to have them. Raises CheckpointError where the Hub does not
+    give it.
+    """
+    path = Path(reference).expanduser()
+    if path.exists() or reference in ALIASES or not HUB_ID.fullmatch(reference):
+        return path if converted_method(reference) is not None else None
+    snapshot = hub_download.download_config(reference)
+    if converted_method(str(snapshot)) is None:
+        return None
+    return hub_download.download_weights(reference, revision=snapshot.name) if weights else snapshot
+
+
+def _stock_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder}/config.json does not load: {_first_line(error)}") from error
+
+
+def read_config(folder: str, method: str) -> Any:
+    """The config of a converted checkpoint, by the package's classes."""
+    from transformers import AutoConfig
+
+    register(method)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder}/config.json does not load: {_first_line(error)}") from error
+
+
+def open_model(reference: str, *, device: str | None = None, trust_remote_code: bool = False) -> OpenModel:
+    """`reference` opened: what mhconvert converted, a folder or org/name[@revision] on the Hub; an adapter's folder; or
+    what `open_donor` takes. Reads no weights yet.
+
+    device: a torch device; None: CUDA if present. Code inside a folder runs only with trust_remote_code.
+    """
+    place = str(pick_device(device))
+    folder = checkpoint_folder(reference)
+    method = converted_method(str(folder))
+    if folder is not None and method is not None:
+        config = read_config(str(folder), method)
+        return OpenModel(reference, config, place, None, trust_remote_code, place=folder)
+    if exported(reference):
+        own = Path(reference).expanduser()
+        return OpenModel(reference, _stock_config(own), place, None, trust_remote_code, place=own)
+    if is_adapter(Path(reference).expanduser()):
+        from .adapters.saved_adapter import open_adapter
+
+        adapter = open_adapter(reference)
+        donor = open_donor(adapter.base, trust_remote_code=trust_remote_code)
+        return OpenModel(reference, donor.config, place, donor, trust_remote_code, adapter)
+    donor = open_donor(reference, trust_remote_code=trust_remote_code)
+    return OpenModel(reference, donor.config, place, donor, trust_remote_code)
+
+
+def written(recipe: Recipe) -> str | None:
+    """The folder that the conversion `recipe` has written, if it has and nothing has healed it."""
+    folder = recipe.output_folder(open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code).name)
+    try:
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    made = (
+        isinstance(record, dict)
+        and not record.get("healed")
+        and record.get("recipe") == json.loads(json.dumps(recipe.to_dict()))
+    )
+    return str(folder) if made else None
+
+
+def recorded_donor(checkpoint: str) -> str:
+    """The donor named in the checkpoint's provenance, or an adapter's base model. MhconvertError when there is none."""
+    if is_adapter(Path(checkpoint).expanduser()):
+        from .adapters.saved_adapter import open_adapter
+
+        return open_adapter(checkpoint).base
+    path = (checkpoint_folder(checkpoint) or Path(checkpoint)) / PROVENANCE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return str(record["recipe"]["model"] if "recipe" in record else record["donor"]["reference"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MhconvertError(
+            f"{checkpoint} does not say what it was made from; name the donor with --against"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def of_model(opened: OpenModel) -> str:
+    """The hash of an opened model; of an adapter together with its base. A Hub model's weights are downloaded."""
+    if opened.donor is None:
+        return of_folder(opened.folder)
+    place = opened.donor.model_files()
+    base = of_folder(place) if place.is_dir() else of_files([place])
+    if opened.adapter is None:
+        return base
+    return hashlib.sha256(f"{of_folder(opened.adapter.folder)} on {base}".encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""A recipe: the choices that decide what a conversion produces."""

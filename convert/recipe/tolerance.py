@@ -1,0 +1,57 @@
+"""A tolerance: how far a conversion may be from its donor on held-out text. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mhconvert.errors import BudgetError
+
+MEASURES = {"kl": 0.0, "ppl": 1.0}  # what the donor itself has
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """measure "kl": KL(donor ‖ converted), nats a token; "ppl": perplexity as a multiple of the donor's."""
+
+    measure: str
+    limit: float
+
+    @property
+    def allowed(self) -> float:
+        """The most that a conversion may be beyond the donor."""
+        return self.limit - MEASURES[self.measure]
+
+    def value(self, found: dict[str, Any]) -> float:
+        """What a conversion's report, or a point of a curve, has measured."""
+        perplexity = found["perplexity"]
+        return float(found["kl"] if self.measure == "kl" else perplexity["converted"] / perplexity["donor"])
+
+    def beyond(self, value: float) -> float:
+        """How far a measured value is beyond the donor's own; `allowed` is the most that it may be."""
+        return value - MEASURES[self.measure]
+
+    def met(self, found: dict[str, Any]) -> bool:
+        """Whether what was measured is within the tolerance."""
+        return self.value(found) <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.measure}={self.limit!r}"
+
+
+def parse(text: str) -> Tolerance:
+    """`kl=0.05` or `ppl=1.05`. Raises BudgetError for anything else, and for what only the donor itself meets."""
+    measure, equals, number = text.partition("=")
+    if measure not in MEASURES or not equals:
+        raise BudgetError(f"tolerance '{text}' is neither kl=NATS nor ppl=RATIO, such as kl=0.05 or ppl=1.05")
+    try:
+        limit = float(number)
+    except ValueError:
+        limit = math.nan
+    if not MEASURES[measure] < limit < math.inf:
+        raise BudgetError(
+            f"tolerance '{text}' is out of reach: {measure} must be a number above {MEASURES[measure]:g}, which is "
+            "what the donor itself has"
+        )
+    return Tolerance(measure, limit)

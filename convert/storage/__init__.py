@@ -1,0 +1,1 @@
+"""Files: reading and writing safetensors, folders that appear when they are whole."""

@@ -1,0 +1,38 @@
+"""Numbers that cannot be gone on with, named by tensor or layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mhconvert.errors import CheckpointError
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`. Raises CheckpointError when that makes an infinity of a finite weight (float16: 65504)."""
+    result = tensor.to(dtype)
+    if torch.isfinite(result).all() or not torch.isfinite(tensor).all():
+        return result
+    kind = str(dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"tensor {name} reaches {tensor.abs().max().item():.3g} and {kind} ends at {torch.finfo(dtype).max:.3g}; "
+        "write the weights in another dtype: --dtype bfloat16"
+    )
+
+
+def require_finite_states(index: int, **states: Tensor) -> None:
+    """Raises CheckpointError when the donor's own hidden states in layer `index` are not finite."""
+    for name, state in states.items():
+        if not torch.isfinite(state).all():
+            raise CheckpointError(
+                f"layer {index}: the donor's {name.replace('_', ' ')} are not finite on the calibration text; "
+                "its weights are damaged, or their products leave float32"
+            )
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of one element of a dtype by name."""
+    return DTYPES[dtype].itemsize

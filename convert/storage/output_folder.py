@@ -1,0 +1,150 @@
+"""OUT.partial: the folder that a run writes into, locked for as long as the run lasts."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mhconvert.errors import OutputError
+
+from .folder_kind import KINDS
+from .shard_writer import UNITS
+
+WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
+LOCK = "lock"  # in it: held as long as a run lasts
+
+DISK_FULL = ("No space left", "PytorchStreamWriter failed", "unexpected pos")  # the last two: torch.save
+
+
+class PartialFolder:
+    """`folder` is OUT.partial, `work` the run's own subfolder of it; neither is made yet."""
+
+    def __init__(self, output: Path):
+        self.folder = output.with_name(output.name + ".partial")
+        self.work = self.folder / WORK
+
+    def make(self) -> None:
+        """Make the work folder, remember which folders above it are new, and lock it.
+
+        Raises OutputError where it cannot be made, and where another run holds the lock.
+        """
+        self._made = [folder for folder in self.folder.absolute().parents if not folder.exists()]
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.work / LOCK, "w")  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"{self.folder} cannot be made: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.unlock()
+            raise OutputError(
+                f"another run is writing {self.folder}; wait for it, or choose another -o"
+            ) from error
+
+    def unlock(self) -> None:
+        """Let another run have it."""
+        self._lock.close()
+
+    def empty(self, *kept: str) -> None:
+        """Remove everything but the lock and the `kept` files of the work folder."""
+        for path in (*self.folder.iterdir(), *self.work.iterdir()):
+            if path.name not in (WORK, LOCK, *kept):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def discard(self) -> None:
+        """Remove it, and the folders above it that were made for it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # somebody else uses them by now
+            for folder in self._made:
+                folder.rmdir()
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space."""
+    said = str(error)
+    return getattr(error, "errno", None) == errno.ENOSPC or any(sign in said for sign in DISK_FULL)
+
+
+def check_free(output: Path, force: bool, *read: Path | None) -> None:
+    """Raises OutputError when `output` exists and may not be replaced; what holds a folder of `read` never may."""
+    if os.path.lexists(output) and not force:
+        raise OutputError(f"{output} exists; choose another folder with -o, or replace it with --force")
+    if os.path.lexists(output) and not output.is_dir():
+        raise OutputError(f"{output} is no folder; choose another name with -o")
+    if not output.name or output.name == ".." or output.is_mount():
+        raise OutputError(f"'{output}' cannot be replaced as a whole; name a folder of its own with -o")
+    if any(folder and folder.resolve().is_relative_to(output.resolve()) for folder in read):
+        raise OutputError(
+            f"{output} is read by this command, or holds what is; choose another folder with -o"
+        )
+    held = os.path.lexists(output) and any(output.iterdir())
+    if held and not any((output / name).is_file() for name in KINDS):
+        raise OutputError(f"{output} is no checkpoint, and --force replaces nothing else; choose another -o")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises OutputError when the disk that will hold `folder` lacks `needed` bytes."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OutputError(
+            f"the disk of {place} has {_shown(free)} free and the conversion needs {_shown(needed)}; free some, "
+            "or choose another place with -o"
+        )
+
+
+def _shown(size: float) -> str:
+    unit = next((unit for unit in ("GB", "MB", "KB") if size >= UNITS[unit]), "B")
+    return f"{size / UNITS[unit]:.2f} {unit}"
+
+
+def replace_folder(partial: Path, output: Path) -> None:
+    """Give the finished folder its name; an old folder of that name goes away only then."""
+    if not os.path.lexists(output):
+        os.replace(partial, output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    os.replace(output, old / output.name)
+    os.replace(partial, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(output: Path, needed: int, *, force: bool) -> Iterator[Path]:
+    """OUT.partial to write into. It becomes `output` when the context ends well; otherwise nothing is left.
+
+    Whether `output` may be replaced was asked before (`checkpoint.check_free`). needed: bytes.
+    Raises OutputError when the disk is too small, or OUT.partial is there already; `force` removes what a run that
+    was cut short left of it.
+    """
+    partial = PartialFolder(output)
+    if partial.folder.exists() and not (force and partial.work.is_dir()):
+        hint = "--force starts over" if partial.work.is_dir() else "it is not the work of mhconvert"
+        raise OutputError(f"{partial.folder} is there already: {hint}; move it away, or choose another -o")
+    check_space(partial.folder, needed)
+    partial.make()
+    try:
+        partial.empty()
+        yield partial.folder
+        shutil.rmtree(partial.work)
+        replace_folder(partial.folder, output)
+    except BaseException as error:
+        partial.discard()
+        if isinstance(error, (OSError, SafetensorError)) and disk_full(error):
+            raise OutputError(
+                f"the disk of {output} is full; free some space, or choose another -o"
+            ) from error
+        raise
+    finally:
+        partial.unlock()

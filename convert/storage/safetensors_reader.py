@@ -1,0 +1,230 @@
+"""Weights on disk, read one tensor at a time; nothing stays mapped or open between reads."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mhconvert.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors format
+FINITE_BLOCK = 1 << 24  # elements looked at together, so that the check needs little memory
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorSource(Protocol):
+    """Tensors read when asked for, by their Hub names (`model.layers.0.self_attn.q_proj.weight`)."""
+
+    def names(self) -> list[str]:
+        """Every tensor, in file order."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that `read` returns."""
+        ...
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor that `read` returns."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU in memory of its own. CheckpointError when it holds NaN or infinity."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `nbytes` bytes of `file` from `offset`."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class SafetensorsSource:
+    """The weights of a model folder: model.safetensors, or shards and their index.
+
+    Raises CheckpointError at construction, naming the file, when a shard is missing or truncated, when the
+    index points outside the folder or at a tensor its shard lacks, and when there are no safetensors at all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if (self.folder / WEIGHTS).is_file():
+            self._tensors = read_header(self.folder / WEIGHTS)
+        elif (self.folder / INDEX).is_file():
+            self._tensors = self._from_index(self.folder / INDEX)
+        else:
+            raise CheckpointError(no_weights(self.folder, [file.name for file in self.folder.iterdir()]))
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        return self._entry(name).nbytes
+
+    def read(self, name: str) -> Tensor:
+        return read_tensor(name, self._entry(name))
+
+    def _entry(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise CheckpointError(f"tensor {name} is not in {self.folder}")
+        return self._tensors[name]
+
+    def _from_index(self, index: Path) -> dict[str, StoredTensor]:
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise CheckpointError(f"{index} has no weight_map; download the checkpoint again")
+        shards: dict[str, dict[str, StoredTensor]] = {}
+        found = {}
+        for name, file in places.items():
+            if file not in shards:
+                shards[file] = read_header(self._inside(index, file))
+            if name not in shards[file]:
+                raise CheckpointError(f"{index} places tensor {name} in {file}, which does not have it")
+            found[name] = shards[file][name]
+        return found
+
+    def _inside(self, index: Path, file: Any) -> Path:
+        place = PurePosixPath(str(file))
+        if (
+            place.is_absolute()
+            or ".." in place.parts
+            or "\\" in str(file)
+            or not str(file).endswith(".safetensors")
+        ):
+            raise CheckpointError(
+                f"{index} points at '{file}', which is not a safetensors file inside its folder"
+            )
+        if not (self.folder / place).is_file():
+            raise CheckpointError(f"shard {file} named in {index} is missing; download the checkpoint again")
+        return self.folder / place
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises CheckpointError when it is truncated or is no such file."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if start == b"version ":
+                raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run 'git lfs pull'")
+            if len(start) < 8 or length > min(HEADER_LIMIT, size - 8):
+                raise CheckpointError(f"{file} is truncated or not a safetensors file ({size} bytes)")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        entries = {name: _entry_of(file, facts, 8 + length) for name, facts in header.items()}
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not a valid safetensors file ({error})") from error
+    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
+    if end > size:
+        raise CheckpointError(f"{file} is truncated: {size} bytes of {end}; download it again")
+    return entries
+
+
+def _entry_of(file: Path, facts: dict[str, Any], base: int) -> StoredTensor:
+    begin, end = facts["data_offsets"]
+    shape = tuple(int(n) for n in facts["shape"])
+    if facts["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {facts['dtype']} is unknown")
+    dtype = DTYPES[facts["dtype"]]
+    if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"offsets {begin}:{end} do not fit shape {list(shape)}")
+    return StoredTensor(file, base + begin, end - begin, shape, dtype)
+
+
+def read_tensor(name: str, entry: StoredTensor) -> Tensor:
+    """The tensor in memory of its own. CheckpointError naming `name` when it holds NaN or infinity."""
+    raw = read_bytes(entry.file, entry.offset, entry.nbytes)
+    tensor = raw.view(entry.dtype).reshape(entry.shape)
+    require_finite(tensor, name, entry.file)
+    return tensor
+
+
+def read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
+    """`nbytes` bytes of `file` from `offset`, as uint8 in memory of their own."""
+    raw = torch.empty(nbytes, dtype=torch.uint8)
+    try:
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(offset)
+            view = raw.numpy().data
+            done = 0
+            while done < nbytes and (count := stream.readinto(view[done:])):
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if done < nbytes:
+        raise CheckpointError(f"{file} is truncated: it ends {nbytes - done} bytes early; download it again")
+    return raw
+
+
+def require_finite(tensor: Tensor, name: str, file: Path) -> None:
+    """Raises CheckpointError naming `name` and `file` when a float `tensor` holds NaN or infinity."""
+    if not tensor.is_floating_point():
+        return
+    for block in tensor.view(-1).split(FINITE_BLOCK):
+        if block.element_size() == 1:
+            block = block.float()
+        if not torch.isfinite(block).all():
+            kind = "NaN" if torch.isnan(block).any() else "infinite"
+            raise CheckpointError(f"tensor {name} in {file} holds {kind} values; the checkpoint is damaged")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError naming the file when there is none."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object")
+    return data
+
+
+def no_weights(place: str | Path, files: list[str]) -> str:
+    """Why `place`, which holds `files`, has no weights that can be read, and the way out."""
+    pickles = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth")))
+    if pickles:
+        return (
+            f"{place} holds pickled weights only ({pickles[0]}); mhconvert reads safetensors or GGUF: "
+            "load it once with transformers where you trust it, and save_pretrained writes safetensors"
+        )
+    ggufs = sorted(name for name in files if name.endswith(".gguf"))
+    if ggufs:
+        return f"{place} holds no safetensors; to use its GGUF, give that file itself: {ggufs[0]}"
+    return f"{place} holds no weights: neither {WEIGHTS} nor {INDEX}"

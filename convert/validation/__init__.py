@@ -1,0 +1,1 @@
+"""Settings from YAML and plain values, with faults that name the key."""

@@ -1,0 +1,42 @@
+"""Dataclasses whose fields are choices, and what such a field must be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from mhconvert.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Also:
+    """In `Annotated[T, Also(S)]`: the field takes an S too, of which its dataclass makes a T."""
+
+    kind: Any
+
+
+def changed_fields(choices: Any) -> list[str]:
+    """The fields of a dataclass instance whose value is not their default, in order."""
+    found = []
+    for field in dataclasses.fields(choices):
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        if getattr(choices, field.name) != default:
+            found.append(field.name)
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite int or float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_expression(pattern: str, name: str) -> None:
+    """Raises AdapterError where `pattern`, of the field `name`, is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"{name} '{pattern}' is no regular expression: {error}") from error

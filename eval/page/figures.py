@@ -1,0 +1,71 @@
+"""The page's figures with their numbers in tables: the KV-budget curve and the error of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from ..report.units import number, share
+from . import plots
+from .blocks import Block, Figure, Heading, Paragraph, Table
+from .verdict import cache_shares, ratio
+
+NO_PLOT = "There is no plot because matplotlib is missing: pip install 'mhconvert[plot]'"
+
+
+def curves(result: Mapping[str, Any]) -> list[Block]:
+    """Perplexity against the cache kept, for each text, where two models after the donor differ in their cache."""
+    shares = cache_shares(result)
+    if len({kept for kept in shares[1:] if kept is not None}) < 2 or not result.get("texts"):
+        return []
+    page: list[Block] = [Heading("What the cache buys")]
+    for text in result["texts"]:
+        base = text["models"][0].get("perplexity")
+        points = [
+            plots.Point(model["name"], str(model["method"]), kept, times, model["role"] == "converted")
+            for model, kept, measured in zip(result["models"], shares, text["models"], strict=True)
+            if model["role"] != "donor"
+            and kept is not None
+            and (times := ratio(measured.get("perplexity"), base)) is not None
+        ]
+        if plots.available():
+            caption = f"{text['text']}. Filled: as converted; open: healed or adapted."
+            page.append(Figure(plots.budget(points, text["text"]), caption))
+        ordered = sorted(points, key=lambda point: -point.kept)
+        rows = [[point.name, share(point.kept), f"× {point.ratio:.3f}"] for point in ordered]
+        page.append(_numbers(Table(["model", "KV cache", f"perplexity on {text['text']}"], rows)))
+    return page if plots.available() else [*page, Paragraph(NO_PLOT)]
+
+
+def layers(result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """The error that the conversion left in each layer."""
+    alike: dict[tuple[float | None, ...], list[str]] = {}  # a healed model has the errors of its conversion
+    for model, report in zip(result["models"][1:], reports, strict=False):
+        errors = tuple(layer.get("relative_error") for layer in (report or {}).get("layers") or ())
+        if errors:
+            alike.setdefault(errors, []).append(model["name"])
+    series = [(", ".join(names), errors) for errors, names in alike.items()]
+    if not series:
+        return []
+    page: list[Block] = [Heading("Error by layer")]
+    exact = [name for name, errors in series if not any(errors)]
+    what = "Of the attention's output, against the donor's on the same input, as converted and before any healing."
+    page.append(Paragraph(what + (f" Without error: {', '.join(exact)}." if exact else "")))
+    if len(exact) == len(series):
+        return page
+    if plots.available():
+        page.append(Figure(plots.layers(series), "Relative error of each layer, on a logarithmic scale."))
+    else:
+        page.append(Paragraph(NO_PLOT))
+    rows = [
+        [str(index), *map(number, errors)]
+        for index, errors in enumerate(zip_longest(*(e for _, e in series)))
+    ]
+    return [*page, _numbers(Table(["layer", *(name for name, _ in series)], rows))]
+
+
+def _numbers(table: Table) -> Table:
+    """The table of a figure: folded where the figure is drawn."""
+    folded = "The numbers" if plots.available() else ""
+    return Table(table.columns, table.rows, folded=folded)

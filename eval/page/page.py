@@ -1,0 +1,85 @@
+"""The report of an evaluation on one page, in HTML or in Markdown: nothing to fetch, no script, all names escaped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mhconvert.errors import OutputError
+
+from ...convert.checkpoint.provenance import RECIPE
+from ..report.model_card import REPORT
+from .blocks import to_html, to_markdown
+from .content import blocks
+from .style import CSS
+from .verdict import title
+
+SUFFIXES = (".html", ".md")
+
+
+def html(
+    result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]] = (), recipe: str | None = None
+) -> str:
+    """One self-contained page of `result` of `mhconvert eval`, the same text for the same arguments.
+
+    reports: `report.json` of the models after the donor, in their order, as many as there are. recipe: YAML.
+    The plots need matplotlib; without it the page has their numbers in tables and names the extra.
+    """
+    body = "\n".join(map(to_html, blocks(result, reports, recipe)))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title(result))}</title>\n<style>{CSS}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def markdown(
+    result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]] = (), recipe: str | None = None
+) -> str:
+    """The page of `html` as Markdown: its words and tables, and the plots' numbers instead of the plots."""
+    return "\n\n".join(filter(None, map(to_markdown, blocks(result, reports, recipe)))) + "\n"
+
+
+def sources(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], str | None]:
+    """`report.json` of each model of `result` but the first, empty where there is none, and the first recipe."""
+    reports: list[Mapping[str, Any]] = []
+    recipe = None
+    for model in result["models"][1:]:
+        folder = Path(model["reference"])
+        try:
+            reports.append(json.loads((folder / REPORT).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            reports.append({})
+        file = folder / RECIPE
+        if recipe is None and file.is_file():
+            recipe = file.read_text(encoding="utf-8")
+    return reports, recipe
+
+
+def check(path: Path) -> None:
+    """Raises OutputError for a file that `write` could not write. Before the work, not after it."""
+    if path.suffix not in SUFFIXES:
+        raise OutputError(f"{path} ends in none of {', '.join(SUFFIXES)}; the ending decides what is written")
+    if path.is_dir():
+        raise OutputError(f"{path} cannot be written: it is a folder")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
+
+
+def write(
+    path: Path,
+    result: Mapping[str, Any],
+    reports: Sequence[Mapping[str, Any]] = (),
+    recipe: str | None = None,
+) -> None:
+    """Write the page to `path`, by its ending .html or .md; an existing file is replaced. Raises OutputError."""
+    check(path)
+    text = (html if path.suffix == ".html" else markdown)(result, reports, recipe)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,86 @@
+"""The table of tasks: values with their standard errors, and whether a difference stands out of the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..report.units import count, number
+from ..tasks.scores import is_share
+from .blocks import Block, Cell, Heading, Paragraph, Table
+
+LEGEND = "≈ within 2 standard errors of the paired difference"
+
+
+def tasks(result: Mapping[str, Any]) -> list[Block]:
+    """The primary metric of each task and the average, then the other metrics; nothing without tasks."""
+    found = result.get("tasks") or []
+    if not found:
+        return []
+    columns = ["task", *(model["name"] for model in result["models"])]
+    primary, others = (
+        [
+            _metric_row(task, metric)
+            for task in found
+            for metric in task["metrics"]
+            if bool(metric.get("primary")) is wanted
+        ]
+        for wanted in (True, False)
+    )
+    average = result.get("average")
+    if average:
+        label = Cell("average", f"of {len(average['tasks'])} tasks")
+        primary.append([label, *_cells(average["models"], True, True)])
+    strong = [len(primary) - 1] if average else []
+    note = (
+        f"± is one standard error; below it the difference from the donor. {LEGEND}: such a difference is noise until "
+        "more samples say otherwise. Percentages and points, where the metric is a share."
+    )
+    page: list[Block] = [Heading("Tasks"), Table(columns, primary, strong=strong), Paragraph(note)]
+    if average:
+        page.append(Paragraph(f"The average is over {', '.join(average['tasks'])}."))
+    return [*page, Table(columns, others, folded="Other metrics of these tasks")] if others else page
+
+
+def value_text(model: Mapping[str, Any], percent: bool) -> str:
+    """43.0 ± 2.2 % of a share, 22.75 ± 0.4 of another metric."""
+    value, stderr = model.get("value"), model.get("stderr")
+    if value is None:
+        return ""
+    if percent:
+        return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "") + " %"
+    return number(value) + (f" ± {stderr:.2g}" if stderr is not None else "")
+
+
+def difference_text(model: Mapping[str, Any], percent: bool) -> str:
+    """−2.1 ± 0.8, in points of a share; marked ≈ where that is within the noise."""
+    difference, stderr = model.get("difference"), model.get("difference_stderr")
+    if difference is None:
+        return ""
+    if percent:
+        text = f"{100 * difference:+.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
+    else:
+        text = f"{difference:+.3g}" + (f" ± {stderr:.2g}" if stderr is not None else "")
+    return text.replace("-", "−") + (" ≈" if model.get("within_noise") else "")
+
+
+def _metric_row(task: Mapping[str, Any], metric: Mapping[str, Any]) -> list[str | Cell]:
+    facts = [str(metric["metric"]) + ("" if metric.get("higher_is_better", True) else " (lower is better)")]
+    if task.get("num_fewshot") is not None:
+        facts.append(f"{task['num_fewshot']}-shot")
+    if task.get("samples") is not None:
+        facts.append(f"{count(task['samples'])} samples")
+    if task.get("local"):
+        facts.append(f"from {task['local']}")
+    higher = bool(metric.get("higher_is_better", True))
+    return [Cell(task["task"], ", ".join(facts)), *_cells(metric["models"], is_share(metric), higher)]
+
+
+def _cells(models: Sequence[Mapping[str, Any]], percent: bool, higher: bool) -> list[Cell]:
+    return [Cell(value_text(m, percent), difference_text(m, percent), _judged(m, higher)) for m in models]
+
+
+def _judged(model: Mapping[str, Any], higher: bool) -> str:
+    if not model.get("difference") or model.get("within_noise") is not False:
+        return ""
+    return "better" if (model["difference"] > 0) is higher else "worse"

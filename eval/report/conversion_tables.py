@@ -1,0 +1,174 @@
+"""The measured facts of a conversion as people read them: tables, a sample, how to load the folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ...convert.storage.folder_kind import is_adapter
+from .units import count, duration, number, share, size
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with every float that JSON cannot write (nan, infinities) as null, and paths as text."""
+    if isinstance(value, dict):
+        return {str(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(quantity, donor, converted, remark): the table that the command line and the model card show.
+
+    A quantity that the report lacks has no row.
+    """
+    table: list[tuple[str, str, str, str]] = []
+    perplexity = report.get("perplexity") or {}
+    if "converted" in perplexity:
+        donor, converted = perplexity.get("donor"), perplexity["converted"]
+        times = f"× {converted / donor:.3f}" if donor and converted is not None else ""
+        table.append(("perplexity", number(donor), number(converted), times))
+    if report.get("kl") is not None:
+        table.append(("KL from the donor", "0", number(report["kl"]), "nats a token"))
+    if report.get("top1_agreement") is not None:
+        table.append(("top-1 agreement", "100 %", share(report["top1_agreement"]), ""))
+    tolerance = report.get("tolerance") or {}
+    if tolerance:
+        measure, limit = tolerance["asked"].split("=")
+        found = f"at budget {share(tolerance['kv_budget'])}, on held-out text"
+        table.append((f"tolerance {measure} ≤ {limit}", "", number(tolerance["measured"]), found))
+    cache = report.get("kv_bytes_per_token") or {}
+    if cache:
+        donor, converted = cache.get("donor"), cache.get("converted")
+        part = share(converted / donor) + " of the donor's" if donor and converted else ""
+        table.append(("KV cache a token", size(donor), size(converted), part + ", measured"))
+    elements = report.get("kv_elements_per_token") or {}
+    if elements:
+        part = share(elements["converted"] / elements["donor"]) + " of the donor's, measured"
+        donor, converted = (f"{elements[key]:,.10g}" for key in ("donor", "converted"))
+        table.append(("KV elements a token", donor, converted, part))
+    heads, flops = report.get("active_heads") or {}, report.get("attention_flops") or {}
+    if heads:
+        part = share(heads["converted"] / heads["donor"]) + " of the donor's"
+        table.append(("active heads a token", count(heads["donor"]), count(heads["converted"]), part))
+    reads = report.get("kv_heads_read") or {}
+    if reads:
+        part = share(reads["converted"] / reads["donor"]) + " of the donor's, by a decoding step"
+        table.append(("KV heads read", count(reads["donor"]), count(reads["converted"]), part))
+    if flops:
+        part = f"{share(flops['converted'] / flops['donor'])} behind {flops['context']:,} tokens"
+        table.append(("attention FLOPs a token", number(flops["donor"]), number(flops["converted"]), part))
+    parameters = report.get("parameters") or {}
+    if parameters:
+        table.append(("parameters", count(parameters.get("donor")), count(parameters.get("converted")), ""))
+    if report.get("seconds") is not None:
+        table.append(("time to convert", "", duration(report["seconds"]), ""))
+    if report.get("peak_rss_bytes") is not None:
+        table.append(("peak memory", "", size(report["peak_rss_bytes"]), "resident"))
+    return table
+
+
+def method_title(method: str) -> str:
+    """A method's name as its paper writes it: mla -> MLA, moh -> MoH."""
+    return "MoH" if method == "moh" else method.upper()
+
+
+def healing_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table of a healed checkpoint: a line of titles, then what was measured before and after."""
+    before, perplexity = report["before"], report["perplexity"]
+    donor = perplexity["donor"]
+    judge = "teacher" if report["healing"]["settings"]["teacher"] else "donor"
+    table: list[tuple[str, ...]] = [("", judge, "converted", "healed", "")]
+    pair = (before["perplexity"]["converted"], perplexity["converted"])
+    times = " → ".join(f"× {value / donor:.3f}" for value in pair) if donor else ""
+    table.append(("perplexity", number(donor), *map(number, pair), times))
+    table.append((f"KL from the {judge}", "0", number(before["kl"]), number(report["kl"]), "nats a token"))
+    table.append(
+        ("top-1 agreement", "100 %", share(before["top1_agreement"]), share(report["top1_agreement"]), "")
+    )
+    return table
+
+
+def healing_line(report: dict[str, Any]) -> str:
+    """How the healing went, in a sentence."""
+    healing = report["healing"]
+    speed, of_layers = healing.get("tokens_per_second"), healing["settings"].get("layer_tokens")
+    stages = [f"each layer on {of_layers:,} tokens"] if of_layers else []
+    if healing["steps"]:
+        stages.append(f"{healing['trained_tokens']:,} tokens in {healing['steps']:,} steps")
+    return (
+        f"{', '.join(stages)}, {duration(healing['seconds'])} in all"
+        + (f", {speed:,.0f} tokens/s in training" if speed else "")
+        + f"; teacher {Path(healing['teacher']).name}"
+    )
+
+
+def curve_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table of a curve: a line of titles, then one for each budget from the largest down."""
+    titles = ("KV budget", "KV cache a token", "perplexity", "", "KL", "top-1", "layer error", "time")
+    table: list[tuple[str, ...]] = [titles]
+    for point in result["points"]:
+        table.append(
+            (
+                share(point["kv_budget"]),
+                size(point["kv_bytes_per_token"]),
+                number(point["perplexity"]["converted"]),
+                f"× {point['perplexity_ratio']:.3f}",
+                number(point["kl"]),
+                share(point["top1_agreement"]),
+                number(point["mean_relative_error"]),
+                duration(point["seconds"]),
+            )
+        )
+    return table
+
+
+def show(report: dict[str, Any], console: Any) -> None:
+    """Print the table, a sample continuation and how to load the checkpoint on a rich console."""
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    method = method_title(str(report.get("method", "")))
+    title = f"{report.get('donor_name') or report.get('donor', '')} → {method}"
+    console.out(title if method else str(report.get("output", "")), highlight=False)
+    healed = bool(report.get("healing"))
+    titles, *found = healing_rows(report) if healed else [("", "donor", "converted", ""), *rows(report)]
+    table = Table(*(Column(title, justify="right" if title else "left") for title in titles))
+    for row in found:
+        table.add_row(*row)
+    console.print(table)
+    if healed:
+        console.print(escape(healing_line(report)), highlight=False)
+    sample = report.get("sample") or {}
+    if sample:
+        console.print(f"[bold]{escape(sample['prompt'])}[/bold]{escape(sample.get('converted') or '')}")
+    if report.get("output") and is_adapter(Path(report["output"])):
+        console.print(
+            f"\n{escape(str(report['output']))}: an adapter; mhconvert merge makes a checkpoint of it"
+        )
+    elif report.get("output"):
+        console.print(f"\n{escape(str(report['output']))} loads with plain transformers:", highlight=False)
+        console.print(
+            f"[dim]{escape(loading(str(report['output']), remote_code(report)))}[/dim]",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def loading(folder: str, remote_code: bool) -> str:
+    """Python that loads `folder` where mhconvert is not installed."""
+    trust = ", trust_remote_code=True" if remote_code else ""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})\n'
+    )
+
+
+def remote_code(report: dict[str, Any]) -> bool:
+    """Whether the report's folder carries its own modeling file."""
+    return bool(report.get("remote_code", True))

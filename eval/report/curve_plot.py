@@ -1,0 +1,142 @@
+"""A curve as a picture: perplexity and KL against the KV budget. matplotlib is an extra: mhconvert[plot]."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mhconvert.errors import MhconvertError, OutputError
+
+from .conversion_tables import json_safe
+
+PICTURES = (".svg", ".png", ".pdf")
+BLUE, GREY = "#1f5fa8", "#6b6b6b"
+
+
+def check(files: Sequence[Path], force: bool) -> None:
+    """Raises MhconvertError for a file that `write` could not or may not write. Before the work, not after it."""
+    for file in files:
+        if file.suffix not in (*PICTURES, ".json"):
+            known = ", ".join((*PICTURES, ".json"))
+            raise OutputError(f"{file} ends in none of {known}; the ending decides what is written")
+        if file.is_dir():
+            raise OutputError(f"{file} cannot be written: it is a folder")
+        if file.exists() and not force:
+            raise OutputError(f"{file} exists; choose another file with -o, or replace it with --force")
+        if not file.absolute().parent.is_dir():
+            raise OutputError(f"{file} cannot be written: there is no folder {file.absolute().parent}")
+        if file.suffix in PICTURES and importlib.util.find_spec("matplotlib") is None:
+            raise MhconvertError(
+                f"{file} needs matplotlib: pip install 'mhconvert[plot]'; a .json file and the table do without"
+            )
+
+
+def write(result: dict[str, Any], file: Path) -> None:
+    """`result` of `mhconvert.curve` as a picture, or as JSON, by the file's ending."""
+    try:
+        if file.suffix == ".json":
+            file.write_text(
+                json.dumps(json_safe(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+        else:
+            _save(draw(result), file)
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror}") from error
+
+
+def _save(figure: Any, file: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(file, dpi=160)
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """A matplotlib figure: perplexity over the donor's, and KL, each against the share of the KV cache that is kept.
+
+    Points are as measured, joined by straight lines; one that is not finite is left out. Both scales are
+    logarithmic: equal distances are equal factors.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    points = sorted(result["points"], key=lambda point: point["kv_budget"])
+    _panel(left, points, "perplexity_ratio", "{:.2f} ×", (1, 1.2, 1.5, 2, 3, 5, 7))
+    left.set_title(f"Perplexity, times the donor's {result['perplexity']:.4g}", loc="left", fontsize=10)
+    left.axhline(1, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    _panel(right, points, "kl", "{:.2g}", (1, 2, 5))
+    right.set_title("KL from the donor, nats a token", loc="left", fontsize=10)
+    steps = result["fit_steps"]
+    how = f"{steps} fit steps a layer" if steps else "closed form"
+    name = result.get("donor_name") or result["donor"]
+    figure.suptitle(
+        f"{name} → {result['method'].upper()}, {how}", x=0.01, ha="left", fontsize=12, fontweight="bold"
+    )
+    calibrated = f"calibrated on {result['calibration']['tokens']:,} tokens"
+    figure.supxlabel(
+        f"{calibrated}; measured on {result['measured_tokens']:,} predictions, {result['measured_on']}",
+        x=0.01,
+        ha="left",
+        fontsize=8,
+        color=GREY,
+    )
+    return figure
+
+
+HEALING = "healing.svg"
+
+
+def write_healing(folder: Path) -> str | None:
+    """Draw `metrics.jsonl` of a healed checkpoint beside it; the picture's name, or None without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    _save(draw_healing([json.loads(line) for line in lines]), folder / HEALING)
+    return HEALING
+
+
+def draw_healing(entries: Sequence[dict[str, Any]]) -> Any:
+    """A matplotlib figure: each step's loss, and KL on the held-out rows, against the tokens trained on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [entry for entry in entries if "loss" in entry]
+    tokens = {entry["step"]: entry["tokens"] for entry in steps} | {0: 0}
+    held = [(tokens[e["step"]], e["held_out_kl"]) for e in entries if "held_out_kl" in e]
+    axes.plot(
+        [e["tokens"] for e in steps], [e["loss"] for e in steps], color=GREY, linewidth=0.9, label="loss"
+    )
+    axes.plot(*zip(*held, strict=True), color=BLUE, linewidth=1.6, marker="o", label="KL on held-out rows")
+    axes.set(yscale="log", xlabel="tokens", ylabel="nats a token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _panel(axes: Any, points: list[dict[str, Any]], key: str, label: str, ticks: tuple[float, ...]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    found = [(p["kv_budget"], p[key]) for p in points if math.isfinite(p[key]) and p[key] > 0]
+    budgets = [budget for budget, _ in found]
+    axes.set(xscale="log", yscale="log")
+    axes.plot(*zip(*found, strict=True), color=BLUE, linewidth=1.6, marker="o", markersize=5, clip_on=False)
+    for point in found:
+        text = label.format(point[1])
+        axes.annotate(text, point, (5, 5), textcoords="offset points", fontsize=8, color=BLUE)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(budgets, [f"{100 * budget:.4g}" for budget in budgets], fontsize=8)
+    axes.set_xlabel("KV cache kept, %", fontsize=9)
+    axes.margins(x=0.1, y=0.15)
+    axes.yaxis.set_major_locator(LogLocator(subs=ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)

@@ -1,0 +1,149 @@
+"""`report.json` and the model card (README.md) beside the weights; and the card as it goes to the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...convert.checkpoint.card_front_matter import front_matter
+from ...convert.storage.folder_kind import is_adapter
+from .conversion_tables import healing_line, healing_rows, json_safe, loading, method_title, remote_code, rows
+from .units import share, size
+
+REPORT = "report.json"
+CARD = "README.md"
+METHOD_TAGS = {
+    "mla": "multi-head-latent-attention",
+    "moh": "mixture-of-heads",
+    "dha": "decoupled-head-attention",
+}
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write `report.json` and the model card (README.md) into `folder`; an adapter has its card already."""
+    text = json.dumps(json_safe(report), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    if not is_adapter(folder):
+        (folder / CARD).write_text(model_card(report, licence_file(folder)), encoding="utf-8")
+
+
+def licence_file(folder: Path) -> str | None:
+    """The name of the donor's licence file as carried over into `folder`."""
+    found = sorted(path.name for path in folder.glob("LICENSE*")) if folder.is_dir() else []
+    return found[0] if found else None
+
+
+def model_card(report: dict[str, Any], licence: str | None = None) -> str:
+    """The README.md of a converted checkpoint: what it is, what was measured and how, how to load it.
+
+    licence: the name of the donor's licence file in the folder.
+    """
+    base, method = report.get("hub_id"), str(report.get("method", ""))
+    name = Path(str(report.get("output", ""))).name
+    head = front_matter(
+        library="transformers",
+        base=base,
+        relation="finetune",  # what the Hub calls whatever is no adapter, merge or quantisation
+        licence=report.get("licence"),
+        tags=_tags(method, report),
+    )
+    donor = base or report.get("donor_name") or report.get("donor", "A pretrained model")
+    about = [
+        "",
+        f"# {name}",
+        "",
+        f"{donor} with its attention rewritten as {method_title(method)} "
+        f"by mhconvert {report.get('versions', {}).get('mhconvert', '')}."
+        " The tokenizer and the chat template are the base model's, unchanged.",
+        *_reduction(report),
+        "",
+    ]
+    facts = _healed(report) if report.get("healing") else _measured(report)
+    return head + "\n".join(about + facts + usage(name, remote_code(report)) + _origin(report, licence))
+
+
+def _tags(method: str, report: dict[str, Any]) -> list[str]:
+    cache = report.get("kv_bytes_per_token") or {}
+    smaller = bool(cache.get("donor")) and (cache.get("converted") or cache["donor"]) < cache["donor"]
+    tags = ["mhconvert", method, METHOD_TAGS.get(method), "kv-cache" if smaller else None]
+    return [tag for tag in tags if tag]
+
+
+def _reduction(report: dict[str, Any]) -> list[str]:
+    """A paragraph: the KV cache in words; none where it was not measured."""
+    cache = report.get("kv_bytes_per_token") or {}
+    donor, converted = cache.get("donor"), cache.get("converted")
+    if not donor or converted is None:
+        return []
+    if converted == donor:
+        return ["", f"Its KV cache is as large as the base model's: {size(donor)} a token."]
+    part = f"{share(converted / donor)} of the base model's {size(donor)}"
+    return [
+        "",
+        f"Its KV cache holds {size(converted)} a token, {part}, measured on the cache after generating.",
+    ]
+
+
+def _healed(report: dict[str, Any]) -> list[str]:
+    titles, *found = healing_rows(report)
+    lines = ["## Measured", "", "| " + " | ".join(titles) + " |", "|---|---:|---:|---:|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in found]
+    cache = next((row for row in rows(report) if row[0] == "KV cache a token"), None)
+    lines += ["", f"The KV cache holds {cache[2]} a token, {cache[3]}."] if cache else []
+    heads = report.get("active_heads")
+    lines += ["", f"A token has {heads['converted']} of {heads['donor']} heads."] if heads else []
+    healing = report["healing"]
+    terms = ", ".join(
+        f"{name} × {weight:g}" for name, weight in healing["settings"]["loss"].items() if weight
+    )
+    sources = ", ".join(Path(source).name for source in healing["settings"]["data"])
+    lines += ["", f"Healed ({terms}): {healing_line(report)}. Text: {sources}."]
+    lines += [f"Measured on {healing['held_out_tokens']:,} tokens of the same text, held out of the healing."]
+    if healing.get("plot"):
+        lines += ["", f"![loss and KL against tokens]({healing['plot']})"]
+    return [*lines, ""]
+
+
+def _measured(report: dict[str, Any]) -> list[str]:
+    lines = ["## Measured", "", "| | base model | this model | |", "|---|---:|---:|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(report)]
+    heads = [(layer["k_heads"], layer["v_heads"]) for layer in report.get("layers", []) if "k_heads" in layer]
+    if heads:
+        lines += ["", f"K + V heads by layer: {', '.join(f'{k} + {v}' for k, v in heads)}."]
+    calibration = report.get("calibration") or {}
+    if calibration:
+        source = calibration.get("source") or calibration.get("sources") or "self"
+        source = ", ".join(source) if isinstance(source, (list, tuple)) else source
+        held_out = calibration.get("held_out_tokens")
+        lines += [
+            "",
+            f"Calibrated on {calibration.get('tokens', 'an unrecorded number of')} tokens of: {source}"
+            + (" (text sampled from the base model itself)." if source == "self" else ".")
+            + " Perplexity, KL and agreement are measured on"
+            + (f" {held_out} tokens" if held_out else " rows")
+            + " of the same text that were held out of the conversion; `mhconvert eval` measures on any text.",
+        ]
+    return [*lines, ""]
+
+
+def usage(name: str, remote: bool) -> list[str]:
+    """How to load the model `name`; Markdown. remote: it carries its own modeling file."""
+    note = "The folder carries its own modeling file, which is why `trust_remote_code=True` is needed."
+    note = note if remote else "It is the base model's own architecture: any engine that runs that runs this."
+    return ["## Use", "", "```python", loading(name, remote).rstrip(), "```", "", note, ""]
+
+
+def _origin(report: dict[str, Any], licence: str | None) -> list[str]:
+    terms = f"The base model's licence applies and is carried over in `{licence}`." if licence else ""
+    terms = terms or "The base model's licence applies; its folder had no licence file to carry over."
+    notice = report.get("notice")
+    return (
+        ["## Origin", "", terms]
+        + (["", str(notice)] if notice else [])
+        + [
+            "",
+            "`mhconvert.json` holds the recipe as run and the versions; `report.json` every measured number.",
+            "",
+        ]
+    )

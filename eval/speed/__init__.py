@@ -1,0 +1,1 @@
+"""Timing of prefill and decoding, and memory."""

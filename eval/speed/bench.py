@@ -1,0 +1,202 @@
+"""A converted model and its donor opened for timing: what cannot be timed is refused before weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mhconvert.device import pick_device
+from mhconvert.errors import MhconvertError
+from mhconvert.progress import Listener, Progress, ignore
+
+from ...convert.checkpoint.identity import made_by
+from ...convert.methods.registry import build_method, register, settings_class
+from ...convert.open_model import OpenModel, open_model, recorded_donor
+from ...convert.storage.dtype_cast import DTYPES
+from ..inspection import cache_elements, head_dim
+from ..report.units import size
+from . import speed
+from .memory import available_memory
+
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class Options:
+    """contexts: cached tokens a row at the last step. batch: rows. new_tokens: timed decode steps.
+
+    dtype None: bfloat16 on CUDA, else float32. compile: torch.compile of the decode step, which brings the
+    static cache along. reexpand: time the converted weights without absorption as well.
+    """
+
+    contexts: Sequence[int] = (512, 2048, 8192)
+    batch: int = 8
+    new_tokens: int = 16
+    dtype: str | None = None
+    static_cache: bool = False
+    compile: bool = False
+    reexpand: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.new_tokens < 1 or not self.contexts:
+            raise MhconvertError(
+                "--batch and --new-tokens start at 1, and --contexts names one context or more"
+            )
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise MhconvertError(f"dtype '{self.dtype}' is not one of {', '.join(DTYPES)}")
+        for load in self.loads():
+            if load.prompt_tokens < 1:
+                raise MhconvertError(
+                    f"a context of {load.context} tokens has no room for {speed.WARM_STEPS} + {self.new_tokens} "
+                    f"decoded ones; use more than {load.context - load.prompt_tokens}, or fewer --new-tokens"
+                )
+
+    def loads(self) -> list[speed.Load]:
+        """One for each context, shortest first."""
+        static = self.static_cache or self.compile
+        contexts = sorted(set(self.contexts))
+        return [speed.Load(n, self.batch, self.new_tokens, static, self.compile) for n in contexts]
+
+
+def bench(
+    checkpoint: str, against: str | None, options: Options, device: str | None, on_progress: Listener = ignore
+) -> dict[str, Any]:
+    """Time the folder `checkpoint` and the donor `against` (None: the one it was made from)."""
+    place = pick_device(device)
+    if made_by(checkpoint) is None:
+        raise MhconvertError(
+            f"{checkpoint} is no folder that mhconvert wrote; convert it first, or time its shape with --random"
+        )
+    against = against or recorded_donor(checkpoint)
+    on_progress(Progress("donor", 0, 1, against))
+    donor, converted = (open_model(reference, device=str(place)) for reference in (against, checkpoint))
+    for field in SHAPE:
+        ours, theirs = (getattr(model.config.get_text_config(), field) for model in (converted, donor))
+        if ours != theirs:
+            raise MhconvertError(
+                f"{checkpoint} has {field} {ours} and {against} has {theirs}; --against wants a donor of its shape"
+            )
+    dtype = _dtype(options, place)
+    _require(donor, converted, options, dtype, place)
+    inputs = {"checkpoint": checkpoint, "against": against}
+    return inputs | _time(donor.model(dtype), converted.model(dtype), options, on_progress)
+
+
+def bench_random(
+    reference: str,
+    method: str,
+    kv_budget: float | None,
+    options: Options,
+    device: str | None,
+    on_progress: Listener = ignore,
+) -> dict[str, Any]:
+    """Time random weights in the shape of the donor `reference`, and in that of its conversion by `method`.
+
+    kv_budget None: the method's default. Only the donor's config is read.
+    """
+    place = pick_device(device)
+    donor = open_model(reference, device=str(place))
+    if donor.donor is None:
+        raise MhconvertError(f"{reference} is converted already; --random takes the donor's shape")
+    settings = settings_class(method)()
+    if kv_budget is not None:
+        settings = settings.at_budget(kv_budget)
+    planned = build_method(method, donor.config, settings, "quick")
+    register(method)
+    converted = OpenModel(f"{reference} ({method})", planned.example_config(), str(place), None)
+    dtype = _dtype(options, place)
+    _require(donor, converted, options, dtype, place)
+    models = [_random_model(model.config, dtype, place) for model in (donor, converted)]
+    inputs = {"checkpoint": None, "against": reference, "random": method}
+    return inputs | _time(models[0], models[1], options, on_progress)
+
+
+def memory_needed(
+    donor: Any, converted: Any, load: speed.Load, width: int, reexpand: bool
+) -> tuple[int, int]:
+    """(bytes whatever the batch, bytes for each row of it), about, to time models with these two configs.
+
+    width: bytes of an element. Weights; one row's prefill; every cache, and a layer's copy of it while it grows.
+    """
+    text = converted.get_text_config()
+    caches = [cache_elements(config) for config in (donor, converted)]
+    expanded = (
+        6 * text.num_attention_heads * head_dim(text)
+    )  # keys and values, and the parts they are made of
+    prefill = max(map(sum, caches)) + 8 * text.hidden_size + 3 * text.intermediate_size + expanded
+    held = sum(map(sum, caches)) + max(map(max, caches)) + 4 * text.num_attention_heads  # the last: scores
+    held += reexpand * (sum(caches[1]) + expanded)
+    weights = _parameters(donor) + _parameters(converted)
+    return width * (weights + load.context * prefill), width * load.context * held
+
+
+def _require(
+    donor: OpenModel, converted: OpenModel, options: Options, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises MhconvertError for contexts beyond the models' and for what memory cannot hold."""
+    longest = options.loads()[-1]
+    for model in (donor, converted):
+        model.require_length(longest.context)
+    free = available_memory(device)
+    fixed, per_row = memory_needed(donor.config, converted.config, longest, dtype.itemsize, options.reexpand)
+    needed = fixed + longest.batch * per_row
+    if free is None or needed <= free:
+        return
+    fitting = max(0, (free - fixed) // per_row)
+    remedy = f"--batch {fitting} would fit" if fitting else "use shorter --contexts or a smaller --dtype"
+    raise MhconvertError(
+        f"--batch {longest.batch} at context {longest.context} needs about {size(needed)} of memory on {device} "
+        f"and {size(free)} are free; {remedy}"
+    )
+
+
+def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -> dict[str, Any]:
+    loads, rows = options.loads(), []
+    total, done = len(loads) * options.new_tokens, 0
+
+    def stepped() -> None:
+        nonlocal done
+        done += 1
+        on_progress(Progress("speed", done, total, f"context {load.context:,}"))
+
+    for load in loads:
+        on_progress(Progress("speed", done, total, f"context {load.context:,}, prefill"))
+        rows.append(speed.compare(donor, converted, load, reexpand=options.reexpand, on_step=stepped))
+    return {
+        "batch": options.batch,
+        "new_tokens": options.new_tokens,
+        "device": torch.cuda.get_device_name(donor.device)
+        if donor.device.type == "cuda"
+        else str(donor.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(donor.dtype).removeprefix("torch."),
+        "cache": "static" if loads[0].static_cache else "dynamic",
+        "compiled": options.compile,
+        "rows": rows,
+    }
+
+
+def _dtype(options: Options, device: torch.device) -> torch.dtype:
+    return DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+
+
+def _parameters(config: Any) -> int:
+    with torch.device("meta"):
+        return _model(config, torch.float32).num_parameters()
+
+
+def _random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    torch.manual_seed(0)
+    with device:
+        return _model(config, dtype).eval().requires_grad_(False)
+
+
+def _model(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from ...convert.donor.donor import implementation
+
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation(config))

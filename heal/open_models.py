@@ -1,0 +1,158 @@
+"""What a healing run was asked for, opened: student and teacher, and every refusal that needs no weights."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from mhconvert.errors import HealError, MhconvertError
+from mhconvert.progress import Listener, Progress
+
+from ..convert import open_model
+from ..convert.bare_process.reload import PROMPT
+from ..convert.checkpoint import identity
+from ..convert.recipe.heal_settings import HealSettings
+from ..convert.storage import folder_kind, output_folder
+from ..convert.storage.safetensors_reader import SafetensorsSource
+from . import fusion, packed_rows, routing, schedule
+from .metrics import require_tensorboard
+from .resumable_run import disk_needed
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run was asked for."""
+
+    checkpoint: str
+    settings: HealSettings
+    output: Path
+    resume: bool = False
+    force: bool = False
+    verify: bool = True
+    tensorboard: Path | None = None
+    trust_remote_code: bool = False
+
+
+def open_both(
+    asked: Run, accelerator: Accelerator, tell: Listener
+) -> tuple[open_model.OpenModel, open_model.OpenModel]:
+    """Student and teacher, no weights read yet."""
+    settings, place = asked.settings, str(accelerator.device)
+    if asked.tensorboard is not None:
+        require_tensorboard()
+    method = identity.made_by(asked.checkpoint)
+    if method is None and not folder_kind.is_adapter(Path(asked.checkpoint)):
+        raise HealError(
+            f"{asked.checkpoint} is not a checkpoint that mhconvert wrote; convert a donor first: "
+            f"mhconvert {asked.checkpoint} --to mla"
+        )
+    packed_rows.check(settings)
+    student = open_model.open_model(asked.checkpoint, device=place, trust_remote_code=asked.trust_remote_code)
+    fusion.check(student.config, settings.fusion)
+    routing.check(student.config, settings)
+    if settings.fusion and accelerator.distributed_type is DistributedType.FSDP:
+        raise HealError("fusion mixes whole heads, which FSDP divides: use one process or DDP for it")
+    if student.adapter is not None:
+        _require_adapter_settings(student.adapter.method, settings)
+    reference = settings.teacher or _recorded_donor(asked.checkpoint)
+    tell(Progress("donor", 0, 1, reference))
+    teacher = open_model.open_model(reference, device=place, trust_remote_code=asked.trust_remote_code)
+    _require_one_tokenizer(student, teacher)
+    if settings.layer_tokens or settings.loss.get("hidden"):
+        _require_alike(student, teacher)
+    return student, teacher
+
+
+def _recorded_donor(checkpoint: str) -> str:
+    try:
+        return open_model.recorded_donor(checkpoint)
+    except MhconvertError as error:
+        raise HealError(
+            f"{checkpoint} does not say what it was made from; name the donor with --teacher"
+        ) from error
+
+
+def _require_alike(student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
+    """Raises HealError where layers of the two cannot be compared."""
+    for name in ("num_hidden_layers", "hidden_size"):
+        ours, theirs = (getattr(model.config.get_text_config(), name) for model in (student, teacher))
+        if ours != theirs:
+            raise HealError(
+                f"layers cannot be compared one by one: {name} is {theirs} in the teacher {teacher.reference} and "
+                f"{ours} in {student.reference}; leave out --layer-tokens and the loss's hidden, or take the donor as "
+                "the teacher"
+            )
+
+
+def _require_adapter_settings(method: str, settings: HealSettings) -> None:
+    """Raises HealError for what an adapter that is there already cannot do."""
+    if settings.train != method:
+        raise HealError(f"this is a {method} adapter, and its matrices are what trains: use --train {method}")
+    if settings.layer_tokens:
+        raise HealError(
+            "--layer-tokens is for converted checkpoints; an adapter's base has the teacher's layers"
+        )
+    if settings.teacher is None and not settings.loss.get("ce"):
+        raise HealError(
+            "an adapter begins as its base model and has nothing to learn from it: teach it the text with --loss ce, "
+            "or name a --teacher"
+        )
+
+
+def check_output(asked: Run, student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
+    """Raises OutputError where the result may not be written. Over its own checkpoint it may, with --force."""
+    checkpoint = Path(asked.checkpoint)
+    read = [model.donor.folder for model in (student, teacher) if model.donor is not None]
+    read += [Path(teacher.reference)]
+    with suppress(MhconvertError):  # a donor elsewhere cannot be replaced
+        read += [Path(open_model.recorded_donor(asked.checkpoint))]
+    if asked.output.resolve() != checkpoint.resolve():
+        read.append(checkpoint)
+    output_folder.check_free(asked.output, asked.force, *read)
+
+
+def _require_one_tokenizer(student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
+    tokenizers = (student.tokenizer(), teacher.tokenizer())
+    ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    if ours == theirs:
+        probes = (tokenizer(PROMPT, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers)
+        if next(probes) != next(probes):
+            raise HealError(
+                f"the teacher {teacher.reference} splits text into other tokens than {student.reference}; distillation "
+                "needs a teacher of the same tokenizer"
+            )
+        return
+    other = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
+    raise HealError(
+        f"the teacher {teacher.reference} has another tokenizer than {student.reference} (token {other!r} is "
+        f"{theirs.get(other)} there and {ours.get(other)} here); distillation needs a teacher of the same tokenizer"
+    )
+
+
+def longest_row(*models: open_model.OpenModel) -> int | None:
+    """Tokens that all of them read."""
+    limits = [getattr(each.config.get_text_config(), "max_position_embeddings", None) for each in models]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def needed_bytes(
+    student: open_model.OpenModel,
+    source: SafetensorsSource | None,
+    steps: schedule.Steps,
+    settings: HealSettings,
+) -> int:
+    tokens = steps.rows * steps.length
+    if student.adapter is not None and student.donor is not None:
+        base = sum(math.prod(shape) for shape in student.donor.shapes().values())
+        trained = sum(math.prod(tensor.shape) for tensor in student.adapter.stored.values())
+        return disk_needed(base + trained, trained, 4 * trained, tokens)
+    assert source is not None
+    sizes = {name: source.nbytes(name) // source.dtype(name).itemsize for name in source.names()}
+    trained = sum(size for name, size in sizes.items() if settings.train == "all" or ".self_attn." in name)
+    written = sum(source.nbytes(name) for name in source.names())
+    return disk_needed(sum(sizes.values()), trained, written, tokens)

@@ -1,0 +1,210 @@
+"""OUT.partial of a healing run: rows, durable checkpoints and metrics, so that a run cut short can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mhconvert.errors import HealError, MhconvertError, OutputError, ReloadKilledError
+
+from ..convert.recipe.heal_settings import HealSettings
+from ..convert.storage.atomic_files import save_tensors, write_json
+from ..convert.storage.output_folder import LOCK, WORK, PartialFolder, check_space, disk_full, replace_folder
+from .packed_rows import HealText, Rows
+
+STATE = "heal.json"  # in the work folder: the settings, and the last durable checkpoint
+TEXT = "text.safetensors"  # in it: the packed rows and their order
+BLOCKS = "blocks.safetensors"  # in it: the layers behind the layer-local stage
+METRICS = "metrics.jsonl"  # in OUT: one line a step or measurement
+
+
+class HealSpace:
+    """A run's folder. Use as a context: locked inside, and cleared when the run fails before it has learnt anything.
+
+    Of several processes only the first (`main`) makes, locks and writes it. `step`: the step of the durable checkpoint
+    that a resumed run goes on from; 0: none.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        settings: HealSettings,
+        source: str,
+        shape: dict[str, int],
+        *,
+        needed: int,
+        resume: bool,
+        force: bool,
+        main: bool,
+    ):
+        self.output, self._folder = output, PartialFolder(output)
+        self.partial, self.work = self._folder.folder, self._folder.work
+        self._settings, self._source, self._shape, self._needed = settings, source, shape, needed
+        self._resume, self._force, self._main = resume, force, main
+        self.step = 0
+        self.earlier_seconds, self._begun = 0.0, time.perf_counter()
+
+    def __enter__(self) -> HealSpace:
+        if self._main:
+            found = self.partial.exists()
+            self._new = not found
+            if found and not self._ours():
+                raise OutputError(
+                    f"{self.partial} is not the work of mhconvert; move it away, or choose another -o"
+                )
+            if not found:
+                check_space(self.partial, self._needed)
+            self._folder.make()
+            try:
+                self._begin(found)
+            except BaseException:
+                self._folder.unlock()
+                raise
+        return self
+
+    def _ours(self) -> bool:
+        """Whether the folder is what an interrupted healing leaves: its state, its text, or hardly anything."""
+        there = {path.name for path in self.work.iterdir()} if self.work.is_dir() else {""}
+        return bool(there & {STATE, TEXT}) or there <= {LOCK, TEXT + ".new"}
+
+    def _begin(self, found: bool) -> None:
+        state = self.work / STATE
+        if found and not self._resume and not self._force:
+            step = json.loads(state.read_text())["step"] if state.is_file() else 0
+            raise OutputError(
+                f"{self.partial} holds an interrupted run (a checkpoint after step {step}); --resume continues it, "
+                "--force starts over"
+            )
+        if found and not (self._resume and state.is_file()):
+            self._folder.empty()
+            check_space(self.partial, self._needed)
+
+    def load(self) -> None:
+        """Find the durable checkpoint, in every process. Raises HealError where it is of another run."""
+        if not (self.work / STATE).is_file():
+            return
+        state = json.loads((self.work / STATE).read_text())
+        other = self._settings.same_run(state["settings"])
+        if state["source"] != self._source:
+            other = f"checkpoint ({state['source']})"
+        if other is not None:
+            raise HealError(
+                f"{self.partial} was started with another {other}; --resume needs the same command, --force starts over"
+            )
+        for name, value in self._shape.items():
+            if state["shape"][name] != value:
+                raise HealError(
+                    f"{self.partial} was started with {name}={state['shape'][name]} and this run has {value}; --resume "
+                    "needs a number of processes that divides the same batches"
+                )
+        self.step, self.earlier_seconds = state["step"], state["seconds"]
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not self._main:
+            return
+        self._folder.unlock()
+        learnt = self.step > 0 or (self.work / BLOCKS).is_file()
+        if isinstance(error, (OSError, SafetensorError, RuntimeError)) and disk_full(error):
+            raise OutputError(
+                f"the disk is full; {self.partial} holds what is durable: free some space and run the same command "
+                "with --resume"
+            ) from error
+        if (
+            isinstance(error, MhconvertError)
+            and not isinstance(error, ReloadKilledError)
+            and self._new
+            and not learnt
+        ):
+            self._folder.discard()
+
+    def keep_text(self, text: HealText) -> None:
+        """Write the rows; a resumed run, and the other processes, read the same ones."""
+        tensors = {
+            "ids": text.train.ids,
+            "positions": text.train.positions,
+            "held_ids": text.held_out.ids,
+            "held_positions": text.held_out.positions,
+            "order": text.order,
+        }
+        save_tensors(tensors, self.work / TEXT, {"tokens": json.dumps(text.tokens)})
+
+    @property
+    def has_text(self) -> bool:
+        return (self.work / TEXT).is_file()
+
+    def text(self) -> HealText:
+        """The rows as they were kept."""
+        from safetensors import safe_open
+
+        found = load_file(self.work / TEXT)
+        with safe_open(self.work / TEXT, framework="pt") as file:
+            tokens = json.loads(file.metadata()["tokens"])
+        train = Rows(found["ids"], found["positions"])
+        return HealText(train, Rows(found["held_ids"], found["held_positions"]), found["order"], tokens)
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the durable checkpoint after `step`."""
+        return self.work / f"step-{step:08d}"
+
+    def unfinished(self, step: int) -> Path:
+        """Where that checkpoint is written, until it is whole."""
+        return self.work / f"step-{step:08d}.new"
+
+    def commit(self, step: int) -> None:
+        """The checkpoint in `unfinished(step)` is whole: it is the one to go on from, and older ones may go."""
+        for file in sorted(path for path in self.unfinished(step).rglob("*") if path.is_file()):
+            with open(file, "r+b") as stream:
+                os.fsync(stream.fileno())
+        if self.checkpoint(step).exists():
+            shutil.rmtree(self.checkpoint(step))
+        os.replace(self.unfinished(step), self.checkpoint(step))
+        self._write_state(step)
+        for stale in self.work.glob("step-*"):
+            if stale != self.checkpoint(step):
+                shutil.rmtree(stale)
+        self.step = step
+
+    def start(self) -> None:
+        """Say what this run is, before anything is durable."""
+        if not (self.work / STATE).is_file():
+            self._write_state(0)
+
+    def _write_state(self, step: int) -> None:
+        settings = dataclasses.asdict(self._settings)
+        seconds = self.earlier_seconds + time.perf_counter() - self._begun
+        state = {
+            "settings": settings,
+            "source": self._source,
+            "shape": self._shape,
+            "step": step,
+            "seconds": seconds,
+        }
+        write_json(self.work / STATE, state)
+
+    def publish(self) -> None:
+        """Give the folder its final name."""
+        (self.work / STATE).unlink()  # first: half a work folder is nothing to resume from
+        shutil.rmtree(self.partial / WORK)
+        replace_folder(self.partial, self.output)
+
+
+def disk_needed(parameters: int, trained: int, written: int, tokens: int) -> int:
+    """Bytes: two durable checkpoints (weights, and Adam's two moments of what trains), the result, the rows."""
+    return 2 * 4 * (parameters + 2 * trained) + written + 2 * 4 * tokens
+
+
+def memory_fault(error: BaseException) -> bool:
+    """Whether a computation failed for want of memory."""
+    said = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ("not enough memory" in said or "out of memory" in said.lower())
+    )

@@ -1,0 +1,117 @@
+"""What leaves a healing run: the checkpoint with its new weights, what was measured before and after, its origin."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhconvert.library_versions import versions
+
+from ..convert.bare_process import reload
+from ..convert.bare_process.reload import verify
+from ..convert.checkpoint import provenance
+from ..convert.recipe.heal_settings import HealSettings
+from ..convert.storage.atomic_files import write_json
+from ..convert.storage.dtype_cast import cast
+from ..convert.storage.safetensors_reader import SafetensorsSource, read_json
+from ..convert.storage.shard_writer import INDEX, ShardWriter, byte_size
+from . import fusion
+from .packed_rows import Rows
+from .resumable_run import METRICS, HealSpace
+
+REPORT = "report.json"
+PICTURES = (METRICS, "healing.svg")
+MADE_ANEW = (REPORT, "README.md", provenance.PROVENANCE, provenance.EVALUATION, INDEX, *PICTURES)
+PROBE_ROWS, PROBE_TOKENS = 2, 512  # whose logits a reload is compared with
+MEASURED = ("perplexity", "kl", "top1_agreement")
+
+
+def merged(model: Any) -> Any:
+    """The model itself, with the adapter that was trained on it in its weights."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+@torch.no_grad()
+def round_to(model: Any, source: SafetensorsSource) -> None:
+    """What is measured from here on are the weights as they will be written."""
+    state = model.state_dict()
+    for name in source.names():
+        state[name].copy_(cast(name, state[name], source.dtype(name)))
+
+
+def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's report with what was measured on the held-out rows: now, and before healing."""
+    old = _json(Path(checkpoint) / REPORT)
+    kept = {
+        name: value
+        for name, value in old.items()
+        if name not in ("tolerance", "verified", "seconds", "sample")
+    }
+    return (
+        copy.deepcopy(kept)
+        | {"output": str(output), "before": {name: before[name] for name in MEASURED}}
+        | {name: after[name] for name in MEASURED}
+    )
+
+
+def record_heads(report: dict[str, Any], model: Any, source: SafetensorsSource) -> None:
+    """The sizes in the report, where heads have been fused."""
+    width = source.dtype(next(name for name in source.names() if name.endswith("k_proj.weight"))).itemsize
+    report["kv_bytes_per_token"]["converted"] = fusion.cache_elements(model) * width
+    report["parameters"]["converted"] = sum(parameter.numel() for parameter in model.parameters())
+
+
+def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkpoint: str) -> None:
+    """The checkpoint's files with the model's weights; not report, card and provenance. source: None for an adapter."""
+    folder, state = space.partial, model.state_dict()
+    kept = (
+        MADE_ANEW if source is not None else (REPORT, provenance.PROVENANCE, provenance.EVALUATION, *PICTURES)
+    )
+    for file in sorted(path for path in Path(checkpoint).iterdir() if path.is_file()):
+        if file.name not in kept and file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
+    if source is not None:
+        changed = fusion.config_fields(model.config)
+        write_json(folder / "config.json", read_json(folder / "config.json") | changed)
+    for stale in folder.glob("*.safetensors"):  # of a run that ended here
+        stale.unlink()
+    if source is None:
+        from ..convert.adapters.create import save_matrices
+
+        save_matrices(model, folder)
+        return
+    recipe = _json(Path(checkpoint) / provenance.PROVENANCE).get("recipe") or {}
+    writer = ShardWriter(folder, byte_size(str(recipe.get("max_shard_size", "5GB"))), len(source.names()))
+    for name in source.names():
+        writer.add(name, cast(name, state[name], source.dtype(name)))
+    writer.finish()
+
+
+def proof(space: HealSpace, model: Any, held_out: Rows) -> dict[str, Any]:
+    """The folder loads in a bare process and predicts as `model`; what was found, and a sample of its text."""
+    ids = held_out.ids[:PROBE_ROWS, :PROBE_TOKENS].long()
+    probe = space.work / "probe.safetensors"
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    reload.write_probe(probe, ids, logits)
+    found = verify(space.partial, probe, prompt=reload.PROMPT, threads=torch.get_num_threads())
+    sample = {"prompt": found["sample"]["prompt"], "converted": found["sample"]["text"]}
+    return {"verified": found, "sample": sample}
+
+
+def record(folder: Path, checkpoint: str, settings: HealSettings) -> None:
+    """mhconvert.json: the checkpoint's own, and how it was healed."""
+    facts = _json(Path(checkpoint) / provenance.PROVENANCE)
+    healed = {"checkpoint": checkpoint, "settings": dataclasses.asdict(settings), "versions": versions()}
+    facts["healed"] = [*facts.get("healed", []), healed]
+    facts["sha256"] = provenance.hashes(folder)
+    write_json(folder / provenance.PROVENANCE, facts)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}

@@ -1,0 +1,71 @@
+"""The recipes that ship with the package, and how one is named."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mhconvert.errors import RecipeError
+
+from ..convert.validation import yaml_file
+from .whole_recipe import RunRecipe
+
+SUFFIX = ".yaml"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe in a list. about: the first line of its comment. settings: the method's, as the file has them."""
+
+    name: str
+    about: str
+    model: str
+    method: str
+    settings: dict[str, Any]
+    stages: tuple[str, ...]
+
+
+def names() -> list[str]:
+    """The shipped recipes by name, without the suffix, sorted."""
+    return sorted(path.stem for path in _folder().glob(f"*{SUFFIX}"))
+
+
+def find(name_or_path: str) -> Path:
+    """The file that a word names: a path, or a shipped recipe with or without `recipes/` and `.yaml`.
+
+    Raises RecipeError, with the names that are near, where there is neither.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    name = name_or_path.removeprefix("recipes/").removesuffix(SUFFIX)
+    known = names()
+    if name in known:
+        return _folder() / f"{name}{SUFFIX}"
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or [n for n in known if n.startswith(name)]
+    hint = (
+        f"did you mean {' or '.join(near[:3])}?" if near else "'mhconvert recipes list' names those that ship"
+    )
+    raise RecipeError(f"there is no recipe '{name_or_path}', neither a file nor one that ships; {hint}")
+
+
+def entry(path: Path) -> Entry:
+    """What a list says of the recipe in a file. Raises RecipeError where it is none."""
+    document = yaml_file.read(path)
+    recipe = RunRecipe.from_dict(document.values, document.origins)
+    comment = path.read_text(encoding="utf-8").partition("\n")[0]
+    return Entry(
+        name=path.stem,
+        about=comment.lstrip("# ").strip() if comment.startswith("#") else "",
+        model=recipe.convert.model,
+        method=recipe.convert.method,
+        settings=document.values.get("settings") or {},
+        stages=recipe.stages,
+    )
+
+
+def _folder() -> Path:
+    return Path(str(files("mhconvert.recipes")))

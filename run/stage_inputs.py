@@ -1,0 +1,61 @@
+"""What the stages of a run read: hashed, so that a stage is done again when any of it changes."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..convert.storage.atomic_files import sha256
+from .ledger import mark
+from .whole_recipe import RunRecipe
+
+ELSEWHERE = ("output", "device", "verify", "max_shard_size")  # keys that do not change what a model is
+BEHIND = ("heal", "eval", "export", "push")  # of the recipe: the stages after the conversion
+
+
+def of_conversion(recipe: RunRecipe) -> dict[str, Any]:
+    """Its part of the recipe, the donor's files where they are here, and the calibration text."""
+    plain = recipe.to_dict()
+    words = {key: value for key, value in plain.items() if key not in (*ELSEWHERE, *BEHIND)}
+    return {
+        "recipe": words,
+        "donor": model_mark(recipe.convert.model),
+        "text": files(recipe.convert.calibration.sources),
+    }
+
+
+def of_healing(recipe: RunRecipe) -> dict[str, Any]:
+    """The teacher's files where they are here, and the text."""
+    heal = recipe.convert.heal
+    assert heal is not None
+    return {"teacher": model_mark(heal.teacher or recipe.convert.model), "text": files(heal.data)}
+
+
+def of_evaluation(recipe: RunRecipe) -> dict[str, Any]:
+    """The donor's files where they are here, the texts, and the folders of tasks and of their data."""
+    stage = recipe.eval
+    assert stage is not None
+    folders = [folder for folder in (stage.data, stage.include_path) if folder]
+    return {
+        "donor": model_mark(recipe.convert.model),
+        "text": files(stage.text),
+        "folders": files(f"{Path(folder).expanduser()}/**/*" for folder in folders),
+    }
+
+
+def model_mark(reference: str) -> str | None:
+    """The hash of a model that is a folder or a file here; None of one that its name and revision pin."""
+    path = Path(reference).expanduser()
+    return mark(path) if path.exists() else None
+
+
+def files(sources: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of each file that `sources` name, by path or glob; datasets and `self` are their names alone."""
+    found: dict[str, str] = {}
+    for source in sources:
+        pattern = str(Path(source).expanduser())
+        names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        found |= {name: sha256(Path(name)) for name in names if Path(name).is_file()}
+    return found

@@ -1,0 +1,185 @@
+"""What each stage of a run does: one call of the library, and what of its answer is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import get_token
+
+from mhconvert import api
+from mhconvert.errors import OutputError, PublishError, RecipeError, TextError
+from mhconvert.progress import Listener
+
+from ..convert.checkpoint.provenance import EVALUATION
+from ..convert.export.forms import FORMS
+from ..convert.storage.folder_kind import is_adapter
+from ..eval.comparison import Settings
+from ..eval.page import page
+from ..eval.settings import EvalStage
+from ..eval.tasks.harness import Options
+from ..eval.tasks.task_choice import TaskChoice, resolve
+from .ledger import Ledger
+from .whole_recipe import RunRecipe
+
+PAGES = ("evaluation.html", "evaluation.md")
+
+
+@dataclass
+class Run:
+    """A recipe on its way. force: stages run though they are done. results: each stage's status, output and figures."""
+
+    recipe: RunRecipe
+    output: Path
+    ledger: Ledger
+    force: bool
+    tell: Listener
+    results: list[dict[str, Any]]
+
+    @property
+    def healed(self) -> Path:
+        return self.output.with_name(f"{self.output.name}-healed")
+
+    @property
+    def final(self) -> Path:
+        """The checkpoint that is evaluated, exported and pushed."""
+        return self.output if self.recipe.convert.heal is None else self.healed
+
+
+def conversion(work: Run) -> Any:
+    return dataclasses.replace(work.recipe.convert, heal=None, output=str(work.output))
+
+
+def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
+    """Raises MhconvertError for what a later stage would be refused for: tasks, files, a form, a token."""
+    if recipe.eval is not None and "eval" in stages:
+        settings = eval_settings(recipe.eval, fresh=False)
+        for text in settings.texts:
+            if not text.is_file():
+                raise TextError(f"text file {text} of the recipe's eval is not there")
+        if settings.has_tasks:
+            with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
+                resolve(settings.choice, Path(folder))
+    if recipe.export is not None and "export" in stages and recipe.export.to not in (*FORMS, "auto"):
+        raise RecipeError(
+            f"export to '{recipe.export.to}' is no form; choose one of {', '.join(FORMS)}, auto"
+        )
+    if recipe.push is not None and "push" in stages and get_token() is None:
+        raise PublishError("the recipe pushes, and there is no token: run 'hf auth login', or set HF_TOKEN")
+
+
+def _convert(work: Run) -> dict[str, Any]:
+    recipe = conversion(work)
+    resume = _interrupted(work.output) and not work.force
+    if work.output.exists() and not work.force:
+        raise OutputError(
+            f"{work.output} is there already and is not what this recipe makes; --force replaces it, --set output=OUT "
+            "writes another"
+        )
+    report = api.convert(recipe, resume=resume, force=work.force, on_progress=work.tell)
+    return {"output": str(work.output), "report": report}
+
+
+def _heal(work: Run) -> dict[str, Any]:
+    recipe = work.recipe.convert
+    assert recipe.heal is not None
+    report = api.heal(
+        str(work.output),
+        recipe.heal,
+        output=str(work.healed),
+        resume=_interrupted(work.healed) and not work.force,
+        force=work.force or work.ledger.known("heal", work.healed),
+        verify=recipe.verify,
+        trust_remote_code=recipe.trust_remote_code,
+        on_progress=work.tell,
+    )
+    return {"output": str(work.healed), "report": report}
+
+
+def _evaluate(work: Run) -> dict[str, Any]:
+    recipe, stage = work.recipe.convert, work.recipe.eval
+    assert stage is not None
+    checkpoints = [str(work.output)] + ([str(work.healed)] if recipe.heal is not None else [])
+    result = api.evaluate(
+        checkpoints,
+        eval_settings(stage, fresh=work.force),
+        against=None if is_adapter(work.output) else recipe.model,
+        record=True,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+        on_progress=work.tell,
+    )
+    reports, _ = page.sources(result)
+    text = yaml.safe_dump(work.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    for name in PAGES:
+        page.write(work.final / name, result, reports, text)
+    return {"output": str(work.final / EVALUATION), "result": result}
+
+
+def eval_settings(stage: EvalStage, *, fresh: bool) -> Settings:
+    """The stage as the settings of `mhconvert eval`. Raises MhconvertError."""
+    folder = Path(stage.data).expanduser() if stage.data else None
+    own = Path(stage.include_path).expanduser() if stage.include_path else None
+    return Settings(
+        texts=tuple(Path(name).expanduser() for name in stage.text),
+        sequences=stage.sequences,
+        sequence_length=stage.sequence_length,
+        choice=TaskChoice(stage.tasks, stage.suite, folder, own, stage.num_fewshot),
+        options=Options(
+            stage.limit, stage.batch_size, stage.max_length, stage.dtype, stage.chat_template, stage.backend
+        ),
+        retrieval=stage.retrieval,
+        fresh=fresh,
+    )
+
+
+def export_folder(work: Run) -> Path:
+    stage = work.recipe.export
+    assert stage is not None
+    return Path(stage.output) if stage.output else work.final.with_name(f"{work.final.name}-{stage.to}")
+
+
+def _export(work: Run) -> dict[str, Any]:
+    stage = work.recipe.export
+    assert stage is not None
+    place = export_folder(work)
+    report = api.export(
+        str(work.final),
+        stage.to,
+        str(place),
+        force=work.force or work.ledger.known("export", place),
+        trust_remote_code=work.recipe.convert.trust_remote_code,
+        on_progress=work.tell,
+    )
+    return {"output": str(place), "report": report}
+
+
+def _push(work: Run) -> dict[str, Any]:
+    stage = work.recipe.push
+    assert stage is not None
+    sent = api.push(
+        work.final, stage.repo, private=stage.private, revision=stage.revision, on_progress=work.tell
+    )
+    return {
+        "output": sent["url"],
+        "facts": {"commit": sent["commit"], "url": sent["url"]},
+        "commit": sent["commit"],
+    }
+
+
+def _interrupted(output: Path) -> bool:
+    return output.with_name(f"{output.name}.partial").is_dir()
+
+
+STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "convert": _convert,
+    "heal": _heal,
+    "eval": _evaluate,
+    "export": _export,
+    "push": _push,
+}

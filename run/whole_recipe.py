@@ -1,0 +1,92 @@
+"""The whole run in one file: a conversion and the stages behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..convert.recipe.recipe import STAGES, Recipe
+from ..convert.validation import yaml_file
+from ..convert.validation.field_types import changed_fields
+from ..convert.validation.from_values import build
+from ..convert.validation.yaml_file import NOWHERE, Origins
+from ..eval.settings import EvalStage
+from . import overrides as given
+from .stage_settings import ExportStage, PushStage
+
+KINDS = {"eval": EvalStage, "export": ExportStage, "push": PushStage}
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """A conversion, healed where it says so, and what is done with the result. None: without that stage."""
+
+    convert: Recipe
+    eval: EvalStage | None = None
+    export: ExportStage | None = None
+    push: PushStage | None = None
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that there are, in their order: convert, heal, eval, export, push."""
+        healed = ("heal",) if self.convert.heal is not None else ()
+        return ("convert", *healed, *(name for name in STAGES if getattr(self, name) is not None))
+
+    def summary(self) -> str:
+        """What the run does, in words: "convert llama3-8b with mla (kv_budget=0.25), evaluate quick"."""
+        chosen = ", ".join(
+            f"{name}={getattr(self.convert.settings, name)}" for name in changed_fields(self.convert.settings)
+        )
+        words = [
+            f"convert {self.convert.model} with {self.convert.method}" + (f" ({chosen})" if chosen else "")
+        ]
+        if self.convert.heal is not None:
+            words.append(f"heal on {self.convert.heal.tokens + self.convert.heal.layer_tokens:,} tokens")
+        if self.eval is not None:
+            suite = [self.eval.suite] if self.eval.suite else []
+            retrieval = ["retrieval"] if self.eval.retrieval else []
+            words.append(f"evaluate {', '.join([*suite, *self.eval.tasks, *self.eval.text, *retrieval])}")
+        if self.export is not None:
+            words.append(f"export to {self.export.to}")
+        if self.push is not None:
+            words.append(f"push to {self.push.repo}")
+        return ", ".join(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON/YAML types, without the stages that there are not; `from_dict` of it equals this recipe."""
+        plain = self.convert.to_dict()
+        for name in STAGES:
+            stage = getattr(self, name)
+            if stage is not None:
+                values = dataclasses.asdict(stage)
+                plain[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return plain
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], origins: Origins = NOWHERE) -> RunRecipe:
+        """The run that plain values say: the keys of a conversion, and a mapping for each stage behind it.
+
+        origins: where the values stand, for messages. Raises RecipeError as `Recipe.from_dict` does.
+        """
+        convert = Recipe.from_dict(data, origins)
+        return RunRecipe(convert, **{name: _stage(name, data.get(name), origins) for name in STAGES})
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunRecipe:
+    """The run in a YAML file, with `key.sub=value` in place of what it says there; the values are YAML.
+
+    No model is needed or looked for. Raises RecipeError, which names file, line and key, or the override.
+    """
+    document = given.apply(yaml_file.read(path), overrides)
+    return RunRecipe.from_dict(document.values, document.origins)
+
+
+def _stage(name: str, values: Any, origins: Origins) -> Any:
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise origins.fault((name,), f"{name}: {values!r} is not a mapping of settings")
+    return build(KINDS[name], values, origins, (name,))

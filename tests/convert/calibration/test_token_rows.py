@@ -1,0 +1,198 @@
+"""Calibration rows: drawn evenly and without repetition, the same for a seed, and refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhconvert.convert.calibration.token_rows import CHARACTERS_A_TOKEN, sampled_rows, text_rows
+from mhconvert.errors import CalibrationError, TextError
+from mhconvert.progress import Progress, ignore
+from tests.convert.conversions import donor_model
+from tests.donors import make_tokenizer
+
+LENGTH = 16
+
+
+class Characters:
+    """A tokenizer of one token a character, its code point; bos_token_id 1 where `adds_bos`."""
+
+    bos_token_id = 1
+
+    def __init__(self, adds_bos: bool = False):
+        self.adds_bos = adds_bos
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1] * (self.adds_bos and add_special_tokens) + [ord(c) for c in text]}
+
+
+def written(path: Path, first: int, count: int) -> str:
+    """A text of `count` different characters, from code point `first` on."""
+    path.write_text("".join(map(chr, range(first, first + count))), encoding="utf-8")
+    return str(path)
+
+
+def drawn(*sources: str, rows: int = 4, seed: int = 0, tokenizer: Any = None) -> Tensor:
+    return text_rows(sources, tokenizer or Characters(), rows, LENGTH, seed)
+
+
+def test_rows_are_shared_evenly_among_unequal_files(tmp_path: Path) -> None:
+    sources = [written(tmp_path / f"{n}.txt", 0x1000 * n, 0x100 * n) for n in (1, 2, 3)]
+    rows = drawn(*sources, rows=24)
+    assert rows.shape == (24, LENGTH)
+    assert rows.dtype == torch.int64
+    assert Counter((rows[:, 0] // 0x1000).tolist()) == {1: 8, 2: 8, 3: 8}
+
+
+def test_a_short_file_gives_what_it_has_and_the_others_the_rest(tmp_path: Path) -> None:
+    sources = [written(tmp_path / "a.txt", 0x1000, 3 * LENGTH), written(tmp_path / "b.txt", 0x2000, 0x400)]
+    rows = drawn(*sources, rows=13)
+    assert Counter((rows[:, 0] // 0x1000).tolist()) == {1: 3, 2: 10}
+
+
+def test_no_token_is_drawn_twice(tmp_path: Path) -> None:
+    count = 40 * LENGTH
+    rows = drawn(written(tmp_path / "a.txt", 0x1000, count), rows=40)
+    assert sorted(rows.flatten().tolist()) == list(range(0x1000, 0x1000 + count))
+    # Rows are pieces of the text: they break at most where one window of it ends and another begins.
+    assert (rows.diff(dim=1) != 1).sum() <= count // (LENGTH * CHARACTERS_A_TOKEN)
+
+
+def test_a_seed_fixes_the_rows(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.txt", 0x1000, 0x1000)
+    assert torch.equal(drawn(source, seed=3), drawn(source, seed=3))
+    assert not torch.equal(drawn(source, seed=3), drawn(source, seed=4))
+    starts = drawn(source, rows=8)[:, 0]
+    assert not torch.equal(starts, starts.sort().values)  # taken from all over the text
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_beginning_of_text_stands_where_the_tokenizer_puts_it(tmp_path: Path, adds_bos: bool) -> None:
+    rows = drawn(written(tmp_path / "a.txt", 0x1000, 0x400), tokenizer=Characters(adds_bos))
+    assert rows.shape == (4, LENGTH)
+    assert (rows[:, 0] == 1).tolist() == [adds_bos] * 4
+    assert not (rows[:, 1:] == 1).any()
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.txt", 0x1000, 3 * LENGTH + 5)
+    message = (
+        r"the calibration text has 48 tokens in rows of 16, and 64 are needed \(held-out rows included\); "
+        r"add text, or ask for fewer with --calibration-tokens"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        drawn(source)
+    assert drawn(source, rows=3).shape == (3, LENGTH)
+
+
+def jsonl(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_jsonl_documents(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", '{"text": "abcdefg"}', "", '{"id": 3, "text": "hijklmn"}')
+    assert drawn(source, rows=1).tolist() == [[ord(c) for c in "abcdefg\n\nhijklmn"]]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85"])
+def test_a_line_of_jsonl_ends_at_a_newline_only(tmp_path: Path, separator: str) -> None:
+    line = json.dumps({"text": f"abcdefgh{separator}ijklmnop"}, ensure_ascii=False)
+    rows = drawn(jsonl(tmp_path / "a.jsonl", line), rows=1)
+    assert rows[0, 8] == ord(separator)
+
+
+@pytest.mark.parametrize("line", ["not json", '["text"]', '"text"', '{"body": "x"}', '{"text": null}', "7"])
+def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str) -> None:
+    source = jsonl(tmp_path / "a.jsonl", '{"text": "x"}', "", line)
+    with pytest.raises(TextError, match=r"a\.jsonl, line 3: not a JSON object with a 'text' field"):
+        drawn(source)
+
+
+def test_a_quoted_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "a.txt", 0x1000, 0x100)
+    assert drawn("~/a.txt").equal(drawn("~/*.txt"))
+
+
+def test_globs(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    written(tmp_path / "deep" / "a.txt", 0x1000, 0x100)
+    written(tmp_path / "deep" / "er" / "b.txt", 0x2000, 0x100)
+    rows = drawn(str(tmp_path / "**" / "*.txt"), rows=6)
+    assert Counter((rows[:, 0] // 0x1000).tolist()) == {1: 3, 2: 3}
+    assert Counter((drawn(str(tmp_path / "deep" / "[a-z].txt"))[:, 0] // 0x1000).tolist()) == {1: 4}
+    with pytest.raises(TextError, match=r"no text file matches '.*\*\.jsonl'"):
+        drawn(str(tmp_path / "*.jsonl"))
+
+
+def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
+    assert drawn(written(tmp_path / "part[1].txt", 0x1000, 0x100)).shape == (4, LENGTH)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match=r"absent\.txt cannot be read: No such file or directory"):
+        drawn(str(tmp_path / "absent.txt"))
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 100)
+    with pytest.raises(TextError, match=r"latin\.txt cannot be read: it is not UTF-8 text"):
+        drawn(str(tmp_path / "latin.txt"))
+    with pytest.raises(TextError, match=r"is a folder; name its files, for example '.*/\*\.jsonl'"):
+        drawn(str(tmp_path))
+
+
+def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Stream(list):
+        def take(self, count: int) -> Stream:
+            return Stream(self[:count])
+
+    def load_dataset(*words: Any, **options: Any) -> Stream:
+        asked.append((*words, options))
+        if words[0] == "org/broken":
+            raise RuntimeError("no such\nrepository")
+        return Stream([{"text": "abcdefgh" * 4}] * 3)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert drawn("org/texts:small").shape == (4, LENGTH)
+    assert asked == [("org/texts", "small", {"split": "train", "streaming": True})]
+    with pytest.raises(TextError, match="'org/broken' is neither a file nor a dataset.*no such repository"):
+        drawn("org/broken")
+
+
+def sampled(rows: int = 5, length: int = 12, seed: int = 0, listener: Any = ignore) -> Tensor:
+    return sampled_rows(donor_model(), make_tokenizer(), rows, length, seed, listener)
+
+
+def test_sampled_rows_are_the_same_for_a_seed_and_in_range() -> None:
+    rows = sampled()
+    assert rows.shape == (5, 12)
+    assert rows.dtype == torch.int64
+    assert rows.min() >= 0
+    assert rows.max() < 320
+    assert torch.equal(sampled(), rows)
+    assert not torch.equal(sampled(seed=1), rows)
+    assert (rows[:, 0] > 1).all()  # an ordinary token begins, none of the special ones
+
+
+def test_sampling_touches_no_global_random_state() -> None:
+    model, tokenizer = donor_model(), make_tokenizer()
+    before = torch.get_rng_state()
+    sampled_rows(model, tokenizer, 2, 8, 0, ignore)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sampled_rows_beyond_one_batch_and_their_progress() -> None:
+    told: list[Progress] = []
+    rows = sampled(rows=40, length=9, listener=told.append)
+    assert rows.shape == (40, 9)
+    assert len({tuple(row) for row in rows.tolist()}) == 40
+    assert [(p.stage, p.done, p.total) for p in told] == [("calibrate", 288, 360), ("calibrate", 360, 360)]

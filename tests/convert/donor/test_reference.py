@@ -1,0 +1,72 @@
+"""References that mean nothing are refused by name, with the way out."""
+
+import pytest
+
+from mhconvert.convert.donor.donor import open_donor
+from mhconvert.errors import CheckpointError, UnsupportedError
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("smollm2-135", "unknown donor 'smollm2-135': did you mean smollm2-135m"),
+        ("xyzzy", "unknown donor 'xyzzy': 'mhconvert donors' lists the names; a Hub id (org/name), a folder"),
+        ("", "unknown donor ''"),
+        ("./nowhere", "'./nowhere' is no folder, no .gguf file and no Hub id"),
+        ("a/b/c", "'a/b/c' is no folder, no .gguf file and no Hub id"),
+        ("nowhere.gguf", "file nowhere.gguf does not exist"),
+        ("models/nowhere.gguf", "file models/nowhere.gguf does not exist"),
+    ],
+)
+def test_references_that_mean_nothing(reference, words):
+    with pytest.raises(CheckpointError) as error:
+        open_donor(reference)
+    assert words in str(error.value)
+
+
+def test_a_file_that_is_no_gguf(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(
+        CheckpointError, match=r"is a file but not a \.gguf; give the folder that holds config\.json"
+    ):
+        open_donor(str(file))
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "has no config.json: not a model folder"),
+        ({"adapter_config.json": "{}"}, "is an adapter, not a model; make one of it: mhconvert merge "),
+        ({"q.gguf": ""}, "has no config.json; to use its GGUF give the file itself"),
+        ({"config.json": "{"}, "config.json cannot be read"),
+        ({"config.json": "[]"}, "config.json does not hold a JSON object"),
+        ({"config.json": "{}"}, "names no model_type"),
+        ({"config.json": '{"model_type": "llama", "hidden_size": "big"}'}, "is not a valid llama config"),
+    ],
+)
+def test_folders_that_are_no_model(tmp_path, files, words):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError) as error:
+        open_donor(str(tmp_path))
+    assert words in str(error.value)
+
+
+def test_a_converted_folder_is_no_donor(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mla_llama"}')
+    with pytest.raises(
+        UnsupportedError, match=r"is already converted \(mla_llama\); convert the donor it was"
+    ):
+        open_donor(str(tmp_path))
+
+
+def test_model_types_unknown_to_transformers(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "my_llm", "auto_map": {"AutoConfig": "evil.Config"}}'
+    )
+    (tmp_path / "evil.py").write_text("raise SystemExit('code from the donor ran')")
+    with pytest.raises(
+        UnsupportedError, match=r"model type 'my_llm' .* the supported ones are arcee, .*llama, .*mistral"
+    ):
+        open_donor(str(tmp_path), trust_remote_code=True)

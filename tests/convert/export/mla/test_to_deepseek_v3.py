@@ -1,0 +1,280 @@
+"""Whole exports to DeepSeek-V3 and Youtu: logits, cache and greedy text of the stock class, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mhconvert.convert.export import engine_support, same_outputs, verify_folder
+from mhconvert.convert.export.mla import deepseek_tensors, to_deepseek_v3
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.errors import CheckpointError, ExportError, OutputError, ProofError
+from tests.convert.conversions import (
+    LINEAR,
+    LLAMA3,
+    YARN,
+    converted,
+    donor_model,
+    logits,
+    relative,
+    token_ids,
+)
+from tests.donors import make_checkpoint, make_tokenizer
+
+PORTABLE = MLASettings(kv_lora_rank=96, qk_rope_head_dim=64, profile="portable")
+WIDE = {"head_dim": 64, "hidden": 96, "heads": 4, "kv_heads": 2}
+
+
+def checkpoint(path: Path, *, settings: MLASettings = PORTABLE, seed: int = 0, **donor: Any) -> Path:
+    """A converted tiny donor in a folder, its modeling files beside it as save_pretrained puts them."""
+    model = converted(donor_model(seed, **(WIDE | donor)), settings)
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    (path / "LICENSE").write_text("Tiny test licence\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("export") / "tiny-mla")
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def ours(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("to", ["deepseek_v3", "youtu"])
+@pytest.mark.parametrize(
+    "donor",
+    [
+        {},
+        {"tied": False, "seed": 2},
+        {"kv_heads": 4, "rms_norm_eps": 1e-5},
+        {"head_dim": 128, "hidden": 64, "rms_norm_eps": 1e-3},
+    ],
+)
+def test_the_stock_class_computes_what_ours_does(tmp_path: Path, to: str, donor: dict[str, Any]) -> None:
+    source = checkpoint(tmp_path / "tiny-mla", **donor)
+    report = to_deepseek_v3.run(str(source), to, str(tmp_path / "out"), device="cpu")
+    model, ids = loaded(tmp_path / "out"), token_ids(3, 40, seed=7)
+    assert type(model).__name__ == report["architecture"] == deepseek_tensors.CLASSES[to]
+    assert relative(logits(model, ids), logits(ours(source), ids)) < 2e-5
+    assert report["verified"]["greedy_equal"]
+    assert report["verified"]["module"] == "transformers"
+    assert (
+        report["verified"]["cache"]["elements_per_token"] == 2 * (96 + 64) == report["kv_elements_per_token"]
+    )
+    wide = to == "deepseek_v3" and donor.get("head_dim", 64) == 64
+    assert report["padded_v_head_dim"] == (128 if wide else None)
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Tiny test licence\n"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in config
+    assert (config["qk_nope_head_dim"], config["qk_rope_head_dim"]) == (donor.get("head_dim", 64), 64)
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert json.loads((tmp_path / "out" / "mhconvert.json").read_text())["exported"]["to"] == to
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, LINEAR])
+def test_scaled_rope_goes_to_youtu_alone(tmp_path: Path, rope: dict[str, Any]) -> None:
+    source = checkpoint(tmp_path / "scaled", rope=rope)
+    with pytest.raises(
+        ExportError, match=f"deepseek_v3 cannot hold this checkpoint: rope_type {rope['rope_type']}"
+    ):
+        to_deepseek_v3.run(str(source), "deepseek_v3", str(tmp_path / "out"))
+    to_deepseek_v3.run(str(source), "youtu", str(tmp_path / "out"), device="cpu")
+    ids = token_ids(2, 60, seed=3)
+    assert relative(logits(loaded(tmp_path / "out"), ids), logits(ours(source), ids)) < 2e-5
+
+
+def test_bfloat16_loses_what_rounding_loses(plain: Path, tmp_path: Path) -> None:
+    report = to_deepseek_v3.run(
+        str(plain), "deepseek_v3", str(tmp_path / "out"), dtype="bfloat16", device="cpu"
+    )
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    model, ids = ours(plain), token_ids(3, 40, seed=7)
+    expected = logits(model, ids)
+    rounded = logits(model.to(torch.bfloat16).float(), ids)
+    found = relative(logits(loaded(tmp_path / "out"), ids), expected)
+    assert found < 3 * relative(rounded, expected)
+    assert report["kv_bytes_per_token"] == 2 * (96 + 64) * 2
+
+
+def test_left_padding_and_the_cache(plain: Path, tmp_path: Path) -> None:
+    to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"), device="cpu", verify=False)
+    model, ids = loaded(tmp_path / "out"), token_ids(1, 12, seed=5)
+    padded = torch.cat((torch.ones(1, 4, dtype=torch.long), ids), dim=1)
+    mask = torch.cat((torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)), dim=1)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        behind = model(input_ids=padded, attention_mask=mask).logits[:, 4:]
+        first = model(input_ids=ids[:, :8], use_cache=True)
+        rest = model(input_ids=ids[:, 8:], past_key_values=first.past_key_values).logits
+    assert relative(behind, whole) < 1e-5
+    assert relative(rest, whole[:, 8:]) < 1e-5
+
+
+QUALITY = MLASettings(kv_budget=0.5)
+
+
+@pytest.mark.parametrize(
+    ("donor", "settings", "reason"),
+    [
+        ({}, QUALITY, "kv_lora_rank differs from layer to layer"),
+        ({"family": "qwen2"}, QUALITY, "qwen2 blocks are not Llama's"),
+        ({"attention_bias": True}, QUALITY, "kv_lora_rank differs from layer to layer"),
+        ({"rope": YARN}, PORTABLE, "rope_type yarn"),
+    ],
+)
+def test_what_would_be_lost_is_refused(
+    tmp_path: Path, donor: dict[str, Any], settings: MLASettings, reason: str
+) -> None:
+    source = checkpoint(tmp_path / "tiny-mla", settings=settings, **donor)
+    for to in deepseek_tensors.CLASSES:
+        with pytest.raises(ExportError, match=f"{to} cannot hold this checkpoint: {reason}"):
+            to_deepseek_v3.run(str(source), to, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"attention_input_bias": True},
+            "q_proj and kv_a_proj_with_mqa have biases, which the class would drop",
+        ),
+        ({"attention_output_bias": True}, "o_proj has a bias, which the class would drop"),
+        ({"mlp_bias": True}, "the MLP has biases, which the class would drop"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu, and engines take silu alone"),
+        ({"qk_norm": "head"}, "qk_norm=head, which the class does not have"),
+        ({"attention_softcap": 30.0}, "attention_softcap=30.0, which the class does not have"),
+        ({"rope_in_latent": True}, "kv_b_proj reads the rotary key too"),
+        (
+            {"rope_frequencies": [[0, 0] * 16, list(range(32))]},
+            "layer 0 turns with frequencies that are no geometric",
+        ),
+    ],
+)
+def test_every_feature_that_a_class_lacks_is_named(plain: Path, changes: dict[str, Any], reason: str) -> None:
+    config = ours(plain).config
+    assert deepseek_tensors.refusal(config, "deepseek_v3") is None
+    for name, value in changes.items():
+        setattr(config, name, value)
+    assert str(deepseek_tensors.refusal(config, "deepseek_v3")).startswith(reason)
+
+
+def test_float16_is_refused(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="float16 holds no numbers as small as the latent's norm needs"):
+        to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"), dtype="float16")
+
+
+def test_a_donor_is_no_checkpoint(tmp_path: Path) -> None:
+    donor_model().save_pretrained(tmp_path / "donor")
+    make_tokenizer().save_pretrained(tmp_path / "donor")
+    with pytest.raises(
+        ExportError, match="has no latent attention; youtu holds what --to mla --profile portable"
+    ):
+        to_deepseek_v3.run(str(tmp_path / "donor"), "youtu", str(tmp_path / "out"))
+
+
+def test_a_mismatch_deletes_the_export(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fold that is wrong by a hundredth: found by the logits, and nothing stays."""
+    true = deepseek_tensors.dense_attention
+
+    def wrong(tensors: Any, shape: Any, fold: Any, order: Any) -> Any:
+        made = true(tensors, shape, fold, order)
+        return made | {"q_proj.weight": made["q_proj.weight"] * 1.01}
+
+    monkeypatch.setattr(deepseek_tensors, "dense_attention", wrong)
+    with pytest.raises(
+        ProofError, match="the export is not what its checkpoint is, and was removed: .*logits differ"
+    ):
+        to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"), device="cpu")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_folder_and_a_dry_run(plain: Path, tmp_path: Path) -> None:
+    report = to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"), dry_run=True)
+    assert [engine for engine, *_ in report["engines"]][:2] == [
+        "transformers ≥ 5.16.1",
+        "transformers < 5.16.1",
+    ]
+    assert not (tmp_path / "out").exists()
+    to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"), device="cpu", verify=False)
+    with pytest.raises(
+        OutputError, match="out exists; choose another folder with -o, or replace it with --force"
+    ):
+        to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"))
+
+
+def test_engines_by_sizes() -> None:
+    def served(*sizes: int) -> dict[str, bool]:
+        return {
+            engine: yes
+            for engine, yes, _ in engine_support.engines("deepseek_v3", engine_support.Sizes(*sizes))
+        }
+
+    assert served(512, 128, 64, 128)["vLLM, FlashMLA and its like"]
+    small = served(128, 64, 64, 128)
+    assert small["vLLM, Triton kernel"]
+    assert not small["vLLM, FlashMLA and its like"]
+    assert not served(128, 64, 64, 64)["vLLM, Triton kernel"]
+    youtu = engine_support.engines("youtu", engine_support.Sizes(512, 128, 64, 128))
+    assert ("SGLang", False) in [(engine, yes) for engine, yes, _ in youtu]
+
+
+def test_verify_names_what_it_compares_with(plain: Path, tmp_path: Path) -> None:
+    to_deepseek_v3.run(str(plain), "youtu", str(tmp_path / "out"), device="cpu", verify=False)
+    found = verify_folder.run(str(tmp_path / "out"))
+    assert found["against"] == str(plain)
+    assert found["relative_difference"] < 1e-4
+    assert found["greedy_equal"]
+    whole = make_checkpoint(tmp_path / "whole")
+    assert verify_folder.run(str(whole))["against"] == str(whole)
+    other = checkpoint(tmp_path / "other", seed=4)
+    with pytest.raises(
+        ProofError, match=r"out is not .*other: their logits differ by .* and 0.005 is allowed"
+    ):
+        verify_folder.run(str(tmp_path / "out"), against=str(other), tolerance=5e-3)
+    assert verify_folder.run(str(tmp_path / "out"), against=str(other))["relative_difference"] > 0.1
+    donor_model().save_pretrained(tmp_path / "donor")
+    with pytest.raises(ExportError, match="does not say what it should compute; name a model with --against"):
+        verify_folder.run(str(tmp_path / "donor"))
+    with pytest.raises(CheckpointError, match="nowhere is no folder; verify takes"):
+        verify_folder.run(str(tmp_path / "nowhere"))
+
+
+def test_the_oldest_transformers_that_caches_latents(plain: Path, tmp_path: Path) -> None:
+    """Opt-in: MHCONVERT_OLD_PYTHON names an interpreter with transformers 5.16.1."""
+    python = os.environ.get("MHCONVERT_OLD_PYTHON")
+    if not python:
+        pytest.skip("MHCONVERT_OLD_PYTHON names no interpreter with an older transformers")
+    for to in deepseek_tensors.CLASSES:
+        to_deepseek_v3.run(str(plain), to, str(tmp_path / to), device="cpu", verify=False)
+        found = verify_folder.run(str(tmp_path / to), python=python)
+        assert found["transformers"] != __import__("transformers").__version__
+        assert found["relative_difference"] < 1e-4
+        assert found["cache"]["elements_per_token"] == 2 * (96 + 64)
+
+
+def test_the_largest_latent_is_seen(plain: Path) -> None:
+    model = ours(plain)
+    expected = same_outputs.expect(model, make_tokenizer(), 0, lambda _: None)
+    assert len(expected.latents) == 2
+    largest = 0.0
+    with torch.no_grad():
+        states = model(input_ids=expected.rows, output_hidden_states=True).hidden_states[0]
+        latent = model.model.layers[0].self_attn.kv_a_proj_with_mqa(
+            model.model.layers[0].input_layernorm(states)
+        )
+        largest = latent[..., :96].square().mean(-1).max().item()
+    assert expected.latents[0] == pytest.approx(largest, rel=1e-5)

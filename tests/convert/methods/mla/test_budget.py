@@ -1,0 +1,144 @@
+"""The arithmetic of a budget: whole numbers that add up, and refusals that say what is possible."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mhconvert.convert.methods.mla.budget import KERNEL_SHAPES, ROPE_SHARES, LayerBudget, layer_budget
+from mhconvert.convert.methods.mla.settings import MLASettings, Profile
+from mhconvert.errors import BudgetError, UnsupportedError
+from tests.donors import make_config
+
+quick = settings(max_examples=200, deadline=None, derandomize=True)
+kv_heads = st.sampled_from([1, 2, 3, 4, 5, 8, 16, 32, 64])
+head_dims = st.sampled_from([8, 16, 64, 80, 96, 128])
+budgets = st.floats(0.001, 1)
+efforts = st.sampled_from(sorted(ROPE_SHARES))
+
+
+def geometry(groups: int, head_dim: int) -> Any:
+    return make_config(heads=groups, kv_heads=groups, hidden=8 * groups, head_dim=head_dim)
+
+
+@pytest.mark.parametrize(
+    ("groups", "head_dim", "share", "elements"),
+    [
+        (3, 64, 0.3125, 120),
+        (3, 64, 0.5, 192),
+        (8, 128, 0.0703125, 144),
+        (8, 128, 1.0, 2048),
+        (1, 64, 0.33, 42),
+    ],
+)
+def test_the_budget_is_a_whole_number_of_elements(
+    groups: int, head_dim: int, share: float, elements: int
+) -> None:
+    budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=share))
+    assert budget.elements == elements
+    assert budget.donor_elements == 2 * groups * head_dim
+    assert (budget.kv_lora_rank, budget.qk_rope_head_dim) == (None, None)
+    assert budget.all_components == groups * head_dim // 2
+
+
+@quick
+@given(kv_heads, head_dims, budgets, efforts)
+def test_every_choice_fits_the_layer(groups: int, head_dim: int, share: float, effort: str) -> None:
+    assume(round(share * 2 * groups * head_dim) >= 3)
+    budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=share))
+    choices = budget.component_choices(effort)
+    assert choices == sorted(set(choices))
+    assert len(choices) >= 1
+    for count in choices:
+        rank = budget.elements - 2 * count
+        assert 1 <= count <= budget.all_components
+        assert 1 <= rank <= budget.donor_elements - 2 * count  # no wider than what the latent holds
+
+
+@quick
+@given(kv_heads, head_dims, efforts)
+def test_the_whole_budget_keeps_every_component(groups: int, head_dim: int, effort: str) -> None:
+    budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=1.0))
+    assert budget.component_choices(effort) == [budget.all_components]
+
+
+@quick
+@given(kv_heads, st.sampled_from([64, 128, 192]), budgets)
+def test_a_portable_split_is_what_kernels_accept(groups: int, head_dim: int, share: float) -> None:
+    elements = round(share * 2 * groups * head_dim)
+    assume(elements > 64)
+    budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=share, profile="portable"))
+    assert budget.qk_rope_head_dim == 64
+    assert budget.kv_lora_rank == elements - 64
+    assert budget.elements == elements
+    assert budget.component_choices("quick") == [32]  # no more than one for each of the donor's frequencies
+    assert any((head_dim, 64) == shape[:2] and shape[2] >= head_dim for shape in KERNEL_SHAPES)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 80, 96, 256])
+def test_a_head_without_a_kernel_is_refused(head_dim: int) -> None:
+    message = (
+        rf"--profile portable cannot express head_dim={head_dim}: .*\(64, 64, 128\).*use --profile quality"
+    )
+    for choice in ({"kv_budget": 0.5}, {"kv_lora_rank": 8, "qk_rope_head_dim": 8}):
+        with pytest.raises(UnsupportedError, match=message):
+            layer_budget(geometry(4, head_dim), MLASettings(**choice, profile="portable"))  # type: ignore[arg-type]
+
+
+def test_the_nearest_portable_budgets_are_listed() -> None:
+    with pytest.raises(BudgetError) as caught:
+        layer_budget(geometry(3, 64), MLASettings(kv_budget=0.125, profile="portable"))
+    assert str(caught.value) == (
+        "kv_budget=0.125 leaves 48 of the donor's 384 KV elements per token and layer, and --profile portable needs "
+        "65 (a rotary key of 64 and a latent); the nearest that it can: 0.1693 (65 elements), 0.2084 (80 elements), "
+        "0.25 (96 elements)"
+    )
+
+
+@quick
+@given(kv_heads, st.sampled_from([64, 128]), st.sampled_from(["quality", "portable"]))
+def test_a_refusal_names_budgets_that_are_possible(groups: int, head_dim: int, profile: Profile) -> None:
+    donor = 2 * groups * head_dim
+    with pytest.raises(BudgetError, match=rf"leaves 1 of the donor's {donor} KV elements") as caught:
+        layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=1 / donor, profile=profile))
+    listed = str(caught.value).rsplit("it can: ", 1)[1]
+    found = re.findall(r"([\d.]+) \((\d+) elements\)", listed)
+    assert len(found) == 3
+    for share, elements in found:
+        budget = layer_budget(
+            geometry(groups, head_dim), MLASettings(kv_budget=float(share), profile=profile)
+        )
+        assert budget.elements == int(elements)
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(1, 2), (88, 32), (64, 192), (192, 192), (382, 2)])
+def test_explicit_sizes_are_taken_as_they_are(rank: int, rope: int) -> None:
+    budget = layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=rank, qk_rope_head_dim=rope))
+    assert budget == LayerBudget(rank + rope, rank, rope, 384, 32, 3)
+    assert budget.component_choices("default") == [rope // 2]
+
+
+@pytest.mark.parametrize("rope", [0, -2, 1, 7, 194])
+def test_a_rotary_key_that_the_donor_cannot_have(rope: int) -> None:
+    message = rf"qk_rope_head_dim={rope} must be even and between 2 and num_key_value_heads·head_dim = 192"
+    with pytest.raises(BudgetError, match=message):
+        layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=8, qk_rope_head_dim=rope))
+
+
+@pytest.mark.parametrize("rank", [0, -1, 353])
+def test_a_rank_that_is_out_of_range(rank: int) -> None:
+    message = rf"kv_lora_rank={rank} is outside 1 … 2·num_key_value_heads·head_dim − qk_rope_head_dim = 352"
+    with pytest.raises(BudgetError, match=message):
+        layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=rank, qk_rope_head_dim=32))
+
+
+def test_an_explicit_rotary_key_that_no_kernel_accepts() -> None:
+    message = r"qk_rope_head_dim=32 has no kernel at head_dim=64: --profile portable needs 64"
+    with pytest.raises(BudgetError, match=message):
+        layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=8, qk_rope_head_dim=32, profile="portable"))
+    settings = MLASettings(kv_lora_rank=8, qk_rope_head_dim=64, profile="portable")
+    assert layer_budget(geometry(3, 64), settings).elements == 72

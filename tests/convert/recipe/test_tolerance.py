@@ -1,0 +1,71 @@
+"""What a tolerance may say, and how measured figures are held against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.recipe.recipe import Recipe
+from mhconvert.convert.recipe.tolerance import parse
+from mhconvert.errors import BudgetError, MhconvertError
+
+FOUND = {"kl": 0.05, "perplexity": {"donor": 20.0, "converted": 22.0}}
+
+
+def test_both_measures() -> None:
+    kl, ppl = parse("kl=0.05"), parse("ppl=1.05")
+    assert (kl.value(FOUND), ppl.value(FOUND)) == (0.05, 1.1)
+    assert (kl.met(FOUND), ppl.met(FOUND)) == (True, False)
+    assert (kl.allowed, ppl.allowed) == (0.05, pytest.approx(0.05))
+    assert ppl.beyond(1.1) == pytest.approx(0.1)
+    assert (str(kl), str(ppl)) == ("kl=0.05", "ppl=1.05")
+    assert not kl.met(FOUND | {"kl": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kl=0", "tolerance 'kl=0' is out of reach: kl must be a number above 0, which is what the donor"),
+        ("kl=-1", "kl must be a number above 0"),
+        ("ppl=0.9", "ppl must be a number above 1"),
+        ("ppl=1", "ppl must be a number above 1"),
+        ("kl=nan", "kl must be a number above 0"),
+        ("ppl=inf", "ppl must be a number above 1"),
+        ("kl=much", "kl must be a number above 0"),
+        ("kl", "tolerance 'kl' is neither kl=NATS nor ppl=RATIO"),
+        ("0.05", "neither kl=NATS nor ppl=RATIO"),
+        ("mse=0.1", "neither kl=NATS nor ppl=RATIO"),
+    ],
+)
+def test_refusals(text: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        parse(text)
+    with pytest.raises(BudgetError, match=message):
+        Recipe("tiny", "mla", tolerance=text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_budget": 0.3}, r"leave out kv_budget=0\.3 or the tolerance"),
+        ({"kv_lora_rank": 8, "qk_rope_head_dim": 8}, "fix the KV budget; leave them out"),
+    ],
+)
+def test_a_tolerance_and_a_size_are_two_ways_to_say_one_thing(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(MhconvertError, match=message):
+        Recipe("tiny", "mla", settings=MLASettings(**settings), tolerance="kl=0.1")
+
+
+def test_a_recipe_with_a_tolerance_survives_yaml_types() -> None:
+    recipe = Recipe("tiny", "mla", settings=MLASettings(profile="portable"), tolerance="ppl=1.05")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    settled = recipe.at_budget(0.4)
+    assert settled == Recipe("tiny", "mla", settings=MLASettings(kv_budget=0.4, profile="portable"))
+
+
+@pytest.mark.parametrize("text", ["ppl=1.0000001", "kl=0.0499999", "kl=0.05", "ppl=1.05", "kl=1e-07"])
+def test_a_tolerance_is_written_as_it_was_read(text: str) -> None:
+    assert str(parse(text)) == text
+    assert parse(str(parse(text))) == parse(text)

@@ -1,0 +1,81 @@
+"""What people read: the table of a conversion, and units."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from mhconvert.eval.report import units
+from mhconvert.eval.report.conversion_tables import rows, show
+
+FULL = {
+    "output": "some/where/tiny-mla",
+    "method": "mla",
+    "donor": "tiny",
+    "hub_id": "org/tiny",
+    "licence": "apache-2.0",
+    "notice": "taken from somewhere else",
+    "perplexity": {"donor": 20.0, "converted": 25.0},
+    "kl": 0.25,
+    "top1_agreement": 0.75,
+    "kv_bytes_per_token": {"donor": 4096, "converted": 1280},
+    "parameters": {"donor": 1000, "converted": 990},
+    "layers": [{"index": 0, "relative_error": math.nan}],
+    "seconds": 61.0,
+    "peak_rss_bytes": 3 * 2**30,
+    "sample": {"prompt": "Once [upon]", "converted": " a time [/b]"},
+    "calibration": {"source": "self", "tokens": 4096},
+    "verified": {"largest_logit_difference": 0.0},
+    "versions": {"mhconvert": "0.1.0"},
+}
+
+
+def test_a_tolerance_has_a_row_of_its_own() -> None:
+    found = {"asked": "ppl=1.3", "kv_budget": 0.312, "measured": 1.25, "looked": [], "tried": []}
+    row = ("tolerance ppl ≤ 1.3", "", "1.25", "at budget 31.2 %, on held-out text")
+    assert row in rows(FULL | {"tolerance": found})
+    assert not [quantity for quantity, *_ in rows(FULL) if quantity.startswith("tolerance")]
+
+
+def test_missing_facts_have_no_row() -> None:
+    assert rows({"output": "x", "method": "mla"}) == []
+
+
+def test_table_for_people() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    show(FULL, console)
+    text = console.export_text()
+    for words in (
+        "perplexity",
+        "× 1.250",
+        "75 %",
+        "1:01",
+        "3 GiB",
+        "Once [upon] a time [/b]",
+        "trust_remote_code=True",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (units.size(46_080), "45 KiB"),
+        (units.size(0), "0 B"),
+        (units.size(5 * 2**40), "5 TiB"),
+        (units.size(None), ""),
+        (units.duration(8.25), "8.2 s"),
+        (units.duration(75), "1:15"),
+        (units.duration(4000), "1:06:40"),
+        (units.duration(59.97), "60.0 s"),
+        (units.share(0.5), "50 %"),
+        (units.number(22.7512), "22.75"),
+        (units.number(math.inf), "not finite"),
+        (units.count(1_234_567), "1,234,567"),
+    ],
+)
+def test_units(text: str, expected: str) -> None:
+    assert text == expected

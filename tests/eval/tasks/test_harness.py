@@ -1,0 +1,248 @@
+"""lm-eval on our models: the figures that lm-eval gives by itself, once; kept, resumed, and asked for in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhconvert import api
+from mhconvert.convert.open_model import of_model, open_model
+from mhconvert.errors import MhconvertError, OutputError, TextError
+from mhconvert.eval.comparison import Settings
+from mhconvert.eval.page import page
+from mhconvert.eval.result_cache import Store
+from mhconvert.eval.tasks import harness
+from mhconvert.eval.tasks.harness import Candidate, Options
+from mhconvert.eval.tasks.task_choice import TaskChoice, resolve
+from tests.donors import make_donor
+
+QUICK = TaskChoice(suite="quick")
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_donor(tmp_path_factory.mktemp("harness") / "tiny", layers=2, kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_donor(tmp_path_factory.mktemp("harness") / "twin", layers=2, kv_heads=2, seed=1)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def candidate(folder: Path, **options: Any) -> Candidate:
+    opened = open_model(str(folder), device="cpu")
+    return Candidate(opened, of_model(opened), Options(**options))
+
+
+def evaluate(each: Candidate, store: Store, place: Path, choice: TaskChoice = QUICK, **more: Any) -> Any:
+    place.mkdir(exist_ok=True)
+    return harness.evaluate(each, resolve(choice, place), store, **more)
+
+
+def test_figures_are_those_of_lm_eval_itself(donor: Path, store: Store, tmp_path: Path) -> None:
+    """The folder given to lm-eval by its path, as its own command line does."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    (ours,) = evaluate(candidate(donor), store, tmp_path / "tasks")
+    theirs = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(donor), "dtype": "float32"},
+        tasks=["mhconvert_quick"],
+        batch_size=harness.CPU_BATCH,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+    )
+    expected = theirs["results"]["mhconvert_quick"]
+    assert ours["results"]["mhconvert_quick"] == expected
+    samples = sorted(theirs["samples"]["mhconvert_quick"], key=lambda sample: sample["doc_id"])
+    assert ours["samples"]["mhconvert_quick"]["acc,none"] == [sample["acc"] for sample in samples]
+    assert 0 < expected["acc,none"] < 1  # a model that always or never was right would prove nothing
+
+
+def test_a_stored_result_needs_no_model(
+    donor: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate(candidate(donor, limit=6), store, tmp_path / "tasks")
+    monkeypatch.setattr(harness, "_language_model", lambda _: pytest.fail("the model was asked again"))
+    assert evaluate(candidate(donor, limit=6), store, tmp_path / "tasks") == first
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        evaluate(candidate(donor, limit=7), store, tmp_path / "tasks")
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        evaluate(candidate(donor, limit=6), store, tmp_path / "tasks", fresh=True)
+
+
+def test_another_weight_is_another_model(donor: Path, other: Path, store: Store, tmp_path: Path) -> None:
+    assert candidate(donor).fingerprint != candidate(other).fingerprint
+    assert candidate(donor).fingerprint == candidate(donor).fingerprint
+    found = [evaluate(candidate(each), store, tmp_path / "tasks")[0]["samples"] for each in (donor, other)]
+    assert found[0] != found[1]
+
+
+def test_a_report_in_the_folder_is_no_part_of_the_model(donor: Path) -> None:
+    before = candidate(donor).fingerprint
+    (donor / "evaluation.json").write_text("{}")
+    assert candidate(donor).fingerprint == before
+    (donor / "evaluation.json").unlink()
+
+
+def test_an_interrupted_task_goes_on_where_it_was(
+    donor: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle: what was answered is not asked again, and the result is that of an uninterrupted run."""
+    whole = evaluate(candidate(donor), Store(tmp_path / "other"), tmp_path / "tasks")[0]["results"]
+    rows: list[int] = []
+
+    def stop(_: str, done: int, total: int) -> None:
+        rows.append(total)
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(candidate(donor), store, tmp_path / "tasks", on_rows=stop)
+    asked = max(rows)
+    rows.clear()
+    resumed = evaluate(
+        candidate(donor), store, tmp_path / "tasks", on_rows=lambda _, done, total: rows.append(total)
+    )
+    assert resumed[0]["results"] == whole
+    assert 0 < max(rows) <= 0.6 * asked
+
+
+def test_progress_of_rolling_windows_is_counted_beforehand(donor: Path, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "wiki.test.raw").write_text(
+        " = One = \n \n" + "Some words here . " * 200 + "\n = Two = \n more \n"
+    )
+    told: list[tuple[int, int]] = []
+    choice = TaskChoice(("wikitext",), data=tmp_path)
+    each = candidate(donor, max_length=64)
+    (found,) = evaluate(
+        each, store, tmp_path / "tasks", choice, on_rows=lambda _, done, total: told.append((done, total))
+    )
+    assert found["counts"] == {"wikitext": 2}
+    assert {total for _, total in told} == {len(told)}
+    assert [done for done, _ in told] == list(range(1, len(told) + 1))
+    assert len(told) > 10
+
+
+def test_batch_and_dtype(donor: Path) -> None:
+    assert candidate(donor).batch_size(rolling=False) == 8
+    assert candidate(donor).batch_size(rolling=True) == 1
+    assert candidate(donor, batch_size=3).batch_size(rolling=True) == 3
+    assert candidate(donor).dtype == torch.float32
+    assert candidate(donor, dtype="bfloat16").dtype == torch.bfloat16
+    cuda = candidate(donor)
+    cuda.opened.device = "cuda"
+    assert cuda.batch_size(rolling=True) == "auto"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "vllm"}, "--backend vllm needs vllm, which is not installed here"),
+        ({"backend": "jax"}, "'jax' is not one of hf, vllm"),
+        ({"limit": 0}, "--limit 0 is too small"),
+        ({"dtype": "float99"}, "'float99' is no dtype"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MhconvertError, match=message):
+        Options(**options)
+
+
+def test_the_chat_template_changes_the_questions_and_is_part_of_the_key(
+    donor: Path, store: Store, tmp_path: Path
+) -> None:
+    plain, asked = (
+        evaluate(candidate(donor, chat_template=flag), store, tmp_path / "tasks")[0]["samples"]
+        for flag in (False, True)
+    )
+    assert plain != asked
+    mute = make_donor(tmp_path / "mute", layers=2, kv_heads=2)
+    (mute / "chat_template.jinja").unlink()
+    with pytest.raises(MhconvertError, match="has no chat template; leave out --chat-template"):
+        evaluate(candidate(mute, chat_template=True), store, tmp_path / "tasks")
+
+
+def test_documents_that_cannot_be_had_name_the_way_out(donor: Path, store: Store, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "absent.yaml").write_text(
+        "task: absent\ndataset_path: json\ndataset_kwargs: {data_files: {test: /nowhere/at/all.jsonl}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: q\ndoc_to_target: 0\ndoc_to_choice: c\n"
+    )
+    choice = TaskChoice(("absent",), include_path=own)
+    with pytest.raises(
+        TextError, match=r"the documents of task absent cannot be had: .*nowhere/at/all.*--data"
+    ):
+        evaluate(candidate(donor), store, tmp_path / "tasks", choice)
+
+
+def test_a_store_that_cannot_be_written_is_said(donor: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="which keeps results, cannot be written.*MHCONVERT_EVAL_CACHE"):
+        evaluate(candidate(donor, limit=2), Store(tmp_path / "file" / "store"), tmp_path / "tasks")
+
+
+def test_a_damaged_database_is_removed_and_said(donor: Path, store: Store, tmp_path: Path) -> None:
+    each = candidate(donor, limit=2)
+    database = Path(store.responses(each.facts()) + "_rank0.db")
+    database.write_bytes(b"no database at all " * 400)
+    with pytest.raises(OutputError, match=r"were damaged \(.*\) and are removed; run the same command again"):
+        evaluate(each, store, tmp_path / "tasks")
+    assert not database.exists()
+    assert evaluate(candidate(donor, limit=2), store, tmp_path / "tasks")[0]["counts"] == {
+        "mhconvert_quick": 2
+    }
+
+
+def test_the_comparison_pairs_donor_and_other(donor: Path, other: Path) -> None:
+    settings = Settings(choice=QUICK, options=Options(limit=20))
+    result = api.evaluate(str(other), settings, against=str(donor), device="cpu")
+    assert [model["name"] for model in result["models"]] == ["tiny", "twin"]
+    (row,) = result["tasks"]
+    donors, others = row["metrics"][0]["models"]
+    assert others["difference"] == pytest.approx(others["value"] - donors["value"])
+    assert others["difference_stderr"] > 0
+    assert (row["samples"], row["num_fewshot"], row["local"]) == (20, 0, "items.jsonl")
+    assert result["versions"]["lm_eval"]
+    with pytest.raises(MhconvertError, match="there is nothing to measure"):
+        Settings()
+
+
+def test_reports_stand_beside_their_own_models(donor: Path, other: Path, tmp_path: Path) -> None:
+    (other / "report.json").write_text('{"seconds": 1}')
+    models = [
+        {"role": role, "reference": str(place)} for role, place in (("donor", donor), ("donor", tmp_path))
+    ]
+    models.append({"role": "converted", "reference": str(other)})
+    assert page.sources({"models": models})[0] == [{}, {"seconds": 1}]
+    (other / "report.json").unlink()
+
+
+def test_figures_are_recorded_in_the_checkpoint_but_not_in_the_donor(
+    donor: Path, other: Path, tmp_path: Path
+) -> None:
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    for file in other.iterdir():
+        (converted / file.name).write_bytes(file.read_bytes())
+    (converted / "mhconvert.json").write_text(json.dumps({"recipe": {"model": str(donor), "method": "dha"}}))
+    result = api.evaluate(
+        str(converted), Settings(choice=QUICK, options=Options(limit=4)), record=True, device="cpu"
+    )
+    assert json.loads((converted / "evaluation.json").read_text()) == json.loads(json.dumps(result))
+    assert [(model["role"], model["method"]) for model in result["models"]] == [
+        ("donor", None),
+        ("converted", "dha"),
+    ]
+    assert not (donor / "evaluation.json").exists()

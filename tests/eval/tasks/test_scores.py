@@ -1,0 +1,190 @@
+"""Values side by side: paired standard errors, noise, the average, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mhconvert.eval.tasks.scores import average, task_row
+
+
+def outcome(
+    values: list[float], *, name: str = "toy", metric: str = "acc", stderr: Any = 0.1
+) -> dict[str, Any]:
+    mean = sum(values) / len(values)
+    return {
+        "name": name,
+        "results": {name: {"alias": name, f"{metric},none": mean, f"{metric}_stderr,none": stderr}},
+        "samples": {name: {f"{metric},none": values}},
+        "groups": {},
+        "versions": {name: 1.0},
+        "counts": {name: len(values)},
+        "num_fewshot": {name: 0},
+        "higher_is_better": {name: {metric: True}},
+    }
+
+
+def test_the_difference_is_paired() -> None:
+    """99 equal answers and one lost: 1 % ± 1 %, where two independent samples would have ± 7 %."""
+    right = [float(index % 2) for index in range(100)]
+    lost = [0.0 if index == 1 else value for index, value in enumerate(right)]
+    row = task_row([outcome(right), outcome(lost)], "toy.jsonl")
+    first, second = row["metrics"][0]["models"]
+    assert (first["difference"], first["within_noise"]) == (None, None)
+    assert second["difference"] == pytest.approx(-0.01)
+    assert second["difference_stderr"] == pytest.approx(0.01)
+    assert second["within_noise"] is True
+    assert (row["samples"], row["local"], row["version"]) == (100, "toy.jsonl", 1.0)
+
+
+def test_a_difference_beyond_two_standard_errors_is_no_noise() -> None:
+    right = [1.0] * 100
+    lost = [0.0] * 10 + [1.0] * 90
+    cell = task_row([outcome(right), outcome(lost)], None)["metrics"][0]["models"][1]
+    assert cell["difference"] == pytest.approx(-0.1)
+    assert cell["difference_stderr"] == pytest.approx(math.sqrt(0.1 * 0.9 / 99))
+    assert cell["within_noise"] is False
+
+
+def test_equal_models_differ_by_nothing_and_that_is_within_noise() -> None:
+    cell = task_row([outcome([1.0, 0.0, 1.0])] * 2, None)["metrics"][0]["models"][1]
+    assert (cell["difference"], cell["difference_stderr"], cell["within_noise"]) == (0, 0, True)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=3, max_size=60))
+def test_the_paired_error_is_that_of_the_mean_of_differences(pairs: list[tuple[bool, bool]]) -> None:
+    one, other = ([float(pair[side]) for pair in pairs] for side in (0, 1))
+    cell = task_row([outcome(one), outcome(other)], None)["metrics"][0]["models"][1]
+    spread = np.subtract(other, one)
+    assert cell["difference"] == pytest.approx(spread.mean(), abs=1e-12)
+    assert cell["difference_stderr"] == pytest.approx(spread.std(ddof=1) / math.sqrt(len(pairs)))
+
+
+def perplexity_outcome(pairs: np.ndarray) -> dict[str, Any]:
+    value = math.exp(-pairs[:, 0].sum() / pairs[:, 1].sum())
+    found = outcome([value], metric="word_perplexity", stderr="N/A")
+    return found | {
+        "samples": {"toy": {"word_perplexity,none": pairs.tolist()}},
+        "counts": {"toy": len(pairs)},
+    }
+
+
+def test_perplexities_have_the_error_that_resampling_documents_gives() -> None:
+    random = np.random.default_rng(0)
+    weights = random.integers(50, 400, 200)
+    noise = random.normal(0, 0.2, 200)
+    donor = np.stack([-(3.0 + noise) * weights, weights], 1)
+    other = np.stack([-(3.1 + noise + random.normal(0, 0.05, 200)) * weights, weights], 1)
+    cell = task_row([perplexity_outcome(donor), perplexity_outcome(other)], None)["metrics"][0]["models"][1]
+
+    def value(pairs: np.ndarray, chosen: np.ndarray) -> float:
+        return math.exp(-pairs[chosen, 0].sum() / pairs[chosen, 1].sum())
+
+    draws = [random.integers(0, 200, 200) for _ in range(2000)]
+    resampled = np.std([value(other, chosen) - value(donor, chosen) for chosen in draws])
+    assert cell["difference_stderr"] == pytest.approx(resampled, rel=0.1)
+    assert cell["stderr"] is None
+    assert cell["within_noise"] is False
+
+
+def test_a_group_is_paired_over_its_tasks() -> None:
+    def group(first: list[float], second: list[float]) -> dict[str, Any]:
+        mean = sum(first + second) / len(first + second)
+        return outcome(first, name="one") | {
+            "name": "both",
+            "results": {"both": {"acc,none": mean, "acc_stderr,none": 0.1}, "one": {}, "two": {}},
+            "samples": {"one": {"acc,none": first}, "two": {"acc,none": second}},
+            "groups": {"both": ["one", "two"]},
+            "counts": {"one": len(first), "two": len(second)},
+            "higher_is_better": {"both": {"acc": True}},
+        }
+
+    row = task_row([group([1.0, 1.0], [0.0, 1.0, 1.0]), group([1.0, 0.0], [0.0, 1.0, 1.0])], None)
+    cell = row["metrics"][0]["models"][1]
+    assert (row["task"], row["samples"]) == ("both", 5)
+    assert cell["difference"] == pytest.approx(-0.2)
+    assert cell["difference_stderr"] == pytest.approx(0.2)
+
+
+def test_the_average_is_over_shares_alone() -> None:
+    rows = [
+        task_row([outcome([1.0, 0.0], name="a"), outcome([0.0, 0.0], name="a")], None),
+        task_row([outcome([1.0, 1.0], name="b"), outcome([1.0, 1.0], name="b")], None),
+        task_row([outcome([9.0], name="c", metric="word_perplexity")] * 2, None),
+    ]
+    found = average(rows)
+    assert found is not None
+    assert found["tasks"] == ["a", "b"]
+    first, second = found["models"]
+    assert (first["value"], second["value"]) == (0.75, 0.5)
+    assert first["stderr"] == pytest.approx(math.sqrt(0.1**2 + 0.1**2) / 2)
+    assert second["difference"] == pytest.approx(-0.25)
+    assert second["difference_stderr"] == pytest.approx(0.5 / 2)
+    assert average(rows[:1]) is None
+
+
+def test_a_group_of_groups_is_paired_over_all_that_is_in_it() -> None:
+    def nested(first: list[float], second: list[float]) -> dict[str, Any]:
+        mean = sum(first + second) / len(first + second)
+        return outcome(first, name="one") | {
+            "name": "top",
+            "results": {"top": {"acc,none": mean, "acc_stderr,none": 0.1}},
+            "samples": {"one": {"acc,none": first}, "two": {"acc,none": second}},
+            "groups": {"top": ["inner", "two"], "inner": ["one"]},
+            "counts": {"one": len(first), "two": len(second)},
+            "higher_is_better": {"top": {"acc": True}},
+        }
+
+    row = task_row([nested([1.0, 1.0], [0.0, 1.0, 1.0]), nested([1.0, 0.0], [0.0, 1.0, 1.0])], None)
+    cell = row["metrics"][0]["models"][1]
+    assert row["samples"] == 5
+    assert cell["difference_stderr"] == pytest.approx(0.2)
+
+
+def test_a_group_whose_tasks_count_alike_has_the_error_of_their_mean() -> None:
+    def group(first: list[float], second: list[float]) -> dict[str, Any]:
+        mean = (sum(first) / len(first) + sum(second) / len(second)) / 2
+        return outcome(first, name="one") | {
+            "name": "both",
+            "results": {"both": {"acc,none": mean, "acc_stderr,none": 0.1}},
+            "samples": {"one": {"acc,none": first}, "two": {"acc,none": second}},
+            "groups": {"both": ["one", "two"]},
+            "counts": {"one": len(first), "two": len(second)},
+            "higher_is_better": {"both": {"acc": True}},
+        }
+
+    one, two = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0], [1.0, 0.0]
+    cell = task_row([group([1.0] * 8, [1.0, 1.0]), group(one, two)], None)["metrics"][0]["models"][1]
+    spreads = [np.subtract(values, 1.0) for values in (one, two)]
+    errors = [spread.std(ddof=1) / math.sqrt(len(spread)) for spread in spreads]
+    assert cell["difference_stderr"] == pytest.approx(math.hypot(*errors) / 2)
+
+
+def test_a_perplexity_of_log_likelihoods_is_judged_on_its_own_scale() -> None:
+    def lambada(values: list[float]) -> dict[str, Any]:
+        found = outcome(values, metric="perplexity")
+        found["results"]["toy"]["perplexity,none"] = math.exp(-sum(values) / len(values))
+        return found
+
+    random = np.random.default_rng(0)
+    donor, other = (random.normal(-30, 20, 40).tolist() for _ in range(2))
+    cell = task_row([lambada(donor), lambada(other)], None)["metrics"][0]["models"][1]
+    rest = [[np.delete(values, index).mean() for index in range(40)] for values in (donor, other)]
+    differences = np.exp(-np.array(rest[1])) - np.exp(-np.array(rest[0]))
+    jackknife = math.sqrt(39 / 40 * ((differences - differences.mean()) ** 2).sum())
+    assert cell["difference_stderr"] == pytest.approx(jackknife)
+
+
+def test_what_is_no_share_or_better_when_lower_is_not_averaged() -> None:
+    rows = [task_row([outcome([1.0, 0.0], name=name)] * 2, None) for name in "ab"]
+    wide = task_row([outcome([137.8, 120.0], name="c", metric="ter")] * 2, None)
+    lower = task_row([outcome([0.5, 0.5], name="d")] * 2, None)
+    lower["metrics"][0]["higher_is_better"] = False
+    found = average([*rows, wide, lower])
+    assert found is not None
+    assert found["tasks"] == ["a", "b"]

@@ -1,0 +1,156 @@
+"""Packed rows: every token once, texts apart, held-out rows never trained on, and an order that a seed fixes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.errors import HealError, TextError
+from mhconvert.heal.packed_rows import check, packed, prepare
+from tests.donors import make_tokenizer
+
+EOS = 1
+
+
+def no_sampling(rows: int) -> torch.Tensor:
+    raise AssertionError(f"{rows} rows were to be sampled")
+
+
+def documents(path: Path, count: int, words: int = 12, mark: str = "") -> Path:
+    texts = [" ".join(f"{mark}{number}x{word}" for word in range(words)) for number in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(1, 40), max_size=20), length=st.integers(2, 16), rows=st.integers(1, 12))
+def test_packing_keeps_every_token_in_its_place(sizes: list[int], length: int, rows: int) -> None:
+    pieces, token = [], 0
+    for size in sizes:
+        pieces.append(list(range(token, token + size)))
+        token += size
+    found = packed(iter(pieces), length, rows)
+    assert len(found) == min(rows, token // length)
+    assert found.ids.flatten().tolist() == list(range(len(found) * length))
+    begins = {piece[0] for piece in pieces}
+    for ids, positions in zip(found.ids.tolist(), found.positions.tolist(), strict=True):
+        expected = 0
+        for place, (token, position) in enumerate(zip(ids, positions, strict=True)):
+            expected = 0 if place == 0 or token in begins else expected + 1
+            assert position == expected
+
+
+def test_the_first_token_of_a_text_is_not_predicted_from_the_text_before_it() -> None:
+    found = packed(iter([[5, 6, 7], [8, 9, 10]]), 6, 1)
+    assert found.predicted().tolist() == [[True, True, False, True, True]]
+
+
+def test_documents_end_with_the_end_token_and_are_read_once(tmp_path: Path) -> None:
+    tokenizer, file = make_tokenizer(), documents(tmp_path / "a.jsonl", 40)
+    text = prepare(HealSettings(tokens=1, data={str(file): 1}, held_out=2), tokenizer, 16, 20, no_sampling)
+    starts = (text.train.positions == 0) & (torch.arange(16) > 0)
+    before = text.train.ids.roll(1, dims=1)[starts]
+    assert starts.sum() >= 5
+    assert (before == EOS).all()
+    rows = [tuple(row) for row in torch.cat((text.train.ids, text.held_out.ids)).tolist()]
+    assert len(set(rows)) == len(rows) == 22
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(tmp_path: Path) -> None:
+    file = documents(tmp_path / "a.jsonl", 60)
+
+    def ids(seed: int) -> torch.Tensor:
+        wanted = HealSettings(tokens=1, data={str(file): 1}, seed=seed)
+        text = prepare(wanted, make_tokenizer(), 16, 20, no_sampling)
+        return text.train.ids[text.order]
+
+    assert torch.equal(ids(3), ids(3))
+    assert not torch.equal(ids(3), ids(4))
+
+
+def test_shares_of_a_mixture(tmp_path: Path) -> None:
+    """Three rows of one source for each of the other, spread over the whole run."""
+    tokenizer = make_tokenizer()
+    one, other = (
+        documents(tmp_path / "a.jsonl", 200, mark="a"),
+        documents(tmp_path / "b.jsonl", 200, mark="b"),
+    )
+    wanted = HealSettings(tokens=1, data={str(one): 3, str(other): 1}, held_out=4)
+    text = prepare(wanted, tokenizer, 16, 40, no_sampling)
+    of_other = torch.tensor(["b" in tokenizer.decode(row) for row in text.train.ids[text.order]])
+    assert of_other.sum() == 10
+    assert [int(part.sum()) for part in of_other.split(20)] == [5, 5]
+    assert sum("b" in tokenizer.decode(row) for row in text.held_out.ids) == 1
+
+
+def test_epochs_read_all_rows_before_any_again(tmp_path: Path) -> None:
+    file = documents(tmp_path / "a.jsonl", 5)
+    wanted = HealSettings(tokens=1, data={str(file): 1}, epochs=9, held_out=1)
+    text = prepare(wanted, make_tokenizer(), 16, 60, no_sampling)
+    there = len(text.train)
+    assert 6 < there < 30
+    turns = text.order.split(there)
+    assert all(sorted(turn.tolist()) == list(range(there)) for turn in turns[:-1])
+    assert not torch.equal(turns[0], turns[1])
+    assert text.tokens == {str(file): there * 16}
+
+
+def test_text_that_is_too_short_says_how_much_there_is(tmp_path: Path) -> None:
+    file = documents(tmp_path / "a.jsonl", 20)
+    wanted = HealSettings(tokens=1, data={str(file): 1}, held_out=1)
+    often = HealSettings(tokens=1, data={str(file): 1}, held_out=1, epochs=99)
+    there = 16 * len(prepare(often, make_tokenizer(), 16, 60, no_sampling).train)
+    message = rf"has {there:,} tokens to train on .* and 960 are asked for.*--epochs \d"
+    with pytest.raises(HealError, match=message):
+        prepare(wanted, make_tokenizer(), 16, 60, no_sampling)
+
+
+def test_sampled_rows_are_one_text_each() -> None:
+    asked: list[int] = []
+
+    def sample(rows: int) -> torch.Tensor:
+        asked.append(rows)
+        return torch.arange(rows * 8).view(rows, 8)
+
+    text = prepare(HealSettings(tokens=1, held_out=2, epochs=2), make_tokenizer(), 8, 10, sample)
+    assert asked == [2 + 5]
+    assert text.held_out.ids.tolist() == torch.arange(16).view(2, 8).tolist()
+    assert text.train.predicted().all()
+    assert len(text.order) == 10
+
+
+def test_chats_go_through_the_template(tmp_path: Path) -> None:
+    tokenizer: Any = make_tokenizer()
+    messages = [
+        {"role": "user", "content": "How cold?"},
+        {"role": "assistant", "content": "Very cold indeed."},
+    ]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(9)), encoding="utf-8")
+    text = prepare(HealSettings(tokens=1, data={str(file): 1}, held_out=1), tokenizer, 16, 4, no_sampling)
+    assert tokenizer.decode(text.held_out.ids[0]).startswith("<|bos|>user\nHow cold?<|eos|>")
+
+
+def test_files_that_are_not_there_are_named_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match=r"absent\.jsonl cannot be read: there is no such file"):
+        check(HealSettings(tokens=1, data={str(tmp_path / "absent.jsonl"): 1, "self": 1}))
+
+
+def test_a_file_in_two_sources_is_refused(tmp_path: Path) -> None:
+    """Its held-out rows would be trained on."""
+    file = documents(tmp_path / "many.jsonl", 9)
+    with pytest.raises(HealError, match=r"many\.jsonl is in 2 sources; name it once"):
+        check(HealSettings(tokens=1, data=[str(file), str(tmp_path / "m*ny.jsonl")]))
+
+
+def test_a_share_of_less_than_a_row_is_left_out(tmp_path: Path) -> None:
+    file = documents(tmp_path / "a.jsonl", 60)
+    wanted = HealSettings(tokens=1, data={str(file): 1000, "self": 1}, held_out=2)
+    assert len(prepare(wanted, make_tokenizer(), 16, 20, no_sampling).order) == 20
