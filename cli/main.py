@@ -26,6 +26,7 @@ from .commands import (
     recipes,
     run,
 )
+from .options.grouped_help import GroupedCommand
 
 HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
 
@@ -77,7 +78,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 GROUPS: dict[str, typer.Typer] = {"recipes": recipes.app}
 for _name, _command in COMMANDS.items():
-    app.command(_name, options_metavar="[OPTIONS]")(_command)
+    app.command(_name, options_metavar="[OPTIONS]", cls=GroupedCommand)(_command)
 for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)
 

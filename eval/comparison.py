@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +24,21 @@ from ..convert.checkpoint.provenance import PROVENANCE
 from ..convert.open_model import OpenModel
 from . import fidelity, retrieval, texts
 from .result_cache import Store
+from .settings import EvalSettings
 from .tasks import harness, scores
-from .tasks.harness import Candidate, Options
-from .tasks.task_choice import TaskChoice, resolve
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured. texts: UTF-8 files, the first sequences × sequence_length tokens of each, in float32.
-
-    choice and options: lm-eval's tasks and how they are asked. retrieval: a needle in texts of several lengths.
-    fresh: measured anew whatever is stored of earlier runs.
-    """
-
-    texts: tuple[Path, ...] = ()
-    sequences: int = 16
-    sequence_length: int = 1024
-    choice: TaskChoice = field(default_factory=TaskChoice)
-    options: Options = field(default_factory=Options)
-    retrieval: bool = False
-    fresh: bool = False
-
-    @property
-    def has_tasks(self) -> bool:
-        return bool(self.choice.tasks) or self.choice.suite is not None
-
-    def rows(self, donor: OpenModel) -> dict[str, Tensor]:
-        """The rows of each text (sequences, sequence_length), by the file's name."""
-        shape = (self.sequence_length, self.sequences)
-        return {text.name: fidelity.text_rows(donor.tokenizer(), text, *shape) for text in self.texts}
-
-    def __post_init__(self) -> None:
-        if not (self.texts or self.has_tasks or self.retrieval):
-            raise MhconvertError("there is nothing to measure; give --text, --tasks, --suite or --retrieval")
+from .tasks.harness import Candidate
+from .tasks.task_choice import resolve
 
 
 def run(
     checkpoints: Sequence[str],
-    settings: Settings,
+    settings: EvalSettings,
     *,
     against: str | None,
     device: str | None,
     trust_remote_code: bool,
     tell: Listener,
+    fresh: bool = False,
     store: Store | None = None,
 ) -> dict[str, Any]:
     """Every model's figures, the donor's first: models, texts, cache, tasks, average, retrieval, settings, versions.
@@ -75,24 +46,25 @@ def run(
     Raises MhconvertError; nothing that was finished before it is measured again by the next run.
     """
     started = time.perf_counter()
+    harness.require_available(settings)
     store = store if store is not None else Store()
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
-        tasks = resolve(settings.choice, Path(folder)) if settings.has_tasks else None
+        tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
         opened = _open(checkpoints, settings, against, _place(device), trust_remote_code, tell)
-        rows_of = settings.rows(opened[0])
+        rows_of = _rows(settings, opened[0])
         for model in opened if rows_of else []:
             model.require_length(settings.sequence_length)
-        candidates = [Candidate(model, open_model.of_model(model), settings.options) for model in opened]
+        candidates = [Candidate(model, open_model.of_model(model), settings) for model in opened]
         result: dict[str, Any] = {"models": [_identity(each) for each in candidates]}
         if harness.rank() == 0:
-            result |= texts.compare(candidates, rows_of, store, fresh=settings.fresh, on_rows=_listener(tell))
+            result |= texts.compare(candidates, rows_of, store, fresh=fresh, on_rows=_listener(tell))
         rows, probes = [], []
         for candidate in candidates:
             if tasks is not None:
                 told = _listener(tell, candidate)
-                rows.append(harness.evaluate(candidate, tasks, store, fresh=settings.fresh, on_rows=told))
+                rows.append(harness.evaluate(candidate, tasks, store, fresh=fresh, on_rows=told))
             if settings.retrieval and harness.rank() == 0:
-                probes.append(_probe(candidate, settings, store, tell))
+                probes.append(_probe(candidate, fresh, store, tell))
             candidate.lm = None  # one model in memory at a time
     if harness.rank() != 0:
         return {}
@@ -111,6 +83,12 @@ def run(
     }
 
 
+def _rows(settings: EvalSettings, donor: OpenModel) -> dict[str, Tensor]:
+    """The rows of each text (sequences, sequence_length), by the file's name."""
+    shape = (settings.sequence_length, settings.sequences)
+    return {text.name: fidelity.text_rows(donor.tokenizer(), text, *shape) for text in settings.text_files}
+
+
 def _place(device: str | None) -> str | None:
     """Under `accelerate launch` each process has a GPU of its own."""
     local = os.environ.get("LOCAL_RANK")
@@ -119,7 +97,7 @@ def _place(device: str | None) -> str | None:
 
 def _open(
     checkpoints: Sequence[str],
-    settings: Settings,
+    settings: EvalSettings,
     against: str | None,
     device: str | None,
     trust: bool,
@@ -131,7 +109,7 @@ def _open(
         try:
             against = open_model.recorded_donor(references[0])
         except MhconvertError:
-            if settings.texts or len(references) > 1:
+            if settings.text or len(references) > 1:
                 raise
     references = ([against] if against is not None else []) + [each for each in references if each != against]
     found: list[OpenModel] = []
@@ -171,7 +149,7 @@ def _record(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _probe(candidate: Candidate, settings: Settings, store: Store, tell: Listener) -> dict[str, Any]:
+def _probe(candidate: Candidate, fresh: bool, store: Store, tell: Listener) -> dict[str, Any]:
     """What the needle test says of one model, and which lengths are more than it reads."""
     limit = getattr(candidate.opened.config.get_text_config(), "max_position_embeddings", None)
     lengths, left_out = retrieval.usable_lengths(limit, retrieval.LENGTHS)
@@ -181,7 +159,7 @@ def _probe(candidate: Candidate, settings: Settings, store: Store, tell: Listene
             f"({min(retrieval.LENGTHS)}); leave out --retrieval"
         )
     facts = candidate.facts() | {"probe": lengths}
-    found = None if settings.fresh else store.load(facts)
+    found = None if fresh else store.load(facts)
     if found is None:
         model = candidate.lm.model if candidate.lm is not None else candidate.opened.model(candidate.dtype)
         told = _listener(tell, candidate)
@@ -211,15 +189,14 @@ def _listener(tell: Listener, candidate: Candidate | None = None) -> Callable[[s
     return on_rows
 
 
-def _settings(settings: Settings, first: Candidate) -> dict[str, Any]:
-    options = settings.options
+def _settings(settings: EvalSettings, first: Candidate) -> dict[str, Any]:
     return {
-        "suite": settings.choice.suite,
-        "limit": options.limit,
-        "chat_template": options.chat_template,
+        "suite": settings.suite,
+        "limit": settings.limit,
+        "chat_template": settings.chat_template,
         "batch_size": first.batch_size(False),
-        "max_length": options.max_length,
-        "backend": options.backend,
+        "max_length": settings.max_length,
+        "backend": settings.backend,
         "device": first.opened.device,
     }
 

@@ -1,77 +1,129 @@
-"""What is evaluated: the settings of `mhconvert eval`, and of a recipe's stage."""
+"""What is evaluated: the options of `mhconvert eval`, and a recipe's stage `eval`. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from mhconvert.errors import RecipeError
 
-from ..convert.validation.field_types import Also
+from ..convert.validation.option import Option
+from ..convert.validation.settings import Settings
 
 Suite = Literal["quick", "transmla", "moh", "dha", "open-llm"]
-
-
 Backend = Literal["hf", "vllm"]
 
 
-Names = Annotated[tuple[str, ...], Also(str)]
+def task_names(text: str) -> tuple[str, ...]:
+    """("piqa", "arc_*") from "piqa,arc_*"; empty names are left out."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-SUITES = ("quick", "transmla", "moh", "dha", "open-llm")
-
-
-BACKENDS = ("hf", "vllm")
-
-
-LEAST = {"limit": 1, "num_fewshot": 0, "sequences": 1, "sequence_length": 8, "batch_size": 1, "max_length": 2}
+def one_name(text: str) -> tuple[str, ...]:
+    """The name alone as a tuple."""
+    return (text,)
 
 
 @dataclass(frozen=True)
-class EvalStage:
-    """Evaluation of the result beside its donor: a suite, tasks, text or retrieval, of which at least one is named.
+class EvalSettings(Settings):
+    """Evaluation beside the donor: a suite, tasks, text or retrieval, of which at least one is named."""
 
-    suite: a list of lm-eval tasks with their numbers of examples. tasks: lm-eval tasks, groups or globs, beside the
-    suite's. text: UTF-8 files on which fidelity and perplexity are measured. data: a folder with
-    local copies of the tasks' data. include_path: a folder of lm-eval task YAMLs. limit: questions a task (None: all).
-    num_fewshot: examples before each question (None: the suite's, or the task's own number). chat_template: questions
-    as a chat. retrieval: also whether a fact is found again in a long text. sequences, sequence_length: rows of
-    text, and tokens a row. batch_size: rows of questions together (None: found by lm-eval on CUDA, 8 on
-    a CPU). max_length: tokens of a row of a task (None: what the model reads). dtype: of the weights as
-    loaded (None: as stored). backend: what runs the tasks.
-    """
+    fault = RecipeError
 
-    suite: Suite | None = None
-    tasks: Names = ()
-    text: Names = ()
-    data: str | None = None
-    include_path: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    chat_template: bool = False
-    retrieval: bool = False
-    sequences: int = 16
-    sequence_length: int = 1024
-    batch_size: int | None = None
-    max_length: int | None = None
-    dtype: str | None = None
-    backend: Backend = "hf"
+    suite: Annotated[
+        Suite | None,
+        Option(
+            "A list of lm-eval tasks with their shots: quick needs no download, the others are those of the papers."
+        ),
+    ] = None
+    tasks: Annotated[
+        tuple[str, ...],
+        Option(
+            "lm-eval tasks, groups, or quoted globs such as 'arc_*', beside the suite's.",
+            "NAME,NAME,…",
+            parse=task_names,
+            also=str,
+        ),
+    ] = ()
+    text: Annotated[
+        tuple[str, ...],
+        Option(
+            "UTF-8 text: perplexity, KL and top-1 agreement; may be repeated.",
+            "FILE",
+            parse=one_name,
+            also=str,
+            repeat=True,
+        ),
+    ] = ()
+    data: Annotated[
+        str | None,
+        Option("Folder with local copies (JSON lines) of hellaswag, arc, piqa, … instead of the Hub.", "DIR"),
+    ] = None
+    include_path: Annotated[str | None, Option("Folder of lm-eval task YAMLs of your own.", "DIR")] = None
+    limit: Annotated[
+        int | None, Option("Documents of each task, from its first.", "N", ge=1, default="all")
+    ] = None
+    num_fewshot: Annotated[
+        int | None,
+        Option("Examples before each question.", "N", ge=0, default="the suite's or the task's own"),
+    ] = None
+    chat_template: Annotated[
+        bool, Option("Ask through the chat template; it changes scores, and is recorded.")
+    ] = False
+    retrieval: Annotated[bool, Option("A number hidden in texts of several lengths: is it found again?")] = (
+        False
+    )
+    sequences: Annotated[
+        int, Option("Rows of text: its first N × sequence_length tokens are used.", "N", ge=1)
+    ] = 16
+    sequence_length: Annotated[int, Option("Tokens of a row of text.", "L", ge=8)] = 1024
+    batch_size: Annotated[
+        int | None,
+        Option("Rows of questions together.", "ROWS", ge=1, default="found by lm-eval on CUDA, 8 on a CPU"),
+    ] = None
+    max_length: Annotated[
+        int | None,
+        Option("Tokens of a row of a task at most.", "N", ge=2, default="what the model reads"),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        Option(
+            "Of the weights in tasks and retrieval: float32, bfloat16 or float16; texts are measured in float32.",
+            default="their own",
+            words=("float32", "bfloat16", "float16"),
+        ),
+    ] = None
+    backend: Annotated[
+        Backend, Option("What runs the tasks: transformers, or vllm where it is installed.")
+    ] = "hf"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise RecipeError for empty names, and where nothing is to be evaluated."""
         for name in ("tasks", "text"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
             if not all(getattr(self, name)):
                 raise RecipeError(f"{name} has an empty name")
         if not (self.suite or self.tasks or self.text or self.retrieval):
             raise RecipeError(
                 "there is nothing to evaluate; name a suite, tasks or text, or set retrieval: true"
             )
-        if self.suite is not None and self.suite not in SUITES:
-            raise RecipeError(f"suite '{self.suite}' is not one of {', '.join(SUITES)}")
-        if self.backend not in BACKENDS:
-            raise RecipeError(f"backend '{self.backend}' is not one of {', '.join(BACKENDS)}")
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise RecipeError(f"{name}={value} is too small; use at least {least}")
+
+    @property
+    def text_files(self) -> tuple[Path, ...]:
+        """The text files, with ~ expanded."""
+        return tuple(Path(name).expanduser() for name in self.text)
+
+    @property
+    def data_folder(self) -> Path | None:
+        """The folder with local copies of the tasks' data, with ~ expanded."""
+        return Path(self.data).expanduser() if self.data else None
+
+    @property
+    def task_folder(self) -> Path | None:
+        """The folder of the user's own lm-eval tasks, with ~ expanded."""
+        return Path(self.include_path).expanduser() if self.include_path else None
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether lm-eval is asked."""
+        return bool(self.tasks) or self.suite is not None

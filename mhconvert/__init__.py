@@ -29,7 +29,7 @@ _PUBLIC = {
     "bench": ("mhconvert.api", "bench"),
     "push": ("mhconvert.api", "push"),
     "run": ("mhconvert.run", None),
-    "EvalSettings": ("mhconvert.eval.comparison", "Settings"),
+    "EvalSettings": ("mhconvert.eval.settings", "EvalSettings"),
     "Recipe": ("mhconvert.convert.recipe.recipe", "Recipe"),
     "HealSettings": ("mhconvert.convert.recipe.heal_settings", "HealSettings"),
     "Calibration": ("mhconvert.convert.recipe.recipe", "Calibration"),

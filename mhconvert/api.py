@@ -16,7 +16,7 @@ from mhconvert.progress import Listener, ignore
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mhconvert.eval.comparison import Settings
+    from mhconvert.eval.settings import EvalSettings
 
 
 def convert(
@@ -254,10 +254,11 @@ def verify(
 
 def evaluate(
     checkpoints: str | Sequence[str],
-    settings: Settings,
+    settings: EvalSettings,
     *,
     against: str | None = None,
     record: bool = False,
+    fresh: bool = False,
     device: str | None = None,
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
@@ -280,6 +281,7 @@ def evaluate(
         names,
         settings,
         against=against,
+        fresh=fresh,
         device=device,
         trust_remote_code=trust_remote_code,
         tell=on_progress or ignore,

@@ -1,20 +1,27 @@
-"""What a recipe may say about the stages behind the conversion: evaluation, export, push."""
+"""What a recipe may say about the stages behind the evaluation: export and push."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from mhconvert.errors import RecipeError
 
+from ..convert.validation.option import Option
+from ..convert.validation.settings import Settings
+
 
 @dataclass(frozen=True)
-class ExportStage:
-    """Another form of the result. to: a form or an engine, such as lora. output: its folder (None: beside it)."""
+class ExportStage(Settings):
+    """Another form of the result."""
 
-    to: str
-    output: str | None = None
+    fault = RecipeError
 
-    def __post_init__(self) -> None:
+    to: Annotated[str, Option("A form such as lora, or auto.", "FORM")]
+    output: Annotated[str | None, Option("Folder to write.", "OUT", default="beside the checkpoint")] = None
+
+    def check(self) -> None:
+        """Raise RecipeError for empty text."""
         if not self.to.strip():
             raise RecipeError("to is empty; name a form such as lora")
         if self.output is not None and not self.output.strip():
@@ -22,18 +29,17 @@ class ExportStage:
 
 
 @dataclass(frozen=True)
-class PushStage:
-    """Upload of the result to the Hugging Face Hub.
+class PushStage(Settings):
+    """Upload of the result to the Hugging Face Hub."""
 
-    repo: owner/name, or a name of one's own. private: whether a repository that is made for it is seen by others.
-    revision: a branch (None: main).
-    """
+    fault = RecipeError
 
-    repo: str
-    private: bool = False
-    revision: str | None = None
+    repo: Annotated[str, Option("owner/name, or a name of one's own.", "USER/REPO")]
+    private: Annotated[bool, Option("Make the repository private, if it is made for this.")] = False
+    revision: Annotated[str | None, Option("A branch.", "BRANCH", default="main")] = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise RecipeError for what is no name of a repository or branch."""
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 

@@ -19,11 +19,9 @@ from mhconvert.progress import Listener
 from ..convert.checkpoint.provenance import EVALUATION
 from ..convert.export.forms import FORMS
 from ..convert.storage.folder_kind import is_adapter
-from ..eval.comparison import Settings
 from ..eval.page import page
-from ..eval.settings import EvalStage
-from ..eval.tasks.harness import Options
-from ..eval.tasks.task_choice import TaskChoice, resolve
+from ..eval.tasks.harness import require_available
+from ..eval.tasks.task_choice import resolve
 from .ledger import Ledger
 from .whole_recipe import RunRecipe
 
@@ -58,13 +56,14 @@ def conversion(work: Run) -> Any:
 def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
     """Raises MhconvertError for what a later stage would be refused for: tasks, files, a form, a token."""
     if recipe.eval is not None and "eval" in stages:
-        settings = eval_settings(recipe.eval, fresh=False)
-        for text in settings.texts:
+        settings = recipe.eval
+        require_available(settings)
+        for text in settings.text_files:
             if not text.is_file():
                 raise TextError(f"text file {text} of the recipe's eval is not there")
         if settings.has_tasks:
             with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
-                resolve(settings.choice, Path(folder))
+                resolve(settings, Path(folder))
     if recipe.export is not None and "export" in stages and recipe.export.to not in (*FORMS, "auto"):
         raise RecipeError(
             f"export to '{recipe.export.to}' is no form; choose one of {', '.join(FORMS)}, auto"
@@ -107,7 +106,8 @@ def _evaluate(work: Run) -> dict[str, Any]:
     checkpoints = [str(work.output)] + ([str(work.healed)] if recipe.heal is not None else [])
     result = api.evaluate(
         checkpoints,
-        eval_settings(stage, fresh=work.force),
+        stage,
+        fresh=work.force,
         against=None if is_adapter(work.output) else recipe.model,
         record=True,
         device=recipe.device,
@@ -119,23 +119,6 @@ def _evaluate(work: Run) -> dict[str, Any]:
     for name in PAGES:
         page.write(work.final / name, result, reports, text)
     return {"output": str(work.final / EVALUATION), "result": result}
-
-
-def eval_settings(stage: EvalStage, *, fresh: bool) -> Settings:
-    """The stage as the settings of `mhconvert eval`. Raises MhconvertError."""
-    folder = Path(stage.data).expanduser() if stage.data else None
-    own = Path(stage.include_path).expanduser() if stage.include_path else None
-    return Settings(
-        texts=tuple(Path(name).expanduser() for name in stage.text),
-        sequences=stage.sequences,
-        sequence_length=stage.sequence_length,
-        choice=TaskChoice(stage.tasks, stage.suite, folder, own, stage.num_fewshot),
-        options=Options(
-            stage.limit, stage.batch_size, stage.max_length, stage.dtype, stage.chat_template, stage.backend
-        ),
-        retrieval=stage.retrieval,
-        fresh=fresh,
-    )
 
 
 def export_folder(work: Run) -> Path:

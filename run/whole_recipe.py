@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ from ..convert.recipe.recipe import STAGES, Recipe
 from ..convert.validation import yaml_file
 from ..convert.validation.field_types import changed_fields
 from ..convert.validation.from_values import build
+from ..convert.validation.settings import json_types
 from ..convert.validation.yaml_file import NOWHERE, Origins
-from ..eval.settings import EvalStage
+from ..eval.settings import EvalSettings
 from . import overrides as given
 from .stage_settings import ExportStage, PushStage
 
-KINDS = {"eval": EvalStage, "export": ExportStage, "push": PushStage}
+KINDS = {"eval": EvalSettings, "export": ExportStage, "push": PushStage}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RunRecipe:
     """A conversion, healed where it says so, and what is done with the result. None: without that stage."""
 
     convert: Recipe
-    eval: EvalStage | None = None
+    eval: EvalSettings | None = None
     export: ExportStage | None = None
     push: PushStage | None = None
 
@@ -61,8 +61,7 @@ class RunRecipe:
         for name in STAGES:
             stage = getattr(self, name)
             if stage is not None:
-                values = dataclasses.asdict(stage)
-                plain[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+                plain[name] = json_types(stage)
         return plain
 
     @staticmethod

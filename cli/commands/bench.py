@@ -7,14 +7,15 @@ from typing import Any, TextIO
 import typer
 
 from ..options import common, timing
-from ..options import conversion as o
+from ..options.from_settings import settings_options
 from ..output import Flags, calm_transformers, execute
 from ..progress import progress
 
 
+@settings_options(*common.method_groups(["mla"], ["kv_budget"]))
 def command(
-    checkpoint: o.Checkpoint,
-    against: o.Against = None,
+    checkpoint: common.Checkpoint,
+    against: common.Against = None,
     contexts: timing.Contexts = "512,2048,8192",
     batch: timing.Batch = 8,
     new_tokens: timing.NewTokens = 16,
@@ -22,16 +23,16 @@ def command(
     static_cache: timing.StaticCache = False,
     compile: timing.Compile = False,
     random: timing.Random = False,
-    to: o.AnyMethod = "mla",
-    kv_budget: o.KvBudget = None,
+    to: common.AnyMethod = "mla",
     dtype: timing.RunDtype = None,
     device: common.Device = None,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
+    **options: Any,
 ) -> None:
     """Time prefill and decode of a converted checkpoint and of its donor, in turns."""
-    lengths = _numbers(contexts)
+    lengths, kv_budget = _numbers(contexts), options["kv_budget"]
     if kv_budget is not None and not random:
         raise typer.BadParameter("--kv-budget goes with --random; a checkpoint has its own")
     if random and against is not None:

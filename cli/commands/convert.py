@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from collections.abc import Mapping
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from mhconvert.errors import HealError
 
-from ...convert.methods.registry import ADAPTERS
+from ...convert.methods.registry import ADAPTERS, METHOD_NAMES
 from ...convert.recipe.heal_settings import HealSettings, token_count
 from .. import adapter_tables
-from ..options import adapters, common
-from ..options import conversion as o
-from ..options.to_recipe import method_options, recipe_of
+from ..options import common
+from ..options.common import ANY_METHOD, CALIBRATION, method_groups, recipe_group
+from ..options.from_settings import settings_options
+from ..options.to_recipe import recipe_of, require_applicable
 from ..output import Flags, calm_transformers, execute, show_report, shown
 from ..progress import progress
 
+HealFor = Annotated[
+    str | None,
+    typer.Option(
+        "--heal", metavar="N", help="Then heal the result on N tokens of the calibration text: 200k, 20M."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its costs; write nothing.")]
+Survey = Annotated[
+    bool,
+    typer.Option(
+        "--survey",
+        help="With --dry-run: read DONOR and divide the budget over its layers; with --json a file for --plan.",
+    ),
+]
 SIZES = (
     ("latent width", "kv_lora_rank"),
     ("rotary key width", "qk_rope_head_dim"),
@@ -29,59 +45,40 @@ SIZES = (
 INTERRUPTED = "interrupted; the same command with --resume continues after what is finished"
 
 
+GROUPS = (
+    *method_groups(METHOD_NAMES),
+    recipe_group("Conversion", "tolerance", "effort", "fit_steps"),
+    CALIBRATION,
+    recipe_group("Output", "dtype", "device", "max_shard_size", "verify"),
+    ANY_METHOD,
+)
+OF_A_PASS = ("heal", "resume", "survey")  # options of this command that an adapter has no use for
+
+
+@settings_options(*GROUPS)
 def command(
-    donor: o.Donor,
-    to: o.Method,
-    output: o.Output = None,
-    kv_budget: o.KvBudget = None,
-    kv_lora_rank: o.KvLoraRank = None,
-    qk_rope_head_dim: o.QkRopeHeadDim = None,
-    profile: o.Profile = None,
-    uniform: o.Uniform = None,
-    regroup: o.Regroup = None,
-    min_heads: o.MinHeads = None,
-    max_heads: o.MaxHeads = None,
-    head_multiple: o.HeadMultiple = None,
-    plan: o.Plan = None,
-    fusion: o.Fusion = None,
-    active: o.Active = None,
-    shared: o.Shared = None,
-    router: o.HeadRouter = None,
-    shared_heads: o.SharedHeads = None,
-    route: o.HeadRoute = None,
-    tolerance: o.Tolerance = None,
-    r_par: adapters.RPar = None,
-    r_seq: adapters.RSeq = None,
-    targets: adapters.Targets = None,
-    scale: adapters.Scale = None,
-    dropout: adapters.Dropout = None,
-    effort: o.Effort = "default",
-    fit_steps: o.FitSteps = None,
-    calibration: o.Calibration = None,
-    calibration_tokens: o.CalibrationTokens = None,
-    sequence_length: o.RowLength = None,
-    heal: o.HealFor = None,
-    seed: common.Seed = 0,
-    dtype: common.Dtype = None,
-    device: common.Device = None,
-    max_shard_size: o.MaxShardSize = "5GB",
-    no_verify: o.NoVerify = False,
+    donor: common.Donor,
+    to: common.Method,
+    output: common.Output = None,
+    heal: HealFor = None,
     resume: common.Resume = False,
     force: common.Force = False,
-    dry_run: o.DryRun = False,
-    survey: o.Survey = False,
-    trust_remote_code: common.Trust = False,
+    dry_run: DryRun = False,
+    survey: Survey = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
+    **options: Any,
 ) -> None:
     """Convert DONOR's attention, or put an adapter beside it; DONOR itself is only read."""
-    given = locals()
-    settings = method_options(to, given)
+    require_applicable(to, GROUPS, options)
+    for name, value in zip(OF_A_PASS, (heal, resume, survey), strict=True):
+        if to in ADAPTERS and value:
+            raise typer.BadParameter(f"--{name} does not apply to {to}")
     if survey and not dry_run:
         raise typer.BadParameter("--survey goes with --dry-run: a conversion surveys by itself")
     try:
-        healing = _healing(heal, calibration, seed, device)
+        healing = _healing(heal, options)
     except HealError as error:
         raise typer.BadParameter(str(error), param_hint="--heal") from error
 
@@ -89,15 +86,7 @@ def command(
         from mhconvert import api
 
         calm_transformers()
-        recipe = recipe_of(
-            given,
-            settings,
-            tolerance=tolerance,
-            output=str(output) if output is not None else None,
-            max_shard_size=max_shard_size,
-            verify=not no_verify,
-            heal=healing,
-        )
+        recipe = recipe_of(donor, to, GROUPS, options, output=common.written(output), heal=healing)
         if dry_run:
             with progress(quiet or not survey) as listener:
                 return api.plan(recipe, survey=survey, on_progress=listener)
@@ -115,12 +104,14 @@ def command(
     )
 
 
-def _healing(tokens: str | None, calibration: list[str] | None, seed: int, device: str | None) -> Any:
+def _healing(tokens: str | None, options: Mapping[str, Any]) -> HealSettings | None:
     """The settings of `--heal N`; the other options of healing belong to `mhconvert heal` and to recipes."""
     if tokens is None:
         return None
-    data = dict.fromkeys(calibration or ["self"], 1.0)
-    return HealSettings(tokens=token_count(tokens), data=data, seed=seed, device=device)
+    data = dict.fromkeys(options["calibration"] or ["self"], 1.0)
+    return HealSettings(
+        tokens=token_count(tokens), data=data, seed=options["seed"] or 0, device=options["device"]
+    )
 
 
 def active_heads(plan: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
+import typer
+
+from ...convert.methods.registry import CACHE_METHODS
 from ..options import common
-from ..options import conversion as o
-from ..options.to_recipe import method_options, recipe_of
+from ..options.common import ANY_METHOD, CALIBRATION, method_groups, recipe_group
+from ..options.from_settings import settings_options
+from ..options.to_recipe import recipe_of, require_applicable
 from ..output import Flags, calm_transformers, execute
 from ..progress import progress
 
 
+def _shares(text: str | None) -> str | None:
+    try:
+        _ = text is None or [float(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no list of shares such as 0.75,0.5,0.25") from None
+    return text
+
+
+Budgets = Annotated[
+    str | None,
+    typer.Option(callback=_shares, metavar="SHARE,SHARE,…", help="KV budgets to measure, in one pass."),
+]
+Output = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write a plot (.svg, .png, .pdf) or all figures (.json); repeatable.",
+    ),
+]
+Text = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="UTF-8 text to measure on, not held-out rows.")
+]
+TextRows = Annotated[int, typer.Option(metavar="N", help="Rows of --text.")]
+FIELDS = ("profile", "uniform", "regroup", "min_heads", "max_heads", "head_multiple")  # beside the budgets
+GROUPS = (
+    *method_groups(CACHE_METHODS, FIELDS),
+    recipe_group("Conversion", "effort", "fit_steps", "dtype", "device"),
+    CALIBRATION,
+    ANY_METHOD,
+)
+
+
+@settings_options(*GROUPS)
 def command(
-    donor: o.Donor,
-    to: o.CacheMethod,
-    budgets: o.Budgets = None,
-    output: o.CurveOutput = None,
-    profile: o.Profile = None,
-    uniform: o.Uniform = None,
-    regroup: o.Regroup = None,
-    min_heads: o.MinHeads = None,
-    max_heads: o.MaxHeads = None,
-    head_multiple: o.HeadMultiple = None,
-    effort: o.Effort = "default",
-    fit_steps: o.FitSteps = None,
-    calibration: o.Calibration = None,
-    calibration_tokens: o.CalibrationTokens = None,
-    sequence_length: o.RowLength = None,
-    text: o.OwnText = None,
-    sequences: o.TextRows = 16,
-    seed: common.Seed = 0,
-    dtype: common.Dtype = None,
-    device: common.Device = None,
-    force: o.ForceFile = False,
-    trust_remote_code: common.Trust = False,
+    donor: common.Donor,
+    to: common.CacheMethod,
+    budgets: Budgets = None,
+    output: Output = None,
+    text: Text = None,
+    sequences: TextRows = 16,
+    force: common.ForceFile = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
+    **options: Any,
 ) -> None:
     """Measure DONOR's conversion at several KV budgets in one pass, and draw it. Writes no checkpoint."""
-    given = locals()
-    settings = method_options(to, given)
+    require_applicable(to, GROUPS, options)
     files = list(output or ())
 
     def work(_: TextIO) -> dict[str, Any]:
@@ -50,7 +75,7 @@ def command(
 
         calm_transformers()
         curve_plot.check(files, force)
-        recipe = recipe_of(given, settings)
+        recipe = recipe_of(donor, to, GROUPS, options)
         with progress(quiet) as listener:
             result = api.curve(
                 recipe,

@@ -2,78 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
+import typer
+
+from mhconvert.errors import MhconvertError
+
+from ...eval.settings import EvalSettings
 from ..evaluation_tables import show
 from ..options import common
-from ..options import conversion as o
-from ..options import evaluation as e
+from ..options.from_settings import Group, settings_options, values_of
 from ..output import Flags, calm_harness, calm_transformers, execute
 from ..progress import progress
 
 INTERRUPTED = "interrupted; the same command goes on after what is measured"
 
 
+Checkpoints = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CKPT...", help="Folders that mhconvert wrote, adapters, or donors; several make one table."
+    ),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure anew what earlier runs have measured already.")]
+Record = Annotated[
+    bool,
+    typer.Option(
+        "--record", help="Keep the figures in each CKPT as evaluation.json, for its card on the Hub."
+    ),
+]
+Pages = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report", metavar="FILE", help="Write the report as one page, .html or .md; may be repeated."
+    ),
+]
+MEASURED = ("text", "tasks", "suite", "retrieval")  # of which at least one is given
+GROUP = Group("What is measured", EvalSettings)
+
+
+@settings_options(GROUP)
 def command(
-    checkpoints: e.Checkpoints,
-    text: e.Texts = None,
-    tasks: e.Tasks = None,
-    suite: e.Suite = None,
-    retrieval: e.Retrieval = False,
-    against: o.Against = None,
-    sequence_length: o.SequenceLength = 1024,
-    sequences: o.Sequences = 16,
-    data: e.Data = None,
-    include_path: e.IncludePath = None,
-    num_fewshot: e.NumFewshot = None,
-    limit: e.Limit = None,
-    batch_size: e.BatchSize = None,
-    max_length: e.MaxLength = None,
-    chat_template: e.ChatTemplate = False,
-    backend: e.Backend = "hf",
-    dtype: e.TaskDtype = None,
-    fresh: e.Fresh = False,
-    record: e.Record = False,
-    report: e.Pages = None,
+    checkpoints: Checkpoints,
+    against: common.Against = None,
+    fresh: Fresh = False,
+    record: Record = False,
+    report: Pages = None,
     device: common.Device = None,
     trust_remote_code: common.Trust = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
+    **options: Any,
 ) -> None:
     """Measure CKPTs beside their donor: perplexity and KL on texts, lm-eval's tasks, retrieval at length.
 
-    Several GPUs: accelerate launch --num_processes N -m mhconvert.cli.main eval CKPT ...
+    Several GPUs: accelerate launch --num_processes N -m mhconvert eval CKPT ...
     """
-    names = tuple(word.strip() for word in (tasks or "").split(",") if word.strip())
 
     def work(_: TextIO) -> dict[str, Any]:
+        if not any(options[name] for name in MEASURED):
+            raise MhconvertError("there is nothing to measure; give --text, --tasks, --suite or --retrieval")
+        settings = EvalSettings(**values_of(GROUP, options))
         calm_harness(debug)
         from mhconvert import api
 
-        from ...eval.comparison import Settings
         from ...eval.page import page
-        from ...eval.tasks.harness import Options
-        from ...eval.tasks.task_choice import TaskChoice
 
         calm_transformers()
         for path in report or []:
             page.check(path)
-        settings = Settings(
-            texts=tuple(text or ()),
-            sequences=sequences,
-            sequence_length=sequence_length,
-            choice=TaskChoice(names, suite, data, include_path, num_fewshot),
-            options=Options(limit, batch_size, max_length, dtype, chat_template, backend),
-            retrieval=retrieval,
-            fresh=fresh,
-        )
         with progress(quiet) as listener:
             result = api.evaluate(
                 checkpoints,
                 settings,
                 against=against,
                 record=record,
+                fresh=fresh,
                 device=device,
                 trust_remote_code=trust_remote_code,
                 on_progress=listener,

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, TextIO
 import typer
 
 from .. import adapter_tables
-from ..options import adapters, common
-from ..options import conversion as o
+from ..options import common
 from ..output import Flags, calm_transformers, execute, shown
 from ..progress import progress
 
@@ -65,7 +64,7 @@ def command(
     checkpoint: Exported,
     to: To,
     output: Output = None,
-    base: adapters.Base = None,
+    base: common.Base = None,
     dtype: Dtype = None,
     kind: Kind = "bf16",
     duplicate: Duplicate = False,
@@ -88,7 +87,7 @@ def command(
             return api.export(
                 checkpoint,
                 to,
-                str(output) if output is not None else None,
+                common.written(output),
                 base=base,
                 dtype=dtype,
                 kind=kind,
@@ -150,7 +149,7 @@ def show_engines(engines: list[list[Any]], console: Any) -> None:
 
 def verify(
     folder: Folder,
-    against: o.Against = None,
+    against: common.Against = None,
     tolerance: Tolerance = None,
     python: Python = None,
     trust_remote_code: common.Trust = False,

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
+
+import typer
 
 from ..options import common
-from ..options import conversion as o
 from ..output import Flags, calm_transformers, execute
+
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.")]
+Chat = Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message in the chat template.")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="0: greedy; above: sampled.")]
 
 
 def command(
-    checkpoint: o.Checkpoint,
-    prompt: o.Prompt,
-    max_new_tokens: o.MaxNewTokens = 64,
-    chat: o.Chat = False,
-    temperature: o.Temperature = 0.0,
+    checkpoint: common.Checkpoint,
+    prompt: Prompt,
+    max_new_tokens: MaxNewTokens = 64,
+    chat: Chat = False,
+    temperature: Temperature = 0.0,
     seed: common.Seed = 0,
     device: common.Device = None,
     trust_remote_code: common.Trust = False,

@@ -2,70 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from mhconvert.errors import HealError
 
-from ...convert.recipe.heal_settings import HealSettings, weighted
-from ..options import common, healing
-from ..options import conversion as o
+from ...convert.recipe.heal_settings import HealSettings
+from ...convert.validation.option import declared
+from ..options import common
+from ..options.from_settings import Group, settings_options, values_of
 from ..output import Flags, calm_transformers, execute, show_report, shown
 from ..progress import progress
 
 INTERRUPTED = "interrupted; the same command with --resume continues after the last durable checkpoint"
-OF_THE_COMMAND = (
-    *("checkpoint", "output", "resume", "force", "no_verify", "tensorboard", "trust_remote_code"),
-    *("json", "quiet", "debug"),
-)  # the other options are settings
+Healed = Annotated[str, typer.Argument(metavar="CKPT", help="A folder that mhconvert converted.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; ./CKPT-healed.")
+]
+TensorBoard = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Also write a TensorBoard log there.")
+]
+WHAT = ("tokens", "layer_tokens", "lm_tokens", "data", "teacher", "train", "rank", "loss", "fusion", "router")
+GROUPS = (
+    Group("What trains, on what", HealSettings, WHAT),
+    Group("How", HealSettings, [name for name in declared(HealSettings) if name not in WHAT]),
+)
 
 
+@settings_options(*GROUPS)
 def command(
-    checkpoint: healing.Healed,
-    tokens: healing.HealTokens = None,
-    data: healing.HealData = None,
-    output: healing.HealOutput = None,
-    teacher: healing.Teacher = None,
-    train: healing.Train = None,
-    rank: healing.HealRank = 16,
-    loss: healing.Loss = "kl",
-    fusion: healing.HeadFusion = None,
-    router: healing.HealRouter = "fixed",
-    layer_tokens: healing.LayerTokens = "0",
-    lm_tokens: healing.LmTokens = "0",
-    lr: healing.Lr = None,
-    schedule: healing.ScheduleOption = "cosine",
-    warmup: healing.Warmup = 0.1,
-    weight_decay: healing.WeightDecay = 0.0,
-    clip: healing.Clip = 1.0,
-    batch_tokens: healing.BatchTokens = None,
-    micro_batch: healing.MicroBatch = None,
-    sequence_length: healing.HealRowLength = None,
-    gradient_checkpointing: healing.GradientCheckpointing = False,
-    held_out: healing.HeldOut = 4,
-    epochs: healing.Epochs = 1,
-    eval_tokens: healing.EvalTokens = None,
-    save_tokens: healing.SaveTokens = None,
-    seed: common.Seed = 0,
-    device: healing.HealDevice = None,
-    tensorboard: healing.TensorBoard = None,
-    no_verify: o.NoVerify = False,
-    resume: healing.ResumeHealing = False,
+    checkpoint: Healed,
+    output: Output = None,
+    tensorboard: TensorBoard = None,
+    no_verify: common.NoVerify = False,
+    resume: common.Resume = False,
     force: common.Force = False,
     trust_remote_code: common.Trust = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
+    **options: Any,
 ) -> None:
-    """Distil the donor's predictions into CKPT; runs alone or under `accelerate launch -m mhconvert.heal`."""
-    given = locals()
-    if tokens is None and layer_tokens == "0":
+    """Distil the donor's predictions into CKPT; runs alone or under `accelerate launch -m mhconvert heal`."""
+    if options["tokens"] is None and options["layer_tokens"] is None:
         raise typer.BadParameter("say how much to heal on, for example --tokens 20M", param_hint="--tokens")
-    chosen = {
-        name: value for name, value in given.items() if name not in OF_THE_COMMAND and value is not None
-    }
-    chosen["data"] = sources(data or ["self"])
+    chosen = {name: value for group in GROUPS for name, value in values_of(group, options).items()}
     try:
         settings = HealSettings(**chosen)
     except HealError as error:
@@ -79,7 +62,7 @@ def command(
             return api.heal(
                 checkpoint,
                 settings,
-                output=str(output) if output is not None else None,
+                output=common.written(output),
                 resume=resume,
                 force=force,
                 verify=not no_verify,
@@ -89,8 +72,3 @@ def command(
             )
 
     execute(Flags(json, quiet, debug), work, shown(quiet, show_report), interrupted=INTERRUPTED)
-
-
-def sources(words: list[str]) -> dict[str, float]:
-    """{"books.txt": 2.0, "self": 1.0} from ["books.txt=2", "self"]."""
-    return {name: 1.0 if share is None else share for name, share in map(weighted, words)}

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, TextIO
 
 from ..options import common
-from ..options import conversion as o
 from ..output import Flags, calm_transformers, execute
 
 
 def command(
-    model: o.Model,
+    model: common.Model,
     trust_remote_code: common.Trust = False,
     json: common.Json = False,
     quiet: common.Quiet = False,

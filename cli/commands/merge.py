@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Annotated, Any, Literal, TextIO
+
+import typer
 
 from .. import adapter_tables
-from ..options import adapters, common
-from ..options import conversion as o
+from ..options import common
 from ..output import Flags, calm_transformers, execute, shown
 from ..progress import progress
 
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The folder of a saved adapter.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; ./ADAPTER-merged.")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Of the written weights; each as the base model stores it (GGUF: float32)."),
+]
+
 
 def command(
-    adapter: adapters.Adapter,
-    output: adapters.MergeOutput = None,
-    base: adapters.Base = None,
-    dtype: adapters.MergedDtype = None,
-    max_shard_size: o.MaxShardSize = "5GB",
+    adapter: Adapter,
+    output: Output = None,
+    base: common.Base = None,
+    dtype: Dtype = None,
+    max_shard_size: common.MaxShardSize = "5GB",
     force: common.Force = False,
     trust_remote_code: common.Trust = False,
     json: common.Json = False,
@@ -32,7 +43,7 @@ def command(
         with progress(quiet) as listener:
             return api.merge(
                 adapter,
-                str(output) if output is not None else None,
+                common.written(output),
                 base=base,
                 dtype=dtype,
                 max_shard_size=max_shard_size,

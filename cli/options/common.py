@@ -1,41 +1,107 @@
-"""Options that most commands have."""
+"""Options and arguments that several commands have. What a settings class declares is in `from_settings`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-# Every command
+from ...convert.methods.registry import CACHE_METHODS, METHOD_NAMES, METHODS, settings_class
+from ...convert.recipe.recipe import Calibration, Recipe
+from .from_settings import Group
+
+
+def _one_of(names: Collection[str], kind: str) -> Callable[[str], str]:
+    """A check that a word names a method among `names`, which are said to be of this `kind`."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise typer.BadParameter(f"'{name}' is not a method{kind}; choose one of {', '.join(names)}")
+        return name
+
+    return check
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-
-
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-
-
 Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, logs and the traceback of an error.")]
-
-
 Device = Annotated[
     str | None, typer.Option(metavar="DEVICE", help="Torch device; CUDA if present, else the CPU.")
 ]
-
-
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes inside the model folder.")
 ]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of every random choice.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+ForceFile = Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Skip the reload in a bare process (it holds the whole model).")
+]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Size of one safetensors file, at most.")]
 
-
-Seed = Annotated[int, typer.Option(metavar="N", help="Of every random choice.")]
-
-
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Of the written weights; the donor's (GGUF: float32)."),
+Donor = Annotated[
+    str, typer.Argument(metavar="DONOR", help="Alias, org/name[@revision], folder, or .gguf file.")
+]
+Model = Annotated[
+    str, typer.Argument(metavar="DONOR_OR_CKPT", help="A donor, or a folder that mhconvert wrote.")
+]
+Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A folder that mhconvert wrote, or a donor.")]
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="DONOR", help="The model to compare with; the one that CKPT was made from."),
+]
+Base = Annotated[
+    str | None, typer.Option(metavar="DONOR", help="The adapter's base model; the one that it names.")
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        callback=_one_of(METHOD_NAMES, ""),
+        metavar="METHOD",
+        help="mla: latent attention; dha: fewer K and V heads; moh: some heads a token; hydra: an untrained adapter "
+        "beside DONOR.",
+    ),
+]
+AnyMethod = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        callback=_one_of(METHODS, " that rewrites layers"),
+        metavar="METHOD",
+        help="With --random, the conversion to time: mla, dha, or moh, whose --kv-budget is its share of active heads.",
+    ),
+]
+CacheMethod = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        callback=_one_of(CACHE_METHODS, " that changes the KV cache"),
+        metavar="METHOD",
+        help="mla: latent attention; dha: fewer K and V heads.",
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write; ./DONOR-METHOD.")
 ]
 
+CALIBRATION = Group("Calibration", Calibration, layers=True)
+ANY_METHOD = Group("Every method", Recipe, ("seed", "trust_remote_code"))
 
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")]
+
+def method_groups(names: Collection[str], only: Collection[str] | None = None) -> list[Group]:
+    """The options of each method among `names`; only: fields of theirs that there are."""
+    return [Group(f"Options of {name}", settings_class(name), only, method=name) for name in names]
 
 
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+def recipe_group(heading: str, *fields: str) -> Group:
+    """Options that a recipe has for every method that rewrites layers."""
+    return Group(heading, Recipe, fields, layers=True)
+
+
+def written(path: Path | None) -> Any:
+    """A path as text for the library; None stays None."""
+    return None if path is None else str(path)

@@ -1,70 +1,55 @@
-"""The options that a conversion and a curve share, made into a recipe."""
+"""A recipe made from the options of a conversion or a curve."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 
-from ...convert.methods.registry import ADAPTERS, settings_class
+from ...convert.methods.registry import settings_class
+from ...convert.recipe.recipe import Calibration, Recipe
+from .from_settings import Group, Values, parameter_of, said, values_of
 
 SIZES = ("kv_budget", "kv_lora_rank", "qk_rope_head_dim")
-HEADS = ("uniform", "regroup", "min_heads", "max_heads", "head_multiple", "plan", "fusion")
-ROUTING = ("active", "shared", "router", "shared_heads", "route")
-METHOD_OPTIONS = (*SIZES, "profile", *HEADS, *ROUTING, "r_par", "r_seq", "targets", "scale", "dropout")
-OF_THE_PASS: dict[str, Any] = {  # what an adapter has no use for, and its value when it is not given
-    "tolerance": None,
-    "effort": "default",
-    "fit_steps": None,
-    "calibration": None,
-    "calibration_tokens": None,
-    "sequence_length": None,
-    "dtype": None,
-    "device": None,
-    "max_shard_size": "5GB",
-    "no_verify": False,
-    "heal": None,
-    "resume": False,
-    "survey": False,
-}
-SAME = ("effort", "fit_steps", "seed", "dtype", "device", "trust_remote_code")  # named alike in the recipe
 
 
-def method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The method's own options that have a value. Raises BadParameter for one that the method does not have,
-    and for two ways to say one thing."""
-    chosen = {name: given[name] for name in METHOD_OPTIONS if given.get(name) is not None}
-    if method in ADAPTERS:
-        chosen |= {
-            name: given[name] for name, value in OF_THE_PASS.items() if given.get(name, value) != value
-        }
-    sizes = set(SIZES) & chosen.keys()
+def require_applicable(method: str, groups: Sequence[Group], options: Values) -> None:
+    """Raise BadParameter for an option that `method` does not have, and for two ways to say one thing."""
+    own = {parameter_of(field) for group in groups if group.concerns(method) for field in group.fields}
+    for group in groups:
+        others = [field.name for field in group.fields if parameter_of(field) not in own]
+        for flag in said([dataclasses.replace(group, only=others)], options):
+            raise typer.BadParameter(f"{flag} does not apply to {method}")
+    sizes = [name for name in SIZES if options.get(name) is not None]
     if "kv_budget" in sizes and len(sizes) > 1:
         raise typer.BadParameter("give --kv-budget, or --kv-lora-rank and --qk-rope-head-dim, but not both")
-    if "kv_budget" in sizes and "plan" in chosen:
+    if "kv_budget" in sizes and options.get("plan") is not None:
         raise typer.BadParameter("give --kv-budget, or the heads of every layer by --plan, but not both")
-    if sizes and given.get("tolerance") is not None:
+    if sizes and options.get("tolerance") is not None:
         raise typer.BadParameter("give --tolerance, or a budget or sizes, but not both")
-    for name in chosen.keys() - {field.name for field in dataclasses.fields(settings_class(method))}:
-        raise typer.BadParameter(f"--{name.replace('_', '-')} does not apply to {method}")
-    if "targets" in chosen:
-        chosen["targets"] = tuple(word.strip() for word in chosen["targets"].split(","))
-        if not all(chosen["targets"]):
-            raise typer.BadParameter(f"--targets '{given['targets']}' has an empty name")
-    return chosen
 
 
-def recipe_of(given: dict[str, Any], settings: dict[str, Any], **others: Any) -> Any:
-    """The recipe of a command's arguments `given`; `others` are fields that only that command has."""
-    from ...convert.recipe.recipe import Calibration, Recipe
+def recipe_of(donor: str, method: str, groups: Sequence[Group], options: Values, **others: Any) -> Recipe:
+    """The recipe that the options say; `others` are fields of it that are no options.
 
-    sources = tuple(given["calibration"] or ("self",))
+    Raises MhconvertError for values that are out of range or do not go together.
+    """
+    fields: dict[str, Any] = {"settings": {}, "calibration": {}}
+    for group in groups:
+        if group.kind is Recipe:
+            fields |= values_of(group, options)
+        elif group.kind is Calibration:
+            fields["calibration"] |= values_of(group, options)
+        elif group.method == method:
+            fields["settings"] |= values_of(group, options)
+    settings, calibration = fields.pop("settings"), fields.pop("calibration")
     return Recipe(
-        model=given["donor"],
-        method=given["to"],
-        settings=settings_class(given["to"])(**settings),
-        calibration=Calibration(sources, given["calibration_tokens"], given["sequence_length"]),
-        **{name: given[name] for name in SAME},
+        donor,
+        method,
+        settings=settings_class(method)(**settings),
+        calibration=Calibration(**calibration),
+        **fields,
         **others,
     )

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from mhconvert.errors import HealError
 
-from ..validation.field_types import Also, is_number
+from ..validation.option import Option
+from ..validation.settings import Settings
 
 Trained = Literal["attention", "all", "lora", "hydra"]
 Schedule = Literal["cosine", "wsd", "constant"]
-Tokens = Annotated[int, Also(str)]  # 20M
-TRAINED = ("attention", "all", "lora", "hydra")
-ROUTERS = ("fixed", "trained")
-SCHEDULES = ("cosine", "wsd", "constant")
+Router = Literal["fixed", "trained"]
 TERMS = ("kl", "ce", "hidden", "balance")
 FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 MAY_CHANGE = (
@@ -28,161 +26,13 @@ MAY_CHANGE = (
 )  # between a run and its resume
 
 
-@dataclass(frozen=True)
-class HealSettings:
-    """One healing run. Numbers of tokens count every token of a packed row.
-
-    tokens: end-to-end training, of which the last `lm_tokens` see the text alone (cross-entropy) and the others the
-    teacher. layer_tokens: before that, each layer on its own, against what the teacher's layer gives.
-    data: sources (files, globs, dataset names, or "self": sampled from the teacher) and their shares of the tokens.
-    teacher: a donor reference; None: the donor that the checkpoint was made from. loss: weight of kl (teacher ‖
-    student, nats a token), ce (the text's next token), hidden (relative squared error of hidden states) and balance (of
-    the load of routed heads).
-    fusion: of decoupled heads that are still to be fused, how many at most become one in this run.
-    router: of routed heads, whether their choice by token stays or learns too.
-    train: the tensors that change (None: lora, or attention where heads are fused). rank: of lora and hydra, whose
-    adapter is merged at the end. lr: peak; None: by what trains. warmup: share of the steps. sequence_length:
-    tokens a row; None: 1024, or what the model reads. batch_tokens: a step; None: by tokens. micro_batch: rows of
-    one process that are in memory together. held_out: rows never trained on. epochs: how often text may be
-    repeated. eval_tokens, save_tokens: between two measurements on the held-out rows, and two durable checkpoints;
-    None: a tenth of the run.
-    """
-
-    tokens: Tokens = 0
-    layer_tokens: Tokens = 0
-    lm_tokens: Tokens = 0
-    data: Annotated[dict[str, float], Also(str | list[str])] = field(default_factory=lambda: {"self": 1.0})
-    teacher: str | None = None
-    loss: Annotated[dict[str, float], Also(str)] = field(default_factory=lambda: {"kl": 1.0})
-    fusion: int | None = None
-    router: Literal["fixed", "trained"] = "fixed"
-    train: Trained = None  # type: ignore[assignment]  # one of them from the start, whatever was given
-    rank: int = 16
-    lr: float | None = None
-    schedule: Schedule = "cosine"
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    sequence_length: int | None = None
-    batch_tokens: Tokens | None = None
-    micro_batch: int | None = None
-    gradient_checkpointing: bool = False
-    held_out: int = 4
-    epochs: int = 1
-    eval_tokens: Tokens | None = None
-    save_tokens: Tokens | None = None
-    seed: int = 0
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "layer_tokens", "lm_tokens", "eval_tokens", "save_tokens", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, token_count(value, name))
-        if isinstance(self.data, (str, list, tuple)):
-            sources = [self.data] if isinstance(self.data, str) else self.data
-            object.__setattr__(self, "data", dict.fromkeys(sources, 1.0))
-        if isinstance(self.loss, str):
-            object.__setattr__(self, "loss", loss_terms(self.loss))
-        if self.train is None:
-            object.__setattr__(self, "train", "lora" if self.fusion is None else "attention")
-        self._check_types()
-        self._check_choices()
-        self._check_numbers()
-
-    def _check_types(self) -> None:
-        """Values as YAML gives them: `3e-4` is text there."""
-        for place in ("data", "loss"):
-            if not isinstance(getattr(self, place), dict):
-                raise HealError(f"{place}: {getattr(self, place)} is not a mapping of names to weights")
-        for name in ("lr", "warmup", "weight_decay", "clip"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                with suppress(ValueError):
-                    value = float(value)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise HealError(f"{name}={value!r} is not a number")
-            object.__setattr__(self, name, value)
-        for name in ("rank", "held_out", "epochs", "micro_batch", "sequence_length", "seed", "fusion"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise HealError(f"{name}={value!r} is not a whole number")
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise HealError(
-                f"gradient_checkpointing={self.gradient_checkpointing!r} is neither true nor false"
-            )
-
-    def _check_choices(self) -> None:
-        if not self.tokens and not self.layer_tokens:
-            raise HealError("there is nothing to do; say how many tokens to heal on, for example 20M")
-        if self.fusion is not None and (self.train not in ("attention", "all") or not self.tokens):
-            raise HealError("fusion trains the heads themselves: use --tokens, and --train attention or all")
-        if self.lm_tokens > self.tokens:
-            raise HealError(f"lm_tokens={self.lm_tokens} are a part of tokens={self.tokens}; choose fewer")
-        if not self.data:
-            raise HealError("healing needs text; name files, a dataset, or self")
-        for name, known in (("train", TRAINED), ("schedule", SCHEDULES), ("router", ROUTERS)):
-            if getattr(self, name) not in known:
-                raise HealError(f"{name} '{getattr(self, name)}' is not one of {', '.join(known)}")
-        for term in self.loss:
-            if term not in TERMS:
-                raise HealError(f"loss has no term '{term}'; it has {', '.join(TERMS)}")
-        if self.loss.get("balance") and self.router == "fixed":
-            raise HealError(
-                "a fixed router does not learn to balance its load; use --router trained, or no balance"
-            )
-        for place, shares in (("loss", self.loss), ("data", self.data)):
-            for name, share in shares.items():
-                if not is_number(share) or share < 0:
-                    raise HealError(f"{place} {name}={share} is not a weight; use a number from 0")
-            if not sum(share for name, share in shares.items() if name != "balance") > 0:
-                raise HealError(f"every weight of {place} is 0; one of them has to count")
-
-    def _check_numbers(self) -> None:
-        for name, least in (
-            ("held_out", 1),
-            ("epochs", 1),
-            ("rank", 1),
-            ("micro_batch", 1),
-            ("fusion", 2),
-            ("sequence_length", 8),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise HealError(f"{name}={value} is too small; use at least {least}")
-        if self.lr is not None and not 0 < self.lr < 1:
-            raise HealError(f"lr={self.lr} is not between 0 and 1")
-        if not 0 <= self.warmup < 1:
-            raise HealError(f"warmup={self.warmup} is a share of the steps; use one from 0 and below 1")
-        if not 0 <= self.weight_decay < 1 or not self.clip > 0:
-            raise HealError(
-                f"weight_decay={self.weight_decay} and clip={self.clip}: use one in [0, 1) and one above 0"
-            )
-        if not 0 <= self.seed < 2**32:
-            raise HealError(f"seed={self.seed} is not between 0 and {2**32 - 1}")
-
-    def same_run(self, other: dict[str, Any]) -> str | None:
-        """The first setting that a resumed run may not change and that differs from `other`, as JSON gave it back."""
-        for name, value in vars(self).items():
-            if name not in MAY_CHANGE and other.get(name) != value:
-                return name
-        return None
-
-
 def token_count(value: int | str, name: str = "tokens") -> int:
     """20_000_000 from 20000000, "20M" or "20e6"; "200k", "1.5B". Raises HealError for what is no number of tokens."""
-    if isinstance(value, bool):
-        raise HealError(f"{name}={value} is not a number of tokens such as 200k or 20M")
-    if isinstance(value, int):
-        count: float = value
-    else:
-        match = re.fullmatch(
-            r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmb]?)\s*", str(value).lower().replace("_", "")
-        )
-        if match is None:
-            raise HealError(f"{name} '{value}' is not a number of tokens such as 200k or 20M")
-        count = float(match[1]) * FACTORS[match[2]]
-    if count < 0 or count != int(count):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmb]?)\s*", str(value).lower().replace("_", ""))
+    if match is None:
+        raise HealError(f"{name} '{value}' is not a number of tokens such as 200k or 20M")
+    count = float(match[1]) * FACTORS[match[2]]
+    if count != int(count):
         raise HealError(f"{name}={value} is not a whole number of tokens")
     return int(count)
 
@@ -192,6 +42,12 @@ def loss_terms(text: str) -> dict[str, float]:
     return {name: 1.0 if weight is None else weight for name, weight in map(weighted, text.split(","))}
 
 
+def sources(names: str | Sequence[str]) -> dict[str, float]:
+    """{"books.txt": 2.0, "self": 1.0} from ["books.txt=2", "self"]; one name may stand alone."""
+    words = [names] if isinstance(names, str) else names
+    return {name: 1.0 if share is None else share for name, share in map(weighted, words)}
+
+
 def weighted(text: str) -> tuple[str, float | None]:
     """("books.txt", 2.0) from "books.txt=2"; None where no weight is given."""
     name, equals, weight = text.strip().rpartition("=")
@@ -199,3 +55,173 @@ def weighted(text: str) -> tuple[str, float | None]:
         return (name, float(weight)) if equals else (text.strip(), None)
     except ValueError:
         return text.strip(), None
+
+
+def _tokens(help: str, name: str, default: str = "") -> Option:
+    """The option of a number of tokens, which may be written as 20M."""
+    return Option(help, "N", ge=0, parse=lambda text: token_count(text, name), also=str, default=default)
+
+
+@dataclass(frozen=True)
+class HealSettings(Settings):
+    """One healing run: how much, on what, what trains and how. Numbers of tokens count every token of a packed row."""
+
+    fault = HealError
+
+    tokens: Annotated[int, _tokens("Tokens of end-to-end training: 200k, 20M, 1.5B.", "tokens")] = 0
+    layer_tokens: Annotated[
+        int,
+        _tokens(
+            "Before that: tokens on which each layer learns on its own, against the teacher's layer.",
+            "layer_tokens",
+        ),
+    ] = 0
+    lm_tokens: Annotated[
+        int,
+        _tokens(
+            "Of tokens, the last ones that teach the text alone (cross-entropy), without the teacher.",
+            "lm_tokens",
+        ),
+    ] = 0
+    data: Annotated[
+        dict[str, float],
+        Option(
+            "Text (.txt, .jsonl, quoted globs, a dataset's name, or self: sampled from the teacher) and its share of "
+            "the tokens; may be repeated.",
+            "SOURCE[=SHARE]",
+            parse=sources,
+            also=str | list[str],
+            repeat=True,
+        ),
+    ] = field(default_factory=lambda: {"self": 1.0})
+    teacher: Annotated[
+        str | None,
+        Option("Model of the same tokenizer to learn from.", "DONOR", default="the donor of the checkpoint"),
+    ] = None
+    loss: Annotated[
+        dict[str, float],
+        Option(
+            "Weights of the terms. kl: KL(teacher ‖ student), nats a token. ce: cross-entropy of the text. hidden: "
+            "relative squared error of the hidden states behind each layer. balance: load of routed heads, see router.",
+            "TERM[=W],…",
+            parse=loss_terms,
+            also=str,
+        ),
+    ] = field(default_factory=lambda: {"kl": 1.0})
+    fusion: Annotated[
+        int | None,
+        Option(
+            "Of a dha checkpoint with --fusion trained: train its heads to be one, up to N together; 2, then 4, "
+            "then 8.",
+            "N",
+            ge=2,
+        ),
+    ] = None
+    router: Annotated[
+        Router,
+        Option(
+            "Of a moh checkpoint: whether what chooses heads learns too (loss term balance, of their load)."
+        ),
+    ] = "fixed"
+    train: Annotated[
+        Trained,
+        Option(
+            "What changes; lora and hydra: an adapter on the attention, merged at the end.",
+            default="lora; attention where heads are fused",
+        ),
+    ] = None  # type: ignore[assignment]  # `check` decides it
+    rank: Annotated[int, Option("Rank of lora and hydra.", "N", ge=1)] = 16
+    lr: Annotated[
+        float | None,
+        Option(
+            "Peak learning rate.",
+            "RATE",
+            gt=0,
+            lt=1,
+            range_hint="is not between 0 and 1",
+            default="by what trains",
+        ),
+    ] = None
+    schedule: Annotated[Schedule, Option("Schedule of the learning rate; wsd: warm-up, stable, decay.")] = (
+        "cosine"
+    )
+    warmup: Annotated[
+        float,
+        Option(
+            "Share of the steps in which the learning rate rises.",
+            "SHARE",
+            ge=0,
+            lt=1,
+            range_hint="is a share of the steps; use one from 0 and below 1",
+        ),
+    ] = 0.1
+    weight_decay: Annotated[
+        float, Option("Decay of matrices; norms and biases never decay.", "W", ge=0, lt=1)
+    ] = 0.0
+    clip: Annotated[float, Option("Largest norm of the gradient.", "NORM", gt=0)] = 1.0
+    sequence_length: Annotated[
+        int | None, Option("Tokens a row.", "N", ge=8, default="1024, or what the model reads")
+    ] = None
+    batch_tokens: Annotated[
+        int | None,
+        _tokens("Tokens a step, all processes.", "batch_tokens", "a two-hundredth of tokens, from 1k to 64k"),
+    ] = None
+    micro_batch: Annotated[
+        int | None,
+        Option("Rows of one process in memory together.", "ROWS", ge=1, default="2 on a CPU, 8 on a GPU"),
+    ] = None
+    gradient_checkpointing: Annotated[bool, Option("Less memory, a third more time.")] = False
+    held_out: Annotated[
+        int, Option("Rows that are never trained on; what is measured is measured there.", "ROWS", ge=1)
+    ] = 4
+    epochs: Annotated[int, Option("How often text may be read, if it is short.", "N", ge=1)] = 1
+    eval_tokens: Annotated[
+        int | None,
+        _tokens("Tokens between two measurements on the held-out rows.", "eval_tokens", "a tenth of tokens"),
+    ] = None
+    save_tokens: Annotated[
+        int | None, _tokens("Tokens between two durable checkpoints.", "save_tokens", "a tenth of tokens")
+    ] = None
+    seed: Annotated[
+        int,
+        Option(
+            "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
+        ),
+    ] = 0
+    device: Annotated[
+        str | None,
+        Option("CUDA_VISIBLE_DEVICES chooses among GPUs.", default="CUDA if present", words=("cpu", "cuda")),
+    ] = None
+
+    def check(self) -> None:
+        """Raise HealError for settings that do not go together."""
+        if self.train is None:
+            self._set("train", "lora" if self.fusion is None else "attention")
+        if not self.tokens and not self.layer_tokens:
+            raise HealError("there is nothing to do; say how many tokens to heal on, for example 20M")
+        if self.fusion is not None and (self.train not in ("attention", "all") or not self.tokens):
+            raise HealError("fusion trains the heads themselves: use --tokens, and --train attention or all")
+        if self.lm_tokens > self.tokens:
+            raise HealError(f"lm_tokens={self.lm_tokens} are a part of tokens={self.tokens}; choose fewer")
+        if not self.data:
+            raise HealError("healing needs text; name files, a dataset, or self")
+        for term in self.loss:
+            if term not in TERMS:
+                raise HealError(f"loss has no term '{term}'; it has {', '.join(TERMS)}")
+        if self.loss.get("balance") and self.router == "fixed":
+            raise HealError(
+                "a fixed router does not learn to balance its load; use --router trained, or no balance"
+            )
+        for place, shares in (("loss", self.loss), ("data", self.data)):
+            for name, share in shares.items():
+                if not 0 <= share < float("inf"):
+                    raise HealError(f"{place} {name}={share:g} is not a weight; use a number from 0")
+            if not sum(share for name, share in shares.items() if name != "balance") > 0:
+                raise HealError(f"every weight of {place} is 0; one of them has to count")
+
+    def same_run(self, other: dict[str, Any]) -> str | None:
+        """The first setting that a resumed run may not change and that differs from `other`, as JSON gave it back."""
+        for name, value in vars(self).items():
+            if name not in MAY_CHANGE and other.get(name) != value:
+                return name
+        return None

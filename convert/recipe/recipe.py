@@ -9,15 +9,17 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from mhconvert.errors import MhconvertError
+from mhconvert.errors import CalibrationError, MhconvertError
 
 from ..methods.registry import ADAPTERS, CACHE_METHODS, METHOD_NAMES, settings_class
 from ..validation import yaml_file
-from ..validation.field_types import Also, changed_fields
+from ..validation.field_types import changed_fields
 from ..validation.from_values import build
+from ..validation.option import Option
+from ..validation.settings import Settings
 from ..validation.yaml_file import NOWHERE, Origins
 from .heal_settings import HealSettings
-from .tolerance import parse
+from .tolerance import canonical, parse
 
 Effort = Literal["quick", "default", "high"]
 STAGES = ("eval", "export", "push")  # keys of a recipe's file that are no part of a conversion
@@ -34,59 +36,120 @@ OF_THE_PASS = (
 )  # no adapter has a use for these
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Text that the statistics and the layer-local fit see.
-
-    sources: files (.txt, .jsonl with a `text` field; globs are expanded), dataset names, or "self" (sampled
-    from the donor). tokens: how many in all (None: by source, device and effort).
-    sequence_length: tokens a row (None: 512, or what the donor reads).
-    held_out: rows of the same text kept out of statistics and fit, on which fidelity is measured.
-    """
-
-    sources: Annotated[tuple[str, ...], Also(str)] = ("self",)
-    tokens: int | None = None
-    sequence_length: int | None = None
-    held_out: int = 4
-
-    def __post_init__(self) -> None:
-        sources = (self.sources,) if isinstance(self.sources, str) else tuple(self.sources)
-        object.__setattr__(self, "sources", sources)
+def one_source(text: str) -> tuple[str, ...]:
+    """The source alone as a tuple."""
+    return (text,)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One conversion. `settings` belongs to the method (its folder's `settings.py`).
+class Calibration(Settings):
+    """Text that the statistics and the layer-local fit see."""
 
-    dtype: of the written weights (None: the donor's). device: torch device (None: CUDA if present).
-    max_shard_size: bytes, or text such as "5GB". fit_steps: None: by effort; 0: closed form only.
-    tolerance: "kl=0.05" (nats a token) or "ppl=1.05" (times the donor's perplexity) on the held-out rows: the
-    smallest KV budget that meets it is searched, instead of a budget in the settings. heal: train the result to predict
-    as the donor does.
-    """
+    fault = CalibrationError
 
-    model: str
-    method: str
-    settings: Any = None
-    tolerance: str | None = None
-    output: str | None = None
+    sources: Annotated[
+        tuple[str, ...],
+        Option(
+            "Text to calibrate on: files (.txt, .jsonl with a `text` field, quoted globs) or datasets, may be "
+            "repeated; self: sampled from the donor.",
+            "FILE|DATASET|self",
+            parse=one_source,
+            also=str,
+            flag="--calibration",
+            repeat=True,
+        ),
+    ] = ("self",)
+    tokens: Annotated[
+        int | None,
+        Option(
+            "Calibration tokens in all.",
+            "N",
+            flag="--calibration-tokens",
+            default="by source, device and effort",
+        ),
+    ] = None
+    sequence_length: Annotated[
+        int | None, Option("Tokens in a calibration row.", "N", default="512, or what the donor reads")
+    ] = None
+    held_out: Annotated[
+        int,
+        Option("Rows kept out of statistics and fit, on which fidelity is measured.", "ROWS", flag=""),
+    ] = 4
+
+
+@dataclass(frozen=True)
+class Recipe(Settings):
+    """One conversion. `settings` belongs to the method (its folder's `settings.py`)."""
+
+    model: Annotated[
+        str, Option("The donor: alias, org/name[@revision], folder, or .gguf file.", "DONOR", flag="")
+    ]
+    method: Annotated[str, Option("The conversion's method.", "METHOD", flag="")]
+    settings: Annotated[Any, Option("What the method lets one choose.", flag="")] = None
+    tolerance: Annotated[
+        str | None,
+        Option(
+            "Instead of a KV budget: the smallest one within it on held-out text, such as kl=0.05 (nats a token) or "
+            "ppl=1.05 (times the donor's perplexity).",
+            "kl=NATS|ppl=RATIO",
+            parse=canonical,
+            also=str,
+        ),
+    ] = None
+    output: Annotated[str | None, Option("Folder to write.", "OUT", flag="", default="./DONOR-METHOD")] = None
     calibration: Calibration = field(default_factory=Calibration)
-    effort: Effort = "default"
-    fit_steps: int | None = None
-    seed: int = 0
-    dtype: str | None = None
-    device: str | None = None
-    max_shard_size: Annotated[str, Also(int)] = "5GB"
-    verify: bool = True
-    trust_remote_code: bool = False
-    heal: HealSettings | None = None
+    effort: Annotated[
+        Effort,
+        Option("quick: the closed form alone; default: and a fit of every layer; high: two longer ones."),
+    ] = "default"
+    fit_steps: Annotated[
+        int | None,
+        Option(
+            "Optimiser steps a layer, whatever the effort; 0: the closed form alone.",
+            "N",
+            ge=0,
+            range_hint="is negative; 0 means the closed form alone",
+        ),
+    ] = None
+    seed: Annotated[
+        int,
+        Option(
+            "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
+        ),
+    ] = 0
+    dtype: Annotated[
+        str | None,
+        Option(
+            "Of the written weights: float32, bfloat16 or float16.",
+            default="the donor's; of a GGUF float32",
+            words=("float32", "bfloat16", "float16"),
+        ),
+    ] = None
+    device: Annotated[
+        str | None, Option("Torch device.", "DEVICE", default="CUDA if present, else the CPU")
+    ] = None
+    max_shard_size: Annotated[
+        str, Option("Size of one safetensors file, at most.", "SIZE", parse=str, also=int)
+    ] = "5GB"
+    verify: Annotated[
+        bool,
+        Option(
+            "Reload the result in a bare process, which holds the whole model.",
+            flag="--no-verify",
+            flag_help="Skip the reload in a bare process, which holds the whole model.",
+        ),
+    ] = True
+    trust_remote_code: Annotated[bool, Option("Run Python code that comes inside the model folder.")] = False
+    heal: Annotated[
+        HealSettings | None, Option("Train the result to predict as the donor does.", flag="")
+    ] = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise MhconvertError for a method that there is not, and for choices that do not go together."""
         if self.method not in METHOD_NAMES:
             raise MhconvertError(f"unknown method '{self.method}'; choose one of {', '.join(METHOD_NAMES)}")
-        object.__setattr__(self, "max_shard_size", str(self.max_shard_size))
         if self.settings is None:
-            object.__setattr__(self, "settings", settings_class(self.method)())
+            self._set("settings", settings_class(self.method)())
         if self.method in ADAPTERS:
             self._require_no_pass()
         if self.tolerance is not None:
@@ -101,12 +164,6 @@ class Recipe:
                     f"a tolerance decides the KV budget; leave out kv_budget={self.settings.kv_budget} or the "
                     "tolerance"
                 )
-        if self.effort not in ("quick", "default", "high"):
-            raise MhconvertError(f"effort '{self.effort}' is not one of quick, default, high")
-        if self.fit_steps is not None and self.fit_steps < 0:
-            raise MhconvertError(f"fit_steps={self.fit_steps} is negative; 0 means the closed form alone")
-        if not 0 <= self.seed < 2**32:
-            raise MhconvertError(f"seed={self.seed} is not between 0 and {2**32 - 1}")
 
     def _require_no_pass(self) -> None:
         for name in changed_fields(self):
@@ -140,8 +197,8 @@ class Recipe:
         if values.get("method") not in METHOD_NAMES:
             found = f"unknown method '{values['method']}'" if "method" in values else "the method is missing"
             raise origins.fault(("method",), f"{found}; choose one of {', '.join(METHOD_NAMES)}")
-        hints = {"settings": settings_class(values["method"])}
-        recipe: Recipe = build(Recipe, values, origins, hints=hints, beside=STAGES)
+        kinds = {"settings": settings_class(values["method"])}
+        recipe: Recipe = build(Recipe, values, origins, kinds=kinds, beside=STAGES)
         return recipe
 
 

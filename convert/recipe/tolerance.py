@@ -55,3 +55,8 @@ def parse(text: str) -> Tolerance:
             "what the donor itself has"
         )
     return Tolerance(measure, limit)
+
+
+def canonical(text: str) -> str:
+    """The tolerance as it is written back. Raises BudgetError as `parse` does."""
+    return str(parse(text))

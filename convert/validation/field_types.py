@@ -1,21 +1,13 @@
-"""Dataclasses whose fields are choices, and what such a field must be."""
+"""Checks of fields that come from other libraries' dataclasses, and which fields differ from their defaults."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from mhconvert.errors import AdapterError
-
-
-@dataclass(frozen=True)
-class Also:
-    """In `Annotated[T, Also(S)]`: the field takes an S too, of which its dataclass makes a T."""
-
-    kind: Any
 
 
 def changed_fields(choices: Any) -> list[str]:

@@ -20,41 +20,22 @@ from mhconvert.errors import MhconvertError, TextError
 
 from ...convert.open_model import OpenModel
 from ..result_cache import Store
+from ..settings import EvalSettings
 from .outcome import plain_outcome
 from .task_choice import Spec, TaskSet
 
-BACKENDS = ("hf", "vllm")
 CPU_BATCH = (
     8  # lm-eval's own search begins with 64 rows of the maximal length, which no memory of a CPU holds
 )
 ROLLING_BATCH = 1  # rows as long as the model reads, with logits of every position
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a model is asked. limit: the first documents of each task. batch_size: rows; None: found by lm-eval on CUDA,
-    8 on a CPU. max_length: tokens of a row; None: what the model reads. dtype: of the weights; None: their own.
-    chat_template: questions as a user's messages.
-    """
-
-    limit: int | None = None
-    batch_size: int | None = None
-    max_length: int | None = None
-    dtype: str | None = None
-    chat_template: bool = False
-    backend: str = "hf"
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise MhconvertError(f"--{name.replace('_', '-')} {value} is too small; use at least 1")
-        if self.backend not in BACKENDS:
-            raise MhconvertError(f"backend '{self.backend}' is not one of {', '.join(BACKENDS)}")
-        if self.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-            raise MhconvertError("--backend vllm needs vllm, which is not installed here; use --backend hf")
-        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise MhconvertError(f"'{self.dtype}' is no dtype; use bfloat16, float16 or float32")
+def require_available(settings: EvalSettings) -> None:
+    """Raises MhconvertError for a backend that is not installed here, or a dtype that torch does not have."""
+    if settings.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise MhconvertError("--backend vllm needs vllm, which is not installed here; use --backend hf")
+    if settings.dtype is not None and not isinstance(getattr(torch, settings.dtype, None), torch.dtype):
+        raise MhconvertError(f"'{settings.dtype}' is no dtype; use bfloat16, float16 or float32")
 
 
 @dataclass
@@ -63,7 +44,7 @@ class Candidate:
 
     opened: OpenModel
     fingerprint: str
-    options: Options
+    settings: EvalSettings
     lm: Any = None
 
     @property
@@ -78,8 +59,8 @@ class Candidate:
     @property
     def dtype(self) -> torch.dtype:
         """As asked for, or as the weights are stored."""
-        if self.options.dtype is not None:
-            return getattr(torch, self.options.dtype)
+        if self.settings.dtype is not None:
+            return getattr(torch, self.settings.dtype)
         if self.opened.donor is not None:
             return self.opened.donor.dtype
         stated = getattr(self.opened.config, "dtype", None) or torch.float32
@@ -91,15 +72,15 @@ class Candidate:
         return {
             "model": self.fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "backend": self.options.backend,
-            "max_length": self.options.max_length,
+            "backend": self.settings.backend,
+            "max_length": self.settings.max_length,
             "device": kind,
         }
 
     def batch_size(self, rolling: bool) -> int | str:
         """Rows a call; `rolling`: of rows as long as the model reads."""
-        if self.options.batch_size is not None:
-            return self.options.batch_size
+        if self.settings.batch_size is not None:
+            return self.settings.batch_size
         if torch.device(self.opened.device).type != "cpu":
             return "auto"
         return ROLLING_BATCH if rolling else CPU_BATCH
@@ -133,13 +114,13 @@ def evaluate(
 
 
 def _facts(candidate: Candidate, spec: Spec) -> dict[str, Any]:
-    options = candidate.options
+    settings = candidate.settings
     return candidate.facts() | {
         "task": spec.name,
         "digest": spec.digest,
         "num_fewshot": spec.num_fewshot,
-        "limit": options.limit,
-        "chat_template": options.chat_template,
+        "limit": settings.limit,
+        "chat_template": settings.chat_template,
     }
 
 
@@ -155,7 +136,7 @@ def _run(
     loaded = _load(manager, spec)
     lm = _language_model(candidate)
     rolling = any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in loaded["tasks"].values())
-    if candidate.options.backend == "hf":
+    if candidate.settings.backend == "hf":
         lm.batch_size_per_gpu = candidate.batch_size(rolling)
         lm.on_rows = lambda done, total: on_rows(spec.name, done, total)
     top = [loaded["groups"][spec.name]] if spec.name in loaded["groups"] else list(loaded["tasks"].values())
@@ -164,8 +145,8 @@ def _run(
             model=lm,
             tasks=top,
             num_fewshot=spec.num_fewshot,
-            limit=candidate.options.limit,
-            apply_chat_template=candidate.options.chat_template,
+            limit=candidate.settings.limit,
+            apply_chat_template=candidate.settings.chat_template,
             use_cache=store.responses(candidate.facts()),
             task_manager=manager,
         )
@@ -193,7 +174,7 @@ def _load(manager: Any, spec: Spec) -> Any:
 def _language_model(candidate: Candidate) -> Any:
     """lm-eval's face of the model, made once."""
     if candidate.lm is None:
-        make = _served if candidate.options.backend == "vllm" else _in_memory
+        make = _served if candidate.settings.backend == "vllm" else _in_memory
         candidate.lm = make(candidate)
     return candidate.lm
 
@@ -203,9 +184,9 @@ def _in_memory(candidate: Candidate) -> Any:
 
     opened = candidate.opened
     tokenizer = opened.tokenizer()
-    if candidate.options.chat_template and not getattr(tokenizer, "chat_template", None):
+    if candidate.settings.chat_template and not getattr(tokenizer, "chat_template", None):
         raise MhconvertError(f"{opened.reference} has no chat template; leave out --chat-template")
-    return WatchedLM(opened.model(candidate.dtype), tokenizer, candidate.options.max_length)
+    return WatchedLM(opened.model(candidate.dtype), tokenizer, candidate.settings.max_length)
 
 
 def _served(candidate: Candidate) -> Any:
@@ -218,10 +199,10 @@ def _served(candidate: Candidate) -> Any:
     place = str(opened.folder if opened.donor is None else opened.donor.model_files())
     arguments: dict[str, Any] = {"pretrained": place, "dtype": str(candidate.dtype).removeprefix("torch.")}
     arguments |= {"trust_remote_code": opened.donor is None or opened.trust_remote_code}
-    if candidate.options.max_length is not None:
-        arguments |= {"max_model_len": candidate.options.max_length}
+    if candidate.settings.max_length is not None:
+        arguments |= {"max_model_len": candidate.settings.max_length}
     return get_model("vllm").create_from_arg_obj(
-        arguments, {"batch_size": candidate.options.batch_size or "auto"}
+        arguments, {"batch_size": candidate.settings.batch_size or "auto"}
     )
 
 

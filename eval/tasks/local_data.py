@@ -155,4 +155,4 @@ def _matching(data: Path, patterns: list[str]) -> Path | None:
 
 
 def _package(folder: str) -> Path:
-    return Path(str(resources.files("mhconvert.eval"))) / folder
+    return Path(str(resources.files("mhconvert.eval.tasks"))) / folder

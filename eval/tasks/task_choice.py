@@ -14,22 +14,8 @@ import yaml
 from mhconvert.errors import MhconvertError, TextError
 
 from ...convert.storage.atomic_files import sha256
+from ..settings import EvalSettings
 from . import local_data
-
-
-@dataclass(frozen=True)
-class TaskChoice:
-    """What is evaluated. tasks: names; suite: a list of them with its shots. data: a folder with local copies.
-
-    include_path: a folder of lm-eval task YAMLs. num_fewshot: examples before each question; None: the suite's, or the
-    task's own number.
-    """
-
-    tasks: tuple[str, ...] = ()
-    suite: str | None = None
-    data: Path | None = None
-    include_path: Path | None = None
-    num_fewshot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,19 +44,19 @@ def suites() -> dict[str, dict[str, Any]]:
     }
 
 
-def resolve(choice: TaskChoice, folder: Path) -> TaskSet:
-    """The tasks of `choice`, each once. `folder`: an empty one, for the YAMLs of tasks over files.
+def resolve(settings: EvalSettings, folder: Path) -> TaskSet:
+    """The tasks of `settings`, each once. `folder`: an empty one, for the YAMLs of tasks over files.
 
     Raises MhconvertError for a name that lm-eval does not know, with near matches, and TextError for missing files.
     """
     import lm_eval
 
-    wanted = _wanted(choice)
-    if choice.data is not None:
+    wanted = _wanted(settings)
+    if settings.data_folder is not None:
         wanted = _local_first(wanted)
     local = {local_data.QUICK: local_data.quick()} if local_data.QUICK in wanted else {}
-    if choice.data is not None:
-        local |= {task.name: task for task in local_data.find(list(wanted), choice.data)}
+    if settings.data_folder is not None:
+        local |= {task.name: task for task in local_data.find(list(wanted), settings.data_folder)}
     for name in local:
         if wanted[name]:
             raise TextError(
@@ -78,43 +64,43 @@ def resolve(choice: TaskChoice, folder: Path) -> TaskSet:
                 "does not have; use --num-fewshot 0, or no --data"
             )
     local_data.write(list(local.values()), folder)
-    manager = _manager(choice, folder, only_local=set(wanted) <= set(local))
+    manager = _manager(settings, folder, only_local=set(wanted) <= set(local))
     specs = []
     for word, shots in wanted.items():
         for name in _names(word, manager):
             file = local[name].file if name in local else None
-            digest = local[name].digest if name in local else _digest(name, choice.include_path)
+            digest = local[name].digest if name in local else _digest(name, settings.task_folder)
             specs.append(Spec(name, shots, file, f"lm-eval {lm_eval.__version__} {digest}"))
     return TaskSet(list({spec.name: spec for spec in specs}.values()), manager)
 
 
-def _wanted(choice: TaskChoice) -> dict[str, int | None]:
+def _wanted(settings: EvalSettings) -> dict[str, int | None]:
     """Names and shots in order; a name that the suite has too keeps the suite's shots."""
     wanted: dict[str, int | None] = {}
-    if choice.suite is not None:
+    if settings.suite is not None:
         known = suites()
-        if choice.suite not in known:
-            raise MhconvertError(f"'{choice.suite}' is no suite; choose one of {', '.join(known)}")
-        content = known[choice.suite]
+        if settings.suite not in known:
+            raise MhconvertError(f"'{settings.suite}' is no suite; choose one of {', '.join(known)}")
+        content = known[settings.suite]
         for entry in content["tasks"]:
             entry = entry if isinstance(entry, dict) else {"task": entry}
             wanted[entry["task"]] = entry.get("num_fewshot", content.get("num_fewshot"))
-    for name in choice.tasks:
+    for name in settings.tasks:
         wanted.setdefault(name, None)
-    if choice.num_fewshot is not None:
-        wanted = dict.fromkeys(wanted, choice.num_fewshot)
+    if settings.num_fewshot is not None:
+        wanted = dict.fromkeys(wanted, settings.num_fewshot)
     return wanted
 
 
-def _manager(choice: TaskChoice, folder: Path, *, only_local: bool) -> Any:
+def _manager(settings: EvalSettings, folder: Path, *, only_local: bool) -> Any:
     """lm-eval's manager. Reading all of its own tasks takes seconds, so it is left out where none is needed."""
     from lm_eval.tasks import TaskManager
 
     places = [folder]
-    if choice.include_path is not None:
-        if not choice.include_path.is_dir():
-            raise TextError(f"--include-path {choice.include_path} is no folder")
-        places.append(choice.include_path)
+    if settings.task_folder is not None:
+        if not settings.task_folder.is_dir():
+            raise TextError(f"--include-path {settings.task_folder} is no folder")
+        places.append(settings.task_folder)
     return TaskManager(include_path=[str(place) for place in places], include_defaults=not only_local)
 
 

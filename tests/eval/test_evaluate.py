@@ -18,8 +18,8 @@ from mhconvert import api
 from mhconvert.convert.checkpoint.identity import converted_method
 from mhconvert.convert.open_model import open_model, recorded_donor
 from mhconvert.errors import CheckpointError, MhconvertError
-from mhconvert.eval.comparison import Settings
 from mhconvert.eval.fidelity import text_rows
+from mhconvert.eval.settings import EvalSettings
 from tests.convert.conversions import converted, donor_model
 from tests.donors import make_donor, make_tokenizer
 
@@ -45,8 +45,8 @@ def pair(folder: Path) -> tuple[Path, Path]:
     return make_donor(folder / "one", seed=0), make_donor(folder / "other", seed=1)
 
 
-def on(text: Path, rows: int) -> Settings:
-    return Settings(texts=(text,), sequences=rows, sequence_length=LENGTH)
+def on(text: Path, rows: int) -> EvalSettings:
+    return EvalSettings(text=(str(text),), sequences=rows, sequence_length=LENGTH)
 
 
 def loss(checkpoint: Path, rows: torch.Tensor) -> float:

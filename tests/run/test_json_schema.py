@@ -13,7 +13,7 @@ import yaml
 from mhconvert.convert.methods.registry import METHOD_NAMES, settings_class
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
-from mhconvert.eval.settings import EvalStage
+from mhconvert.eval.settings import EvalSettings
 from mhconvert.run import shipped_recipes
 from mhconvert.run.json_schema import DRAFT, schema
 from mhconvert.run.stage_settings import ExportStage, PushStage
@@ -36,22 +36,24 @@ def test_it_is_json_with_every_key() -> None:
         "export",
         "push",
     }
-    for kind in (HealSettings, EvalStage, ExportStage, PushStage, *map(settings_class, METHOD_NAMES)):
+    for kind in (HealSettings, EvalSettings, ExportStage, PushStage, *map(settings_class, METHOD_NAMES)):
         mapping = found["$defs"][kind.__name__]
         assert set(mapping["properties"]) == {field.name for field in dataclasses.fields(kind)}
         assert not mapping["additionalProperties"]
 
 
-def test_descriptions_are_the_docstrings() -> None:
+def test_descriptions_and_bounds_are_the_declarations() -> None:
     properties = schema()["$defs"]["MLASettings"]["properties"]
     assert properties["kv_budget"] == {
         "type": "number",
-        "description": "share of the donor's KV elements per token that the latent cache may hold, in (0, 1].",
+        "description": "Share of the donor's KV elements per token that the latent cache may hold.",
+        "exclusiveMinimum": 0,
+        "maximum": 1,
         "default": 0.5,
     }
     assert properties["profile"]["enum"] == ["quality", "portable"]
-    assert properties["kv_lora_rank"]["description"] == properties["qk_rope_head_dim"]["description"]
-    described = schema()["$defs"]["EvalStage"]["properties"]
+    assert properties["kv_lora_rank"]["description"].startswith("Width of the latent")
+    described = schema()["$defs"]["EvalSettings"]["properties"]
     assert [name for name, known in described.items() if "description" not in known] == []
 
 

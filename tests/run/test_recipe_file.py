@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe, load_recipe
+from mhconvert.convert.validation.option import declared
 from mhconvert.errors import MhconvertError, RecipeError
-from mhconvert.eval.settings import BACKENDS, SUITES, EvalStage
+from mhconvert.eval.settings import EvalSettings
 from mhconvert.run.stage_settings import ExportStage, PushStage
 from mhconvert.run.whole_recipe import RunRecipe, load
 
@@ -60,7 +61,7 @@ def test_every_stage_is_read(file: Path) -> None:
     recipe = load(file)
     assert recipe == RunRecipe(
         Recipe("smollm2-135m", "mla", MLASettings(0.3), heal=HealSettings(tokens=20_000_000, lr=1e-3)),
-        EvalStage(suite="quick", tasks=("piqa",)),
+        EvalSettings(suite="quick", tasks=("piqa",)),
         ExportStage("lora"),
         PushStage("someone/model"),
     )
@@ -98,7 +99,12 @@ def test_every_stage_is_read(file: Path) -> None:
         ("piqa", "[piqa, '']", "line 13: tasks has an empty name"),
         ("tasks: piqa", "limit: 0", "line 13: limit=0 is too small; use at least 1"),
         ("tasks: piqa", "chat_template: maybe", "line 13: eval.chat_template: 'maybe' is not true or false"),
-        ("to: lora", "too: lora", "line 15: export has no key 'too'; did you mean to? (it has output, to)"),
+        (
+            "to: lora",
+            "too: lora",
+            "line 15: export has no key 'too'; did you mean to? (it has output, to); run.yaml, line 14: export: the "
+            "key 'to' is missing",
+        ),
         ("to: lora", "output: x", "line 14: export: the key 'to' is missing"),
         ("export:\n  to: lora", "export: lora", "line 14: export: 'lora' is not a mapping of settings"),
         ("model: smollm2-135m", "model:", "line 2: model: null is not text"),
@@ -256,7 +262,7 @@ def test_overrides_that_are_refused(file: Path, override: str, expected: str) ->
 )
 def test_an_evaluation_that_cannot_be(values: dict[str, Any], expected: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        EvalStage(**values)
+        EvalSettings(**values)
     assert str(caught.value) == expected
 
 
@@ -275,8 +281,8 @@ COUNTS = st.none() | st.integers(1, 10**6)
 WORDS = st.text("abc-./: #'\"é", min_size=1, max_size=8)
 STAGES = {
     "eval": st.builds(
-        EvalStage,
-        suite=st.sampled_from(SUITES),
+        EvalSettings,
+        suite=st.sampled_from(declared(EvalSettings)["suite"].choices),
         tasks=st.lists(WORDS).map(tuple),
         text=st.lists(WORDS).map(tuple),
         limit=COUNTS,
@@ -284,7 +290,7 @@ STAGES = {
         retrieval=st.booleans(),
         sequences=st.integers(1, 99),
         dtype=st.none() | WORDS,
-        backend=st.sampled_from(BACKENDS),
+        backend=st.sampled_from(declared(EvalSettings)["backend"].choices),
     ),
     "export": st.builds(ExportStage, to=WORDS.filter(str.strip), output=st.none() | WORDS.filter(str.strip)),
     "push": st.builds(PushStage, repo=st.sampled_from(["a/b", "name"]), private=st.booleans()),

@@ -87,8 +87,10 @@ def test_a_recipe_that_there_is_not(word: str, hint: str) -> None:
 
 def test_no_model_library_is_needed() -> None:
     code = (
-        "import sys\nfrom mhconvert.run import json_schema, shipped_recipes\nfrom mhconvert.run.whole_recipe import load\n"
-        "[load(shipped_recipes.find(name), ['push.repo=a/b']) for name in shipped_recipes.names()]; json_schema.schema()\n"
+        "import sys\nfrom mhconvert.run import json_schema, shipped_recipes\n"
+        "from mhconvert.run.whole_recipe import load\n"
+        "[load(shipped_recipes.find(name), ['push.repo=a/b']) for name in shipped_recipes.names()]\n"
+        "json_schema.schema()\n"
         "sys.exit(bool({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,34 +1,59 @@
-"""What a user may choose about a new adapter."""
+"""What a user may choose about a new Hydra adapter."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from mhconvert.errors import AdapterError
 
+from ...validation.option import Option
+from ...validation.settings import Settings
+
+
+def module_names(text: str) -> tuple[str, ...]:
+    """("o_proj", "down_proj") from "o_proj,down_proj". Raises AdapterError for an empty name."""
+    names = tuple(word.strip() for word in text.split(","))
+    if not all(names):
+        raise AdapterError(f"targets '{text}' has an empty name")
+    return names
+
 
 @dataclass(frozen=True)
-class HydraSettings:
-    """r_par, r_seq: ranks of the branch that reads a module's input and of the one that reads its output; 0: none.
+class HydraSettings(Settings):
+    """The ranks of the two branches, and the modules that get them."""
 
-    targets: names of linear modules, or their ends (None: by model type, those that write to the residual stream);
-    "all-linear" alone: all but the head.
-    scale: what both branches are multiplied by. dropout: of what is between a branch's matrices, in training.
-    """
+    fault = AdapterError
 
-    r_par: int = 8
-    r_seq: int = 8
-    targets: tuple[str, ...] | None = None
-    scale: float = 1.0
-    dropout: float = 0.0
+    r_par: Annotated[
+        int, Option("Rank of the branch that reads a module's input; 0: no such branch.", "N")
+    ] = 8
+    r_seq: Annotated[
+        int, Option("Rank of the branch that reads a module's output; 0: no such branch.", "N")
+    ] = 8
+    targets: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "Linear modules, by the end of their names, or all-linear: all but the head.",
+            "NAME,NAME,…",
+            parse=module_names,
+            also=str,
+            default="by model type, those that write to the residual stream: o_proj,down_proj",
+        ),
+    ] = None
+    scale: Annotated[float, Option("What both branches are multiplied by.", "S")] = 1.0
+    dropout: Annotated[
+        float,
+        Option(
+            "Dropout between a branch's matrices in training, where the model is then not what merging gives.",
+            "P",
+        ),
+    ] = 0.0
 
-    def __post_init__(self) -> None:
-        if isinstance(self.targets, str):
-            raise AdapterError(f"targets '{self.targets}' is not a list of module names")
-        if self.targets is not None:
-            object.__setattr__(self, "targets", tuple(self.targets))
-            if not self.targets:
-                raise AdapterError("targets is empty; name a linear module, or leave it out for the default")
+    def check(self) -> None:
+        """Raise AdapterError for an empty list of modules."""
+        if self.targets is not None and not self.targets:
+            raise AdapterError("targets is empty; name a linear module, or leave it out for the default")
 
 
 SETTINGS = HydraSettings

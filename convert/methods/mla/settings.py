@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from mhconvert.errors import BudgetError
 
+from ...validation.option import Option
+from ...validation.settings import Settings
+
 Profile = Literal["quality", "portable"]
+RANGE = "is outside (0, 1]; it is a share of the donor's KV cache"
 
 
 @dataclass(frozen=True)
-class MLASettings:
-    """kv_budget: share of the donor's KV elements per token that the latent cache may hold, in (0, 1].
+class MLASettings(Settings):
+    """The size of the latent cache, and how it may differ from layer to layer."""
 
-    kv_lora_rank, qk_rope_head_dim: explicit sizes instead of the budget (both or neither); elements per token.
-    profile "quality": ranks and rotary frequencies may differ from layer to layer; "portable": one rank and one
-    geometric frequency series for all layers, as stock latent-attention classes want it, in the widths that
-    serving kernels accept (head_dim 64 or 128: a rotary key of 64 elements).
-    """
+    fault = BudgetError
 
-    kv_budget: float = 0.5
-    kv_lora_rank: int | None = None
-    qk_rope_head_dim: int | None = None
-    profile: Profile = "quality"
+    kv_budget: Annotated[
+        float,
+        Option(
+            "Share of the donor's KV elements per token that the latent cache may hold.",
+            "SHARE",
+            gt=0,
+            le=1,
+            range_hint=RANGE,
+        ),
+    ] = 0.5
+    kv_lora_rank: Annotated[
+        int | None, Option("Width of the latent, together with qk_rope_head_dim instead of kv_budget.", "N")
+    ] = None
+    qk_rope_head_dim: Annotated[
+        int | None, Option("Width of the rotary key, together with kv_lora_rank instead of kv_budget.", "N")
+    ] = None
+    profile: Annotated[
+        Profile,
+        Option(
+            "quality: ranks and rotary frequencies may differ by layer. portable: one rank and one geometric "
+            "frequency series for all layers, as stock latent-attention classes need them, in the widths that "
+            "serving kernels accept."
+        ),
+    ] = "quality"
 
-    def __post_init__(self) -> None:
-        if not 0 < self.kv_budget <= 1:
-            raise BudgetError(
-                f"kv_budget={self.kv_budget} is outside (0, 1]; it is a share of the donor's KV cache"
-            )
+    def check(self) -> None:
+        """Raise BudgetError for one of the two widths without the other."""
         if (self.kv_lora_rank is None) != (self.qk_rope_head_dim is None):
             raise BudgetError("kv_lora_rank and qk_rope_head_dim go together; give both, or kv_budget alone")
-        if self.profile not in ("quality", "portable"):
-            raise BudgetError(f"profile '{self.profile}' is not one of quality, portable")
 
     def at_budget(self, share: float) -> MLASettings:
         """The same choices at another budget. Raises BudgetError where explicit sizes have fixed it."""

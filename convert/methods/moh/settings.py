@@ -5,58 +5,87 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mhconvert.errors import BudgetError
 
-from ...validation.field_types import is_number
+from ...validation.option import Option
+from ...validation.settings import Settings
 
 Router = Literal["learned", "norm"]
 Shared = Literal["calibrated", "first"]
 Route = Literal["heads", "groups"]
-CHOICES = {
-    "router": ("learned", "norm"),
-    "shared_heads": ("calibrated", "first"),
-    "route": ("heads", "groups"),
-}
 Count = int | float
 
 
+def head_counts(text: str) -> Count | list[Count]:
+    """0.75 from "0.75", [7, 8, 0.5] from "7,8,0.5". Raises BudgetError for other text."""
+    try:
+        counts = [int(word) if word.strip().isdigit() else float(word) for word in text.split(",")]
+    except ValueError:
+        raise BudgetError(f"'{text}' is neither a share of heads nor a list such as 7,8,8,9") from None
+    return counts if len(counts) > 1 else counts[0]
+
+
 @dataclass(frozen=True)
-class MoHSettings:
-    """active, shared: heads of a token, and of them those that every token has; as a share of a layer's heads in (0, 1]
-    and [0, 1], or a list with an entry a layer, a share or a whole number of heads. One share of active heads holds for
-    all layers together, and is divided by what each of them needs.
+class MoHSettings(Settings):
+    """How many heads a token has, how they are chosen, and which of them every token has."""
 
-    router: how the other heads are chosen: "learned" from the attention's input, by a linear map fitted to what each
-    head adds; "norm": by the size of its query, no parameters. shared_heads: "calibrated": those that add most;
-    "first": as the paper has it: the first ones, sizes of queries compared as they are, layers alike. route: single
-    "heads", or "groups" of those that read one KV head: then keys and values that no chosen group reads are not read.
-    uniform: whether every layer has as many active heads.
-    """
+    fault = BudgetError
 
-    active: Count | Sequence[Count] = 0.75
-    shared: Count | Sequence[Count] = 0.5
-    router: Router = "learned"
-    shared_heads: Shared = "calibrated"
-    route: Route = "heads"
-    uniform: bool = False
+    active: Annotated[
+        Count | Sequence[Count],
+        Option(
+            "Heads of a token: a share of a layer's heads, divided over the layers by what each needs, or a list with "
+            "a number or share for each layer.",
+            "SHARE|LIST",
+            parse=head_counts,
+            also=str,
+        ),
+    ] = 0.75
+    shared: Annotated[
+        Count | Sequence[Count],
+        Option(
+            "Heads that every token has, of the active ones, as a share or a list. As many as active: fixed pruning.",
+            "SHARE|LIST",
+            parse=head_counts,
+            also=str,
+        ),
+    ] = 0.5
+    router: Annotated[
+        Router,
+        Option(
+            "What chooses the other heads. learned: a linear map of the attention's input, fitted to what each head "
+            "adds. norm: the size of the head's query, no parameters."
+        ),
+    ] = "learned"
+    shared_heads: Annotated[
+        Shared,
+        Option(
+            "Which heads are shared. calibrated: those that add most. first: the paper's rule, the first heads, layers "
+            "alike and sizes of queries as they are."
+        ),
+    ] = "calibrated"
+    route: Annotated[
+        Route,
+        Option(
+            "What is routed. heads: single query heads. groups: those that read one KV head, whose keys and values "
+            "are then not read."
+        ),
+    ] = "heads"
+    uniform: Annotated[bool, Option("As many active heads in every layer.")] = False
 
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise BudgetError(f"{name} '{getattr(self, name)}' is not one of {', '.join(known)}")
-        if not isinstance(self.uniform, bool):
-            raise BudgetError(f"uniform={self.uniform!r} is neither true nor false")
+    def check(self) -> None:
+        """Raise BudgetError for counts out of range, and for a list of counts that is to be uniform."""
         for name in ("active", "shared"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
-                object.__setattr__(self, name, list(value))
+                self._set(name, list(value))
                 for index, entry in enumerate(value):
                     _require_count(entry, f"{name}, layer {index}", least=int(name == "active"))
                 if not value:
                     raise BudgetError(f"{name} is an empty list; it needs an entry a layer")
-            elif not is_number(value) or not 0 <= value <= 1 or (name == "active" and not value):
+            elif not 0 <= value <= 1 or (name == "active" and not value):
                 raise BudgetError(
                     f"{name}={value} is not a share of a layer's heads, from 0 to 1; numbers of heads are given for "
                     "each layer, as a list"
@@ -74,8 +103,7 @@ class MoHSettings:
 
 
 def _require_count(entry: Any, where: str, least: int) -> None:
-    whole = isinstance(entry, int) and not isinstance(entry, bool)
-    if not is_number(entry) or entry < 0 or (least and not entry) or (not whole and entry > 1):
+    if entry < 0 or (least and not entry) or (not isinstance(entry, int) and not entry <= 1):
         raise BudgetError(f"{where}: {entry} is neither a number of heads nor a share of them in (0, 1]")
 
 

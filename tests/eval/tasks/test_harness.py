@@ -12,15 +12,15 @@ import torch
 from mhconvert import api
 from mhconvert.convert.open_model import of_model, open_model
 from mhconvert.errors import MhconvertError, OutputError, TextError
-from mhconvert.eval.comparison import Settings
 from mhconvert.eval.page import page
 from mhconvert.eval.result_cache import Store
+from mhconvert.eval.settings import EvalSettings
 from mhconvert.eval.tasks import harness
-from mhconvert.eval.tasks.harness import Candidate, Options
-from mhconvert.eval.tasks.task_choice import TaskChoice, resolve
+from mhconvert.eval.tasks.harness import Candidate
+from mhconvert.eval.tasks.task_choice import resolve
 from tests.donors import make_donor
 
-QUICK = TaskChoice(suite="quick")
+QUICK = EvalSettings(suite="quick")
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def store(tmp_path: Path) -> Store:
 
 def candidate(folder: Path, **options: Any) -> Candidate:
     opened = open_model(str(folder), device="cpu")
-    return Candidate(opened, of_model(opened), Options(**options))
+    return Candidate(opened, of_model(opened), EvalSettings(suite="quick", **options))
 
 
-def evaluate(each: Candidate, store: Store, place: Path, choice: TaskChoice = QUICK, **more: Any) -> Any:
+def evaluate(each: Candidate, store: Store, place: Path, choice: EvalSettings = QUICK, **more: Any) -> Any:
     place.mkdir(exist_ok=True)
     return harness.evaluate(each, resolve(choice, place), store, **more)
 
@@ -123,7 +123,7 @@ def test_progress_of_rolling_windows_is_counted_beforehand(donor: Path, store: S
         " = One = \n \n" + "Some words here . " * 200 + "\n = Two = \n more \n"
     )
     told: list[tuple[int, int]] = []
-    choice = TaskChoice(("wikitext",), data=tmp_path)
+    choice = EvalSettings(tasks=("wikitext",), data=str(tmp_path))
     each = candidate(donor, max_length=64)
     (found,) = evaluate(
         each, store, tmp_path / "tasks", choice, on_rows=lambda _, done, total: told.append((done, total))
@@ -150,13 +150,13 @@ def test_batch_and_dtype(donor: Path) -> None:
     [
         ({"backend": "vllm"}, "--backend vllm needs vllm, which is not installed here"),
         ({"backend": "jax"}, "'jax' is not one of hf, vllm"),
-        ({"limit": 0}, "--limit 0 is too small"),
+        ({"limit": 0}, "limit=0 is too small"),
         ({"dtype": "float99"}, "'float99' is no dtype"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MhconvertError, match=message):
-        Options(**options)
+        harness.require_available(EvalSettings(suite="quick", **options))
 
 
 def test_the_chat_template_changes_the_questions_and_is_part_of_the_key(
@@ -180,7 +180,7 @@ def test_documents_that_cannot_be_had_name_the_way_out(donor: Path, store: Store
         "task: absent\ndataset_path: json\ndataset_kwargs: {data_files: {test: /nowhere/at/all.jsonl}}\n"
         "output_type: multiple_choice\ntest_split: test\ndoc_to_text: q\ndoc_to_target: 0\ndoc_to_choice: c\n"
     )
-    choice = TaskChoice(("absent",), include_path=own)
+    choice = EvalSettings(tasks=("absent",), include_path=str(own))
     with pytest.raises(
         TextError, match=r"the documents of task absent cannot be had: .*nowhere/at/all.*--data"
     ):
@@ -206,7 +206,7 @@ def test_a_damaged_database_is_removed_and_said(donor: Path, store: Store, tmp_p
 
 
 def test_the_comparison_pairs_donor_and_other(donor: Path, other: Path) -> None:
-    settings = Settings(choice=QUICK, options=Options(limit=20))
+    settings = EvalSettings(suite="quick", limit=20)
     result = api.evaluate(str(other), settings, against=str(donor), device="cpu")
     assert [model["name"] for model in result["models"]] == ["tiny", "twin"]
     (row,) = result["tasks"]
@@ -215,8 +215,8 @@ def test_the_comparison_pairs_donor_and_other(donor: Path, other: Path) -> None:
     assert others["difference_stderr"] > 0
     assert (row["samples"], row["num_fewshot"], row["local"]) == (20, 0, "items.jsonl")
     assert result["versions"]["lm_eval"]
-    with pytest.raises(MhconvertError, match="there is nothing to measure"):
-        Settings()
+    with pytest.raises(MhconvertError, match="there is nothing to evaluate"):
+        EvalSettings()
 
 
 def test_reports_stand_beside_their_own_models(donor: Path, other: Path, tmp_path: Path) -> None:
@@ -237,9 +237,7 @@ def test_figures_are_recorded_in_the_checkpoint_but_not_in_the_donor(
     for file in other.iterdir():
         (converted / file.name).write_bytes(file.read_bytes())
     (converted / "mhconvert.json").write_text(json.dumps({"recipe": {"model": str(donor), "method": "dha"}}))
-    result = api.evaluate(
-        str(converted), Settings(choice=QUICK, options=Options(limit=4)), record=True, device="cpu"
-    )
+    result = api.evaluate(str(converted), EvalSettings(suite="quick", limit=4), record=True, device="cpu")
     assert json.loads((converted / "evaluation.json").read_text()) == json.loads(json.dumps(result))
     assert [(model["role"], model["method"]) for model in result["models"]] == [
         ("donor", None),

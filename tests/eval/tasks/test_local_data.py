@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from mhconvert.errors import MhconvertError, TextError
+from mhconvert.eval.settings import EvalSettings
 from mhconvert.eval.tasks import local_data
-from mhconvert.eval.tasks.task_choice import TaskChoice, resolve
+from mhconvert.eval.tasks.task_choice import resolve
 from mhconvert.eval.tasks.wikitext import articles
 
 CHOICES = {"text": ["a stone", "a fish", "a cloud", "a drum"], "label": ["A", "B", "C", "D"]}
@@ -67,7 +68,7 @@ def place(tmp_path: Path) -> Path:
 def test_every_template_names_a_task_of_lm_eval_and_finds_its_file(data: Path, place: Path) -> None:
     names = tuple(local_data.templates())
     assert set(names) == {*LINES, "wikitext"}
-    found = resolve(TaskChoice(names, data=data), place)
+    found = resolve(EvalSettings(tasks=names, data=str(data)), place)
     assert [spec.name for spec in found.specs] == list(names)
     loaded = found.manager.load(list(names))["tasks"]
     assert {name: len(list(task.eval_docs)) for name, task in loaded.items()} == {
@@ -89,7 +90,7 @@ def test_every_template_names_a_task_of_lm_eval_and_finds_its_file(data: Path, p
 def test_prompts_are_those_of_lm_eval(
     data: Path, place: Path, name: str, prompt: str, choices: list[str], target: int
 ) -> None:
-    task = resolve(TaskChoice((name,), data=data), place).manager.load([name])["tasks"][name]
+    task = resolve(EvalSettings(tasks=(name,), data=str(data)), place).manager.load([name])["tasks"][name]
     (document,) = task.eval_docs
     assert task.doc_to_text(document) == prompt
     assert task.doc_to_choice(document) == choices
@@ -97,9 +98,9 @@ def test_prompts_are_those_of_lm_eval(
 
 
 def test_winogrande_has_its_option_in_the_sentence(data: Path, place: Path) -> None:
-    task = resolve(TaskChoice(("winogrande",), data=data), place).manager.load(["winogrande"])["tasks"][
-        "winogrande"
-    ]
+    task = resolve(EvalSettings(tasks=("winogrande",), data=str(data)), place).manager.load(["winogrande"])[
+        "tasks"
+    ]["winogrande"]
     (document,) = task.eval_docs
     assert task.doc_to_choice(document) == [
         "The cup fell off the table because cup",
@@ -113,9 +114,9 @@ def test_hellaswag_as_it_is_on_the_hub_goes_through_process_docs(data: Path, pla
     raw = {"activity_label": "Cooking", "ctx_a": "A man stirs.", "ctx_b": "then he", "label": "1", "ind": 0}
     raw["endings"] = ["sings [title] loud.", "eats.", "runs.", "sits."]
     (data / "hellaswag" / "hellaswag_val.jsonl").write_text(json.dumps(raw) + "\n", encoding="utf-8")
-    task = resolve(TaskChoice(("hellaswag",), data=data), place).manager.load(["hellaswag"])["tasks"][
-        "hellaswag"
-    ]
+    task = resolve(EvalSettings(tasks=("hellaswag",), data=str(data)), place).manager.load(["hellaswag"])[
+        "tasks"
+    ]["hellaswag"]
     (document,) = task.eval_docs
     assert task.doc_to_text(document) == "Cooking: A man stirs. Then he"
     assert task.doc_to_choice(document)[0] == "sings. loud."
@@ -134,36 +135,36 @@ def test_missing_files_are_named_all_together(data: Path, place: Path) -> None:
     with pytest.raises(
         TextError, match=r"have no file for piqa \(piqa_validation\*.jsonl or .*\), wikitext \("
     ):
-        resolve(TaskChoice(("piqa", "wikitext", "arc_easy"), data=data), place)
+        resolve(EvalSettings(tasks=("piqa", "wikitext", "arc_easy"), data=str(data)), place)
     with pytest.raises(TextError, match="nowhere is no folder"):
-        resolve(TaskChoice(("piqa",), data=data / "nowhere"), place)
+        resolve(EvalSettings(tasks=("piqa",), data=str(data / "nowhere")), place)
 
 
 def test_a_file_with_other_columns_is_no_copy(data: Path, place: Path) -> None:
     file = data / "piqa" / "piqa_validation.jsonl"
     file.write_text('{"question": "?"}\n', encoding="utf-8")
     with pytest.raises(TextError, match=r"is no copy of piqa: line 1 has \['question'\] instead of goal"):
-        resolve(TaskChoice(("piqa",), data=data), place)
+        resolve(EvalSettings(tasks=("piqa",), data=str(data)), place)
     file.write_text("not json\n", encoding="utf-8")
     with pytest.raises(TextError, match="piqa, line 1, is no JSON"):
-        resolve(TaskChoice(("piqa",), data=data), place)
+        resolve(EvalSettings(tasks=("piqa",), data=str(data)), place)
 
 
 def test_shots_have_nowhere_to_come_from(data: Path, place: Path) -> None:
     with pytest.raises(TextError, match="piqa with 5 examples draws them from the task's training split"):
-        resolve(TaskChoice(("piqa",), data=data, num_fewshot=5), place)
+        resolve(EvalSettings(tasks=("piqa",), data=str(data), num_fewshot=5), place)
 
 
 def test_an_unknown_task_has_near_matches(place: Path) -> None:
     with pytest.raises(MhconvertError, match=r"lm-eval has no task 'helaswag'; did you mean .*hellaswag"):
-        resolve(TaskChoice(("helaswag",)), place)
+        resolve(EvalSettings(tasks=("helaswag",)), place)
 
 
 def test_a_changed_file_changes_the_digest_and_its_place_does_not(
     data: Path, place: Path, tmp_path: Path
 ) -> None:
     def digest(folder: Path) -> str:
-        return resolve(TaskChoice(("piqa",), data=folder), place).specs[0].digest
+        return resolve(EvalSettings(tasks=("piqa",), data=str(folder)), place).specs[0].digest
 
     before = digest(data)
     data.rename(tmp_path / "moved")
@@ -174,7 +175,7 @@ def test_a_changed_file_changes_the_digest_and_its_place_does_not(
 
 
 def test_a_suite_has_its_shots_and_a_task_named_beside_it_its_own(place: Path) -> None:
-    found = resolve(TaskChoice(("mhconvert_quick",), suite="quick"), place)
+    found = resolve(EvalSettings(tasks=("mhconvert_quick",), suite="quick"), place)
     assert [(spec.name, spec.num_fewshot) for spec in found.specs] == [("mhconvert_quick", None)]
     task = found.manager.load(["mhconvert_quick"])["tasks"]["mhconvert_quick"]
     documents = list(task.eval_docs)
@@ -201,19 +202,19 @@ def test_a_later_line_that_lacks_a_value_is_named(data: Path, place: Path) -> No
     line = json.dumps(LINES["piqa"][1])
     file.write_text(f"{line}\n{line.replace('Use a song', '')[:-1]}\n", encoding="utf-8")
     with pytest.raises(TextError, match="piqa, line 2, is no JSON"):
-        resolve(TaskChoice(("piqa",), data=data), place)
+        resolve(EvalSettings(tasks=("piqa",), data=str(data)), place)
     file.write_text(line + "\n" + json.dumps(LINES["piqa"][1] | {"sol2": None}) + "\n", encoding="utf-8")
     with pytest.raises(
         TextError, match=r"is no copy of piqa: line 2 has \['goal', 'label', 'sol1'\] instead of"
     ):
-        resolve(TaskChoice(("piqa",), data=data), place)
+        resolve(EvalSettings(tasks=("piqa",), data=str(data)), place)
     file.write_text("", encoding="utf-8")
     with pytest.raises(TextError, match="piqa_validation.jsonl of task piqa has no documents"):
-        resolve(TaskChoice(("piqa",), data=data), place)
+        resolve(EvalSettings(tasks=("piqa",), data=str(data)), place)
 
 
 def test_a_glob_means_the_local_copies(data: Path, place: Path) -> None:
-    found = resolve(TaskChoice(("arc_*",), data=data), place)
+    found = resolve(EvalSettings(tasks=("arc_*",), data=str(data)), place)
     assert [spec.name for spec in found.specs] == ["arc_challenge", "arc_easy"]
     assert all(spec.local for spec in found.specs)
 
@@ -230,7 +231,7 @@ def test_ones_own_tasks_by_tag_and_what_their_digest_depends_on(tmp_path: Path, 
         (own / f"{name}.yaml").write_text(OWN.format(name=name, file=own / "a.jsonl"))
 
     def digests() -> list[str]:
-        specs = resolve(TaskChoice(("mine",), include_path=own), place).specs
+        specs = resolve(EvalSettings(tasks=("mine",), include_path=str(own)), place).specs
         assert [spec.name for spec in specs] == ["one", "two"]
         return [spec.digest for spec in specs]
 

@@ -234,7 +234,10 @@ print("difference", (model(ids).logits - torch.load(folder + "/logits.pt")).abs(
 """
 
 
-@pytest.mark.parametrize("statement", ["from mhconvert import HydraConfig", "from mhconvert.convert.methods import hydra; hydra.register()"])
+@pytest.mark.parametrize(
+    "statement",
+    ["from mhconvert import HydraConfig", "from mhconvert.convert.methods import hydra; hydra.register()"],
+)
 def test_a_fresh_process_with_the_import(donor: Path, saved: tuple[Path, Any], statement: str) -> None:
     folder, logits = saved
     torch.save(tokens(), folder / "ids.pt")

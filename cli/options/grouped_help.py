@@ -1,0 +1,58 @@
+"""`--help` with the options in groups; with `--to METHOD` beside it, those of the other methods are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from typer.core import TyperCommand
+
+from ...convert.methods.registry import METHOD_NAMES
+from ...convert.validation.option import Declared
+from .from_settings import Group, heading_of, joint_help, parameter_of
+
+WORDS = "mhconvert.words"  # in click's context: the words of the command line
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose callback has `groups` (see `settings_options`)."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = list(args)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and the groups of options."""
+        to = _after("--to", ctx.meta.get(WORDS, ()))
+        groups = [group for group in self._groups() if to not in METHOD_NAMES or group.concerns(str(to))]
+        entries: dict[str, list[tuple[Group, Declared]]] = {}
+        for group in groups:
+            for field in group.fields:
+                entries.setdefault(parameter_of(field), []).append((group, field))
+        known = {parameter_of(field) for group in self._groups() for field in group.fields}
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            heading = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            if record is None or parameter.name in known - entries.keys():
+                continue
+            if parameter.name in known:
+                heading = heading_of(entries[parameter.name])
+                record = (record[0], joint_help(entries[parameter.name]))
+            sections.setdefault(heading, []).append(record)
+        for heading, records in sorted(sections.items(), key=lambda section: section[0] != "Arguments"):
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+    def _groups(self) -> tuple[Any, ...]:
+        return getattr(self.callback, "__wrapped__", self.callback).__dict__.get("groups", ())
+
+
+def _after(flag: str, words: Sequence[str]) -> str | None:
+    """The value of `flag` among the words: "--to mla" or "--to=mla"."""
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return None

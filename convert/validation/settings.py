@@ -1,0 +1,52 @@
+"""The base of every settings class: a frozen dataclass whose fields are declared with an Option."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from mhconvert.errors import MhconvertError
+
+from .check import check
+from .option import declared, settings_in
+
+
+class Settings:
+    """Checks the fields when an instance is made, and turns them into their declared types.
+
+    fault: The error that is raised, with every field that does not fit in its message.
+    """
+
+    fault: ClassVar[type[MhconvertError]] = MhconvertError
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        fields = declared(kind)
+        values = {
+            name: getattr(self, name) for name, field in fields.items() if settings_in(field.hint) is None
+        }
+        given = {
+            name: value
+            for name, value in values.items()
+            if value is not None or fields[name].default is not None
+        }
+        taken, faults = check(kind, given, finite=False)
+        if faults:
+            raise (faults[0].error or self.fault)("; ".join(fault.of_field() for fault in faults))
+        for name, value in taken.items():
+            self._set(name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `fault` where fields do not go together."""
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+def json_types(settings: Any) -> dict[str, Any]:
+    """The settings as plain JSON and YAML types."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(settings).items()
+    }
