@@ -1,12 +1,13 @@
 # make demo: convert a real model and show the result.  make bench: its shape's speed.  make test / make lint: what CI runs.
+# make figures: tables and plots of README and docs from benchmarks/*.json.
 # Needs python3 >= 3.11 and nothing else; everything is installed into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := mhconvert convert cli eval heal hub run tests
+SOURCES := mhconvert convert cli eval heal hub run tests benchmarks
 DEMO := demo/smollm2-135m-mla
 
-.PHONY: demo bench test lint format clean
+.PHONY: demo bench test lint format figures clean
 
 demo: .venv/installed
 	$(BIN)/mhconvert smollm2-135m --to mla --effort quick --calibration-tokens 4096 -o $(DEMO) --force
@@ -32,6 +33,9 @@ lint: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+figures: .venv/installed-dev
+	$(BIN)/python benchmarks/figures.py
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
