@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import typer.main
 
 from mhconvert.cli.main import app
-from mhconvert.convert.family_table import family_table, markdown
-from mhconvert.run.schema import schema
+from mhconvert.convert.families.table import family_table, markdown
+from mhconvert.run.json_schema import schema
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTICE = "<!-- Written by docs/generate.py from the code. Edit the declarations there, then run `make docs`. -->\n\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import mhconvert
-from mhconvert.convert.mla.settings import MLASettings
+from mhconvert.convert.methods.mla.settings import MLASettings
 
 
 def main() -> None:
