@@ -1,11 +1,12 @@
 """Writes the pages of `docs/reference` that follow from the code: the command line, the recipe keys, the families.
 
-    python docs/generate.py            write the pages
-    python docs/generate.py --check    write nothing; exit code 1 where a committed page differs
+python docs/generate.py            write the pages
+python docs/generate.py --check    write nothing; exit code 1 where a committed page differs
 """
 
 from __future__ import annotations
 
+import html
 import re
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ class Section(NamedTuple):
     heading: str
     definition: str | None  # None: the recipe itself
     command: str
-    options: dict[str, str]  # key of the recipe → parameter of the command, where the two have different names
+    options: dict[
+        str, str
+    ]  # key of the recipe → parameter of the command, where the two have different names
 
 
 SECTIONS = (
@@ -119,7 +122,13 @@ def options_page() -> str:
             default = "required" if key in known["required"] else _default(value.get("default"))
             described = value.get("description") or (parameter.help if parameter else "")
             rows.append(
-                (f"`{key}`", _code(_kind(value)), default, _flag(parameter), _cell(_sentence(described)))
+                (
+                    f"`{key}`",
+                    " or ".join(_kinds(value)),
+                    default,
+                    _flag(parameter),
+                    _cell(_sentence(described)),
+                )
             )
         parts += [f"## {heading}\n"]
         if definition is not None and known.get("description"):
@@ -133,9 +142,7 @@ def families_page() -> str:
     return (
         "# Model families\n\n"
         "`mhconvert donors --families` prints this table, and `mhconvert inspect DONOR` says for one model which "
-        "methods apply and why others do not.\n\n"
-        + markdown(family_table())
-        + "\n"
+        "methods apply and why others do not.\n\n" + markdown(family_table()) + "\n"
     )
 
 
@@ -159,19 +166,20 @@ def _effect(text: str) -> tuple[str, str | None]:
     return _cell(plain), default[1] if default else None
 
 
-def _kind(value: dict[str, Any]) -> str:
-    """The type of a schema's value in a few words."""
+def _kinds(value: dict[str, Any]) -> list[str]:
+    """The types that a schema's value may have, or the words, each as code."""
     if "$ref" in value:
-        return "mapping"
+        return ["`mapping`"]
     if "anyOf" in value:
-        kinds = [_kind(each) for each in value["anyOf"]]
-        return " | ".join(dict.fromkeys(kind for kind in kinds if kind != "null"))
+        return list(
+            dict.fromkeys(kind for each in value["anyOf"] for kind in _kinds(each) if kind != "`null`")
+        )
     if "enum" in value or "const" in value:
-        return " | ".join(map(str, value.get("enum", [value.get("const")])))
+        return [_code(str(word)) for word in value.get("enum", [value.get("const")])]
     kind = value.get("type", "any")
     if kind == "array":
-        return f"list of {_kind(value.get('items', {}))}"
-    return {"object": "mapping"}.get(kind, kind)
+        return ["list of " + " or ".join(_kinds(value.get("items", {})))]
+    return [_code({"object": "mapping"}.get(kind, kind))]
 
 
 def _default(value: Any) -> str:
@@ -204,12 +212,13 @@ def _sentence(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text in a table's cell, where a bar would end the cell."""
+    return " ".join(html.escape(text, quote=False).split()).replace("|", "&#124;")
 
 
 def _code(text: str) -> str:
-    """Code in a table's cell, where a bar ends the cell."""
-    return f"`{_cell(text)}`"
+    """Code in a table's cell; between backticks a bar cannot be written so that every Markdown reads it."""
+    return f"<code>{_cell(text)}</code>" if set("|<&") & set(text) else f"`{text}`"
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

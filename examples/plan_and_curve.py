@@ -28,7 +28,9 @@ def main() -> None:
 
     curve = mhconvert.curve(recipe, args.budgets)
     for point in curve["points"]:
-        print(f"{point['kv_budget']:6.1%}  KL {point['kl']:.4f}  perplexity × {point['perplexity_ratio']:.3f}")
+        print(
+            f"{point['kv_budget']:6.1%}  KL {point['kl']:.4f}  perplexity × {point['perplexity_ratio']:.3f}"
+        )
 
 
 if __name__ == "__main__":

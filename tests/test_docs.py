@@ -19,7 +19,13 @@ from mhconvert.cli.main import app, arguments
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md", *PAGES]
+TEXTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "examples/README.md",
+    *PAGES,
+]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(mhconvert [^`\n]+)`")
 LINK = re.compile(r"(?<!\\)\[[^]]*\]\(([^)\s]+)\)")
@@ -119,7 +125,11 @@ def test_every_command_in_a_sentence_has_only_known_options(path: Path) -> None:
     for span in INLINE.findall(text):
         words = shlex.split(span.replace("…", "x"))[1:]
         if any(word.startswith("--") for word in words):
-            unknown = {word for word in words if word.startswith("--")} - options_of(words) - {"--help", "--version"}
+            unknown = (
+                {word for word in words if word.startswith("--")}
+                - options_of(words)
+                - {"--help", "--version"}
+            )
             assert not unknown, f"{span} in {path.name}"
 
 
