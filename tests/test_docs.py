@@ -29,7 +29,7 @@ TEXTS = [
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(mhconvert [^`\n]+)`")
 LINK = re.compile(r"(?<!\\)\[[^]]*\]\(([^)\s]+)\)")
-MODULES = {"mhconvert.heal": ["heal"], "mhconvert.cli.main": [], "mhconvert": ["heal"]}
+MODULES = {"mhconvert.heal": ["heal"], "mhconvert.cli.main": [], "mhconvert": []}
 
 
 def generator() -> ModuleType:
