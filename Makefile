@@ -1,13 +1,14 @@
 # make demo: convert a real model and show the result.  make bench: its shape's speed.  make test / make lint: what CI runs.
 # make figures: tables and plots of README and docs from benchmarks/*.json.
+# make docs: the documentation into site/.
 # Needs python3 >= 3.11 and nothing else; everything is installed into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := mhconvert convert cli eval heal hub run tests benchmarks
+SOURCES := mhconvert convert cli eval heal hub run tests benchmarks docs examples
 DEMO := demo/smollm2-135m-mla
 
-.PHONY: demo bench test lint format figures clean
+.PHONY: demo bench test lint format figures docs clean
 
 demo: .venv/installed
 	$(BIN)/mhconvert smollm2-135m --to mla --effort quick --calibration-tokens 4096 -o $(DEMO) --force
@@ -37,8 +38,12 @@ format: .venv/installed-dev
 figures: .venv/installed-dev
 	$(BIN)/python benchmarks/figures.py
 
+docs: .venv/installed-docs
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -52,4 +57,8 @@ clean:
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ .venv/installed
+
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	@touch $@ .venv/installed

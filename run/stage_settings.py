@@ -34,7 +34,7 @@ class PushStage(Settings):
 
     fault = RecipeError
 
-    repo: Annotated[str, Option("owner/name, or a name of one's own.", "USER/REPO")]
+    repo: Annotated[str, Option("owner/name, or a name of one's own.", "USER/REPO", flag="")]
     private: Annotated[bool, Option("Make the repository private, if it is made for this.")] = False
     revision: Annotated[str | None, Option("A branch.", "BRANCH", default="main")] = None
 
