@@ -3,13 +3,14 @@
     resolve ▸ survey ▸ plan ▸ for each layer: read ▸ observe ▸ convert ▸ fit ▸ check ▸ write ▸ finish ▸ verify
 
 The survey is short, and left out where layers cannot differ in size.
-A tolerance instead of a budget puts a search before the layers (`search`), and repeats them where it misses.
+A tolerance instead of a budget puts a search before the layers (`tolerance_search`), and repeats them where it misses.
 Two streams of hidden states are all that passes from layer to layer: the donor's own (the teacher) and the
 converted model's (the student). Everything is written to OUT.partial, which is renamed when it is whole.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -27,8 +28,9 @@ from .calibration import calibration_rows
 from .checkpoint import provenance
 from .donor.donor import Donor, open_donor
 from .layer_pass import conversion_report, cost_estimate, decoder_layer, layer_steps, survey
+from .layer_pass.context import ConversionContext, Fit, Measure
 from .layer_pass.resumable_run import Workspace
-from .layer_pass.tolerance_search import Search, meet
+from .layer_pass.tolerance_search import meet
 from .methods.registry import Method, build_method
 from .recipe.recipe import Recipe
 from .storage import output_folder, shard_writer
@@ -55,7 +57,9 @@ def plan(
                 "there is nothing to survey: no budget that layers would have parts of; leave it out"
             )
         rows = calibration_rows.draw(recipe, donor, device, tell)
-        method.share_out(survey.run(recipe, donor, device, rows, surveyed, tell))
+        dtype = cost_estimate.output_dtype(recipe, donor)
+        context = ConversionContext(recipe, donor, device, dtype, rows, _no_fit, surveyed, tell)
+        method.share_out(survey.run(context))
     sizes = cost_estimate.plan(recipe, donor, method, device)
     return sizes if recipe.tolerance is None else sizes | {"tolerance": recipe.tolerance, "layers": []}
 
@@ -63,8 +67,8 @@ def plan(
 def run(
     recipe: Recipe,
     *,
-    fit: layer_steps.Fit,
-    measure: Callable[[], Any],
+    fit: Fit,
+    measure: Measure,
     finish: Callable[[Path, dict[str, Any]], None],
     resume: bool = False,
     force: bool = False,
@@ -72,8 +76,8 @@ def run(
 ) -> dict[str, Any]:
     """Write the checkpoint that `recipe` describes; returns its report.
 
-    fit: trains a converted attention in place (`heal.local.fit`). measure: makes an accumulator of predictions
-    (`eval.fidelity.Fidelity`). finish: writes the report into the folder (`eval.card.write_report`).
+    fit: trains a converted attention in place (`heal.layer_fit.fit`). measure: makes an accumulator of predictions
+    (`eval.fidelity.Fidelity`). finish: writes the report into the folder (`eval.report.model_card.write_report`).
     Raises MhconvertError for what a user can mend; the output folder then does not exist or is as it was.
     """
     started, tell = time.perf_counter(), on_progress or ignore
@@ -86,25 +90,14 @@ def run(
     space = Workspace(output, recipe, sizes["disk_needed_bytes"], resume=resume, force=force)
     with space:
         rows = space.rows(lambda: calibration_rows.draw(recipe, donor, device, tell))
-        needs = functools.partial(
-            space.needs, functools.partial(survey.run, recipe, donor, device, rows, measure, tell)
-        )
-        attempt = functools.partial(
-            _attempt,
-            donor=donor,
-            device=device,
-            rows=rows,
-            needs=needs,
-            space=space,
-            fit=fit,
-            measure=measure,
-            tell=tell,
-        )
+        surveying = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, tell)
+        needs = functools.partial(space.needs, functools.partial(survey.run, surveying))
+        context = dataclasses.replace(surveying, needs=needs)
+        attempt = functools.partial(_attempt, space=space)
         if recipe.tolerance is None:
-            method, report = attempt(recipe)
+            method, report = attempt(context)
         else:
-            find = Search(recipe, donor, device, rows, needs, fit, measure, tell).find
-            recipe, method, report = meet(recipe, space, find, attempt, _planned_elements(donor), tell)
+            context, method, report = meet(context, space, attempt)
         report["output"] = str(output)
         space.release_streams()
         donor.release()
@@ -118,19 +111,14 @@ def run(
             provenance.peak_rss(), report.get("verified", {}).get("peak_rss_bytes", 0)
         )
         finish(space.partial, report)
-        provenance.write_provenance(space.partial, recipe, donor, report)
+        provenance.write_provenance(space.partial, context.recipe, donor, report)
         space.publish()
     tell(Progress("done", 1, 1, str(output)))
     return report
 
 
-def _planned_elements(donor: Donor) -> Callable[[Recipe], int]:
-    """How many elements a token of a conversion would leave in its cache."""
-
-    def planned(recipe: Recipe) -> int:
-        return build_method(recipe.method, donor.config, recipe.settings, recipe.effort).kv_elements()
-
-    return planned
+def _no_fit(*_: Any, **__: Any) -> None:
+    raise AssertionError("a survey fits nothing")
 
 
 def _open(recipe: Recipe, tell: Listener) -> tuple[Donor, Method]:
@@ -148,80 +136,63 @@ def _open(recipe: Recipe, tell: Listener) -> tuple[Donor, Method]:
     return donor, method
 
 
-def _attempt(
-    recipe: Recipe,
-    *,
-    donor: Donor,
-    device: torch.device,
-    rows: calibration_rows.Rows,
-    needs: survey.Needs,
-    space: Workspace,
-    fit: layer_steps.Fit,
-    measure: Callable[[], Any],
-    tell: Listener,
-) -> tuple[Method, dict[str, Any]]:
+def _attempt(context: ConversionContext, space: Workspace) -> tuple[Method, dict[str, Any]]:
     """Convert every layer into `space`, and measure the result on the held-out rows."""
-    method = survey.planned_method(recipe, donor, needs)
-    layers = _convert_layers(recipe, donor, method, device, rows, space, fit, tell)
-    sizes = cost_estimate.plan(recipe, donor, method, device)
+    method = context.planned_method()
+    layers = _convert_layers(context, method, space)
+    sizes = cost_estimate.plan(context.recipe, context.donor, method, context.device)
     remote = provenance.needs_remote_code(method.model_class)
-    report = conversion_report.known_facts(recipe, donor, rows, layers, sizes, remote)
-    dtype, streams = cost_estimate.output_dtype(recipe, donor), space.streams
-    hidden = (streams.teacher_held, [streams.student_held])
-    [found] = conversion_report.fidelity(donor, *hidden, rows.held_out, measure, dtype, device, space.probe)
-    return method, report | found
+    report = conversion_report.known_facts(context, layers, sizes, remote)
+    streams = space.streams
+    [measured] = conversion_report.measured(
+        context, streams.teacher_held, [streams.student_held], probe=space.probe
+    )
+    return method, report | measured
 
 
-def _convert_layers(
-    recipe: Recipe,
-    donor: Donor,
-    method: Method,
-    device: torch.device,
-    rows: calibration_rows.Rows,
-    space: Workspace,
-    fit: layer_steps.Fit,
-    tell: Listener,
-) -> list[dict[str, Any]]:
+def _convert_layers(context: ConversionContext, method: Method, space: Workspace) -> list[dict[str, Any]]:
     """Every layer, from the first that is not finished; leaves both streams behind the last layer."""
-    total, dtype = donor.config.num_hidden_layers, cost_estimate.output_dtype(recipe, donor)
-    place = layer_steps.positions(donor, rows.fit.shape[1], device)
+    donor, rows, total = context.donor, context.rows, context.layers
+    place = layer_steps.positions(donor, rows.fit.shape[1], context.device)
     for index, chosen in enumerate(space.layers):
         method.restore(index, chosen)
     if not space.streams_ready:
-        teacher = donor.embed(rows.all)
-        blocks = layer_steps.block_steps(recipe, *rows.fit.shape)
-        student = (teacher if blocks else teacher[len(rows.fit) :]).clone().to(dtype).float()
-        names = donor.outer_tensor_names()
-        outer = ((name, cast(name, donor.source.read(name), dtype)) for name in names)
-        space.begin(teacher, student, len(rows.fit), outer, len(donor.shapes()) + 2 * total)
+        _begin(context, space)
     streams = space.streams
-    tell(Progress("layers", len(space.layers), total))
+    context.on_progress(Progress("layers", len(space.layers), total))
     for index in range(len(space.layers), total):
         begun = time.perf_counter()
-        layer, rotary = layer_steps.read(donor, index, place, device)
-        attention, chosen = _convert_layer(recipe, donor, method, layer, index, streams, rotary, fit, dtype)
+        layer, rotary = layer_steps.read(donor, index, place, context.device)
+        attention, chosen = _convert_layer(context, method, layer, index, streams, rotary)
         chosen |= {"index": index, "seconds": time.perf_counter() - begun}
-        tensors = _layer_tensors(donor, method, index, attention, dtype)
+        tensors = _layer_tensors(donor, method, index, attention, context.dtype)
         space.finish_layer(tensors, chosen, last=index + 1 == total)
-        tell(Progress("layers", index + 1, total, error=chosen["relative_error"]))
+        context.on_progress(Progress("layers", index + 1, total, error=chosen["relative_error"]))
     return space.layers
 
 
+def _begin(context: ConversionContext, space: Workspace) -> None:
+    """Embed the rows, and write the tensors that lie outside the layers."""
+    donor, rows, dtype = context.donor, context.rows, context.dtype
+    teacher = donor.embed(rows.all)
+    blocks = layer_steps.block_steps(context.recipe, *rows.fit.shape)
+    student = (teacher if blocks else teacher[len(rows.fit) :]).clone().to(dtype).float()
+    outer = ((name, cast(name, donor.source.read(name), dtype)) for name in donor.outer_tensor_names())
+    space.begin(teacher, student, len(rows.fit), outer, len(donor.shapes()) + 2 * context.layers)
+
+
 def _convert_layer(
-    recipe: Recipe,
-    donor: Donor,
+    context: ConversionContext,
     method: Method,
     layer: decoder_layer.Layer,
     index: int,
     streams: decoder_layer.Streams,
     rotary: LayerRotary,
-    fit: layer_steps.Fit,
-    dtype: torch.dtype,
 ) -> tuple[Any, dict[str, Any]]:
     """The new attention of one layer, what was chosen and what was measured; both streams move past it."""
-    seen = layer_steps.observe(layer, index, method, streams.teacher, streams.fitted, rotary, dtype)
-    attention, chosen = layer_steps.convert(recipe, method, index, seen, fit, dtype)
-    layer_steps.refine(recipe, donor, layer, index, attention, streams, fit, dtype)
+    seen = layer_steps.observe(layer, index, method, streams.teacher, streams.fitted, rotary, context.dtype)
+    attention, chosen = layer_steps.convert(context, method, index, seen)
+    layer_steps.refine(context, layer, index, attention, streams)
     return attention, chosen | layer_steps.follow(layer, index, attention, seen, streams.student)
 
 

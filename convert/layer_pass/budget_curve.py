@@ -1,11 +1,12 @@
 """Several budgets from one pass: what each would give, measured, and no checkpoint written.
 
 The donor's work is shared: each layer is read and observed once. Every budget has its own method and its own
-student stream, and takes the steps of a conversion (`steps`), so its figures are those of that conversion.
+student stream, and takes the steps of a conversion (`layer_steps`), so its figures are those of that conversion.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from ..donor.donor import Donor, open_donor
 from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
 from . import conversion_report, cost_estimate, decoder_layer, layer_steps, survey
+from .context import ConversionContext, Fit, Measure
 
 BUDGETS = (0.75, 0.5, 0.375, 0.3125, 0.25, 0.1875, 0.125)
 
@@ -37,7 +39,7 @@ HeldOut = Callable[[Any, int], Tensor]  # tokenizer, tokens a row -> rows of ids
 class Student:
     """One budget on its way through the layers; all budgets' streams have one teacher."""
 
-    recipe: Recipe
+    context: ConversionContext
     method: Method
     streams: decoder_layer.Streams
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -48,8 +50,8 @@ def run(
     recipe: Recipe,
     budgets: Sequence[float] | None = None,
     *,
-    fit: layer_steps.Fit,
-    measure: Callable[[], Any],
+    fit: Fit,
+    measure: Measure,
     held_out: HeldOut | None = None,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
@@ -75,8 +77,9 @@ def run(
     rows = calibration_rows.draw(recipe, donor, device, tell)
     if measured_rows is not None:
         rows = calibration_rows.Rows(rows.fit, measured_rows)
-    needs = functools.cache(lambda: survey.run(recipe, donor, device, rows, measure, tell))
-    result = trace(recipes, donor, device, rows, needs, fit=fit, measure=measure, tell=tell)
+    context = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, tell)
+    needs = functools.cache(lambda: survey.run(context))
+    result = trace(dataclasses.replace(context, needs=needs), recipes)
     tell(Progress("done", 1, 1))
     return {
         "method": recipe.method,
@@ -113,34 +116,25 @@ def at_budgets(recipe: Recipe, budgets: Sequence[float]) -> list[Recipe]:
     return [recipe.at_budget(share) for share in sorted(set(budgets), reverse=True)]
 
 
-def trace(
-    recipes: Sequence[Recipe],
-    donor: Donor,
-    device: torch.device,
-    rows: calibration_rows.Rows,
-    needs: survey.Needs,
-    *,
-    fit: layer_steps.Fit,
-    measure: Callable[[], Any],
-    tell: Listener,
-) -> dict[str, Any]:
+def trace(context: ConversionContext, recipes: Sequence[Recipe]) -> dict[str, Any]:
     """One pass over the layers for all `recipes`, which differ in their budgets alone; a point for each."""
-    total, dtype = donor.config.num_hidden_layers, cost_estimate.output_dtype(recipes[0], donor)
-    place, fitted = layer_steps.positions(donor, rows.fit.shape[1], device), len(rows.fit)
-    methods = [survey.planned_method(each, donor, needs) for each in recipes]
+    donor, rows, dtype = context.donor, context.rows, context.dtype
+    place, fitted = layer_steps.positions(donor, rows.fit.shape[1], context.device), len(rows.fit)
+    contexts = [context.with_recipe(recipe) for recipe in recipes]
+    methods = [each.planned_method() for each in contexts]
     teacher = donor.embed(rows.all)
     blocks = layer_steps.block_steps(recipes[0], *rows.fit.shape)
     begun = (teacher if blocks else teacher[fitted:]).to(dtype).float()
     students = [
         Student(each, method, decoder_layer.Streams(teacher, begun.clone(), fitted))
-        for each, method in zip(recipes, methods, strict=True)
+        for each, method in zip(contexts, methods, strict=True)
     ]
-    tell(Progress("layers", 0, total))
-    for index in range(total):
-        _pass_layer(donor, index, students, place, device, fit, dtype)
-        tell(Progress("layers", index + 1, total))
+    context.on_progress(Progress("layers", 0, context.layers))
+    for index in range(context.layers):
+        _pass_layer(context, index, students, place)
+        context.on_progress(Progress("layers", index + 1, context.layers))
     hidden = [student.streams.student_held for student in students]
-    found = conversion_report.fidelity(donor, teacher[fitted:], hidden, rows.held_out, measure, dtype, device)
+    found = conversion_report.measured(context, teacher[fitted:], hidden)
     donor.release()
     elements = sum(layer["kv_elements"]["donor"] for layer in students[0].layers)
     return {
@@ -153,22 +147,17 @@ def trace(
 
 
 def _pass_layer(
-    donor: Donor,
-    index: int,
-    students: list[Student],
-    place: layer_steps.Positions,
-    device: torch.device,
-    fit: layer_steps.Fit,
-    dtype: torch.dtype,
+    context: ConversionContext, index: int, students: list[Student], place: layer_steps.Positions
 ) -> None:
     """Move the teacher and every student past a layer."""
-    layer, rotary = layer_steps.read(donor, index, place, device)
+    layer, rotary = layer_steps.read(context.donor, index, place, context.device)
     shared = students[0].streams
-    seen = layer_steps.observe(layer, index, students[0].method, shared.teacher, shared.fitted, rotary, dtype)
+    method, dtype = students[0].method, context.dtype
+    seen = layer_steps.observe(layer, index, method, shared.teacher, shared.fitted, rotary, dtype)
     for student in students:
         begun = time.perf_counter()
-        attention, _ = layer_steps.convert(student.recipe, student.method, index, seen, fit, dtype)
-        layer_steps.refine(student.recipe, donor, layer, index, attention, student.streams, fit, dtype)
+        attention, _ = layer_steps.convert(student.context, student.method, index, seen)
+        layer_steps.refine(student.context, layer, index, attention, student.streams)
         student.layers.append(layer_steps.follow(layer, index, attention, seen, student.streams.student))
         student.seconds += time.perf_counter() - begun
 
@@ -181,7 +170,7 @@ def _point(student: Student, found: dict[str, Any], dtype: torch.dtype) -> dict[
     elements = sum(layer["kv_elements"]["converted"] for layer in student.layers)
     perplexity = found["perplexity"]
     return {
-        "kv_budget": student.recipe.settings.kv_budget,
+        "kv_budget": student.context.recipe.settings.kv_budget,
         "kv_elements_per_token": elements,
         "kv_bytes_per_token": elements * dtype.itemsize,
         "kl": found["kl"],

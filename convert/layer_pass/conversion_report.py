@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,26 @@ from mhconvert.library_versions import versions
 
 from ..bare_process.reload import PROMPT, verify, write_probe
 from ..calibration import calibration_rows
-from ..donor.donor import Donor
 from ..recipe.recipe import Recipe
 from ..storage import dtype_cast
+from .context import ConversionContext
 from .resumable_run import Workspace
 
 TOTALS = ("active_heads", "kv_heads_read", "attention_flops")  # of a plan, that not every method changes
 PROBE_ROWS = 2  # whose logits a reload is compared with
 
 
-def fidelity(
-    donor: Donor,
-    teacher: Tensor,
-    students: Sequence[Tensor],
-    held_out: Tensor,
-    measure: Callable[[], Any],
-    dtype: torch.dtype,
-    device: torch.device,
-    probe: Path | None = None,
+def measured(
+    context: ConversionContext, teacher: Tensor, students: Sequence[Tensor], probe: Path | None = None
 ) -> list[dict[str, Any]]:
     """Perplexity, KL and agreement of each student with the teacher on the held-out rows.
 
     teacher, students (M, L, D): hidden states behind the last layer. The first student's logits of two rows go
     to `probe`.
     """
-    predictions = [measure() for _ in students]
+    donor, device, dtype = context.donor, context.device, context.dtype
+    held_out = context.rows.held_out
+    predictions = [context.measure() for _ in students]
     kept: list[Tensor] = []
     with torch.inference_mode():
         for index, row in enumerate(held_out):
@@ -64,14 +59,10 @@ def add_reload(report: dict[str, Any], space: Workspace) -> None:
 
 
 def known_facts(
-    recipe: Recipe,
-    donor: Donor,
-    rows: calibration_rows.Rows,
-    layers: list[dict[str, Any]],
-    sizes: dict[str, Any],
-    remote_code: bool,
+    context: ConversionContext, layers: list[dict[str, Any]], sizes: dict[str, Any], remote_code: bool
 ) -> dict[str, Any]:
     """What is known before anything is measured. remote_code: whether the folder carries its own modeling file."""
+    recipe, donor = context.recipe, context.donor
     return {
         "method": recipe.method,
         "donor": recipe.model,
@@ -89,7 +80,7 @@ def known_facts(
         "parameters": dict(sizes["parameters"]),
         **{name: sizes[name] for name in TOTALS if name in sizes},
         "layers": layers,
-        "calibration": calibration_facts(recipe, rows),
+        "calibration": calibration_facts(recipe, context.rows),
         "recipe": recipe.to_dict(),
         "versions": versions(),
     }

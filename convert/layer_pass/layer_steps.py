@@ -2,13 +2,12 @@
 
     observe (the donor's side, once) ▸ convert ▸ fit ▸ follow (each conversion's side)
 
-`pipeline` makes one conversion and writes it; `curve` makes several from one observation and writes none.
+`pipeline` makes one conversion and writes it; `budget_curve` makes several from one observation and writes none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +24,13 @@ from ..families.facts import layer_window
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe
 from ..storage.dtype_cast import cast, require_finite_states
+from .context import ConversionContext
 from .decoder_layer import Layer, Streams
 
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
 FIT_STEPS = {"quick": 0, "default": 180, "high": 360}
 FIT_TOKENS = 1024  # a step
 BLOCK_ROUNDS = {"quick": 0, "default": 0, "high": 1}  # that the whole block's fit reads the calibration text
-
-Fit = Callable[..., None]  # `heal.local.fit`
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Observed:
+class DonorLayer:
     """The donor's side of one layer, the same for every conversion of it; (N, L, D) float32 on the CPU.
 
     inputs, targets: of its attention, on the fitted rows; held_inputs, held_targets: on the held-out ones.
@@ -93,7 +91,7 @@ def observe(
     fitted: int,
     rotary: LayerRotary,
     dtype: torch.dtype,
-) -> Observed:
+) -> DonorLayer:
     """What the donor's attention does with the teacher's stream, of which the first `fitted` rows are for fitting.
 
     Afterwards the stream is behind the layer, and the layer has the weights that will be written (`dtype`).
@@ -111,55 +109,47 @@ def observe(
     layer.complete(held, held_targets)
     del layer.module.self_attn  # the donor's is not written
     _round_to(layer.module, dtype, f"layer {index}: ")
-    return Observed(inputs, targets, held_inputs, held_targets, rotary, statistics, elements)
+    return DonorLayer(inputs, targets, held_inputs, held_targets, rotary, statistics, elements)
 
 
 def convert(
-    recipe: Recipe, method: Method, index: int, seen: Observed, fit: Fit, dtype: torch.dtype
+    context: ConversionContext, method: Method, index: int, seen: DonorLayer
 ) -> tuple[Any, dict[str, Any]]:
     """The new attention of layer `index`, closed form and fit, in the weights that will be written."""
+    recipe = context.recipe
     inputs, targets, embeddings = seen.inputs, seen.targets, seen.rotary.embeddings
     attention, chosen = method.convert(seen.statistics, index, inputs, targets, embeddings)
     steps = fit_steps(recipe)
     if steps:
         rows = max(1, FIT_TOKENS // inputs.shape[1])
         seed = recipe.seed * 1000 + index
-        fit(attention, inputs, targets, embeddings, steps=steps, rows=rows, seed=seed)
-    _round_to(attention, dtype, f"layer {index}: self_attn.")
+        context.fit(attention, inputs, targets, embeddings, steps=steps, rows=rows, seed=seed)
+    _round_to(attention, context.dtype, f"layer {index}: self_attn.")
     return attention, chosen
 
 
-def refine(
-    recipe: Recipe,
-    donor: Donor,
-    layer: Layer,
-    index: int,
-    attention: Any,
-    streams: Streams,
-    fit: Fit,
-    dtype: torch.dtype,
-) -> None:
+def refine(context: ConversionContext, layer: Layer, index: int, attention: Any, streams: Streams) -> None:
     """Fit the converted attention once more, so that the whole block gives what the donor's gives on the stream that
     really reaches it: it mends what the layers before have changed.
 
     streams: the student's is still before the layer, the teacher's behind it. The two are compared in terms of the norm
     that reads the block's output.
     """
-    student = streams.student_fitted
+    recipe, student = context.recipe, streams.student_fitted
     steps = block_steps(recipe, len(student), student.shape[1])
     if not steps:
         return
     rows = max(1, FIT_TOKENS // student.shape[1])
     seed = recipe.seed * 1000 + index
     place = layer.position_embeddings
-    following = donor.norm_behind(index, place[0].device)
+    following = context.donor.norm_behind(index, place[0].device)
     block, trained = layer.block(attention, following), list(attention.parameters())
     targets = layer.through(following, streams.teacher[: streams.fitted])
-    fit(block, student, targets, place, steps=steps, rows=rows, seed=seed, trained=trained)
-    _round_to(attention, dtype, f"layer {index}: self_attn.")
+    context.fit(block, student, targets, place, steps=steps, rows=rows, seed=seed, trained=trained)
+    _round_to(attention, context.dtype, f"layer {index}: self_attn.")
 
 
-def follow(layer: Layer, index: int, attention: Any, seen: Observed, student: Tensor) -> dict[str, Any]:
+def follow(layer: Layer, index: int, attention: Any, seen: DonorLayer, student: Tensor) -> dict[str, Any]:
     """Move the student's stream past the converted layer; what the held-out rows say of it.
 
     relative_error: of the attention output, squared; kv_elements: what one token leaves in a cache object.

@@ -6,15 +6,12 @@ donor's, which says how much its error is heard at the model's output. Little te
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mhconvert.device import half_products
 from mhconvert.errors import BudgetError
-from mhconvert.progress import Listener, Progress
+from mhconvert.progress import Progress
 
 from ..attention.linalg import relative_error
 from ..calibration import calibration_rows
@@ -22,34 +19,18 @@ from ..donor.donor import Donor
 from ..methods.budget_division import LayerNeed
 from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
-from . import cost_estimate, layer_steps
+from . import layer_steps
+from .context import ConversionContext
 
 PROBED = 5 / 16  # where a layer is heard, or at the nearest of them that the donor can express
 TOKENS = 8192  # of the calibration text that the statistics come from
 STRIDE = 4  # one position in so many is compared at the output
 
 
-Needs = Callable[[], list[LayerNeed]]  # made when they are first asked for
-
-
-def planned_method(recipe: Recipe, donor: Donor, needs: Needs) -> Method:
-    """The recipe's method, its budget divided over the layers where it can be."""
-    method = build_method(recipe.method, donor.config, recipe.settings, recipe.effort)
-    if method.divisible:
-        method.share_out(needs())
-    return method
-
-
-def run(
-    recipe: Recipe,
-    donor: Donor,
-    device: torch.device,
-    rows: calibration_rows.Rows,
-    measure: Callable[[], Any],
-    tell: Listener,
-) -> list[LayerNeed]:
-    """The need of every layer, whatever the recipe's own budget. measure: as in `pipeline.run`."""
-    total, dtype = donor.config.num_hidden_layers, cost_estimate.output_dtype(recipe, donor)
+def run(context: ConversionContext) -> list[LayerNeed]:
+    """The need of every layer, whatever the recipe's own budget."""
+    recipe, donor, device, rows = context.recipe, context.donor, context.device, context.rows
+    total, tell = context.layers, context.on_progress
     methods = _methods(recipe, donor)
     if not methods:  # layers of so few elements that there is nothing to divide
         return [LayerNeed((1.0,), (1.0,), 1.0, 0.0)] * total
@@ -69,7 +50,7 @@ def run(
         if len(heard):
             with half_products(device):
                 layer.complete(heard, layer.attend(donor_attention, layer.attention_inputs(heard)))
-        found = layer_steps.observe(layer, index, methods[probed], teacher, fitted, rotary, dtype)
+        found = layer_steps.observe(layer, index, methods[probed], teacher, fitted, rotary, context.dtype)
         errors.append({})
         for share, method in methods.items():
             text = (found.inputs, found.targets, rotary.embeddings)
@@ -79,7 +60,7 @@ def run(
             if share == probed:
                 layer.complete(before, output)
         heard = torch.cat((heard, before))
-    divergences = _divergences(donor, teacher[fitted:], heard.split(judges), ids, measure, device)
+    divergences = _divergences(context, teacher[fitted:], heard.split(judges), ids)
     donor.release()
     tell(Progress("survey", total, total))
     return [
@@ -102,15 +83,11 @@ def _methods(recipe: Recipe, donor: Donor) -> dict[float, Method]:
 
 @torch.inference_mode()
 def _divergences(
-    donor: Donor,
-    teacher: Tensor,
-    heard: tuple[Tensor, ...],
-    ids: Tensor,
-    measure: Callable[[], Any],
-    device: torch.device,
+    context: ConversionContext, teacher: Tensor, heard: tuple[Tensor, ...], ids: Tensor
 ) -> list[float]:
     """KL(donor ‖ donor with one layer converted) of each layer, from the hidden states behind the last."""
-    predictions = [measure() for _ in heard]
+    donor, device = context.donor, context.device
+    predictions = [context.measure() for _ in heard]
     following = ids[:, 1::STRIDE]
     positions = torch.arange(following.shape[1]) * STRIDE
     for row, targets in enumerate(following):

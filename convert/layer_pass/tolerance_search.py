@@ -15,16 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-
 from mhconvert.errors import BudgetError
-from mhconvert.progress import Listener, Progress
+from mhconvert.progress import Progress
 
 from ..calibration import calibration_rows
-from ..donor.donor import Donor
+from ..methods.registry import build_method
 from ..recipe.recipe import Recipe
 from ..recipe.tolerance import Tolerance, parse
-from . import budget_curve, layer_steps, survey
+from . import budget_curve, layer_steps
+from .context import ConversionContext
 from .resumable_run import Workspace
 
 GRID = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # where closed forms are measured
@@ -43,26 +42,29 @@ Made = TypeVar("Made")
 
 
 def meet(
-    recipe: Recipe,
+    context: ConversionContext,
     space: Workspace,
-    find: Callable[[], dict[str, Any]],
-    attempt: Callable[[Recipe], tuple[Made, dict[str, Any]]],
-    planned: Callable[[Recipe], int],
-    tell: Listener,
-) -> tuple[Recipe, Made, dict[str, Any]]:
-    """Convert at the budget that `find` gives, and at larger ones as long as the measured result misses.
+    attempt: Callable[[ConversionContext], tuple[Made, dict[str, Any]]],
+) -> tuple[ConversionContext, Made, dict[str, Any]]:
+    """Convert at the budget that the search finds, and at larger ones as long as the measured result misses.
 
-    find: `Search.find`; an interrupted run has its answer in `space`. attempt: converts into `space`; what it made,
-    and the report. planned: cache elements a token at a recipe's budget: where heads are few, some budgets come to the
-    same. Returns the recipe that was converted, what was made, and the report with the search in it.
-    Raises BudgetError when not even the whole budget is near enough.
+    Args:
+        context: Its recipe has a tolerance.
+        space: Keeps the answer of the search for an interrupted run.
+        attempt: Converts into `space`; returns what it made, and the report.
+    Returns:
+        The context with the recipe that was converted, what was made, and the report with the search in it.
+    Raises:
+        BudgetError: Not even the whole budget is near enough.
     """
+    recipe = context.recipe
     target = parse(str(recipe.tolerance))
     if space.search is None:
-        space.search = find()
+        space.search = Search(context).find()
     while True:
         state = space.search
-        budget, settled = state["kv_budget"], recipe.at_budget(state["kv_budget"])
+        budget = state["kv_budget"]
+        settled = context.with_recipe(recipe.at_budget(budget))
         made, report = attempt(settled)
         measured = target.value(report)
         state = state | {"tried": [*state["tried"], {"kv_budget": budget, "measured": measured}]}
@@ -71,24 +73,25 @@ def meet(
         if budget >= 1:
             raise _out_of_reach(target, measured)
         larger = step_up(state, target)
-        while larger < 1 and planned(recipe.at_budget(larger)) == planned(settled):
+        while larger < 1 and _elements(context, larger) == _elements(context, budget):
             larger = neat(larger * (1 + STEP_UP))
-        tell(Progress("search", 1, 1, f"budget {budget:g} measured {measured:.4g}: now {larger:g}"))
+        context.on_progress(
+            Progress("search", 1, 1, f"budget {budget:g} measured {measured:.4g}: now {larger:g}")
+        )
         space.start_over(state | {"kv_budget": larger})
+
+
+def _elements(context: ConversionContext, budget: float) -> int:
+    """Cache elements a token at a budget: where heads are few, some budgets come to the same."""
+    recipe = context.recipe.at_budget(budget)
+    return build_method(recipe.method, context.donor.config, recipe.settings, recipe.effort).kv_elements()
 
 
 @dataclass(frozen=True)
 class Search:
-    """Measures budgets by `curve.trace`; the fields are its arguments. recipe: as asked, with a tolerance."""
+    """Measures budgets by `budget_curve.trace`. context: its recipe is as asked, with a tolerance."""
 
-    recipe: Recipe
-    donor: Donor
-    device: torch.device
-    rows: calibration_rows.Rows
-    needs: survey.Needs
-    fit: layer_steps.Fit
-    measure: Callable[[], Any]
-    tell: Listener
+    context: ConversionContext
 
     def find(self) -> dict[str, Any]:
         """The budget to convert with first, and all that was measured to choose it; JSON types.
@@ -96,22 +99,21 @@ class Search:
         looked: budget, measured value, and whether `as_asked`, with the recipe's own effort and text.
         Raises BudgetError when the whole budget was measured as asked and is not near enough.
         """
-        target = parse(str(self.recipe.tolerance))
-        aim, fits = AIM * target.allowed, layer_steps.fit_steps(self.recipe) > 0
-        grid = budget_curve.expressible(self.recipe, self.donor, GRID)
-        plain = dataclasses.replace(self.recipe, effort="quick", fit_steps=0) if fits else self.recipe
-        seen = max(1, LOOK_TOKENS // self.rows.fit.shape[1]) if fits else len(self.rows.fit)
-        looked = self._look(
-            plain, grid, calibration_rows.Rows(self.rows.fit[:seen], self.rows.held_out), not fits
-        )
+        recipe, rows = self.context.recipe, self.context.rows
+        target = parse(str(recipe.tolerance))
+        aim, fits = AIM * target.allowed, layer_steps.fit_steps(recipe) > 0
+        grid = budget_curve.expressible(recipe, self.context.donor, GRID)
+        plain = dataclasses.replace(recipe, effort="quick", fit_steps=0) if fits else recipe
+        seen = max(1, LOOK_TOKENS // rows.fit.shape[1]) if fits else len(rows.fit)
+        looked = self._look(plain, grid, calibration_rows.Rows(rows.fit[:seen], rows.held_out), not fits)
         budget = crossing(points(looked, target), aim)
         if fits:
             near = {neat(max(grid[0], share * budget)) for share in (NEAR if budget < 1 else (NEAR[1], 1.0))}
-            looked += self._look(self.recipe, sorted(near), self.rows, True)
+            looked += self._look(recipe, sorted(near), rows, True)
             budget = crossing(points(looked, target, as_asked=True), aim)
             while grid[0] < budget < min(near) / REACH * 1.001:  # the fit saves more than was thought
                 near = {neat(budget)}
-                looked += self._look(self.recipe, sorted(near), self.rows, True)
+                looked += self._look(recipe, sorted(near), rows, True)
                 budget = crossing(points(looked, target, as_asked=True), aim)
         whole = [one["measured"] for one in looked if one["as_asked"] and one["kv_budget"] == 1]
         if whole and target.beyond(whole[-1]) > target.allowed:
@@ -126,23 +128,17 @@ class Search:
     def _look(
         self, recipe: Recipe, budgets: Sequence[float], rows: calibration_rows.Rows, as_asked: bool
     ) -> list[dict[str, Any]]:
-        target = parse(str(self.recipe.tolerance))
+        target = parse(str(self.context.recipe.tolerance))
         recipes = [recipe.at_budget(share) for share in budgets]
         kind = "fits" if layer_steps.fit_steps(recipe) else "closed forms"
 
         def listen(event: Progress) -> None:
-            self.tell(Progress("search", event.done, event.total, f"{kind} at {len(budgets)} budgets"))
+            self.context.on_progress(
+                Progress("search", event.done, event.total, f"{kind} at {len(budgets)} budgets")
+            )
 
-        found = budget_curve.trace(
-            recipes,
-            self.donor,
-            self.device,
-            rows,
-            self.needs,
-            fit=self.fit,
-            measure=self.measure,
-            tell=listen,
-        )
+        looking = dataclasses.replace(self.context, rows=rows, on_progress=listen)
+        found = budget_curve.trace(looking, recipes)
         return [
             {"kv_budget": point["kv_budget"], "measured": target.value(point), "as_asked": as_asked}
             for point in found["points"]

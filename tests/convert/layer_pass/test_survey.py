@@ -16,9 +16,12 @@ from mhconvert.convert import pipeline
 from mhconvert.convert.calibration import calibration_rows
 from mhconvert.convert.donor.donor import open_donor
 from mhconvert.convert.layer_pass import survey
+from mhconvert.convert.layer_pass.context import ConversionContext
+from mhconvert.convert.layer_pass.cost_estimate import output_dtype
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.eval.fidelity import Fidelity
+from mhconvert.heal.layer_fit import fit
 from mhconvert.progress import ignore
 from tests.convert.test_pipeline import hashes, stop_after
 from tests.donors import make_donor
@@ -40,7 +43,9 @@ def quietened(folder: Path, layer: int, seed: int = 0) -> str:
 def surveyed(recipe: Recipe) -> tuple[list[Any], calibration_rows.Rows]:
     donor, device = open_donor(recipe.model), torch.device("cpu")
     rows = calibration_rows.draw(recipe, donor, device, ignore)
-    return survey.run(recipe, donor, device, rows, Fidelity, ignore), rows
+    dtype = output_dtype(recipe, donor)
+    context = ConversionContext(recipe, donor, device, dtype, rows, fit, Fidelity, ignore)
+    return survey.run(context), rows
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
