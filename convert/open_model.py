@@ -18,7 +18,7 @@ from mhconvert.errors import CheckpointError, MhconvertError
 
 from .checkpoint.fingerprint import of_files, of_folder
 from .checkpoint.identity import converted_method, exported
-from .checkpoint.provenance import PROVENANCE
+from .checkpoint.provenance import read_record
 from .donor import hub_download
 from .donor.aliases import ALIASES
 from .donor.donor import Donor, open_donor
@@ -167,16 +167,9 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
 def written(recipe: Recipe) -> str | None:
     """The folder that the conversion `recipe` has written, if it has and nothing has healed it."""
     folder = recipe.output_folder(open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code).name)
-    try:
-        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    made = (
-        isinstance(record, dict)
-        and not record.get("healed")
-        and record.get("recipe") == json.loads(json.dumps(recipe.to_dict()))
-    )
-    return str(folder) if made else None
+    record = read_record(folder)
+    made = record.get("recipe") == json.loads(json.dumps(recipe.to_dict()))
+    return str(folder) if made and not record.get("healed") else None
 
 
 def recorded_donor(checkpoint: str) -> str:
@@ -185,11 +178,10 @@ def recorded_donor(checkpoint: str) -> str:
         from .adapters.saved_adapter import open_adapter
 
         return open_adapter(checkpoint).base
-    path = (checkpoint_folder(checkpoint) or Path(checkpoint)) / PROVENANCE
+    record = read_record(checkpoint_folder(checkpoint) or Path(checkpoint))
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         return str(record["recipe"]["model"] if "recipe" in record else record["donor"]["reference"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise MhconvertError(
             f"{checkpoint} does not say what it was made from; name the donor with --against"
         ) from error

@@ -33,7 +33,8 @@ from .layer_pass.resumable_run import Workspace
 from .layer_pass.tolerance_search import meet
 from .methods.registry import Method, build_method
 from .recipe.recipe import Recipe
-from .storage import output_folder, shard_writer
+from .storage import output_folder
+from .storage.byte_size import byte_size
 from .storage.dtype_cast import cast
 
 
@@ -126,7 +127,7 @@ def _open(recipe: Recipe, tell: Listener) -> tuple[Donor, Method]:
 
     Every refusal that needs no weights happens here.
     """
-    shard_writer.byte_size(recipe.max_shard_size)
+    byte_size(recipe.max_shard_size)
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=tell)
     tell(Progress("donor", 1, 1, donor.notice or donor.name))
     largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from mhconvert.progress import Listener, Progress
 
 from ..convert import open_model
 from ..convert.checkpoint import identity
-from ..convert.checkpoint.provenance import PROVENANCE
+from ..convert.checkpoint.provenance import read_record
 from ..convert.open_model import OpenModel
 from . import fidelity, retrieval, texts
 from .result_cache import Store
@@ -131,7 +129,7 @@ def _identity(candidate: Candidate) -> dict[str, Any]:
     if opened.adapter is not None:
         role, method = "adapter", opened.adapter.method
     elif method is not None:
-        role = "healed" if _record(opened.folder).get("healed") else "converted"
+        role = "healed" if read_record(opened.folder).get("healed") else "converted"
     return {
         "name": candidate.name,
         "reference": opened.reference,
@@ -140,13 +138,6 @@ def _identity(candidate: Candidate) -> dict[str, Any]:
         "fingerprint": candidate.fingerprint,
         "dtype": str(candidate.dtype).removeprefix("torch."),
     }
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        return record if isinstance(record, dict) else {}
-    return {}
 
 
 def _probe(candidate: Candidate, fresh: bool, store: Store, tell: Listener) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def run(
         accelerator.end_training()
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What is learnt: the teacher, the text, and how near a model is to the teacher on the held-out rows."""
+
+    teacher: Teacher
+    text: packed_rows.HealText
+    fidelity: Callable[[Any], dict[str, Any]]
+
+
 class _Healing:
     """One run in one process, opened: every refusal that needs no weights is behind it."""
 
@@ -76,23 +86,26 @@ class _Healing:
         self.vocab_size = min(self.student.vocab_size, self.teacher.vocab_size)
         if self.main:
             check_output(asked, self.student, self.teacher)
+        self.space = self._space()
 
     def run(self, finish: Finish) -> dict[str, Any]:
+        """Every stage in order; the report in the first process, {} in the others."""
         report: dict[str, Any] = {}
-        with self._space() as self.space:
+        with self.space:
             self.accelerator.wait_for_everyone()
             self.space.load()
-            self.teaching = Teacher(self._teacher_model())
-            self.text = self._text()
+            teaching = Teacher(self._teacher_model())
+            text = self._text(teaching)
+            lesson = Lesson(teaching, text, self._measurement(teaching, text))
             model = self.student.model(trainable=self.adapter)
-            before = self._fidelity(model)
-            self.metrics = self._metrics(before) if self.main else None
+            before = lesson.fidelity(model)
+            metrics = self._metrics(before) if self.main else None
             if self.settings.layer_tokens:
-                self._heal_layers(model)
+                self._heal_layers(model, lesson)
             if self.settings.tokens:
-                model = self._distil(model)
-            if self.metrics is not None:
-                report = self._finish(model, before, self.metrics, finish)
+                model = self._distil(model, lesson, metrics)
+            if metrics is not None:
+                report = self._finish(model, before, lesson, metrics, finish)
             self.accelerator.wait_for_everyone()
         self.tell(Progress("done", 1, 1, str(self.asked.output)))
         return report
@@ -110,7 +123,7 @@ class _Healing:
         half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
         return self.teacher.model(torch.bfloat16 if half else torch.float32)
 
-    def _text(self) -> packed_rows.HealText:
+    def _text(self, teaching: Teacher) -> packed_rows.HealText:
         """The rows: prepared once, by the first process, then the same everywhere and after every resume."""
         if self.main and not self.space.has_text:
             settings, tokenizer, length = self.settings, self.student.tokenizer(), self.steps.length
@@ -118,19 +131,23 @@ class _Healing:
             self.tell(Progress("text", 0, 1, ", ".join(settings.data)))
 
             def sample(count: int) -> torch.Tensor:
-                return sampled_rows(self.teaching.model, tokenizer, count, length, settings.seed, self.tell)
+                return sampled_rows(teaching.model, tokenizer, count, length, settings.seed, self.tell)
 
             self.space.keep_text(packed_rows.prepare(settings, tokenizer, length, rows, sample))
             self.space.start()
         self.accelerator.wait_for_everyone()
         return self.space.text()
 
-    def _fidelity(self, model: Any) -> dict[str, Any]:
-        """Of the whole `model`, on the held-out rows."""
-        self.tell(Progress("measure", 0, 1))
-        student = Student(model, self.vocab_size)
-        rows, micro = self.text.held_out, self.steps.micro_rows
-        return fidelity(student, self.teaching, rows, self.measure, micro, self.accelerator.device)
+    def _measurement(self, teaching: Teacher, text: packed_rows.HealText) -> Callable[[Any], dict[str, Any]]:
+        """A function that measures a whole model on the held-out rows."""
+        micro, device = self.steps.micro_rows, self.accelerator.device
+
+        def measured(model: Any) -> dict[str, Any]:
+            self.tell(Progress("measure", 0, 1))
+            student = Student(model, self.vocab_size)
+            return fidelity(student, teaching, text.held_out, self.measure, micro, device)
+
+        return measured
 
     def _metrics(self, before: dict[str, Any]) -> Metrics:
         metrics = Metrics(self.space.partial / METRICS, self.space.step, self.asked.tensorboard)
@@ -138,32 +155,32 @@ class _Healing:
             metrics.add(0, **held_out_values(before))
         return metrics
 
-    def _heal_layers(self, model: Any) -> None:
+    def _heal_layers(self, model: Any, lesson: Lesson) -> None:
         """The layer-local stage, in every process alike; its result is durable."""
         file, settings = self.space.work / BLOCKS, self.settings
         if file.is_file():
             model.load_state_dict(load_file(file), strict=False)
             return
-        rows = self.text.order[: max(1, settings.layer_tokens // self.steps.length)].unique()
+        rows = lesson.text.order[: max(1, settings.layer_tokens // self.steps.length)].unique()
         options: dict[str, Any] = {
             "tokens": settings.layer_tokens,
             "train": settings.train,
             "seed": settings.seed,
         }
         layer_healing.fit_blocks(
-            model, self.teaching.model, self.text.train.ids[rows], **options, tell=self.tell
+            model, lesson.teacher.model, lesson.text.train.ids[rows], **options, tell=self.tell
         )
         if self.main:
             save_tensors({name: t for name, t in model.state_dict().items() if ".layers." in name}, file)
 
-    def _distil(self, model: Any) -> Any:
+    def _distil(self, model: Any, lesson: Lesson, metrics: Metrics | None) -> Any:
         """The end-to-end stages; returns the trained model, whole, in the first process."""
         settings, accelerator, space = self.settings, self.accelerator, self.space
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         student = self._trainable(model)
-        distillation = Distillation(accelerator, student, self.teaching, settings, self.steps, space)
-        distillation.run(self.text, self.metrics, self.measure, self.tell)
+        distillation = Distillation(accelerator, student, lesson.teacher, settings, self.steps, space)
+        distillation.run(lesson.text, metrics, self.measure, self.tell)
         if accelerator.distributed_type is not DistributedType.FSDP:
             return accelerator.unwrap_model(distillation.model).model
         state = accelerator.get_state_dict(distillation.model)  # of all processes
@@ -185,7 +202,9 @@ class _Healing:
             return RoutingStudent.of(model, self.settings, self.vocab_size)
         return Student(choose_trained(model, self.settings.train, self.settings.rank), self.vocab_size)
 
-    def _finish(self, model: Any, before: dict[str, Any], metrics: Metrics, finish: Finish) -> dict[str, Any]:
+    def _finish(
+        self, model: Any, before: dict[str, Any], lesson: Lesson, metrics: Metrics, finish: Finish
+    ) -> dict[str, Any]:
         """Write the folder, prove it, and give it its name."""
         asked, space = self.asked, self.space
         if self.settings.fusion:
@@ -193,27 +212,27 @@ class _Healing:
         if self.source is not None:
             model = write_result.merged(model)
             write_result.round_to(model, self.source)
-        after = self._fidelity(model)
+        after = lesson.fidelity(model)
         metrics.add(self.steps.steps, **held_out_values(after))
         metrics.close()
         report = write_result.report(asked.checkpoint, asked.output, before, after)
-        report |= {"healing": self._facts(metrics), "versions": versions()}
+        report |= {"healing": self._facts(lesson.text, metrics), "versions": versions()}
         if self.settings.fusion and self.source is not None:
             write_result.record_heads(report, model, self.source)
         write_result.write(space, model, self.source, asked.checkpoint)
         if asked.verify and not self.adapter:
             self.tell(Progress("verify", 0, 1))
-            report |= write_result.proof(space, model, self.text.held_out)
+            report |= write_result.proof(space, model, lesson.text.held_out)
         report["peak_rss_bytes"] = max(peak_rss(), report.get("verified", {}).get("peak_rss_bytes", 0))
         finish(space.partial, report)
         write_result.record(space.partial, asked.checkpoint, self.settings)
         space.publish()
         return report
 
-    def _facts(self, metrics: Metrics) -> dict[str, Any]:
+    def _facts(self, text: packed_rows.HealText, metrics: Metrics) -> dict[str, Any]:
         """What was done, for the report."""
         speeds = [entry["tokens_per_second"] for entry in metrics.entries if "tokens_per_second" in entry]
-        trained = self.text.train[self.text.order[: self.steps.rows]]
+        trained = text.train[text.order[: self.steps.rows]]
         return {
             "settings": dataclasses.asdict(self.settings),
             "teacher": self.teacher.reference,
@@ -222,8 +241,8 @@ class _Healing:
             "step_tokens": self.steps.step_tokens,
             "trained_tokens": self.steps.rows * self.steps.length,
             "predictions": int(trained.predicted().sum()),
-            "held_out_tokens": self.text.held_out.ids.numel(),
-            "text_tokens": self.text.tokens,
+            "held_out_tokens": text.held_out.ids.numel(),
+            "text_tokens": text.tokens,
             "tokens_per_second": speeds[-1] if speeds else None,
             "seconds": self.space.earlier_seconds + time.perf_counter() - self.begun,
         }

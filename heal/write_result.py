@@ -17,9 +17,10 @@ from ..convert.bare_process.reload import verify
 from ..convert.checkpoint import provenance
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import write_json
+from ..convert.storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ..convert.storage.dtype_cast import cast
 from ..convert.storage.safetensors_reader import SafetensorsSource, read_json
-from ..convert.storage.shard_writer import INDEX, ShardWriter, byte_size
+from ..convert.storage.shard_writer import INDEX, ShardWriter
 from . import fusion
 from .packed_rows import Rows
 from .resumable_run import METRICS, HealSpace
@@ -85,8 +86,10 @@ def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkp
 
         save_matrices(model, folder)
         return
-    recipe = _json(Path(checkpoint) / provenance.PROVENANCE).get("recipe") or {}
-    writer = ShardWriter(folder, byte_size(str(recipe.get("max_shard_size", "5GB"))), len(source.names()))
+    recipe = provenance.read_record(Path(checkpoint), strict=True).get("recipe") or {}
+    writer = ShardWriter(
+        folder, byte_size(str(recipe.get("max_shard_size", DEFAULT_SHARD_SIZE))), len(source.names())
+    )
     for name in source.names():
         writer.add(name, cast(name, state[name], source.dtype(name)))
     writer.finish()
@@ -106,7 +109,7 @@ def proof(space: HealSpace, model: Any, held_out: Rows) -> dict[str, Any]:
 
 def record(folder: Path, checkpoint: str, settings: HealSettings) -> None:
     """mhconvert.json: the checkpoint's own, and how it was healed."""
-    facts = _json(Path(checkpoint) / provenance.PROVENANCE)
+    facts = provenance.read_record(Path(checkpoint), strict=True)
     healed = {"checkpoint": checkpoint, "settings": dataclasses.asdict(settings), "versions": versions()}
     facts["healed"] = [*facts.get("healed", []), healed]
     facts["sha256"] = provenance.hashes(folder)

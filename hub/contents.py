@@ -10,7 +10,7 @@ from pathlib import Path
 from mhconvert.errors import PublishError
 
 from ..convert.adapters.saved_adapter import WEIGHTS as ADAPTER_WEIGHTS
-from ..convert.checkpoint.provenance import PROVENANCE
+from ..convert.checkpoint.provenance import PROVENANCE, read_record
 from ..convert.donor.reference import HUB_ID
 from ..convert.storage.folder_kind import ADAPTER_CONFIG, KINDS, is_adapter
 from ..convert.storage.safetensors_reader import SafetensorsSource, read_header, read_json
@@ -66,7 +66,7 @@ def _base(folder: Path, texts: dict[str, str]) -> tuple[dict[str, str], list[str
     base = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     if not base or (HUB_ID.fullmatch(base) and not Path(base).exists()):
         return {}, []
-    donor = read_json(folder / PROVENANCE).get("donor") if (folder / PROVENANCE).is_file() else None
+    donor = read_record(folder, strict=True).get("donor")
     hub_id = donor.get("hub_id") if isinstance(donor, dict) else None
     name = str(hub_id) if hub_id else Path(base).name
     stated = json.dumps(base)

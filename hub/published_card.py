@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from mhconvert.errors import CheckpointError
 
 from ..convert.checkpoint.card_front_matter import enclosed, front_matter
-from ..convert.checkpoint.provenance import PROVENANCE
+from ..convert.checkpoint.provenance import read_record
 from ..convert.donor.reference import HUB_ID
 from ..convert.storage.folder_kind import is_adapter
 from ..convert.storage.safetensors_reader import read_json
@@ -83,8 +83,7 @@ def _base(folder: Path, data: ModelCardData) -> Any:
         stated = stated if known else None
     if stated:
         return stated
-    file = folder / PROVENANCE
-    donor = read_json(file).get("donor") if file.is_file() else None
+    donor = read_record(folder, strict=True).get("donor")
     return donor.get("hub_id") if isinstance(donor, dict) else None
 
 

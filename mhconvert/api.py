@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mhconvert.convert.methods.registry import ADAPTERS
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
+from mhconvert.convert.storage.byte_size import DEFAULT_SHARD_SIZE
 from mhconvert.errors import MhconvertError
 from mhconvert.progress import Listener, ignore
 
@@ -164,7 +165,7 @@ def merge(
     *,
     base: str | None = None,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
     force: bool = False,
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,

@@ -17,10 +17,9 @@ from mhconvert.errors import RecipeError
 from mhconvert.progress import Listener, Progress
 
 from ..convert import open_model
-from ..convert.checkpoint.provenance import EVALUATION, PROVENANCE
+from ..convert.checkpoint.provenance import EVALUATION, read_record
 from ..convert.donor.donor import open_donor
 from ..convert.storage.atomic_files import sha256
-from ..convert.storage.safetensors_reader import read_json
 from . import stage_inputs
 from .ledger import Ledger, mark
 from .stage_work import STAGES, Run, check_ahead, conversion, export_folder
@@ -107,7 +106,7 @@ def _done(work: Run, name: str, depends: Any) -> dict[str, Any] | None:
 
 def _whole(folder: Path) -> bool:
     """Whether the files are those that the conversion wrote."""
-    recorded = read_json(folder / PROVENANCE).get("sha256") or {}
+    recorded = read_record(folder, strict=True).get("sha256") or {}
     files = [name for name in recorded if name.endswith(".safetensors") or name == "config.json"]
     try:
         return all(sha256(folder / name) == recorded[name] for name in files)

@@ -99,27 +99,6 @@ def test_shipped_files_need_nothing_of_ours(path: Path) -> None:
             assert node.module.split(".")[0] in allowed
 
 
-def test_imports_go_one_way() -> None:
-    """cli -> run -> {heal, eval, hub} -> convert."""
-    tops = ("cli", "run")
-    forbidden = {
-        "convert": (*tops, "eval", "heal", "hub"),
-        "eval": (*tops, "heal", "hub"),
-        "heal": (*tops, "eval", "hub"),
-        "hub": (*tops, "heal"),
-        "run": ("cli",),
-    }
-    for top, others in forbidden.items():
-        for path in (ROOT / top).rglob("*.py"):
-            if path.name == "__main__.py":  # a command line
-                continue
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-                assert not module.startswith(tuple(f"mhconvert.{other}" for other in others)), (
-                    f"{path}: {module}"
-                )
-
-
 def test_one_version() -> None:
     assert mhconvert.__version__ == importlib.metadata.version("mhconvert")
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
+from ...convert.storage.byte_size import DEFAULT_SHARD_SIZE
 from .. import adapter_tables
 from ..options import common
 from ..output import Flags, calm_transformers, execute, shown
@@ -27,7 +28,7 @@ def command(
     output: Output = None,
     base: common.Base = None,
     dtype: Dtype = None,
-    max_shard_size: common.MaxShardSize = "5GB",
+    max_shard_size: common.MaxShardSize = DEFAULT_SHARD_SIZE,
     force: common.Force = False,
     trust_remote_code: common.Trust = False,
     json: common.Json = False,

@@ -20,6 +20,7 @@ from ..donor.donor import Donor
 from ..layer_pass.cost_estimate import SLACK_BYTES
 from ..methods.hydra.branches import merged_bias, merged_weight
 from ..storage import shard_writer
+from ..storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ..storage.dtype_cast import DTYPES, cast
 from ..storage.output_folder import whole_folder
 from . import card
@@ -33,7 +34,7 @@ def run(
     *,
     base: str | None = None,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
     force: bool = False,
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
@@ -41,7 +42,7 @@ def run(
     """See `mhconvert.api.merge`."""
     begun, tell = time.perf_counter(), on_progress or ignore
     adapter = open_adapter(reference, base)
-    limit = shard_writer.byte_size(max_shard_size)
+    limit = byte_size(max_shard_size)
     donor = open_base(adapter, tell, trust_remote_code=trust_remote_code)
     asked = _dtype(dtype)
     place = output_folder(output, "merged", adapter, donor, force)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..methods.registry import METHODS
 from ..storage.folder_kind import is_adapter
-from .provenance import PROVENANCE
+from .provenance import read_record
 
 
 def converted_method(reference: str) -> str | None:
@@ -25,8 +25,8 @@ def made_by(reference: str) -> str | None:
     """The method that made the folder `reference`: by its architecture, or by its provenance if that is a stock one."""
     method = converted_method(reference)
     if method is None and not is_adapter(Path(reference)):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            record = json.loads((Path(reference) / PROVENANCE).read_text(encoding="utf-8"))
+        record = read_record(Path(reference))
+        with suppress(KeyError, TypeError):
             method = record["exported" if "exported" in record else "recipe"]["method"]
     return method if method in METHODS else None
 
@@ -34,8 +34,4 @@ def made_by(reference: str) -> str | None:
 def exported(reference: str) -> bool:
     """Whether the folder `reference` is a whole model that `mhconvert export` wrote."""
     folder = Path(reference).expanduser()
-    try:
-        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and "exported" in record and not is_adapter(folder)
+    return "exported" in read_record(folder) and not is_adapter(folder)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from mhconvert.errors import CheckpointError
 from mhconvert.library_versions import versions
 
 from ..bare_process.child import peak_memory
@@ -16,6 +17,7 @@ from ..donor.donor import Donor
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe, save_recipe
 from ..storage.atomic_files import sha256, write_json
+from ..storage.safetensors_reader import read_json
 
 PROVENANCE = "mhconvert.json"
 RECIPE = "recipe.yaml"
@@ -64,6 +66,22 @@ def record(folder: Path, donor: Donor, **facts: Any) -> None:
     origin = {"reference": donor.reference, "hub_id": donor.hub_id, "licence": donor.licence}
     found = {"donor": origin, "versions": versions(), "sha256": hashes(folder)}
     write_json(folder / PROVENANCE, facts | found)
+
+
+def read_record(folder: Path, *, strict: bool = False) -> dict[str, Any]:
+    """What the folder's mhconvert.json says; {} where there is none, and where it is damaged unless `strict`.
+
+    Raises CheckpointError for a damaged file if `strict`.
+    """
+    file = folder / PROVENANCE
+    if not file.is_file():
+        return {}
+    try:
+        return read_json(file)
+    except CheckpointError:
+        if strict:
+            raise
+        return {}
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -21,8 +21,9 @@ from ..calibration.calibration_rows import Rows
 from ..methods.budget_division import LayerNeed
 from ..recipe.recipe import Recipe
 from ..storage.atomic_files import save_tensors, write_json
+from ..storage.byte_size import byte_size
 from ..storage.output_folder import PartialFolder, check_space, disk_full, replace_folder
-from ..storage.shard_writer import ShardWriter, byte_size
+from ..storage.shard_writer import ShardWriter
 from .decoder_layer import Streams
 
 STATE = "state.json"  # in the work folder: what is finished

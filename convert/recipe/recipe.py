@@ -12,6 +12,7 @@ import yaml
 from mhconvert.errors import CalibrationError, MhconvertError
 
 from ..methods.registry import ADAPTERS, CACHE_METHODS, METHOD_NAMES, settings_class
+from ..storage.byte_size import DEFAULT_SHARD_SIZE
 from ..validation import yaml_file
 from ..validation.field_types import changed_fields
 from ..validation.from_values import build
@@ -130,7 +131,7 @@ class Recipe(Settings):
     ] = None
     max_shard_size: Annotated[
         str, Option("Size of one safetensors file, at most.", "SIZE", parse=str, also=int)
-    ] = "5GB"
+    ] = DEFAULT_SHARD_SIZE
     verify: Annotated[
         bool,
         Option(

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 
 from mhconvert.errors import OutputError
 
+from .byte_size import shown_size
 from .folder_kind import KINDS
-from .shard_writer import UNITS
 
 WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
 LOCK = "lock"  # in it: held as long as a run lasts
@@ -99,14 +99,9 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
-            f"the disk of {place} has {_shown(free)} free and the conversion needs {_shown(needed)}; free some, "
-            "or choose another place with -o"
+            f"the disk of {place} has {shown_size(free)} free and the conversion needs {shown_size(needed)}; "
+            "free some, or choose another place with -o"
         )
-
-
-def _shown(size: float) -> str:
-    unit = next((unit for unit in ("GB", "MB", "KB") if size >= UNITS[unit]), "B")
-    return f"{size / UNITS[unit]:.2f} {unit}"
 
 
 def replace_folder(partial: Path, output: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.errors import OutputError
-
 from .atomic_files import write_json
 
 INDEX = "model.safetensors.index.json"
-STATE = "state.json"
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 HEADER_BYTES_A_TENSOR = 256  # reserved in a shard before its tensors are known
-
-
-def byte_size(text: str) -> int:
-    """ "5GB" -> 5 000 000 000. Raises OutputError for what is no size."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
-    size = int(float(match[1]) * UNITS.get(match[2], 0)) if match else 0
-    if not size:
-        raise OutputError(f"max_shard_size '{text}' is not a size such as 5GB or 500MB")
-    return size
 
 
 class ShardWriter:

@@ -21,13 +21,13 @@ from ...checkpoint.card_front_matter import front_matter
 from ...donor import hub_download
 from ...layer_pass.cost_estimate import SLACK_BYTES
 from ...storage.atomic_files import write_json
+from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ...storage.output_folder import check_free, whole_folder
-from ...storage.shard_writer import ShardWriter, byte_size
+from ...storage.shard_writer import ShardWriter
 from .. import same_outputs
 from .head_groups import GroupPlan, cached_heads, regrouped
 from .source_checkpoint import DHACheckpoint
 
-SHARD = "5GB"
 LAYERS = "model.layers."
 ATTENTION = "self_attn."
 INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -115,7 +115,7 @@ def write(
     report["output_bytes"] = sum(t.numel() * t.element_size() for t in coming.values())
     expected = _expected(checkpoint, tell) if verify else None
     with whole_folder(place, report["output_bytes"] + SLACK_BYTES, force=force) as folder:
-        writer = ShardWriter(folder, byte_size(SHARD), len(coming))
+        writer = ShardWriter(folder, byte_size(DEFAULT_SHARD_SIZE), len(coming))
         for done, part in enumerate(tensors(checkpoint, target, checkpoint.source.read)):
             for name, tensor in part.items():
                 writer.add(name, tensor)

@@ -19,14 +19,13 @@ from ...checkpoint import identity, provenance
 from ...donor import hub_download
 from ...layer_pass.cost_estimate import SLACK_BYTES
 from ...storage.atomic_files import write_json
+from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.safetensors_reader import SafetensorsSource
-from ...storage.shard_writer import ShardWriter, byte_size
+from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
 from ..card import write_card
 from . import deepseek_tensors
-
-SHARD = "5GB"
 
 
 def run(
@@ -119,7 +118,7 @@ def _write(
     tell: Listener,
 ) -> int:
     layers = plan.config.num_hidden_layers
-    writer = ShardWriter(folder, byte_size(SHARD), len(source.names()) + layers + 1)
+    writer = ShardWriter(folder, byte_size(DEFAULT_SHARD_SIZE), len(source.names()) + layers + 1)
     done = -1
     for name, tensor in deepseek_tensors.tensors(plan, source, config, latents):
         writer.add(name, tensor)

@@ -18,15 +18,14 @@ from ... import open_model
 from ...checkpoint import provenance
 from ...checkpoint.card_front_matter import front_matter
 from ...layer_pass.cost_estimate import SLACK_BYTES
+from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ...storage.dtype_cast import DTYPES, cast
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.safetensors_reader import SafetensorsSource, read_json
-from ...storage.shard_writer import ShardWriter, byte_size
+from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
 from .own_layer import EPS, EPS_FLOAT16, ServedShape, model_class, norm_weight, served_config, served_tensors
 from .to_deepseek_v3 import carry, record
-
-SHARD = "5GB"
 
 
 def run(
@@ -150,7 +149,7 @@ def _write(
     """Every tensor, those of one layer's attention at a time; returns the bytes of all."""
     shape = ServedShape(served.num_attention_heads, served.kv_lora_rank, config.v_head_dim, served.v_head_dim)
     names, layers = source.names(), served.num_hidden_layers
-    writer = ShardWriter(folder, byte_size(SHARD), len(names) + layers)
+    writer = ShardWriter(folder, byte_size(DEFAULT_SHARD_SIZE), len(names) + layers)
     for name in names:
         if ".self_attn." not in name:
             writer.add(name, cast(name, source.read(name), dtype))

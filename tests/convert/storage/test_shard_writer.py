@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mhconvert.convert.storage import atomic_files
+from mhconvert.convert.storage.byte_size import byte_size
 from mhconvert.convert.storage.output_folder import check_free, check_space, replace_folder
-from mhconvert.convert.storage.shard_writer import INDEX, ShardWriter, byte_size
+from mhconvert.convert.storage.shard_writer import INDEX, ShardWriter
 from mhconvert.errors import OutputError
 
 
