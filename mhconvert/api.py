@@ -221,7 +221,7 @@ def export(
     options = forms.Options(
         output, base, dtype, kind, duplicate, verify, force, dry_run, device, trust_remote_code
     )
-    return forms.run(checkpoint, to, options, on_progress)
+    return forms.export_checkpoint(checkpoint, to, options, on_progress)
 
 
 def verify(
@@ -243,7 +243,7 @@ def verify(
     """
     from mhconvert.convert.export import verify_folder
 
-    return verify_folder.run(
+    return verify_folder.verify_folder(
         folder,
         against=against,
         tolerance=tolerance,

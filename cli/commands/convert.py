@@ -9,7 +9,7 @@ import typer
 
 from mhconvert.errors import HealError
 
-from ...convert.methods.registry import ADAPTERS, METHOD_NAMES
+from ...convert.methods.registry import ADAPTERS, METHOD_NAMES, info
 from ...convert.recipe.heal_settings import HealSettings, token_count
 from .. import adapter_tables
 from ..options import common
@@ -33,15 +33,6 @@ Survey = Annotated[
         help="With --dry-run: read DONOR and divide the budget over its layers; with --json a file for --plan.",
     ),
 ]
-SIZES = (
-    ("latent width", "kv_lora_rank"),
-    ("rotary key width", "qk_rope_head_dim"),
-    ("K and V heads", "kv_heads"),
-    ("K heads", "k_heads"),
-    ("V heads", "v_heads"),
-    ("heads of a token", "active_heads"),
-    ("heads of every token", "shared_heads"),
-)
 INTERRUPTED = "interrupted; the same command with --resume continues after what is finished"
 
 
@@ -145,7 +136,7 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
         ("memory needed", size(plan.get("memory_needed_bytes"))),
     ):
         table.add_row(name, value)
-    for label, key in SIZES:
+    for label, key in info(plan["method"]).sizes:
         widths = [layer[key] for layer in plan.get("layers", []) if key in layer]
         if widths:
             low, high = min(widths), max(widths)

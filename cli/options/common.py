@@ -8,9 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ...convert.methods.registry import CACHE_METHODS, METHOD_NAMES, METHODS, settings_class
+from ...convert.methods.registry import CACHE_METHODS, METHOD_NAMES, METHODS, info, settings_class
 from ...convert.recipe.recipe import Calibration, Recipe
 from .from_settings import Group
+
+
+def _described(methods: Collection[str]) -> str:
+    """The methods with a line on each, as `mla: latent attention; dha: …`."""
+    return "; ".join(f"{name}: {info(name).help}" for name in methods)
 
 
 def _one_of(names: Collection[str], kind: str) -> Callable[[str], str]:
@@ -62,8 +67,7 @@ Method = Annotated[
         "--to",
         callback=_one_of(METHOD_NAMES, ""),
         metavar="METHOD",
-        help="mla: latent attention; dha: fewer K and V heads; moh: some heads a token; hydra: an untrained adapter "
-        "beside DONOR.",
+        help=f"{_described(METHOD_NAMES)}.",
     ),
 ]
 AnyMethod = Annotated[
@@ -81,7 +85,7 @@ CacheMethod = Annotated[
         "--to",
         callback=_one_of(CACHE_METHODS, " that changes the KV cache"),
         metavar="METHOD",
-        help="mla: latent attention; dha: fewer K and V heads.",
+        help=f"{_described(CACHE_METHODS)}.",
     ),
 ]
 Output = Annotated[

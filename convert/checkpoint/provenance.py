@@ -27,13 +27,13 @@ EVALUATION = "evaluation.json"  # what `mhconvert eval --record` leaves for the 
 def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype) -> None:
     """config.json, tokenizer and generation settings; for a model class of ours `auto_map` and the files it names."""
     donor.copy_files(folder)
-    write_model_config(folder, method.finish(), method.model_class, method.decoder_class, dtype)
+    write_model_config(folder, method.finish(), method.model_class, dtype)
     if not (folder / "generation_config.json").is_file():
         donor.generation_config().save_pretrained(folder)
 
 
-def write_model_config(folder: Path, config: Any, model: Any, decoder: Any, dtype: torch.dtype) -> None:
-    """config.json; where `model` is a class of ours, with `auto_map` and the files it names. decoder: its stack."""
+def write_model_config(folder: Path, config: Any, model: Any, dtype: torch.dtype) -> None:
+    """config.json; where `model` is a class of ours, with `auto_map` and the files it names."""
     config.dtype = dtype
     config.architectures = [model.__name__]
     files, siblings = list[Path](), list[Path]()
@@ -42,7 +42,7 @@ def write_model_config(folder: Path, config: Any, model: Any, decoder: Any, dtyp
         siblings = [Path(name) for name in get_relative_import_files(files[1])]
         config.auto_map = {
             "AutoConfig": f"{files[0].stem}.{type(config).__name__}",
-            "AutoModel": f"{files[1].stem}.{decoder.__name__}",
+            "AutoModel": f"{files[1].stem}.{model.decoder_class.__name__}",
             "AutoModelForCausalLM": f"{files[1].stem}.{model.__name__}",
         }
     config.save_pretrained(folder)

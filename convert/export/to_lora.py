@@ -31,7 +31,7 @@ SLACK_BYTES = 1 << 20  # config, README, headers
 BIASES = {"none": "none", "all": "all", "hydra_only": "lora_only"}
 
 
-def run(
+def export_checkpoint(
     reference: str,
     output: str | None = None,
     *,

@@ -24,7 +24,7 @@ from . import same_outputs
 FREE = 1e9  # a tolerance that refuses nothing: what is reported is judged here
 
 
-def run(
+def verify_folder(
     reference: str,
     *,
     against: str | None = None,

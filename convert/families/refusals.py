@@ -1,12 +1,13 @@
-"""What stands in the way of a method, from the config alone; every reason names the feature."""
+"""Checks of a donor's configuration: why a method does not apply to it. Every reason names the feature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mhconvert.errors import UnsupportedError
 
+from ..methods import registry
 from .facts import Family, attention_facts, family_of, layer_window, rope_settings, rotary_share
 
 # These scale each frequency by a constant. "dynamic" and "longrope" change with the length of the text.
@@ -15,33 +16,29 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 STOCK_BLOCKS = ("llama", "mistral", "ministral")  # their blocks, but for the attention, are a stock class's
 QUANTISED = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "bitsandbytes": "bitsandbytes", "gguf": "GGUF"}
 PART_CONFIGS = ("vision_config", "audio_config", "text_config", "thinker_config", "speech_config")
-QK_NORM_FIELDS = (
-    "use_qk_norm",
-    "qk_norm",
-    "qk_layernorm",
-)  # LayerNorm, or a norm after RoPE: no RMS before it
-OTHER_FIELDS = (
-    "clip_qkv",
-    "use_bidirectional_attention",
-)  # no softmax over products of linear queries and keys
+# Fields of norms that are no RMSNorm before RoPE: a LayerNorm, or a norm after it.
+QK_NORM_FIELDS = ("use_qk_norm", "qk_norm", "qk_layernorm")
+# Fields of attention that is no causal softmax over products of linear queries and keys.
+OTHER_FIELDS = ("clip_qkv", "use_bidirectional_attention")
 
 
 def refusals(config: Any) -> dict[str, str | None]:
-    """For each method: None where it applies to `config`, else the reason why not."""
-    return {
-        "mla": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS)),
-        "moh": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS)),
-        "dha": _refusal(config, (*MODEL_CHECKS, *ATTENTION_CHECKS, _normed_keys)),
-        "hydra": _refusal(config, MODEL_CHECKS),
-    }
+    """For each method: None where it applies to a donor with `config`, else the reason why not."""
+    return {name: refusal(config, registry.info(name).checks) for name in registry.METHOD_NAMES}
 
 
 def require(config: Any, method: str) -> Family:
-    """The family of `config`, to which `method` applies; otherwise UnsupportedError with the reason."""
-    reason = refusals(config).get(method, f"method '{method}' is unknown")
+    """The family of `config`, to which `method` applies. Raises UnsupportedError with the reason where it does not."""
+    reason = refusal(config, registry.info(method).checks)
     if reason is not None:
         raise UnsupportedError(f"{method} cannot convert this donor: {reason}")
     return family_of(config)
+
+
+def refusal(config: Any, checks: Iterable[str]) -> str | None:
+    """The reason of the first check, by its name in CHECKS, that `config` does not pass; None where it passes all."""
+    reasons = (CHECKS[name](config) for name in checks)
+    return next((reason for reason in reasons if reason), None)
 
 
 def served_refusal(config: Any) -> str | None:
@@ -58,17 +55,12 @@ def served_refusal(config: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _refusal(config: Any, checks: tuple[Check, ...]) -> str | None:
-    reasons = (check(config) for check in checks)
-    return next((reason for reason in reasons if reason), None)
-
-
 def _multimodal(config: Any) -> str | None:
     part = next((p for p in PART_CONFIGS if getattr(config, p, None) is not None), None)
     return part and f"it is multimodal ({part}); only text decoders are supported"
 
 
-def _encoder(config: Any) -> str | None:
+def _not_causal(config: Any) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return f"it is an encoder-decoder model ({config.model_type}); only decoders are supported"
     names = getattr(config, "architectures", None) or []
@@ -98,7 +90,7 @@ def _quantised(config: Any) -> str | None:
     )
 
 
-def _qk_norm(config: Any) -> str | None:
+def _qk_norm_kind(config: Any) -> str | None:
     name = next((n for n in QK_NORM_FIELDS if getattr(config, n, False)), None)
     return name and f"{name}=True: this norm of queries and keys is not supported"
 
@@ -111,12 +103,12 @@ def _normed_keys(config: Any) -> str | None:
     )
 
 
-def _other_attention(config: Any) -> str | None:
+def _attention_kind(config: Any) -> str | None:
     name = next((n for n in OTHER_FIELDS if getattr(config, n, None)), None)
     return name and f"{name}={getattr(config, name)} is not supported"
 
 
-def _heads(config: Any) -> str | None:
+def _head_counts(config: Any) -> str | None:
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     bad = groups is not None and (groups < 1 or heads % groups)
     return f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}" if bad else None
@@ -147,6 +139,15 @@ def _rope(config: Any) -> str | None:
     return None
 
 
-Check = Callable[[Any], str | None]
-MODEL_CHECKS: tuple[Check, ...] = (_multimodal, _encoder, _unknown_family, _quantised)
-ATTENTION_CHECKS: tuple[Check, ...] = (_heads, _qk_norm, _other_attention, _window, _rope)
+CHECKS: dict[str, Callable[[Any], str | None]] = {
+    "multimodal": _multimodal,
+    "not_causal": _not_causal,
+    "unknown_family": _unknown_family,
+    "quantised": _quantised,
+    "head_counts": _head_counts,
+    "qk_norm_kind": _qk_norm_kind,
+    "attention_kind": _attention_kind,
+    "window": _window,
+    "rope": _rope,
+    "normed_keys": _normed_keys,
+}

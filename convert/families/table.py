@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from ..methods import registry
 from .facts import FAMILIES, Family, attention_facts, rope_settings
 from .refusals import OTHER_FIELDS, QK_NORM_FIELDS, refusals
 
-SCALES_CACHED = ("mla",)  # beside what it keeps of the keys
 EXPERT_FIELDS = ("num_experts", "num_local_experts")
 NOTES = """\
-exact: at full rank, or with all heads, the converted model is its donor (tests/convert/methods/mla/test_families_exact.py,
-tests/convert/dha/test_identity.py; moh: to the bit, tests/convert/moh/test_modeling.py); below it every family is
+exact: at full rank, or with all heads, the converted model is its donor (mla/test_families_exact.py and
+dha/test_identity.py; moh, to the bit: moh/test_modeling.py, all in tests/convert/methods); below it every family is
 approximate. mla, exact + n: the cache also holds n numbers 1/RMS of a token's keys (G: one a KV head), which count
 against the budget, so that a budget of 1 is a little short of full rank. RoPE types default, linear, llama3 and yarn
 are carried over; dynamic and longrope are refused in every family. hydra: a new adapter changes nothing, and one that
@@ -51,7 +51,7 @@ def _row(family: Family, config: Any) -> dict[str, Any]:
     return {
         "family": family.model_type,
         "methods": {
-            name: verdict or (f"exact{cached}" if name in SCALES_CACHED else "exact")
+            name: verdict or (f"exact{cached}" if registry.info(name).caches_key_scales else "exact")
             for name, verdict in verdicts.items()
         },
         "carried": _carried(family, config),

@@ -13,12 +13,12 @@ from mhconvert.library_versions import versions
 
 from ..bare_process.reload import PROMPT, verify, write_probe
 from ..calibration import calibration_rows
+from ..methods.registry import info
 from ..recipe.recipe import Recipe
 from ..storage import dtype_cast
 from .context import ConversionContext
 from .resumable_run import Workspace
 
-TOTALS = ("active_heads", "kv_heads_read", "attention_flops")  # of a plan, that not every method changes
 PROBE_ROWS = 2  # whose logits a reload is compared with
 
 
@@ -78,7 +78,7 @@ def known_facts(
             for side in ("donor", "converted")
         },
         "parameters": dict(sizes["parameters"]),
-        **{name: sizes[name] for name in TOTALS if name in sizes},
+        **{name: sizes[name] for name in info(recipe.method).totals if name in sizes},
         "layers": layers,
         "calibration": calibration_facts(recipe, context.rows),
         "recipe": recipe.to_dict(),

@@ -1,41 +1,85 @@
-"""The methods, by name: those that rewrite a donor's layers, and those that put an adapter beside it."""
+"""The methods, by name: those that rewrite a donor's layers, and those that put an adapter beside it.
+
+A method is a folder beside this file and a line in `FOLDERS`. Importing this module imports no torch.
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any, Protocol
 
-METHODS = {  # one folder each; the pass over the layers makes a checkpoint
-    "mla": "mhconvert.convert.methods.mla",
-    "dha": "mhconvert.convert.methods.dha",
-    "moh": "mhconvert.convert.methods.moh",
-}
-CACHE_METHODS = ("mla", "dha")  # of them, those that make the KV cache smaller
-ADAPTERS = {
-    "hydra": "mhconvert.convert.methods.hydra"
-}  # who writes them: no layer is rewritten, and peft loads the result
-METHOD_NAMES = (*METHODS, *ADAPTERS)
+from mhconvert.errors import MhconvertError, UnsupportedError
+
+from .method_info import ATTENTION_CHECKS as ATTENTION_CHECKS
+from .method_info import MODEL_CHECKS as MODEL_CHECKS
+from .method_info import Form as Form
+from .method_info import MethodInfo as MethodInfo
+
+FOLDERS = (
+    "mla",
+    "dha",
+    "moh",
+    "hydra",
+)
+
+METHODS: dict[str, MethodInfo] = {}  # that rewrite layers: a pass over the donor makes a checkpoint
+CACHE_METHODS: dict[str, MethodInfo] = {}  # of METHODS, those that make the KV cache smaller
+ADAPTERS: dict[str, MethodInfo] = {}  # that rewrite no layer: peft loads the result
+_ALL: dict[str, MethodInfo] = {}
+METHOD_NAMES = _ALL.keys()  # a view: methods that are added later are in it
+
+
+def add(info: MethodInfo) -> None:
+    """Make a method known in this process, such as one from another package.
+
+    Raises MhconvertError for the name of another method.
+    """
+    if _ALL.setdefault(info.name, info) != info:
+        raise MhconvertError(f"there is a method '{info.name}' already, in {_ALL[info.name].package}")
+    if info.kind == "adapter":
+        ADAPTERS[info.name] = info
+        return
+    METHODS[info.name] = info
+    if info.shrinks_cache:
+        CACHE_METHODS[info.name] = info
+
+
+def remove(name: str) -> None:
+    """Take a method out that `add` made known; one that is unknown is left unknown."""
+    for table in (_ALL, METHODS, CACHE_METHODS, ADAPTERS):
+        table.pop(name, None)
+
+
+def info(name: str) -> MethodInfo:
+    """What is known of the method `name`. Raises UnsupportedError for an unknown one."""
+    if name not in _ALL:
+        raise UnsupportedError(f"method '{name}' is unknown; choose one of {', '.join(_ALL)}")
+    return _ALL[name]
+
+
+for _folder in FOLDERS:
+    add(importlib.import_module(f"{__package__}.{_folder}.info").INFO)
 
 
 class Method(Protocol):
-    """All that the pass knows of a method. Building one raises every refusal, before any weight is read.
+    """One conversion of one donor: all that the pass over the layers knows of a method.
 
-    replaced: prefixes of a decoder layer's tensors that the method writes anew. model_class: the transformers
-    class that holds the result.
+    Made from (donor's config, settings, effort); making it raises every refusal, before any weight is read.
+    replaced: prefixes of the names of a decoder layer's tensors that the method writes anew.
     """
 
     replaced: tuple[str, ...]
 
     @property
-    def model_class(self) -> Any: ...
+    def model_class(self) -> Any:
+        """The transformers class that holds the result, with its language-model head.
 
-    @property
-    def decoder_class(self) -> Any:
-        """The same without its language-model head."""
+        One of the method's own has its decoder stack's class as `decoder_class`.
+        """
         ...
 
     def kv_elements(self) -> int:
-        """Cache elements per token of the converted model, all layers."""
+        """Cache elements per token of the converted model, all layers together."""
         ...
 
     @property
@@ -49,7 +93,11 @@ class Method(Protocol):
         ...
 
     def share_out(self, needs: Any) -> None:
-        """Divide the whole budget over the layers by their needs, `LayerNeed` of each, before any is converted."""
+        """Divide the whole budget over the layers before any is converted.
+
+        Args:
+            needs: a `LayerNeed` for each layer.
+        """
         ...
 
     def layer_sizes(self, index: int) -> dict[str, int]:
@@ -57,21 +105,34 @@ class Method(Protocol):
         ...
 
     def totals(self) -> dict[str, Any]:
-        """Sums over the layers that the method changes beside cache and parameters, of the donor and converted."""
+        """Sums over the layers beside cache and parameters: name -> {"donor": …, "converted": …}."""
         ...
 
     def new_parameters(self) -> int:
-        """Parameters that the method writes in one layer, at most; in the mean layer where they differ in size."""
+        """Parameters that the method writes in one layer, at most; in the mean layer where layers differ in size."""
         ...
 
     def observe(self, attention: Any, inputs: Any, rotary: Any) -> Any:
-        """What `convert` needs of a donor's attention: the same for every budget, and kept past the layer."""
+        """What `convert` needs of a donor layer; the same for every budget, and kept when the layer is gone.
+
+        Args:
+            attention: the donor's attention module, float32.
+            inputs: (N, L, D) float32, what it reads on calibration text.
+            rotary: its `LayerRotary`.
+        """
         ...
 
     def convert(
         self, statistics: Any, index: int, inputs: Any, targets: Any, position_embeddings: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """A new attention module for layer `index`, observed as `statistics`, and what was chosen for it."""
+        """The new attention of a layer, and what was chosen for it as JSON has it.
+
+        Args:
+            statistics: what `observe` returned for the layer.
+            index: of the layer.
+            inputs, targets: (N, L, D) float32, what the donor's attention reads and returns on calibration text.
+            position_embeddings: (cos, sin), each (1, L, rotary width); the result is on their device, float32.
+        """
         ...
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
@@ -79,7 +140,7 @@ class Method(Protocol):
         ...
 
     def finish(self) -> Any:
-        """The configuration of the converted model."""
+        """The configuration of the converted model, after every layer was converted or restored."""
         ...
 
     def example_config(self) -> Any:
@@ -93,17 +154,21 @@ def settings_class(method: str) -> Any:
     One of METHODS has `at_budget(share)`, the same choices at another share of what it divides over the layers; of
     CACHE_METHODS that is `kv_budget`, a share of the donor's KV elements.
     """
-    return importlib.import_module(f"{(METHODS | ADAPTERS)[method]}.settings").SETTINGS
+    return importlib.import_module(f"{info(method).package}.settings").SETTINGS
 
 
 def register(name: str) -> None:
     """Make transformers' Auto classes know the models of the method `name` in this process."""
-    importlib.import_module(METHODS[name]).register()
+    importlib.import_module(info(name).package).register()
 
 
 def build_method(name: str, config: Any, settings: Any, effort: str) -> Method:
-    """The method `name` for a donor with `config`. effort: a recipe's, or "survey": less than quick.
+    """The method `name` for a donor with `config`.
 
-    Raises UnsupportedError or BudgetError.
+    Args:
+        effort: a recipe's ("quick", "default", "high"), or "survey", which is less than quick.
+    Raises:
+        UnsupportedError: for a donor that the method does not apply to.
+        BudgetError: for settings that the donor's sizes cannot express.
     """
-    return importlib.import_module(f"{METHODS[name]}.method").METHOD(config, settings, effort)
+    return importlib.import_module(f"{info(name).package}.method").METHOD(config, settings, effort)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ...convert.methods.registry import METHODS
 from ...convert.storage.folder_kind import is_adapter
 from .units import count, duration, number, share, size
 
@@ -74,7 +75,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def method_title(method: str) -> str:
     """A method's name as its paper writes it: mla -> MLA, moh -> MoH."""
-    return "MoH" if method == "moh" else method.upper()
+    return METHODS[method].label if method in METHODS else method.upper()
 
 
 def healing_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ...convert.checkpoint.card_front_matter import front_matter
+from ...convert.methods.registry import METHODS
 from ...convert.storage.folder_kind import is_adapter
 from .conversion_tables import healing_line, healing_rows, json_safe, loading, method_title, remote_code, rows
 from .units import share, size
 
 REPORT = "report.json"
 CARD = "README.md"
-METHOD_TAGS = {
-    "mla": "multi-head-latent-attention",
-    "moh": "mixture-of-heads",
-    "dha": "decoupled-head-attention",
-}
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -66,7 +62,12 @@ def model_card(report: dict[str, Any], licence: str | None = None) -> str:
 def _tags(method: str, report: dict[str, Any]) -> list[str]:
     cache = report.get("kv_bytes_per_token") or {}
     smaller = bool(cache.get("donor")) and (cache.get("converted") or cache["donor"]) < cache["donor"]
-    tags = ["mhconvert", method, METHOD_TAGS.get(method), "kv-cache" if smaller else None]
+    tags = [
+        "mhconvert",
+        method,
+        METHODS[method].tag if method in METHODS else None,
+        "kv-cache" if smaller else None,
+    ]
     return [tag for tag in tags if tag]
 
 

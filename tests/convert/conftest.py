@@ -37,13 +37,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
     def build(output: Path, **changes: Any) -> Recipe:
         settings = {
+            "method": "mla",
             "settings": MLASettings(kv_budget=0.5),
             "calibration": Calibration((str(text),), tokens=1024, sequence_length=64, held_out=2),
             "fit_steps": 3,
             "verify": False,
             "device": "cpu",
         }
-        return Recipe(str(donor), "mla", output=str(output), **(settings | changes))
+        return Recipe(str(donor), output=str(output), **(settings | changes))
 
     return build
 

@@ -22,7 +22,7 @@ OUTPUT_BIAS_FIELDS = ("attention_bias", "attention_out_bias")  # that ask for o_
 LLAMA_LIKE = ("llama", "mistral", "ministral", "qwen2")
 
 
-def run(
+def export_checkpoint(
     reference: str,
     output: str | None = None,
     *,

@@ -26,7 +26,7 @@ CODE = (configuration_nemotron_nas, modeling_nemotron_nas)
 Engine = tuple[str, bool, str]  # its name, whether it loads the export, how or why not
 
 
-def run(
+def export_checkpoint(
     reference: str,
     output: str | None = None,
     *,

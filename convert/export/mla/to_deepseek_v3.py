@@ -28,7 +28,7 @@ from ..card import write_card
 from . import deepseek_tensors
 
 
-def run(
+def export_checkpoint(
     reference: str,
     to: str,
     output: str | None = None,

@@ -15,7 +15,7 @@ from . import gguf_tokenizer, gguf_writer, to_deepseek_v3
 F16_BYTES = 2  # of an element of llama.cpp's cache, unless it is told otherwise
 
 
-def run(
+def export_checkpoint(
     reference: str,
     output: str | None = None,
     *,
@@ -44,7 +44,7 @@ def run(
     gguf_tokenizer.read_vocabulary(opened.folder, opened.vocab_size)  # refused before the work
     with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=f".{place.name}-") as work:
         dense = Path(work) / "dense"
-        report = to_deepseek_v3.run(
+        report = to_deepseek_v3.export_checkpoint(
             reference,
             "deepseek_v3",
             str(dense),

@@ -28,7 +28,7 @@ from .own_layer import EPS, EPS_FLOAT16, ServedShape, model_class, norm_weight, 
 from .to_deepseek_v3 import carry, record
 
 
-def run(
+def export_checkpoint(
     reference: str,
     output: str | None = None,
     *,
@@ -168,7 +168,7 @@ def _write_rest(
     """Configuration, code, tokenizer, licence and card. folder: of the checkpoint."""
     model = model_class(served)
     carry(folder, partial)
-    provenance.write_model_config(partial, served, model, model.decoder_class, dtype)
+    provenance.write_model_config(partial, served, model, dtype)
     (partial / "README.md").write_text(_card(name, report, _donor(folder)), encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from ...families.facts import attention_facts, class_free_values
 from . import modeling_dha
 
 
-def decoupled_class(donor_config_class: Any) -> Any:
+def converted_class(donor_config_class: Any) -> Any:
     """The transformers class that holds a converted donor of a configuration class."""
     donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
     return getattr(modeling_dha, f"DHA{donor.__name__}")
@@ -19,7 +19,7 @@ def decoupled_class(donor_config_class: Any) -> Any:
 
 def decoupled_config(donor_config: Any, output_bias: bool) -> Any:
     """The donor's configuration as that of its decoupled-head class; each layer's maps are still the donor's own."""
-    config_class, facts = decoupled_class(type(donor_config)).config_class, attention_facts(donor_config)
+    config_class, facts = converted_class(type(donor_config)).config_class, attention_facts(donor_config)
     group = facts.heads // facts.kv_heads
     own = [[head // group for head in range(facts.heads)] for _ in range(donor_config.num_hidden_layers)]
     config = config_class(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mhconvert.errors import UnsupportedError
 
@@ -22,7 +22,7 @@ from ...families.refusals import require
 from ..budget_division import LayerNeed, divide
 from . import modeling_dha
 from .budget import HeadBudget, head_budget
-from .converted_class import decoupled_class, decoupled_config
+from .converted_class import converted_class, decoupled_config
 from .grouping import EXACT_HEADS, Cluster
 from .observed import Observed
 from .settings import DHASettings
@@ -167,13 +167,7 @@ class DHA:
     def model_class(self) -> Any:
         """The transformers class that holds the result; the donor's own where all layers are alike."""
         kind: Any = type(self.donor_config)
-        return MODEL_FOR_CAUSAL_LM_MAPPING[kind] if self.stock else decoupled_class(kind)
-
-    @property
-    def decoder_class(self) -> Any:
-        """The same without its language-model head."""
-        kind: Any = type(self.donor_config)
-        return MODEL_MAPPING[kind] if self.stock else self.model_class.decoder_class
+        return MODEL_FOR_CAUSAL_LM_MAPPING[kind] if self.stock else converted_class(kind)
 
     @property
     def _biased(self) -> bool:

@@ -3,14 +3,9 @@
 
 def register() -> None:
     """Make transformers' Auto classes know the latent-attention models in this process; may be called again."""
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-
-    from ...families.facts import FAMILIES
+    from ..auto_classes import register_classes
     from . import served
-    from .converted_class import model_class
+    from .converted_class import converted_class
 
-    served.register()  # the form in which a checkpoint is served begins with the same model_type
-    for model_type in FAMILIES:
-        model = model_class(CONFIG_MAPPING[model_type])
-        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+    served.register()  # its model_types begin with "mla_" too
+    register_classes(converted_class)

@@ -10,7 +10,7 @@ from ...families.facts import attention_facts, class_free_values
 from . import modeling_mla
 
 
-def model_class(donor_config_class: Any) -> Any:
+def converted_class(donor_config_class: Any) -> Any:
     """The transformers class that holds a converted donor of a configuration class."""
     donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
     return getattr(modeling_mla, f"MLA{donor.__name__}")
@@ -18,7 +18,7 @@ def model_class(donor_config_class: Any) -> Any:
 
 def latent_config(donor_config: Any, output_bias: bool, rope_in_latent: bool = False) -> Any:
     """The donor's configuration as that of its latent-attention class; each layer's sizes are still empty."""
-    config_class, facts = model_class(type(donor_config)).config_class, attention_facts(donor_config)
+    config_class, facts = converted_class(type(donor_config)).config_class, attention_facts(donor_config)
     layers = donor_config.num_hidden_layers
     config = config_class(
         **class_free_values(donor_config),

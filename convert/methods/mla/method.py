@@ -22,7 +22,7 @@ from ..budget_division import LayerNeed, divide
 from . import modeling_mla
 from .assembly import at_mean_scale, module_tensors
 from .budget import DIVISION, LayerBudget, layer_budget
-from .converted_class import latent_config, model_class
+from .converted_class import converted_class, latent_config
 from .observed import Observed
 from .settings import MLASettings
 from .surgery import (
@@ -199,12 +199,7 @@ class MLA:
     @property
     def model_class(self) -> Any:
         """The transformers class that holds the result."""
-        return model_class(type(self.donor_config))
-
-    @property
-    def decoder_class(self) -> Any:
-        """The same without its language-model head."""
-        return self.model_class.decoder_class
+        return converted_class(type(self.donor_config))
 
     def _surgery(self, seen: Observed, index: int, choice: Candidate) -> LatentWeights:
         rank = self.budgets[index].rank(choice.components)

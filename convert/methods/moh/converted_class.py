@@ -10,7 +10,7 @@ from ...families.facts import attention_facts, class_free_values
 from . import modeling_moh
 
 
-def mixture_class(donor_config_class: Any) -> Any:
+def converted_class(donor_config_class: Any) -> Any:
     """The transformers class that holds a converted donor of a configuration class."""
     donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
     return getattr(modeling_moh, f"MoH{donor.__name__}")
@@ -18,7 +18,7 @@ def mixture_class(donor_config_class: Any) -> Any:
 
 def mixture_config(donor_config: Any, route: str = "heads", router: str = "learned") -> Any:
     """The donor's configuration as that of its mixture-of-head class; every head is shared still."""
-    config_class, facts = mixture_class(type(donor_config)).config_class, attention_facts(donor_config)
+    config_class, facts = converted_class(type(donor_config)).config_class, attention_facts(donor_config)
     units, layers = facts.heads if route == "heads" else facts.kv_heads, donor_config.num_hidden_layers
     config = config_class(
         **class_free_values(donor_config),

@@ -17,7 +17,7 @@ from ...families.refusals import require
 from ..budget_division import LayerNeed, divide
 from . import modeling_moh
 from .budget import Heads, heads_of
-from .converted_class import mixture_class, mixture_config
+from .converted_class import converted_class, mixture_config
 from .observed import Observed, observe
 from .settings import MoHSettings
 from .surgery import linear_scores, norm_scores, shared_units
@@ -168,12 +168,7 @@ class MoH:
     @property
     def model_class(self) -> Any:
         """The transformers class that holds the result."""
-        return mixture_class(type(self.donor_config))
-
-    @property
-    def decoder_class(self) -> Any:
-        """The same without its language-model head."""
-        return self.model_class.decoder_class
+        return converted_class(type(self.donor_config))
 
     @property
     def _calibrated_norms(self) -> bool:

@@ -43,7 +43,7 @@ def checkpoint(path: Path, dtype: torch.dtype = torch.float32, **config: Any) ->
     """A portable conversion in a folder, with tokenizer and code."""
     model = portable(**config).to(dtype)
     model.save_pretrained(path)
-    write_model_config(path, model.config, type(model), model.decoder_class, dtype)
+    write_model_config(path, model.config, type(model), dtype)
     make_tokenizer().save_pretrained(path)
     (path / "LICENSE").write_text("Tiny test licence\n", encoding="utf-8")
     return path

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mhconvert.convert.export.mla import to_own as export
+from mhconvert.convert.export.mla import to_own
 from mhconvert.convert.methods.mla.served.modeling_served import LatentRMSNorm, ServedLatentAttention
 from tests.convert.conversions import LLAMA3
 from tests.convert.export import vllm_fuser
@@ -174,7 +174,7 @@ def found_by_vllm(folder: Path, modules: Path) -> dict[str, Any]:
 def test_vllm_finds_it(tmp_path: Path, donor: dict[str, Any]) -> None:
     """And the forward that vLLM makes of ours gives the same logits from the latents alone."""
     source = checkpoint(tmp_path / "tiny-mla", **donor)
-    export.run(str(source), str(tmp_path / "out"), device="cpu", verify=False)
+    to_own.export_checkpoint(str(source), str(tmp_path / "out"), device="cpu", verify=False)
     found = found_by_vllm(tmp_path / "out", tmp_path / "modules")
     assert found["relative_difference"] < 1e-5
     for index, layer in enumerate(found["layers"]):

@@ -3,15 +3,7 @@
 
 def register() -> None:
     """Make transformers' Auto classes know the served latent-attention models in this process; may be called again."""
-    from typing import Any
+    from ...auto_classes import register_classes
+    from .served_class import served_class
 
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-
-    from ....families.facts import FAMILIES
-    from . import modeling_served
-
-    for model_type in FAMILIES:
-        donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
-        model = getattr(modeling_served, f"MLAServed{donor.__name__}")
-        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+    register_classes(served_class)

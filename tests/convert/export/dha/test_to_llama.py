@@ -41,7 +41,7 @@ FULL = {"sliding_window": None}
 )
 def test_it_computes_the_same(tmp_path: Path, donor: dict[str, Any], architecture: str) -> None:
     checkpoint = make_dha(tmp_path, EQUAL, **donor)
-    report = to_llama.run(str(checkpoint), str(tmp_path / "out"))
+    report = to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     assert (report["architecture"], report["num_key_value_heads"]) == (architecture, 2)
     assert (report["duplicated_heads"], report["exact"]) == (0, True)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -52,7 +52,7 @@ def test_it_computes_the_same(tmp_path: Path, donor: dict[str, Any], architectur
 
 def test_a_stranger_loads_it(tmp_path: Path) -> None:
     checkpoint = make_dha(tmp_path, EQUAL, tied=False)
-    report = to_llama.run(str(checkpoint), str(tmp_path / "out"))
+    report = to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     found = elsewhere(checkpoint, tmp_path / "out", tmp_path)
     assert (found["model_class"], found["module"]) == ("LlamaForCausalLM", "transformers")
     assert found["relative_logit_error"] <= 2e-6
@@ -61,7 +61,7 @@ def test_a_stranger_loads_it(tmp_path: Path) -> None:
 
 def test_tensors_are_moved_and_none_is_computed(tmp_path: Path) -> None:
     checkpoint = make_dha(tmp_path, EQUAL, dtype=torch.bfloat16)
-    report = to_llama.run(str(checkpoint), str(tmp_path / "out"))
+    report = to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     before, after = (load_file(place / "model.safetensors") for place in (checkpoint, tmp_path / "out"))
     assert report["output_bytes"] == sum(t.numel() * t.element_size() for t in after.values())
     assert report["biases"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -77,7 +77,7 @@ def test_tensors_are_moved_and_none_is_computed(tmp_path: Path) -> None:
 
 def test_what_is_no_weight_comes_along(tmp_path: Path) -> None:
     checkpoint = make_dha(tmp_path, EQUAL)
-    to_llama.run(str(checkpoint), str(tmp_path / "out"))
+    to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
         assert (tmp_path / "out" / name).read_bytes() == (checkpoint / name).read_bytes()
     record = json.loads((tmp_path / "out" / "mhconvert.json").read_text())
@@ -96,7 +96,7 @@ def test_without_means_to_add_the_class_stays(tmp_path: Path) -> None:
         if name.endswith("o_proj.bias"):
             tensor.zero_()
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    report = to_llama.run(str(checkpoint), str(tmp_path / "out"))
+    report = to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     assert (report["architecture"], report["biases"]) == ("MistralForCausalLM", [])
     require_same(checkpoint, tmp_path / "out", report)
 
@@ -105,9 +105,9 @@ def test_copies_of_heads_where_they_are_wanted(tmp_path: Path) -> None:
     """Two K heads of three and one readers: as many as there are query heads are cached."""
     checkpoint = make_dha(tmp_path, UNEQUAL)
     with pytest.raises(ExportError, match=r"layer 0: its 4 query heads read 2 K and 2 V heads in 3 pairs"):
-        to_llama.run(str(checkpoint), str(tmp_path / "out"))
+        to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    report = to_llama.run(str(checkpoint), str(tmp_path / "out"), duplicate=True)
+    report = to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"), duplicate=True)
     assert (report["num_key_value_heads"], report["duplicated_heads"]) == (4, 16 - 7)
     assert report["kv_bytes_per_token"] == {"checkpoint": 7 * 16 * 4, "export": 16 * 16 * 4}
     assert "9 heads are copies" in (tmp_path / "out" / "README.md").read_text()
@@ -133,7 +133,7 @@ def test_copies_of_heads_where_they_are_wanted(tmp_path: Path) -> None:
 def test_what_the_class_cannot_hold(tmp_path: Path, donor: dict[str, Any], said: str) -> None:
     checkpoint = make_dha(tmp_path, EQUAL, **donor)
     with pytest.raises(ExportError, match=said):
-        to_llama.run(str(checkpoint), str(tmp_path / "out"))
+        to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
 
 
@@ -143,37 +143,37 @@ def test_scores_that_are_not_the_donors(tmp_path: Path, field: str, value: float
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {field: value}))
     with pytest.raises(ExportError, match=r"the configuration of a llama model says 0.25 and None"):
-        to_llama.run(str(checkpoint), str(tmp_path / "out"))
+        to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
 
 
 def test_checkpoints_of_another_kind(tmp_path: Path) -> None:
     donor = make_donor(tmp_path / "plain")
     with pytest.raises(ExportError, match="plain is no checkpoint that mhconvert converted; llama takes"):
-        to_llama.run(str(donor))
+        to_llama.export_checkpoint(str(donor))
     with pytest.raises(ExportError, match="nowhere is no checkpoint that mhconvert converted"):
-        to_llama.run(str(tmp_path / "nowhere"))
+        to_llama.export_checkpoint(str(tmp_path / "nowhere"))
     with pytest.raises(ExportError, match="latent was made by mla; llama takes"):
-        to_llama.run(str(make_checkpoint(tmp_path / "latent")))
+        to_llama.export_checkpoint(str(make_checkpoint(tmp_path / "latent")))
     uniform = make_dha(tmp_path / "uniform", [([0, 0, 1, 1], [0, 0, 1, 1])])
     with pytest.raises(ExportError, match="is a LlamaForCausalLM already: engines load it as it is"):
-        to_llama.run(str(uniform))
+        to_llama.export_checkpoint(str(uniform))
 
 
 def test_folders_that_are_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = make_dha(tmp_path, EQUAL)
-    to_llama.run(str(checkpoint), str(tmp_path / "out"))
+    to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     with pytest.raises(OutputError, match="exists; choose another folder"):
-        to_llama.run(str(checkpoint), str(tmp_path / "out"))
-    to_llama.run(str(checkpoint), str(tmp_path / "out"), force=True)
+        to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
+    to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"), force=True)
     with pytest.raises(ExportError, match="is an export itself"):
-        to_llama.run(str(tmp_path / "out"), str(tmp_path / "again"))
+        to_llama.export_checkpoint(str(tmp_path / "out"), str(tmp_path / "again"))
     with pytest.raises(OutputError, match="is read by this command"):
-        to_llama.run(str(checkpoint), str(checkpoint), force=True)
+        to_llama.export_checkpoint(str(checkpoint), str(checkpoint), force=True)
     with pytest.raises(OutputError, match="which is only read"):
-        to_llama.run(str(checkpoint), str(checkpoint / "out"))
+        to_llama.export_checkpoint(str(checkpoint), str(checkpoint / "out"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(OutputError, match=r"has 1.00 KB free"):
-        to_llama.run(str(checkpoint), str(tmp_path / "full"))
+        to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "full"))
     assert not list(tmp_path.glob("full*"))
 
 
@@ -181,7 +181,7 @@ def test_its_name_and_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     checkpoint = make_dha(tmp_path, EQUAL)
     monkeypatch.chdir(tmp_path)
     seen = []
-    report = to_llama.run(str(checkpoint), on_progress=seen.append)
+    report = to_llama.export_checkpoint(str(checkpoint), on_progress=seen.append)
     assert report["output"] == "dha-llama"
     assert [(p.stage, p.done, p.total) for p in seen if p.stage != "measure"] == [
         *(("export", n, 2) for n in range(3)),

@@ -117,7 +117,7 @@ def engine_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 )
 def test_engines_find_the_checkpoint(tmp_path: Path, donor: dict[str, Any]) -> None:
     checkpoint, out = make_dha(tmp_path, LAYERED, **donor), tmp_path / "out"
-    report = to_nemotron_nas.run(str(checkpoint), str(out))
+    report = to_nemotron_nas.export_checkpoint(str(checkpoint), str(out))
     assert (report["architecture"], report["heads_by_layer"]) == ("DeciLMForCausalLM", [1, 2, 4])
     assert (report["duplicated_heads"], report["exact"]) == (0, True)
     assert report["kv_bytes_per_token"]["export"] == report["kv_bytes_per_token"]["checkpoint"]
@@ -134,7 +134,7 @@ def test_engines_find_the_checkpoint(tmp_path: Path, donor: dict[str, Any]) -> N
 def test_a_wrong_block_would_show(tmp_path: Path) -> None:
     """The comparison above sees which KV head a query head reads."""
     checkpoint, out = make_dha(tmp_path, LAYERED[1:2]), tmp_path / "out"
-    to_nemotron_nas.run(str(checkpoint), str(out))
+    to_nemotron_nas.export_checkpoint(str(checkpoint), str(out))
     ids, weights = token_ids(3, 40), load_file(out / "model.safetensors")
     name = "model.layers.0.self_attn.k_proj.weight"
     weights[name] = weights[name].roll(16, 0)
@@ -144,7 +144,7 @@ def test_a_wrong_block_would_show(tmp_path: Path) -> None:
 
 def test_a_stranger_loads_it(tmp_path: Path) -> None:
     checkpoint = make_dha(tmp_path, LAYERED)
-    report = to_nemotron_nas.run(str(checkpoint), str(tmp_path / "out"))
+    report = to_nemotron_nas.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     found = elsewhere(checkpoint, tmp_path / "out", tmp_path)
     assert (found["model_class"], found["module"]) == ("DeciLMForCausalLM", "transformers_modules")
     assert found["relative_logit_error"] <= 2e-6
@@ -154,7 +154,7 @@ def test_a_stranger_loads_it(tmp_path: Path) -> None:
 def test_engines_read_the_blocks_as_attributes(tmp_path: Path) -> None:
     """vLLM: config.block_configs[i].attention.n_heads_in_group; what is saved again is the same."""
     checkpoint, out = make_dha(tmp_path, LAYERED, rope=LLAMA3), tmp_path / "out"
-    to_nemotron_nas.run(str(checkpoint), str(out))
+    to_nemotron_nas.export_checkpoint(str(checkpoint), str(out))
     config: Any = AutoConfig.from_pretrained(out, trust_remote_code=True)
     blocks = config.block_configs
     assert [block.attention.n_heads_in_group for block in blocks] == [4, 2, 1]
@@ -169,7 +169,7 @@ def test_engines_read_the_blocks_as_attributes(tmp_path: Path) -> None:
 
 def test_llama_cpp_and_sglang_read_rope_outside_its_dictionary(tmp_path: Path) -> None:
     checkpoint, out = make_dha(tmp_path, LAYERED, rope=LLAMA3 | {"rope_theta": 5e5}), tmp_path / "out"
-    to_nemotron_nas.run(str(checkpoint), str(out))
+    to_nemotron_nas.export_checkpoint(str(checkpoint), str(out))
     config = json.loads((out / "config.json").read_text())
     assert (config["rope_theta"], config["rope_scaling"]) == (5e5, LLAMA3)
     assert config["original_max_position_embeddings"] == 64
@@ -194,21 +194,23 @@ def test_engines_round_to_the_width(width: int, hidden: int) -> None:
 
 def test_an_mlp_is_filled_up_with_units_that_compute_nothing(tmp_path: Path) -> None:
     checkpoint, out = make_dha(tmp_path, LAYERED, hidden=96, heads=4, head_dim=24), tmp_path / "out"
-    report = to_nemotron_nas.run(str(checkpoint), str(out))
+    report = to_nemotron_nas.export_checkpoint(str(checkpoint), str(out))
     assert report["mlp_width"] == {"checkpoint": 192, "export": 256}
     weights = load_file(out / "model.safetensors")
     assert not weights["model.layers.1.mlp.gate_proj.weight"][192:].any()
     assert not weights["model.layers.1.mlp.down_proj.weight"][:, 192:].any()
-    wide = to_nemotron_nas.run(str(make_dha(tmp_path / "wide", LAYERED, hidden=128)), str(tmp_path / "b"))
+    wide = to_nemotron_nas.export_checkpoint(
+        str(make_dha(tmp_path / "wide", LAYERED, hidden=128)), str(tmp_path / "b")
+    )
     assert wide["mlp_width"] == {"checkpoint": 256, "export": 256}
 
 
 def test_copies_of_heads_where_they_are_wanted(tmp_path: Path) -> None:
     checkpoint, out = make_dha(tmp_path, UNEQUAL), tmp_path / "out"
     with pytest.raises(ExportError, match=r"layer 0: .*--duplicate caches 5 heads.*: 704 -> 1024 KV bytes"):
-        to_nemotron_nas.run(str(checkpoint), str(out))
+        to_nemotron_nas.export_checkpoint(str(checkpoint), str(out))
     assert not out.exists()
-    report = to_nemotron_nas.run(str(checkpoint), str(out), duplicate=True)
+    report = to_nemotron_nas.export_checkpoint(str(checkpoint), str(out), duplicate=True)
     assert (report["heads_by_layer"], report["duplicated_heads"]) == ([2, 4, 2], 5)
     assert relative(rebuilt_logits(out, token_ids(3, 40)), logits(load(checkpoint), token_ids(3, 40))) <= 2e-6
     require_same(checkpoint, out, report)
@@ -217,7 +219,7 @@ def test_copies_of_heads_where_they_are_wanted(tmp_path: Path) -> None:
 def test_a_uniform_checkpoint_too(tmp_path: Path) -> None:
     """It is its donor's class already; SGLang, which wants one number of KV heads, loads it."""
     checkpoint = make_dha(tmp_path, [([0, 0, 1, 1], [0, 0, 1, 1])] * 2)
-    report = to_nemotron_nas.run(str(checkpoint), str(tmp_path / "out"))
+    report = to_nemotron_nas.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     assert report["heads_by_layer"] == [2, 2]
     assert report["biases"] == []
     assert loads(report) == {"transformers": True, "vLLM": True, "SGLang": True, "llama.cpp": True}
@@ -229,10 +231,14 @@ def loads(report: dict[str, Any]) -> dict[str, bool]:
 
 
 def test_which_engines_load_it(tmp_path: Path) -> None:
-    plain = to_nemotron_nas.run(str(make_dha(tmp_path / "a", LAYERED)), str(tmp_path / "plain"))
+    plain = to_nemotron_nas.export_checkpoint(str(make_dha(tmp_path / "a", LAYERED)), str(tmp_path / "plain"))
     assert loads(plain) == {"transformers": True, "vLLM": True, "SGLang": False, "llama.cpp": True}
-    wide = to_nemotron_nas.run(str(make_dha(tmp_path / "b", LAYERED, head_dim=24)), str(tmp_path / "wide"))
-    yarn = to_nemotron_nas.run(str(make_dha(tmp_path / "c", LAYERED, rope=YARN)), str(tmp_path / "yarn"))
+    wide = to_nemotron_nas.export_checkpoint(
+        str(make_dha(tmp_path / "b", LAYERED, head_dim=24)), str(tmp_path / "wide")
+    )
+    yarn = to_nemotron_nas.export_checkpoint(
+        str(make_dha(tmp_path / "c", LAYERED, rope=YARN)), str(tmp_path / "yarn")
+    )
     assert not loads(wide)["llama.cpp"]
     assert not loads(yarn)["llama.cpp"]
     assert "| SGLang | no | wants the same number" in (tmp_path / "plain" / "README.md").read_text()
@@ -255,12 +261,12 @@ def test_which_engines_load_it(tmp_path: Path) -> None:
 def test_what_blocks_cannot_hold(tmp_path: Path, donor: dict[str, Any], said: str) -> None:
     checkpoint = make_dha(tmp_path, LAYERED, **donor)
     with pytest.raises(ExportError, match=said):
-        to_nemotron_nas.run(str(checkpoint), str(tmp_path / "out"))
+        to_nemotron_nas.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
 
 
 def test_an_export_is_not_exported_again(tmp_path: Path) -> None:
     checkpoint = make_dha(tmp_path, LAYERED)
-    to_nemotron_nas.run(str(checkpoint), str(tmp_path / "out"))
+    to_nemotron_nas.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     with pytest.raises(ExportError, match="is an export itself; export the checkpoint"):
-        to_nemotron_nas.run(str(tmp_path / "out"), str(tmp_path / "again"))
+        to_nemotron_nas.export_checkpoint(str(tmp_path / "out"), str(tmp_path / "again"))

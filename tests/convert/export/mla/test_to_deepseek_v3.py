@@ -65,7 +65,7 @@ def ours(folder: Path) -> Any:
 )
 def test_the_stock_class_computes_what_ours_does(tmp_path: Path, to: str, donor: dict[str, Any]) -> None:
     source = checkpoint(tmp_path / "tiny-mla", **donor)
-    report = to_deepseek_v3.run(str(source), to, str(tmp_path / "out"), device="cpu")
+    report = to_deepseek_v3.export_checkpoint(str(source), to, str(tmp_path / "out"), device="cpu")
     model, ids = loaded(tmp_path / "out"), token_ids(3, 40, seed=7)
     assert type(model).__name__ == report["architecture"] == deepseek_tensors.CLASSES[to]
     assert relative(logits(model, ids), logits(ours(source), ids)) < 2e-5
@@ -90,14 +90,14 @@ def test_scaled_rope_goes_to_youtu_alone(tmp_path: Path, rope: dict[str, Any]) -
     with pytest.raises(
         ExportError, match=f"deepseek_v3 cannot hold this checkpoint: rope_type {rope['rope_type']}"
     ):
-        to_deepseek_v3.run(str(source), "deepseek_v3", str(tmp_path / "out"))
-    to_deepseek_v3.run(str(source), "youtu", str(tmp_path / "out"), device="cpu")
+        to_deepseek_v3.export_checkpoint(str(source), "deepseek_v3", str(tmp_path / "out"))
+    to_deepseek_v3.export_checkpoint(str(source), "youtu", str(tmp_path / "out"), device="cpu")
     ids = token_ids(2, 60, seed=3)
     assert relative(logits(loaded(tmp_path / "out"), ids), logits(ours(source), ids)) < 2e-5
 
 
 def test_bfloat16_loses_what_rounding_loses(plain: Path, tmp_path: Path) -> None:
-    report = to_deepseek_v3.run(
+    report = to_deepseek_v3.export_checkpoint(
         str(plain), "deepseek_v3", str(tmp_path / "out"), dtype="bfloat16", device="cpu"
     )
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
@@ -110,7 +110,9 @@ def test_bfloat16_loses_what_rounding_loses(plain: Path, tmp_path: Path) -> None
 
 
 def test_left_padding_and_the_cache(plain: Path, tmp_path: Path) -> None:
-    to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"), device="cpu", verify=False)
+    to_deepseek_v3.export_checkpoint(
+        str(plain), "deepseek_v3", str(tmp_path / "out"), device="cpu", verify=False
+    )
     model, ids = loaded(tmp_path / "out"), token_ids(1, 12, seed=5)
     padded = torch.cat((torch.ones(1, 4, dtype=torch.long), ids), dim=1)
     mask = torch.cat((torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)), dim=1)
@@ -141,7 +143,7 @@ def test_what_would_be_lost_is_refused(
     source = checkpoint(tmp_path / "tiny-mla", settings=settings, **donor)
     for to in deepseek_tensors.CLASSES:
         with pytest.raises(ExportError, match=f"{to} cannot hold this checkpoint: {reason}"):
-            to_deepseek_v3.run(str(source), to, str(tmp_path / "out"))
+            to_deepseek_v3.export_checkpoint(str(source), to, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -174,7 +176,7 @@ def test_every_feature_that_a_class_lacks_is_named(plain: Path, changes: dict[st
 
 def test_float16_is_refused(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="float16 holds no numbers as small as the latent's norm needs"):
-        to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"), dtype="float16")
+        to_deepseek_v3.export_checkpoint(str(plain), "deepseek_v3", str(tmp_path / "out"), dtype="float16")
 
 
 def test_a_donor_is_no_checkpoint(tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_a_donor_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match="has no latent attention; youtu holds what --to mla --profile portable"
     ):
-        to_deepseek_v3.run(str(tmp_path / "donor"), "youtu", str(tmp_path / "out"))
+        to_deepseek_v3.export_checkpoint(str(tmp_path / "donor"), "youtu", str(tmp_path / "out"))
 
 
 def test_a_mismatch_deletes_the_export(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,22 +200,24 @@ def test_a_mismatch_deletes_the_export(plain: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(
         ProofError, match="the export is not what its checkpoint is, and was removed: .*logits differ"
     ):
-        to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"), device="cpu")
+        to_deepseek_v3.export_checkpoint(str(plain), "deepseek_v3", str(tmp_path / "out"), device="cpu")
     assert os.listdir(tmp_path) == []
 
 
 def test_an_existing_folder_and_a_dry_run(plain: Path, tmp_path: Path) -> None:
-    report = to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"), dry_run=True)
+    report = to_deepseek_v3.export_checkpoint(str(plain), "deepseek_v3", str(tmp_path / "out"), dry_run=True)
     assert [engine for engine, *_ in report["engines"]][:2] == [
         "transformers ≥ 5.16.1",
         "transformers < 5.16.1",
     ]
     assert not (tmp_path / "out").exists()
-    to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"), device="cpu", verify=False)
+    to_deepseek_v3.export_checkpoint(
+        str(plain), "deepseek_v3", str(tmp_path / "out"), device="cpu", verify=False
+    )
     with pytest.raises(
         OutputError, match="out exists; choose another folder with -o, or replace it with --force"
     ):
-        to_deepseek_v3.run(str(plain), "deepseek_v3", str(tmp_path / "out"))
+        to_deepseek_v3.export_checkpoint(str(plain), "deepseek_v3", str(tmp_path / "out"))
 
 
 def test_engines_by_sizes() -> None:
@@ -233,24 +237,24 @@ def test_engines_by_sizes() -> None:
 
 
 def test_verify_names_what_it_compares_with(plain: Path, tmp_path: Path) -> None:
-    to_deepseek_v3.run(str(plain), "youtu", str(tmp_path / "out"), device="cpu", verify=False)
-    found = verify_folder.run(str(tmp_path / "out"))
+    to_deepseek_v3.export_checkpoint(str(plain), "youtu", str(tmp_path / "out"), device="cpu", verify=False)
+    found = verify_folder.verify_folder(str(tmp_path / "out"))
     assert found["against"] == str(plain)
     assert found["relative_difference"] < 1e-4
     assert found["greedy_equal"]
     whole = make_checkpoint(tmp_path / "whole")
-    assert verify_folder.run(str(whole))["against"] == str(whole)
+    assert verify_folder.verify_folder(str(whole))["against"] == str(whole)
     other = checkpoint(tmp_path / "other", seed=4)
     with pytest.raises(
         ProofError, match=r"out is not .*other: their logits differ by .* and 0.005 is allowed"
     ):
-        verify_folder.run(str(tmp_path / "out"), against=str(other), tolerance=5e-3)
-    assert verify_folder.run(str(tmp_path / "out"), against=str(other))["relative_difference"] > 0.1
+        verify_folder.verify_folder(str(tmp_path / "out"), against=str(other), tolerance=5e-3)
+    assert verify_folder.verify_folder(str(tmp_path / "out"), against=str(other))["relative_difference"] > 0.1
     donor_model().save_pretrained(tmp_path / "donor")
     with pytest.raises(ExportError, match="does not say what it should compute; name a model with --against"):
-        verify_folder.run(str(tmp_path / "donor"))
+        verify_folder.verify_folder(str(tmp_path / "donor"))
     with pytest.raises(CheckpointError, match="nowhere is no folder; verify takes"):
-        verify_folder.run(str(tmp_path / "nowhere"))
+        verify_folder.verify_folder(str(tmp_path / "nowhere"))
 
 
 def test_the_oldest_transformers_that_caches_latents(plain: Path, tmp_path: Path) -> None:
@@ -259,8 +263,8 @@ def test_the_oldest_transformers_that_caches_latents(plain: Path, tmp_path: Path
     if not python:
         pytest.skip("MHCONVERT_OLD_PYTHON names no interpreter with an older transformers")
     for to in deepseek_tensors.CLASSES:
-        to_deepseek_v3.run(str(plain), to, str(tmp_path / to), device="cpu", verify=False)
-        found = verify_folder.run(str(tmp_path / to), python=python)
+        to_deepseek_v3.export_checkpoint(str(plain), to, str(tmp_path / to), device="cpu", verify=False)
+        found = verify_folder.verify_folder(str(tmp_path / to), python=python)
         assert found["transformers"] != __import__("transformers").__version__
         assert found["relative_difference"] < 1e-4
         assert found["cache"]["elements_per_token"] == 2 * (96 + 64)

@@ -26,7 +26,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_is_whole(source: Path, tmp_path: Path) -> None:
     seen: list[Any] = []
-    report = to_own.run(str(source), str(tmp_path / "out"), device="cpu", on_progress=seen.append)
+    report = to_own.export_checkpoint(
+        str(source), str(tmp_path / "out"), device="cpu", on_progress=seen.append
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
         "config.json",
         "configuration_served.py",
@@ -59,7 +61,7 @@ def test_the_folder_is_whole(source: Path, tmp_path: Path) -> None:
 
 
 def test_it_is_the_checkpoint_in_a_bare_process(source: Path, tmp_path: Path) -> None:
-    report = to_own.run(str(source), str(tmp_path / "out"), device="cpu")
+    report = to_own.export_checkpoint(str(source), str(tmp_path / "out"), device="cpu")
     assert report["to"] == "own"
     assert report["exact"]
     assert report["kv_elements_per_token"] == 2 * (48 + 64)
@@ -81,7 +83,7 @@ def test_it_is_the_checkpoint_in_a_bare_process(source: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_keep_their_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = checkpoint(tmp_path / "tiny-mla", dtype, tied=False)
-    report = to_own.run(str(folder), str(tmp_path / "out"), device="cpu", verify=False)
+    report = to_own.export_checkpoint(str(folder), str(tmp_path / "out"), device="cpu", verify=False)
     assert report["dtype"] == str(dtype).removeprefix("torch.")
     assert report["latent_norm_eps"] == (2.0**24 if dtype == torch.float16 else 2.0**30)
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
@@ -97,16 +99,16 @@ def test_weights_keep_their_bits(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_another_dtype_and_factor(source: Path, tmp_path: Path) -> None:
-    report = to_own.run(
+    report = to_own.export_checkpoint(
         str(source), str(tmp_path / "out"), dtype="bfloat16", s=2.0**-20, eps=2.0**-20, device="cpu"
     )
     assert report["kv_bytes_per_token"] == {"checkpoint": 4 * 224, "export": 2 * 224}
     assert (report["s"], report["latent_norm_eps"]) == (2.0**-20, 2.0**-20)
     assert report["verified"]["cache"]["elements_per_token"] == 224
     with pytest.raises(ExportError, match="dtype 'int8' is not one of float32, bfloat16, float16"):
-        to_own.run(str(source), str(tmp_path / "other"), dtype="int8")
+        to_own.export_checkpoint(str(source), str(tmp_path / "other"), dtype="int8")
     with pytest.raises(ExportError, match="the latent would be rounded"):
-        to_own.run(str(source), str(tmp_path / "other"), s=0.1)
+        to_own.export_checkpoint(str(source), str(tmp_path / "other"), s=0.1)
 
 
 def test_a_mismatch_deletes_the_export(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,34 +120,34 @@ def test_a_mismatch_deletes_the_export(source: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(to_own, "served_tensors", wrong)
     with pytest.raises(ProofError, match="is not what its checkpoint is, and was removed: .*logits differ"):
-        to_own.run(str(source), str(tmp_path / "out"), device="cpu")
+        to_own.export_checkpoint(str(source), str(tmp_path / "out"), device="cpu")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_places(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    planned = to_own.run(str(source), dry_run=True)
+    planned = to_own.export_checkpoint(str(source), dry_run=True)
     assert planned["output"] == "tiny-mla-own"
     assert list(tmp_path.iterdir()) == []
-    to_own.run(str(source), verify=False)
+    to_own.export_checkpoint(str(source), verify=False)
     assert (tmp_path / "tiny-mla-own" / "config.json").is_file()
     with pytest.raises(OutputError, match="exists"):
-        to_own.run(str(source), verify=False)
-    to_own.run(str(source), verify=False, force=True)
+        to_own.export_checkpoint(str(source), verify=False)
+    to_own.export_checkpoint(str(source), verify=False, force=True)
     with pytest.raises(OutputError, match="is read by this command"):
-        to_own.run(str(source), str(source), force=True)
+        to_own.export_checkpoint(str(source), str(source), force=True)
 
 
 def test_refusals(tmp_path: Path) -> None:
     quality = make_checkpoint(tmp_path / "quality")
     with pytest.raises(ExportError, match="own cannot hold this checkpoint: kv_b_proj reads the rotary key"):
-        to_own.run(str(quality), str(tmp_path / "out"))
+        to_own.export_checkpoint(str(quality), str(tmp_path / "out"))
     donor_model().save_pretrained(tmp_path / "stock")
     make_tokenizer().save_pretrained(tmp_path / "stock")
     with pytest.raises(ExportError, match="is no MLA checkpoint; own holds what --to mla --profile portable"):
-        to_own.run(str(tmp_path / "stock"), str(tmp_path / "out"))
+        to_own.export_checkpoint(str(tmp_path / "stock"), str(tmp_path / "out"))
     converted(donor_model(family="gemma2"), MLASettings()).save_pretrained(tmp_path / "gemma")
     make_tokenizer().save_pretrained(tmp_path / "gemma")
     with pytest.raises(ExportError, match="own cannot hold this checkpoint"):
-        to_own.run(str(tmp_path / "gemma"), str(tmp_path / "out"))
+        to_own.export_checkpoint(str(tmp_path / "gemma"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,1 @@
+"""Grouped-query attention with fewer groups: neighbouring K and V heads averaged."""
