@@ -17,7 +17,7 @@ from mhconvert.errors import OutputError, PublishError, RecipeError, TextError
 from mhconvert.progress import Listener
 
 from ..convert.checkpoint.provenance import EVALUATION
-from ..convert.export.forms import FORMS
+from ..convert.methods.registry import forms
 from ..convert.storage.folder_kind import is_adapter
 from ..eval.page import page
 from ..eval.tasks.harness import require_available
@@ -64,9 +64,9 @@ def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
         if settings.has_tasks:
             with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
                 resolve(settings, Path(folder))
-    if recipe.export is not None and "export" in stages and recipe.export.to not in (*FORMS, "auto"):
+    if recipe.export is not None and "export" in stages and recipe.export.to not in (*forms(), "auto"):
         raise RecipeError(
-            f"export to '{recipe.export.to}' is no form; choose one of {', '.join(FORMS)}, auto"
+            f"export to '{recipe.export.to}' is no form; choose one of {', '.join(forms())}, auto"
         )
     if recipe.push is not None and "push" in stages and get_token() is None:
         raise PublishError("the recipe pushes, and there is no token: run 'hf auth login', or set HF_TOKEN")

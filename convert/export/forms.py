@@ -14,7 +14,8 @@ from mhconvert.progress import Listener
 
 from .. import open_model
 from ..checkpoint import identity
-from ..methods.registry import ADAPTERS, METHOD_NAMES, Form, MethodInfo, info
+from ..methods import registry
+from ..methods.registry import ADAPTERS, Form, MethodInfo, info
 from ..storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ..storage.safetensors_reader import read_json
 
@@ -49,11 +50,6 @@ class Options:
     trust_remote_code: bool = False
 
 
-def forms() -> dict[str, tuple[MethodInfo, Form]]:
-    """The forms of all methods by name, each with the method whose checkpoints have it."""
-    return {form.name: (info(method), form) for method in METHOD_NAMES for form in info(method).forms}
-
-
 def export_checkpoint(
     reference: str, to: str, options: Options, on_progress: Listener | None = None
 ) -> dict[str, Any]:
@@ -64,7 +60,7 @@ def export_checkpoint(
     Raises:
         ExportError: for an unknown form, one of another method, or a checkpoint that none holds.
     """
-    known = forms()
+    known = registry.forms()
     if to not in (*known, "auto"):
         raise ExportError(f"'{to}' is no form of export; choose one of {', '.join(known)}, auto")
     method = _method(reference)

@@ -57,6 +57,11 @@ def info(name: str) -> MethodInfo:
     return _ALL[name]
 
 
+def forms() -> dict[str, tuple[MethodInfo, Form]]:
+    """The export forms of all methods by name, each with the method whose checkpoints have it."""
+    return {form.name: (method, form) for method in _ALL.values() for form in method.forms}
+
+
 for _folder in FOLDERS:
     add(importlib.import_module(f"{__package__}.{_folder}.info").INFO)
 

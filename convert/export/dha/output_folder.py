@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from mhconvert.errors import OutputError
-from mhconvert.library_versions import versions
 from mhconvert.progress import Listener, Progress
 
 from ... import open_model
-from ...checkpoint import provenance
-from ...checkpoint.card_front_matter import front_matter
 from ...donor import hub_download
 from ...layer_pass.cost_estimate import SLACK_BYTES
 from ...storage.atomic_files import write_json
@@ -25,6 +22,7 @@ from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.shard_writer import ShardWriter
 from .. import same_outputs
+from ..written_export import carry_files, write_card, write_record
 from .head_groups import GroupPlan, cached_heads, regrouped
 from .source_checkpoint import DHACheckpoint
 
@@ -124,12 +122,9 @@ def write(
         write_json(folder / "config.json", target.values)
         for file in target.code:
             shutil.copyfile(file, folder / file.name)
-        patterns = (*hub_download.CARRIED_FILES, *hub_download.TOKENIZER_CODE)
-        for file in sorted(
-            {f for pattern in patterns for f in checkpoint.folder.glob(pattern) if f.is_file()}
-        ):
-            shutil.copyfile(file, folder / file.name)
-        _write_card(folder, place.name, checkpoint, report, target.note)
+        carry_files(checkpoint.folder, folder, *hub_download.TOKENIZER_CODE)
+        about = _about(checkpoint, report, target.note)
+        write_card(folder, place.name, about, report, checkpoint.donor, "loads it")
         if expected is not None:
             tell(Progress("verify", 0, 1))
             elements = report["kv_bytes_per_token"]["export"] / checkpoint.dtype.itemsize
@@ -141,8 +136,7 @@ def write(
             for name in ("recipe", "layers", "healed")
             if name in checkpoint.record
         }
-        found = {"donor": checkpoint.donor, "versions": versions(), "sha256": provenance.hashes(folder)}
-        write_json(folder / provenance.PROVENANCE, kept | {"exported": report} | found)
+        write_record(folder, report, checkpoint.donor, **kept)
     tell(Progress("done", 1, 1, str(place)))
     return report
 
@@ -173,30 +167,14 @@ def _report(checkpoint: DHACheckpoint, target: Target, place: Path) -> dict[str,
     }
 
 
-def _write_card(
-    folder: Path, name: str, checkpoint: DHACheckpoint, report: dict[str, Any], note: str
-) -> None:
-    cache = report["kv_bytes_per_token"]
+def _about(checkpoint: DHACheckpoint, report: dict[str, Any], note: str) -> str:
+    """What the export is, for its card."""
     copies = report["duplicated_heads"]
     text = (
         f"{checkpoint.donor.get('hub_id') or 'A pretrained model'} with fewer KV heads, converted by mhconvert (DHA) "
         f"and exported as `{report['architecture']}`: it computes what its checkpoint computes. KV heads by layer: "
-        f"{', '.join(map(str, report['heads_by_layer']))}; {cache['export']:,} bytes of cache a token "
-        f"({report['dtype']})"
+        f"{', '.join(map(str, report['heads_by_layer']))}; {report['kv_bytes_per_token']['export']:,} bytes of cache a "
+        f"token ({report['dtype']})"
     )
     text += f", of which {copies} heads are copies that the architecture asks for.\n" if copies else ".\n"
-    text += f"{note}\n"
-    rows = [
-        f"| {engine} | {'yes' if loads else 'no'} | {how} |"
-        for engine, loads, how in report.get("engines", [])
-    ]
-    if rows:
-        text += "\n" + "\n".join(["| engine | loads it | |", "|---|---|---|", *rows]) + "\n"
-    head = front_matter(
-        library="transformers",
-        base=checkpoint.donor.get("hub_id"),
-        relation="finetune",
-        licence=checkpoint.donor.get("licence"),
-        tags=["mhconvert", "dha", "kv-cache"],
-    )
-    (folder / "README.md").write_text(f"{head}\n# {name}\n\n{text}", encoding="utf-8")
+    return text + note

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,17 @@ from typing import Any
 import torch
 
 from mhconvert.errors import ExportError
-from mhconvert.library_versions import versions
 from mhconvert.progress import Listener, Progress, ignore
 
 from ... import open_model
 from ...checkpoint import identity, provenance
-from ...donor import hub_download
 from ...layer_pass.cost_estimate import SLACK_BYTES
-from ...storage.atomic_files import write_json
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
-from ..card import write_card
+from ..written_export import carry_files, write_card, write_record
 from . import deepseek_tensors
 
 
@@ -78,6 +74,7 @@ def export_checkpoint(
     tokenizer, model = opened.tokenizer(), opened.model()
     expected = same_outputs.expect(model, tokenizer, seed, tell)
     del model
+    donor = donor_of(folder)
     needed = (
         sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
         * 2
@@ -86,8 +83,13 @@ def export_checkpoint(
     with whole_folder(place, needed + SLACK_BYTES, force=force) as partial:
         report["output_bytes"] = _write(partial, plan, source, config, expected.latents, tell)
         deepseek_tensors.write_config(plan, partial)
-        carry(folder, partial)
-        write_card(partial, place.name, report, _donor(folder))
+        carry_files(folder, partial)
+        about = (
+            f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported "
+            f"as `{report['architecture']}`: a cache of {report['kv_elements_per_token']:,} elements a token. It loads "
+            "with plain transformers and needs no remote code."
+        )
+        write_card(partial, place.name, about, report, donor, "small cache")
         if verify:
             tell(Progress("verify", 0, 1))
             probe = partial / "probe.safetensors.tmp"
@@ -95,7 +97,7 @@ def export_checkpoint(
             report["verified"] = same_outputs.prove(
                 partial, expected, probe, exact=exact, elements_per_token=plan.elements_per_token
             )
-        record(partial, report, _donor(folder))
+        write_record(partial, report, donor)
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
 
@@ -129,21 +131,8 @@ def _write(
     return writer.finish()
 
 
-def carry(source: Path, target: Path) -> None:
-    """Tokenizer, chat template, generation settings and licence, byte for byte."""
-    for file in sorted(
-        {f for pattern in hub_download.CARRIED_FILES for f in source.glob(pattern) if f.is_file()}
-    ):
-        shutil.copyfile(file, target / file.name)
-
-
-def record(folder: Path, report: dict[str, Any], donor: dict[str, Any]) -> None:
-    """mhconvert.json: what was exported, the donor of its checkpoint, versions, and hashes of the files."""
-    facts = {"exported": report, "donor": donor, "versions": versions(), "sha256": provenance.hashes(folder)}
-    write_json(folder / provenance.PROVENANCE, facts)
-
-
-def _donor(folder: Path) -> dict[str, Any]:
+def donor_of(folder: Path) -> dict[str, Any]:
+    """What the checkpoint's mhconvert.json says of its donor; nothing where it has lost the file."""
     try:
         return dict(json.loads((folder / provenance.PROVENANCE).read_text(encoding="utf-8"))["donor"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -16,16 +16,16 @@ from mhconvert.progress import Listener, Progress, ignore
 
 from ... import open_model
 from ...checkpoint import provenance
-from ...checkpoint.card_front_matter import front_matter
 from ...layer_pass.cost_estimate import SLACK_BYTES
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ...storage.dtype_cast import DTYPES, cast
 from ...storage.output_folder import check_free, whole_folder
-from ...storage.safetensors_reader import SafetensorsSource, read_json
+from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
+from ..written_export import carry_files, write_card, write_record
 from .own_layer import EPS, EPS_FLOAT16, ServedShape, model_class, norm_weight, served_config, served_tensors
-from .to_deepseek_v3 import carry, record
+from .to_deepseek_v3 import donor_of
 
 
 def export_checkpoint(
@@ -76,7 +76,7 @@ def export_checkpoint(
             report["verified"] = same_outputs.prove(
                 partial, expected, partial / "probe.tmp", exact=exact, elements_per_token=elements
             )
-        record(partial, report, _donor(folder))
+        write_record(partial, report, donor_of(folder))
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
 
@@ -167,36 +167,13 @@ def _write_rest(
 ) -> None:
     """Configuration, code, tokenizer, licence and card. folder: of the checkpoint."""
     model = model_class(served)
-    carry(folder, partial)
+    carry_files(folder, partial)
     provenance.write_model_config(partial, served, model, dtype)
-    (partial / "README.md").write_text(_card(name, report, _donor(folder)), encoding="utf-8")
-
-
-def _donor(folder: Path) -> dict[str, Any]:
-    """What the checkpoint's provenance says of its donor."""
-    file = folder / provenance.PROVENANCE
-    return dict(read_json(file).get("donor", {})) if file.is_file() else {}
-
-
-def _card(name: str, report: dict[str, Any], donor: dict[str, Any]) -> str:
-    """README.md: front matter, what it is, and which engines serve it."""
-    head = front_matter(
-        library="transformers",
-        base=donor.get("hub_id"),
-        relation="finetune",
-        licence=donor.get("licence"),
-        tags=["mhconvert", "mla", "kv-cache"],
-    )
-    lines = [
-        f"# {name}",
-        "",
+    donor = donor_of(folder)
+    about = (
         f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported as "
         f"`{report['architecture']}`, whose code is in this folder: a cache of "
         f"{report['kv_elements_per_token']:,} elements a token. Load it with `trust_remote_code=True`; "
-        "mhconvert need not be installed.",
-        "",
-        "| engine | small cache | |",
-        "|---|---|---|",
-        *(f"| {engine} | {'yes' if served else 'no'} | {how} |" for engine, served, how in report["engines"]),
-    ]
-    return f"{head}\n" + "\n".join(lines) + "\n"
+        "mhconvert need not be installed."
+    )
+    write_card(partial, name, about, report, donor, "small cache")

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import mhconvert
 from mhconvert import EvalSettings, api
-from mhconvert.convert.export.forms import forms
 from mhconvert.convert.families.refusals import CHECKS, refusals
 from mhconvert.convert.methods import registry
 from mhconvert.convert.recipe.recipe import Recipe
@@ -59,7 +58,7 @@ def test_an_info_names_what_there_is(name: str) -> None:
     assert registry.settings_class(name).__name__.lower() == f"{name}settings"
     for form in info.forms:
         assert callable(importlib.import_module(form.writer).export_checkpoint)
-        assert forms()[form.name][0] == info
+        assert registry.forms()[form.name] == (info, form)
     assert not info.forms or info.exported_from
 
 
