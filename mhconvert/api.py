@@ -36,7 +36,7 @@ def convert(
 
         if resume:
             raise MhconvertError(f"{recipe.method} writes an adapter at once; there is nothing to resume")
-        return create.run(recipe, force=force, on_progress=on_progress)
+        return create.create_adapter(recipe, force=force, on_progress=on_progress)
     from mhconvert.convert import open_model, pipeline
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.report.model_card import write_report
@@ -179,7 +179,7 @@ def merge(
     """
     from mhconvert.convert.adapters import merge as merging
 
-    return merging.run(
+    return merging.merge_adapter(
         adapter,
         output,
         base=base,

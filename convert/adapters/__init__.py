@@ -1,1 +1,1 @@
-"""Adapter folders: written new beside a donor, read, merged. What an adapter computes is in `convert/methods/hydra`."""
+"""Folders with adapters: created, read, merged. What an adapter computes is in `convert/methods/hydra`."""

@@ -1,4 +1,4 @@
-"""The README.md of the folders that are made of adapters."""
+"""README.md of folders with an adapter, and of what is made from one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from ..donor.donor import Donor
 
 
 def write(folder: Path, name: str, donor: Donor, text: str, *, library: str = "peft") -> None:
-    """Write README.md: front matter, title and `text`. library: who loads the folder."""
+    """Write README.md: front matter, title and `text`.
+
+    Args:
+        library: the Hub's name of the library that loads the folder.
+    """
     head = front_matter(
         library=library,
         base=donor.hub_id,
@@ -22,7 +26,7 @@ def write(folder: Path, name: str, donor: Donor, text: str, *, library: str = "p
 
 
 def about_new(report: dict[str, Any]) -> str:
-    """What an adapter that nobody has trained yet is."""
+    """The text about a new, untrained adapter."""
     chosen, parameters = report["settings"], report["parameters"]
     return (
         f"A Hydra adapter (r_par {chosen['r_par']}, r_seq {chosen['r_seq']}, scale {chosen['scale']:g}) of "
@@ -34,7 +38,7 @@ def about_new(report: dict[str, Any]) -> str:
 
 
 def about_merged(report: dict[str, Any]) -> str:
-    """What a checkpoint with an adapter in its weights is."""
+    """The text about a checkpoint with an adapter merged into its weights."""
     return (
         f"{report['base']} with a {report['method']} adapter merged into {len(report['modules'])} of its modules. "
         "A plain checkpoint: it loads as the base model does, with neither peft nor mhconvert."
@@ -42,7 +46,7 @@ def about_merged(report: dict[str, Any]) -> str:
 
 
 def about_lora(report: dict[str, Any]) -> str:
-    """What a LoRA that was a Hydra adapter is, and what its biases need."""
+    """The text about a LoRA made from a Hydra adapter."""
     text = (
         f"A Hydra adapter of {report['base']} as a LoRA of rank {report['rank']}, the same to rounding. It loads "
         "with peft, and mhconvert need not be installed."

@@ -1,4 +1,4 @@
-"""A new adapter beside a donor: the identity, ready to be trained. No weight of the donor is read."""
+"""Creates an untrained adapter for a donor, which changes nothing yet. No weight of the donor is read."""
 
 from __future__ import annotations
 
@@ -30,21 +30,24 @@ SLACK_BYTES = 1 << 20  # config, README, headers
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """The modules, ranks and parameters of the adapter that `recipe` describes, wherever it would go."""
+    """The modules, ranks and parameters of the adapter that `recipe` describes; its output folder is not checked."""
     return _facts(recipe, *_adapted(recipe, ignore))
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What `run` would write. Writes nothing."""
+    """What `create_adapter` would write. Writes nothing."""
     donor, model = _adapted(recipe, ignore)
     output_folder.check_free(recipe.output_folder(donor.name), True, donor.folder)
     return _facts(recipe, donor, model)
 
 
-def run(recipe: Recipe, *, force: bool = False, on_progress: Listener | None = None) -> dict[str, Any]:
+def create_adapter(
+    recipe: Recipe, *, force: bool = False, on_progress: Listener | None = None
+) -> dict[str, Any]:
     """Write the adapter folder that `recipe` describes; returns its report, which is that of `plan`.
 
-    Raises MhconvertError for what a user can mend; the output folder then does not exist or is as it was.
+    Raises:
+        MhconvertError: for what a user can correct; the output folder is then as it was before.
     """
     tell = on_progress or ignore
     donor, model = _adapted(recipe, tell)
@@ -59,7 +62,7 @@ def run(recipe: Recipe, *, force: bool = False, on_progress: Listener | None = N
 
 
 def _adapted(recipe: Recipe, tell: Listener) -> tuple[Donor, Any]:
-    """The donor's shape with the adapter on it, all on the meta device. Every refusal happens here."""
+    """The donor, and its model with the adapter, on the meta device. Every refusal happens here."""
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=tell)
     tell(Progress("donor", 1, 1, donor.notice or donor.name))
     require(donor.config, recipe.method)
@@ -98,7 +101,7 @@ def _facts(recipe: Recipe, donor: Donor, model: Any) -> dict[str, Any]:
 
 
 def _initialise(model: Any, seed: int) -> None:
-    """Give the adapter's matrices memory, float32, and their first values: A at random from `seed`, B zero."""
+    """Allocate the adapter's matrices, float32, and initialise them: A at random from `seed`, B with zeros."""
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
         if isinstance(layer, HydraLayer):
@@ -109,7 +112,7 @@ def _initialise(model: Any, seed: int) -> None:
 
 
 def save_matrices(model: Any, folder: Path) -> None:
-    """Write what the adapter of `model` has of its own into the adapter folder, as peft reads it."""
+    """Write the adapter of `model` into `folder` as peft reads it."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     found = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(found, folder / WEIGHTS, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""What must be known of peft's LoRA to merge one: its scale, and the variants that are more than B A."""
+"""Rank and scale of peft's LoRA, and which of its variants are more than a product of two matrices."""
 
 from __future__ import annotations
 
@@ -21,13 +21,21 @@ HARMLESS = {
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
     *("megatron_core", "runtime_config"),
 }
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # these leave the base weights as they are
+PLAIN_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # initialisations that leave base weights unchanged
 
 
 def require_plain(config: LoraConfig, folder: Path) -> None:
-    """Raises UnsupportedError naming the field where the adapter is more than W + scale · B A.
+    """Checks that the adapter is W + scale · B A, with usable ranks, scales and patterns.
 
-    AdapterError for a scale or a pattern that cannot be reckoned with, which peft would find out later.
+    Raises:
+        UnsupportedError: naming the field that makes it more than that.
+        AdapterError: for a rank, scale or pattern that is no number or no expression.
     """
     for name in changed_fields(config):
         value = getattr(config, name)
@@ -54,11 +62,11 @@ def require_plain(config: LoraConfig, folder: Path) -> None:
 
 
 def lora_rank(config: Any, module: str) -> int:
-    """The rank of one module, as peft takes it."""
+    """The rank of one module, by peft's rules."""
     return int(config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r))
 
 
 def lora_scale(config: Any, module: str, rank: int) -> float:
-    """alpha / r of one module, or alpha / √r, as peft takes them."""
+    """The scale of one module, alpha / r or alpha / √r, by peft's rules."""
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank

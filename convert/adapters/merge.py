@@ -1,4 +1,4 @@
-"""An adapter folded into its base model: a plain checkpoint, written one tensor at a time."""
+"""Merges an adapter into its base model: a plain checkpoint, written one tensor at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .saved_adapter import AdapterFolder, open_adapter, open_base, output_folder
 from .shape_check import require_fit
 
 
-def run(
+def merge_adapter(
     reference: str,
     output: str | None = None,
     *,
@@ -112,7 +112,7 @@ def _require_untied(adapter: AdapterFolder, donor: Donor) -> None:
 
 
 def _require_published(adapter: AdapterFolder, donor: Donor) -> None:
-    """Raises AdapterError where a tensor that changes is stored under another name than transformers' classes have."""
+    """Raises AdapterError for a changed tensor that the base model stores under another name than transformers."""
     changed = {f"{module}.weight" for module in adapter.modules} | set(adapter.replaced)
     for name in sorted(changed - set(donor.published.names())):
         raise AdapterError(
@@ -122,7 +122,7 @@ def _require_published(adapter: AdapterFolder, donor: Donor) -> None:
 
 
 def _dtype(wanted: str | None) -> torch.dtype | None:
-    """The dtype of every tensor; None: each as it is stored."""
+    """The dtype to write, by its name; None: each tensor's own."""
     if wanted is not None and wanted not in DTYPES:
         raise MhconvertError(f"dtype '{wanted}' is not one of {', '.join(DTYPES)}")
     return DTYPES[wanted] if wanted is not None else None
@@ -131,7 +131,7 @@ def _dtype(wanted: str | None) -> torch.dtype | None:
 def _write_rest(
     folder: Path, adapter: AdapterFolder, donor: Donor, dtype: torch.dtype, report: dict[str, Any]
 ) -> None:
-    """Config, tokenizer (the adapter's, where it has one), card and where all of it came from."""
+    """Write configuration, tokenizer (the adapter's, where it has one), card and provenance."""
     config = copy.deepcopy(donor.config)
     config.dtype = dtype
     config.architectures = [type(donor.skeleton()).__name__]

@@ -1,4 +1,4 @@
-"""A saved adapter, only read: which branches it has for which module of its base model."""
+"""Reads a saved adapter: the matrices that it has for each module of its base model."""
 
 from __future__ import annotations
 
@@ -35,10 +35,15 @@ LORA_BIAS = "lora_B.bias"
 
 @dataclass
 class AdapterFolder:
-    """An adapter of one of the kinds that can be merged. Its weights are read when a module asks for them.
+    """A saved adapter of a kind that can be merged; its weights are read when they are needed.
 
-    method: "hydra" or "lora". base: a reference to its base model. modules: module name -> part -> tensor.
-    replaced: name of a base tensor -> the tensor that was trained in its place (`modules_to_save`, biases).
+    Attributes:
+        folder: of the adapter.
+        config: of peft.
+        method: "hydra" or "lora".
+        base: a reference to its base model.
+        modules: by module name and part (such as hydra_par_A), the key of the stored tensor.
+        replaced: by name of a base tensor, the key of the one trained in its place (`modules_to_save`, biases).
     """
 
     folder: Path
@@ -54,7 +59,7 @@ class AdapterFolder:
 
     @cached_property
     def stored(self) -> dict[str, StoredTensor]:
-        """Where each tensor lies, by its key."""
+        """The header entry of each tensor, by its key. Raises CheckpointError where there is no safetensors file."""
         if not self.file.is_file():
             pickled = (self.folder / "adapter_model.bin").is_file()
             hint = (
@@ -66,11 +71,11 @@ class AdapterFolder:
         return read_header(self.file)
 
     def read(self, key: str) -> Tensor:
-        """The tensor on the CPU. CheckpointError when it holds NaN or infinity."""
+        """The tensor on the CPU. Raises CheckpointError where it holds NaN or infinity."""
         return read_tensor(key, self.stored[key])
 
     def branches(self, module: str) -> Branches:
-        """The adapter on `module`."""
+        """The matrices and the scale of the adapter on `module`."""
         parts = self.modules[module]
         if self.method == "lora":
             down, up = (self.read(parts[part]) for part in LORA_PAIR)
@@ -82,7 +87,7 @@ class AdapterFolder:
         return Branches(self.config.scale, **pairs)
 
     def added_bias(self, module: str) -> Tensor | None:
-        """What a LoRA adds to the bias of `module`; None where it has none of its own."""
+        """What a LoRA adds to the bias of `module`; None where it has no bias."""
         key = self.modules[module].get(LORA_BIAS)
         if key is None:
             return None
@@ -91,9 +96,13 @@ class AdapterFolder:
 
 
 def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
-    """The adapter in the folder `reference`. base: its base model, instead of the one that it names.
+    """The saved adapter in the folder `reference`.
 
-    Raises CheckpointError for what is no adapter, UnsupportedError for one of a kind that cannot be merged.
+    Args:
+        base: a reference to its base model; None: the one that it names.
+    Raises:
+        CheckpointError: for a folder that is no adapter, or a damaged one.
+        UnsupportedError: for one of a kind that cannot be merged.
     """
     folder = Path(reference).expanduser()
     if not is_adapter(folder):
@@ -133,7 +142,8 @@ def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
 def open_base(adapter: AdapterFolder, tell: Listener, *, trust_remote_code: bool) -> Donor:
     """The base model of `adapter`.
 
-    Raises UnsupportedError where nothing can be merged into it: quantised weights, a kind that is unknown.
+    Raises:
+        UnsupportedError: for a base model that nothing can be merged into, such as a quantised one.
     """
     donor = open_donor(adapter.base, trust_remote_code=trust_remote_code, on_progress=tell)
     tell(Progress("donor", 1, 1, donor.notice or donor.name))
@@ -144,7 +154,7 @@ def open_base(adapter: AdapterFolder, tell: Listener, *, trust_remote_code: bool
 
 
 def output_folder(output: str | None, suffix: str, adapter: AdapterFolder, donor: Donor, force: bool) -> Path:
-    """Where what is made of `adapter` goes: `output`, or ./<adapter>-<suffix>. OutputError where it may not."""
+    """The folder to write: `output`, or ./<adapter>-<suffix>. Raises OutputError where it may not be written."""
     place = Path(output) if output else Path(f"{adapter.folder.resolve().name}-{suffix}")
     check_free(place, force, donor.folder, adapter.folder)
     for folder in (adapter.folder, donor.folder):
@@ -168,7 +178,7 @@ def _sort_in(adapter: AdapterFolder, key: str) -> None:
 
 
 def _base_of(config: Any, folder: Path) -> str:
-    """The model that the adapter names; by its alias where that has weights outside the Hub."""
+    """A reference to the base model that the adapter names: its alias where that has weights outside the Hub."""
     name = config.base_model_name_or_path
     if not name:
         raise CheckpointError(

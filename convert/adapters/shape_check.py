@@ -1,4 +1,4 @@
-"""Whether a saved adapter is all that its config says, and of a model with its base model's shapes."""
+"""Checks that a saved adapter is complete by its configuration and fits the shapes of its base model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def require_fit(adapter: AdapterFolder, donor: Donor) -> None:
 
 
 def _targeted(config: Any, shapes: Shapes) -> list[str]:
-    """The modules that an adapter's config means."""
+    """The modules that an adapter's target_modules match."""
     if config.target_modules is None:
         return []
     matrices = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
@@ -72,7 +72,7 @@ def _require_matrices(adapter: AdapterFolder, module: str, shapes: Shapes) -> No
 def _branches(
     adapter: AdapterFolder, module: str, out: int, into: int
 ) -> list[tuple[tuple[str, str], int, int]]:
-    """Each pair of matrices that `module` may have: its two parts, its rank by the config, and what it reads."""
+    """For each pair of matrices that `module` may have: the names of both, the configured rank, and the input width."""
     if adapter.method == "lora":
         return [(LORA_PAIR, lora_rank(adapter.config, module), into)]
     r_par, r_seq = adapter.config.ranks(module)

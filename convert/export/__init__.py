@@ -1,1 +1,1 @@
-"""What others load: one file for each format, each exact or refused."""
+"""Exports in formats that other programs load, one module each; a checkpoint is held exactly or refused."""

@@ -1,25 +1,21 @@
-"""Which engines load an export, from its sizes alone: said before anything is written.
+"""Which serving engines load an export, from the sizes of its attention alone.
 
-What is said of an engine was read in its source (vLLM 0.33, SGLang 0.5.23, llama.cpp of 2026); only transformers and
-llama.cpp have been run on our exports.
+Statements about engines were read in their sources (vLLM 0.33, SGLang 0.5.23, llama.cpp of 2026); only transformers and
+llama.cpp have been run on these exports.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-PREFILL_WIDTHS = (
-    (128, 64, 128),
-    (192, 64, 256),
-    (64, 64, 128),
-    (256, 0, 256),
-)  # (nope, rope, v) of vLLM's kernels
-FAST_ROWS = (512 + 64,)  # latent and rotary key: FlashMLA, FlashAttention-MLA, CUTLASS
+# (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) of vLLM's prefill kernels.
+PREFILL_WIDTHS = ((128, 64, 128), (192, 64, 256), (64, 64, 128), (256, 0, 256))
+FAST_ROWS = (512 + 64,)  # cached elements that FlashMLA, FlashAttention-MLA and CUTLASS take
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of an export's attention. The cache row of a token and layer is kv_lora_rank + qk_rope_head_dim."""
+    """Widths of an export's attention. The cache holds `row` elements per token and layer."""
 
     kv_lora_rank: int
     qk_nope_head_dim: int
@@ -32,7 +28,11 @@ class Sizes:
 
 
 def engines(to: str, sizes: Sizes) -> list[tuple[str, bool, str]]:
-    """(engine, whether it serves the export with the small cache, how or why not)."""
+    """The engines for an export in the form `to`.
+
+    Returns:
+        For each: its name, whether it serves the export with the small cache, and how or why not.
+    """
     if to == "own":
         return _own(sizes)
     table = [
@@ -61,7 +61,7 @@ def engines(to: str, sizes: Sizes) -> list[tuple[str, bool, str]]:
 
 
 def padded_value(nope: int, rope: int, value: int) -> int:
-    """The value width of the narrowest kernel that takes heads of these widths; their own where none does."""
+    """The smallest v_head_dim ≥ `value` that a prefill kernel takes with these widths; `value` where none does."""
     widths = [wide for n, r, wide in PREFILL_WIDTHS if (n, r) == (nope, rope) and wide >= value]
     return min(widths, default=value)
 

@@ -1,4 +1,4 @@
-"""That an export computes what its checkpoint computes: rows, logits, a greedy continuation, and the cache."""
+"""Checks that an export computes what its checkpoint computes: logits, a greedy continuation, and the cache."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ from mhconvert.progress import Listener, Progress
 from ..bare_process.reload import PROMPT, verify, write_probe
 from ..calibration.token_rows import sampled_rows
 
-ROWS, LENGTH = 4, 128  # that the checkpoint writes itself, and on which both are compared
+ROWS, LENGTH = 4, 128  # of text sampled from the checkpoint, on which both are compared
 NEW_TOKENS = 24
-# The largest logit difference allowed, in standard deviations of the logits: of the same weights, and of weights that
-# were multiplied and rounded to bfloat16 once more (0.07 on SmolLM2-135M).
+# The largest logit difference allowed, in standard deviations of the logits: for the same weights, and for weights that
+# were multiplied by factors and rounded to bfloat16 once more (0.07 on SmolLM2-135M).
 TOLERANCE, ROUNDED = 5e-3, 0.25
-ROUNDED_ERROR = 0.03  # and there the largest relative error of all logits together (0.0055 on SmolLM2-135M)
+ROUNDED_ERROR = 0.03  # for rounded weights, of all logits together: relative error (0.0055 on SmolLM2-135M)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a checkpoint gives: rows (ROWS, LENGTH) ids, logits (ROWS, LENGTH, V) float32, the continuation of PROMPT;
-    latents: of each layer the largest mean square of a token's latent, where it has one."""
+    """What a checkpoint computes.
+
+    Attributes:
+        rows: (ROWS, LENGTH) ids.
+        logits: (ROWS, LENGTH, V) float32.
+        text: the greedy continuation of PROMPT.
+        latents: per layer that caches a latent, the largest mean square of a token's latent.
+    """
 
     rows: Tensor
     logits: Tensor
@@ -35,12 +41,18 @@ class Expected:
 
 
 def expect(model: Any, tokenizer: Any, seed: int, tell: Listener) -> Expected:
-    """Run the checkpoint on text of its own. The model is float32 and in eval mode."""
+    """Run a checkpoint on text that it samples itself.
+
+    Args:
+        model: float32, in eval mode.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     rows = sampled_rows(model, tokenizer, ROWS, min(LENGTH, limit), seed, lambda _: None)
-    seen: dict[int, float] = {}
+    largest: dict[int, float] = {}
     hooks = [
-        layer.self_attn.kv_a_proj_with_mqa.register_forward_hook(_watch(seen, index, layer.self_attn))
+        layer.self_attn.kv_a_proj_with_mqa.register_forward_hook(
+            _record_largest(largest, index, layer.self_attn)
+        )
         for index, layer in enumerate(model.model.layers)
         if hasattr(layer.self_attn, "kv_a_proj_with_mqa")
     ]
@@ -56,20 +68,25 @@ def expect(model: Any, tokenizer: Any, seed: int, tell: Listener) -> Expected:
         for hook in hooks:
             hook.remove()
     return Expected(
-        rows, torch.stack(logits), continuation(model, tokenizer), [seen[index] for index in sorted(seen)]
+        rows,
+        torch.stack(logits),
+        continuation(model, tokenizer),
+        [largest[index] for index in sorted(largest)],
     )
 
 
-def _watch(seen: dict[int, float], index: int, attention: Any) -> Any:
+def _record_largest(largest: dict[int, float], index: int, attention: Any) -> Any:
+    """A forward hook that keeps the largest mean square of a token's latent of one layer in `largest`."""
+
     def keep(_: Any, __: Any, output: Tensor) -> None:
         latent = output[..., : attention.kv_lora_rank].float()
-        seen[index] = max(seen.get(index, 0.0), latent.square().mean(-1).max().item())
+        largest[index] = max(largest.get(index, 0.0), latent.square().mean(-1).max().item())
 
     return keep
 
 
 def continuation(model: Any, tokenizer: Any) -> str:
-    """What the model writes behind PROMPT, greedily."""
+    """The greedy continuation of PROMPT."""
     encoded = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     with torch.inference_mode():
         output = model.generate(
@@ -84,11 +101,17 @@ def continuation(model: Any, tokenizer: Any) -> str:
 def prove(
     folder: Path, expected: Expected, probe: Path, *, exact: bool, elements_per_token: float
 ) -> dict[str, Any]:
-    """Reload `folder` in a bare process and compare. probe: a file to use meanwhile. exact: whether its weights are the
-    checkpoint's, or were changed in float32 only.
+    """Reload `folder` in a bare process and compare.
 
-    Returns what `verify` does, with greedy_equal. Raises ProofError where logits, or of an exact export the
-    continuation, differ, or the cache holds more elements than elements_per_token.
+    Args:
+        expected: what the checkpoint computes.
+        probe: path of a temporary file.
+        exact: whether its weights are the checkpoint's, or were changed in float32 only.
+        elements_per_token: that the cache may hold, all layers together.
+    Returns:
+        What `bare_process.reload.verify` returns, with greedy_equal.
+    Raises:
+        ProofError: where the logits differ, the continuation of an exact export does, or the cache is larger.
     """
     write_probe(probe, expected.rows, expected.logits)
     removed = "the export is not what its checkpoint is, and was removed"
@@ -112,7 +135,7 @@ def prove(
         )
     if not exact and found["relative_logit_error"] > ROUNDED_ERROR:
         raise ProofError(f"{removed}: its logits err by {found['relative_logit_error']:.3g} of their size")
-    # Fewer is a window, which forgets tokens.
+    # A sliding window caches fewer.
     if found["cache"]["elements_per_token"] > elements_per_token and _caches_latents():
         raise ProofError(
             f"{removed}: it caches {found['cache']['elements_per_token']:g} elements a token instead of "
@@ -122,7 +145,7 @@ def prove(
 
 
 def _caches_latents() -> bool:
-    """Whether the installed transformers caches latents in its own classes: from 5.16.1 on."""
+    """Whether the installed transformers is 5.16.1 or later, whose own latent-attention classes cache latents."""
     import transformers
     from packaging.version import Version
 

@@ -1,9 +1,9 @@
-"""A Hydra adapter as a LoRA: the same function, in a form that peft alone and LoRA servers load.
+"""Exports a Hydra adapter as a LoRA: the same function, which peft alone and LoRA servers load.
 
     s · B_p A_p + s · B_s A_s W = s · [B_p, B_s] · [A_p; A_s W]
 
-A bias b of a base layer is part of what the sequential branch reads, so s · B_s A_s b comes along: as the bias of a
-LoRA (`lora_bias`), or, where other targets have none and peft could not merge that, in the base layers' own biases.
+The sequential branch also reads a base layer's bias b, which adds s · B_s A_s b: it becomes the bias of the LoRA
+(`lora_bias`), or is added to the base layer's own bias where other targets have none, since peft could not merge that.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def export_checkpoint(
     donor = open_base(adapter, tell, trust_remote_code=trust_remote_code)
     place = output_folder(output, "lora", adapter, donor, force)
     require_fit(adapter, donor)
-    tensors, ranks, travels = _convert(adapter, donor, tell)
-    config = _config(adapter, ranks, travels)
+    tensors, ranks, bias_place = _convert(adapter, donor, tell)
+    config = _config(adapter, ranks, bias_place)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     report = {
         "adapter": reference,
@@ -77,8 +77,8 @@ def export_checkpoint(
 def _convert(
     adapter: AdapterFolder, donor: Donor, tell: Listener
 ) -> tuple[dict[str, Tensor], dict[str, int], str]:
-    """The LoRA's tensors, the rank of each module, and how biases travel: "none", "lora" or "base"."""
-    travels = _how_biases_travel(adapter, donor)
+    """The LoRA's tensors, the rank of each module, and what `_bias_place` says."""
+    bias_place = _bias_place(adapter, donor)
     tensors = {PREFIX + _wrapped(name, adapter): adapter.read(key) for name, key in adapter.replaced.items()}
     ranks = {}
     for done, module in enumerate(adapter.modules, 1):
@@ -89,11 +89,11 @@ def _convert(
         assert weight is not None, "require_fit has seen a weight for every module"
         down, up = as_lora(weight.double(), branches)
         made = {"lora_A.weight": down, "lora_B.weight": up}
-        if bias is not None and travels != "none":
+        if bias is not None and bias_place != "none":
             delta = bias_delta(bias.double(), branches)
             made |= (
                 {"lora_B.bias": delta / (branches.scale or 1.0)}
-                if travels == "lora"
+                if bias_place == "lora"
                 else {"base_layer.bias": bias.double() + delta}
             )
         dtype = torch.promote_types(pair[0].dtype, weight.dtype)
@@ -101,7 +101,7 @@ def _convert(
             tensors[f"{key}.{part}"] = _finite(f"{key}.{part}", tensor.to(dtype).contiguous(), adapter)
         ranks[module] = branches.rank
         tell(Progress("export", done, len(adapter.modules)))
-    return tensors, ranks, travels
+    return tensors, ranks, bias_place
 
 
 def _finite(name: str, tensor: Tensor, adapter: AdapterFolder) -> Tensor:
@@ -110,9 +110,13 @@ def _finite(name: str, tensor: Tensor, adapter: AdapterFolder) -> Tensor:
     return tensor
 
 
-def _how_biases_travel(adapter: AdapterFolder, donor: Donor) -> str:
-    """ "none": no sequential branch reads one. "lora": every target has one. "base": some have, or biases were trained
-    and are in the adapter already."""
+def _bias_place(adapter: AdapterFolder, donor: Donor) -> str:
+    """Where the changes of biases are stored.
+
+    Returns:
+        "none": no sequential branch reads a bias. "lora": in the LoRA, since every target has one. "base": in the
+        base layers, since only some targets have one, or the adapter holds trained biases already.
+    """
     shapes = donor.shapes()
     biased = [module for module in adapter.modules if f"{module}.bias" in shapes]
     if adapter.config.bias != "none":
@@ -123,24 +127,24 @@ def _how_biases_travel(adapter: AdapterFolder, donor: Donor) -> str:
 
 
 def _own(adapter: AdapterFolder, donor: Donor, name: str) -> Tensor | None:
-    """A tensor of the layer that is adapted: the one that travels in the adapter, or the base model's, if any."""
+    """A tensor of an adapted layer: the trained one in the adapter, or the base model's; None where there is none."""
     if name in adapter.replaced:
         return adapter.read(adapter.replaced[name])
     return donor.source.read(name) if name in donor.shapes() else None
 
 
 def _wrapped(name: str, adapter: AdapterFolder) -> str:
-    """A base tensor's name as peft saves it: an adapted layer is wrapped."""
+    """The name under which peft saves a base tensor: adapted layers are wrapped."""
     module, _, kind = name.rpartition(".")
     return f"{module}.base_layer.{kind}" if module in adapter.modules else name
 
 
-def _config(adapter: AdapterFolder, ranks: dict[str, int], travels: str) -> LoraConfig:
-    """alpha / r is the Hydra scale in every module; ranks that differ from the most frequent one go by module."""
+def _config(adapter: AdapterFolder, ranks: dict[str, int], bias_place: str) -> LoraConfig:
+    """The LoRA's configuration: alpha / r is the Hydra scale; ranks other than the most frequent one are patterns."""
     ours = adapter.config
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: own for module, own in ranks.items() if own != rank}
-    own_biases = BIASES[ours.bias] if ours.bias != "none" else "lora_only" if travels == "base" else "none"
+    own_biases = BIASES[ours.bias] if ours.bias != "none" else "lora_only" if bias_place == "base" else "none"
     return LoraConfig(
         task_type=ours.task_type,
         base_model_name_or_path=ours.base_model_name_or_path,
@@ -150,7 +154,7 @@ def _config(adapter: AdapterFolder, ranks: dict[str, int], travels: str) -> Lora
         lora_alpha=_alpha(ours.scale, rank),
         rank_pattern=others,
         alpha_pattern={module: _alpha(ours.scale, own) for module, own in others.items()},
-        lora_bias=travels == "lora",
+        lora_bias=bias_place == "lora",
         bias=own_biases,  # type: ignore[arg-type]
         target_modules=ours.target_modules,
         exclude_modules=ours.exclude_modules,
@@ -161,6 +165,6 @@ def _config(adapter: AdapterFolder, ranks: dict[str, int], travels: str) -> Lora
 
 
 def _alpha(scale: float, rank: int) -> Any:
-    """A whole number where it is one, as LoRA configs have it."""
+    """scale · rank, as an int where it is whole, since LoRA configurations have one."""
     alpha = scale * rank
     return int(alpha) if float(alpha).is_integer() else alpha

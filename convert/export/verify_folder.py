@@ -1,4 +1,4 @@
-"""`mhconvert verify`: a folder in a bare process beside the model that it should be, or the one that it came from."""
+"""`mhconvert verify`: loads a folder in a bare process and compares its logits with what they should be."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..storage.folder_kind import is_adapter
 from ..storage.safetensors_reader import read_json
 from . import same_outputs
 
-FREE = 1e9  # a tolerance that refuses nothing: what is reported is judged here
+FREE = 1e9  # a tolerance that refuses nothing: differences are judged in this module
 
 
 def verify_folder(
@@ -84,7 +84,7 @@ def verify_folder(
 
 
 def _require_known_code(folder: Path) -> None:
-    """Raises UnsupportedError for Python in the folder that is not, byte for byte, what this package ships."""
+    """Raises UnsupportedError for Python files in the folder that this package does not ship, byte for byte."""
     package = Path(__file__).parent.parent
     for name in ("config.json", "tokenizer_config.json"):
         named = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
@@ -111,7 +111,7 @@ def _require_one_vocabulary(folder: Path, vocab_size: int, twin: str) -> None:
 
 
 def _twin(reference: str, folder: Path) -> str:
-    """What the folder should compute: an export its checkpoint, a converted checkpoint itself by our own class."""
+    """The model that the folder should equal: of an export its checkpoint; else the folder, in this package's class."""
     exported = _record(folder).get("exported") or {}
     source = exported.get("source") or exported.get("checkpoint")
     if source is not None and Path(source).is_dir():
@@ -126,7 +126,7 @@ def _twin(reference: str, folder: Path) -> str:
 
 
 def _tolerance(folder: Path) -> float:
-    """Weights that an export multiplied and rounded may differ by more."""
+    """The default tolerance: larger for exports whose weights were multiplied and rounded."""
     exported = _record(folder).get("exported") or {}
     rounded = exported.get("to") in ("deepseek_v3", "youtu") and exported.get("dtype") != "float32"
     return same_outputs.ROUNDED if rounded or exported.get("exact") is False else same_outputs.TOLERANCE

@@ -1,1 +1,1 @@
-"""What is known of each supported model family, and what is refused."""
+"""The supported model families as data, and the checks that a donor has to pass."""

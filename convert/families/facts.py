@@ -1,4 +1,4 @@
-"""Donor facts as data: the model families that are known, and their attention in numbers."""
+"""The supported model families as data, and the attention of a donor in numbers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from mhconvert.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Family:
-    """Where one family keeps its parts and what its attention can do; names are those of its transformers modules.
+    """Where the modules of one model family are, and which features its attention has.
 
-    attention_norm: the decoder layer's attribute whose output feeds `self_attn`; None: it reads the block's input.
-    input_bias, output_bias: whether q, k, v and o have biases, or the config's field that says so.
-    qk_norm: "head" or "width", over what queries and keys are divided by their RMS. softcap: the config's field.
-    window, partial_rotary: whether its attention honours `sliding_window` and `partial_rotary_factor`.
-    fused_qkv: whether q, k and v are one matrix.
-    base: the attribute of the causal model that holds layers, embedding and final norm.
+    Attributes:
+        attention_norm: the decoder layer's attribute whose output feeds `self_attn`; None: it reads the block's input.
+        input_bias, output_bias: whether q, k, v and whether o have biases, or the config's field that says so.
+        qk_norm: whether queries and keys are divided by their RMS over each "head" or over the whole "width".
+        softcap: the config's field with the softcap of the scores.
+        window, partial_rotary: whether its attention honours `sliding_window` and `partial_rotary_factor`.
+        fused_qkv: whether q, k and v are one matrix.
+        base: the attribute of the causal model that holds the other parts.
+        layers, embedding, final_norm, rotary: attributes of `base`.
     """
 
     model_type: str
@@ -79,8 +82,14 @@ def family_of(config: Any) -> Family:
 class AttentionFacts:
     """A donor's attention in numbers.
 
-    rotary_dim: how many of a head's head_dim elements RoPE turns. scale: what scores are multiplied by before the
-    softmax; softcap: c where they then pass through c · tanh(score / c). norm_eps: of the QK-norm.
+    Attributes:
+        heads, kv_heads: query heads H and KV heads G.
+        head_dim: elements of a head, d.
+        rotary_dim: how many of them RoPE rotates.
+        scale: the factor of the scores before the softmax.
+        softcap: c, where scores then pass through c · tanh(score / c).
+        input_bias, output_bias: whether q, k, v and whether o have biases.
+        qk_norm: as in `Family`.
     """
 
     heads: int
@@ -95,12 +104,12 @@ class AttentionFacts:
 
     @property
     def key_scales(self) -> int:
-        """Numbers 1 / RMS that a token's keys have: one a KV head, one, or none."""
+        """How many numbers 1 / RMS the keys of a token have: one per KV head, one, or none."""
         return {None: 0, "head": self.kv_heads, "width": 1}[self.qk_norm]
 
 
 def attention_facts(config: Any) -> AttentionFacts:
-    """The facts of a donor of a known family; the same for all its layers."""
+    """The facts of a donor of a known family, which hold for all its layers. Raises UnsupportedError for another."""
     family = family_of(config)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -118,7 +127,7 @@ def attention_facts(config: Any) -> AttentionFacts:
 
 
 def class_free_values(config: Any) -> dict[str, Any]:
-    """What `config` says of the model, without what says of which class it is and where it came from."""
+    """The fields of `config` without those that name its class and its origin."""
     values: dict[str, Any] = config.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"):
         values.pop(key, None)
@@ -138,7 +147,7 @@ def _stated(config: Any, field: bool | str) -> bool:
 
 
 def _softmax_scale(config: Any, head_dim: int) -> float:
-    """Granite states the scale itself, Gemma 2 and 3 the width that it is the inverse root of."""
+    """The scale of the scores: Granite states it, Gemma 2 and 3 state the width whose inverse root it is."""
     scale = getattr(config, "attention_multiplier", None)
     return (
         scale if scale is not None else (getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5
@@ -146,7 +155,7 @@ def _softmax_scale(config: Any, head_dim: int) -> float:
 
 
 def rotary_share(config: Any) -> float:
-    """The share of a head's elements that RoPE turns."""
+    """The share of a head's elements that RoPE rotates."""
     return min(rope.get("partial_rotary_factor") or 1.0 for rope in rope_settings(config))
 
 

@@ -10,10 +10,14 @@ from mhconvert.errors import UnsupportedError
 from ..methods import registry
 from .facts import Family, attention_facts, family_of, layer_window, rope_settings, rotary_share
 
-# These scale each frequency by a constant. "dynamic" and "longrope" change with the length of the text.
+# Types that scale each frequency by a constant; "dynamic" and "longrope" change with the length of the text.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-STOCK_BLOCKS = ("llama", "mistral", "ministral")  # their blocks, but for the attention, are a stock class's
+STOCK_BLOCKS = (
+    "llama",
+    "mistral",
+    "ministral",
+)  # whose blocks, apart from the attention, are those of stock latent-attention classes
 QUANTISED = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "bitsandbytes": "bitsandbytes", "gguf": "GGUF"}
 PART_CONFIGS = ("vision_config", "audio_config", "text_config", "thinker_config", "speech_config")
 # Fields of norms that are no RMSNorm before RoPE: a LayerNorm, or a norm after it.
@@ -42,7 +46,7 @@ def refusal(config: Any, checks: Iterable[str]) -> str | None:
 
 
 def served_refusal(config: Any) -> str | None:
-    """Why no latent-attention class that engines cache as a latent holds a donor of `config`; None where one does."""
+    """Why serving engines would not cache a converted donor of `config` as a latent; None where they would."""
     facts = attention_facts(config)
     reasons = {
         f"its keys have a norm ({facts.qk_norm}), whose RMS would have to be cached too": facts.qk_norm

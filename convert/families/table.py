@@ -1,4 +1,4 @@
-"""Family × method as a table: exact, approximate or refused, and why; from the families' rows and the checks."""
+"""The table of families and methods, from the families' data and the methods' checks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ is merged computes what it computed beside its base; its targets are linear modu
 
 
 def family_table() -> list[dict[str, Any]]:
-    """One row a family: family, methods {name: verdict}, carried [feature], refused [config field]. Reads no model."""
+    """One row per family. Reads no model.
+
+    Returns:
+        Of each family: family, methods {name: "exact", "exact + n" or "refused: …"}, carried (its special features that
+        conversions keep), refused (fields of its config that are refused where they are set).
+    """
     return [_row(row, CONFIG_MAPPING[name]()) for name, row in sorted(FAMILIES.items())]
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
-    """The table as GitHub shows it, its refusals numbered, and what its words mean."""
+    """`table` in Markdown, with numbered reasons of refusals and an explanation of its words."""
     methods = list(table[0]["methods"])
     reasons: list[str] = []
 
@@ -60,7 +65,7 @@ def _row(family: Family, config: Any) -> dict[str, Any]:
 
 
 def _carried(family: Family, config: Any) -> list[str]:
-    """What a family's attention has beside grouped queries and RoPE over whole heads."""
+    """The features of a family's attention beside grouped queries and RoPE over whole heads."""
     bases = {rope.get("rope_theta") for rope in rope_settings(config)}
     features = {
         "biases": family.input_bias or family.output_bias,

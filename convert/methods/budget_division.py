@@ -1,4 +1,4 @@
-"""A budget of cache elements divided over layers by what each of them needs. Pure: no torch, no weights."""
+"""Divides a budget of cache elements over the layers by what each of them needs. Pure: no torch, no weights."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-EXACT = 1e-9  # a relative error below it counts as this
+EXACT = 1e-9  # smaller relative errors are counted as this one, whose logarithm is finite
 
 
 @dataclass(frozen=True)
 class LayerNeed:
-    """What a survey found of one layer.
+    """What a survey measured of one layer.
 
-    shares: of the donor's cache elements, increasing; errors: the relative error of the attention output that a closed
-    form makes at each. divergence: KL(donor ‖ donor with this layer alone converted), nats a token, at `probed`, one
-    of the shares.
+    Attributes:
+        shares: budgets of the layer as shares of the donor's cache elements, increasing.
+        errors: at each of them, the relative squared error of the attention output after the closed form.
+        probed: the one of `shares` at which `divergence` was measured.
+        divergence: KL(donor ‖ donor with this layer alone converted), nats per token.
     """
 
     shares: Sequence[float]
@@ -25,19 +27,30 @@ class LayerNeed:
     divergence: float
 
     def divergence_at(self, share: float) -> float:
-        """The divergence is taken to follow the error, and the error's logarithm to be piecewise linear."""
-        known = [math.log(max(error, EXACT)) for error in self.errors]
-        at_probe = known[list(self.shares).index(self.probed)]
-        return self.divergence * math.exp(_interpolated(share, self.shares, known) - at_probe)
+        """The divergence expected at `share`, nats per token.
+
+        It is taken to be proportional to the error, and the error's logarithm to be piecewise linear in the share.
+        """
+        logs = [math.log(max(error, EXACT)) for error in self.errors]
+        at_probe = logs[list(self.shares).index(self.probed)]
+        return self.divergence * math.exp(_interpolated(share, self.shares, logs) - at_probe)
 
 
 def divide(
     needs: Sequence[LayerNeed], total: int, least: int | Sequence[int], most: int, unit: int, whole: int
 ) -> list[int]:
-    """Elements for each layer, `total` in all, that make the sum of the layers' divergences small.
+    """The elements of each layer, `total` in all, chosen greedily so that the sum of the divergences is small.
 
-    Every layer gets from `least`, which may be a number for each, to `most`; the rest goes, `unit` elements at a time,
-    to the layer whose divergence falls most, and of equals to the smaller. whole: the donor's elements a layer.
+    Every layer starts with its least number. The rest is given out `unit` elements at a time, each time to the layer
+    whose divergence falls most per element; of equals, to the one that has fewer.
+
+    Args:
+        needs: one for each layer.
+        total: elements of all layers together.
+        least: of any layer, or of each.
+        most: of any layer.
+        unit: elements given out at a time.
+        whole: the donor's elements per layer.
     """
     elements = [least] * len(needs) if isinstance(least, int) else list(least)
     left = total - sum(elements)
@@ -63,7 +76,7 @@ def divide(
 
 
 def _interpolated(x: float, points: Sequence[float], values: Sequence[float]) -> float:
-    """Piecewise linear through the points; the outer pieces go on."""
+    """The piecewise linear function through the points, extrapolated by its outer pieces."""
     if len(points) == 1:
         return values[0]
     last = next((i for i in range(1, len(points) - 1) if x <= points[i]), len(points) - 1)

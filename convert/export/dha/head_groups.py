@@ -1,9 +1,9 @@
-"""Decoupled heads as grouped queries: which layers stock attention holds exactly, and in which order of heads.
+"""Decoupled heads as grouped-query attention: which layers it holds exactly, and in which order of heads.
 
-A stock layer of G KV heads reads them by G groups of H / G query heads that follow each other; a group reads one K head
-and one V head. A DHA layer is one where the query heads that read the same pair of heads make such groups. Query heads
-may change places (rows of q_proj and columns of o_proj alike), and so may K and V heads. Where the groups come out
-unequal, or a head is in more than one pair, copies of heads can make the difference, at the price of a larger cache.
+In a stock layer with G KV heads, each of G groups of H / G consecutive query heads reads one K head and one V head. A
+DHA layer has this form if the query heads that read the same pair of heads form equal groups. Query heads may be
+permuted (rows of q_proj together with columns of o_proj), and so may K and V heads. Where groups are unequal, or a head
+is in more than one pair, copies of heads can make them equal, at the price of a larger cache.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ HeadMaps = tuple[Sequence[int], Sequence[int]]  # the K head and the V head that
 class GroupPlan:
     """One layer as grouped-query attention.
 
-    order: the query heads of the DHA layer, in their new order. k_heads, v_heads: the K head and the V head of the DHA
-    layer that each group reads.
+    Attributes:
+        order: the query heads of the DHA layer, in their new order.
+        k_heads, v_heads: the K head and the V head of the DHA layer that each group reads.
     """
 
     order: tuple[int, ...]
@@ -49,7 +50,7 @@ class GroupPlan:
 
 
 def readers(maps: HeadMaps) -> dict[tuple[int, int], list[int]]:
-    """The query heads that read each pair of K head and V head; pairs in the order of their first reader."""
+    """The query heads that read each pair (K head, V head); pairs in the order of their first reader."""
     found: dict[tuple[int, int], list[int]] = {}
     for head, pair in enumerate(zip(*maps, strict=True)):
         found.setdefault(pair, []).append(head)
@@ -57,7 +58,7 @@ def readers(maps: HeadMaps) -> dict[tuple[int, int], list[int]]:
 
 
 def largest_group(maps: HeadMaps) -> int:
-    """The most query heads that a group of the layer can have: every larger group would read two heads."""
+    """The largest size of equal groups of query heads in which every group reads one K head and one V head."""
     return math.gcd(*(len(heads) for heads in readers(maps).values()))
 
 
@@ -74,11 +75,15 @@ def group(maps: HeadMaps, size: int) -> GroupPlan:
 def plan_layers(
     maps: Sequence[HeadMaps], *, uniform: bool, duplicate: bool, head_bytes: int, donor_heads: int, to: str
 ) -> list[GroupPlan]:
-    """Every layer as grouped queries. uniform: as many KV heads in all layers; otherwise as few as each can have.
+    """Every layer as grouped queries.
 
-    duplicate: whether heads may be cached more than once where it cannot be done without. head_bytes: of a head, one
-    token. donor_heads: K and V heads of one layer of the donor. Raises ExportError naming the first layer that needs
-    copies, and what they would cost all together.
+    Args:
+        uniform: as many KV heads in all layers; otherwise as few as each can have.
+        duplicate: whether heads may be cached more than once where it cannot be done without.
+        head_bytes: bytes of one head in the cache, per token.
+        donor_heads: K and V heads of one layer of the donor.
+    Raises:
+        ExportError: naming the first layer that needs copies, and what they would cost all together.
     """
     sizes = [largest_group(layer) for layer in maps]
     if uniform:
@@ -96,15 +101,18 @@ def plan_layers(
 
 
 def cached_heads(maps: Sequence[HeadMaps]) -> int:
-    """K and V heads of all layers."""
+    """The number of cached heads, K and V together, of all layers."""
     return sum(len(set(k_map)) + len(set(v_map)) for k_map, v_map in maps)
 
 
 def regrouped(tensors: dict[str, Tensor], plan: GroupPlan, head_dim: int) -> dict[str, Tensor]:
-    """The layer's q, k, v and o projections in the order of `plan`; values are moved and copied, none is computed.
+    """The layer's q, k, v and o projections in the order of `plan`; rows are permuted and copied, never computed.
 
-    tensors: q_proj.weight (H d, D), k_proj.weight (n_K d, D), v_proj.weight (n_V d, D), o_proj.weight (D, H d), and
-    biases of any of them. Returns k and v of `plan.groups` heads.
+    Args:
+        tensors: q_proj.weight (H d, D), k_proj.weight (n_K d, D), v_proj.weight (n_V d, D), o_proj.weight (D, H d),
+            and biases of any of them.
+    Returns:
+        The projections by the same names, k_proj and v_proj with `plan.groups` heads.
     """
     heads = {"q_proj": plan.order, "k_proj": plan.k_heads, "v_proj": plan.v_heads}
     found = {}

@@ -1,4 +1,4 @@
-"""The folder that an export of a DHA checkpoint is, written with one layer in memory at a time."""
+"""Writes an export of a DHA checkpoint, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -36,9 +36,18 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """What a checkpoint becomes. values: config.json. plans: its layers. biased: which of q_proj, k_proj, v_proj and
-    o_proj have biases. width: of the MLP, where hidden units that compute nothing fill it up; None: as it is.
-    code: files that are shipped. facts: go into the report. note: how to load it, for the card.
+    """What an export will be.
+
+    Attributes:
+        to: the form.
+        architecture: the class's name in config.json.
+        values: the content of config.json.
+        plans: for each layer, its heads as grouped queries.
+        biased: which of q_proj, k_proj, v_proj and o_proj have biases.
+        width: intermediate_size to which the MLP is padded with zeros; None: as it is.
+        code: Python files that are copied into the folder.
+        facts: further entries of the report.
+        note: how to load it, for the card.
     """
 
     to: str
@@ -53,22 +62,22 @@ class Target:
 
 
 def tensors(checkpoint: DHACheckpoint, target: Target, read: Read) -> Iterator[dict[str, Tensor]]:
-    """Everything that the export holds, by its names: what is outside the layers, then one layer at a time."""
+    """The tensors of the export by name: first those outside the layers, then layer by layer."""
     names = checkpoint.source.names()
     yield {name: read(name) for name in names if not name.startswith(LAYERS)}
     for index, plan in enumerate(target.plans):
         prefix = f"{LAYERS}{index}."
         layer = {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
         attention = {n.removeprefix(ATTENTION): layer.pop(n) for n in list(layer) if n.startswith(ATTENTION)}
-        attention = _biased(regrouped(attention, plan, checkpoint.head_dim), target.biased)
+        attention = _with_biases(regrouped(attention, plan, checkpoint.head_dim), target.biased)
         if target.width is not None:
-            layer = {name: _filled(name, tensor, target.width) for name, tensor in layer.items()}
+            layer = {name: _padded(name, tensor, target.width) for name, tensor in layer.items()}
         layer |= {ATTENTION + name: tensor for name, tensor in attention.items()}
         yield {prefix + name: tensor for name, tensor in layer.items()}
 
 
-def _biased(attention: dict[str, Tensor], biased: tuple[str, ...]) -> dict[str, Tensor]:
-    """Zeros where a bias is asked for and there is none; without the one that is all zeros where none is."""
+def _with_biases(attention: dict[str, Tensor], biased: tuple[str, ...]) -> dict[str, Tensor]:
+    """`attention` with the biases that `biased` asks for, new ones zero, and without an unused o_proj bias."""
     for projection in (*INPUTS, "o_proj"):
         weight, name = attention[f"{projection}.weight"], f"{projection}.bias"
         if projection in biased:
@@ -78,8 +87,8 @@ def _biased(attention: dict[str, Tensor], biased: tuple[str, ...]) -> dict[str, 
     return attention
 
 
-def _filled(name: str, tensor: Tensor, width: int) -> Tensor:
-    """Hidden units of the MLP that are zero: silu(0) · 0 goes into a column of zeros."""
+def _padded(name: str, tensor: Tensor, width: int) -> Tensor:
+    """An MLP tensor padded with zeros to `width` hidden units, which compute silu(0) · 0 = 0."""
     if name in ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.gate_proj.bias", "mlp.up_proj.bias"):
         return torch.cat([tensor, tensor.new_zeros(width - len(tensor), *tensor.shape[1:])])
     if name == "mlp.down_proj.weight":
@@ -88,7 +97,7 @@ def _filled(name: str, tensor: Tensor, width: int) -> Tensor:
 
 
 def shapes(checkpoint: DHACheckpoint, target: Target) -> dict[str, Tensor]:
-    """What `tensors` will give, on the meta device: no weight is read."""
+    """The tensors of the export by name, on the meta device: no weight is read."""
     source = checkpoint.source
 
     def on_meta(name: str) -> Tensor:
@@ -100,9 +109,10 @@ def shapes(checkpoint: DHACheckpoint, target: Target) -> dict[str, Tensor]:
 def write(
     checkpoint: DHACheckpoint, target: Target, output: str | None, force: bool, verify: bool, tell: Listener
 ) -> dict[str, Any]:
-    """The export as a folder that appears when it is whole and, with `verify`, proven; returns the report.
+    """Write the export, which appears when it is complete and, with `verify`, compared; returns its report.
 
-    Raises OutputError where the folder exists or the disk is too small.
+    Raises:
+        OutputError: where the folder exists or the disk is too small.
     """
     place = Path(output) if output else Path(f"{checkpoint.folder.resolve().name}-{target.to}")
     check_free(place, force, checkpoint.folder)
@@ -168,7 +178,7 @@ def _report(checkpoint: DHACheckpoint, target: Target, place: Path) -> dict[str,
 
 
 def _about(checkpoint: DHACheckpoint, report: dict[str, Any], note: str) -> str:
-    """What the export is, for its card."""
+    """The text of the export's card."""
     copies = report["duplicated_heads"]
     text = (
         f"{checkpoint.donor.get('hub_id') or 'A pretrained model'} with fewer KV heads, converted by mhconvert (DHA) "

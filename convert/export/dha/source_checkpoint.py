@@ -1,4 +1,4 @@
-"""A DHA checkpoint, only read, and what its donor's own class says of it."""
+"""Reads a DHA checkpoint, with the configuration of its donor's own class."""
 
 from __future__ import annotations
 
@@ -26,8 +26,16 @@ OUTPUT_BIAS = "self_attn.o_proj.bias"
 
 @dataclass(frozen=True)
 class DHACheckpoint:
-    """reference: what the user wrote. config: of the checkpoint. donor_config: the donor's, as its own class has it;
-    stock: whether the checkpoint is of that class already. record: its mhconvert.json."""
+    """A checkpoint that DHA made.
+
+    Attributes:
+        reference: what the user wrote.
+        folder: of the checkpoint.
+        config: of the checkpoint.
+        donor_config: of the donor's own class.
+        stock: whether the checkpoint is of that class already.
+        record: its mhconvert.json.
+    """
 
     reference: str
     folder: Path
@@ -38,12 +46,12 @@ class DHACheckpoint:
 
     @cached_property
     def source(self) -> SafetensorsSource:
-        """The weights. Raises CheckpointError where they are incomplete."""
+        """The stored weights. Raises CheckpointError where they are incomplete."""
         return SafetensorsSource(self.folder)
 
     @cached_property
     def maps(self) -> list[HeadMaps]:
-        """Of each layer the K head and the V head that each query head reads."""
+        """For each layer, the K head and the V head that each query head reads."""
         layers = range(self.config.num_hidden_layers)
         if not self.stock:
             return [self.config.head_maps(index) for index in layers]
@@ -53,7 +61,7 @@ class DHACheckpoint:
 
     @cached_property
     def output_bias(self) -> str | None:
-        """The first bias of an o_proj that is not zero."""
+        """The name of the first o_proj bias that is not all zeros; None where there is none."""
         names = (name for name in self.source.names() if name.endswith(OUTPUT_BIAS))
         return next((name for name in names if self.source.read(name).any()), None)
 
@@ -63,24 +71,26 @@ class DHACheckpoint:
 
     @property
     def head_bytes(self) -> int:
-        """Of one cached head, one token."""
+        """Bytes of one cached head, per token."""
         return self.head_dim * self.dtype.itemsize
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of a cache."""
+        """The dtype of the weights, which a cache has too."""
         return self.source.dtype(self.source.names()[0])
 
     @property
     def donor(self) -> dict[str, Any]:
-        """What mhconvert.json says of the donor: reference, hub_id, licence."""
+        """The donor's reference, hub_id and licence, from mhconvert.json."""
         return dict(self.record.get("donor") or {})
 
 
 def open_dha(reference: str, to: str) -> DHACheckpoint:
-    """The checkpoint `reference`: a folder, or org/name[@revision] on the Hub. Weights wait for `source`.
+    """The checkpoint `reference`: a folder, or org/name[@revision] on the Hub. Reads no weights yet.
 
-    Raises ExportError where it is none that DHA made, CheckpointError where it cannot be read.
+    Raises:
+        ExportError: for a checkpoint that DHA did not make, or an export.
+        CheckpointError: for one that cannot be read.
     """
     folder = open_model.checkpoint_folder(reference) or Path(reference).expanduser()
     method = identity.made_by(str(folder))
@@ -99,7 +109,7 @@ def open_dha(reference: str, to: str) -> DHACheckpoint:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """mhconvert.json; a checkpoint that has lost it can be exported all the same."""
+    """mhconvert.json; empty where it is missing, which does not prevent an export."""
     try:
         found = json.loads((folder / provenance.PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -114,7 +124,7 @@ def _donor_config(config: Any) -> Any:
 
 
 def _require_plain_scores(checkpoint: DHACheckpoint) -> None:
-    """What multiplies and caps scores has to follow from the donor's own configuration."""
+    """Raises ExportError where scale or softcap of the scores is not what the donor's configuration implies."""
     if checkpoint.stock:
         return
     config, facts = checkpoint.config, attention_facts(checkpoint.donor_config)

@@ -1,4 +1,4 @@
-"""`mhconvert export CKPT --to llama`: a DHA checkpoint as the grouped-query model that its donor is."""
+"""`mhconvert export CKPT --to llama`: a DHA checkpoint as grouped-query attention in its donor's own class."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from .output_folder import INPUTS, Target, shapes, write
 from .source_checkpoint import DHACheckpoint, open_dha
 
 TO = "llama"
-OUTPUT_BIAS_FIELDS = ("attention_bias", "attention_out_bias")  # that ask for o_proj's and touch no MLP
-# Their blocks are Llama's own but for windows and for which projections have biases.
+OUTPUT_BIAS_FIELDS = (
+    "attention_bias",
+    "attention_out_bias",
+)  # of configs: give o_proj a bias, and no MLP one
+# Families whose blocks differ from Llama's only in windows and in which projections have biases.
 LLAMA_LIKE = ("llama", "mistral", "ministral", "qwen2")
 
 
@@ -34,9 +37,14 @@ def export_checkpoint(
     """Write the checkpoint `reference` as its donor's own class, with as many KV heads in every layer.
 
     A donor whose class has no bias of o_proj, which fused values need, becomes a Llama where its blocks are Llama's.
-    duplicate: cache copies of heads where groups do not come out equal. Returns checkpoint, method, to, output,
-    architecture, num_key_value_heads, heads_by_layer, duplicated_heads, kv_bytes_per_token {checkpoint, export},
-    dtype, biases, output_bytes, exact. Raises ExportError naming what the class cannot hold, before a matrix is read.
+
+    Args:
+        duplicate: whether heads may be cached twice where groups do not come out equal.
+    Returns:
+        The report: checkpoint, method, to, output, architecture, num_key_value_heads, heads_by_layer, duplicated_heads,
+        kv_bytes_per_token {checkpoint, export}, dtype, biases, output_bytes, exact.
+    Raises:
+        ExportError: naming what the class cannot hold, before any weight is read.
     """
     checkpoint = open_dha(reference, TO)
     if checkpoint.stock:
@@ -45,7 +53,7 @@ def export_checkpoint(
 
 
 def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:
-    """The checkpoint as a stock class. Raises ExportError where there is none."""
+    """The export in a stock class. Raises ExportError where none holds the checkpoint."""
     config = _stock_config(checkpoint)
     plans = plan(checkpoint, duplicate, uniform=True, to=TO)
     config.num_key_value_heads = plans[0].groups
@@ -66,7 +74,7 @@ def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:
 
 
 def plan(checkpoint: DHACheckpoint, duplicate: bool, *, uniform: bool, to: str) -> list[GroupPlan]:
-    """The layers of the checkpoint as grouped queries; see `plan_layers`."""
+    """The layers of the checkpoint as grouped-query attention; see `plan_layers`."""
     return plan_layers(
         checkpoint.maps,
         uniform=uniform,
@@ -78,13 +86,13 @@ def plan(checkpoint: DHACheckpoint, duplicate: bool, *, uniform: bool, to: str) 
 
 
 def biases(config: Any) -> tuple[str, ...]:
-    """The attention projections that have one in the class of `config`."""
+    """The attention projections that have a bias in the class of `config`."""
     facts = attention_facts(config)
     return (*(INPUTS if facts.input_bias else ()), *(("o_proj",) if facts.output_bias else ()))
 
 
 def llama_config(checkpoint: DHACheckpoint, to: str) -> LlamaConfig:
-    """The donor's configuration as Llama's. Raises ExportError naming what Llama does not have."""
+    """The donor's configuration as a Llama configuration. Raises ExportError naming what Llama does not have."""
     donor, facts = checkpoint.donor_config, attention_facts(checkpoint.donor_config)
     windows = (layer_window(donor, index) for index in range(donor.num_hidden_layers))
     index, window = next(((i, size) for i, size in enumerate(windows) if size), (None, None))
@@ -110,7 +118,7 @@ def _class(config: Any) -> str:
 
 
 def _stock_config(checkpoint: DHACheckpoint) -> Any:
-    """The donor's own configuration with a bias of o_proj where one is needed; Llama's where only that has it."""
+    """The donor's own configuration, with an o_proj bias if needed; a Llama configuration where only Llama has one."""
     donor = checkpoint.donor_config
     family, facts = family_of(donor), attention_facts(donor)
     if family.fused_qkv:
@@ -134,7 +142,7 @@ def _stock_config(checkpoint: DHACheckpoint) -> Any:
 
 
 def _require_fit(checkpoint: DHACheckpoint, found: Target, config: Any) -> None:
-    """Raises ExportError unless the class has a place for every tensor and there is one for every place."""
+    """Raises ExportError unless the tensors of the export are exactly those of the class, with their shapes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     places = {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -1,7 +1,7 @@
-"""`mhconvert export CKPT --to nemotron-nas`: a DHA checkpoint as a Llama whose layers differ in their KV heads.
+"""`mhconvert export CKPT --to nemotron-nas`: a DHA checkpoint as a Llama with a number of KV heads for each layer.
 
-The format is that of DeciLM and Nemotron-NAS checkpoints. What is said of engines was read in their sources (vLLM's,
-SGLang's and llama.cpp's of 2026: models/nemotron_nas.py, conversion/deci.py); only transformers has been run on it.
+The format is that of DeciLM and Nemotron-NAS checkpoints. Statements about engines were read in their sources (vLLM,
+SGLang and llama.cpp of 2026: models/nemotron_nas.py, conversion/deci.py); only transformers has been run on it.
 """
 
 from __future__ import annotations
@@ -37,18 +37,22 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Write the checkpoint `reference` as a nemotron-nas one: K heads = V heads in each layer, in equal groups.
 
-    duplicate: cache copies of heads where a layer's groups do not come out equal. Returns checkpoint, method, to,
-    output, architecture, heads_by_layer, duplicated_heads, kv_bytes_per_token {checkpoint, export}, dtype, biases,
-    mlp_width {checkpoint, export}, engines, output_bytes, exact. An MLP is filled up with units that compute nothing
-    where its width is no multiple of 256. Raises ExportError naming what the format cannot hold, before a matrix is
-    read.
+    An MLP whose width is no multiple of FFN_STEP is padded with zeros to one.
+
+    Args:
+        duplicate: whether heads may be cached twice where a layer's groups do not come out equal.
+    Returns:
+        The report: checkpoint, method, to, output, architecture, heads_by_layer, duplicated_heads, kv_bytes_per_token
+        {checkpoint, export}, dtype, biases, mlp_width {checkpoint, export}, engines, output_bytes, exact.
+    Raises:
+        ExportError: naming what the format cannot hold, before any weight is read.
     """
     checkpoint = open_dha(reference, TO)
     return write(checkpoint, target(checkpoint, duplicate), output, force, verify, on_progress or ignore)
 
 
 def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:
-    """The checkpoint in blocks. Raises ExportError where its own are not Llama's, or its groups are not equal."""
+    """The export. Raises ExportError where the blocks are not Llama's, or the groups of a layer are not equal."""
     config = llama_config(checkpoint, TO)
     if config.hidden_act != "silu":
         raise ExportError(
@@ -77,14 +81,17 @@ def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:
 
 
 def ffn_mult(width: int, hidden_size: int) -> float:
-    """What engines make an MLP of `width` of: int(2 · ffn_mult · hidden_size / 3), rounded up to a multiple of 256."""
+    """The ffn_mult from which engines compute an MLP of `width`.
+
+    They round int(2 · ffn_mult · hidden_size / 3) up to a multiple of FFN_STEP.
+    """
     found = 3 * width / (2 * hidden_size)
     assert -(-int(2 * found * hidden_size / 3) // FFN_STEP) * FFN_STEP == width
     return found
 
 
 def engines(config: Any, plans: list[GroupPlan]) -> list[Engine]:
-    """Which engines load the export; `config`: Llama's, as it is exported."""
+    """Which engines load an export with the Llama configuration `config` and the layers `plans`."""
     uneven = len({plan.groups for plan in plans}) > 1
     rope = config.rope_parameters.get("rope_type", "default")
     sglang = "wants the same number of KV heads in every layer" if uneven else None
@@ -116,7 +123,7 @@ def engines(config: Any, plans: list[GroupPlan]) -> list[Engine]:
 
 
 def _values(config: Any, plans: list[GroupPlan]) -> dict[str, Any]:
-    """config.json. RoPE is said twice: as transformers 5 reads it, and as SGLang and llama.cpp do."""
+    """The content of config.json. RoPE is stated twice: as transformers 5 reads it, and as SGLang and llama.cpp do."""
     rope = dict(config.rope_parameters)
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     files = [Path(inspect.getfile(module)).stem for module in CODE]

@@ -1,10 +1,12 @@
-"""One layer of latent attention as DeepSeek's classes hold it. Pure: tensors in, tensors out, float64 between.
+"""One layer of latent attention as DeepSeek's classes hold it. Pure: tensors in, float64 tensors out.
 
-Three things differ. Their latent passes an RMSNorm, ours does not: with the latent's rows of kv_a_proj scaled by a tiny
-s the norm's eps outweighs their mean square, and RMSNorm(s x) · w = x where w = sqrt(eps) / s. Their scores are
-multiplied by (qk_nope_head_dim + qk_rope_head_dim) ** -0.5, whatever the donor's were by: q_proj takes the ratio.
-Their norms have one eps for all: in a residual stream scaled by g = sqrt(eps' / eps) norms of eps' do what those of eps
-did, so embedding, o_proj and down_proj take g.
+Three differences are folded into the weights:
+
+- Their latent passes through an RMSNorm, ours does not. When the latent's rows of kv_a_proj are scaled by a tiny s, the
+  norm's eps outweighs their mean square, and RMSNorm(s x) · w = x with w = sqrt(eps) / s.
+- Their scores are multiplied by (qk_nope_head_dim + qk_rope_head_dim) ** -0.5; q_proj takes the ratio to the donor's.
+- All their norms have one eps. In a residual stream scaled by g = sqrt(eps' / eps), norms with eps' do what those with
+  eps did, so embedding, o_proj and down_proj are multiplied by g.
 
 Rows of q_proj and kv_b_proj are heads, non-rotary part first; rotary pairs lie side by side, as DeepSeek's do.
 """
@@ -18,14 +20,18 @@ import torch
 from torch import Tensor
 
 EPS = 1e-6  # of the latent's norm in transformers, whatever rms_norm_eps says
-IDENTITY_ERROR = 2.0**-26  # of the norm as an identity, for the largest latent that was seen
-MARGIN = 64.0  # by which a latent's root mean square may be larger than that
-SMALLEST = 2.0**-40  # of s: far from what float32 and bfloat16 hold at least
+IDENTITY_ERROR = 2.0**-26  # relative deviation of the norm from an identity, for the largest latent
+MARGIN = 64.0  # how much larger the RMS of a latent may be than that of the largest one observed
+SMALLEST = 2.0**-40  # of s: well above the smallest numbers of float32 and bfloat16
 
 
 @dataclass(frozen=True)
 class LatentShape:
-    """Widths of one model's latent attention. padded_v_head_dim: that values are filled up to with zeros."""
+    """Widths of one model's latent attention.
+
+    Attributes:
+        padded_v_head_dim: to which values are padded with zeros.
+    """
 
     num_heads: int
     kv_lora_rank: int
@@ -37,8 +43,15 @@ class LatentShape:
 
 @dataclass(frozen=True)
 class Fold:
-    """The factors that make a layer fit. latent: s; norm: w as it is stored; correction: what w as stored makes of 1;
-    scores: ours by theirs; residual: g."""
+    """The factors that are folded into a layer's weights.
+
+    Attributes:
+        latent: s, of the latent's rows of kv_a_proj.
+        norm: w, the norm's weight, rounded to the dtype that it is stored in.
+        correction: the ratio of the rounded w to the exact one.
+        scores: the donor's factor of the scores divided by the class's.
+        residual: g, of the residual stream.
+    """
 
     latent: float
     norm: float
@@ -48,9 +61,10 @@ class Fold:
 
 
 def latent_scale(largest_mean_square: float) -> float:
-    """s, a power of two: a norm of eps 1e-6 is an identity to IDENTITY_ERROR for latents up to MARGIN times this large.
+    """s, a power of two for which the norm is an identity for latents up to MARGIN times the largest.
 
-    largest_mean_square: of the unscaled latent, over its elements, of the worst token seen.
+    Args:
+        largest_mean_square: of the unscaled latent over its elements, of the worst token observed.
     """
     reach = max(largest_mean_square, 1.0) * MARGIN**2
     wanted = math.sqrt(2 * EPS * IDENTITY_ERROR / reach)
@@ -64,7 +78,7 @@ def fold(
     rms_norm_eps: float,
     dtype: torch.dtype,
 ) -> Fold:
-    """The factors for a layer that is written in `dtype`."""
+    """The factors for a layer that is stored in `dtype`; see `Fold`."""
     scale = latent_scale(largest_mean_square)
     exact = math.sqrt(EPS) / scale
     stored = torch.tensor(exact, dtype=dtype).item()
@@ -83,8 +97,10 @@ def dense_attention(
 ) -> dict[str, Tensor]:
     """The tensors of one DeepSeek attention from those of one LatentAttention, by name; float64.
 
-    tensors: q_proj (H (n + p), D), kv_a_proj_with_mqa (r + p, D), kv_b_proj (H (n + v), r), o_proj (D, H v), all
-    `.weight`. order: which of our rotary components each of theirs is, p / 2 of them.
+    Args:
+        tensors: q_proj (H (n + p), D), kv_a_proj_with_mqa (r + p, D), kv_b_proj (H (n + v), r), o_proj (D, H v), all
+            `.weight`.
+        order: (p / 2), for each of their rotary components the index of ours.
     """
     heads, rank = shape.num_heads, shape.kv_lora_rank
     nope, value, padded = shape.qk_nope_head_dim, shape.v_head_dim, shape.padded_v_head_dim
@@ -107,10 +123,12 @@ def dense_attention(
 
 
 def series_order(frequencies: list[int]) -> tuple[int, list[int]] | None:
-    """(step, which of a layer's rotary components turns with the series' first frequency, its second, …).
+    """A layer's rotary components as a geometric series of frequencies, which stock classes compute themselves.
 
-    frequencies: indices into the donor's. A stock class computes a geometric series of its own over the components that
-    it has; the donor's frequencies 0, step, 2 · step, … are one. None where a layer's are not those.
+    Args:
+        frequencies: for each component, the index of its frequency in the donor's; 0, step, 2 · step, … are a series.
+    Returns:
+        The step, and the component that turns with each frequency of the series; None for other frequencies.
     """
     ordered = sorted(frequencies)
     step = ordered[1] if len(ordered) > 1 else 1

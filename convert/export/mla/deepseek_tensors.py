@@ -1,6 +1,6 @@
-"""A portable latent-attention checkpoint as a stock class: dense DeepSeek-V3, or Youtu.
+"""A portable MLA checkpoint as configuration and tensors of a stock class: dense DeepSeek-V3, or Youtu.
 
-`plan` refuses what the class would drop, from the config alone; `run` writes the folder and proves it.
+`plan` refuses what the class would drop, from the configuration alone; `to_deepseek_v3` writes the folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,15 @@ PLAIN = {  # config keys that mean the same in the donor's class and in these
 
 @dataclass(frozen=True)
 class Plan:
-    """What is written. orders: of each layer's rotary components."""
+    """What will be written.
+
+    Attributes:
+        to: "deepseek_v3" or "youtu".
+        config: of the stock class.
+        shape: widths of the attention.
+        orders: for each layer, the order of its rotary components.
+        dtype: of the weights.
+    """
 
     to: str
     config: Any
@@ -44,12 +52,12 @@ class Plan:
 
     @property
     def elements_per_token(self) -> int:
-        """That the cache holds, all layers."""
+        """Cache elements per token, all layers together."""
         return (self.shape.kv_lora_rank + self.shape.qk_rope_head_dim) * self.config.num_hidden_layers
 
 
 def refusal(config: Any, to: str) -> str | None:
-    """What of the checkpoint the class `to` cannot hold, and what would be lost; None where it holds all."""
+    """The feature of the checkpoint that the class `to` does not have; None where it has all."""
     rope = config.rope_parameters or {}
     kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
     family = config.model_type.removeprefix("mla_")
@@ -92,9 +100,13 @@ def _rotary_refusal(config: Any) -> str | None:
 
 
 def plan(config: Any, to: str, dtype: torch.dtype, pad_values: bool = True) -> Plan:
-    """The stock configuration and shapes of a converted checkpoint; pad_values: for kernels, where `to` has some.
+    """The stock configuration and shapes of a converted checkpoint with the MLA configuration `config`.
 
-    Raises ExportError for what would be lost."""
+    Args:
+        pad_values: whether values are padded to a width that kernels take, where the class has such kernels.
+    Raises:
+        ExportError: naming the feature that would be lost.
+    """
     reason = refusal(config, to)
     if reason is not None:
         raise ExportError(f"{to} cannot hold this checkpoint: {reason}")
@@ -153,7 +165,7 @@ def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype:
 
 
 def write_config(plan: Plan, folder: Path) -> None:
-    """config.json with every key written out: some engines read the file and not the class's defaults."""
+    """Write config.json with every key, since some engines do not know the class's defaults."""
     content = plan.config.to_dict()
     content["dtype"] = content["torch_dtype"] = str(plan.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(
@@ -164,9 +176,10 @@ def write_config(plan: Plan, folder: Path) -> None:
 def tensors(
     plan: Plan, source: SafetensorsSource, config: Any, largest_mean_squares: list[float]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the stock checkpoint in plan.dtype, a layer at a time.
+    """Every tensor of the stock checkpoint in plan.dtype, one layer in memory at a time.
 
-    largest_mean_squares: of each layer's latent, the worst token's.
+    Args:
+        largest_mean_squares: for each layer, of the worst token's latent.
     """
     names = source.names()
     residual = layer_fold(plan, config, 1.0).residual
@@ -192,6 +205,6 @@ def tensors(
 
 
 def layer_fold(plan: Plan, config: Any, largest_mean_square: float) -> Fold:
-    """The factors of one layer."""
+    """The factors that are folded into one layer."""
     scale = config.softmax_scale or config.head_dim**-0.5
     return fold(largest_mean_square, scale, plan.shape, config.rms_norm_eps, plan.dtype)

@@ -1,6 +1,6 @@
-"""A dense DeepSeek-V3 checkpoint as llama.cpp's deepseek2 architecture: what fits, what it is called, and its tensors.
+"""A dense DeepSeek-V3 checkpoint as llama.cpp's deepseek2 architecture: refusals, names, shapes and tensors.
 
-llama.cpp computes with the latent itself and so wants kv_b_proj in two: attn_k_b (heads, kv_lora_rank,
+llama.cpp attends to the latent itself and so has kv_b_proj in two parts: attn_k_b (heads, kv_lora_rank,
 qk_nope_head_dim), the key part transposed, and attn_v_b (heads, v_head_dim, kv_lora_rank).
 Sources: llama.cpp, src/models/deepseek2.cpp (loader, graph) and conversion/deepseek.py.
 """
@@ -21,16 +21,18 @@ from mhconvert.errors import ExportError
 from ...storage.safetensors_reader import SafetensorsSource, read_json
 
 LATENT_EPS = 1e-6  # of the latent's norm in transformers; llama.cpp has one eps for all norms
-IDENTITY_ERROR = 2.0**-14  # of an eps-dominated norm, for the worst input there can be
-HALF_ROWS = 2.0**-16  # root mean square of rows that half precision still holds to 2^-9
-LARGEST_LIFT = 12  # input_layernorm's output stays above 2^-14, where half precision begins to lose bits
+IDENTITY_ERROR = (
+    2.0**-14
+)  # relative deviation from an identity of a norm that eps dominates, for the largest input
+HALF_ROWS = 2.0**-16  # RMS of rows that half precision still represents to 2^-9
+LARGEST_LIFT = 12  # keeps input_layernorm's output above 2^-14, below which half precision loses bits
 HALF_LARGEST = 2.0**15
-KEPT = ("attn_kv_a_mqa.weight",)  # in F32 whatever the file's kind; so is every vector
+KEPT = ("attn_kv_a_mqa.weight",)  # stored in F32 whatever the file's kind, as every vector is
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model, by config.json's names."""
+    """Sizes of the model, by their names in config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -46,7 +48,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class DenseCheckpoint:
-    """A folder that `open_dense` has found to fit. tied: there is no lm_head."""
+    """A checkpoint that deepseek2 can hold.
+
+    Attributes:
+        tied: whether the embedding is the head too, so that there is no lm_head.
+    """
 
     folder: Path
     shape: Shape
@@ -56,7 +62,7 @@ class DenseCheckpoint:
 
 
 def open_dense(folder: Path) -> DenseCheckpoint:
-    """The checkpoint in `folder`. Raises ExportError naming what deepseek2 would lose or what is no such checkpoint."""
+    """The checkpoint in `folder`. Raises ExportError naming the feature that deepseek2 does not have."""
     config = read_json(folder / "config.json")
     reason = _refusal(config)
     if reason is not None:
@@ -104,7 +110,7 @@ def _refusal(config: dict[str, Any]) -> str | None:
 
 
 def _hub_shapes(shape: Shape, tied: bool) -> dict[str, tuple[int, ...]]:
-    """transformers' names and shapes of every tensor."""
+    """The name and shape of every tensor in transformers."""
     hidden, wide, heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
     rank, nope, rope, value = (
         shape.kv_lora_rank,
@@ -155,7 +161,7 @@ def _require_tensors(checkpoint: DenseCheckpoint) -> None:
 
 
 def stored_shapes(checkpoint: DenseCheckpoint) -> dict[str, tuple[int, ...]]:
-    """llama.cpp's names and shapes, rows first, in the order of `tensors`."""
+    """The name and shape of every tensor in llama.cpp, rows first, in the order of `tensors`."""
     shape = checkpoint.shape
     hidden, wide, heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
     rank, nope, rope, value = (
@@ -189,7 +195,7 @@ def stored_shapes(checkpoint: DenseCheckpoint) -> dict[str, tuple[int, ...]]:
 
 
 def tensors(checkpoint: DenseCheckpoint) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by llama.cpp's name, in the order of `stored_shapes`; one in memory at a time, or one attention."""
+    """Every tensor by its name in llama.cpp, in the order of `stored_shapes`, read one attention at a time."""
     shape, read = checkpoint.shape, checkpoint.source.read
     yield "token_embd.weight", read("model.embed_tokens.weight")
     yield "output_norm.weight", read("model.norm.weight")
@@ -217,13 +223,20 @@ def tensors(checkpoint: DenseCheckpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def balanced(norm: Tensor, query: Tensor, reads: Tensor, latent_norm: Tensor) -> tuple[Tensor, ...]:
-    """The same function in float32, with the latent's rows as large as they can be.
+    """Tensors of the same function in float32, in which the latent's rows are as large as possible.
 
-    norm (D), query (H (n + p), D), reads (r + p, D) and latent_norm (r): input_layernorm, q_proj, kv_a_proj_with_mqa
-    and kv_a_layernorm. Where eps outweighs the latent's mean square, its norm is an identity, and its rows are so small
-    that engines which multiply in half precision (llama.cpp's Metal backend, of F32 weights too) read zeros. So the
-    rows take from latent_norm what keeps IDENTITY_ERROR, and from `norm`, by which query and rotary rows then grow.
-    All factors are powers of two; a checkpoint whose latent has a real norm comes back as it is.
+    Where eps outweighs the latent's mean square, its norm is an identity and its rows are so small that engines which
+    multiply in half precision (llama.cpp's Metal backend, even with F32 weights) read zeros. So the rows take a factor
+    from latent_norm, as far as IDENTITY_ERROR allows, and one from `norm`, which query and rotary rows take too. All
+    factors are powers of two. A checkpoint whose latent has a real norm stays as it is.
+
+    Args:
+        norm: (D), input_layernorm.
+        query: (H (n + p), D), q_proj.
+        reads: (r + p, D), kv_a_proj_with_mqa.
+        latent_norm: (r), kv_a_layernorm.
+    Returns:
+        The four tensors in that order.
     """
     norm, query, reads, latent_norm = (tensor.float() for tensor in (norm, query, reads, latent_norm))
     rank, width = len(latent_norm), len(norm)

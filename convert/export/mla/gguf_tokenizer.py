@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as GGUF metadata, under the name that llama.cpp has for how it cuts text."""
+"""A byte-level BPE tokenizer as GGUF metadata, with llama.cpp's name of its pre-tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mhconvert.errors import ExportError
 
 from ...donor.gguf_config import PRE_TOKENIZERS
 
-BYTES_A_PIECE = 64  # reserved on the disk for a token, and for a merge
+BYTES_A_PIECE = 64  # disk space reserved for each token and each merge
 
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,9 +56,16 @@ KNOWN: tuple[tuple[str, list[Any], bool], ...] = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer. ids: "bos", "eos", "unk", "pad" where there are such tokens.
+    """The tokenizer in a GGUF file.
 
-    template: the chat template, or several as {"name", "template"}. skipped: what llama.cpp does not do of it.
+    Attributes:
+        pre: llama.cpp's name of the pre-tokenizer.
+        tokens, kinds: of each id.
+        merges: of the BPE, each as two words.
+        ids: of "bos", "eos", "unk" and "pad", where there are such tokens.
+        starts, ends: whether text gets a bos, and an eos.
+        template: the chat template, or several as {"name", "template"}.
+        skipped: steps of the tokenizer that llama.cpp does not have.
     """
 
     pre: str
@@ -73,12 +80,12 @@ class Vocabulary:
 
     @property
     def nbytes(self) -> int:
-        """Room for it in a file, generously."""
+        """An upper bound of its size in a file, in bytes."""
         template = len(json.dumps(self.template))
         return BYTES_A_PIECE * (len(self.tokens) + len(self.merges)) + template
 
     def add_to(self, writer: GGUFWriter) -> None:
-        """Write it into the file's metadata."""
+        """Add it to the file's metadata."""
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -93,9 +100,10 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
-    """The tokenizer of `folder`, filled up to the model's vocab_size tokens.
+    """The tokenizer of `folder`, padded to the model's vocab_size tokens.
 
-    Raises ExportError where there is none, or llama.cpp would make other tokens of the same text.
+    Raises:
+        ExportError: where there is none, or llama.cpp would split the same text into other tokens.
     """
     from transformers import AutoTokenizer
 

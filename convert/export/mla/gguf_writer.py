@@ -1,4 +1,4 @@
-"""A dense DeepSeek-V3 checkpoint as one GGUF file for llama.cpp, tokenizer included; a tensor at a time."""
+"""Writes a dense DeepSeek-V3 checkpoint as one GGUF file for llama.cpp, with its tokenizer, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -54,13 +54,17 @@ def write(
     force: bool = False,
     on_progress: Callable[[Progress], None] = ignore,
 ) -> dict[str, Any]:
-    """Write the checkpoint in `folder` as the file `target`, which appears when it is whole.
+    """Write the checkpoint in `folder` as the file `target`, which appears when it is complete.
 
-    kind: of the matrices, one of KINDS; vectors and attn_kv_a_mqa are F32, and rows that q8_0's blocks of 32 do not
-    divide are F16. Returns output, bytes, kind, tensors (how many of each type) and skipped (what of the tokenizer
-    llama.cpp does not do).
-    Raises ExportError for what deepseek2 or llama.cpp's tokenizers cannot hold, CheckpointError for a damaged folder,
-    OutputError when `target` exists and not `force`, or the disk cannot hold it.
+    Args:
+        kind: of the matrices, one of KINDS. Vectors and attn_kv_a_mqa are F32, and rows that q8_0's blocks of 32 do
+            not divide are F16.
+    Returns:
+        output, bytes, kind, tensors (how many of each type) and skipped (steps of the tokenizer that llama.cpp lacks).
+    Raises:
+        ExportError: naming what deepseek2 or llama.cpp's tokenizers do not have.
+        CheckpointError: for a damaged folder.
+        OutputError: when `target` exists and not `force`, or the disk cannot hold it.
     """
     if kind not in KINDS:
         raise ExportError(f"'{kind}' is no kind of GGUF; choose one of {', '.join(KINDS)}")
@@ -101,7 +105,7 @@ def _require_free(target: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def _whole_file(target: Path, needed: int, *, force: bool) -> Iterator[Path]:
-    """TARGET.partial to write into. It becomes `target` when the context ends well; otherwise nothing is left."""
+    """The file TARGET.partial to write into; it is renamed to `target`, or removed after an exception."""
     partial = target.with_name(target.name + ".partial")
     check_space(target.parent, needed)
     try:

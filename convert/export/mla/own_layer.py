@@ -1,9 +1,8 @@
-"""Portable latent attention as the tensors and configuration of the served class, `mhconvert.convert.mla_served`.
+"""A portable MLA checkpoint as configuration and tensors of the served class, `convert.methods.mla.served`.
 
-The class holds what stock classes would drop: biases, any RoPE that is fixed, frequencies in any order. Two things are
-added and nothing is folded. The class has a norm in the latent; RMSNorm(s x) · w is x where w = sqrt(eps) / s and
-s² mean(x²) is far below eps. As the class is ours, so is eps, and with s = 1 no weight changes. Values are filled up
-with zeros to what vLLM's kernels take.
+The class has what stock classes would drop: biases, any fixed RoPE scaling, frequencies in any order. Two things are
+added, and no weight changes. The latent has a norm: RMSNorm(s x) · w is x where w = sqrt(eps) / s and s² mean(x²) is
+far below eps, which is free here, so that s = 1. Values are padded with zeros to a width that vLLM's kernels take.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from torch import Tensor
 from mhconvert.errors import ExportError
 
 from ...families.facts import class_free_values
-from ...methods.mla.served import modeling_served
+from ...methods.mla.served.served_class import served_class
 from ...storage.dtype_cast import cast
 from ..engine_support import padded_value
 
-# Powers of four, so that w is a power of two. The norm is the identity to mean(x²) / 2 w². Kernels round x / w to the
-# dtype before they multiply by w, which float16 with its few exponents allows for smaller w only.
+# Powers of four, so that w is a power of two. The norm deviates from an identity by mean(x²) / 2 w². Kernels round
+# x / w to the dtype before they multiply by w; float16, with few exponents, needs a smaller w.
 EPS, EPS_FLOAT16 = 2.0**30, 2.0**24
 
 
 @dataclass(frozen=True)
 class ServedShape:
-    """Of one layer. padded_v_head_dim ≥ v_head_dim: that a head's values are filled up to with zeros."""
+    """Widths of one layer's attention; values are padded with zeros to padded_v_head_dim ≥ v_head_dim."""
 
     num_heads: int
     kv_lora_rank: int
@@ -39,7 +38,7 @@ class ServedShape:
 
 
 def norm_weight(s: float, eps: float) -> float:
-    """sqrt(eps) / s. Raises ExportError where that or s is no power of two: a bfloat16 would round it, or weights."""
+    """sqrt(eps) / s. Raises ExportError where that or s is no power of two, so that bfloat16 would round."""
     if s > 0 and eps > 0:
         weight = math.sqrt(eps) / s
         if math.frexp(s)[0] == 0.5 == math.frexp(weight)[0]:
@@ -52,9 +51,12 @@ def served_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a `ServedLatentAttention` from those of a `LatentAttention`, by name; dtypes are kept.
 
-    tensors: q_proj (H (n + p), D), kv_a_proj_with_mqa (r + p, D), kv_b_proj (H (n + v), r), o_proj (D, H v), all
-    `.weight`, and any of their `.bias`. s: what the latent's rows are multiplied by before a norm with `eps`.
-    Raises ExportError for an s or eps that rounds.
+    Args:
+        tensors: q_proj (H (n + p), D), kv_a_proj_with_mqa (r + p, D), kv_b_proj (H (n + v), r), o_proj (D, H v), all
+            `.weight`, and any of their `.bias`.
+        s: factor of the latent's rows before a norm with `eps`.
+    Raises:
+        ExportError: for an s or eps that leads to rounding.
     """
     heads, rank = shape.num_heads, shape.kv_lora_rank
     zeros = shape.padded_v_head_dim - shape.v_head_dim
@@ -72,7 +74,7 @@ def served_tensors(
 
 
 def refusal(config: Any) -> str | None:
-    """Why the class cannot hold a checkpoint of `config`, an MLA configuration; None where it can."""
+    """Why the served class cannot hold a checkpoint with the MLA configuration `config`; None where it can."""
     layers = range(config.num_hidden_layers)
     ranks = sorted({config.latent_rank(index) for index in layers})
     ropes = sorted({2 * len(config.layer_frequencies(index)) for index in layers})
@@ -99,7 +101,8 @@ def refusal(config: Any) -> str | None:
 def served_config(config: Any, eps: float) -> Any:
     """The served configuration of a converted checkpoint with the MLA configuration `config`.
 
-    Raises ExportError with the reason where the class cannot hold it.
+    Raises:
+        ExportError: with the reason where the class cannot hold it.
     """
     reason = refusal(config)
     if reason is not None:
@@ -119,7 +122,6 @@ def served_config(config: Any, eps: float) -> Any:
 
 
 def model_class(config: Any) -> Any:
-    """The served class of the donor that `config`, an MLA or a served configuration, is made from."""
+    """The served class for the donor of `config`, an MLA or a served configuration."""
     donor_config = getattr(transformers, type(config).__name__.removeprefix("MLA").removeprefix("Served"))
-    donor: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[donor_config]
-    return getattr(modeling_served, f"MLAServed{donor.__name__}")
+    return served_class(donor_config)

@@ -1,4 +1,4 @@
-"""`mhconvert export CKPT --to deepseek_v3|youtu`: read, fold, write, prove."""
+"""`mhconvert export CKPT --to deepseek_v3|youtu`: a portable MLA checkpoint in a stock latent-attention class."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ def export_checkpoint(
     device: str | None = None,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """See `mhconvert.api.export`. pad_values: whether values get the width of the narrowest kernel that takes them."""
+    """Write the portable MLA checkpoint `reference` in the class `to`; see `mhconvert.api.export`.
+
+    Args:
+        output: the folder; None: ./<checkpoint>-<to>.
+        pad_values: whether values are padded to the width of the narrowest kernel that takes them.
+    """
     begun, tell = time.perf_counter(), on_progress or ignore
     opened = open_model.open_model(reference, device=device)
     if opened.donor is not None or identity.converted_method(str(opened.folder)) != "mla":

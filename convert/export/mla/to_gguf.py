@@ -1,4 +1,4 @@
-"""`mhconvert export CKPT --to gguf`: the dense DeepSeek-V3 form, proven, and then written as llama.cpp reads it."""
+"""`mhconvert export CKPT --to gguf`: a GGUF file for llama.cpp, written from the dense DeepSeek-V3 form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mhconvert.progress import Listener, ignore
 from ... import open_model
 from . import gguf_tokenizer, gguf_writer, to_deepseek_v3
 
-F16_BYTES = 2  # of an element of llama.cpp's cache, unless it is told otherwise
+F16_BYTES = 2  # of an element of llama.cpp's cache by default
 
 
 def export_checkpoint(
@@ -25,9 +25,14 @@ def export_checkpoint(
     device: str | None = None,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """Write one .gguf file; output: None: ./<checkpoint>-<kind>.gguf. The proof is of what it is written from.
+    """Write the portable MLA checkpoint `reference` as one GGUF file.
 
-    Returns what `stock_mla.run` does of the dense form, with output, bytes, kind, tensors and skipped of the file.
+    Args:
+        output: the file; None: ./<checkpoint>-<kind>.gguf.
+        kind: of its matrices.
+        verify: whether the dense form that it is written from is reloaded and compared.
+    Returns:
+        The report of the dense form, with output, bytes, kind, tensors and skipped of the file.
     """
     tell = on_progress or ignore
     folder = open_model.checkpoint_folder(reference) or Path(reference)

@@ -1,6 +1,6 @@
 """`mhconvert export CKPT --to own`: the form of latent attention that vLLM's Transformers backend caches as a latent.
 
-Layer by layer (`served_layer`), with the code of the class; proved in a bare process.
+The folder carries the code of its class, `convert.methods.mla.served`.
 """
 
 from __future__ import annotations
@@ -44,11 +44,18 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Write the portable MLA checkpoint `reference` in the served class to `output`, ./<checkpoint>-own if None.
 
-    dtype: of the weights, None: as they are stored. s, eps: of the latent's norm, as for `served_tensors`; eps None:
-    what the dtype wants. verify: reload it in a bare process and compare. dry_run: refuse or report, write nothing.
-    Returns checkpoint, method, to, architecture, output, dtype, exact, kv_elements_per_token, kv_bytes_per_token
-    (checkpoint, export), padded_v_head_dim (None: as it was), s, latent_norm_eps, engines, output_bytes, verified,
-    seconds. Raises ExportError for what the class cannot hold, OutputError for a place that may not be written.
+    Args:
+        dtype: of the weights; None: as they are stored.
+        s, eps: of the latent's norm, as for `served_tensors`; eps None: the default for the dtype.
+        verify: whether the export is reloaded in a bare process and compared.
+        dry_run: whether to refuse or report and write nothing.
+    Returns:
+        The report: checkpoint, method, to, architecture, output, dtype, exact, kv_elements_per_token,
+        kv_bytes_per_token (checkpoint, export), padded_v_head_dim (None: as it was), s, latent_norm_eps, engines,
+        output_bytes, verified, seconds.
+    Raises:
+        ExportError: naming what the class cannot hold.
+        OutputError: for a folder that may not be written.
     """
     begun, tell = time.perf_counter(), on_progress or ignore
     opened = _open(reference, device)
@@ -82,7 +89,7 @@ def export_checkpoint(
 
 
 def _open(reference: str, device: str | None) -> open_model.OpenModel:
-    """The checkpoint. Raises ExportError for what is no MLA checkpoint."""
+    """The MLA checkpoint `reference`. Raises ExportError for anything else."""
     opened = open_model.open_model(reference, device=device)
     if opened.donor is not None or not hasattr(opened.config, "rope_in_latent"):
         raise ExportError(
@@ -92,13 +99,13 @@ def _open(reference: str, device: str | None) -> open_model.OpenModel:
 
 
 def _most_bytes(source: SafetensorsSource, dtype: torch.dtype, growth: float) -> int:
-    """Of all tensors in `dtype`, were every one of them `growth` times as large."""
+    """The bytes of all tensors in `dtype` if each were `growth` times as large."""
     elements = sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
     return int(elements * dtype.itemsize * growth)
 
 
 def _dtype(wanted: str | None, source: SafetensorsSource) -> torch.dtype:
-    """Of the weights that are written. Raises ExportError for a name that is none."""
+    """The dtype to write. Raises ExportError for an unknown name."""
     if wanted is None:
         return source.dtype("model.embed_tokens.weight")
     if wanted not in DTYPES:
@@ -146,7 +153,7 @@ def _write(
     s: float,
     tell: Listener,
 ) -> int:
-    """Every tensor, those of one layer's attention at a time; returns the bytes of all."""
+    """Write every tensor, with one layer's attention in memory at a time; returns their bytes."""
     shape = ServedShape(served.num_attention_heads, served.kv_lora_rank, config.v_head_dim, served.v_head_dim)
     names, layers = source.names(), served.num_hidden_layers
     writer = ShardWriter(folder, byte_size(DEFAULT_SHARD_SIZE), len(names) + layers)
@@ -165,7 +172,12 @@ def _write(
 def _write_rest(
     partial: Path, folder: Path, served: Any, dtype: torch.dtype, name: str, report: dict[str, Any]
 ) -> None:
-    """Configuration, code, tokenizer, licence and card. folder: of the checkpoint."""
+    """Write configuration, code, tokenizer, licence and card.
+
+    Args:
+        partial: the folder to write into.
+        folder: of the checkpoint.
+    """
     model = model_class(served)
     carry_files(folder, partial)
     provenance.write_model_config(partial, served, model, dtype)

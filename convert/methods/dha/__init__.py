@@ -1,4 +1,7 @@
-"""Decoupled heads: K heads and V heads of multi-head or grouped-query attention, fused each for themselves."""
+"""Decoupled-head attention (DHA, arXiv 2406.06567): K heads and V heads are fused in clusters of their own.
+
+Open `surgery.py` first: it holds the mathematics.
+"""
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""A budget as numbers of K heads and V heads: integer-exact, within the user's limits; or as a plan says."""
+"""A budget as whole numbers of K heads and V heads per layer, within the user's limits; or as a plan says."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from mhconvert.errors import BudgetError
 from ...families.facts import AttentionFacts
 from .settings import DHASettings
 
-ROUNDING = 1e-9  # of a head: 2 / 3 of six heads are four
-SURVEYED = 6  # numbers of heads, at most, at which a survey measures a layer
+ROUNDING = 1e-9  # of a head, so that 2 / 3 of six heads are four
+SURVEYED = 6  # a survey measures a layer at no more than so many numbers of heads
 
 
 @dataclass(frozen=True)
 class LayerHeads:
-    """One layer's part of a plan. kv_heads: K and V heads together; maps: which of them each query head reads. None:
-    the pass chooses."""
+    """One layer of a user's plan; what is None the pass chooses.
+
+    Attributes:
+        kv_heads: K and V heads together.
+        k_heads, v_heads: numbers of each.
+        k_map, v_map: (H), the K head and the V head that each query head reads.
+    """
 
     kv_heads: int
     k_heads: int | None = None
@@ -30,10 +35,16 @@ class LayerHeads:
 
 @dataclass(frozen=True)
 class HeadBudget:
-    """K and V heads are counted alike: a layer of the donor has `whole` of them.
+    """How many heads a conversion may leave; K and V heads are counted together.
 
-    total: that all `layers` layers may have. counts: numbers of K heads, and of V heads, that a layer may have.
-    step: by which a layer's number can grow. fixed: what a plan says of each layer. uniform: as many K as V heads.
+    Attributes:
+        total: of all layers together.
+        layers: their number.
+        whole: heads of one layer of the donor, 2 G.
+        counts: numbers of K heads, and of V heads, that a layer may have, ascending.
+        step: by which a layer's number of heads can grow.
+        uniform: whether every layer has as many K as V heads, and all layers the same number.
+        fixed: what a plan says of each layer; None: there is no plan.
     """
 
     total: int
@@ -54,7 +65,7 @@ class HeadBudget:
 
     @property
     def stock(self) -> bool:
-        """Whether every layer is grouped-query attention of one size, given an order of its query heads."""
+        """Whether the result is plain grouped-query attention of one size, for some order of the query heads."""
         if self.fixed is None:
             return self.uniform
         groups = {
@@ -75,7 +86,7 @@ class HeadBudget:
         )
 
     def spread(self) -> list[int]:
-        """Heads of each layer before a survey: as equal as can be, the first layers have what is left over."""
+        """Heads of each layer before a survey: as equal as possible, with the remainder in the first layers."""
         if self.fixed is not None:
             return [layer.kv_heads for layer in self.fixed]
         if self.uniform:
@@ -84,7 +95,7 @@ class HeadBudget:
         return [self.least + self.step * (steps + (index < extra)) for index in range(self.layers)]
 
     def splits(self, index: int, heads: int) -> list[tuple[int, int]]:
-        """(K heads, V heads) that a layer of `heads` may have."""
+        """The pairs (K heads, V heads) that layer `index` may have when it has `heads` in all."""
         if self.fixed is not None:
             layer = self.fixed[index]
             if layer.k_heads is not None and layer.v_heads is not None:
@@ -94,11 +105,11 @@ class HeadBudget:
         return [(n, heads - n) for n in self.counts if heads - n in self.counts]
 
     def halves(self, index: int, heads: int) -> tuple[int, int]:
-        """The split that is nearest to one half."""
+        """The one of `splits` with the most equal numbers."""
         return min(self.splits(index, heads), key=lambda pair: abs(pair[0] - pair[1]))
 
     def survey_shares(self) -> tuple[float, ...]:
-        """Of a layer's heads: where a survey measures it."""
+        """Shares of a donor layer's heads at which a survey measures it."""
         numbers = list(range(self.least, self.most, self.step)) or [self.least]
         if len(numbers) > SURVEYED:
             ratio = (numbers[-1] / numbers[0]) ** (1 / (SURVEYED - 1))
@@ -108,7 +119,7 @@ class HeadBudget:
 
 
 def head_budget(config: Any, settings: DHASettings, facts: AttentionFacts) -> HeadBudget:
-    """The heads that `settings` leave a donor. Raises BudgetError for what no numbers of heads can be."""
+    """The heads that `settings` leave a donor. Raises BudgetError for settings that no numbers of heads fulfil."""
     layers, groups = config.num_hidden_layers, facts.kv_heads
     if groups == 1:
         raise BudgetError("the donor has one KV head (multi-query attention); there is nothing to fuse")
@@ -150,8 +161,14 @@ def _too_small(budget: float, counts: tuple[int, ...], groups: int, who: str) ->
 
 
 def layer_heads(plan: Sequence[dict[str, Any]], config: Any, facts: AttentionFacts) -> tuple[LayerHeads, ...]:
-    """A plan's layers: {"kv_heads": 3}, {"k_heads": 2, "v_heads": 1} or {"k_map": […], "v_map": […]}, or what agrees of
-    these. Raises BudgetError naming layer and number."""
+    """The layers of a user's plan, checked against the donor.
+
+    Args:
+        plan: for each layer {"kv_heads": 3}, {"k_heads": 2, "v_heads": 1} or {"k_map": […], "v_map": […]}, or several
+            of these that agree.
+    Raises:
+        BudgetError: naming the layer and the number that does not fit.
+    """
     if len(plan) != config.num_hidden_layers:
         raise BudgetError(f"the plan has {len(plan)} layers and the donor {config.num_hidden_layers}")
     return tuple(_layer_heads(f"plan, layer {index}", layer, facts) for index, layer in enumerate(plan))

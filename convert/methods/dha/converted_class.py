@@ -1,4 +1,4 @@
-"""The class and the configuration of a donor's conversion."""
+"""The transformers class and the configuration of a donor converted to decoupled heads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from . import modeling_dha
 
 
 def converted_class(donor_config_class: Any) -> Any:
-    """The transformers class that holds a converted donor of a configuration class."""
+    """The causal language model class that holds the conversion of a donor with this configuration class."""
     donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
     return getattr(modeling_dha, f"DHA{donor.__name__}")
 
 
 def decoupled_config(donor_config: Any, output_bias: bool) -> Any:
-    """The donor's configuration as that of its decoupled-head class; each layer's maps are still the donor's own."""
+    """The donor's configuration as that of its converted class; the head maps of each layer are still the donor's.
+
+    Args:
+        output_bias: whether o_proj has a bias even where the donor's has none.
+    """
     config_class, facts = converted_class(type(donor_config)).config_class, attention_facts(donor_config)
     group = facts.heads // facts.kv_heads
     own = [[head // group for head in range(facts.heads)] for _ in range(donor_config.num_hidden_layers)]

@@ -1,4 +1,4 @@
-"""Heads into clusters so that little is lost: exact where heads are few, else a search that keeps the best. Pure."""
+"""Partitions heads into clusters of small total cost: exactly where heads are few, else by local search. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ RESTARTS = 8
 def best_clusters(count: int, clusters: int, cost: Cost, equal: bool = False) -> list[Cluster]:
     """`count` heads in `clusters` clusters of least total cost, in the order of their first heads.
 
-    equal: clusters of one size; `clusters` has to divide `count`.
+    Exact up to EXACT_HEADS heads, the best of several local searches beyond.
+
+    Args:
+        cost: of a cluster.
+        equal: whether all clusters have one size; `clusters` then has to divide `count`.
     """
     assert 1 <= clusters <= count
     assert not equal or count % clusters == 0
@@ -28,32 +32,35 @@ def best_clusters(count: int, clusters: int, cost: Cost, equal: bool = False) ->
 
 
 def _exact(count: int, clusters: int, cost: Cost, size: int | None) -> list[Cluster]:
-    """By dynamic programming over the heads that are left: the cluster of the first of them is chosen."""
+    """By dynamic programming: of the heads that are left, the cluster of the first one is chosen."""
 
     @cache
     def best(left: Cluster, number: int) -> tuple[float, tuple[Cluster, ...]]:
         first, rest = left[0], left[1:]
         if number == 1:
             return cost(left), (left,)
-        found: tuple[float, tuple[Cluster, ...]] | None = None
+        best_split: tuple[float, tuple[Cluster, ...]] | None = None
         sizes = [size] if size else range(1, len(left) - number + 2)
         for others in itertools.chain.from_iterable(itertools.combinations(rest, n - 1) for n in sizes):
             cluster = (first, *others)
             lost = cost(cluster)
-            if found is not None and lost >= found[0]:
+            if best_split is not None and lost >= best_split[0]:
                 continue
             more, chosen = best(tuple(h for h in rest if h not in others), number - 1)
-            if found is None or lost + more < found[0]:
-                found = (lost + more, (cluster, *chosen))
-        assert found is not None
-        return found
+            if best_split is None or lost + more < best_split[0]:
+                best_split = (lost + more, (cluster, *chosen))
+        assert best_split is not None
+        return best_split
 
     return list(best(tuple(range(count)), clusters)[1])
 
 
 def pairwise(cost: Cost) -> Cost:
-    """About the cost of a cluster, from those of its pairs: exact for two heads, and for heads that have nothing in
-    common; too high or too low by tens of percent where more than two share a part."""
+    """An estimate of a cluster's cost from the costs of its pairs.
+
+    It is exact for two heads, and for heads with nothing in common. Where more than two share a part it can be wrong
+    by tens of percent either way.
+    """
     of_pair = cache(cost)
 
     def lost(cluster: Cluster) -> float:
@@ -64,16 +71,18 @@ def pairwise(cost: Cost) -> Cost:
 
 
 def _search(count: int, clusters: int, cost: Cost, size: int | None) -> list[Cluster]:
-    """Merge what costs least (not with `size`), then move and exchange heads as long as that helps, by the cost of
-    pairs; of several starts the best is kept, by the cost itself."""
+    """The best of several local optima, which move and exchange heads as long as the estimated cost falls.
+
+    Starts are random, and without `size` one more merges the cheapest clusters. Optima are compared by the true cost.
+    """
     known = cache(pairwise(cost))
     draw = random.Random(0)
     starts = [] if size else [_merged(count, clusters, known)]
     for _ in range(RESTARTS):
         heads = draw.sample(range(count), count)
         starts.append([tuple(sorted(heads[i::clusters])) for i in range(clusters)])
-    found = {tuple(sorted(_improved(start, known, size is not None))) for start in starts}
-    return list(min(sorted(found), key=lambda split: sum(map(cost, split))))
+    optima = {tuple(sorted(_improved(start, known, size is not None))) for start in starts}
+    return list(min(sorted(optima), key=lambda split: sum(map(cost, split))))
 
 
 def _merged(count: int, clusters: int, cost: Cost) -> list[Cluster]:
@@ -88,7 +97,7 @@ def _merged(count: int, clusters: int, cost: Cost) -> list[Cluster]:
 
 
 def _improved(split: Sequence[Cluster], cost: Cost, same_sizes: bool) -> list[Cluster]:
-    """Steepest descent: the one move or exchange that saves most, until none does."""
+    """The local optimum that is reached by always making the move or exchange that saves most."""
     now = list(split)
     while True:
         best: tuple[float, int, int, Cluster, Cluster] | None = None

@@ -1,4 +1,4 @@
-"""DHA as the pass sees it: plan, then one layer at a time, then the config of the result."""
+"""DHA as the pass over the layers sees it: plan, then one layer at a time, then the configuration of the result."""
 
 from __future__ import annotations
 
@@ -28,17 +28,13 @@ from .observed import Observed
 from .settings import DHASettings
 from .surgery import FusedWeights, Heads, aligned, cluster_map, fuse, parts
 
-PROBE_TOKENS = {
-    "survey": 512,
-    "quick": 1024,
-    "default": 2048,
-    "high": 4096,
-}  # on which candidates are compared
-CANDIDATES = {"survey": 2, "quick": 3, "default": 4, "high": 8}  # ways to split a layer's heads that are
+# Tokens on which candidates for a layer are compared, and how many candidates are, by effort.
+PROBE_TOKENS = {"survey": 512, "quick": 1024, "default": 2048, "high": 4096}
+CANDIDATES = {"survey": 2, "quick": 3, "default": 4, "high": 8}
 
 
 class DHA:
-    """Grouped-query or multi-head attention → decoupled heads (specified in `surgery`)."""
+    """Grouped-query or multi-head attention → decoupled heads; the mathematics is in `surgery`."""
 
     replaced = ("self_attn.",)
 
@@ -67,31 +63,33 @@ class DHA:
 
     @property
     def divisible(self) -> bool:
-        """Whether layers may have numbers of their own."""
+        """Whether layers may have numbers of heads of their own."""
         return self.effort != "survey" and self.budget.free
 
     @property
     def survey_shares(self) -> tuple[float, ...]:
+        """Shares of a donor layer's heads at which a survey measures it."""
         return self.budget.survey_shares()
 
     def share_out(self, needs: Sequence[LayerNeed]) -> None:
-        """Divide the heads over the layers by what a survey found that each needs."""
+        """Divide the heads over the layers by their measured needs, one for each."""
         budget = self.budget
         self.heads = divide(needs, budget.total, budget.least, budget.most, budget.step, budget.whole)
         self.shared_out = True
 
     def layer_sizes(self, index: int) -> dict[str, int]:
-        """Planned heads of one layer; missing is what the survey or the pass chooses."""
+        """Planned heads of one layer; those that the survey or the pass chooses are missing."""
         fixed = self.budget.fixed[index] if self.budget.fixed else None
         if fixed is not None and fixed.k_heads is not None and fixed.v_heads is not None:
             return {"k_heads": fixed.k_heads, "v_heads": fixed.v_heads}
         return {"kv_heads": self.heads[index]} if self.shared_out or not self.divisible else {}
 
     def totals(self) -> dict[str, Any]:
+        """Nothing changes beside cache and parameters."""
         return {}
 
     def new_parameters(self) -> int:
-        """Parameters of one layer's attention; of the mean layer where they differ."""
+        """Parameters of one layer's attention; of the mean layer where layers differ."""
         facts, hidden = self.facts, self.donor_config.hidden_size
         kept = math.ceil(sum(self.heads) / len(self.heads))
         width = facts.heads * facts.head_dim
@@ -99,7 +97,7 @@ class DHA:
         return read + width * hidden + self._biased * hidden
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
-        """The weights of a donor's attention, and what `inputs` (N, L, D), its calibration text, says of them."""
+        """The weights of a donor's attention, and their statistics on the calibration text `inputs` (N, L, D)."""
         statistics = observe(
             attention, self.donor_config, inputs, rotary.embeddings, rotary.inv_freq, rotary.attention_scaling
         )
@@ -115,9 +113,10 @@ class DHA:
         targets: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """The attention of layer `index` with fewer heads, fp32 on the embeddings' device, and what was chosen.
+        """The attention of layer `index` with fewer heads, float32 on the embeddings' device, and its numbers and maps.
 
-        inputs, targets (N, L, D): attention inputs and outputs of the donor's layer on calibration text.
+        Args:
+            inputs, targets: (N, L, D), what the donor's attention reads and returns on calibration text.
         """
         device = position_embeddings[0].device
         if self.settings.fusion == "trained":
@@ -146,7 +145,7 @@ class DHA:
             self._set(index, chosen["k_map"], chosen["v_map"])
 
     def finish(self) -> Any:
-        """The configuration of the converted model, every layer's maps filled in."""
+        """The configuration of the converted model with the head maps of every layer."""
         if not self.stock:
             return copy.deepcopy(self.config)
         stock = copy.deepcopy(self.donor_config)
@@ -154,8 +153,7 @@ class DHA:
         return stock
 
     def example_config(self) -> Any:
-        """A configuration of the planned size: half of a layer's heads are K heads, read by groups that follow
-        each other, where the pass would choose."""
+        """A configuration of the planned size: half of a layer's heads are K heads, read by groups of neighbours."""
         for index, count in enumerate(self.heads):
             k_heads, v_heads = self.budget.halves(index, count)
             every = range(self.facts.heads)
@@ -174,7 +172,7 @@ class DHA:
         return bool(self.config.attention_output_bias)
 
     def _candidates(self, seen: Observed, index: int) -> list[tuple[list[Cluster], list[Cluster]]]:
-        """(key clusters, value clusters) to compare, the cheapest by closed form."""
+        """The (key clusters, value clusters) to compare: those of least cost by closed form, cheapest first."""
         fixed = self.budget.fixed[index] if self.budget.fixed else None
         if fixed is not None and fixed.k_map is not None and fixed.v_map is not None:
             return [(_clusters(fixed.k_map), _clusters(fixed.v_map))]
@@ -182,7 +180,7 @@ class DHA:
         options = [regroup] if regroup is not None else [True]
         if regroup is None and self.facts.heads > max(EXACT_HEADS, self.facts.kv_heads):
             options = [False, True]
-        found = []
+        candidates = []
         for again in options:
             for k_heads, v_heads in self.budget.splits(index, self.heads[index]):
                 if self.settings.uniform:
@@ -192,12 +190,12 @@ class DHA:
                 else:
                     keys, values = seen.split("k", k_heads, again), seen.split("v", v_heads, again)
                 lost = sum(seen.lost("k", c) for c in keys) + sum(seen.lost("v", c) for c in values)
-                found.append((lost, keys, values))
-        found.sort(key=lambda one: one[0])
-        return [(keys, values) for _, keys, values in found[: CANDIDATES[self.effort]]]
+                candidates.append((lost, keys, values))
+        candidates.sort(key=lambda one: one[0])
+        return [(keys, values) for _, keys, values in candidates[: CANDIDATES[self.effort]]]
 
     def _unfused(self, seen: Observed, index: int, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-        """The layer whose heads are still to be fused, and into what: the cheapest clusters by closed form."""
+        """The layer whose heads training will fuse, into the clusters of least cost by closed form."""
         keys, values = self._candidates(seen, index)[0]
         module = self._module(aligned(seen.heads, keys, values), seen, index, device)
         maps = cluster_map(keys), cluster_map(values)

@@ -1,4 +1,4 @@
-"""What the pass keeps of a donor layer whose heads are to be fused, and which of them go together best."""
+"""What DHA conversions of a donor layer need of it: its heads, and what each way to cluster them costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from .surgery import Heads
 
 @dataclass
 class Observed:
-    """All of a donor layer that its conversions read, whatever their budgets; float64 on the CPU."""
+    """What conversions of one donor layer read, the same for every budget; float64 on the CPU.
+
+    Attributes:
+        heads: weights and second moments.
+        output_bias: (D,), of o_proj; zeros where it has none.
+        costs: computed costs, by kind and cluster.
+        clusters: computed clusters, by kind, number, and whether query heads of one KV head may part, and of one size.
+    """
 
     heads: Heads
     output_bias: Tensor
@@ -20,14 +27,24 @@ class Observed:
     clusters: dict[tuple[str, int, bool], list[Cluster]] = field(default_factory=dict)
 
     def lost(self, kind: str, cluster: Cluster) -> float:
-        """The cost of a cluster of query heads; kind: "k", "v", or "kv" where both share it."""
+        """The expected squared error of the attention output when a cluster of query heads shares one head.
+
+        Args:
+            kind: what is shared: "k" a K head, "v" a V head, "kv" one of each.
+        """
         if (kind, cluster) not in self.costs:
             costs = {"k": self.heads.keys_lost, "v": self.heads.values_lost}
             self.costs[kind, cluster] = sum(costs[one](cluster) for one in kind)
         return self.costs[kind, cluster]
 
     def split(self, kind: str, count: int, regroup: bool, equal: bool = False) -> list[Cluster]:
-        """The best `count` clusters: of query heads, or of the donor's KV heads with all that read them."""
+        """The `count` clusters of query heads that cost least.
+
+        Args:
+            kind: as in `lost`.
+            regroup: whether query heads that read one KV head of the donor may come into different clusters.
+            equal: whether all clusters have one size.
+        """
         key = (kind, count, regroup)
         if key not in self.clusters:
             group = self.heads.group

@@ -1,14 +1,15 @@
-"""Closed-form surgery of one layer: several K heads, and several V heads, made one. Pure, float64.
+"""Closed-form surgery of one layer: clusters of K heads, and of V heads, each fused into one. Pure, float64.
 
 Shapes: H query heads, G KV heads of the donor, d head_dim, F = d / 2 rotary frequencies, D hidden_size; pairs as in
-`convert.attention`. A cluster is a tuple of query heads, which read one fused head in common.
+`convert.attention`. A cluster is a tuple of query heads that read one fused head in common.
 
-What attention sees of keys are the products with its queries, and of values what o_proj makes of them. A turn of a key
-pair that its query's pair shares, and any linear map of a value that o_proj undoes, leave both as they are. So in a
-frequency the best fused key of a cluster is the first complex principal component of its keys, weighted by the energy
-of the queries that read them; and the best fused value head the first d principal components of its values, weighted
-by o_proj. Alignment (a turn), averaging (its weights) and restored norms are what these components consist of.
-Decoupled heads: DHA, arXiv 2406.06567, section 3; aligned before they are merged: arXiv 2412.20677.
+Attention depends on keys only through their products with queries, and on values only through o_proj. Rotating a key
+pair together with the query pair, or applying a linear map to a value and its inverse to o_proj, changes nothing. So in
+each frequency the best fused key of a cluster is the first complex principal component of its keys, weighted by the
+energy of the queries that read them; the best fused value head consists of the first d principal components of the
+values, weighted by o_proj. These components contain alignment (a rotation), averaging (weights) and rescaling (norms).
+
+Sources: decoupled heads, DHA, arXiv 2406.06567, section 3; alignment before merging, arXiv 2412.20677.
 """
 
 from __future__ import annotations
@@ -24,15 +25,21 @@ from ...attention.linalg import balance, low_rank, realified
 from ...attention.weights import AttentionWeights, LayerStatistics, complex_pairs, pair_moments, second_moment
 
 TINY = torch.finfo(torch.float64).tiny
-LEAST_ENERGY = 1e-9  # of a frequency's largest: queries that the text hardly has still read something
+LEAST_ENERGY = 1e-9  # of a frequency's largest: a floor for queries that the text hardly has
 
 Cluster = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Heads:
-    """A donor layer before its heads are fused. scale: what scores are multiplied by; output_bias: whether o_proj can
-    take over the values' means."""
+    """A donor layer before its heads are fused.
+
+    Attributes:
+        weights: q (H, d, D), k and v (G, d, D), o (D, H, d).
+        statistics: second moments on the calibration text.
+        scale: the factor of the scores before the softmax.
+        output_bias: whether the result's o_proj has a bias, which can hold the values' means.
+    """
 
     weights: AttentionWeights
     statistics: LayerStatistics
@@ -41,7 +48,7 @@ class Heads:
 
     @cached_property
     def group(self) -> list[int]:
-        """The donor's KV head of each query head."""
+        """(H), the donor's KV head that each query head reads."""
         return self.weights.group.tolist()
 
     @cached_property
@@ -51,10 +58,10 @@ class Heads:
 
     @cached_property
     def query_energy(self) -> Tensor:
-        """(F, H): half of E|q|² of a query's pair (a score is a real part), as an energy of the head's output.
+        """(F, H): the squared output error per squared error of a key pair: ½ E|q|² (a score is a real part) · E‖o v‖².
 
-        An error in a score moves the output by the attention weight times (v − its mean), an error in a value by the
-        attention weight times itself: both are counted for an attention weight of 1.
+        An error in a score changes the output by the attention weight times (v − E v), an error in a value by the
+        attention weight times the error. Both are counted for an attention weight of 1.
         """
         moment = second_moment(self.weights.q, self.statistics.query_moment)
         energy = moment.diagonal(0, 0, 2).diagonal(0, 0, 1).unflatten(1, (2, -1)).sum(1).mT
@@ -64,14 +71,14 @@ class Heads:
 
     @cached_property
     def head_energy(self) -> Tensor:
-        """(H,): E‖o_h (v − E v)‖², how much a head's output varies with what it attends to."""
+        """(H,): E‖o_h (v − E v)‖², the variance of a head's output over the tokens that it may attend to."""
         values = self.value_moment.view(self.count, self.width, self.count, self.width)
         own = torch.stack([values[g, :, g] for g in self.group])
         return (self.value_metric * own).sum((1, 2)).clamp_min(0)
 
     @cached_property
     def value_mean(self) -> Tensor:
-        """(G d,)."""
+        """(G d,): E v."""
         return self.weights.v.flatten(0, 1) @ self.statistics.key_mean
 
     @cached_property
@@ -81,7 +88,7 @@ class Heads:
         moment = rows @ self.statistics.key_moment @ rows.mT
         if not self.output_bias:
             return moment
-        # Of short text the moment has been spread over all directions, and the mean is more than its share of it.
+        # Shrinkage of the moment on short text can leave less energy along the mean than the mean itself has.
         values, vectors = torch.linalg.eigh(moment - torch.outer(mean, mean))
         return (vectors * values.clamp_min(0)) @ vectors.mT
 
@@ -99,11 +106,11 @@ class Heads:
         return self.weights.k.shape[1]
 
     def donors(self, cluster: Cluster) -> list[int]:
-        """The donor's KV heads that a cluster reads, in order."""
+        """The donor's KV heads that a cluster reads, ascending."""
         return sorted({self.group[head] for head in cluster})
 
     def keys_lost(self, cluster: Cluster) -> float:
-        """The expected squared error of the output when the cluster's keys are one head's; see `query_energy`."""
+        """The expected squared error of the output when the cluster reads one fused K head; see `query_energy`."""
         kept = self.donors(cluster)
         if len(kept) == 1:
             return 0.0
@@ -111,7 +118,7 @@ class Heads:
         return float(values[:, :-1].clamp_min(0).sum())
 
     def values_lost(self, cluster: Cluster) -> float:
-        """The same when the cluster's values are one head's."""
+        """The expected squared error of the output when the cluster reads one fused V head."""
         kept = self.donors(cluster)
         if len(kept) == 1:
             return 0.0
@@ -121,7 +128,7 @@ class Heads:
         return float(values[: -self.width].clamp_min(0).sum())
 
     def fused_key(self, cluster: Cluster) -> tuple[Tensor, Tensor]:
-        """The key head (d, D) of a cluster; turns and gains of its members (len(cluster), F): key ≈ mixing · fused."""
+        """The fused K head (d, D), and complex factors (len(cluster), F) for its members: key ≈ factor · fused key."""
         kept = self.donors(cluster)
         demand = self._demand(cluster, kept)  # F U
         _, vectors = torch.linalg.eigh(self._weighted_keys(cluster, kept))
@@ -135,8 +142,8 @@ class Heads:
         return torch.cat((rows.real, rows.imag)), mixing[:, places].mT
 
     def fused_value(self, cluster: Cluster) -> tuple[Tensor, Tensor, Tensor]:
-        """The value head (d, D) of a cluster; for its members the map (len(cluster), d, d): value ≈ map @ fused; and
-        what then is missing of the values' means (len(cluster), d)."""
+        """The fused V head (d, D); maps (len(cluster), d, d) of its members: value ≈ map @ fused value; and the means
+        (len(cluster), d) that are missing then."""
         kept = self.donors(cluster)
         places = [kept.index(self.group[head]) for head in cluster]
         if len(kept) == 1:
@@ -153,18 +160,18 @@ class Heads:
         return down @ rows, maps, missing.view(len(kept), self.width)[places]
 
     def _demand(self, cluster: Cluster, kept: Sequence[int]) -> Tensor:
-        """(F, U): the energy of the cluster's queries that read each of its donor heads."""
+        """(F, U): for each of the U donor heads that a cluster reads, the energy of the queries that read it."""
         return torch.stack(
             [self.query_energy[:, [h for h in cluster if self.group[h] == g]].sum(1) for g in kept], dim=1
         )
 
     def _weighted_keys(self, cluster: Cluster, kept: Sequence[int]) -> Tensor:
-        """(F, U, U): the keys' moments, weighted on both sides by the root of the demand."""
+        """(F, U, U): second moments of a cluster's keys, weighted on both sides by the root of `_demand`."""
         root = self._demand(cluster, kept).sqrt()
         return root.unsqueeze(2) * self.key_moments[:, kept][:, :, kept] * root.unsqueeze(1)
 
     def _values(self, cluster: Cluster, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Moment and metric (U d, U d) of a cluster's values."""
+        """(U d, U d) each: second moment of a cluster's values, and their metric through o_proj."""
         rows = torch.cat([torch.arange(g * self.width, (g + 1) * self.width) for g in kept])
         members = [[h for h in cluster if self.group[h] == g] for g in kept]
         metric = torch.block_diag(*(self.value_metric[heads].sum(0) for heads in members))
@@ -173,8 +180,13 @@ class Heads:
 
 @dataclass(frozen=True)
 class FusedWeights:
-    """A converted layer: q (H, d, D), k (n_K, d, D), v (n_V, d, D), o (D, H, d), o_bias (D,); which K head and which V
-    head each query head reads."""
+    """A converted layer.
+
+    Attributes:
+        weights: q (H, d, D), k (n_K, d, D), v (n_V, d, D), o (D, H, d).
+        o_bias: (D,), what fused values lack of the donor's means.
+        k_map, v_map: (H), the K head and the V head that each query head reads.
+    """
 
     weights: AttentionWeights
     o_bias: Tensor
@@ -182,7 +194,7 @@ class FusedWeights:
     v_map: list[int]
 
     def in_groups(self) -> FusedWeights:
-        """The same layer, its query heads in the order of the heads that they read, as grouped queries have it."""
+        """The same layer with its query heads ordered by the heads that they read: grouped-query attention."""
         order = sorted(range(len(self.k_map)), key=lambda head: (self.k_map[head], self.v_map[head], head))
         weights = replace(self.weights, q=self.weights.q[order], o=self.weights.o[:, order])
         return FusedWeights(
@@ -191,7 +203,7 @@ class FusedWeights:
 
 
 def fuse(heads: Heads, key_clusters: Sequence[Cluster], value_clusters: Sequence[Cluster]) -> FusedWeights:
-    """The layer in which each cluster of query heads reads one K head, and each of the others one V head."""
+    """The layer in which each of `key_clusters` reads one K head, and each of `value_clusters` one V head."""
     donor = heads.weights
     q, o = donor.q.clone(), donor.o.clone()
     keys, values = [], []
@@ -214,10 +226,10 @@ def fuse(heads: Heads, key_clusters: Sequence[Cluster], value_clusters: Sequence
 
 
 def aligned(heads: Heads, key_clusters: Sequence[Cluster], value_clusters: Sequence[Cluster]) -> FusedWeights:
-    """The layer before its clusters are fused: as the donor, each head turned towards what its cluster would be.
+    """The layer before its clusters are fused: the donor's function, each head rotated towards its cluster's fused one.
 
-    A donor's head has a copy in each cluster that reads it; `parts` says which. Keys are turned in each RoPE plane and
-    their queries with them, values by an orthogonal map and o_proj by its inverse: nothing is lost.
+    A donor's head has a copy in each cluster that reads it; `parts` says which. Keys are rotated in each RoPE plane and
+    their queries with them, values by an orthogonal map and o_proj by its inverse, so the output stays the same.
     """
     donor = heads.weights
     q, o = donor.q.clone(), donor.o.clone()
@@ -243,16 +255,20 @@ def aligned(heads: Heads, key_clusters: Sequence[Cluster], value_clusters: Seque
 
 
 def parts(head_map: Sequence[int], group: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The heads of a layer before those that `head_map` names are fused: one for each donor's head in each of them.
+    """The heads of a layer before fusion: one for each pair of a fused head and a donor's head that it is made of.
 
-    group: the donor's KV head of each query head. Returns which of them each query head reads, and what each becomes.
+    Args:
+        head_map: the fused head of each query head.
+        group: the donor's KV head of each query head.
+    Returns:
+        Which of these heads each query head reads, and which fused head each of them becomes part of.
     """
-    found = sorted(set(zip(head_map, group, strict=True)))
-    return [found.index(pair) for pair in zip(head_map, group, strict=True)], [pair[0] for pair in found]
+    pairs = sorted(set(zip(head_map, group, strict=True)))
+    return [pairs.index(pair) for pair in zip(head_map, group, strict=True)], [pair[0] for pair in pairs]
 
 
 def cluster_map(clusters: Sequence[Cluster]) -> list[int]:
-    """Which cluster each head is in."""
+    """The index of the cluster that each head is in."""
     where = {head: index for index, cluster in enumerate(clusters) for head in cluster}
     return [where[head] for head in range(len(where))]
 

@@ -1,4 +1,4 @@
-"""Hydra's algebra on one linear layer: pure functions of tensors.
+"""Hydra's branches on one linear layer, merging and conversion to LoRA: pure functions of tensors.
 
 Shapes: o = out_features, i = in_features, r = a rank. A base layer is y0 = W x + b with W (o, i) and b (o).
 
@@ -6,8 +6,9 @@ Shapes: o = out_features, i = in_features, r = a rank. A base layer is y0 = W x 
     W' = W + s · (B_p A_p + B_s A_s W)
     b' = b + s · B_s A_s b
 
-Every delta is linear in its own adapter and read off the base weight, never off a merged one, so adapters add up in
-any order. Source: arXiv 2309.06922 and its code; b' follows from y0, which holds b.
+Every delta is computed from the base weight, never from a merged one, so adapters add up in any order.
+
+Source: Hydra, arXiv 2309.06922, and its code; b' follows from y0, which contains b.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Branches:
-    """One adapter on one layer: par = (A_p (r, i), B_p (o, r)), seq = (A_s (r, o), B_s (o, r)); None: no branch."""
+    """One adapter on one layer.
+
+    Attributes:
+        scale: s.
+        par: A_p (r, i) and B_p (o, r); None: there is no such branch.
+        seq: A_s (r, o) and B_s (o, r); None: there is no such branch.
+    """
 
     scale: float
     par: Pair | None = None
@@ -34,12 +41,12 @@ class Branches:
 
     @property
     def rank(self) -> int:
-        """r_par + r_seq: an upper bound of the rank of W' − W."""
+        """r_par + r_seq, an upper bound of the rank of W' − W."""
         return sum(len(pair[0]) for pair in (self.par, self.seq) if pair is not None)
 
 
 def as_lora(weight: Tensor, adapter: Branches) -> Pair:
-    """down (rank, i) and up (o, rank) with scale · up @ down = W' − W, exactly: the LoRA that does the same to W.
+    """The LoRA with the same effect on W: down (rank, i) and up (o, rank) with scale · up @ down = W' − W.
 
     down = [A_p; A_s W], up = [B_p, B_s], in the adapter's dtype or the weight's, whichever is wider.
     """
@@ -63,7 +70,7 @@ def weight_delta(weight: Tensor, adapter: Branches) -> Tensor:
 
 
 def bias_delta(bias: Tensor, adapter: Branches) -> Tensor:
-    """b' − b (o) for the base bias b: what the sequential branch makes of it; zero without one."""
+    """b' − b (o) for the base bias b, which the sequential branch reads; zeros without that branch."""
     if adapter.seq is None:
         return torch.zeros_like(bias)
     down, up = adapter.seq
@@ -73,7 +80,7 @@ def bias_delta(bias: Tensor, adapter: Branches) -> Tensor:
 
 
 def merged_weight(weight: Tensor, adapters: Iterable[Branches]) -> Tensor:
-    """A new W' with every adapter in it, in the dtype of W, which stays as it is.
+    """A new tensor W' with every adapter merged, in the dtype of W.
 
     Summed in float32, or float64 where the weight or an adapter is; rounded once.
     """
@@ -81,12 +88,12 @@ def merged_weight(weight: Tensor, adapters: Iterable[Branches]) -> Tensor:
 
 
 def merged_bias(bias: Tensor, adapters: Iterable[Branches]) -> Tensor:
-    """A new b' with every adapter in it; as `merged_weight`."""
+    """A new tensor b' with every adapter merged, as `merged_weight` does it."""
     return _merged(bias, adapters, bias_delta)
 
 
 def _no_autocast(tensor: Tensor) -> Any:
-    """Products of float32 stay float32, whatever goes on around the merge."""
+    """A context without autocast on the tensor's device, so that products of float32 stay float32."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext()
 

@@ -1,4 +1,4 @@
-"""What the README.md of a saved adapter says about loading it."""
+"""How to load a saved adapter, for its README.md."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Where mhconvert cannot be had, make something that needs nothing of it, once and
 
 
 def add_notice(folder: Path, base: str | None) -> None:
-    """Put the notice into `folder`/README.md, behind its front matter; made if missing, and never there twice."""
+    """Put the notice into README.md of `folder`, after its front matter, unless it is there already."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
     if MARK in text:

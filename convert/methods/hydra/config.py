@@ -1,4 +1,4 @@
-"""What a peft user chooses about a Hydra adapter, and what `adapter_config.json` holds."""
+"""The configuration of a Hydra adapter in peft, as `adapter_config.json` holds it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,22 @@ LARGEST_RANK = 1 << 16  # no linear layer is as wide in both directions
 
 @dataclass
 class HydraConfig(PeftConfig):
-    """r_par, r_seq: ranks of the branch that reads a layer's input and of the one that reads its output; 0: none.
+    """The configuration of a Hydra adapter.
 
-    scale: what both branches are multiplied by (LoRA's alpha / r). dropout: of what is between a branch's two
-    matrices, while training. rank_pattern: other ranks by module name, a suffix or regular expression as in LoRA:
-    {"down_proj": {"r_seq": 16}}. init_weights: B = 0, so that the adapted model is its base; False: B is random too.
-    bias: base biases that train along: "none", "all", or "hydra_only" (those of the adapted layers).
-    mhconvert_version: of the writer, filled in.
-    target_modules (None: by model type), exclude_modules, layers_to_transform, layers_pattern and modules_to_save
-    mean what they mean in `peft.LoraConfig`.
-    Raises AdapterError, a ValueError, for what no adapter can be.
+    target_modules (None: by model type), exclude_modules, layers_to_transform, layers_pattern and modules_to_save mean
+    what they mean in `peft.LoraConfig`.
+
+    Attributes:
+        r_par, r_seq: ranks of the branch that reads a layer's input and of the one that reads its output; 0: none.
+        scale: what both branches are multiplied by (LoRA's alpha / r).
+        dropout: probability of the dropout between a branch's two matrices, in training.
+        rank_pattern: other ranks by module name, which is a suffix or a regular expression as in LoRA:
+            {"down_proj": {"r_seq": 16}}.
+        init_weights: whether B starts as zeros, so that the adapted model computes what its base does; False: random.
+        bias: which biases of the base model are trained: "none", "all", or "hydra_only" (of the adapted layers).
+        mhconvert_version: of the writer, filled in.
+    Raises:
+        AdapterError: for values that no adapter can have; it is a ValueError too.
     """
 
     r_par: int = 8
@@ -84,14 +90,14 @@ class HydraConfig(PeftConfig):
         return own.get("r_par", self.r_par), own.get("r_seq", self.r_seq)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types; sets as sorted lists, so that equal configs are written alike."""
+        """The configuration in plain types; sets become sorted lists, so that equal configurations give equal files."""
         return {
             name: sorted(value) if isinstance(value, set) else value
             for name, value in super().to_dict().items()
         }
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and into the folder's README.md what a reader must import first."""
+        """Write adapter_config.json, and into the folder's README.md how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
         card.add_notice(Path(save_directory), self.base_model_name_or_path)
 

@@ -20,11 +20,14 @@ from .config import HydraConfig
 
 
 class HydraLayer(BaseTunerLayer):
-    """The adapters of one base layer, and merging them into it. Shapes as in `adapter/merging.py`.
+    """The adapters of one base layer, and merging them into it. Shapes as in `branches`.
 
-    hydra_par_A[name] (r, in), hydra_par_B[name] (out, r), hydra_seq_A[name] (r, out), hydra_seq_B[name] (out, r);
-    a branch of rank 0 has no entry. The base layer's own weights are kept while adapters are merged, so unmerging
-    gives back the same bits at the price of a second copy.
+    A branch of rank 0 has no entry. The base layer's own weights are kept while adapters are merged, so that unmerging
+    restores the same bits, at the price of a second copy.
+
+    Attributes:
+        hydra_par_A, hydra_par_B: by adapter, (r, in) and (out, r) of the branch that reads the layer's input.
+        hydra_seq_A, hydra_seq_B: by adapter, (r, out) and (out, r) of the branch that reads the layer's output.
     """
 
     adapter_layer_names = ("hydra_par_A", "hydra_par_B", "hydra_seq_A", "hydra_seq_B")
@@ -45,7 +48,7 @@ class HydraLayer(BaseTunerLayer):
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
 
     def update_layer(self, adapter_name: str, ranks: tuple[int, int], config: HydraConfig) -> None:
-        """Add the adapter, with `ranks` (r_par, r_seq), in place of one that has its name."""
+        """Add an adapter of `ranks` (r_par, r_seq); it replaces one of the same name."""
         r_par, r_seq = ranks
         for name in self.adapter_layer_names:
             matrices = getattr(self, name)
@@ -67,7 +70,7 @@ class HydraLayer(BaseTunerLayer):
     def reset_parameters(
         self, adapter_name: str, zero_up: bool = True, generator: torch.Generator | None = None
     ) -> None:
-        """A uniform as in `nn.Linear`, B zero, or like A where not `zero_up`."""
+        """Initialise A uniformly as `nn.Linear` does, and B with zeros (`zero_up`) or like A."""
         for down, up in ((self.hydra_par_A, self.hydra_par_B), (self.hydra_seq_A, self.hydra_seq_B)):
             if adapter_name in down:
                 nn.init.kaiming_uniform_(down[adapter_name], a=math.sqrt(5), generator=generator)
@@ -77,20 +80,23 @@ class HydraLayer(BaseTunerLayer):
                     nn.init.kaiming_uniform_(up[adapter_name], a=math.sqrt(5), generator=generator)
 
     def branches(self, adapter_name: str) -> Branches:
-        """The adapter as tensors without gradients."""
+        """The adapter's scale and matrices, without gradients."""
         par = self._pair(self.hydra_par_A, self.hydra_par_B, adapter_name)
         seq = self._pair(self.hydra_seq_A, self.hydra_seq_B, adapter_name)
         return Branches(self.hydra_scale[adapter_name], par, seq)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """W' − W (out, in) of one adapter on the layer's own weight, whatever is merged. AdapterError: quantised."""
+        """W' − W (out, in) of one adapter on the layer's own weight W, whatever is merged; AdapterError: quantised."""
         return weight_delta(self._own_weights()[0], self.branches(adapter_name))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters (None: the active ones) into the base layer, with those that are merged already.
+        """Merge adapters into the base layer, beside those that are merged already.
 
-        safe_merge: raise AdapterError, and change nothing, where the result is not finite. Also raised for a
-        quantised base layer.
+        Args:
+            safe_merge: whether a result that is not finite is refused before anything is changed.
+            adapter_names: None: the active ones.
+        Raises:
+            AdapterError: for a quantised base layer, or a result that is refused.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hydra_scale]
         if not names:
@@ -108,7 +114,7 @@ class HydraLayer(BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def require_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Raises AdapterError where `merge` would; changes nothing."""
+        """Raises AdapterError where `merge` would, and changes nothing."""
         wanted = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in wanted if name in self.hydra_scale and name not in self.merged_adapters]
         if not names:
@@ -120,7 +126,7 @@ class HydraLayer(BaseTunerLayer):
             _require_finite(names, *merged)
 
     def unmerge(self) -> None:
-        """Give the base layer its own weights back, to the bit."""
+        """Restore the base layer's own weights, bit for bit."""
         if self._unmerged is None:
             warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
             return
@@ -129,13 +135,13 @@ class HydraLayer(BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        """An offloaded base layer's weight lies on the meta device; its adapters live where it computes."""
+        """Move an adapter to its base layer's device; of an offloaded one (on the meta device), where it computes."""
         hook = offload.hook_of(self.get_base_layer())
         device = hook.execution_device if device is None and hook is not None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def _merged_weights(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
-        """W' and b' with the adapters `names` and those that are merged already."""
+        """The weight W' and bias b' with the adapters `names` and those that are merged already."""
         weight, bias = self._own_weights()
         adapters = [self.branches(name) for name in (*self.merged_adapters, *names)]
         return merged_weight(weight, adapters), None if bias is None else merged_bias(bias, adapters)
@@ -149,7 +155,7 @@ class HydraLayer(BaseTunerLayer):
         }
 
     def _own_weights(self) -> tuple[Tensor, Tensor | None]:
-        """W and b without adapters; the layer's tensors themselves. AdapterError where they are quantised."""
+        """The base layer's W and b without adapters (not copies). Raises AdapterError where they are quantised."""
         if self._unmerged is not None:
             return self._unmerged
         base: Any = self.get_base_layer()
@@ -191,7 +197,7 @@ class HydraLinear(nn.Module, HydraLayer):
         self.update_layer(adapter_name, ranks, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(…, in_features) -> (…, out_features), in the dtype that the base layer gives.
+        """x (…, in_features) -> (…, out_features), in the dtype of the base layer's output.
 
         Every sequential branch reads the base layer's output, never the sum so far.
         """
@@ -210,7 +216,7 @@ class HydraLinear(nn.Module, HydraLayer):
         return result.to(base.dtype)
 
     def _add(self, name: str, result: Tensor, x: Tensor, base: Tensor) -> Tensor:
-        """`result` and the adapter's branches of input `x` and base output `base`."""
+        """`result` plus the adapter's branches for the input `x` and the base layer's output `base`."""
         scale, dropout = self.hydra_scale[name], self.hydra_dropout[name]
         for down, up, source in (
             (self.hydra_par_A, self.hydra_par_B, x),

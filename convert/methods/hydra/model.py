@@ -1,4 +1,4 @@
-"""The tuner: puts Hydra adapters on the target modules of a model."""
+"""The peft tuner that puts Hydra adapters on the target modules of a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .layer import HydraLayer, HydraLinear
 class HydraModel(BaseTuner):
     """A model with Hydra adapters; `peft.get_peft_model(model, HydraConfig(…))` makes one.
 
-    What LoRA has and this has not: `adapter_names` for the rows of a batch, `add_weighted_adapter`, hotswapping.
+    Not supported, unlike LoRA: `adapter_names` for the rows of a batch, `add_weighted_adapter`, hotswapping.
     """
 
     prefix = "hydra_"
@@ -30,8 +30,9 @@ class HydraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add the adapter to `model`.
 
-        Raises AdapterError, before anything is changed, for a name that peft confuses with a parameter's, for targets
-        that match nothing, and for what this peft cannot do.
+        Raises:
+            AdapterError: before anything is changed, for a name that peft confuses with a parameter's, for targets
+                that match nothing, and for what this peft cannot do.
         """
         if adapter_name in self.prefix or "." in adapter_name:
             reason = (
@@ -51,14 +52,14 @@ class HydraModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters (None: the active ones) into every base layer; AdapterError before any is changed."""
+        """Merge adapters (None: the active ones) into every base layer. Raises AdapterError before any is changed."""
         self._require_mergeable(safe_merge, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The base model with the adapters in its weights; AdapterError before any is changed."""
+        """The base model with the adapters merged into its weights. Raises AdapterError before any is changed."""
         self._require_mergeable(safe_merge, adapter_names)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
@@ -72,7 +73,7 @@ class HydraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """peft hands over here what its own methods take beside a model's inputs, and then drops it."""
+        """Refuses `adapter_names`, which peft passes here and would then ignore."""
         if kwargs.get("adapter_names") is not None:
             raise AdapterError(
                 "adapter_names: Hydra has no other adapter for each row of a batch; choose one for all with set_adapter"
@@ -93,7 +94,7 @@ class HydraModel(BaseTuner):
         for name, layer in model.named_modules():
             if isinstance(layer, HydraLayer):
                 own = {f"{name}.base_layer.{kind}": value for kind, value in layer.own_values().items()}
-                # peft takes heads out of this very dict, a selection of its own, after it has called us
+                # peft removes heads from this very dict after this call
                 state_dict.update((key, value) for key, value in own.items() if key in state_dict)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, *args, **kwargs
@@ -101,7 +102,7 @@ class HydraModel(BaseTuner):
         return found
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """The last that peft does when it loads an adapter, after it has spread the model over devices and disk."""
+        """Called last when peft loads an adapter, after the model was spread over devices and disk."""
         for layer in self.modules():
             if isinstance(layer, HydraLayer):
                 for name in layer.adapter_layer_names:
@@ -109,7 +110,7 @@ class HydraModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """The last before peft replaces modules one by one: every refusal happens here."""
+        """Called before peft replaces modules one by one: every refusal happens here."""
         targets.require_match(peft_config.target_modules, model)
         _maybe_include_all_linear_layers(peft_config, model)
         held = targets.holders(model)
@@ -133,7 +134,7 @@ class HydraModel(BaseTuner):
         if isinstance(target, HydraLayer):
             target.update_layer(adapter_name, ranks, peft_config)
             return
-        self._require_supported(target, current_key)  # which a given state dict may name beside the config
+        self._require_supported(target, current_key)  # a given state dict may name modules beside the config
         quantization = get_quantization_kwargs(self.model)
         setattr(parent, target_name, HydraLinear(target, adapter_name, ranks, peft_config, **quantization))
 

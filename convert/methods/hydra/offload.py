@@ -10,34 +10,34 @@ from torch import nn
 
 
 def hook_of(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook that brings in an offloaded module's weights; None for a module that stays where it is."""
+    """accelerate's hook that loads an offloaded module's weights; None for a module that is not offloaded."""
     hook = getattr(module, "_hf_hook", None)
     return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
 
 
 def keep_in_memory(module: nn.ParameterDict) -> None:
-    """Bring in the matrices of `module`, for good, where its layer computes.
+    """Load the matrices of `module` to the device that its layer computes on, and keep them there.
 
-    Nobody calls a ParameterDict, so no hook would run; and one whose hook knows some of its matrices takes no more.
+    accelerate's hook would never run, since a ParameterDict is not called, and it would not know of later matrices.
     """
     hook = hook_of(module)
     if hook is None:
         return
-    _mend_index(module, hook.weights_map)
+    _add_to_index(module, hook.weights_map)
     hook.pre_forward(module)
     hook.offload = False
 
 
-def _mend_index(module: nn.ParameterDict, weights: Any) -> None:
-    """Make the matrices of `module` findable on disk.
+def _add_to_index(module: nn.ParameterDict, weights: Any) -> None:
+    """Add the names of the matrices of `module` to accelerate's index of offloaded weights.
 
-    peft files an adapter's tensors as if each were the weight of a module, which LoRA's are: the matrix
-    `o_proj.hydra_par_A.NAME` lies under `o_proj.NAME.hydra_par_A`.
+    peft indexes an adapter's tensors as if each were the weight of a module, as LoRA's are: the matrix
+    `o_proj.hydra_par_A.NAME` has the key `o_proj.NAME.hydra_par_A`.
     """
     if not isinstance(getattr(weights, "dataset", None), OffloadedWeightsLoader):
         return
     index, (layer, _, matrices) = weights.dataset.index, weights.prefix.rstrip(".").rpartition(".")
     for name in module:
-        filed = f"{layer}.{name}.{matrices}"
-        if filed in index:
-            index.setdefault(f"{weights.prefix}{name}", index[filed])
+        key = f"{layer}.{name}.{matrices}"
+        if key in index:
+            index.setdefault(f"{weights.prefix}{name}", index[key])

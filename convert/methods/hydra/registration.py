@@ -1,6 +1,6 @@
-"""Hydra among peft's methods.
+"""Registers Hydra as a method of peft.
 
-peft keeps its methods in a closed enum and has no way to plug one in, so the enum gets a member first; without one,
+peft keeps its methods in a closed enum and has no plug-in mechanism, so the enum gets a member first; without one,
 transformers' loaders fail on a type that has no `.value`.
 """
 
@@ -18,9 +18,10 @@ NAME = "HYDRA"
 
 
 def register(config_class: Any, model_class: Any) -> None:
-    """Make peft know Hydra by these classes, in this process; may be called again.
+    """Make peft know Hydra by these classes in this process; may be called again.
 
-    Raises AdapterError where peft has a method of that name, or of that prefix, of its own: both cannot be loaded.
+    Raises:
+        AdapterError: where peft has its own method of that name or prefix; the two cannot be told apart.
     """
     found = next((known for kind, known in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind == NAME), None)
     if found is config_class:
@@ -41,7 +42,7 @@ def register(config_class: Any, model_class: Any) -> None:
 
 
 def add_peft_type(name: str) -> Any:
-    """The member `name` of peft's enum, added if it has none. It is found by name, by value and in iteration."""
+    """The member `name` of peft's enum of methods, added if missing; it is found by name, value and iteration."""
     kinds: Any = PeftType
     if name in kinds.__members__:
         return kinds[name]
@@ -52,7 +53,7 @@ def add_peft_type(name: str) -> Any:
     kinds._member_map_[name] = member
     kinds._member_names_.append(name)
     kinds._value2member_map_[name] = member
-    if hasattr(kinds, "_hashable_values_"):  # CPython's bookkeeping since 3.12
+    if hasattr(kinds, "_hashable_values_"):  # since CPython 3.12
         kinds._hashable_values_.append(name)
     type.__setattr__(kinds, name, member)  # EnumType's own forbids it
     return member

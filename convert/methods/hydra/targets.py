@@ -1,4 +1,4 @@
-"""Which modules an adapter is put on: the defaults, and a name that means none of them."""
+"""The modules that an adapter is put on: defaults by model type, and checks of the names that a user gives."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ NEAREST = 5
 
 
 def require_match(wanted: Any, model: nn.Module) -> None:
-    """Raises AdapterError where no module's name is meant by `wanted`, target_modules as a list or an expression.
+    """Checks that target_modules match a module's name; warns of single names of a list that match none.
 
-    A name of the list that means none of them, beside others that do, is warned of.
+    Args:
+        wanted: target_modules, a list of names or an expression.
+    Raises:
+        AdapterError: where nothing matches.
     """
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(wanted, str):
@@ -47,18 +50,18 @@ def require_match(wanted: Any, model: nn.Module) -> None:
 
 
 def means_all(wanted: Any) -> bool:
-    """Whether target_modules are peft's word for every linear module but the head."""
+    """Whether target_modules are "all-linear", peft's word for every linear module but the head."""
     return isinstance(wanted, str) and wanted.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def unmatched(wanted: Iterable[str], model: nn.Module) -> list[str]:
-    """Those of the names `wanted` that no module of `model` has, nor ends with."""
+    """Those of the names `wanted` that are no module's name in `model`, nor the end of one."""
     ends = {end for name, _ in model.named_modules() for end in _ends(name)}
     return sorted(set(wanted) - ends - set(DUMMY_TARGET_MODULES))
 
 
 def nothing_matches(targets: list[str], model: nn.Module) -> str:
-    """That `targets` name no module of `model`, and the linear modules whose names are nearest."""
+    """The message that `targets` match no module of `model`, with the nearest names of linear modules."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
     last = sorted({name.rpartition(".")[2] for name in linear} - {"base_layer"})
     ends = sorted({end for name in linear for end in _ends(name)})
@@ -103,7 +106,7 @@ def is_tied_head(module: nn.Module, model: Any) -> bool:
 
 
 def holders(model: nn.Module) -> dict[int, list[str]]:
-    """The names under which each parameter of `model` is held, by its id."""
+    """By the id of each parameter of `model`, all names that it has."""
     found: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), []).append(name)
@@ -111,7 +114,13 @@ def holders(model: nn.Module) -> dict[int, list[str]]:
 
 
 def require_unshared(module: nn.Module, name: str, held: dict[int, list[str]]) -> None:
-    """Raises AdapterError where another module holds a parameter of `module` too. held: `holders` of the model."""
+    """Checks that no other module holds a parameter of `module`.
+
+    Args:
+        held: what `holders` returns for the model.
+    Raises:
+        AdapterError: naming the other module.
+    """
     for kind, parameter in module.named_parameters():
         others = [other for other in held[id(parameter)] if other != f"{name}.{kind}"]
         if others:
@@ -122,7 +131,7 @@ def require_unshared(module: nn.Module, name: str, held: dict[int, list[str]]) -
 
 
 def outside_tuners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by its name, but for what is inside an adapted layer."""
+    """Every module with its name, except those inside an adapted layer."""
     inside = None  # named_modules goes depth first
     for name, module in model.named_modules():
         if inside is None or not name.startswith(inside):

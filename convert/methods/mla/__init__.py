@@ -1,4 +1,7 @@
-"""Multi-head latent attention from multi-head or grouped-query attention."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) from multi-head or grouped-query attention.
+
+Open `surgery.py` first: it holds the mathematics. TransMLA (arXiv 2502.07864) makes such a conversion by other means.
+"""
 
 
 def register() -> None:

@@ -1,7 +1,8 @@
-"""From a surgery's result to the tensors of `LatentAttention`: biases, and a donor's QK-norm.
+"""The tensors of a `LatentAttention` from what the surgery returns: biases, and a donor's QK-norm.
 
-The surgery knows linear queries and keys only. A norm divides them by their RMS, which varies from token to token:
-it is given the weights at the mean energy (`at_mean_scale`), and the module multiplies by the true 1 / RMS.
+The surgery takes queries and keys to be linear in the hidden state. A QK-norm divides them by their RMS, which differs
+from token to token. So the surgery is given weights divided by the RMS of the mean energy (`at_mean_scale`), and the
+module multiplies each token's scores by its own 1 / RMS.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class NormedWeights:
-    """A donor with QK-norm for the surgery. plain: its own projections; linear: they with the norm's gain, divided
-    by the root mean square that the rows have over the calibration text; key_scale (G,): what keys were divided by.
+    """A donor's projections for the surgery; without a QK-norm both are the same.
+
+    Attributes:
+        plain: the donor's own.
+        linear: q and k times the norm's gain and divided by their RMS over the calibration text.
+        gain: the norm's weights.
+        key_scale: (G,), the RMS by which each head's keys were divided.
     """
 
     plain: AttentionWeights
@@ -34,7 +40,7 @@ class NormedWeights:
 def at_mean_scale(
     weights: AttentionWeights, norm: QKNorm | None, facts: AttentionFacts, statistics: LayerStatistics
 ) -> NormedWeights:
-    """`weights` as the surgery wants them: a normed head has a mean square of 1 before its gain, on average."""
+    """`weights` for the surgery: with a QK-norm, heads have a mean square of 1 before its gain, on average."""
     if norm is None:
         return NormedWeights(weights, weights)
 
@@ -56,7 +62,13 @@ def at_mean_scale(
 def module_tensors(
     latent: LatentWeights, weights: NormedWeights, facts: AttentionFacts, donor_bias: Tensor
 ) -> dict[str, Tensor]:
-    """The state of a `LatentAttention`. donor_bias (D,): of the donor's o_proj."""
+    """The state dict of a `LatentAttention`, float64.
+
+    Args:
+        latent: what the surgery returned for `weights.linear`.
+        weights: the donor's projections.
+        donor_bias: (D,), of the donor's o_proj.
+    """
     tensors = {
         "kv_b_proj.weight": latent.kv_b_proj,
         "o_proj.weight": latent.o_proj,

@@ -1,4 +1,4 @@
-"""How many cache elements a converted layer may hold, and the ways to split them. No torch, no weights."""
+"""Cache elements of a converted layer, and the ways to split them into latent and rotary key. No torch, no weights."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mhconvert.errors import BudgetError, UnsupportedError
 from ...families.facts import AttentionFacts, attention_facts
 from .settings import MLASettings
 
-# Shares of a layer's elements that the rotary key may take; each is tried on the layer's own output error.
+# Shares of a layer's elements that the rotary key may take; the one with the smallest output error is chosen.
 ROPE_SHARES = {
     "survey": (2 / 5,),
     "quick": (1 / 4, 2 / 5, 1 / 2),
     "default": (1 / 4, 1 / 3, 2 / 5, 1 / 2),
     "high": (1 / 8, 1 / 6, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 3 / 5, 2 / 3),
 }
-LEAST, MOST = 1 / 2, 2  # times the mean budget that one layer may have
-DIVISION = 96  # parts of the donor's elements in which a budget is divided over layers
-SMALLEST = 3  # elements: one rotary component and one of the latent
-ROUND_WIDTH = 16  # elements
+LEAST, MOST = 1 / 2, 2  # bounds of one layer's budget, times the mean budget
+DIVISION = 96  # a budget is divided over layers in steps of 1 / DIVISION of the donor's elements
+SMALLEST = 3  # elements: one rotary component (two) and a latent of width one
+ROUND_WIDTH = 16  # elements: error messages suggest multiples of it
 
 # (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) that the MLA prefill of vLLM 0.33 takes on Hopper and older GPUs.
 KERNEL_SHAPES = ((128, 64, 128), (192, 64, 256), (64, 64, 128), (256, 0, 256))
@@ -29,9 +29,15 @@ KERNEL_SHAPES = ((128, 64, 128), (192, 64, 256), (64, 64, 128), (256, 0, 256))
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """elements: of the latent cache per token and layer. kv_lora_rank, qk_rope_head_dim: fixed sizes, or None
-    when the pass chooses the split. donor_elements = 2 G d; frequencies: rotary pairs of a head; kv_heads G;
-    key_scales: of the elements, those that hold 1 / RMS of a donor's normed keys.
+    """The cache of one layer, in elements per token.
+
+    Attributes:
+        elements: of the latent cache.
+        kv_lora_rank, qk_rope_head_dim: fixed sizes, or None where the pass chooses the split.
+        donor_elements: of the donor's cache, 2 G d.
+        frequencies: rotary pairs of a head.
+        kv_heads: G, of the donor.
+        key_scales: of `elements`, those that hold 1 / RMS of a donor's normed keys.
     """
 
     elements: int
@@ -44,12 +50,12 @@ class LayerBudget:
 
     @property
     def all_components(self) -> int:
-        """One for each rotary pair of each KV head."""
+        """The number of rotary components that a donor's keys have: one for each rotary pair of each KV head."""
         return self.frequencies * self.kv_heads
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The least and the most elements of a layer where the layers divide their budget unevenly."""
+        """The least and the most elements that one layer may get when the budget is divided over the layers."""
         least = max(SMALLEST + self.key_scales, round(LEAST * self.elements))
         return min(least, self.elements), min(
             round(MOST * self.elements), self.donor_elements + self.key_scales
@@ -67,16 +73,18 @@ class LayerBudget:
         return sorted(counts)
 
     def rank(self, components: int) -> int:
-        """Width of the latent beside `components` rotary ones."""
+        """The width of the latent, kv_lora_rank, beside `components` rotary components."""
         return self.elements - self.key_scales - 2 * components
 
 
 def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
-    """The elements per token and layer that `settings` grant a donor with `config`.
+    """The budget of each layer that `settings` leave a donor with `config`.
 
-    Profile portable: every layer's rotary key has the width that kernels want at this head_dim.
-    Raises BudgetError, with the nearest that is possible, when the geometry cannot express the sizes, and
-    UnsupportedError for a head_dim that the profile does not have.
+    With profile portable every layer's rotary key has the width that kernels want at this head_dim.
+
+    Raises:
+        BudgetError: for sizes that the donor's geometry cannot express; it names the nearest possible ones.
+        UnsupportedError: for a head_dim that the profile does not have.
     """
     facts = attention_facts(config)
     head_dim, scales = facts.head_dim, facts.key_scales
@@ -106,7 +114,8 @@ def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
 def portable_rope(head_dim: int) -> int:
     """qk_rope_head_dim of the kernel shape whose non-rotary part is a whole head; values may be padded to theirs.
 
-    Raises UnsupportedError for a head_dim that has none.
+    Raises:
+        UnsupportedError: for a head_dim that has none.
     """
     for nope, rope, value in KERNEL_SHAPES:
         if nope == head_dim and rope and value >= head_dim:

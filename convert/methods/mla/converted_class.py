@@ -11,13 +11,18 @@ from . import modeling_mla
 
 
 def converted_class(donor_config_class: Any) -> Any:
-    """The transformers class that holds a converted donor of a configuration class."""
+    """The causal language model class that holds the conversion of a donor with this configuration class."""
     donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
     return getattr(modeling_mla, f"MLA{donor.__name__}")
 
 
 def latent_config(donor_config: Any, output_bias: bool, rope_in_latent: bool = False) -> Any:
-    """The donor's configuration as that of its latent-attention class; each layer's sizes are still empty."""
+    """The donor's configuration as that of its converted class; the sizes of each layer are still empty.
+
+    Args:
+        output_bias: whether o_proj has a bias.
+        rope_in_latent: whether kv_b_proj reads the rotary key beside the latent.
+    """
     config_class, facts = converted_class(type(donor_config)).config_class, attention_facts(donor_config)
     layers = donor_config.num_hidden_layers
     config = config_class(

@@ -1,4 +1,4 @@
-"""MLA as the pass sees it: plan, then one layer at a time, then the config of the result."""
+"""MLA as the pass over the layers sees it: plan, then one layer at a time, then the configuration of the result."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ from .surgery import (
     series_components,
 )
 
-SURVEY_SHARES = (1 / 8, 3 / 16, 5 / 16, 1 / 2, 3 / 4)
-VALUE_WEIGHT = 0.01  # price of a relative error in the values against one in the scores
+SURVEY_SHARES = (1 / 8, 3 / 16, 5 / 16, 1 / 2, 3 / 4)  # of the donor's cache elements of a layer
+VALUE_WEIGHT = 0.01  # weight of a relative error in the values against one in the scores
 VALUE_WEIGHTS = (0.003, 0.03)  # tried beside it
-PROBE_TOKENS = {
-    "survey": 512,
-    "quick": 1024,
-    "default": 2048,
-    "high": 4096,
-}  # on which candidates are compared
+# Tokens on which candidates for a layer are compared, by effort.
+PROBE_TOKENS = {"survey": 512, "quick": 1024, "default": 2048, "high": 4096}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to spend a layer's budget."""
+    """One way to spend a layer's budget.
+
+    Attributes:
+        components: rotary components R; the rotary key has 2R elements.
+        value_weight: of a relative error in the values against one in the scores.
+    """
 
     components: int
     value_weight: float
 
 
 class MLA:
-    """Grouped-query or multi-head attention → latent attention (specified in `surgery`)."""
+    """Grouped-query or multi-head attention → latent attention; the mathematics is in `surgery`."""
 
     replaced = ("self_attn.",)
 
@@ -77,17 +78,17 @@ class MLA:
 
     @property
     def divisible(self) -> bool:
-        """Whether layers may have budgets of their own."""
+        """Whether layers may have budgets of their own: sizes are not fixed, and the effort allows a survey."""
         free = self.budget.kv_lora_rank is None and self.budget.elements < self.budget.donor_elements
         return free and self.effort in ("default", "high")
 
     @property
     def survey_shares(self) -> tuple[float, ...]:
-        """Of the donor's cache elements."""
+        """Shares of the donor's cache elements of a layer at which a survey measures it."""
         return SURVEY_SHARES
 
     def share_out(self, needs: Sequence[LayerNeed]) -> None:
-        """Divide the budget over the layers by what a survey found that each needs."""
+        """Divide the budget over the layers by their measured needs, one for each."""
         whole, (least, most) = self.budget.donor_elements, self.budget.limits
         unit = max(1, whole // DIVISION)
         elements = divide(needs, self.kv_elements(), least, most, unit, whole)
@@ -95,7 +96,7 @@ class MLA:
         self.shared_out = True
 
     def layer_sizes(self, index: int) -> dict[str, int]:
-        """Planned sizes of one layer; missing is what the survey or the pass chooses."""
+        """Planned sizes of one layer; those that the survey or the pass chooses are missing."""
         budget = self.budgets[index]
         sizes = {
             "kv_elements": budget.elements if self.shared_out or not self.divisible else None,
@@ -105,10 +106,11 @@ class MLA:
         return {name: size for name, size in sizes.items() if size is not None}
 
     def totals(self) -> dict[str, Any]:
+        """Nothing changes beside cache and parameters."""
         return {}
 
     def new_parameters(self) -> int:
-        """Parameters of one layer's attention at its widest rotary key; of the mean layer where they differ."""
+        """Parameters of one layer's attention at its widest rotary key; of the mean layer where layers differ."""
         facts, hidden = self.facts, self.donor_config.hidden_size
         choices = self.budget.component_choices(self.effort)
         heads, head_dim, rope = facts.heads, facts.head_dim, 2 * max(choices)
@@ -121,7 +123,7 @@ class MLA:
         return queries + projections + 2 * reads * heads * head_dim
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
-        """The weights of a donor's attention, and what `inputs` (N, L, D), its calibration text, says of them."""
+        """The weights of a donor's attention, and their statistics on the calibration text `inputs` (N, L, D)."""
         statistics = observe(
             attention,
             self.donor_config,
@@ -142,9 +144,10 @@ class MLA:
         targets: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """The latent attention of layer `index`, fp32 on the embeddings' device, and what was chosen for it.
+        """The latent attention of layer `index`, float32 on the embeddings' device, and the sizes chosen for it.
 
-        inputs, targets (N, L, D): attention inputs and outputs of the donor's layer on calibration text.
+        Args:
+            inputs, targets: (N, L, D), what the donor's attention reads and returns on calibration text.
         """
         device = position_embeddings[0].device
         rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
@@ -179,7 +182,7 @@ class MLA:
         self._set(index, chosen["kv_lora_rank"], chosen["rope_frequencies"])
 
     def finish(self) -> Any:
-        """The configuration of the converted model, every layer's sizes filled in."""
+        """The configuration of the converted model with the sizes of every layer."""
         config = copy.deepcopy(self.config)
         ranks = set(config.kv_lora_rank)
         if self.settings.profile == "portable":
@@ -188,7 +191,7 @@ class MLA:
         return config
 
     def example_config(self) -> Any:
-        """A configuration of the planned size: a quarter of a layer's elements rotate, where the pass would choose."""
+        """A configuration of the planned size in which a quarter of a layer's elements are the rotary key."""
         choices = self.budget.component_choices("quick")
         components = min(choices, key=lambda count: abs(count - self.budget.elements / 8))
         frequencies = [index % self.budget.frequencies for index in range(components)]

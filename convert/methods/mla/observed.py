@@ -1,4 +1,4 @@
-"""What an MLA conversion reads of a donor layer."""
+"""What MLA conversions of a donor layer need of it: weights, second moments, and a basis of its rotary keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from .surgery import RotaryBasis
 
 @dataclass(frozen=True)
 class Observed:
-    """All of a donor layer that its conversions read, whatever their budgets; float64 on the CPU."""
+    """What conversions of one donor layer read, the same for every budget; float64 on the CPU.
+
+    Attributes:
+        weights: the projections, as they are and scaled for the surgery.
+        output_bias: (D,), of o_proj; zeros where it has none.
+        statistics: second moments and phases on the calibration text.
+        basis: principal components of the rotary keys.
+    """
 
     weights: NormedWeights
     output_bias: Tensor

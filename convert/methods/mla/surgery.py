@@ -1,9 +1,14 @@
 """Closed-form surgery of one layer: grouped-query attention in, latent attention out. Pure, float64.
 
 Shapes: H query heads, G KV heads, d head_dim, F = d / 2 rotary frequencies, D hidden_size, r kv_lora_rank,
-R rotary components kept (a rotary key of 2R elements, the two of each component side by side). Pair (i, i + F) of a
-donor's head is one complex number, which RoPE multiplies by exp(iθt); the score at distance Δ is
+R rotary components kept (a rotary key of 2R elements, the two of each component side by side). Elements i and i + F
+of a donor's head are one complex number, which RoPE multiplies by exp(iθt) at position t; the score at distance Δ is
 Re Σ conj(q) exp(−iθΔ) k.
+
+Sources: latent attention with a decoupled rotary key, DeepSeek-V2, arXiv 2405.04434, section 2.1; PCA of the keys
+across heads within a frequency, which commutes with RoPE, TransMLA (RoRoPE), arXiv 2502.07864. Different here: the PCA
+is complex and weighted by the queries, components are chosen by the score error that losing their RoPE makes, a
+constant phase replaces it, and keys and values are factorised in the metric of the queries and of o_proj.
 """
 
 from __future__ import annotations
@@ -17,16 +22,18 @@ from ...attention.linalg import balance, complex_pca, interleaved, low_rank, rea
 from ...attention.weights import AttentionWeights, LayerStatistics, complex_pairs, pair_moments, second_moment
 
 TINY = torch.finfo(torch.float64).tiny
-RIDGE = 1e-6  # of the rotary keys' mean energy: a component that the text hardly moves explains nothing
+RIDGE = 1e-6  # of the rotary keys' mean energy; keeps components with almost no energy out of a regression
 
 
 @dataclass(frozen=True)
 class RotaryBasis:
-    """Components of the keys inside each frequency, ordered by score variance.
+    """Principal components of the keys across heads, in each rotary frequency, ordered by score variance.
 
-    mixing (F, G, G) complex: key head g = Σ_r mixing[f, g, r] · component r; down (F, G, G) complex: its inverse;
-    damage (F, G): expected squared score error of replacing component (f, r)'s RoPE by the constant phases;
-    score_energy: Σ over heads and frequencies of E|q|² E|k|², the scale of the scores' variance.
+    Attributes:
+        mixing: (F, G, G) complex; key head g = Σ_r mixing[f, g, r] · component r.
+        down: (F, G, G) complex, its inverse.
+        damage: (F, G), expected squared score error when component (f, r) gets a constant phase instead of RoPE.
+        score_energy: Σ over heads and frequencies of E|q|² E|k|², the scale of the scores' variance.
     """
 
     mixing: Tensor
@@ -37,9 +44,16 @@ class RotaryBasis:
 
 @dataclass(frozen=True)
 class LatentWeights:
-    """The converted layer. frequencies: R indices into the donor's; the tensors are those of `LatentAttention`.
+    """The converted layer, the tensors as `LatentAttention` has them.
 
-    query_map (H, d + 2R, d): from a head's donor query to its latent one; q_proj is this on the donor's q.
+    Attributes:
+        frequencies: for each of the R rotary components, the index of its rotary frequency in the donor's.
+        query_map: (H, d + 2R, d), from a head's donor query to its converted one.
+        q_proj: (H (d + 2R), D), `query_map` times the donor's q_proj.
+        kv_a_proj_with_mqa: (r + 2R, D).
+        kv_b_proj: (H 2d, r), or (H 2d, r + 2R) where it reads the rotary key too.
+        o_proj: (D, H d).
+        o_bias: (D,), what the latent leaves out of the values' means.
     """
 
     frequencies: list[int]
@@ -52,7 +66,12 @@ class LatentWeights:
 
 
 def rotary_basis(weights: AttentionWeights, statistics: LayerStatistics) -> RotaryBasis:
-    """Complex PCA across KV heads in each frequency, weighted by the energy of the queries that read each head."""
+    """Complex PCA of the keys across KV heads in each frequency, weighted by the energy of the queries that read each.
+
+    Args:
+        weights: q (H, d, D) and k (G, d, D).
+        statistics: second moments, and each head's mean phases on the calibration text.
+    """
     query_moment = second_moment(weights.q, statistics.query_moment)  # H d H d
     query_energy = query_moment.diagonal(0, 0, 2).diagonal(0, 0, 1).unflatten(1, (2, -1)).sum(1).mT  # F H
     kv_heads = weights.k.shape[0]
@@ -70,18 +89,18 @@ def rotary_basis(weights: AttentionWeights, statistics: LayerStatistics) -> Rota
 
 
 def kept_components(damage: Tensor, count: int) -> Tensor:
-    """(F, G) bool: the `count` components whose loss of RoPE would hurt most."""
+    """(F, G) bool: the `count` components with the largest damage, which keep their RoPE."""
     kept = torch.zeros(damage.numel(), dtype=torch.bool)
     kept[damage.flatten().argsort(descending=True, stable=True)[:count]] = True
     return kept.view(damage.shape)
 
 
 def series_components(damage: Tensor, count: int) -> Tensor:
-    """(F, G) bool: one component, the one that hurts most, in each of the `count` highest frequencies.
+    """(F, G) bool: in each of the `count` highest frequencies, the component with the largest damage.
 
-    That is one geometric series from 1 for every layer (before the donor's RoPE scaling, if any), which stock
-    latent-attention classes express by rope_theta and qk_rope_head_dim; the lowest frequencies are the cheapest to
-    leave out.
+    The frequencies are then one geometric series for every layer (before the donor's RoPE scaling, if any), which
+    stock latent-attention classes express by rope_theta and qk_rope_head_dim. The lowest frequencies are left out
+    because they turn least.
     """
     kept = torch.zeros(damage.shape, dtype=torch.bool)
     kept[torch.arange(count), damage[:count].argmax(-1)] = True
@@ -98,14 +117,22 @@ def convert_layer(
     output_bias: bool = True,
     rope_in_latent: bool = False,
 ) -> LatentWeights:
-    """The latent attention that best stands for `weights` at R = kept.sum() components and a latent of `rank`.
+    """The latent attention nearest to `weights` that has R = kept.sum() rotary components and a latent of `rank`.
 
-    kept (F, G) bool. The latent holds the other components and all values jointly: errors of keys count by the
-    queries that read them, errors of values by o_proj, and `value_weight` is the price of a relative error of
-    the values against one of the scores. Means are left out of the latent: the keys' cancels in the softmax, the
-    values' becomes o_proj's bias. Without one (`output_bias` False) both stay in: whatever constant the latent
-    lacked would show in the values. With `rope_in_latent` all of this is read from the rotary key as far as that
-    tells it, and the latent holds what remains.
+    The latent holds the other components and all values, factorised jointly: errors of keys are weighted by the queries
+    that read them, errors of values by o_proj. Means stay out of the latent: the keys' cancels in the softmax, the
+    values' becomes o_proj's bias. Without that bias both stay in, since a constant that the latent lacked would be
+    missing in the values. With `rope_in_latent` all of this is first predicted from the rotary key by linear
+    regression, and the latent holds the residual.
+
+    Args:
+        weights: of the donor's layer.
+        basis: `rotary_basis` of the same weights and statistics.
+        kept: (F, G) bool, the components that keep their RoPE.
+        rank: r, the width of the latent.
+        value_weight: of a relative error of the values against one of the scores.
+        output_bias: whether o_proj may have a bias.
+        rope_in_latent: whether kv_b_proj reads the rotary key beside the latent.
     """
     frequency, component = kept.nonzero(as_tuple=True)
     rope_keys = interleaved(_component_keys(weights, basis, frequency, component))
@@ -117,13 +144,13 @@ def convert_layer(
 
     rows = torch.cat((key_rows, weights.v.flatten(0, 1)))  # y = rows @ x
     mean = rows @ statistics.key_mean if output_bias else rows.new_zeros(len(rows))
-    told = _regression(rows, rope_keys, statistics, output_bias) if rope_in_latent else None
-    rest = rows if told is None else rows - told @ rope_keys
+    predictor = _regression(rows, rope_keys, statistics, output_bias) if rope_in_latent else None
+    rest = rows if predictor is None else rows - predictor @ rope_keys
     rest_mean = rest @ statistics.key_mean if output_bias else torch.zeros_like(mean)
     moment = rest @ statistics.key_moment @ rest.mT - torch.outer(rest_mean, rest_mean)
     metric = _metric(weights, statistics, nope_queries, key_maps, value_weight * basis.score_energy)
     up, down = low_rank(moment, metric, rank)
-    reader = up if told is None else torch.cat((up, told), dim=1)
+    reader = up if predictor is None else torch.cat((up, predictor), dim=1)
     cached = torch.cat((down @ rest, rope_keys))
 
     group, keys = weights.group, key_rows.shape[0]
@@ -147,11 +174,17 @@ def convert_layer(
 
 
 def _balance(cached: Tensor, kv_b: Tensor, queries: Tensor, rank: int) -> Tensor:
-    """(r + 2R,) by which cached elements are multiplied, and their readers divided, to make both of one size.
+    """Factors for the cached elements, by whose inverses their readers are multiplied: both then have one magnitude.
 
-    cached (r + 2R, D); kv_b (n, r or r + 2R); queries (H, d + 2R, D). The function is the same; weights of one size in
-    all elements are learnt at one rate, and the fit comes closer by 3 to 9 %. A component's two elements stay alike.
-    Powers of two, so that nothing is rounded.
+    The function stays the same. Weights of one magnitude learn at one rate, and the fit's error is 3 to 9 % smaller.
+    The two elements of a component have one factor. Factors are powers of two, so that nothing is rounded.
+
+    Args:
+        cached: (r + 2R, D), rows of kv_a_proj_with_mqa.
+        kv_b: (n, r) or (n, r + 2R).
+        queries: (H, d + 2R, D).
+    Returns:
+        (r + 2R,).
     """
     written, read = cached.square().mean(1), cached.new_zeros(len(cached))
     read[: kv_b.shape[1]] = kv_b.square().mean(0)
@@ -162,7 +195,7 @@ def _balance(cached: Tensor, kv_b: Tensor, queries: Tensor, rank: int) -> Tensor
 
 
 def _regression(rows: Tensor, rope_keys: Tensor, statistics: LayerStatistics, centred: bool) -> Tensor:
-    """(n, 2R): the best linear guess of rows · x (n) from rope_keys · x (2R), about their means or about zero."""
+    """(n, 2R): the linear regression of rows · x on rope_keys · x, about the means (`centred`) or about zero."""
     moment = statistics.key_moment
     if centred:
         moment = moment - torch.outer(statistics.key_mean, statistics.key_mean)
@@ -182,7 +215,7 @@ def _component_keys(
 def _rope_query_map(
     weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor
 ) -> Tensor:
-    """(H, 2R, d), interleaved: each head's query on the kept components, q · conj(mixing of its key head)."""
+    """(H, 2R, d), interleaved: from each head's query to the kept components, q · conj(mixing of its key head)."""
     mixing = basis.mixing[frequency][:, weights.group, :]  # R H G
     chosen = mixing.gather(2, component.view(-1, 1, 1).expand(-1, mixing.shape[1], 1)).squeeze(2)  # R H
     maps = chosen.new_zeros(len(weights.q), len(frequency), basis.mixing.shape[0])  # H R F
@@ -219,7 +252,10 @@ def _metric(
 ) -> Tensor:
     """The quadratic form in which errors of [components without RoPE; values] are measured.
 
-    value_price: what a relative error of 1 in the values counts.
+    Args:
+        nope_queries: (H, d, D), the queries that read the components without RoPE.
+        key_maps: (G, d, 2n), from those components to each head's key.
+        value_price: weight of a relative error of 1 in the values.
     """
     group = weights.group
     reads = nope_queries @ statistics.query_moment @ nope_queries.mT  # H d d

@@ -1,4 +1,7 @@
-"""Mixture of heads: every token has the outputs of some heads only."""
+"""Mixture-of-head attention (MoH, arXiv 2410.11842): every token has the outputs of some of the heads only.
+
+Open `surgery.py` first: it holds the closed forms of the routers.
+"""
 
 
 def register() -> None:

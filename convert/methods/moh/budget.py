@@ -1,4 +1,4 @@
-"""Shares of heads as whole numbers of them, layer by layer."""
+"""Shares of heads as whole numbers of heads in each layer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from mhconvert.errors import BudgetError
 
 from .settings import MoHSettings
 
-ROUNDING = 1e-9  # of a head: 2 / 3 of nine heads are six
-SURVEYED = 6  # numbers of active heads, at most, at which a survey measures a layer
+ROUNDING = 1e-9  # of a head, so that 2 / 3 of nine heads are six
+SURVEYED = 6  # a survey measures a layer at no more than so many numbers of active heads
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Heads (or groups of them) of each layer: `units` in all, `shared` of every token, `active` of a token.
+    """The routing units of each layer: query heads, or groups of those that read one KV head.
 
-    free: whether the sum of `active` may be divided otherwise over the layers.
+    Attributes:
+        units: of a layer.
+        shared: per layer, units that every token has.
+        active: per layer, units that a token has, the shared ones included.
+        free: whether the sum of `active` may be divided otherwise over the layers.
     """
 
     units: int
@@ -28,20 +32,25 @@ class Heads:
 
     @property
     def least(self) -> list[int]:
-        """Of active heads, in each layer."""
+        """The least number of active units of each layer."""
         return [max(1, n) for n in self.shared]
 
     def survey_shares(self) -> tuple[float, ...]:
-        """Active heads at which a survey measures a layer, as shares: at most SURVEYED, and all of them."""
+        """Shares of a layer's units, active, at which a survey measures it: at most SURVEYED, and all of them."""
         numbers = range(min(self.least), self.units)
         step = -(-len(numbers) // SURVEYED)
         return (*(n / self.units for n in numbers[:: step or 1]), 1.0)
 
 
 def heads_of(settings: MoHSettings, units: int, layers: int, survey: bool) -> Heads:
-    """What `settings` mean for `layers` layers of `units` heads or groups. survey: every layer has its share alone.
+    """The shared and active units of each layer that `settings` ask for.
 
-    Raises BudgetError for numbers that do not fit, naming the layer.
+    Args:
+        units: of a layer.
+        layers: their number.
+        survey: whether every layer has exactly the share of active units, as a survey measures them.
+    Raises:
+        BudgetError: for numbers that do not fit, naming the layer.
     """
     kind = settings.route
     shared = _numbers(settings.shared, units, layers, "shared", kind)
@@ -51,7 +60,7 @@ def heads_of(settings: MoHSettings, units: int, layers: int, survey: bool) -> He
     else:
         share = float(settings.active)  # type: ignore[arg-type]  # a list was the case above
         each = int(share * units + ROUNDING)
-        # As many shared heads as active ones: no layer routes, also where the share is no whole number of heads.
+        # With equal shares no layer routes, even where the share is no whole number of heads.
         alike = settings.uniform or settings.shared_heads == "first" or survey or share == settings.shared
         if survey:
             shared = [min(n, each) for n in shared]
@@ -87,7 +96,7 @@ def _numbers(value: Any, units: int, layers: int, name: str, kind: str) -> list[
 
 
 def _at_least(numbers: list[int], least: list[int]) -> list[int]:
-    """The same sum, every entry as large as its least."""
+    """Numbers of the same sum, none of them smaller than its least."""
     found = [max(n, some) for n, some in zip(numbers, least, strict=True)]
     over = sum(found) - sum(numbers)
     while over:
@@ -98,5 +107,5 @@ def _at_least(numbers: list[int], least: list[int]) -> list[int]:
 
 
 def _up(share: float) -> str:
-    """A share that is no smaller, in four digits."""
+    """The share rounded up to four digits."""
     return f"{min(1.0, -(-share * 1e4 // 1) / 1e4):g}"

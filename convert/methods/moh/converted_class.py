@@ -1,4 +1,4 @@
-"""The class and the configuration of a donor's conversion."""
+"""The transformers class and the configuration of a donor converted to a mixture of heads."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from . import modeling_moh
 
 
 def converted_class(donor_config_class: Any) -> Any:
-    """The transformers class that holds a converted donor of a configuration class."""
+    """The causal language model class that holds the conversion of a donor with this configuration class."""
     donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
     return getattr(modeling_moh, f"MoH{donor.__name__}")
 
 
 def mixture_config(donor_config: Any, route: str = "heads", router: str = "learned") -> Any:
-    """The donor's configuration as that of its mixture-of-head class; every head is shared still."""
+    """The donor's configuration as that of its converted class; every head is still shared.
+
+    Args:
+        route: what is routed, "heads" or "groups".
+        router: "learned" or "norm".
+    """
     config_class, facts = converted_class(type(donor_config)).config_class, attention_facts(donor_config)
     units, layers = facts.heads if route == "heads" else facts.kv_heads, donor_config.num_hidden_layers
     config = config_class(

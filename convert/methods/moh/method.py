@@ -1,4 +1,4 @@
-"""MoH as the pass sees it: plan, then one layer at a time, then the config of the result."""
+"""MoH as the pass over the layers sees it: plan, then one layer at a time, then the configuration of the result."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .observed import Observed, observe
 from .settings import MoHSettings
 from .surgery import linear_scores, norm_scores, shared_units
 
-FLOPS_CONTEXT = 2048  # tokens in the cache for which a plan states FLOPs
+FLOPS_CONTEXT = 2048  # tokens in the cache, for the FLOPs that a plan states
 
 
 class MoH:
-    """Multi-head or grouped-query attention → the same heads, of which a token has some (`routing` says which)."""
+    """Multi-head or grouped-query attention → the same heads, of which a router gives each token some."""
 
     replaced = ("self_attn.",)
 
@@ -44,33 +44,38 @@ class MoH:
             self.config.norm_scale, self.config.norm_offset = ([[] for _ in range(layers)] for _ in "ab")
 
     def kv_elements(self) -> int:
-        """Cache elements per token, all layers: the donor's, for any token may be read by any head."""
+        """Cache elements per token, all layers: as many as the donor's, since any head may read any token."""
         return 2 * self.facts.kv_heads * self.facts.head_dim * self.donor_config.num_hidden_layers
 
     @property
     def divisible(self) -> bool:
-        """Whether layers may have numbers of their own."""
+        """Whether layers may have numbers of active heads of their own."""
         return self.effort != "survey" and self.budget.free
 
     @property
     def survey_shares(self) -> tuple[float, ...]:
+        """Shares of a layer's heads, active, at which a survey measures it."""
         return self.budget.survey_shares()
 
     def share_out(self, needs: Sequence[LayerNeed]) -> None:
-        """Divide the active heads over the layers by what a survey found that each needs."""
+        """Divide the active heads over the layers by their measured needs, one for each."""
         budget, total = self.budget, sum(self.budget.active)
         self.active = divide(needs, total, budget.least, budget.units, 1, budget.units)
         self.shared_out = True
 
     def layer_sizes(self, index: int) -> dict[str, int]:
-        """Planned heads of one layer; missing is what the survey chooses."""
+        """Planned heads of one layer; the active ones are missing where a survey will choose them."""
         sizes = {"shared_heads": self.budget.shared[index]}
         known = self.shared_out or not self.divisible
         return {"active_heads": self.active[index]} | sizes if known else sizes
 
     def totals(self) -> dict[str, Any]:
-        """Active heads, KV heads that a decoding step reads where those are routed, and FLOPs of the attention for one
-        token behind FLOPS_CONTEXT others (as many of them as a layer's window shows)."""
+        """Sums over the layers, of the donor and converted.
+
+        Returns:
+            active_heads; kv_heads_read by a decoding step, where groups are routed; attention_flops of one token after
+            FLOPS_CONTEXT others, as far as a layer's window reaches.
+        """
         facts, config, layers = self.facts, self.donor_config, range(len(self.active))
         size = facts.heads // self.budget.units
         heads = {"donor": len(layers) * facts.heads, "converted": size * sum(self.active)}
@@ -90,13 +95,13 @@ class MoH:
         return found | {"attention_flops": flops}
 
     def new_parameters(self) -> int:
-        """Parameters of the mean layer's attention, its router's included."""
+        """Parameters of the mean layer's attention, its router included."""
         own, of_router = self._parameters
         return own + math.ceil(sum(map(of_router, range(len(self.active)))) / len(self.active))
 
     @property
     def _parameters(self) -> tuple[int, Callable[[int], int]]:
-        """Of a donor layer's attention, and of a layer's router: nothing is allocated for them."""
+        """The parameters of a donor layer's attention, and of the router of any layer; counted on the meta device."""
         config = self.example_config()
         known: dict[tuple[int, int], int] = {}
         with torch.device("meta"):
@@ -115,7 +120,7 @@ class MoH:
         return sum(p.numel() for p in donor.parameters()), of_router
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
-        """The donor's attention, and what `inputs` (N, L, D), its calibration text, says of its heads."""
+        """The donor's attention, and what its heads add to the calibration text `inputs` (N, L, D)."""
         config = mixture_config(self.donor_config, self.settings.route)
         return observe(attention, config, inputs, rotary.embeddings)
 
@@ -127,7 +132,7 @@ class MoH:
         targets: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """The attention of layer `index` that routes, fp32 on the embeddings' device, and what was chosen."""
+        """The routed attention of layer `index`, float32 on the embeddings' device, and the heads chosen for it."""
         count, seen = self.budget.shared[index], statistics.statistics
         first = self.settings.shared_heads == "first"
         shared = list(range(count)) if first else shared_units(seen, count)
@@ -151,11 +156,11 @@ class MoH:
         _set(self.config, index, chosen)
 
     def finish(self) -> Any:
-        """The configuration of the converted model, every layer's heads filled in."""
+        """The configuration of the converted model with the heads of every layer."""
         return copy.deepcopy(self.config)
 
     def example_config(self) -> Any:
-        """A configuration of the planned size: the first heads are shared, where the pass would choose."""
+        """A configuration of the planned size in which each layer's first heads are the shared ones."""
         config = self.finish()
         for index, (active, shared) in enumerate(zip(self.active, self.budget.shared, strict=True)):
             chosen: dict[str, Any] = {"active_heads": active, "shared_heads": list(range(shared))}
@@ -175,7 +180,7 @@ class MoH:
         return self.settings.router == "norm" and self.settings.shared_heads == "calibrated"
 
     def _donor_attention(self) -> nn.Module:
-        """A donor layer's attention, of the current default device; all layers' have the same shapes."""
+        """A new attention module of the donor's class on the current default device; all layers have its shapes."""
         donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.donor_config)]
         config = copy.deepcopy(self.donor_config)
         config.num_hidden_layers = 1
@@ -190,7 +195,7 @@ def _set(config: Any, index: int, chosen: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _learn(router: Any, weight: Tensor, bias: Tensor) -> None:
-    """Scores from the closed form; every gate 1."""
+    """Write the closed form's scores into `router`; every gate is 1."""
     for parameter in router.parameters():
         parameter.zero_()
     router.score.weight.copy_(weight)

@@ -1,4 +1,4 @@
-"""What the pass keeps of a donor layer whose heads are to be routed."""
+"""What MoH conversions of a donor layer need of it: its attention, and what each of its heads adds to a token."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from .modeling_moh import MixtureOfHeadAttention
 from .surgery import RoutingStatistics
 
-STEP_TOKENS = 4096  # that are looked at together
+STEP_TOKENS = 4096  # tokens per forward pass
 
 
 @dataclass(frozen=True)
 class Observed:
-    """All of a donor layer that its conversions read, whatever their budgets."""
+    """What conversions of one donor layer read, the same for every budget.
+
+    Attributes:
+        attention: the donor's module, float32.
+        statistics: sums over the calibration text.
+    """
 
     attention: nn.Module
     statistics: RoutingStatistics
@@ -26,9 +31,12 @@ class Observed:
 def observe(
     attention: Any, config: Any, inputs: Tensor, position_embeddings: tuple[Tensor, Tensor]
 ) -> Observed:
-    """The donor's `attention` and what its units add to the tokens of `inputs` (N, L, D).
+    """The donor's `attention` and what its units (heads, or groups of them) add to the tokens of `inputs`.
 
-    config: of the mixture that the donor is with all heads active, which says what a unit is.
+    Args:
+        config: of the converted class with all heads active, which says what a unit is.
+        inputs: (N, L, D), what the attention reads on calibration text.
+        position_embeddings: (cos, sin), each (1, L, rotary width).
     """
     index, device = attention.layer_idx, position_embeddings[0].device
     whole = MixtureOfHeadAttention(attention, config, index)

@@ -1,7 +1,11 @@
-"""Which heads a token can do without: closed forms for routers, from what each head adds. Pure; float64.
+"""Closed forms for routers: which heads a token can do without, from what each head adds to it. Pure; float64.
 
-N tokens, U routing units (heads or groups of them), D hidden_size. The energy of a unit at a token is ‖Σ o_h W_O^h‖²
-over its heads: what leaving it out changes in the attention's output.
+N tokens, U routing units (heads or groups of them), R routed units, D hidden_size. The energy of a unit at a token is
+‖Σ o_h W_O^h‖² over its heads: the squared error of the attention's output when the unit is left out.
+
+Source: MoH, arXiv 2410.11842, which trains its routers; for pretrained models it scores heads by the norms of their
+queries and shares the first heads. Different here: scores are fitted to the energies, and the heads that add most are
+shared.
 """
 
 from __future__ import annotations
@@ -12,14 +16,18 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-3  # of the inputs' mean energy
-TINY = 1e-30  # an energy below it counts as this
+TINY = 1e-30  # smaller energies are counted as this one, whose logarithm is finite
 
 
 @dataclass
 class RoutingStatistics:
-    """Sums over tokens of the attention input x, the logarithms e of the units' energies, and l of their query norms.
+    """Sums over tokens of the attention input x, of e = log energy and of l = log ‖q‖ of each unit.
 
-    moment (D + 1, D + 1) of [x; 1]; cross (D + 1, U) of [x; 1] and e; norms (3, U): l, l², l · e; count: of tokens.
+    Attributes:
+        moment: (D + 1, D + 1), of [x; 1] [x; 1]ᵀ.
+        cross: (D + 1, U), of [x; 1] eᵀ.
+        norms: (3, U), of l, l² and l · e.
+        count: the number of tokens.
     """
 
     moment: Tensor
@@ -29,13 +37,13 @@ class RoutingStatistics:
 
     @staticmethod
     def empty(width: int, units: int) -> RoutingStatistics:
-        """Of no token."""
+        """Statistics of no tokens yet."""
         zeros = torch.zeros(width + 1, width + 1 + units, dtype=torch.float64)
         moment, cross = zeros.split((width + 1, units), dim=1)
         return RoutingStatistics(moment.clone(), cross.clone(), torch.zeros(3, units, dtype=torch.float64))
 
     def add(self, x: Tensor, energies: Tensor, squared_norms: Tensor) -> None:
-        """x (N, D), energies (N, U), squared query norms (N, U), of any dtype and device."""
+        """Add N tokens: x (N, D), energies (N, U), squared query norms (N, U), of any dtype and device."""
         whole = torch.cat((x.float(), x.new_ones(len(x), 1).float()), dim=1)
         e = energies.double().clamp_min(TINY).log()
         size = squared_norms.double().clamp_min(TINY).log() / 2
@@ -46,7 +54,7 @@ class RoutingStatistics:
 
     @property
     def mean_log_energies(self) -> Tensor:
-        """(U,)"""
+        """(U,), of each unit over the tokens."""
         return self.cross[-1] / self.count
 
 
@@ -57,20 +65,23 @@ def shared_units(statistics: RoutingStatistics, count: int) -> list[int]:
 
 
 def linear_scores(statistics: RoutingStatistics, units: list[int]) -> tuple[Tensor, Tensor]:
-    """weight (R, D) and bias (R,) of the ridge regression of the units' log energies on x.
+    """Weight (R, D) and bias (R,) of the ridge regression of the log energies of `units` on x.
 
-    The logarithm makes every token count alike, whatever the size of its attention output, and the differences that
-    decide between heads are ratios.
+    With logarithms every token counts alike, whatever the norm of its attention output, and what decides between two
+    heads is the ratio of their energies.
     """
     moment = statistics.moment
     damping = RIDGE * moment.diagonal()[:-1].mean() * torch.eye(len(moment), dtype=moment.dtype)
-    damping[-1, -1] = 0  # means are free
-    found = torch.linalg.solve(moment + damping, statistics.cross[:, units])
-    return found[:-1].mT.contiguous(), found[-1]
+    damping[-1, -1] = 0  # biases are not shrunk
+    solution = torch.linalg.solve(moment + damping, statistics.cross[:, units])
+    return solution[:-1].mT.contiguous(), solution[-1]
 
 
 def norm_scores(statistics: RoutingStatistics, units: list[int]) -> tuple[list[float], list[float]]:
-    """Scale and offset of each unit's log ‖q‖, by regression of its log energy: so no unit wins by the size of W_Q."""
+    """Scale and offset for log ‖q‖ of each of `units`, by regression of its log energy.
+
+    So a unit is not preferred merely because its W_Q is large.
+    """
     size, squares, products = (row[units] / statistics.count for row in statistics.norms)
     e = statistics.mean_log_energies[units]
     spread = squares - size.square()
