@@ -94,7 +94,7 @@ def floor(module: str) -> int:
 def convert_floor(module: str) -> int:
     """The number of a module's floor in CONVERT_FLOORS, of a module in convert/."""
     parts = module.split(".")[2:]
-    torch_free = parts[-1] in ("settings", "info", "registry") or parts == ["methods"]
+    torch_free = parts[-1] in ("settings", "info", "method_info", "registry") or parts == ["methods"]
     word = "methods/settings" if parts[0] == "methods" and torch_free else parts[0]
     return next(index for index, names in enumerate(CONVERT_FLOORS) if word in names)
 

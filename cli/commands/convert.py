@@ -14,7 +14,7 @@ from ...convert.recipe.heal_settings import HealSettings, token_count
 from .. import adapter_tables
 from ..options import common
 from ..options.common import ANY_METHOD, CALIBRATION, method_groups, recipe_group
-from ..options.from_settings import settings_options
+from ..options.from_settings import Group, settings_options
 from ..options.to_recipe import recipe_of, require_applicable
 from ..output import Flags, calm_transformers, execute, show_report, shown
 from ..progress import progress
@@ -33,20 +33,22 @@ Survey = Annotated[
         help="With --dry-run: read DONOR and divide the budget over its layers; with --json a file for --plan.",
     ),
 ]
+OF_A_PASS = ("heal", "resume", "survey")  # options of this command that an adapter has no use for
 INTERRUPTED = "interrupted; the same command with --resume continues after what is finished"
 
 
-GROUPS = (
-    *method_groups(METHOD_NAMES),
-    recipe_group("Conversion", "tolerance", "effort", "fit_steps"),
-    CALIBRATION,
-    recipe_group("Output", "dtype", "device", "max_shard_size", "verify"),
-    ANY_METHOD,
-)
-OF_A_PASS = ("heal", "resume", "survey")  # options of this command that an adapter has no use for
+def groups() -> tuple[Group, ...]:
+    """The options of the methods that are known, and those of every conversion."""
+    return (
+        *method_groups(METHOD_NAMES),
+        recipe_group("Conversion", "tolerance", "effort", "fit_steps"),
+        CALIBRATION,
+        recipe_group("Output", "dtype", "device", "max_shard_size", "verify"),
+        ANY_METHOD,
+    )
 
 
-@settings_options(*GROUPS)
+@settings_options(*groups())
 def command(
     donor: common.Donor,
     to: common.Method,
@@ -62,7 +64,7 @@ def command(
     **options: Any,
 ) -> None:
     """Convert DONOR's attention, or put an adapter beside it; DONOR itself is only read."""
-    require_applicable(to, GROUPS, options)
+    require_applicable(to, groups(), options)
     for name, value in zip(OF_A_PASS, (heal, resume, survey), strict=True):
         if to in ADAPTERS and value:
             raise typer.BadParameter(f"--{name} does not apply to {to}")
@@ -77,7 +79,7 @@ def command(
         from mhconvert import api
 
         calm_transformers()
-        recipe = recipe_of(donor, to, GROUPS, options, output=common.written(output), heal=healing)
+        recipe = recipe_of(donor, to, groups(), options, output=common.written(output), heal=healing)
         if dry_run:
             with progress(quiet or not survey) as listener:
                 return api.plan(recipe, survey=survey, on_progress=listener)

@@ -10,7 +10,7 @@ import typer
 from ...convert.methods.registry import CACHE_METHODS
 from ..options import common
 from ..options.common import ANY_METHOD, CALIBRATION, method_groups, recipe_group
-from ..options.from_settings import settings_options
+from ..options.from_settings import Group, settings_options
 from ..options.to_recipe import recipe_of, require_applicable
 from ..output import Flags, calm_transformers, execute
 from ..progress import progress
@@ -42,15 +42,19 @@ Text = Annotated[
 ]
 TextRows = Annotated[int, typer.Option(metavar="N", help="Rows of --text.")]
 FIELDS = ("profile", "uniform", "regroup", "min_heads", "max_heads", "head_multiple")  # beside the budgets
-GROUPS = (
-    *method_groups(CACHE_METHODS, FIELDS),
-    recipe_group("Conversion", "effort", "fit_steps", "dtype", "device"),
-    CALIBRATION,
-    ANY_METHOD,
-)
 
 
-@settings_options(*GROUPS)
+def groups() -> tuple[Group, ...]:
+    """The options of the methods that are known, and those of every conversion."""
+    return (
+        *method_groups(CACHE_METHODS, FIELDS),
+        recipe_group("Conversion", "effort", "fit_steps", "dtype", "device"),
+        CALIBRATION,
+        ANY_METHOD,
+    )
+
+
+@settings_options(*groups())
 def command(
     donor: common.Donor,
     to: common.CacheMethod,
@@ -65,7 +69,7 @@ def command(
     **options: Any,
 ) -> None:
     """Measure DONOR's conversion at several KV budgets in one pass, and draw it. Writes no checkpoint."""
-    require_applicable(to, GROUPS, options)
+    require_applicable(to, groups(), options)
     files = list(output or ())
 
     def work(_: TextIO) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def command(
 
         calm_transformers()
         curve_plot.check(files, force)
-        recipe = recipe_of(donor, to, GROUPS, options)
+        recipe = recipe_of(donor, to, groups(), options)
         with progress(quiet) as listener:
             result = api.curve(
                 recipe,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
+from ...convert.methods.registry import METHOD_NAMES, forms, info
 from .. import adapter_tables
 from ..options import common
 from ..output import Flags, calm_transformers, execute, shown
@@ -16,13 +17,17 @@ Exported = Annotated[
     str,
     typer.Argument(metavar="CKPT", help="A folder that mhconvert wrote, or the folder of a saved adapter."),
 ]
+WRITTEN = "; ".join(
+    f"{', '.join(form.name for form in method.forms)}: of {method.label}"
+    for method in map(info, METHOD_NAMES)
+    if method.forms
+)
 To = Annotated[
-    Literal["auto", "deepseek_v3", "youtu", "own", "gguf", "llama", "nemotron-nas", "lora"],
+    str,
     typer.Option(
         "--to",
-        help="deepseek_v3, youtu, own, gguf: of mla --profile portable; llama, nemotron-nas: of dha; lora: of hydra; "
-        "auto: the first of these that is exact, and why.",
-        show_choices=False,
+        callback=common.one_of(("auto", *forms()), "a form"),
+        help=f"{WRITTEN}; auto: the first of these that is exact, and why.",
         metavar="FORM",
     ),
 ]

@@ -18,12 +18,12 @@ def _described(methods: Collection[str]) -> str:
     return "; ".join(f"{name}: {info(name).help}" for name in methods)
 
 
-def _one_of(names: Collection[str], kind: str) -> Callable[[str], str]:
-    """A check that a word names a method among `names`, which are said to be of this `kind`."""
+def one_of(names: Collection[str], kind: str) -> Callable[[str], str]:
+    """A check that a word is among `names`, which are of this `kind`."""
 
     def check(name: str) -> str:
         if name not in names:
-            raise typer.BadParameter(f"'{name}' is not a method{kind}; choose one of {', '.join(names)}")
+            raise typer.BadParameter(f"'{name}' is not {kind}; choose one of {', '.join(names)}")
         return name
 
     return check
@@ -65,7 +65,7 @@ Method = Annotated[
     str,
     typer.Option(
         "--to",
-        callback=_one_of(METHOD_NAMES, ""),
+        callback=one_of(METHOD_NAMES, "a method"),
         metavar="METHOD",
         help=f"{_described(METHOD_NAMES)}.",
     ),
@@ -74,7 +74,7 @@ AnyMethod = Annotated[
     str,
     typer.Option(
         "--to",
-        callback=_one_of(METHODS, " that rewrites layers"),
+        callback=one_of(METHODS, "a method that rewrites layers"),
         metavar="METHOD",
         help="With --random, the conversion to time: mla, dha, or moh, whose --kv-budget is its share of active heads.",
     ),
@@ -83,7 +83,7 @@ CacheMethod = Annotated[
     str,
     typer.Option(
         "--to",
-        callback=_one_of(CACHE_METHODS, " that changes the KV cache"),
+        callback=one_of(CACHE_METHODS, "a method that changes the KV cache"),
         metavar="METHOD",
         help=f"{_described(CACHE_METHODS)}.",
     ),

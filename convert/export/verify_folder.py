@@ -16,7 +16,7 @@ from mhconvert.progress import Listener, Progress, ignore
 from .. import open_model
 from ..bare_process.reload import verify, write_probe
 from ..checkpoint import identity
-from ..checkpoint.provenance import PROVENANCE
+from ..checkpoint.provenance import read_record
 from ..storage.folder_kind import is_adapter
 from ..storage.safetensors_reader import read_json
 from . import same_outputs
@@ -112,7 +112,7 @@ def _require_one_vocabulary(folder: Path, vocab_size: int, twin: str) -> None:
 
 def _twin(reference: str, folder: Path) -> str:
     """The model that the folder should equal: of an export its checkpoint; else the folder, in this package's class."""
-    exported = _record(folder).get("exported") or {}
+    exported = read_record(folder).get("exported") or {}
     source = exported.get("source") or exported.get("checkpoint")
     if source is not None and Path(source).is_dir():
         return str(source)
@@ -127,14 +127,6 @@ def _twin(reference: str, folder: Path) -> str:
 
 def _tolerance(folder: Path) -> float:
     """The default tolerance: larger for exports whose weights were multiplied and rounded."""
-    exported = _record(folder).get("exported") or {}
+    exported = read_record(folder).get("exported") or {}
     rounded = exported.get("to") in ("deepseek_v3", "youtu") and exported.get("dtype") != "float32"
     return same_outputs.ROUNDED if rounded or exported.get("exact") is False else same_outputs.TOLERANCE
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,8 @@ import transformers
 from mhconvert.errors import ExportError
 
 from ... import open_model
-from ...checkpoint import identity, provenance
+from ...checkpoint import identity
+from ...checkpoint.provenance import read_record
 from ...families.facts import attention_facts, class_free_values
 from ...methods.dha.configuration_dha import DecoupledHeadFields
 from ...storage.safetensors_reader import SafetensorsSource
@@ -98,7 +98,7 @@ def open_dha(reference: str, to: str) -> DHACheckpoint:
         found = f"was made by {method}" if method else "is no checkpoint that mhconvert converted"
         raise ExportError(f"{reference} {found}; {to} takes what 'mhconvert DONOR --to dha' makes")
     stock = identity.converted_method(str(folder)) is None
-    record = _record(folder)
+    record = read_record(folder)
     if "exported" in record:
         raise ExportError(f"{reference} is an export itself; export the checkpoint that it was made of")
     config = open_model.read_config(str(folder), "dha")
@@ -106,15 +106,6 @@ def open_dha(reference: str, to: str) -> DHACheckpoint:
     checkpoint = DHACheckpoint(reference, folder, config, donor_config, stock, record)
     _require_plain_scores(checkpoint)
     return checkpoint
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    """mhconvert.json; empty where it is missing, which does not prevent an export."""
-    try:
-        found = json.loads((folder / provenance.PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _donor_config(config: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from mhconvert.errors import ExportError
 from mhconvert.progress import Listener, Progress, ignore
 
 from ... import open_model
-from ...checkpoint import identity, provenance
+from ...checkpoint import identity
+from ...checkpoint.provenance import read_record
 from ...layer_pass.cost_estimate import SLACK_BYTES
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ...storage.output_folder import check_free, whole_folder
@@ -138,7 +138,5 @@ def _write(
 
 def donor_of(folder: Path) -> dict[str, Any]:
     """What the checkpoint's mhconvert.json says of its donor; nothing where it has lost the file."""
-    try:
-        return dict(json.loads((folder / provenance.PROVENANCE).read_text(encoding="utf-8"))["donor"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    donor = read_record(folder).get("donor")
+    return donor if isinstance(donor, dict) else {}

@@ -97,7 +97,7 @@ def test_a_registered_method_converts_reports_and_evaluates(
     assert not list(out.glob("*.py"))
     found = api.evaluate(
         str(out),
-        EvalSettings(texts=(text,), sequences=2, sequence_length=64),
+        EvalSettings(text=(text,), sequences=2, sequence_length=64),
         against=str(donor),
         device="cpu",
     )

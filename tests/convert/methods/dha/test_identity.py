@@ -205,24 +205,3 @@ def test_gradients_reach_every_parameter() -> None:
     model, ids = mapped(donor_model(heads=4, kv_heads=4), *MAPS[0]).train(), token_ids(2, 16)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-
-
-def test_what_shipped_files_have_in_common_is_the_same() -> None:
-    """Each is shipped alone, so some methods are there twice."""
-    import inspect
-
-    from mhconvert.convert.methods.dha import configuration_dha, modeling_dha
-    from mhconvert.convert.methods.mla import configuration_mla, modeling_mla
-
-    pairs = (
-        (modeling_dha.DecoupledHeadModel._apply, modeling_mla.LatentAttentionModel._apply),
-        (modeling_dha.DecoupledHeadAttention.own_mask, modeling_mla.LatentAttention.own_mask),
-        (modeling_dha.DecoupledHeadForCausalLM.__init__, modeling_mla.LatentAttentionForCausalLM.__init__),
-        (
-            configuration_dha.DecoupledHeadFields.layer_window,
-            configuration_mla.LatentAttentionFields.layer_window,
-        ),
-    )
-    for ours, theirs in pairs:
-        expected = inspect.getsource(theirs).replace("LatentAttentionFields", "DecoupledHeadFields")
-        assert inspect.getsource(ours) == expected
