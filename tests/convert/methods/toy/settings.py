@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
+from mhconvert.convert.validation.option import Option
+from mhconvert.convert.validation.settings import Settings
 from mhconvert.errors import BudgetError
 
 
 @dataclass(frozen=True)
-class GQASettings:
-    """kv_budget: share of the donor's KV heads that may be left, in (0, 1]."""
+class GQASettings(Settings):
+    """How many of the donor's KV heads are left."""
 
-    kv_budget: float = 0.5
+    fault = BudgetError
 
-    def __post_init__(self) -> None:
-        if not 0 < self.kv_budget <= 1:
-            raise BudgetError(
-                f"kv_budget={self.kv_budget} is outside (0, 1]; it is a share of the donor's KV heads"
-            )
+    kv_budget: Annotated[
+        float, Option("Share of the donor's KV heads that may be left.", "SHARE", gt=0, le=1)
+    ] = 0.5
 
     def at_budget(self, share: float) -> GQASettings:
         """The same choices at another budget."""
