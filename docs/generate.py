@@ -110,7 +110,7 @@ def _row(field: Declared) -> tuple[str, ...]:
     default = "required" if field.required else _cell(field.option.default)
     if not default:
         default = _default(None if inner is not None else field.default)
-    bounds = " ".join(f"{SIGNS[name]} {bound:g}" for name, bound in field.option.bounds.items())
+    bounds = " ".join(f"{SIGNS[name]} {bound}" for name, bound in field.option.bounds.items())
     kind = _cell(expected(field.hint, field.option.also)) + (f", {bounds}" if bounds else "")
     flag = f"`{field.flag}`" if field.flag and inner is None else ""
     return f"`{field.name}`", kind, default, flag, _cell(field.option.help)

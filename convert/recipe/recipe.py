@@ -98,7 +98,9 @@ class Recipe(Settings):
         ),
     ] = None
     output: Annotated[str | None, Option("Folder to write.", "OUT", flag="", default="./DONOR-METHOD")] = None
-    calibration: Calibration = field(default_factory=Calibration)
+    calibration: Annotated[
+        Calibration, Option("Text that the statistics and the layer-local fit see.", flag="")
+    ] = field(default_factory=Calibration)
     effort: Annotated[
         Effort,
         Option("quick: the closed form alone; default: and a fit of every layer; high: two longer ones."),
