@@ -8,7 +8,7 @@ NOISE = "≈: within two standard errors of the paired difference from the first
 
 
 def show(result: dict[str, Any], console: Any) -> None:
-    """Print models and texts, then tasks, then retrieval; each where there is any."""
+    """Print the tables that an evaluation has: models and texts, tasks, retrieval."""
     names = [model["name"] for model in result["models"]]
     if result["texts"]:
         _texts(result, names, console)
@@ -75,7 +75,7 @@ def _tasks(result: dict[str, Any], names: list[str], console: Any) -> None:
 
 
 def _cell(cell: dict[str, Any], share: bool) -> str:
-    """Value ± standard error, in percent of a share, and the difference where there is one: 43.2 ± 2.2 (−1.4 ≈)."""
+    """A value with its standard error, and its difference from the donor: 43.2 ± 2.2 (−1.4 ≈)."""
     if not isinstance(cell["value"], (int, float)):
         return "–"
     scale, digits = (100.0, 1) if share else (1.0, 3)

@@ -1,4 +1,4 @@
-"""`mhconvert DONOR --to METHOD` and the subcommands. The first word that is not a subcommand is a donor."""
+"""The `mhconvert` script: the subcommands, and `mhconvert DONOR --to METHOD` as short for `mhconvert convert`."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _root(
 
 
 def arguments(words: list[str]) -> list[str]:
-    """The words with `convert` before them where they name a donor instead of a subcommand."""
+    """Return the command line with `convert` in front where its first word is no subcommand and so names a donor."""
     if (
         not words
         or words[0] in (*COMMANDS, *GROUPS)
@@ -110,7 +110,7 @@ def arguments(words: list[str]) -> list[str]:
 
 
 def _misspelt(words: list[str]) -> str | None:
-    """The subcommand that was probably meant, where a conversion was not."""
+    """Return the subcommand that was probably meant by the first word, or None."""
     if not words or words[0].startswith("-") or "--to" in words:
         return None
     return next(iter(difflib.get_close_matches(words[0], [*COMMANDS, *GROUPS], n=1, cutoff=0.7)), None)

@@ -26,7 +26,7 @@ LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 @dataclass(frozen=True)
 class Flags:
-    """What all commands share."""
+    """The flags that all commands have."""
 
     json: bool = False
     quiet: bool = False
@@ -72,7 +72,7 @@ def execute(
 
 
 def shown(quiet: bool, show: Show) -> Show:
-    """`show`, or the folder alone when `quiet`."""
+    """Return `show`, or with `quiet` a function that prints the output folder alone."""
 
     def folder(report: dict[str, Any], console: Any) -> None:
         console.out(report["output"], highlight=False)
@@ -112,7 +112,7 @@ def _fail(flags: Flags, message: str, error: BaseException, code: int) -> NoRetu
 
 @contextmanager
 def _guarded_stdout() -> Iterator[TextIO]:
-    """The real stdout; whatever else writes to stdout, Python or C or a child process, reaches stderr."""
+    """Yield the real stdout, while everything else that writes to it (Python, C, child processes) reaches stderr."""
     real, copy = sys.stdout, None
     real.flush()
     try:
@@ -136,7 +136,7 @@ def _guarded_stdout() -> Iterator[TextIO]:
 
 
 def _calm(flags: Flags) -> None:
-    """Keep the libraries' own warnings and bars away unless --debug asks for them. Before they are imported."""
+    """Silence the libraries' warnings and progress bars unless --debug is given; called before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if flags.quiet or flags.json or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -151,7 +151,7 @@ def _calm(flags: Flags) -> None:
 
 
 def calm_harness(debug: bool) -> None:
-    """Silence the bars and the chatter of lm-eval and datasets. Before they are imported."""
+    """Silence the progress bars and logs of lm-eval and datasets; called before they are imported."""
     if not debug:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")

@@ -39,7 +39,7 @@ EACH = ("layers", "blocks")  # stages of which every step has a line of its own;
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Listener]:
-    """A listener that shows what it is told for as long as the context lasts."""
+    """Yield a listener that shows the progress it is told, for as long as the context lasts."""
     if quiet:
         yield ignore
     elif sys.stderr.isatty():
@@ -51,7 +51,7 @@ def progress(quiet: bool) -> Iterator[Listener]:
 
 @dataclass
 class Pace:
-    """Time left in a stage, from the speed since its first event (a resumed stage does not begin at 0)."""
+    """Estimates the time left in a stage from its speed since the first event; a resumed stage does not start at 0."""
 
     stage: str = ""
     begun: float = 0.0
@@ -70,7 +70,7 @@ class Pace:
 
 @dataclass
 class PlainLines:
-    """One line an event, thinned to tenths where steps are many."""
+    """Prints one line for each event, and where there are many steps one for each tenth."""
 
     stream: TextIO
     pace: Pace = field(default_factory=Pace)

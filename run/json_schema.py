@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe's file, from the declarations of its settings: for editors, and for other programs."""
+"""The JSON Schema of a recipe's file, generated from the declarations of its settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Schema = dict[str, Any]
 
 
 def schema() -> Schema:
-    """What `load` takes, but for fields that depend on each other and numbers written as text (1e-3 in YAML 1.1).
+    """Return the schema of what `whole_recipe.load` accepts; `settings` depends on the method that the recipe names.
 
-    `settings` has the keys of the method that the recipe names.
+    It does not cover fields that depend on each other, and numbers written as text (1e-3 is text in YAML 1.1).
     """
     from pydantic import TypeAdapter
 
@@ -48,7 +48,7 @@ def _reference(kind: Any) -> Schema:
 
 
 def _plain(node: Any) -> Any:
-    """Without pydantic's titles, which repeat the keys."""
+    """Return the schema without pydantic's titles, which repeat the keys."""
     if isinstance(node, dict):
         return {
             key: _plain(value) for key, value in node.items() if key != "title" or not isinstance(value, str)
@@ -57,7 +57,7 @@ def _plain(node: Any) -> Any:
 
 
 def _complete(mapping: Schema, fields: dict[str, Declared]) -> None:
-    """Say that there are no other keys, and that null stands for a field whose default is None."""
+    """Refuse unknown keys, and accept null for a field whose default is None."""
     mapping["additionalProperties"] = False
     for name, field in fields.items():
         known = mapping["properties"][name]

@@ -1,4 +1,4 @@
-"""What the stages of a run have made, kept beside its output: `OUT.run.json`."""
+"""The record of a run's finished stages, kept beside its output as `OUT.run.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..convert.checkpoint.fingerprint import of_folder
 
 
 class Ledger:
-    """Each stage's inputs, as a hash, and its output with the hash of that: a stage is done while both still hold."""
+    """For each finished stage the hash of its inputs and of its output; a stage is done while neither has changed."""
 
     def __init__(self, output: Path) -> None:
         self.file = output.with_name(f"{output.name}.run.json")
@@ -24,7 +24,7 @@ class Ledger:
             self._stages = {}
 
     def done(self, stage: str, inputs: Any) -> dict[str, Any] | None:
-        """What `record` was given for `stage`, if it had these inputs and its output is still what it was."""
+        """Return what `record` stored for `stage` if its inputs and its output are unchanged, else None."""
         entry = self._stages.get(stage)
         if not isinstance(entry, dict) or entry.get("inputs") != digest(inputs):
             return None
@@ -34,7 +34,7 @@ class Ledger:
         return entry
 
     def known(self, stage: str, output: Path) -> bool:
-        """Whether `output` is what an earlier run of `stage` has made, so that the stage may replace it."""
+        """Whether `output` was made by an earlier run of `stage`, which may then replace it."""
         entry = self._stages.get(stage)
         return isinstance(entry, dict) and entry.get("output") == str(output)
 
@@ -53,12 +53,12 @@ class Ledger:
 
 
 def digest(inputs: Any) -> str:
-    """The SHA-256 of plain values."""
+    """Return the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def mark(output: Path) -> str | None:
-    """The hash of a checkpoint's model files, or of a file; None where there is nothing."""
+    """Return the hash of a checkpoint's model files, or of a file; None where it does not exist."""
     try:
         if output.is_dir():
             return of_folder(output)

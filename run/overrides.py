@@ -1,4 +1,4 @@
-"""Values given beside a recipe's file: `heal.tokens=1B`."""
+"""Overrides of a recipe's values from the command line: `--set heal.tokens=1B`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from ..convert.validation.yaml_file import Document, Keys, Origins
 
 
 def apply(document: Document, overrides: Sequence[str]) -> Document:
-    """The document with `key.sub=value` in place of what it has there, in order; the value is YAML.
+    """Return the document with each `key.sub=value` applied in order; the values are YAML.
 
-    A mapping that is missing or null begins with the key that goes into it; null takes a stage out. What has come from
-    an override has it for its origin. Raises RecipeError for one that is no key=value, has no value, or goes into what
-    is no mapping; whether there is such a key, the reader of the document finds.
+    A mapping that is missing or null is created for a key that goes into it; null removes a stage. The origin of a
+    value that was set is the override. Whether the recipe has such a key is checked by the reader of the document.
+
+    Raises:
+        RecipeError: An override is not key=value, has no value, or goes into something that is not a mapping.
     """
     values, places = copy.deepcopy(document.values), dict(document.origins.places)
     for text in overrides:

@@ -1,4 +1,4 @@
-"""Run a recipe: a file, or the name of one that ships."""
+"""`mhconvert.run`: run a recipe, given as a file or as the name of one that ships."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes that ship with the package, and how one is named."""
+"""The recipes that ship with the package."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ class Entry:
 
 
 def names() -> list[str]:
-    """The shipped recipes by name, without the suffix, sorted."""
+    """Return the names of the shipped recipes, sorted, without suffix."""
     return sorted(path.stem for path in _folder().glob(f"*{SUFFIX}"))
 
 
 def find(name_or_path: str) -> Path:
-    """The file that a word names: a path, or a shipped recipe with or without `recipes/` and `.yaml`.
+    """Return the file of a recipe: a path, or a shipped recipe's name with or without `recipes/` and `.yaml`.
 
-    Raises RecipeError, with the names that are near, where there is neither.
+    Raises:
+        RecipeError: There is neither; the message has the names that are similar.
     """
     path = Path(name_or_path).expanduser()
     if path.is_file():
@@ -53,7 +54,7 @@ def find(name_or_path: str) -> Path:
 
 
 def entry(path: Path) -> Entry:
-    """What a list says of the recipe in a file. Raises RecipeError where it is none."""
+    """Return what `recipes list` shows of a recipe's file. Raises RecipeError where it is not a recipe."""
     document = yaml_file.read(path)
     recipe = RunRecipe.from_dict(document.values, document.origins)
     comment = path.read_text(encoding="utf-8").partition("\n")[0]

@@ -1,4 +1,4 @@
-"""What the stages of a run read: hashed, so that a stage is done again when any of it changes."""
+"""What each stage of a run reads, as hashes: a stage is repeated when any of them changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BEHIND = ("heal", "eval", "export", "push")  # of the recipe: the stages after t
 
 
 def of_conversion(recipe: RunRecipe) -> dict[str, Any]:
-    """Its part of the recipe, the donor's files where they are here, and the calibration text."""
+    """Hashes for the conversion: its part of the recipe, the donor's local files, the calibration text."""
     plain = recipe.to_dict()
     words = {key: value for key, value in plain.items() if key not in (*ELSEWHERE, *BEHIND)}
     return {
@@ -27,14 +27,14 @@ def of_conversion(recipe: RunRecipe) -> dict[str, Any]:
 
 
 def of_healing(recipe: RunRecipe) -> dict[str, Any]:
-    """The teacher's files where they are here, and the text."""
+    """Hashes for healing: the teacher's local files and the text."""
     heal = recipe.convert.heal
     assert heal is not None
     return {"teacher": model_mark(heal.teacher or recipe.convert.model), "text": files(heal.data)}
 
 
 def of_evaluation(recipe: RunRecipe) -> dict[str, Any]:
-    """The donor's files where they are here, the texts, and the folders of tasks and of their data."""
+    """Hashes for the evaluation: the donor's local files, the texts, the folders of tasks and of their data."""
     stage = recipe.eval
     assert stage is not None
     folders = [folder for folder in (stage.data, stage.include_path) if folder]
@@ -46,13 +46,13 @@ def of_evaluation(recipe: RunRecipe) -> dict[str, Any]:
 
 
 def model_mark(reference: str) -> str | None:
-    """The hash of a model that is a folder or a file here; None of one that its name and revision pin."""
+    """Return the hash of a local model; None for a Hub model, which its name and revision identify."""
     path = Path(reference).expanduser()
     return mark(path) if path.exists() else None
 
 
 def files(sources: Iterable[str]) -> dict[str, str]:
-    """The SHA-256 of each file that `sources` name, by path or glob; datasets and `self` are their names alone."""
+    """Return the SHA-256 of each file that `sources` name by path or glob; datasets and `self` have none."""
     found: dict[str, str] = {}
     for source in sources:
         pattern = str(Path(source).expanduser())

@@ -1,4 +1,4 @@
-"""What a recipe may say about the stages behind the evaluation: export and push."""
+"""Settings of the stages that follow an evaluation: export and push."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each stage of a run does: one call of the library, and what of its answer is kept."""
+"""What each stage of a run does: one call of the library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAGES = ("evaluation.html", "evaluation.md")
 
 @dataclass
 class Run:
-    """A recipe on its way. force: stages run though they are done. results: each stage's status, output and figures."""
+    """The state of a run. force: repeat stages that are done. results: status, output and figures of each stage."""
 
     recipe: RunRecipe
     output: Path
@@ -54,7 +54,7 @@ def conversion(work: Run) -> Any:
 
 
 def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
-    """Raises MhconvertError for what a later stage would be refused for: tasks, files, a form, a token."""
+    """Raise MhconvertError for what a later stage would refuse: tasks, missing files, an unknown form, no token."""
     if recipe.eval is not None and "eval" in stages:
         settings = recipe.eval
         require_available(settings)

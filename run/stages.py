@@ -1,8 +1,8 @@
-"""A recipe's stages in their order: convert, heal, evaluate, export, push. One that is done is not done again.
+"""The stages of a recipe in order: convert, heal, evaluate, export, push. Finished stages are skipped.
 
     recipe ─▶ OUT ─▶ OUT-healed ─▶ evaluation.json and pages in it ─▶ OUT-<form> ─▶ the Hub
 
-What a stage depends on is hashed: its part of the recipe, the model that it begins with, and the files that it reads.
+A stage's inputs are hashed: its part of the recipe, the model that it starts from, and the files that it reads.
 """
 
 from __future__ import annotations
@@ -34,11 +34,15 @@ def run(
     dry_run: bool = False,
     on_progress: Listener,
 ) -> dict[str, Any]:
-    """Do the recipe's stages, or of them `only` those named; returns output, stages and the evaluation's result.
+    """Run the recipe's stages in order; return output (folder), stages and the evaluation's result.
 
-    dry_run: nothing is done, and each stage's status says whether it would be. A stage that is interrupted is resumed
-    by the next run. Raises MhconvertError; RecipeError for a stage that the recipe does not have, or whose model is
-    not there.
+    Args:
+        only: Names of the stages to run; empty: all.
+        force: Repeat stages that are done.
+        dry_run: Only say which stages would run.
+    Raises:
+        RecipeError: The recipe lacks a stage of `only`, or the checkpoint that a stage starts from does not exist.
+        MhconvertError: A stage failed. An interrupted stage is resumed by the next run.
     """
     for name in only:
         if name not in recipe.stages:
@@ -62,7 +66,7 @@ def run(
 
 
 def output_folder(recipe: RunRecipe) -> Path:
-    """Where the conversion goes."""
+    """Return the folder of the converted checkpoint."""
     named = recipe.convert.output
     return Path(named) if named else recipe.convert.output_folder(open_donor(recipe.convert.model).name)
 
@@ -83,7 +87,7 @@ def _do(work: Run, name: str, depends: Any) -> None:
 
 
 def _kept(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """Of a stage that an earlier run did: its output, and an evaluation's figures."""
+    """Return the output of a stage that an earlier run finished, and for an evaluation its figures."""
     kept = {key: value for key, value in entry.items() if key not in ("inputs", "mark")}
     if name == "eval":
         kept["result"] = json.loads(Path(entry["output"]).read_text(encoding="utf-8"))
@@ -105,7 +109,7 @@ def _done(work: Run, name: str, depends: Any) -> dict[str, Any] | None:
 
 
 def _whole(folder: Path) -> bool:
-    """Whether the files are those that the conversion wrote."""
+    """Whether the checkpoint's files still have the recorded hashes."""
     recorded = read_record(folder, strict=True).get("sha256") or {}
     files = [name for name in recorded if name.endswith(".safetensors") or name == "config.json"]
     try:
@@ -115,7 +119,7 @@ def _whole(folder: Path) -> bool:
 
 
 def _inputs(work: Run, name: str) -> Any:
-    """What the stage depends on; None where the checkpoint that it begins with is not there."""
+    """Return the hashes that the stage depends on; None where the checkpoint it starts from does not exist."""
     recipe = work.recipe
     if name == "convert":
         return stage_inputs.of_conversion(recipe)

@@ -1,4 +1,4 @@
-"""The whole run in one file: a conversion and the stages behind it."""
+"""A recipe's file: a conversion and the stages that follow it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {"eval": EvalSettings, "export": ExportStage, "push": PushStage}
 
 @dataclass(frozen=True)
 class RunRecipe:
-    """A conversion, healed where it says so, and what is done with the result. None: without that stage."""
+    """A conversion, with healing if it says so, and the stages that follow; None leaves a stage out."""
 
     convert: Recipe
     eval: EvalSettings | None = None
@@ -31,7 +31,7 @@ class RunRecipe:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that there are, in their order: convert, heal, eval, export, push."""
+        """The names of the stages, in order: convert, heal, eval, export, push."""
         healed = ("heal",) if self.convert.heal is not None else ()
         return ("convert", *healed, *(name for name in STAGES if getattr(self, name) is not None))
 
@@ -66,18 +66,23 @@ class RunRecipe:
 
     @staticmethod
     def from_dict(data: dict[str, Any], origins: Origins = NOWHERE) -> RunRecipe:
-        """The run that plain values say: the keys of a conversion, and a mapping for each stage behind it.
+        """Return the recipe that plain values describe.
 
-        origins: where the values stand, for messages. Raises RecipeError as `Recipe.from_dict` does.
+        Args:
+            data: The keys of a conversion, and a mapping for each stage that follows.
+            origins: Where the values stand, for messages.
+        Raises:
+            RecipeError: As `Recipe.from_dict`.
         """
         convert = Recipe.from_dict(data, origins)
         return RunRecipe(convert, **{name: _stage(name, data.get(name), origins) for name in STAGES})
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunRecipe:
-    """The run in a YAML file, with `key.sub=value` in place of what it says there; the values are YAML.
+    """Return the recipe in a YAML file, with overrides `key.sub=value` (YAML) applied. Needs no model.
 
-    No model is needed or looked for. Raises RecipeError, which names file, line and key, or the override.
+    Raises:
+        RecipeError: With file, line and key, or the override, of every fault.
     """
     document = given.apply(yaml_file.read(path), overrides)
     return RunRecipe.from_dict(document.values, document.origins)

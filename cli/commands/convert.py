@@ -108,7 +108,7 @@ def _healing(tokens: str | None, options: Mapping[str, Any]) -> HealSettings | N
 
 
 def active_heads(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """The line of a plan that leaves heads out."""
+    """The row of a plan that says how many heads a token has; none for methods that keep all."""
     heads = plan.get("active_heads")
     return [("active heads a token", f"{heads['converted']} of {heads['donor']}")] if heads else []
 

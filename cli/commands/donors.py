@@ -1,4 +1,4 @@
-"""`mhconvert donors`: the aliases that DONOR may be, and their hub ids; `--families`: what can be converted."""
+"""`mhconvert donors`: the aliases of donors and their Hub ids; `--families`: which families can be converted."""
 
 from __future__ import annotations
 

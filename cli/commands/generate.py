@@ -54,5 +54,5 @@ def command(
 
 
 def show(_: dict[str, Any], console: Any) -> None:
-    """The text is on stdout already; end its line."""
+    """End the line of the text, which is on stdout already."""
     console.print()

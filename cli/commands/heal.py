@@ -1,4 +1,4 @@
-"""`mhconvert heal CKPT`: a converted checkpoint in, one that predicts more as its donor does out."""
+"""`mhconvert heal CKPT`: train a converted checkpoint to predict as its donor does."""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ from .from_settings import Group
 
 
 def _described(methods: Collection[str]) -> str:
-    """The methods with a line on each, as `mla: latent attention; dha: …`."""
+    """Return the methods with a line on each: "mla: latent attention; dha: …"."""
     return "; ".join(f"{name}: {info(name).help}" for name in methods)
 
 
 def one_of(names: Collection[str], kind: str) -> Callable[[str], str]:
-    """A check that a word is among `names`, which are of this `kind`."""
+    """Return a check that a word is among `names`; its error calls them `kind`."""
 
     def check(name: str) -> str:
         if name not in names:
@@ -97,15 +97,15 @@ ANY_METHOD = Group("Every method", Recipe, ("seed", "trust_remote_code"))
 
 
 def method_groups(names: Collection[str], only: Collection[str] | None = None) -> list[Group]:
-    """The options of each method among `names`; only: fields of theirs that there are."""
+    """Return one group of options for each method; `only` restricts them to fields of these names."""
     return [Group(f"Options of {name}", settings_class(name), only, method=name) for name in names]
 
 
 def recipe_group(heading: str, *fields: str) -> Group:
-    """Options that a recipe has for every method that rewrites layers."""
+    """Return a group of a recipe's options that every method which rewrites layers has."""
     return Group(heading, Recipe, fields, layers=True)
 
 
 def written(path: Path | None) -> Any:
-    """A path as text for the library; None stays None."""
+    """Return the path as text, as the library takes it; None stays None."""
     return None if path is None else str(path)

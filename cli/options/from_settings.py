@@ -1,4 +1,4 @@
-"""Command-line options made from the declarations of the settings classes, and settings made from their values."""
+"""Makes command-line options from the declarations of settings classes, and settings from the options' values."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Group:
 
 
 def settings_options(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that puts the options of `groups` in place of a command's `**options`.
+    """Return a decorator that gives a command the options of `groups` in place of its `**options`.
 
-    An option that several methods have is one parameter; its help says what it does for each.
+    An option that several methods have becomes one parameter, whose help says what it does for each of them.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -84,7 +84,7 @@ def settings_options(*groups: Group) -> Callable[[Callable[..., None]], Callable
 
 
 def said(groups: Iterable[Group], options: Values) -> list[str]:
-    """The flags of `groups` that the command line has."""
+    """Return the flags of `groups` that were given on the command line."""
     flags = [
         _flags(field)[0] for group in groups for field in group.fields if said_of(field, options) is not None
     ]
@@ -92,12 +92,12 @@ def said(groups: Iterable[Group], options: Values) -> list[str]:
 
 
 def said_of(field: Declared, options: Values) -> Any:
-    """What the command line says of a field; None: nothing."""
+    """Return the value given for a field on the command line, or None."""
     return options.get(parameter_of(field))
 
 
 def values_of(group: Group, options: Values) -> dict[str, Any]:
-    """What the command line says of the group's fields, for its settings class; what it does not say is missing."""
+    """Return the given values of the group's fields by name, as its settings class takes them."""
     given = [(field, said_of(field, options)) for field in group.fields]
     return {
         field.name: not value if _negative(field) else value for field, value in given if value is not None
@@ -114,7 +114,7 @@ def _flags(field: Declared) -> list[str]:
 
 
 def _negative(field: Declared) -> bool:
-    """Whether the option takes away what is done without it."""
+    """Whether the flag switches off what is done by default."""
     return field.default is True and field.flag.startswith("--no-")
 
 
@@ -133,7 +133,7 @@ def _annotation(entries: list[tuple[Group, Declared]]) -> Any:
 
 
 def _kind(field: Declared) -> Any:
-    """The type of the parameter: text where the settings class reads text."""
+    """The type of the command's parameter; text where the settings class parses it."""
     words = field.option.words or field.choices
     if words:
         return Literal[words]
@@ -145,7 +145,7 @@ def _kind(field: Declared) -> Any:
 
 
 def _readable(parse: Callable[[Any], Any]) -> Callable[[str | None], str | None]:
-    """A callback that refuses text which the settings class would not read, as a fault of usage."""
+    """Return a callback that refuses text which `parse` cannot read as an error of usage."""
 
     def check(text: str | None) -> str | None:
         try:
@@ -158,13 +158,13 @@ def _readable(parse: Callable[[Any], Any]) -> Callable[[str | None], str | None]
 
 
 def heading_of(entries: list[tuple[Group, Declared]]) -> str:
-    """What `--help` writes above an option: its group, or all methods that have it."""
+    """The heading of an option in `--help`: its group's, or the methods that share it."""
     methods = [group.method for group, _ in entries if group.method]
     return entries[0][0].heading if len(entries) == 1 else f"Options of {', '.join(methods)}"
 
 
 def joint_help(entries: list[tuple[Group, Declared]]) -> str:
-    """The help of an option; what it does for each method, where that differs."""
+    """The help of an option; where methods differ, what it does for each."""
     texts: dict[str, list[str]] = {}
     for group, field in entries:
         texts.setdefault(help_text(field), []).append(group.method or "")
@@ -180,7 +180,7 @@ def help_text(field: Declared) -> str:
 
 
 def default_text(default: Any) -> str:
-    """A default as a user would write it; "" where leaving the option out says it."""
+    """A default as it is written on the command line; "" for a switch or None."""
     if default is None or default is False or default is True or default == ():
         return ""
     if isinstance(default, dict):

@@ -1,4 +1,4 @@
-"""`--help` with the options in groups; with `--to METHOD` beside it, those of the other methods are left out."""
+"""`--help` in groups; with `--to METHOD`, only the options that the method has."""
 
 from __future__ import annotations
 

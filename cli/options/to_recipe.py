@@ -1,4 +1,4 @@
-"""A recipe made from the options of a conversion or a curve."""
+"""Makes a recipe from the options of a conversion or a curve."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = ("kv_budget", "kv_lora_rank", "qk_rope_head_dim")
 
 
 def require_applicable(method: str, groups: Sequence[Group], options: Values) -> None:
-    """Raise BadParameter for an option that `method` does not have, and for two ways to say one thing."""
+    """Raise BadParameter for an option that `method` does not have, and for options that exclude each other."""
     own = {parameter_of(field) for group in groups if group.concerns(method) for field in group.fields}
     for group in groups:
         others = [field.name for field in group.fields if parameter_of(field) not in own]
@@ -32,9 +32,10 @@ def require_applicable(method: str, groups: Sequence[Group], options: Values) ->
 
 
 def recipe_of(donor: str, method: str, groups: Sequence[Group], options: Values, **others: Any) -> Recipe:
-    """The recipe that the options say; `others` are fields of it that are no options.
+    """Return the recipe that the options describe; `others` are fields of it that are not options.
 
-    Raises MhconvertError for values that are out of range or do not go together.
+    Raises:
+        MhconvertError: Values are out of range or exclude each other.
     """
     fields: dict[str, Any] = {"settings": {}, "calibration": {}}
     for group in groups:

@@ -58,13 +58,13 @@ def weighted(text: str) -> tuple[str, float | None]:
 
 
 def _tokens(help: str, name: str, default: str = "") -> Option:
-    """The option of a number of tokens, which may be written as 20M."""
+    """Return the option of a number of tokens, which may also be written as 20M."""
     return Option(help, "N", ge=0, parse=lambda text: token_count(text, name), also=str, default=default)
 
 
 @dataclass(frozen=True)
 class HealSettings(Settings):
-    """One healing run: how much, on what, what trains and how. Numbers of tokens count every token of a packed row."""
+    """One healing run: how much text, which text, what trains and how. Token counts include every token of a row."""
 
     fault = HealError
 
@@ -220,7 +220,7 @@ class HealSettings(Settings):
                 raise HealError(f"every weight of {place} is 0; one of them has to count")
 
     def same_run(self, other: dict[str, Any]) -> str | None:
-        """The first setting that a resumed run may not change and that differs from `other`, as JSON gave it back."""
+        """Return the first setting that differs from `other` (from JSON) though a resume may not change it, or None."""
         for name, value in vars(self).items():
             if name not in MAY_CHANGE and other.get(name) != value:
                 return name

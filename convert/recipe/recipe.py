@@ -1,4 +1,4 @@
-"""A recipe: all that decides what a conversion produces. Frozen; to YAML and back; unknown keys refused."""
+"""A recipe: every choice that decides what a conversion produces. Frozen; read from and written to YAML."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OF_THE_PASS = (
 
 
 def one_source(text: str) -> tuple[str, ...]:
-    """The source alone as a tuple."""
+    """Return the source as a tuple of one."""
     return (text,)
 
 
@@ -176,7 +176,7 @@ class Recipe(Settings):
                 )
 
     def at_budget(self, share: float) -> Recipe:
-        """The same conversion at a KV budget of its own, without a tolerance."""
+        """Return the same conversion at another KV budget, without a tolerance."""
         return dataclasses.replace(self, settings=self.settings.at_budget(share), tolerance=None)
 
     def output_folder(self, donor_name: str) -> Path:
@@ -191,10 +191,14 @@ class Recipe(Settings):
 
     @staticmethod
     def from_dict(data: dict[str, Any], origins: Origins = NOWHERE) -> Recipe:
-        """The recipe that plain values say; what they say of STAGES is left to who runs those.
+        """Return the recipe that plain values describe; keys of later stages (STAGES) are left aside.
 
-        origins: where the values stand, for messages. Raises RecipeError on a key that no part of a recipe has, one
-        that is missing, or a wrong type, and what the parts raise on a value out of range.
+        Args:
+            data: Plain values, as YAML or JSON give them.
+            origins: Where the values stand, for messages.
+        Raises:
+            RecipeError: Unknown or missing keys, and wrong types.
+            MhconvertError: Values out of range; a RecipeError with the line where they come from a file.
         """
         values = {name: value for name, value in data.items() if name not in STAGES}
         if values.get("method") not in METHOD_NAMES:
@@ -206,7 +210,7 @@ class Recipe(Settings):
 
 
 def load_recipe(path: Path) -> Recipe:
-    """The conversion in a YAML file. Raises RecipeError, with the line, when there is none."""
+    """Return the conversion in a YAML file. Raises RecipeError with the line of the fault."""
     document = yaml_file.read(path)
     return Recipe.from_dict(document.values, document.origins)
 

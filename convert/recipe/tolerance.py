@@ -1,4 +1,4 @@
-"""A tolerance: how far a conversion may be from its donor on held-out text. No torch."""
+"""A tolerance: how far a conversion may be from its donor on held-out text. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Tolerance:
 
     @property
     def allowed(self) -> float:
-        """The most that a conversion may be beyond the donor."""
+        """The largest difference from the donor's own value that is allowed."""
         return self.limit - MEASURES[self.measure]
 
     def value(self, found: dict[str, Any]) -> float:
-        """What a conversion's report, or a point of a curve, has measured."""
+        """Return the measured value in a conversion's report or a point of a curve."""
         perplexity = found["perplexity"]
         return float(found["kl"] if self.measure == "kl" else perplexity["converted"] / perplexity["donor"])
 
     def beyond(self, value: float) -> float:
-        """How far a measured value is beyond the donor's own; `allowed` is the most that it may be."""
+        """Return the difference between a measured value and the donor's own; at most `allowed`."""
         return value - MEASURES[self.measure]
 
     def met(self, found: dict[str, Any]) -> bool:
@@ -58,5 +58,5 @@ def parse(text: str) -> Tolerance:
 
 
 def canonical(text: str) -> str:
-    """The tolerance as it is written back. Raises BudgetError as `parse` does."""
+    """Return the tolerance in its one spelling. Raises BudgetError as `parse`."""
     return str(parse(text))

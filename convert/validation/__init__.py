@@ -1,1 +1,1 @@
-"""Settings from YAML and plain values, with faults that name the key."""
+"""Settings: declarations of options, checks by pydantic, and messages with key and line."""

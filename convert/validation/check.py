@@ -1,4 +1,4 @@
-"""Values against the types and bounds that a settings class declares. pydantic checks; the messages are ours."""
+"""Checks values against the types and bounds that a settings class declares: pydantic's checks, our messages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_e
 
 @dataclass(frozen=True)
 class Fault:
-    """One value that does not fit. inner: where in the field's value it is, as keys; out_of_bounds: its type is right.
+    """One value that does not fit its declaration.
 
-    message: of a parser or of the bounds, complete; None: the type is wrong, and `expected` says what belongs there.
-    error: what the parser raised.
+    Args:
+        field: Name of the field.
+        inner: Keys of the faulty entry inside the field's value; () for the value itself.
+        value: What was given.
+        expected: The type that belongs there, in words.
+        message: A complete message, of a parser or about bounds; None: the type is wrong.
+        error: The class of the error that a parser raised.
     """
 
     field: str
@@ -53,9 +58,12 @@ class Fault:
 
 
 def check(kind: Any, values: Mapping[str, Any], *, finite: bool) -> tuple[dict[str, Any], list[Fault]]:
-    """The `values` of the settings class `kind` in their declared types, and a Fault for each that does not fit.
+    """Return the values in their declared types, and a Fault for each that does not fit.
 
-    finite: NaN and infinities have the wrong type; otherwise they are out of bounds.
+    Args:
+        kind: The settings class.
+        values: Values by field name.
+        finite: NaN and infinities count as values of the wrong type, not as values out of bounds.
     """
     taken, faults = {}, []
     for name, value in values.items():
@@ -98,14 +106,14 @@ def _adapter(kind: Any, name: str) -> _Adapter:
 
 
 def _kinds(hint: Any) -> set[Any]:
-    """The type and, of a union, the types that it may be."""
+    """Return the type, or the types of a union."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     return {hint, *get_args(hint)}
 
 
 def _number(value: Any) -> Any:
-    """The number that text says (YAML 1.1 reads 1e-3 as text); anything else stays what it is, but no bool is one."""
+    """Return the number that text spells (YAML 1.1 reads 1e-3 as text), other values unchanged; refuse bools."""
     from pydantic_core import PydanticCustomError
 
     if isinstance(value, bool):
@@ -120,7 +128,7 @@ def _number(value: Any) -> Any:
 
 
 def _faults(field: Declared, value: Any, errors: list[Any], finite: bool) -> Iterator[Fault]:
-    """The faults of one value; the branches of a union give one, where the value fits deepest."""
+    """Yield the fault of one value; of a union's branches, the one that matches deepest."""
     option = field.option
     deepest: tuple[Keys, Any] = ((), value)
     for error in errors:
@@ -139,7 +147,7 @@ def _faults(field: Declared, value: Any, errors: list[Any], finite: bool) -> Ite
 
 
 def _walk(value: Any, location: tuple[Any, ...]) -> tuple[Keys, Any]:
-    """Where pydantic's location lies in `value`: its parts that name a union's branch are passed over."""
+    """Return the keys and the entry at pydantic's location, without the parts that name a union's branch."""
     keys: Keys = ()
     for part in location:
         if (isinstance(value, dict) and part in value) or (
@@ -150,7 +158,7 @@ def _walk(value: Any, location: tuple[Any, ...]) -> tuple[Keys, Any]:
 
 
 def _entry(hint: Any, keys: Keys) -> Any:
-    """The type of an entry at `keys` inside a value of type `hint`."""
+    """Return the type of an entry at `keys` inside a value of type `hint`."""
     for _ in keys:
         kinds = [hint, *get_args(hint)]
         holding = (list, tuple, dict, Sequence)
@@ -161,7 +169,7 @@ def _entry(hint: Any, keys: Keys) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: YAML's words for None and bools, and not too long."""
+    """Return a value as messages show it: null, true and false as in YAML, long values cut."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)

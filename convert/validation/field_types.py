@@ -22,7 +22,7 @@ def changed_fields(choices: Any) -> list[str]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite int or float, and no bool."""
+    """Whether `value` is a finite int or float; a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

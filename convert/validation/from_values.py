@@ -1,4 +1,4 @@
-"""Settings from plain values, as YAML or JSON give them: every fault at once, each with its key and its line."""
+"""Settings from plain values (YAML, JSON): all faults are collected, each with its key and line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def build(
 
 @dataclass
 class _Reading:
-    """One reading of values, and the faults that it has met."""
+    """One reading of plain values, with the faults met so far."""
 
     origins: Origins
     kinds: dict[str, Any]
@@ -51,7 +51,7 @@ class _Reading:
     faults: list[MhconvertError] = field(default_factory=list)
 
     def read(self, kind: Any, values: Mapping[str, Any], keys: Keys) -> Any:
-        """The settings; None where there are faults."""
+        """Return the settings, or None where there are faults."""
         before, fields = len(self.faults), declared(kind)
         self.faults += self._misnamed(kind, values, keys)
         given = {
@@ -73,7 +73,7 @@ class _Reading:
             return None
 
     def raise_faults(self) -> None:
-        """Raise the first fault, with what the others say behind it."""
+        """Raise the first fault with the messages of the others appended."""
         if self.faults:
             first, *others = self.faults
             raise type(first)("; ".join(map(str, [first, *others]))) from first.__cause__
@@ -101,7 +101,7 @@ class _Reading:
                 yield self.origins.fault(keys, f"{place}: the key '{name}' is missing")
 
     def _instead(self, name: str, fields: Mapping[str, Declared], keys: Keys) -> str:
-        """The keys that `name` may have meant, also those a level further in, and those that there are."""
+        """Return which keys `name` may have meant (also one level deeper), and which keys exist."""
         known = sorted({*fields, *(self.beside if not keys else ())})
         inner = {outer: self._kind(field, keys) for outer, field in fields.items()}
         deeper = [

@@ -1,9 +1,9 @@
-"""The declaration of one option: it stands beside the field of a settings class, once.
+"""The declaration of an option, which stands beside the field of a settings class.
 
     kv_budget: Annotated[float, Option("Share of the donor's KV cache to keep.", "SHARE", gt=0, le=1)] = 0.5
 
-Command-line flags, YAML keys, the JSON Schema, error messages and the option tables of the documentation all come from
-this. Importing this module does not import pydantic, which is needed only when a value is checked.
+Command-line flags, YAML keys, the JSON Schema, error messages and the option tables of the documentation are made from
+it. Importing this module does not import pydantic, which is needed only when a value is checked.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Option:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """The bounds that there are, by pydantic's names."""
+        """The bounds that are set, by pydantic's names."""
         values = {name: getattr(self, name) for name in ("gt", "ge", "lt", "le")}
         return {name: value for name, value in values.items() if value is not None}
 
     def out_of_range(self, name: str, value: Any) -> str:
-        """The message about a number `value` that is out of bounds."""
+        """Return the message about a number that is out of bounds."""
         if self.range_hint is not None:
             return f"{name}={value} {self.range_hint}"
         low = f"[{self.ge:g}" if self.ge is not None else f"({self.gt:g}" if self.gt is not None else "(-∞"
@@ -98,7 +98,7 @@ class Option:
 
 
 def _bounded(schema: dict[str, Any], bounds: dict[str, float]) -> dict[str, Any]:
-    """The core schema with bounds on the number in it; None stays allowed where it was."""
+    """Return the core schema with bounds on its number; None stays allowed where it was."""
     if schema["type"] == "nullable":
         return schema | {"schema": _bounded(schema["schema"], bounds)}
     return schema | bounds
@@ -124,14 +124,14 @@ class Declared:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that a Literal allows; () for other types."""
+        """The words that a Literal type allows; () for other types."""
         kinds = (self.hint, *get_args(self.hint))
         return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
 
 @cache
 def declared(kind: Any) -> dict[str, Declared]:
-    """The fields of the settings class `kind` by name, in order; each of them has an Option, or is a settings class."""
+    """Return the fields of a settings class by name, in order."""
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: _declared(field, hints[field.name]) for field in dataclasses.fields(kind)}
 
@@ -146,12 +146,12 @@ def _declared(field: Any, hint: Any) -> Declared:
 
 
 def settings_in(hint: Any) -> Any:
-    """The settings class that a field of this type may hold, or None."""
+    """Return the settings class that a field of this type holds, or None."""
     return next((kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None)
 
 
 def expected(hint: Any, also: Any = None) -> str:
-    """What a value of this type is, in words: "a whole number or text"."""
+    """Return a type in words: "a whole number or text"."""
     words = dict.fromkeys(_expected(hint)) | dict.fromkeys(_expected(also) if also is not None else ())
     if "a number" in words:
         words.pop("a whole number", None)

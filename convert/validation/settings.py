@@ -12,9 +12,10 @@ from .option import declared, settings_in
 
 
 class Settings:
-    """Checks the fields when an instance is made, and turns them into their declared types.
+    """A frozen dataclass derives from this to have its fields checked and converted when an instance is made.
 
-    fault: The error that is raised, with every field that does not fit in its message.
+    Args:
+        fault: Class attribute: the error that is raised; its message names every field that does not fit.
     """
 
     fault: ClassVar[type[MhconvertError]] = MhconvertError
@@ -38,14 +39,14 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Raise `fault` where fields do not go together."""
+        """Raise `fault` for fields that do not go together; subclasses override it."""
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
 
 def json_types(settings: Any) -> dict[str, Any]:
-    """The settings as plain JSON and YAML types."""
+    """Return the settings as plain JSON and YAML types."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(settings).items()

@@ -1,4 +1,4 @@
-"""A YAML file of settings as values, and where each of them stands, so that a fault can say its line."""
+"""Reads a YAML file of settings as plain values, and the line of each key, so that messages can name it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Keys = tuple[str, ...]  # from the outermost mapping inwards; an entry of a list
 
 @dataclass(frozen=True)
 class Origins:
-    """Where values come from, by their keys: "recipe.yaml, line 7"; () is the whole. Empty: from no file."""
+    """Where each value stands in a file, by its keys: "recipe.yaml, line 7"; () is the file itself. Else empty."""
 
     places: Mapping[Keys, str] = field(default_factory=dict)
 
     def fault(self, keys: Keys, message: str) -> RecipeError:
-        """The error with the place of `keys` before it, or of the nearest mapping around them that has one."""
+        """Return the error with the place of `keys` in front, or of the nearest enclosing mapping that has one."""
         inwards = (self.places.get(keys[:depth]) for depth in range(len(keys), -1, -1))
         place = next((found for found in inwards if found), None)
         return RecipeError(message if place is None else f"{place}: {message}")
 
     def blame(self, error: MhconvertError, keys: Keys, names: Mapping[str, Any]) -> MhconvertError:
-        """The fault of the mapping at `keys`, at the line of the first of its `names` that the message speaks of.
+        """Return the error with the line of the first of `names` that its message mentions, or of the mapping `keys`.
 
-        `error` itself where nothing has come from a file.
+        Where the values come from no file, return `error` itself.
         """
         if not self.places:
             return error
@@ -43,14 +43,18 @@ NOWHERE = Origins()
 
 @dataclass(frozen=True)
 class Document:
-    """A mapping of settings as plain values, and their origins."""
+    """The values of a YAML file, and where they stand."""
 
     values: dict[str, Any]
     origins: Origins
 
 
 def read(path: Path) -> Document:
-    """The mapping in a YAML file. Raises RecipeError, with the line, for what is none, and for a key given twice."""
+    """Return the mapping in a YAML file.
+
+    Raises:
+        RecipeError: With the line: the file cannot be read, is not a mapping, or gives a key twice.
+    """
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -70,7 +74,7 @@ def read(path: Path) -> Document:
 
 
 def _places(root: yaml.MappingNode, path: Path) -> Iterator[tuple[Keys, str]]:
-    """The line of every key and entry. What an alias repeats is looked at once, where it is written."""
+    """Yield the line of every key and list entry; of an alias, the line where its anchor is written."""
     waiting: list[tuple[Keys, yaml.Node]] = [((), root)]
     seen = set()
     while waiting:
@@ -91,7 +95,7 @@ def _places(root: yaml.MappingNode, path: Path) -> Iterator[tuple[Keys, str]]:
 
 
 def _require_single(keys: Keys, names: list[tuple[str, yaml.Node]], path: Path) -> None:
-    """YAML would take the last of two silently."""
+    """Raise RecipeError for a key that is given twice, of which YAML would silently take the last."""
     first: dict[str, yaml.Node] = {}
     for name, key in names:
         if name in first:
