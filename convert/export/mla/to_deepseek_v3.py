@@ -79,7 +79,7 @@ def export_checkpoint(
     tokenizer, model = opened.tokenizer(), opened.model()
     expected = same_outputs.expect(model, tokenizer, seed, tell)
     del model
-    donor = donor_of(folder)
+    donor = read_record(folder).get("donor", {})
     needed = (
         sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
         * 2
@@ -134,9 +134,3 @@ def _write(
             done = layer
             tell(Progress("write", layer + 1, layers))
     return writer.finish()
-
-
-def donor_of(folder: Path) -> dict[str, Any]:
-    """What the checkpoint's mhconvert.json says of its donor; nothing where it has lost the file."""
-    donor = read_record(folder).get("donor")
-    return donor if isinstance(donor, dict) else {}

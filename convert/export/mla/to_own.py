@@ -16,6 +16,7 @@ from mhconvert.progress import Listener, Progress, ignore
 
 from ... import open_model
 from ...checkpoint import provenance
+from ...checkpoint.provenance import read_record
 from ...layer_pass.cost_estimate import SLACK_BYTES
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ...storage.dtype_cast import DTYPES, cast
@@ -25,7 +26,6 @@ from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
 from ..written_export import carry_files, write_card, write_record
 from .own_layer import EPS, EPS_FLOAT16, ServedShape, model_class, norm_weight, served_config, served_tensors
-from .to_deepseek_v3 import donor_of
 
 
 def export_checkpoint(
@@ -83,7 +83,7 @@ def export_checkpoint(
             report["verified"] = same_outputs.prove(
                 partial, expected, partial / "probe.tmp", exact=exact, elements_per_token=elements
             )
-        write_record(partial, report, donor_of(folder))
+        write_record(partial, report, read_record(folder).get("donor", {}))
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
 
@@ -181,7 +181,7 @@ def _write_rest(
     model = model_class(served)
     carry_files(folder, partial)
     provenance.write_model_config(partial, served, model, dtype)
-    donor = donor_of(folder)
+    donor = read_record(folder).get("donor", {})
     about = (
         f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported as "
         f"`{report['architecture']}`, whose code is in this folder: a cache of "
