@@ -32,7 +32,7 @@ FLOORS = (
 CONVERT_FLOORS = (
     ("storage",),
     ("validation",),
-    ("methods/settings",),  # settings.py, info.py and the registry: without torch
+    ("methods/settings",),  # settings.py, info.py, method_info.py and the registry: without torch
     ("recipe",),
     ("bare_process",),
     ("families",),
