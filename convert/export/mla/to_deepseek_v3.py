@@ -79,7 +79,7 @@ def export_checkpoint(
     tokenizer, model = opened.tokenizer(), opened.model()
     expected = same_outputs.expect(model, tokenizer, seed, tell)
     del model
-    donor = read_record(folder).get("donor", {})
+    donor = read_record(folder).get("donor") or {}
     needed = (
         sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
         * 2

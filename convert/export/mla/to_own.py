@@ -83,7 +83,7 @@ def export_checkpoint(
             report["verified"] = same_outputs.prove(
                 partial, expected, partial / "probe.tmp", exact=exact, elements_per_token=elements
             )
-        write_record(partial, report, read_record(folder).get("donor", {}))
+        write_record(partial, report, read_record(folder).get("donor") or {})
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
 
@@ -181,7 +181,7 @@ def _write_rest(
     model = model_class(served)
     carry_files(folder, partial)
     provenance.write_model_config(partial, served, model, dtype)
-    donor = read_record(folder).get("donor", {})
+    donor = read_record(folder).get("donor") or {}
     about = (
         f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported as "
         f"`{report['architecture']}`, whose code is in this folder: a cache of "
