@@ -15,7 +15,7 @@ from mhconvert.errors import CheckpointError, MhconvertError, OutputError, Unsup
 from mhconvert.progress import Listener, Progress
 
 from ..checkpoint.identity import converted_method
-from ..donor.aliases import ALIASES, EMBEDDED
+from ..donor.aliases import ALIASES, WHEEL_MODELS
 from ..donor.donor import Donor, open_donor
 from ..families.refusals import refusals
 from ..methods import hydra
@@ -184,7 +184,7 @@ def _base_of(config: Any, folder: Path) -> str:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG} names no base model; say which one it is with --base"
         )
-    aliases = {hub_id: alias for alias, hub_id in ALIASES.items() if alias in EMBEDDED}
+    aliases = {hub_id: alias for alias, hub_id in ALIASES.items() if alias in WHEEL_MODELS}
     if name in aliases and not config.revision:
         return aliases[name]
     local = Path(str(name)).expanduser().exists()  # peft writes revision "main" beside a folder too

@@ -9,7 +9,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from mhconvert.errors import AdapterError
 
-from ..donor.donor import STORED_DTYPES, Donor
+from ..donor.donor import Donor
+from ..donor.tensor_layout import STORED_DTYPES
 from ..storage.folder_kind import ADAPTER_CONFIG
 from .lora_rules import lora_rank
 from .saved_adapter import LORA_BIAS, LORA_PAIR, PAIRS, PREFIX, AdapterFolder

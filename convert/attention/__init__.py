@@ -1,1 +1,1 @@
-"""The mathematics of an attention layer: weights, projections, rotary embeddings, statistics, linear algebra."""
+"""The attention of one layer: weights, projections, rotary embeddings, statistics, and linear algebra. Pure."""

@@ -1,7 +1,8 @@
-"""A donor's attention read as data: its projections as one linear form, its queries and keys before RoPE.
+"""The projections of a donor's attention module as float64 tensors, and its queries and keys before RoPE.
 
-Biases become one more column, for an input [x; 1]. RoPE over part of a head: rows are reordered so that pair
-(i, i + d / 2) is one rotary pair first and two elements that RoPE leaves alone after, which turn with frequency 0.
+Shapes: H query heads, G KV heads, d head_dim, D hidden_size. A bias becomes one more column of its matrix, for an
+input [x; 1]. Where RoPE rotates only a part of a head, rows are reordered so that (i, i + d / 2) is always a pair: the
+rotary pairs first, then pairs of elements that are not rotated, which are treated as rotary pairs of frequency 0.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 from ..families.facts import AttentionFacts
 from .weights import AttentionWeights
 
-LONG = 1e3  # an input so long that a norm's epsilon is lost in float32
+LARGE = 1e3  # an input to an RMS norm for which its epsilon makes no difference in float32
 
 
 @dataclass(frozen=True)
 class QKNorm:
-    """What a donor's RMS norms of queries and keys multiply by beside 1 / RMS: q (H, d), k (G, d), float64."""
+    """The gains of a donor's RMS norms of queries and keys: q (H, d), k (G, d), float64."""
 
     q: Tensor
     k: Tensor
@@ -30,7 +31,9 @@ class QKNorm:
 def attention_weights(attention: Any, facts: AttentionFacts) -> AttentionWeights:
     """The projections of a donor's attention module as float64 tensors on the CPU, without QK-norm.
 
-    q (H, d, D), k and v (G, d, D), o (D, H, d); D + 1 instead of D columns where the projections have biases.
+    Returns:
+        q (H, d, D), k and v (G, d, D), o (D, H, d). With biases, q, k and v have D + 1 columns. Rows of q and k are in
+        the order of `rotary_order`.
     """
     order = rotary_order(facts)
     (q, k, v), o = _projections(attention, facts), attention.o_proj
@@ -51,7 +54,7 @@ def attention_weights(attention: Any, facts: AttentionFacts) -> AttentionWeights
 
 
 def output_bias(attention: Any) -> Tensor:
-    """o_proj's bias (D,), float64; zero where it has none."""
+    """The bias of o_proj (D,), float64 on the CPU; zeros where it has none."""
     o = attention.o_proj
     return (o.weight.new_zeros(len(o.weight)) if o.bias is None else o.bias).detach().cpu().double()
 
@@ -65,7 +68,7 @@ def qk_norm(attention: Any, facts: AttentionFacts) -> QKNorm | None:
     def gains(norm: nn.Module, heads: int) -> Tensor:
         width = facts.head_dim * (heads if facts.qk_norm == "width" else 1)
         device = next(norm.parameters()).device
-        gain = norm(torch.full((width,), LONG, device=device)).detach().cpu().double()
+        gain = norm(torch.full((width,), LARGE, device=device)).detach().cpu().double()
         return gain.view(-1, facts.head_dim).expand(heads, -1)[:, order]
 
     return QKNorm(gains(attention.q_norm, facts.heads), gains(attention.k_norm, facts.kv_heads))
@@ -84,10 +87,10 @@ def queries_and_keys(attention: Any, facts: AttentionFacts, x: Tensor) -> tuple[
 
 
 def rotary_order(facts: AttentionFacts) -> Tensor:
-    """(d,): the donor's row in each place of a half-split head whose pairs are rotary first and fixed after."""
-    rows, turned = torch.arange(facts.head_dim), facts.rotary_dim
-    first, second = rows[:turned].chunk(2)
-    third, fourth = rows[turned:].chunk(2) if turned < facts.head_dim else (rows[:0], rows[:0])
+    """(d,), the donor's row index for each row of a half-split head with the rotary pairs first."""
+    rows, rotary = torch.arange(facts.head_dim), facts.rotary_dim
+    first, second = rows[:rotary].chunk(2)
+    third, fourth = rows[rotary:].chunk(2) if rotary < facts.head_dim else (rows[:0], rows[:0])
     return torch.cat((first, third, second, fourth))
 
 
@@ -95,7 +98,7 @@ Projection = tuple[Tensor, Tensor | None]
 
 
 def _projections(attention: Any, facts: AttentionFacts) -> tuple[Projection, Projection, Projection]:
-    """(weight, bias) of q, k and v, which some donors keep in one matrix."""
+    """(weight, bias) of q, k and v, which some families fuse into one matrix `qkv_proj`."""
     if hasattr(attention, "qkv_proj"):
         fused = attention.qkv_proj
         sizes = [facts.head_dim * heads for heads in (facts.heads, facts.kv_heads, facts.kv_heads)]

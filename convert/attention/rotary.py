@@ -1,4 +1,4 @@
-"""One layer's RoPE: some families turn their local layers by another base than the others."""
+"""The RoPE of one layer: some families rotate local layers with a different base than global ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerRotary:
-    """inv_freq: radians a token, one for each rotary pair; attention_scaling: YaRN's factor on cos and sin.
+    """The rotary embedding of one layer.
 
-    embeddings: cos and sin (1, L, rotary width) of positions 0 … L − 1.
+    Attributes:
+        inv_freq: (rotary pairs,), radians per token.
+        attention_scaling: YaRN's factor on cos and sin, otherwise 1.
+        embeddings: cos and sin (1, L, rotary dim) of positions 0 … L − 1.
     """
 
     inv_freq: Tensor
@@ -22,13 +25,13 @@ class LayerRotary:
 
 
 def layer_rotary(module: Any, config: Any, index: int, length: int) -> LayerRotary:
-    """What the donor's rotary `module` does in layer `index`, on the module's device, float32."""
-    kinds = getattr(config, "layer_types", None)
-    kind = kinds[index] if kinds else None
-    by_kind = hasattr(module, f"{kind}_inv_freq")
-    prefix = f"{kind}_" if by_kind else ""
+    """The RoPE that the donor's rotary `module` applies in layer `index`, on the module's device, float32."""
+    layer_types = getattr(config, "layer_types", None)
+    layer_type = layer_types[index] if layer_types else None
+    by_type = hasattr(module, f"{layer_type}_inv_freq")
+    prefix = f"{layer_type}_" if by_type else ""
     inv_freq = getattr(module, f"{prefix}inv_freq")
     positions = torch.arange(length, device=inv_freq.device).unsqueeze(0)
     like = torch.zeros(1, dtype=torch.float32, device=inv_freq.device)
-    embeddings = module(like, positions, kind) if by_kind else module(like, positions)
+    embeddings = module(like, positions, layer_type) if by_type else module(like, positions)
     return LayerRotary(inv_freq, float(getattr(module, f"{prefix}attention_scaling", 1.0)), embeddings)

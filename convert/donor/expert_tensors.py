@@ -1,4 +1,4 @@
-"""Mixtures of experts as they are published: one tensor for each expert, where transformers' classes have one for all.
+"""Mixtures of experts, published with one tensor per expert, under the names and shapes of transformers' classes.
 
 …experts.0.w1.weight (gate), …experts.0.w3.weight (up)  ->  …experts.gate_up_proj (experts, 2 · width, hidden)
 …experts.0.w2.weight (down)                             ->  …experts.down_proj (experts, hidden, width)
@@ -16,7 +16,7 @@ from mhconvert.errors import CheckpointError
 from ..storage.safetensors_reader import TensorSource
 
 EXPERT = re.compile(r"(?P<block>.*\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
-PARTS = {  # published name -> (the fused tensor, its place in it)
+PARTS = {  # published name -> (the fused tensor, which of its stacked blocks of rows)
     "w1": ("gate_up_proj", 0),
     "gate_proj": ("gate_up_proj", 0),
     "w3": ("gate_up_proj", 1),
@@ -35,29 +35,33 @@ RENAMED = {  # model type -> (published part of a name, transformers')
 
 
 def by_transformers_names(source: TensorSource, model_type: str) -> TensorSource:
-    """`source` itself where it has no experts of its own, else the same tensors as transformers' classes name them."""
-    renamed = _FusedExperts(source, RENAMED.get(model_type, ()))
-    return source if renamed.names() == source.names() else renamed
+    """`source` itself where its names are transformers' already, else a view of it that renames and fuses.
+
+    Raises:
+        CheckpointError: an expert lacks a tensor that the others have.
+    """
+    fused = _FusedExperts(source, RENAMED.get(model_type, ()))
+    return source if fused.names() == source.names() else fused
 
 
 class _FusedExperts:
-    """Raises CheckpointError at construction when an expert lacks a tensor that the others have."""
+    """A TensorSource in which the tensors of all experts of a layer are one, stacked along a new first axis."""
 
     def __init__(self, source: TensorSource, renamed: tuple[tuple[str, str], ...]) -> None:
         self._source = source
-        self._stored: dict[str, dict[tuple[int, int], str]] = {}  # name -> {(expert, place): stored name}
+        self._stored: dict[str, dict[tuple[int, int], str]] = {}  # name -> {(expert, block): stored name}
         for stored in source.names():
             name, key = stored, (0, 0)
-            for published, ours in renamed:
-                name = name.replace(published, ours)
+            for published, transformers_name in renamed:
+                name = name.replace(published, transformers_name)
             match = EXPERT.fullmatch(name)
             if match and match["part"] in PARTS:
-                fused, place = PARTS[match["part"]]
-                name, key = f"{match['block']}.{fused}", (int(match["expert"]), place)
+                fused, block = PARTS[match["part"]]
+                name, key = f"{match['block']}.{fused}", (int(match["expert"]), block)
             self._stored.setdefault(name, {})[key] = stored
         for name, pieces in self._stored.items():
-            experts, places = ({key[axis] for key in pieces} for axis in (0, 1))
-            if len(pieces) != (max(experts) + 1) * (max(places) + 1):
+            experts, blocks = ({key[axis] for key in pieces} for axis in (0, 1))
+            if len(pieces) != (max(experts) + 1) * (max(blocks) + 1):
                 raise CheckpointError(
                     f"{name}: an expert of 0 … {max(experts)} lacks a tensor; download it again"
                 )
@@ -70,8 +74,8 @@ class _FusedExperts:
         rows, *rest = self._source.shape(pieces[0, 0])
         if self._plain(name):
             return (rows, *rest)
-        experts, places = (max(key[axis] for key in pieces) + 1 for axis in (0, 1))
-        return (experts, places * rows, *rest)
+        experts, blocks = (max(key[axis] for key in pieces) + 1 for axis in (0, 1))
+        return (experts, blocks * rows, *rest)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._source.dtype(self._pieces(name)[0, 0])
@@ -84,14 +88,14 @@ class _FusedExperts:
         if self._plain(name):
             return self._source.read(pieces[0, 0])
         experts, rows, *rest = self.shape(name)
-        whole = torch.empty(experts, rows, *rest, dtype=self.dtype(name))
-        for (expert, place), stored in pieces.items():
+        fused = torch.empty(experts, rows, *rest, dtype=self.dtype(name))
+        for (expert, block), stored in pieces.items():
             tensor = self._source.read(stored)
-            whole[expert, place * len(tensor) : (place + 1) * len(tensor)] = tensor
-        return whole
+            fused[expert, block * len(tensor) : (block + 1) * len(tensor)] = tensor
+        return fused
 
     def _plain(self, name: str) -> bool:
-        """Whether the tensor is stored as it is, under whatever name."""
+        """Whether the tensor is stored as one piece, perhaps under another name."""
         return EXPERT.fullmatch(next(iter(self._pieces(name).values()))) is None
 
     def _pieces(self, name: str) -> dict[tuple[int, int], str]:

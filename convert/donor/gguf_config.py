@@ -1,4 +1,4 @@
-"""Config, tokenizer and generation settings of a GGUF file, from its metadata alone."""
+"""Config, tokenizer and generation settings of a GGUF file, made from its metadata."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from transformers import (
 
 from mhconvert.errors import CheckpointError, UnsupportedError
 
-from .gguf_reader import ROPE_FACTORS, GGUFHeader, dequantised, kv_heads, require_readable
+from .gguf_reader import ROPE_FACTORS, GGUFHeader, dequantised, require_readable
 
 SPECIAL_IDS = ("bos", "eos", "padding", "unknown")
-CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types that must never be cut into pieces
+CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens that the tokenizer must not split
 
 _GPT2 = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
 _LLAMA3 = (
@@ -30,7 +30,7 @@ _LLAMA3_STEPS = [
     pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
 ]
-# How the text was cut before the merges were learned (`tokenizer.ggml.pre`), as in the published tokenizers.
+# Pre-tokenizers by their name in `tokenizer.ggml.pre`, as in the published tokenizers.
 PRE_TOKENIZERS: dict[str, list[Any]] = {
     "gpt-2": _GPT2,
     "smollm": [pre_tokenizers.Digits(individual_digits=True), *_GPT2],
@@ -42,10 +42,11 @@ LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
 def gguf_config(header: GGUFHeader) -> Any:
-    """The transformers config of `header`'s model, dtype float32 (what its tensors dequantise to).
+    """The transformers config of `header`'s model, with dtype float32, to which its tensors are dequantised.
 
-    Raises UnsupportedError for a RoPE scaling that the file does not state in full, CheckpointError for
-    missing facts.
+    Raises:
+        CheckpointError: the metadata lacks a value that the config needs.
+        UnsupportedError: the file cannot be read, or does not state its RoPE scaling in full.
     """
     require_readable(header)
     ids = special_ids(header)
@@ -57,7 +58,7 @@ def gguf_config(header: GGUFHeader) -> Any:
         common: dict[str, Any] = {
             "hidden_size": hidden,
             "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads(header),
+            "num_key_value_heads": header.num_key_value_heads,
             "head_dim": head_dim,
             "num_hidden_layers": int(header.fact("block_count")),
             "intermediate_size": int(header.fact("feed_forward_length")),
@@ -84,11 +85,11 @@ def gguf_config(header: GGUFHeader) -> Any:
     return config
 
 
-GEMMA3_27B_LAYERS = 62  # the one size whose scores are not scaled by the root of head_dim
+GEMMA3_27B_LAYERS = 62  # the only size whose scores are not divided by √head_dim
 
 
 def _gemma3_config(header: GGUFHeader, common: dict[str, Any]) -> Gemma3TextConfig:
-    """Gemma 3's layers are local but for every sixth, and the local ones turn by a base of their own."""
+    """Every sixth layer of Gemma 3 attends to everything; the others are local, with a RoPE base of their own."""
     hidden, heads, head_dim = (common[key] for key in ("hidden_size", "num_attention_heads", "head_dim"))
     largest = common["num_hidden_layers"] == GEMMA3_27B_LAYERS
     local = {"rope_type": "default", "rope_theta": float(header.fact("rope.freq_base_swa", 10000.0))}
@@ -107,29 +108,29 @@ def gguf_generation_config(header: GGUFHeader) -> GenerationConfig:
 
 
 def special_ids(header: GGUFHeader) -> dict[str, int | None]:
-    """Token ids of `SPECIAL_IDS`, None where the file has none."""
+    """The token id of each name in `SPECIAL_IDS`, None where the file has none."""
     return {name: header.facts.get(f"tokenizer.ggml.{name}_token_id") for name in SPECIAL_IDS}
 
 
 def gguf_tokenizer(header: GGUFHeader) -> Any:
-    """The tokenizer that the file describes, with its chat template; UnsupportedError for an unknown one."""
-    kind, pre = header.facts.get("tokenizer.ggml.model"), header.facts.get("tokenizer.ggml.pre")
-    if kind == "llama":  # sentencepiece: transformers rebuilds it exactly
+    """The tokenizer that the file describes, with its chat template. Raises UnsupportedError for an unknown one."""
+    algorithm, pre = header.facts.get("tokenizer.ggml.model"), header.facts.get("tokenizer.ggml.pre")
+    if algorithm == "llama":  # SentencePiece, which transformers rebuilds exactly
         return AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+    if algorithm != "gpt2" or pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise UnsupportedError(
-            f"{header.path} has tokenizer '{kind}' with pre-tokenizer '{pre}'; known are llama, "
+            f"{header.path} has tokenizer '{algorithm}' with pre-tokenizer '{pre}'; known are llama, "
             f"and gpt2 with {known}; use the model's safetensors folder"
         )
     tokens = header.facts["tokenizer.ggml.tokens"]
-    names = {name: tokens[at] for name, at in special_ids(header).items() if at is not None}
+    special = {name: tokens[index] for name, index in special_ids(header).items() if index is not None}
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level(header, tokens, pre, names.get("bos")),
-        bos_token=names.get("bos"),
-        eos_token=names.get("eos"),
-        pad_token=names.get("padding"),
-        unk_token=names.get("unknown"),
+        tokenizer_object=_byte_level(header, tokens, pre, special.get("bos")),
+        bos_token=special.get("bos"),
+        eos_token=special.get("eos"),
+        pad_token=special.get("padding"),
+        unk_token=special.get("unknown"),
         model_max_length=int(header.fact("context_length")),
         clean_up_tokenization_spaces=False,
     )
@@ -143,14 +144,14 @@ def _byte_level(header: GGUFHeader, tokens: list[str], pre: str, bos: str | None
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_NAMES))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = header.facts.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    whole = [
-        (token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, USER_DEFINED)
-    ]
+    types = header.facts.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    typed = list(zip(tokens, types, strict=True))
     tokenizer.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, k in whole if k == CONTROL]
+        [AddedToken(token, normalized=False, special=True) for token, kind in typed if kind == CONTROL]
     )
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in whole if k == USER_DEFINED])
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False) for token, kind in typed if kind == USER_DEFINED]
+    )
     if bos and header.facts.get("tokenizer.ggml.add_bos_token", pre in LLAMA3_NAMES):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
@@ -174,15 +175,16 @@ def _rope(header: GGUFHeader, head_dim: int) -> dict[str, Any]:
             f"{header.path} scales RoPE by '{scaling}', which GGUF does not state in full; "
             "use the model's safetensors folder"
         )
-    return (
-        rope | _llama3_scaling(header, rope["rope_theta"], head_dim)
-        if ROPE_FACTORS in header.tensors
-        else rope
-    )
+    if ROPE_FACTORS in header.tensors:
+        rope |= _llama3_scaling(header, rope["rope_theta"], head_dim)
+    return rope
 
 
 def _llama3_scaling(header: GGUFHeader, theta: float, head_dim: int) -> dict[str, Any]:
-    """The llama3 parameters behind the file's per-frequency divisors; known only when all of them agree."""
+    """The `llama3` RoPE parameters that give the file's divisors of the frequencies.
+
+    Raises UnsupportedError for divisors that Llama 3's low and high frequency factors do not give.
+    """
     divisors = dequantised(header.path, header.tensors[ROPE_FACTORS])
     known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     factor = float(divisors.max())

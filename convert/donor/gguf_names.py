@@ -1,4 +1,4 @@
-"""llama.cpp's architectures as data: what it calls transformers' tensors, and how it stores them."""
+"""llama.cpp's architectures as data: the names of their tensors, and how the values are stored."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ GEMMA3_NAMES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """interleaved: q and k rows are stored in llama.cpp's interleaved RoPE order. norm_offset: what a norm's stored
-    gain exceeds transformers' weight by. names: llama.cpp's name of a part -> transformers'.
+    """How GGUF files store the models of one architecture.
+
+    Attributes:
+        interleaved: whether the rows of q and k are in llama.cpp's interleaved RoPE order.
+        norm_offset: the stored gain of a norm minus transformers' weight.
+        names: llama.cpp's name of a module -> transformers'.
     """
 
     interleaved: bool
@@ -38,7 +42,7 @@ class Architecture:
     names: dict[str, str] = field(default_factory=lambda: NAMES)
 
     def hub_name(self, name: str) -> str:
-        """The Hub's name of llama.cpp's tensor `name`; an unknown part stays, and the donor then refuses it."""
+        """transformers' name of llama.cpp's tensor `name`; an unknown one stays, and the donor's check refuses it."""
         part, _, suffix = name.rpartition(".")
         if part.startswith("blk."):
             _, layer, part = part.split(".", 2)

@@ -1,4 +1,4 @@
-"""GGUF files: one quick pass over the metadata, then tensors one at a time, dequantised."""
+"""Reader of GGUF files: the metadata in one pass, then single tensors, dequantised to float32."""
 
 from __future__ import annotations
 
@@ -22,33 +22,54 @@ from .gguf_names import ARCHITECTURES
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALAR_TYPES = {  # the format's number of a value type -> its `struct` code
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
-BLOCK = 1 << 22  # elements dequantised together, so that reading needs little more than the tensor itself
-
-ROPE_FACTORS = (
-    "rope_freqs.weight"  # per-frequency divisors; the config's business (gguf_model.py), not a weight
-)
+BLOCK = 1 << 22  # elements dequantised together, which bounds the memory beside the tensor itself
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies; part of the config, not a weight
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor as stored: `shape` rows first (the file has it reversed), `offset` from the file's start."""
+    """A tensor as stored.
+
+    Attributes:
+        name: llama.cpp's.
+        shape: rows first, unlike in the file.
+        quantization: the format of its values.
+        offset: in bytes from the start of the file.
+    """
 
     name: str
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
+    quantization: GGMLQuantizationType
     offset: int
 
     @property
     def nbytes(self) -> int:
-        block, size = GGML_QUANT_SIZES[self.kind]
+        block, size = GGML_QUANT_SIZES[self.quantization]
         return math.prod(self.shape) * size // block
 
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """A file's metadata (plain Python values; arrays are lists) and its tensors by llama.cpp's name."""
+    """The contents list of a GGUF file.
+
+    Attributes:
+        facts: its metadata as plain Python values; arrays are lists.
+        tensors: by llama.cpp's name.
+    """
 
     path: Path
     facts: dict[str, Any]
@@ -57,6 +78,10 @@ class GGUFHeader:
     @property
     def architecture(self) -> str:
         return str(self.facts.get("general.architecture"))
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return int(self.fact("attention.head_count_kv", self.fact("attention.head_count")))
 
     def fact(self, key: str, default: Any = None) -> Any:
         """A metadata value of the file's architecture: `block_count` is `llama.block_count`."""
@@ -82,7 +107,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (struct.error, ValueError, KeyError, EOFError, ArithmeticError) as error:
         raise CheckpointError(f"{path} is truncated or not a valid GGUF file ({error})") from error
-    tensors = {t.name: GGUFTensor(t.name, t.shape, t.kind, start + t.offset) for t in entries}
+    tensors = {t.name: GGUFTensor(t.name, t.shape, t.quantization, start + t.offset) for t in entries}
     end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
     if end > size:
         raise CheckpointError(f"{path} is truncated: {size} bytes of {end}; download it again")
@@ -90,7 +115,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
 
 
 class _Reader:
-    """Values of a GGUF header in file order; a length beyond the file's end is an EOFError."""
+    """Reads the values of a GGUF header in file order. Raises EOFError for a length beyond the file's end."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self.stream, self.size = stream, size
@@ -100,39 +125,40 @@ class _Reader:
             raise EOFError("the file ends inside its metadata")
         return data
 
-    def scalar(self, kind: int) -> Any:
-        layout = "<" + SCALARS[kind]
+    def scalar(self, value_type: int) -> Any:
+        layout = "<" + SCALAR_TYPES[value_type]
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def string(self) -> str:
         return self.take(self.scalar(10)).decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> Any:
-        if kind == STRING:
+    def value(self, value_type: int) -> Any:
+        if value_type == STRING:
             return self.string()
-        if kind != ARRAY:
-            number = self.scalar(kind)
-            # 32-bit floats come back as people wrote them: 1e-05, not 9.999999747378752e-06.
-            return float(str(np.float32(number))) if SCALARS[kind] == "f" else number
+        if value_type != ARRAY:
+            number = self.scalar(value_type)
+            # The shortest decimal of a 32-bit float: 1e-05, not 9.999999747378752e-06.
+            return float(str(np.float32(number))) if SCALAR_TYPES[value_type] == "f" else number
         item, count = self.scalar(4), self.scalar(10)
         if item in (STRING, ARRAY):
             return [self.value(item) for _ in range(count)]
-        layout = np.dtype(SCALARS[item]).newbyteorder("<")
+        layout = np.dtype(SCALAR_TYPES[item]).newbyteorder("<")
         return np.frombuffer(self.take(count * layout.itemsize), dtype=layout).tolist()
 
 
 def _tensor_entry(reader: _Reader) -> GGUFTensor:
     name = reader.string()
     shape = tuple(reader.scalar(10) for _ in range(reader.scalar(4)))
-    kind = GGMLQuantizationType(reader.scalar(4))
-    return GGUFTensor(name, shape[::-1], kind, reader.scalar(10))
+    quantization = GGMLQuantizationType(reader.scalar(4))
+    return GGUFTensor(name, shape[::-1], quantization, reader.scalar(10))
 
 
 class GGUFSource:
-    """The weights of a GGUF file in fp32 and in transformers' row order.
+    """A TensorSource: the weights of a GGUF file in float32 and in transformers' row order.
 
-    Raises CheckpointError or UnsupportedError at construction for files that `read_gguf_header` or
-    `require_readable` refuse.
+    Raises:
+        CheckpointError: as `read_gguf_header` does.
+        UnsupportedError: as `require_readable` does.
     """
 
     def __init__(self, path: Path, header: GGUFHeader | None = None) -> None:
@@ -162,9 +188,9 @@ class GGUFSource:
             tensor -= self._architecture.norm_offset
         if self._architecture.interleaved:
             if name.endswith((".q_proj.weight", ".q_proj.bias")):
-                return _halves(tensor, self.header.fact("attention.head_count"))
+                return _half_split(tensor, self.header.fact("attention.head_count"))
             if name.endswith((".k_proj.weight", ".k_proj.bias")):
-                return _halves(tensor, kv_heads(self.header))
+                return _half_split(tensor, self.header.num_key_value_heads)
         return tensor
 
     def _entry(self, name: str) -> GGUFTensor:
@@ -182,49 +208,44 @@ def require_readable(header: GGUFHeader) -> None:
             "(other families from safetensors)"
         )
     if header.facts.get("split.count", 1) > 1:
-        raise UnsupportedError(
-            f"{header.path} is one of {header.facts['split.count']} parts; merge them first"
-        )
+        parts = header.facts["split.count"]
+        raise UnsupportedError(f"{header.path} is one of {parts} parts; merge them first")
     if header.fact("expert_count", 0):
         raise UnsupportedError(f"{header.path} is a mixture of experts, which is not supported as GGUF")
     for tensor in header.tensors.values():
         try:
-            _dequantise(np.zeros(GGML_QUANT_SIZES[tensor.kind][1], dtype=np.uint8), tensor.kind)
+            block = np.zeros(GGML_QUANT_SIZES[tensor.quantization][1], dtype=np.uint8)
+            _dequantise(block, tensor.quantization)
         except (NotImplementedError, KeyError) as error:
             raise UnsupportedError(
-                f"{header.path} stores {tensor.name} as {tensor.kind.name}, which cannot be read; "
+                f"{header.path} stores {tensor.name} as {tensor.quantization.name}, which cannot be read; "
                 "use an F16, Q8_0 or K-quant file"
             ) from error
 
 
 def dequantised(path: Path, tensor: GGUFTensor) -> Tensor:
-    """The fp32 values of one stored tensor, equal to gguf's own `dequantize`; a block of rows at a time."""
+    """The values of one stored tensor in float32, equal to those of `gguf.quants.dequantize`, made block by block."""
     raw = read_bytes(path, tensor.offset, tensor.nbytes).numpy()
     values = torch.empty(tensor.shape, dtype=torch.float32)
     flat = values.view(-1).numpy()
-    block, size = GGML_QUANT_SIZES[tensor.kind]
+    block, size = GGML_QUANT_SIZES[tensor.quantization]
     step = BLOCK // block
     for first in range(0, raw.size // size, step):
-        part = _dequantise(raw[first * size : (first + step) * size], tensor.kind)
+        part = _dequantise(raw[first * size : (first + step) * size], tensor.quantization)
         flat[first * block : first * block + part.size] = part
     return values
 
 
-def kv_heads(header: GGUFHeader) -> int:
-    """How many key/value heads the file's model has."""
-    return int(header.fact("attention.head_count_kv", header.fact("attention.head_count")))
-
-
-def _dequantise(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    # gguf wants plain floats as floats and everything else as bytes.
-    if kind == GGMLQuantizationType.F32:
+def _dequantise(raw: np.ndarray, quantization: GGMLQuantizationType) -> np.ndarray:
+    # `dequantize` takes bytes of quantised formats only.
+    if quantization == GGMLQuantizationType.F32:
         return raw.view("<f4")
-    if kind == GGMLQuantizationType.F16:
+    if quantization == GGMLQuantizationType.F16:
         return raw.view("<f2").astype(np.float32)
-    return dequantize(raw, kind).reshape(-1)
+    return dequantize(raw, quantization).reshape(-1)
 
 
-def _halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of one head: pairs (r0 i0 r1 i1 …), llama.cpp's RoPE order -> halves (r0 r1 … | i0 i1 …)."""
+def _half_split(weight: Tensor, heads: int) -> Tensor:
+    """The rows of each head from llama.cpp's RoPE order (r0 i0 r1 i1 …) to transformers' (r0 r1 … i0 i1 …)."""
     rows = weight.shape[0] // heads // 2
     return weight.view(heads, rows, 2, -1).transpose(1, 2).reshape(weight.shape)

