@@ -109,6 +109,8 @@ def faults(module: str, text: str, is_package: bool = False) -> list[str]:
             found.append(f"{where}: a bare import of {name} makes a second copy of the package")
         if not name.startswith("mhconvert"):
             continue
+        if name not in SOURCES:
+            found.append(f"{where}: there is no module {name}")
         target = next((top for top in FOLDERS if name.startswith(f"mhconvert.{top}")), None)
         if own is not None and target is not None and not level:
             found.append(f"{where}: {name} is imported by its absolute name; use dots")
@@ -136,6 +138,7 @@ def test_a_file_imports_what_lies_below_it(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "text", "said"),
     [
+        ("mhconvert.convert.pipeline", "from .statistics import observe", "there is no module"),
         ("mhconvert.convert.pipeline", "import convert.donor", "second copy"),
         ("mhconvert.convert.pipeline", "from eval import fidelity", "second copy"),
         ("mhconvert.convert.pipeline", "from mhconvert.convert.recipe import recipe", "absolute name"),

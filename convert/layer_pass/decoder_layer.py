@@ -50,7 +50,7 @@ class _Given(nn.Module):
 
 
 class Block(nn.Module):
-    """A decoder layer and the norm behind it, called as `heal.local.fit` calls an attention."""
+    """A decoder layer and the norm behind it, called as `heal.layer_fit.fit` calls an attention."""
 
     def __init__(self, layer: nn.Module, following: nn.Module, surroundings: dict[str, Any]):
         super().__init__()
