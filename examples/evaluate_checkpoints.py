@@ -17,7 +17,7 @@ def main() -> None:
     args = parser.parse_args()
 
     settings = mhconvert.EvalSettings(
-        texts=(args.text,), sequences=args.sequences, sequence_length=args.length
+        text=(args.text,), sequences=args.sequences, sequence_length=args.length
     )
     result = mhconvert.evaluate(args.checkpoints, settings)
     for text in result["texts"]:

@@ -201,7 +201,7 @@ class Recipe(Settings):
             MhconvertError: Values out of range; a RecipeError with the line where they come from a file.
         """
         values = {name: value for name, value in data.items() if name not in STAGES}
-        if values.get("method") not in METHOD_NAMES:
+        if values.get("method") not in tuple(METHOD_NAMES):
             found = f"unknown method '{values['method']}'" if "method" in values else "the method is missing"
             raise origins.fault(("method",), f"{found}; choose one of {', '.join(METHOD_NAMES)}")
         kinds = {"settings": settings_class(values["method"])}

@@ -19,7 +19,7 @@ from mhconvert.convert.donor.donor import open_donor
 from mhconvert.convert.layer_pass import layer_steps, resumable_run
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe
-from mhconvert.convert.storage import shard_writer
+from mhconvert.convert.storage import output_folder, shard_writer
 from mhconvert.errors import CheckpointError, MhconvertError, OutputError, TextError
 from mhconvert.progress import Progress
 from tests.convert.conftest import LAYERS
@@ -141,8 +141,8 @@ def test_a_full_disk_keeps_what_is_finished(
 def test_too_little_disk_is_seen_before_work(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shard_writer.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shard_writer.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    usage = output_folder.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     with pytest.raises(OutputError, match=r"1\.05 MB free and the conversion needs"):
         mhconvert.convert(recipe(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

@@ -132,7 +132,7 @@ def test_refusals_leave_nothing(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"targets": "o_proj"}, {"targets": ()}], ids=["a string", "an empty list"]
+    "settings", [{"targets": "o_proj,"}, {"targets": ()}], ids=["an empty name", "an empty list"]
 )
 def test_targets_that_are_no_list(settings: dict[str, Any]) -> None:
     with pytest.raises(AdapterError, match="targets"):

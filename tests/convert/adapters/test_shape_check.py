@@ -132,7 +132,7 @@ def test_an_adapter_of_a_converted_checkpoint(saved: Saved, tmp_path: Path) -> N
     rewrite(folder, base_model_name_or_path=str(tmp_path / "mla"))
     commands = both(folder, tmp_path / "out")
     commands += [
-        lambda: mhconvert.evaluate(str(folder), mhconvert.EvalSettings(texts=(tmp_path,))),
+        lambda: mhconvert.evaluate(str(folder), mhconvert.EvalSettings(text=(tmp_path,))),
         lambda: mhconvert.generate(str(folder), "boats"),
     ]
     for command in commands:

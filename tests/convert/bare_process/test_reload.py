@@ -78,7 +78,7 @@ def test_the_folders_own_code_runs(folder: Path, probe: Path, tmp_path: Path) ->
 
 
 def test_code_that_needs_mhconvert_is_found_out(folder: Path, probe: Path, tmp_path: Path) -> None:
-    broken = remote_copy(folder, tmp_path / "needs", "import mhconvert.convert.errors")
+    broken = remote_copy(folder, tmp_path / "needs", "import mhconvert.errors")
     with pytest.raises(CheckpointError, match=r"needs does not load and generate.*mhconvert"):
         verify(broken, probe, prompt="x")
 

@@ -82,7 +82,7 @@ def test_an_own_text_is_what_eval_measures(recipe: Build, text: Path, tmp_path: 
     assert result["measured_on"] == str(own)
     assert result["measured_tokens"] == 3 * 63
     mhconvert.convert(base.at_budget(0.4))
-    settings = mhconvert.EvalSettings(texts=(own,), sequences=3, sequence_length=64)
+    settings = mhconvert.EvalSettings(text=(own,), sequences=3, sequence_length=64)
     donor, converted = mhconvert.evaluate(str(tmp_path / "out"), settings, device="cpu")["texts"][0]["models"]
     [point] = result["points"]
     assert point["kl"] == pytest.approx(converted["kl"], rel=1e-4)  # float32, layers in another order of rows

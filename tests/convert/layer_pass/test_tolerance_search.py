@@ -135,7 +135,7 @@ def test_out_of_reach_leaves_nothing(asked: Build, tmp_path: Path, steps: int) -
 
 
 def too_small(self: Search) -> dict[str, Any]:
-    return {"asked": self.recipe.tolerance, "kv_budget": 0.3, "looked": [], "tried": []}
+    return {"asked": self.context.recipe.tolerance, "kv_budget": 0.3, "looked": [], "tried": []}
 
 
 def test_a_miss_is_converted_again(asked: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
