@@ -18,7 +18,7 @@ from mhconvert.errors import HealError, MhconvertError, OutputError, ReloadKille
 
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import save_tensors, write_json
-from ..convert.storage.output_folder import LOCK, WORK, PartialFolder, check_space, disk_full, replace_folder
+from ..convert.storage.output_folder import LOCK, PartialFolder, check_space, disk_full
 from .packed_rows import HealText, Rows
 
 STATE = "heal.json"  # in the work folder: the settings, and the last durable checkpoint
@@ -193,8 +193,7 @@ class HealSpace:
     def publish(self) -> None:
         """Give the folder its final name."""
         (self.work / STATE).unlink()  # first: half a work folder is nothing to resume from
-        shutil.rmtree(self.partial / WORK)
-        replace_folder(self.partial, self.output)
+        self._folder.publish()
 
 
 def disk_needed(parameters: int, trained: int, written: int, tokens: int) -> int:

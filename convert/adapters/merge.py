@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.errors import AdapterError, MhconvertError
+from mhconvert.errors import AdapterError
 from mhconvert.progress import Listener, Progress, ignore
 
 from ..checkpoint import provenance
@@ -21,7 +21,7 @@ from ..layer_pass.cost_estimate import SLACK_BYTES
 from ..methods.hydra.branches import merged_bias, merged_weight
 from ..storage import shard_writer
 from ..storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
-from ..storage.dtype_cast import DTYPES, cast
+from ..storage.dtype_cast import cast, torch_dtype
 from ..storage.output_folder import whole_folder
 from . import card
 from .saved_adapter import AdapterFolder, open_adapter, open_base, output_folder
@@ -123,9 +123,7 @@ def _require_published(adapter: AdapterFolder, donor: Donor) -> None:
 
 def _dtype(wanted: str | None) -> torch.dtype | None:
     """The dtype to write, by its name; None: each tensor's own."""
-    if wanted is not None and wanted not in DTYPES:
-        raise MhconvertError(f"dtype '{wanted}' is not one of {', '.join(DTYPES)}")
-    return DTYPES[wanted] if wanted is not None else None
+    return None if wanted is None else torch_dtype(wanted)
 
 
 def _write_rest(

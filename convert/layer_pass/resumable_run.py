@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..methods.budget_division import LayerNeed
 from ..recipe.recipe import Recipe
 from ..storage.atomic_files import save_tensors, write_json
 from ..storage.byte_size import byte_size
-from ..storage.output_folder import PartialFolder, check_space, disk_full, replace_folder
+from ..storage.output_folder import PartialFolder, check_space, disk_full
 from ..storage.shard_writer import ShardWriter
 from .decoder_layer import Streams
 
@@ -164,8 +163,7 @@ class Workspace:
     def publish(self) -> None:
         """Give the folder its final name."""
         (self._work / STATE).unlink()  # first: half a work folder is nothing to resume from
-        shutil.rmtree(self._work)
-        replace_folder(self.partial, self.output)
+        self._folder.publish()
 
     def _commit(self) -> None:
         assert self._writer is not None

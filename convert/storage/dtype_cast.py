@@ -1,11 +1,20 @@
-"""Numbers that cannot be gone on with, named by tensor or layer."""
+"""The dtypes of written weights, and checks that tensors are finite before and after a cast."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mhconvert.errors import CheckpointError
+from mhconvert.errors import CheckpointError, MhconvertError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def torch_dtype(name: str, error: type[MhconvertError] = MhconvertError) -> torch.dtype:
+    """The dtype called `name` that weights can be written in. Raises `error` for any other name."""
+    if name not in DTYPES:
+        raise error(f"dtype '{name}' is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -28,9 +37,6 @@ def require_finite_states(index: int, **states: Tensor) -> None:
                 f"layer {index}: the donor's {name.replace('_', ' ')} are not finite on the calibration text; "
                 "its weights are damaged, or their products leave float32"
             )
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def element_bytes(dtype: str) -> int:

@@ -1,4 +1,7 @@
-"""OUT.partial: the folder that a run writes into, locked for as long as the run lasts."""
+"""Output folders that appear under their name only when they are whole.
+
+A command writes into OUT.partial, which is locked while it runs and renamed at the end.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -18,25 +22,28 @@ from mhconvert.errors import OutputError
 from .byte_size import shown_size
 from .folder_kind import KINDS
 
-WORK = "work"  # the subfolder of OUT.partial that is gone when it is published
-LOCK = "lock"  # in it: held as long as a run lasts
+WORK = "work"  # the subfolder of OUT.partial that is deleted when OUT.partial is published
+LOCK = "lock"  # the file in it that is locked as long as a run lasts
 
 DISK_FULL = ("No space left", "PytorchStreamWriter failed", "unexpected pos")  # the last two: torch.save
 
 
 class PartialFolder:
-    """`folder` is OUT.partial, `work` the run's own subfolder of it; neither is made yet."""
+    """`folder` is OUT.partial, `work` the run's own subfolder of it; neither is made before `make`."""
 
     def __init__(self, output: Path):
+        self.output = output
         self.folder = output.with_name(output.name + ".partial")
         self.work = self.folder / WORK
+        self._new_parents: list[Path] = []
+        self._lock: IO[str] | None = None
 
     def make(self) -> None:
         """Make the work folder, remember which folders above it are new, and lock it.
 
         Raises OutputError where it cannot be made, and where another run holds the lock.
         """
-        self._made = [folder for folder in self.folder.absolute().parents if not folder.exists()]
+        self._new_parents = [folder for folder in self.folder.absolute().parents if not folder.exists()]
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.work / LOCK, "w")  # noqa: SIM115
@@ -51,8 +58,9 @@ class PartialFolder:
             ) from error
 
     def unlock(self) -> None:
-        """Let another run have it."""
-        self._lock.close()
+        """Release the lock, if it is held."""
+        if self._lock is not None:
+            self._lock.close()
 
     def empty(self, *kept: str) -> None:
         """Remove everything but the lock and the `kept` files of the work folder."""
@@ -60,22 +68,67 @@ class PartialFolder:
             if path.name not in (WORK, LOCK, *kept):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def publish(self) -> None:
+        """Delete the work folder and rename OUT.partial to OUT."""
+        shutil.rmtree(self.work)
+        replace_folder(self.folder, self.output)
+
     def discard(self) -> None:
         """Remove it, and the folders above it that were made for it."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # somebody else uses them by now
-            for folder in self._made:
+        with suppress(OSError):  # another program may have put files there since
+            for folder in self._new_parents:
                 folder.rmdir()
 
 
-def disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space."""
-    said = str(error)
-    return getattr(error, "errno", None) == errno.ENOSPC or any(sign in said for sign in DISK_FULL)
+@contextmanager
+def whole_folder(output: Path, needed: int, *, force: bool) -> Iterator[Path]:
+    """OUT.partial to write into. It becomes `output` when the context ends without an error; otherwise it is removed.
+
+    Call `check_free` first: whether `output` itself may be replaced is not checked here.
+
+    Args:
+        output: the final folder.
+        needed: bytes that will be written.
+        force: remove an OUT.partial that an interrupted run left.
+
+    Raises:
+        OutputError: The disk is too small, or OUT.partial is there already.
+    """
+    partial = PartialFolder(output)
+    if partial.folder.exists() and not (force and partial.work.is_dir()):
+        hint = "--force starts over" if partial.work.is_dir() else "it is not the work of mhconvert"
+        raise OutputError(f"{partial.folder} is there already: {hint}; move it away, or choose another -o")
+    check_space(partial.folder, needed)
+    partial.make()
+    try:
+        partial.empty()
+        yield partial.folder
+        partial.publish()
+    except BaseException as error:
+        partial.discard()
+        if disk_full(error):
+            raise OutputError(
+                f"the disk of {output} is full; free some space, or choose another -o"
+            ) from error
+        raise
+    finally:
+        partial.unlock()
+
+
+def replace_folder(partial: Path, output: Path) -> None:
+    """Rename the finished folder to `output`; an old folder of that name is removed only after that."""
+    if not os.path.lexists(output):
+        os.replace(partial, output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    os.replace(output, old / output.name)
+    os.replace(partial, output)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_free(output: Path, force: bool, *read: Path | None) -> None:
-    """Raises OutputError when `output` exists and may not be replaced; what holds a folder of `read` never may."""
+    """Raises OutputError when `output` exists and may not be replaced; a folder that holds one of `read` never may."""
     if os.path.lexists(output) and not force:
         raise OutputError(f"{output} exists; choose another folder with -o, or replace it with --force")
     if os.path.lexists(output) and not output.is_dir():
@@ -99,47 +152,13 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
-            f"the disk of {place} has {shown_size(free)} free and the conversion needs {shown_size(needed)}; "
-            "free some, or choose another place with -o"
+            f"the disk of {place} has {shown_size(free)} free and the conversion needs {shown_size(needed)}; free "
+            "some, or choose another place with -o"
         )
 
 
-def replace_folder(partial: Path, output: Path) -> None:
-    """Give the finished folder its name; an old folder of that name goes away only then."""
-    if not os.path.lexists(output):
-        os.replace(partial, output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-    os.replace(output, old / output.name)
-    os.replace(partial, output)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def whole_folder(output: Path, needed: int, *, force: bool) -> Iterator[Path]:
-    """OUT.partial to write into. It becomes `output` when the context ends well; otherwise nothing is left.
-
-    Whether `output` may be replaced was asked before (`checkpoint.check_free`). needed: bytes.
-    Raises OutputError when the disk is too small, or OUT.partial is there already; `force` removes what a run that
-    was cut short left of it.
-    """
-    partial = PartialFolder(output)
-    if partial.folder.exists() and not (force and partial.work.is_dir()):
-        hint = "--force starts over" if partial.work.is_dir() else "it is not the work of mhconvert"
-        raise OutputError(f"{partial.folder} is there already: {hint}; move it away, or choose another -o")
-    check_space(partial.folder, needed)
-    partial.make()
-    try:
-        partial.empty()
-        yield partial.folder
-        shutil.rmtree(partial.work)
-        replace_folder(partial.folder, output)
-    except BaseException as error:
-        partial.discard()
-        if isinstance(error, (OSError, SafetensorError)) and disk_full(error):
-            raise OutputError(
-                f"the disk of {output} is full; free some space, or choose another -o"
-            ) from error
-        raise
-    finally:
-        partial.unlock()
+def disk_full(error: BaseException | None) -> bool:
+    """Whether `error` is a write that failed because the disk is full."""
+    if not isinstance(error, (OSError, SafetensorError, RuntimeError)):
+        return False
+    return getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in DISK_FULL)

@@ -104,7 +104,10 @@ def test_a_pushed_donor_can_be_converted_from_its_commit(hub: WriteHub, tmp_path
     folder = make_donor(tmp_path / "donor")
     result = push(folder, "tester/donor")
     hub.repos["tester/donor"].commit("main", {"config.json": b"broken"}, "later")
-    script = "import sys; from mhconvert.convert.donor.donor import open_donor; from safetensors.torch import save_file\n"
+    script = (
+        "import sys; from mhconvert.convert.donor.donor import open_donor\n"
+        "from safetensors.torch import save_file\n"
+    )
     script += "donor = open_donor(sys.argv[1]); source = donor.source\n"
     script += "save_file({name: source.read(name) for name in source.names()}, sys.argv[2])"
     target = tmp_path / "out.safetensors"

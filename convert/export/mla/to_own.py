@@ -19,7 +19,7 @@ from ...checkpoint import provenance
 from ...checkpoint.provenance import read_record
 from ...layer_pass.cost_estimate import SLACK_BYTES
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
-from ...storage.dtype_cast import DTYPES, cast
+from ...storage.dtype_cast import cast, torch_dtype
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
@@ -108,9 +108,7 @@ def _dtype(wanted: str | None, source: SafetensorsSource) -> torch.dtype:
     """The dtype to write. Raises ExportError for an unknown name."""
     if wanted is None:
         return source.dtype("model.embed_tokens.weight")
-    if wanted not in DTYPES:
-        raise ExportError(f"dtype '{wanted}' is not one of {', '.join(DTYPES)}")
-    return DTYPES[wanted]
+    return torch_dtype(wanted, ExportError)
 
 
 def _report(
