@@ -1,1 +1,1 @@
-"""Measuring models: fidelity to a donor, cost, and reports of both."""
+"""Evaluation of models: fidelity to the donor, tasks, retrieval, cache size, speed, and reports of them."""

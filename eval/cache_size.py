@@ -1,4 +1,4 @@
-"""What a model costs to run: the cache that it really fills."""
+"""The size of a model's cache, measured on the cache object after generation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from ..convert.bare_process.child import cache_storage
 
 @dataclass(frozen=True)
 class CacheCost:
-    """A cache object after `generate`, batch 1. bytes and elements are of tensor storage over all layers."""
+    """A cache object after `generate` with batch size 1.
 
-    kind: str
+    Attributes:
+        class_name: of the cache object.
+        tokens: that it holds.
+        bytes, elements: of its tensors' storage over all layers.
+    """
+
+    class_name: str
     tokens: int
     bytes: int
     elements: int
@@ -29,9 +35,9 @@ class CacheCost:
 
 
 def measure_cache(model: Any, *, prompt_tokens: int = 16, new_tokens: int = 4) -> CacheCost:
-    """Generate greedily from an arbitrary prompt and weigh the cache that `generate` returns.
+    """The size of the cache that `generate` returns after an arbitrary prompt.
 
-    The cache holds prompt_tokens + new_tokens − 1 tokens: the last one generated is never read back.
+    The cache holds prompt_tokens + new_tokens − 1 tokens, as the last generated one is not read back.
     """
     vocabulary = model.config.get_text_config().vocab_size
     input_ids = (torch.arange(prompt_tokens) % vocabulary)[None].to(model.device)

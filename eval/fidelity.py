@@ -1,6 +1,6 @@
-"""How near a converted model stays to its donor: perplexity, KL divergence, top-1 agreement.
+"""How closely a converted model follows its donor: perplexity, KL divergence, top-1 agreement.
 
-Streaming: rows of logits go in, float64 sums stay. `evaluate` is the protocol behind the numbers in the README.
+Logits are taken in row by row and only float64 sums are kept. `evaluate` gives the numbers in the README.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ class Fidelity:
     agreements: int = 0
 
     def add(self, donor: Tensor, converted: Tensor, targets: Tensor) -> None:
-        """Take in predictions. donor, converted (positions, vocab_size) any float; targets (positions,) int64.
+        """Adds predictions to the sums, which do not depend on how they are grouped into calls, to float64 rounding.
 
-        The sums do not depend on how positions are grouped into calls, to float64 rounding.
+        Args:
+            donor, converted: logits (positions, vocab_size) of any float dtype.
+            targets: (positions,) int64, the tokens that follow.
         """
         if donor.shape != converted.shape or targets.shape != donor.shape[:1]:
             raise ValueError(
@@ -47,20 +49,20 @@ class Fidelity:
             )
         for start in range(0, targets.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            wanted = targets[rows, None]
+            following = targets[rows, None]
             reference = donor[rows].float().log_softmax(-1)
             candidate = converted[rows].float().log_softmax(-1)
-            self.donor_nll -= reference.gather(1, wanted).sum(dtype=torch.float64).item()
-            self.converted_nll -= candidate.gather(1, wanted).sum(dtype=torch.float64).item()
+            self.donor_nll -= reference.gather(1, following).sum(dtype=torch.float64).item()
+            self.converted_nll -= candidate.gather(1, following).sum(dtype=torch.float64).item()
             self.agreements += int((reference.argmax(-1) == candidate.argmax(-1)).sum())
             probability = reference.exp()
-            # A token that both rule out (-inf) adds nothing; one that only the converted model rules out, infinity.
+            # A token of probability 0 in both models adds 0; one of probability 0 in the converted model only, infinity.
             terms = torch.where(probability > 0, probability * (reference - candidate), 0.0)
             self.divergence += terms.sum(dtype=torch.float64).item()
         self.tokens += targets.shape[0]
 
     def result(self) -> dict[str, Any]:
-        """perplexity {donor, converted}, kl (nats a token), top1_agreement (share), tokens (predictions)."""
+        """perplexity {donor, converted}, kl (nats per token), top1_agreement (fraction), tokens (predictions)."""
         if not self.tokens:
             raise MhconvertError("there is no prediction to measure; rows need at least 2 tokens")
         return {
@@ -80,10 +82,12 @@ def compare_rows(
     rows: Tensor,
     on_row: Callable[[int, int], None] | None = None,
 ) -> Fidelity:
-    """The fidelity over `rows` (number, length) of token ids, length − 1 predictions a row.
+    """The fidelity over `rows`; the logits of one row of each model are in memory at a time.
 
-    donor and converted map token ids (1, length) to logits (1, length, vocab_size); one row of each is in
-    memory at a time.
+    Args:
+        donor, converted: from token ids (1, length) to logits (1, length, vocab_size).
+        rows: (rows, length) token ids, with length − 1 predictions per row.
+        on_row: called with the rows done and the number of rows.
     """
     fidelity = Fidelity()
     with torch.inference_mode():
@@ -96,9 +100,9 @@ def compare_rows(
 
 
 def text_rows(tokenizer: Any, text: Path, sequence_length: int, sequences: int) -> Tensor:
-    """The first sequences × sequence_length tokens of the file, no special tokens, rows without overlap.
+    """The first tokens of the file as rows (sequences, sequence_length) int64, without special tokens or overlap.
 
-    Returns (sequences, sequence_length) int64. Raises MhconvertError when the text is unreadable or too short.
+    Raises MhconvertError when the text is unreadable or too short.
     """
     if sequence_length < 2 or sequences < 1:
         raise MhconvertError(
@@ -125,7 +129,7 @@ def evaluate(
     rows: Tensor,
     on_row: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """`Fidelity.result()` of two causal language models over `rows`, and the seconds it took."""
+    """`Fidelity.result()` of two causal language models over `rows`, and the seconds taken."""
     started = time.perf_counter()
     fidelity = compare_rows(_logits(donor), _logits(converted), rows, on_row)
     return fidelity.result() | {"seconds": time.perf_counter() - started}
@@ -140,7 +144,7 @@ def _logits(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _perplexity(nll: float, tokens: int) -> float:
-    """exp(nll / tokens); infinity where that is beyond float64."""
+    """exp(nll / tokens); infinity where float64 overflows."""
     try:
         return math.exp(nll / tokens)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""What a model's attention looks like, what its cache costs, and what could be done about it. Reads configs only."""
+"""`mhconvert inspect`: a model's attention, the size of its cache, and which methods apply. Reads configs only."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ CONTEXTS = (8_192, 32_768, 131_072)
 
 
 def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Facts of the model `reference`: JSON-ready.
+    """What is known of the model `reference` from its config, as plain JSON types.
 
-    model_type, converted_by, dtype, attention {layers, heads, …}, kv {elements_per_token, bytes_per_token,
-    bytes {"8192": …}} at the stored dtype, methods {name: {applies, reason | kv_bytes_per_token, output_bytes}}; of an
-    adapter trainable_parameters instead of kv_bytes_per_token.
+    Returns:
+        model_type, converted_by, dtype; attention: see `attention`; kv: elements_per_token, bytes_per_token and bytes
+        by context length, at the stored dtype; methods: name -> applies, and reason or kv_bytes_per_token (for an
+        adapter trainable_parameters) and output_bytes.
+
+    Raises:
+        CheckpointError: the config lacks a value.
     """
     folder = open_model.checkpoint_folder(reference, weights=False)
     made_by = converted_method(str(folder))
@@ -60,7 +64,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
 
 
 def cache_elements(config: Any) -> list[int]:
-    """Elements that one token adds to each layer's cache."""
+    """(layers,), the elements that one token adds to each layer's cache."""
     text = config.get_text_config()
     layers = range(text.num_hidden_layers)
     if getattr(text, "rope_frequencies", None) is not None:
@@ -74,7 +78,7 @@ def cache_elements(config: Any) -> list[int]:
 
 
 def attention(config: Any) -> dict[str, Any]:
-    """The attention's geometry in the config's own words."""
+    """Heads, widths and RoPE of the attention, by the names of the config's fields."""
     text = config.get_text_config()
     facts: dict[str, Any] = {
         "num_hidden_layers": text.num_hidden_layers,
@@ -90,10 +94,8 @@ def attention(config: Any) -> dict[str, Any]:
     elif hasattr(text, "shared_heads"):
         layers = range(text.num_hidden_layers)
         facts["kind"], facts["head_dim"] = "mixture of heads (MoH)", head_dim(text)
-        facts["num_key_value_heads"], facts["routed"] = (
-            _kv_heads(text),
-            f"{text.head_route}, by {text.head_router}",
-        )
+        facts["num_key_value_heads"] = _kv_heads(text)
+        facts["routed"] = f"{text.head_route}, by {text.head_router}"
         facts["active_heads"] = _one_or_all(list(text.active_heads))
         facts["shared_heads"] = _one_or_all([len(text.shared_heads[i]) for i in layers])
     elif hasattr(text, "k_head_map"):
@@ -115,28 +117,28 @@ def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str,
     if donor is None:
         refusal = f"it is already converted by {made_by}; convert the original donor"
         return {name: {"applies": False, "reason": refusal} for name in (*METHODS, *ADAPTERS)}
-    found: dict[str, dict[str, Any]] = {}
+    methods: dict[str, dict[str, Any]] = {}
     for name, reason in refusals.refusals(config).items():
-        found[name] = {"applies": False, "reason": reason}
+        methods[name] = {"applies": False, "reason": reason}
         if reason is not None:
             continue
         try:
             if name in ADAPTERS:
-                found[name] = {"applies": True} | _adapter(donor, name)
+                methods[name] = {"applies": True} | _adapter(donor, name)
                 continue
             recipe = Recipe(model=donor.reference, method=name)
             method = build_method(name, config, recipe.settings, recipe.effort)
             plan = cost_estimate.plan(recipe, donor, method, torch.device("cpu"))
         except MhconvertError as error:
-            found[name]["reason"] = str(error)
+            methods[name]["reason"] = str(error)
             continue
         cost = plan["kv_bytes_per_token"]["converted"]
-        found[name] = {"applies": True, "kv_bytes_per_token": cost, "output_bytes": plan["output_bytes"]}
-    return found
+        methods[name] = {"applies": True, "kv_bytes_per_token": cost, "output_bytes": plan["output_bytes"]}
+    return methods
 
 
 def _adapter(donor: Donor, method: str) -> dict[str, Any]:
-    """What a default adapter would be."""
+    """Trainable parameters and size of an adapter with default settings."""
     from ..convert.adapters import create
 
     plan = create.describe(Recipe(model=donor.reference, method=method))
@@ -148,7 +150,7 @@ def _kv_heads(config: Any) -> int:
 
 
 def head_dim(config: Any) -> int:
-    """Of a config that states it, or leaves it to be divided."""
+    """`head_dim` of the config, or hidden_size / num_attention_heads where it has none."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -160,7 +162,7 @@ def _torch_dtype(dtype: Any) -> torch.dtype:
     """A config's dtype, which may be a torch dtype, its name, or absent (float32)."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    found = getattr(torch, str(dtype or "float32"), None)
-    if not isinstance(found, torch.dtype):
+    named = getattr(torch, str(dtype or "float32"), None)
+    if not isinstance(named, torch.dtype):
         raise MhconvertError(f"dtype '{dtype}' in config.json is not one that torch has")
-    return found
+    return named

@@ -1,4 +1,4 @@
-"""Results kept between runs: an evaluation that was interrupted goes on, and one that was made is not made again."""
+"""Results of evaluations, stored between runs: an interrupted evaluation resumes, a finished one is not repeated."""
 
 from __future__ import annotations
 
@@ -17,62 +17,63 @@ from ..convert.donor.wheel_download import cache_folder
 
 
 class Store:
-    """Outcomes by what they depend on, one JSON file each, in `folder`.
+    """Outcomes in a folder, one JSON file each, by a key: a dictionary of everything that an outcome depends on.
 
-    None: the folder that MHCONVERT_EVAL_CACHE names, or `eval` in the user's cache.
+    Attributes:
+        folder: by default MHCONVERT_EVAL_CACHE, or `eval` in the user's cache folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        named = os.environ.get("MHCONVERT_EVAL_CACHE")
-        self.folder = folder or (Path(named) if named else cache_folder() / "eval")
+        variable = os.environ.get("MHCONVERT_EVAL_CACHE")
+        self.folder = folder or (Path(variable) if variable else cache_folder() / "eval")
 
-    def load(self, facts: dict[str, Any]) -> Any:
-        """What was saved for `facts`; None where nothing was, or nothing that can be read."""
+    def load(self, key: dict[str, Any]) -> Any:
+        """The outcome saved under `key`; None where there is none that can be read."""
         try:
-            return json.loads(self._file(facts).read_text(encoding="utf-8"))["outcome"]
+            return json.loads(self._file(key).read_text(encoding="utf-8"))["outcome"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def save(self, facts: dict[str, Any], outcome: Any) -> None:
-        """Keep `outcome`, plain JSON types. Raises OutputError where the folder cannot be written."""
-        file = self._file(facts)
+    def save(self, key: dict[str, Any], outcome: Any) -> None:
+        """Stores `outcome`, of plain JSON types, under `key`. Raises OutputError where the folder is not writable."""
+        file = self._file(key)
         unfinished = file.with_name(f"{file.name}.{os.getpid()}")
         with self._writable():
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                unfinished.write_text(json.dumps({"facts": facts, "outcome": outcome}), encoding="utf-8")
+                unfinished.write_text(json.dumps({"facts": key, "outcome": outcome}), encoding="utf-8")
                 os.replace(unfinished, file)
             finally:
                 unfinished.unlink(missing_ok=True)
 
-    def responses(self, facts: dict[str, Any]) -> str:
-        """Where lm-eval keeps the single responses of a model that `facts` describe: a prefix of a file's path."""
+    def responses(self, key: dict[str, Any]) -> str:
+        """Path prefix of the database in which lm-eval keeps the single responses of a model."""
         with self._writable():
             self.folder.mkdir(parents=True, exist_ok=True)
-        return str(self.folder / f"responses-{_key(facts)}")
+        return str(self.folder / f"responses-{_digest(key)}")
 
     @contextmanager
-    def guarded(self, facts: dict[str, Any]) -> Iterator[None]:
-        """Faults of the database that `responses` names, in words; one that is damaged is removed."""
+    def database_errors(self, key: dict[str, Any]) -> Iterator[None]:
+        """Raises OutputError for errors of the database that `responses` names; a damaged one is removed."""
         try:
             yield
         except sqlite3.OperationalError as error:
             raise self._unwritable(error) from error
         except sqlite3.DatabaseError as error:
-            self.forget_responses(facts)
+            self.forget_responses(key)
             raise OutputError(
                 f"the responses kept in {self.folder} were damaged ({error}) and are removed; run the same command "
                 "again"
             ) from error
 
-    def forget_responses(self, facts: dict[str, Any]) -> None:
-        """Remove what `responses` holds, of every process."""
-        for file in self.folder.glob(f"responses-{_key(facts)}*"):
+    def forget_responses(self, key: dict[str, Any]) -> None:
+        """Removes the databases that `responses` names, of all processes."""
+        for file in self.folder.glob(f"responses-{_digest(key)}*"):
             file.unlink(missing_ok=True)
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
-        """A disk that is full, or not ours, becomes an OutputError."""
+        """Raises OutputError where the folder cannot be written."""
         try:
             yield
         except OSError as error:
@@ -83,9 +84,9 @@ class Store:
             f"{self.folder}, which keeps results, cannot be written: {reason}; make room, or set MHCONVERT_EVAL_CACHE"
         )
 
-    def _file(self, facts: dict[str, Any]) -> Path:
-        return self.folder / f"{_key(facts)}.json"
+    def _file(self, key: dict[str, Any]) -> Path:
+        return self.folder / f"{_digest(key)}.json"
 
 
-def _key(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]

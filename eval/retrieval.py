@@ -1,7 +1,7 @@
-"""A needle in a haystack: does the model find one number again, at several depths of texts of several lengths?
+"""Needle-in-a-haystack retrieval: whether a model recalls a number hidden at several depths of texts of several lengths.
 
-Multiple-choice averages and perplexity hide damage to long-range attention; this does not. The text is written here,
-from templates and a seed, so that the donor and its conversions read the same tokens and nobody needs a data file.
+It shows damage to long-range attention that multiple-choice averages and perplexity hide. The text is generated from
+templates and a seed, so that the donor and its conversions read the same tokens and no data file is needed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from mhconvert.errors import MhconvertError
+
+from ..convert.calibration.token_rows import start_of_text
 
 LENGTHS = (256, 512, 1024, 2048)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -63,14 +65,14 @@ QUESTION = "The secret number of {key} is"
 
 @dataclass(frozen=True)
 class Case:
-    """Token ids of a text, a question and its answer; the last `answer` of them are the answer's."""
+    """Token ids of a text, a question and its answer, which is the last `answer` tokens."""
 
     ids: tuple[int, ...]
     answer: int
 
 
 def usable_lengths(limit: int | None, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(lengths that a model of at most `limit` tokens reads, lengths left out), in their order. None: no limit."""
+    """(the lengths of at most `limit` tokens, the longer ones), in their order; None means no limit."""
     kept = [length for length in lengths if limit is None or length <= limit]
     return kept, [length for length in lengths if length not in kept]
 
@@ -85,17 +87,27 @@ def probe(
     seed: int = 0,
     on_cell: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """How much of the needles a causal language model finds again, without sampling.
+    """How many needles (hidden numbers) a causal language model recalls with greedy decoding.
 
-    A case has at most `length` tokens, question and answer included; depth 0 puts the needle first, 1 last.
-    recalled (lengths × depths): the share of `trials` whose greedy continuation is the answer. nll, the same shape:
-    nats a token of the answer, which rises before recall breaks. share: the mean of recalled; share_stderr: its
-    standard error after Agresti and Coull, so that 0 of n and n of n are not certainties. absent: recalled and nll
-    at the shortest length where the text has no needle, which is what guessing gives.
-    on_cell(done, total) is called after each cell. Raises MhconvertError for lengths beyond the model's limit or too
-    short for needle and question.
+    Args:
+        lengths: the most tokens of a case, question and answer included.
+        depths: where the needle is, from 0 (first) to 1 (last).
+        trials: cases per length and depth.
+        seed: of the texts.
+        on_cell: called with the cells done and the number of cells.
+
+    Returns:
+        recalled: (lengths, depths), the fraction of trials whose greedy continuation is the answer. nll: of the same
+        shape, nats per token of the answer, which rise before recall fails. share: the mean of recalled; share_stderr:
+        its standard error. absent: recalled and nll at the shortest length without a needle, the level of guessing.
+
+    Raises:
+        MhconvertError: a length exceeds the model's limit, or is too short for needle and question.
+
+    Source:
+        The standard error is that of Agresti and Coull (1998), for which 0 of n and n of n are not certain.
     """
-    _require(model, lengths, depths, trials)
+    _require_usable(model, lengths, depths, trials)
     cells: list[list[tuple[float, float]]] = []
     for row, length in enumerate(lengths):
         cells.append([])
@@ -106,15 +118,15 @@ def probe(
     absent = _cell(model, tokenizer, min(lengths), 0.5, trials, seed, planted=False)
     recalled, nll = ([[cell[part] for cell in row] for row in cells] for part in (0, 1))
     number = len(lengths) * len(depths) * trials
-    found = round(trials * sum(map(sum, recalled)))
-    centre = (found + 2) / (number + 4)
+    hits = round(trials * sum(map(sum, recalled)))
+    centre = (hits + 2) / (number + 4)
     return {
         "lengths": list(lengths),
         "depths": list(depths),
         "trials": trials,
         "recalled": recalled,
         "nll": nll,
-        "share": found / number,
+        "share": hits / number,
         "share_stderr": math.sqrt(centre * (1 - centre) / (number + 4)),
         "mean_nll": sum(map(sum, nll)) / (len(lengths) * len(depths)),
         "cells": len(lengths) * len(depths),
@@ -125,27 +137,30 @@ def probe(
 def make_case(
     tokenizer: Any, length: int, depth: float, *, seed: int = 0, trial: int = 0, planted: bool = True
 ) -> Case:
-    """At most `length` tokens: sentences with the needle at `depth` of them, the question, and the answer.
+    """Sentences with the needle at `depth`, the question and the answer: at most `length` tokens.
 
-    The same for the same arguments on every machine; shorter than `length` by less than two sentences.
-    planted=False: the needle is left out. Raises MhconvertError when needle and question do not fit.
+    The same arguments give the same case on every machine. It is shorter than `length` by less than two sentences.
+    Without `planted` the needle is left out. Raises MhconvertError when needle and question do not fit.
     """
-    dice = random.Random(f"{seed} {length} {depth} {trial}")
-    key = f"{dice.choice(NAMES)} from {dice.choice(CITIES)}"
-    number = str(dice.randrange(10**6, 10**7))
+    rng = random.Random(f"{seed} {length} {depth} {trial}")
+    key = f"{rng.choice(NAMES)} from {rng.choice(CITIES)}"
+    number = str(rng.randrange(10**6, 10**7))
     needle = [NEEDLE.format(key=key, number=number)] if planted else []
     question = QUESTION.format(key=key)
     filler: list[str] = []
     size = 0
     while size < length:
-        filler.append(_sentence(dice))
+        filler.append(_sentence(rng))
         size += len(_encode(tokenizer, " " + filler[-1]))
     while True:
-        place = round(depth * len(filler))
-        text = " ".join([*filler[:place], *needle, *filler[place:], question])
-        ids = _start(tokenizer) + _encode(tokenizer, f"{text} {number}")
+        before = round(depth * len(filler))
+        text = " ".join([*filler[:before], *needle, *filler[before:], question])
+        ids = start_of_text(tokenizer) + _encode(tokenizer, f"{text} {number}")
         if len(ids) <= length:
-            return Case(tuple(ids), len(ids) - _shared(ids, _start(tokenizer) + _encode(tokenizer, text)))
+            return Case(
+                tuple(ids),
+                len(ids) - _shared_prefix(ids, start_of_text(tokenizer) + _encode(tokenizer, text)),
+            )
         if not filler:
             raise MhconvertError(
                 f"a length of {length} tokens does not hold needle and question, which take {len(ids)}; "
@@ -155,33 +170,34 @@ def make_case(
 
 
 def measure(model: Any, case: Case) -> tuple[bool, float]:
-    """(whether the greedy continuation of the question is the answer, nats a token of the answer).
+    """(whether the greedy continuation of the question is the answer, nats per token of the answer).
 
-    One forward: greedy decoding gives the answer exactly when each of its tokens is the likeliest after those before.
+    One forward pass is enough: greedy decoding gives the answer exactly if each of its tokens is the most likely one
+    after those before.
     """
     ids = torch.tensor([case.ids], device=model.device)
     inputs: dict[str, Any] = {"input_ids": ids[:, :-1], "use_cache": False}
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" in inspect.signature(whole.forward).parameters:
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" in inspect.signature(unwrapped.forward).parameters:
         inputs["logits_to_keep"] = case.answer
     with torch.inference_mode():
         logits = model(**inputs).logits[0, -case.answer :].float()
-    wanted = ids[0, -case.answer :]
-    nll = -logits.log_softmax(-1).gather(1, wanted[:, None]).double().mean().item()
-    return bool((logits.argmax(-1) == wanted).all()), nll
+    answer = ids[0, -case.answer :]
+    nll = -logits.log_softmax(-1).gather(1, answer[:, None]).double().mean().item()
+    return bool((logits.argmax(-1) == answer).all()), nll
 
 
 def _cell(
     model: Any, tokenizer: Any, length: int, depth: float, trials: int, seed: int, planted: bool = True
 ) -> tuple[float, float]:
-    found = [
+    results = [
         measure(model, make_case(tokenizer, length, depth, seed=seed, trial=trial, planted=planted))
         for trial in range(trials)
     ]
-    return sum(hit for hit, _ in found) / trials, sum(nll for _, nll in found) / trials
+    return sum(hit for hit, _ in results) / trials, sum(nll for _, nll in results) / trials
 
 
-def _require(model: Any, lengths: Sequence[int], depths: Sequence[float], trials: int) -> None:
+def _require_usable(model: Any, lengths: Sequence[int], depths: Sequence[float], trials: int) -> None:
     if not lengths or not depths or trials < 1:
         raise MhconvertError(
             f"{len(lengths)} lengths, {len(depths)} depths and {trials} trials make no probe; use at least 1 each"
@@ -198,13 +214,13 @@ def _require(model: Any, lengths: Sequence[int], depths: Sequence[float], trials
         )
 
 
-def _sentence(dice: random.Random) -> str:
-    sentence = dice.choice(SENTENCES).format(
-        person=dice.choice(PEOPLE),
-        thing=dice.choice(THINGS),
-        place=dice.choice(PLACES),
-        time=dice.choice(TIMES),
-        sky=dice.choice(SKIES),
+def _sentence(rng: random.Random) -> str:
+    sentence = rng.choice(SENTENCES).format(
+        person=rng.choice(PEOPLE),
+        thing=rng.choice(THINGS),
+        place=rng.choice(PLACES),
+        time=rng.choice(TIMES),
+        sky=rng.choice(SKIES),
     )
     return sentence[0].upper() + sentence[1:]
 
@@ -214,14 +230,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _start(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: its BOS, or nothing. An EOS that some put after it would end the text."""
-    first = tokenizer("a")["input_ids"][:1]
-    return first if first and first == [tokenizer.bos_token_id] else []
-
-
-def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def _shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """The length of the longest common prefix."""
     for index, (ours, theirs) in enumerate(zip(left, right, strict=False)):
         if ours != theirs:
             return index

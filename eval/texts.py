@@ -1,85 +1,91 @@
-"""Fidelity of several models to one donor on several texts, and what their caches hold."""
+"""Fidelity of several models to one donor on several texts, and the measured sizes of their caches."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
 from . import cache_size, fidelity
 from .result_cache import Store
-from .tasks.harness import Candidate
+from .tasks.harness import Candidate, OnRows
 
 
-def compare(
+def measure(
     candidates: Sequence[Candidate],
     rows: Mapping[str, Tensor],
     store: Store,
     *,
     fresh: bool,
-    on_rows: Callable[[str, int, int], None],
+    on_rows: OnRows,
 ) -> dict[str, Any]:
-    """texts: the models' perplexity, kl and top1_agreement on each of `rows`, (sequences, sequence_length) ids;
-    cache: each model's kv_elements_per_token, measured. The first candidate is the donor. float32.
+    """Fidelity in float32, with at most two models in memory, the donor and one other.
 
-    Two models are in memory, the donor and one other; what `store` has is not measured again unless `fresh`.
+    Args:
+        candidates: the models, the donor first.
+        rows: token ids (sequences, sequence_length) of each text, by the text's name.
+        store: keeps results between runs.
+        fresh: measures everything anew.
+        on_rows: called with the model and text, the rows done and the rows in all.
+
+    Returns:
+        texts: perplexity, kl and top1_agreement of every model on each text; cache: kv_elements_per_token of every
+        model, None without texts.
     """
     if not rows:
         return {"texts": [], "cache": None}
     donor, *others = candidates
-    loaded = _Once(donor)
-    found = [_measured(each, loaded, rows, store, fresh, on_rows) for each in others or [donor]]
+    donor_model = _LazyModel(donor)
+    results = [_measure_model(each, donor_model, rows, store, fresh, on_rows) for each in others or [donor]]
     texts = []
     for index, (text, ids) in enumerate(rows.items()):
-        of_text = [each["texts"][index] for each in found]
+        of_text = [result["texts"][index] for result in results]
         models = [{"perplexity": of_text[0]["perplexity"]["donor"], "kl": 0.0, "top1_agreement": 1.0}]
         for measured in of_text if others else []:
             figures = {name: measured[name] for name in ("kl", "top1_agreement")}
             models.append({"perplexity": measured["perplexity"]["converted"]} | figures)
         shape = {"sequences": ids.shape[0], "sequence_length": ids.shape[1]}
         texts.append({"text": text, **shape, "tokens": of_text[0]["tokens"], "models": models})
-    caches = [found[0]["cache"][0], *(each["cache"][1] for each in found if others)]
+    caches = [results[0]["cache"][0], *(result["cache"][1] for result in results if others)]
     return {"texts": texts, "cache": [{"kv_elements_per_token": elements} for elements in caches]}
 
 
-class _Once:
-    """The donor's model, read when it is first needed."""
+class _LazyModel:
+    """A candidate whose model is loaded when it is first needed."""
 
-    def __init__(self, donor: Candidate) -> None:
-        self.donor, self._model = donor, None
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
 
+    @cached_property
     def model(self) -> Any:
-        if self._model is None:
-            self._model = self.donor.opened.model()
-        return self._model
+        return self.candidate.opened.model()
 
 
-def _measured(
+def _measure_model(
     candidate: Candidate,
-    donor: _Once,
+    donor: _LazyModel,
     rows: Mapping[str, Tensor],
     store: Store,
     fresh: bool,
-    on_rows: Callable[[str, int, int], None],
+    on_rows: OnRows,
 ) -> dict[str, Any]:
-    """`fidelity.evaluate` of one model on each text, and both caches."""
-    facts = {
-        "fidelity": [candidate.fingerprint, donor.donor.fingerprint],
+    """`fidelity.evaluate` of one model on each text, and the cache elements per token of the donor and the model."""
+    key = {
+        "fidelity": [candidate.fingerprint, donor.candidate.fingerprint],
         "device": candidate.opened.device,
         "rows": [[hashlib.sha256(ids.numpy().tobytes()).hexdigest(), *ids.shape] for ids in rows.values()],
     }
-    found = None if fresh else store.load(facts)
-    if found is None:
-        reference = donor.model()
-        model = candidate.opened.model() if candidate is not donor.donor else reference
-        texts = []
-        for text, ids in rows.items():
-            told = partial(on_rows, f"{candidate.name}: {text}")
-            texts.append(fidelity.evaluate(model, reference, ids, told))
-        cache = [cache_size.measure_cache(each).elements_per_token for each in (reference, model)]
-        found = {"texts": texts, "cache": cache}
-        store.save(facts, found)
-    return found
+    result = None if fresh else store.load(key)
+    if result is None:
+        model = candidate.opened.model() if candidate is not donor.candidate else donor.model
+        texts = [
+            fidelity.evaluate(model, donor.model, ids, partial(on_rows, f"{candidate.name}: {text}"))
+            for text, ids in rows.items()
+        ]
+        cache = [cache_size.measure_cache(each).elements_per_token for each in (donor.model, model)]
+        result = {"texts": texts, "cache": cache}
+        store.save(key, result)
+    return result

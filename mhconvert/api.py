@@ -278,14 +278,14 @@ def evaluate(
     from mhconvert.eval.report.recorded_evaluation import record_evaluation
 
     names = [checkpoints] if isinstance(checkpoints, str) else list(checkpoints)
-    result = comparison.run(
+    result = comparison.evaluate(
         names,
         settings,
         against=against,
         fresh=fresh,
         device=device,
         trust_remote_code=trust_remote_code,
-        tell=on_progress or ignore,
+        on_progress=on_progress or ignore,
     )
     if record and result:
         record_evaluation(result)

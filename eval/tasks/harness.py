@@ -1,7 +1,7 @@
-"""EleutherAI's lm-evaluation-harness on a model that `open_model` opened: one task at a time, each result kept.
+"""EleutherAI's lm-evaluation-harness on a model that `open_model` opened: one task at a time, with stored results.
 
-What is asked, how it is scored and its standard error are lm-eval's (`simple_evaluate`); here a model is handed to it,
-and its results are put into the form that the rest of the package reads.
+Questions, scores and standard errors are lm-eval's (`simple_evaluate`); this module gives it a model and stores its
+results.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ...convert.open_model import OpenModel
 from ..result_cache import Store
 from ..settings import EvalSettings
 from .outcome import plain_outcome
-from .task_choice import Spec, TaskSet
+from .task_choice import TaskSet, TaskSpec
 
-CPU_BATCH = (
-    8  # lm-eval's own search begins with 64 rows of the maximal length, which no memory of a CPU holds
-)
-ROLLING_BATCH = 1  # rows as long as the model reads, with logits of every position
+CPU_BATCH = 8  # lm-eval's own search starts with 64 rows of the maximal length, too much for a CPU's memory
+ROLLING_BATCH = 1  # rows of the maximal length with the logits of every position
+
+OnRows = Callable[[str, int, int], None]  # task, rows done, rows in all
 
 
 def require_available(settings: EvalSettings) -> None:
-    """Raises MhconvertError for a backend that is not installed here, or a dtype that torch does not have."""
+    """Raises MhconvertError for a backend that is not installed, or a dtype that torch does not have."""
     if settings.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise MhconvertError("--backend vllm needs vllm, which is not installed here; use --backend hf")
     if settings.dtype is not None and not isinstance(getattr(torch, settings.dtype, None), torch.dtype):
@@ -40,7 +40,14 @@ def require_available(settings: EvalSettings) -> None:
 
 @dataclass
 class Candidate:
-    """A model under evaluation. fingerprint: of its files; its weights are read when the first task needs them."""
+    """A model under evaluation; its weights are read when the first task needs them.
+
+    Attributes:
+        opened: its config, tokenizer and files.
+        fingerprint: of its files.
+        settings: of the evaluation.
+        lm: lm-eval's wrapper of the loaded model; None before it is needed.
+    """
 
     opened: OpenModel
     fingerprint: str
@@ -49,16 +56,16 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """A donor's name, or that of the folder."""
+        """The donor's name, the name of the folder, or that of the repository on the Hub."""
         if self.opened.donor is not None and self.opened.adapter is None:
             return self.opened.donor.name
         if self.opened.folder == Path(self.opened.reference).expanduser():
             return self.opened.folder.resolve().name
-        return self.opened.reference.partition("@")[0].rpartition("/")[2]  # of a model on the Hub
+        return self.opened.reference.partition("@")[0].rpartition("/")[2]
 
     @property
     def dtype(self) -> torch.dtype:
-        """As asked for, or as the weights are stored."""
+        """The dtype in the settings, or that of the stored weights."""
         if self.settings.dtype is not None:
             return getattr(torch, self.settings.dtype)
         if self.opened.donor is not None:
@@ -66,19 +73,18 @@ class Candidate:
         stated = getattr(self.opened.config, "dtype", None) or torch.float32
         return getattr(torch, stated) if isinstance(stated, str) else stated
 
-    def facts(self) -> dict[str, Any]:
-        """What a response depends on, beside the question."""
-        kind = torch.device(self.opened.device).type
+    def key(self) -> dict[str, Any]:
+        """Everything except the question on which a response depends."""
         return {
             "model": self.fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.settings.backend,
             "max_length": self.settings.max_length,
-            "device": kind,
+            "device": torch.device(self.opened.device).type,
         }
 
     def batch_size(self, rolling: bool) -> int | str:
-        """Rows a call; `rolling`: of rows as long as the model reads."""
+        """Rows per call of the model; `rolling`: in tasks with rows of the maximal length."""
         if self.settings.batch_size is not None:
             return self.settings.batch_size
         if torch.device(self.opened.device).type != "cpu":
@@ -92,30 +98,38 @@ def evaluate(
     store: Store,
     *,
     fresh: bool = False,
-    on_rows: Callable[[str, int, int], None] = lambda *_: None,
+    on_rows: OnRows = lambda *_: None,
 ) -> list[dict[str, Any]]:
-    """The outcome of each of `tasks.specs`: those that are stored are read, the others made and stored.
+    """The outcome of each of `tasks.specs`, read from the store, or made and stored.
 
-    An outcome has results (task -> lm-eval's metrics), samples (task -> metric -> a value of each document), groups
-    (group -> its tasks), versions, counts, num_fewshot, higher_is_better and seconds. `fresh`: nothing stored is read.
-    on_rows: task, rows done, rows in all. Under `accelerate launch` the first process returns outcomes, the others [].
+    Args:
+        candidate: the model.
+        tasks: what to run.
+        store: keeps outcomes between runs.
+        fresh: makes every outcome anew.
+        on_rows: called with the task, the rows done and the rows in all.
+
+    Returns:
+        Outcomes as `plain_outcome` describes them, with the seconds taken. Under `accelerate launch` only the first
+        process returns them, the others an empty list.
     """
-    facts = [_facts(candidate, spec) for spec in tasks.specs]
-    found = [None if fresh else store.load(each) for each in facts]
+    keys = [_task_key(candidate, spec) for spec in tasks.specs]
+    outcomes = [None if fresh else store.load(key) for key in keys]
     if fresh and rank() == 0:
-        store.forget_responses(candidate.facts())
+        store.forget_responses(candidate.key())
     _barrier(candidate)
     for index, spec in enumerate(tasks.specs):
-        if found[index] is None:
-            found[index] = _run(candidate, spec, tasks.manager, store, on_rows)
-            if found[index] is not None:
-                store.save(facts[index], found[index])
-    return [outcome for outcome in found if outcome is not None] if rank() == 0 else []
+        if outcomes[index] is None:
+            outcomes[index] = _evaluate_task(candidate, spec, tasks.manager, store, on_rows)
+            if outcomes[index] is not None:
+                store.save(keys[index], outcomes[index])
+    return [outcome for outcome in outcomes if outcome is not None] if rank() == 0 else []
 
 
-def _facts(candidate: Candidate, spec: Spec) -> dict[str, Any]:
+def _task_key(candidate: Candidate, spec: TaskSpec) -> dict[str, Any]:
+    """Everything on which the outcome of a task depends."""
     settings = candidate.settings
-    return candidate.facts() | {
+    return candidate.key() | {
         "task": spec.name,
         "digest": spec.digest,
         "num_fewshot": spec.num_fewshot,
@@ -124,80 +138,78 @@ def _facts(candidate: Candidate, spec: Spec) -> dict[str, Any]:
     }
 
 
-def _run(
-    candidate: Candidate, spec: Spec, manager: Any, store: Store, on_rows: Callable[[str, int, int], None]
+def _evaluate_task(
+    candidate: Candidate, spec: TaskSpec, manager: Any, store: Store, on_rows: OnRows
 ) -> dict[str, Any] | None:
+    """The outcome of one task; None in processes other than the first."""
     from lm_eval import evaluator
 
-    evaluator.get_git_commit_hash = lambda: (
-        None
-    )  # of the folder at hand, which is not lm-eval's; git complains aloud
+    evaluator.get_git_commit_hash = lambda: None  # of the working directory, where git may print errors
     started = time.perf_counter()
-    loaded = _load(manager, spec)
+    loaded = _load_documents(manager, spec)
     lm = _language_model(candidate)
     rolling = any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in loaded["tasks"].values())
     if candidate.settings.backend == "hf":
         lm.batch_size_per_gpu = candidate.batch_size(rolling)
         lm.on_rows = lambda done, total: on_rows(spec.name, done, total)
-    top = [loaded["groups"][spec.name]] if spec.name in loaded["groups"] else list(loaded["tasks"].values())
-    with store.guarded(candidate.facts()):
-        found = evaluator.simple_evaluate(
+    group = loaded["groups"].get(spec.name)
+    with store.database_errors(candidate.key()):
+        results = evaluator.simple_evaluate(
             model=lm,
-            tasks=top,
+            tasks=list(loaded["tasks"].values()) if group is None else [group],
             num_fewshot=spec.num_fewshot,
             limit=candidate.settings.limit,
             apply_chat_template=candidate.settings.chat_template,
-            use_cache=store.responses(candidate.facts()),
+            use_cache=store.responses(candidate.key()),
             task_manager=manager,
         )
-    return (
-        None
-        if found is None
-        else plain_outcome(spec.name, found) | {"seconds": time.perf_counter() - started}
-    )
+    if results is None:
+        return None
+    return plain_outcome(spec.name, results) | {"seconds": time.perf_counter() - started}
 
 
-def _load(manager: Any, spec: Spec) -> Any:
-    """The tasks with their documents. Raises TextError where these cannot be had."""
+def _load_documents(manager: Any, spec: TaskSpec) -> Any:
+    """lm-eval's tasks of `spec` with their documents. Raises TextError where these cannot be loaded."""
     from datasets.exceptions import DatasetGenerationError
 
     try:
         return manager.load([spec.name])
-    except (OSError, DatasetGenerationError) as error:  # what datasets raises for the Hub is an OSError too
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        way = f"look at {spec.local}" if spec.local else "give a folder with a local copy by --data"
-        raise TextError(f"the documents of task {spec.name} cannot be had: {reason[:200]}; {way}") from error
+    except (OSError, DatasetGenerationError) as error:  # datasets' errors of the Hub are OSErrors
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        remedy = f"look at {spec.local}" if spec.local else "give a folder with a local copy by --data"
+        raise TextError(
+            f"the documents of task {spec.name} cannot be had: {reason[:200]}; {remedy}"
+        ) from error
 
 
 def _language_model(candidate: Candidate) -> Any:
-    """lm-eval's face of the model, made once."""
+    """lm-eval's wrapper of the model, made when it is first needed."""
     if candidate.lm is None:
-        make = _served if candidate.settings.backend == "vllm" else _in_memory
+        make = _vllm_model if candidate.settings.backend == "vllm" else _hf_model
         candidate.lm = make(candidate)
     return candidate.lm
 
 
-def _in_memory(candidate: Candidate) -> Any:
-    from .progress_model import WatchedLM
+def _hf_model(candidate: Candidate) -> Any:
+    from .progress_model import ProgressLM
 
     opened = candidate.opened
     tokenizer = opened.tokenizer()
     if candidate.settings.chat_template and not getattr(tokenizer, "chat_template", None):
         raise MhconvertError(f"{opened.reference} has no chat template; leave out --chat-template")
-    return WatchedLM(opened.model(candidate.dtype), tokenizer, candidate.settings.max_length)
+    return ProgressLM(opened.model(candidate.dtype), tokenizer, candidate.settings.max_length)
 
 
-def _served(candidate: Candidate) -> Any:
-    """lm-eval's vllm model, which loads the checkpoint's folder itself."""
+def _vllm_model(candidate: Candidate) -> Any:
+    """lm-eval's wrapper of vLLM, which loads the checkpoint's folder itself."""
     from lm_eval.api.registry import get_model
 
     opened = candidate.opened
     if opened.adapter is not None or (opened.donor is not None and not opened.donor.model_files().is_dir()):
         raise MhconvertError(f"{opened.reference} is no folder that vllm loads; merge or export it first")
-    place = str(opened.folder if opened.donor is None else opened.donor.model_files())
-    arguments: dict[str, Any] = {"pretrained": place, "dtype": str(candidate.dtype).removeprefix("torch.")}
+    folder = str(opened.folder if opened.donor is None else opened.donor.model_files())
+    arguments: dict[str, Any] = {"pretrained": folder, "dtype": str(candidate.dtype).removeprefix("torch.")}
     arguments |= {"trust_remote_code": opened.donor is None or opened.trust_remote_code}
     if candidate.settings.max_length is not None:
         arguments |= {"max_model_len": candidate.settings.max_length}
@@ -207,11 +219,11 @@ def _served(candidate: Candidate) -> Any:
 
 
 def rank() -> int:
-    """Of this process among those of `accelerate launch`; 0 without it."""
+    """The rank of this process under `accelerate launch`; otherwise 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def _barrier(candidate: Candidate) -> None:
-    """Wait for the other processes, so that none stores a result before all have looked for it."""
+    """Returns when all processes have read the store, so that they agree on which tasks to run."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _language_model(candidate).barrier()

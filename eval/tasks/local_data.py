@@ -1,4 +1,4 @@
-"""Tasks over files: lm-eval's own YAML of a standard task, told to read a local copy of its documents."""
+"""Tasks over local files: lm-eval's own YAML of a standard task, with the documents read from a local copy."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from mhconvert.errors import TextError
 from ...convert.storage.atomic_files import sha256
 
 QUICK = "mhconvert_quick"
-PLACES = ("include", "dataset_kwargs")
+PATH_KEYS = ("include", "dataset_kwargs")  # of a task's config; their values are paths on this machine
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task and the file that holds its documents. config: what differs from the standard task, as lm-eval's YAML."""
+    """A task over a local file.
+
+    Attributes:
+        name: lm-eval's.
+        file: holds its documents.
+        config: the contents of its YAML, which includes that of the standard task.
+    """
 
     name: str
     file: Path
@@ -31,57 +37,60 @@ class LocalTask:
 
     @property
     def digest(self) -> str:
-        """Of what is asked, wherever file and package lie."""
-        asked = {key: value for key, value in self.config.items() if key not in PLACES}
-        return hashlib.sha256(f"{json.dumps(asked)} {sha256(self.file)}".encode()).hexdigest()
+        """SHA-256 of the config and the documents, the same wherever the file and the package are."""
+        config = {key: value for key, value in self.config.items() if key not in PATH_KEYS}
+        return hashlib.sha256(f"{json.dumps(config)} {sha256(self.file)}".encode()).hexdigest()
 
 
 def templates() -> dict[str, dict[str, Any]]:
-    """The standard tasks that can be read from files, by name, as `local_tasks/<name>.yaml` describe them."""
-    found = {}
-    for path in sorted(_package("local_tasks").glob("*.yaml")):
-        found[path.stem] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return found
+    """The contents of `local_tasks/<name>.yaml` by name: the standard tasks that can be read from files."""
+    return yaml_files("local_tasks")
 
 
-def find(names: Sequence[str], data: Path) -> list[LocalTask]:
-    """Those of `names` that have a template, each with its file somewhere in the folder `data`.
+def yaml_files(folder: str) -> dict[str, dict[str, Any]]:
+    """The contents of every YAML file in this package's `folder`, by the file's name without suffix."""
+    paths = sorted(_package(folder).glob("*.yaml"))
+    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths}
 
-    Raises TextError when `data` is no folder, and with all that is missing when it lacks a file.
+
+def local_tasks(names: Sequence[str], data: Path) -> list[LocalTask]:
+    """The tasks in `names` that have a template, each with its file in the folder `data` or below.
+
+    Raises TextError when `data` is not a folder, or lacks files; the message lists all of them.
     """
     if not data.is_dir():
         raise TextError(f"--data {data} is no folder")
-    found, missing = [], []
+    tasks, missing = [], []
     for name, template in templates().items():
         if name not in names:
             continue
-        file = _matching(data, template["files"])
+        file = _first_match(data, template["files"])
         if file is None:
             missing.append(f"{name} ({' or '.join(template['files'])})")
         else:
-            found.append(LocalTask(name, file, _config(name, template, file)))
+            tasks.append(LocalTask(name, file, _config(name, template, file)))
     if missing:
         raise TextError(f"{data} and its folders have no file for {', '.join(missing)}")
-    return found
+    return tasks
 
 
-def quick() -> LocalTask:
-    """The task of items of our own."""
+def quick_task() -> LocalTask:
+    """The task `mhconvert_quick`, whose items are in this package."""
     folder = _package("quick")
     config = yaml.safe_load((folder / f"{QUICK}.yaml").read_text(encoding="utf-8"))
     file = folder / "items.jsonl"
     return LocalTask(QUICK, file, config | {"dataset_kwargs": {"data_files": {"test": str(file)}}})
 
 
-def write(tasks: Sequence[LocalTask], folder: Path) -> None:
-    """`<name>.yaml` of each task into `folder`, which is then an --include-path for lm-eval itself too."""
+def write_yaml(tasks: Sequence[LocalTask], folder: Path) -> None:
+    """`folder` has a `<name>.yaml` of each task afterwards, so that it can be lm-eval's --include_path."""
     for task in tasks:
         text = yaml.dump(task.config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         (folder / f"{task.name}.yaml").write_text(text, encoding="utf-8")
 
 
 class Function(str):
-    """The dotted name of a function, written into YAML as lm-eval's `!function`."""
+    """The dotted name of a function, which YAML gets as lm-eval's tag `!function`."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -94,44 +103,47 @@ _Dumper.add_representer(Function, lambda dumper, name: dumper.represent_scalar("
 def _config(name: str, template: dict[str, Any], file: Path) -> dict[str, Any]:
     import lm_eval.tasks
 
-    split, place = template["split"], str(file.resolve())
+    split, path = template["split"], str(file.resolve())
     form = _form(name, template["forms"], file)
     config = {
         "include": str(Path(lm_eval.tasks.__file__).parent / template["standard"]),
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: place}},
+        "dataset_kwargs": {"data_files": {split: path}},
         **dict.fromkeys(SPLITS),
         f"{split}_split": split,
     }
     if "raw" in form:
         config["custom_dataset"] = Function(form["raw"])
-        config["dataset_kwargs"] = {"path": place, "split": split}
+        config["dataset_kwargs"] = {"path": path, "split": split}
     return config | (form.get("overrides") or {})
 
 
 def _form(name: str, forms: list[dict[str, Any]], file: Path) -> dict[str, Any]:
-    """The form that the file has: by the keys of its lines, or as raw text. Raises TextError, with the line."""
+    """The entry of the template's `forms` that fits the file: by the keys of its lines, or as raw text.
+
+    Raises TextError with the number of the first line that does not fit.
+    """
     if file.suffix != ".jsonl":
         return next(form for form in forms if "raw" in form)
     known = [form for form in forms if "columns" in form]
-    found: dict[str, Any] | None = None
+    fitting: dict[str, Any] | None = None
     for number, keys in _keys_by_line(name, file):
-        if found is None:
-            found = next((form for form in known if keys >= set(form["columns"])), None)
-        if found is None or not keys >= set(found["columns"]):
-            wanted = " or ".join(", ".join(form["columns"]) for form in ([found] if found else known))
+        if fitting is None:
+            fitting = next((form for form in known if keys >= set(form["columns"])), None)
+        if fitting is None or not keys >= set(fitting["columns"]):
+            wanted = " or ".join(", ".join(form["columns"]) for form in ([fitting] if fitting else known))
             raise TextError(
                 f"{file} is no copy of {name}: line {number} has {sorted(keys)} instead of {wanted}"
             )
-    if found is None:
+    if fitting is None:
         raise TextError(f"{file} of task {name} has no documents")
-    return found
+    return fitting
 
 
 def _keys_by_line(name: str, file: Path) -> Iterator[tuple[int, set[str]]]:
-    """(number, the keys that have a value) of every line of a JSON lines file."""
+    """(line number, keys with a value) of every non-empty line of a JSON lines file."""
     try:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
@@ -146,11 +158,11 @@ def _keys_by_line(name: str, file: Path) -> Iterator[tuple[int, set[str]]]:
         raise TextError(f"{file} of task {name} cannot be read as JSON lines: {error}") from error
 
 
-def _matching(data: Path, patterns: list[str]) -> Path | None:
+def _first_match(data: Path, patterns: list[str]) -> Path | None:
     for pattern in patterns:
-        found = sorted(path for path in data.rglob(pattern) if path.is_file())
-        if found:
-            return found[0]
+        paths = sorted(path for path in data.rglob(pattern) if path.is_file())
+        if paths:
+            return paths[0]
     return None
 
 

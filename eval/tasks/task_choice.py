@@ -1,15 +1,14 @@
-"""Which lm-eval tasks a word means: names, groups and globs of lm-eval, suites of the papers, tasks of one's own."""
+"""From the names in the settings to lm-eval tasks: tasks, groups and globs of lm-eval, suites, the user's own tasks."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from mhconvert.errors import MhconvertError, TextError
 
@@ -19,8 +18,15 @@ from . import local_data
 
 
 @dataclass(frozen=True)
-class Spec:
-    """One task, group or tag to run. local: the file that its documents come from. digest: of what defines it."""
+class TaskSpec:
+    """One task, group or tag to run.
+
+    Attributes:
+        name: lm-eval's.
+        num_fewshot: examples before each question; None: as the task defines.
+        local: the file that its documents come from, if not the Hub.
+        digest: SHA-256 of everything that defines it.
+    """
 
     name: str
     num_fewshot: int | None
@@ -30,52 +36,54 @@ class Spec:
 
 @dataclass
 class TaskSet:
-    """Specs in order, and lm-eval's manager that loads them by name."""
+    """The tasks to run in order, and lm-eval's manager that loads them by name."""
 
-    specs: list[Spec] = field(default_factory=list)
+    specs: list[TaskSpec] = field(default_factory=list)
     manager: Any = None
 
 
 def suites() -> dict[str, dict[str, Any]]:
-    """The suites by name, as `suites/<name>.yaml` hold them."""
-    folder = Path(__file__).parent / "suites"
-    return {
-        path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))
-    }
+    """The contents of `suites/<name>.yaml` by name."""
+    return local_data.yaml_files("suites")
 
 
 def resolve(settings: EvalSettings, folder: Path) -> TaskSet:
-    """The tasks of `settings`, each once. `folder`: an empty one, for the YAMLs of tasks over files.
+    """The tasks that `settings` name, each once.
 
-    Raises MhconvertError for a name that lm-eval does not know, with near matches, and TextError for missing files.
+    Args:
+        folder: an empty folder, into which the YAMLs of tasks over local files are written.
+
+    Raises:
+        MhconvertError: lm-eval does not know a name; the message lists near matches.
+        TextError: a file is missing.
     """
     import lm_eval
 
     wanted = _wanted(settings)
     if settings.data_folder is not None:
         wanted = _local_first(wanted)
-    local = {local_data.QUICK: local_data.quick()} if local_data.QUICK in wanted else {}
+    local = {local_data.QUICK: local_data.quick_task()} if local_data.QUICK in wanted else {}
     if settings.data_folder is not None:
-        local |= {task.name: task for task in local_data.find(list(wanted), settings.data_folder)}
+        local |= {task.name: task for task in local_data.local_tasks(list(wanted), settings.data_folder)}
     for name in local:
         if wanted[name]:
             raise TextError(
                 f"{name} with {wanted[name]} examples draws them from the task's training split, which a local copy "
                 "does not have; use --num-fewshot 0, or no --data"
             )
-    local_data.write(list(local.values()), folder)
+    local_data.write_yaml(list(local.values()), folder)
     manager = _manager(settings, folder, only_local=set(wanted) <= set(local))
     specs = []
-    for word, shots in wanted.items():
-        for name in _names(word, manager):
+    for pattern, num_fewshot in wanted.items():
+        for name in _names(pattern, manager):
             file = local[name].file if name in local else None
             digest = local[name].digest if name in local else _digest(name, settings.task_folder)
-            specs.append(Spec(name, shots, file, f"lm-eval {lm_eval.__version__} {digest}"))
+            specs.append(TaskSpec(name, num_fewshot, file, f"lm-eval {lm_eval.__version__} {digest}"))
     return TaskSet(list({spec.name: spec for spec in specs}.values()), manager)
 
 
 def _wanted(settings: EvalSettings) -> dict[str, int | None]:
-    """Names and shots in order; a name that the suite has too keeps the suite's shots."""
+    """Name or glob -> num_fewshot, in order; a name that is also in the suite has the suite's num_fewshot."""
     wanted: dict[str, int | None] = {}
     if settings.suite is not None:
         known = suites()
@@ -93,42 +101,49 @@ def _wanted(settings: EvalSettings) -> dict[str, int | None]:
 
 
 def _manager(settings: EvalSettings, folder: Path, *, only_local: bool) -> Any:
-    """lm-eval's manager. Reading all of its own tasks takes seconds, so it is left out where none is needed."""
+    """lm-eval's task manager, without lm-eval's own tasks if `only_local`, since indexing them takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    places = [folder]
+    folders = [folder]
     if settings.task_folder is not None:
         if not settings.task_folder.is_dir():
             raise TextError(f"--include-path {settings.task_folder} is no folder")
-        places.append(settings.task_folder)
-    return TaskManager(include_path=[str(place) for place in places], include_defaults=not only_local)
+        folders.append(settings.task_folder)
+    return TaskManager(include_path=[str(path) for path in folders], include_defaults=not only_local)
 
 
-def _names(word: str, manager: Any) -> list[str]:
+def _names(pattern: str, manager: Any) -> list[str]:
+    """The names of lm-eval's tasks and groups that `pattern`, a name, tag or glob, stands for."""
     known = manager.all_tasks
-    if word in manager.task_index:
-        entry = manager.task_index[word]
-        return sorted(entry.tags) if entry.kind.name == "TAG" else [word]
-    found = fnmatch.filter(known, word) if any(sign in word for sign in "*?[") else []
-    if found:
-        return found
-    near = difflib.get_close_matches(word, known, n=4, cutoff=0.6)
-    hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists what there is"
-    raise MhconvertError(f"lm-eval has no task '{word}'; {hint}")
+    if pattern in manager.task_index:
+        entry = manager.task_index[pattern]
+        return sorted(entry.tags) if entry.kind.name == "TAG" else [pattern]
+    if matches := _glob(pattern, known):
+        return matches
+    similar = difflib.get_close_matches(pattern, known, n=4, cutoff=0.6)
+    hint = f"did you mean {', '.join(similar)}?" if similar else "`lm-eval ls tasks` lists what there is"
+    raise MhconvertError(f"lm-eval has no task '{pattern}'; {hint}")
+
+
+def _glob(pattern: str, names: Iterable[str]) -> list[str]:
+    """The `names` that the glob `pattern` matches; none for a pattern without wildcards."""
+    return fnmatch.filter(names, pattern) if any(character in pattern for character in "*?[") else []
 
 
 def _local_first(wanted: dict[str, int | None]) -> dict[str, int | None]:
-    """A glob means, where it matches tasks that can be read from files, those alone."""
-    found: dict[str, int | None] = {}
-    for word, shots in wanted.items():
-        matching = fnmatch.filter(local_data.templates(), word) if any(sign in word for sign in "*?[") else []
-        found |= dict.fromkeys(matching or [word], shots)
-    return found
+    """`wanted`, where a glob that matches tasks with local copies stands for these alone."""
+    names: dict[str, int | None] = {}
+    for pattern, num_fewshot in wanted.items():
+        names |= dict.fromkeys(_glob(pattern, local_data.templates()) or [pattern], num_fewshot)
+    return names
 
 
 def _digest(name: str, own: Path | None) -> str:
-    """Of all that defines a task beside lm-eval's version: with an --include-path every file in that folder, as a task
-    there may include others, run their code and read their data."""
+    """SHA-256 of everything that defines a task except lm-eval's version.
+
+    With --include-path this covers every file in that folder, as a task there may include the others, run their code
+    and read their data.
+    """
     digest = hashlib.sha256(name.encode())
     if own is not None:
         for file in sorted(own.rglob("*")):

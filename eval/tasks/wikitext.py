@@ -1,4 +1,4 @@
-"""WikiText's raw text as the documents that lm-eval's `wikitext` task scores: one article each."""
+"""Documents of lm-eval's `wikitext` task from WikiText's raw text: one article each."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ TITLE = re.compile(r" = [^=].* = \s*")  # a heading of the first level; deeper o
 
 
 def articles(text: str) -> list[str]:
-    """The articles of a raw WikiText file, line breaks kept; what stands before the first title joins it."""
-    found: list[list[str]] = [[]]
+    """The articles of a raw WikiText file with their line breaks; text before the first title belongs to it."""
+    pages: list[list[str]] = [[]]
     for line in text.split("\n"):
-        if TITLE.fullmatch(line) and any(part.strip() for part in found[-1]):
-            found.append([])
-        found[-1].append(line)
-    return ["\n".join(lines) for lines in found]
+        if TITLE.fullmatch(line) and any(part.strip() for part in pages[-1]):
+            pages.append([])
+        pages[-1].append(line)
+    return ["\n".join(lines) for lines in pages]
 
 
 def documents(*, path: str, split: str, **_: Any) -> dict[str, Any]:
-    """{split: a dataset of `page`} for an lm-eval task's `custom_dataset`; lm-eval adds the task's metadata."""
+    """{split: dataset with a column `page`}, for the `custom_dataset` of an lm-eval task.
+
+    Raises TextError when the file at `path` is empty or not UTF-8.
+    """
     from datasets import Dataset
 
     try:
@@ -31,5 +34,4 @@ def documents(*, path: str, split: str, **_: Any) -> dict[str, Any]:
         raise TextError(f"{path} of task wikitext cannot be read as UTF-8 text: {error}") from error
     if not text.strip():
         raise TextError(f"{path} of task wikitext is empty")
-    pages = articles(text)
-    return {split: Dataset.from_dict({"page": pages})}
+    return {split: Dataset.from_dict({"page": articles(text)})}

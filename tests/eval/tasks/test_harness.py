@@ -84,8 +84,8 @@ def test_a_stored_result_needs_no_model(
 def test_another_weight_is_another_model(donor: Path, other: Path, store: Store, tmp_path: Path) -> None:
     assert candidate(donor).fingerprint != candidate(other).fingerprint
     assert candidate(donor).fingerprint == candidate(donor).fingerprint
-    found = [evaluate(candidate(each), store, tmp_path / "tasks")[0]["samples"] for each in (donor, other)]
-    assert found[0] != found[1]
+    samples = [evaluate(candidate(each), store, tmp_path / "tasks")[0]["samples"] for each in (donor, other)]
+    assert samples[0] != samples[1]
 
 
 def test_a_report_in_the_folder_is_no_part_of_the_model(donor: Path) -> None:
@@ -122,16 +122,16 @@ def test_progress_of_rolling_windows_is_counted_beforehand(donor: Path, store: S
     (tmp_path / "wiki.test.raw").write_text(
         " = One = \n \n" + "Some words here . " * 200 + "\n = Two = \n more \n"
     )
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     choice = EvalSettings(tasks=("wikitext",), data=str(tmp_path))
     each = candidate(donor, max_length=64)
-    (found,) = evaluate(
-        each, store, tmp_path / "tasks", choice, on_rows=lambda _, done, total: told.append((done, total))
+    (outcome,) = evaluate(
+        each, store, tmp_path / "tasks", choice, on_rows=lambda _, done, total: progress.append((done, total))
     )
-    assert found["counts"] == {"wikitext": 2}
-    assert {total for _, total in told} == {len(told)}
-    assert [done for done, _ in told] == list(range(1, len(told) + 1))
-    assert len(told) > 10
+    assert outcome["counts"] == {"wikitext": 2}
+    assert {total for _, total in progress} == {len(progress)}
+    assert [done for done, _ in progress] == list(range(1, len(progress) + 1))
+    assert len(progress) > 10
 
 
 def test_batch_and_dtype(donor: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_store_that_cannot_be_written_is_said(donor: Path, tmp_path: Path) -> 
 
 def test_a_damaged_database_is_removed_and_said(donor: Path, store: Store, tmp_path: Path) -> None:
     each = candidate(donor, limit=2)
-    database = Path(store.responses(each.facts()) + "_rank0.db")
+    database = Path(store.responses(each.key()) + "_rank0.db")
     database.write_bytes(b"no database at all " * 400)
     with pytest.raises(OutputError, match=r"were damaged \(.*\) and are removed; run the same command again"):
         evaluate(each, store, tmp_path / "tasks")
