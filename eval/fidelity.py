@@ -56,7 +56,7 @@ class Fidelity:
             self.converted_nll -= candidate.gather(1, following).sum(dtype=torch.float64).item()
             self.agreements += int((reference.argmax(-1) == candidate.argmax(-1)).sum())
             probability = reference.exp()
-            # A token of probability 0 in both models adds 0; one of probability 0 in the converted model only, infinity.
+            # A token of probability 0 in both models adds 0, one of probability 0 in the converted model only infinity.
             terms = torch.where(probability > 0, probability * (reference - candidate), 0.0)
             self.divergence += terms.sum(dtype=torch.float64).item()
         self.tokens += targets.shape[0]

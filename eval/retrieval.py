@@ -1,4 +1,4 @@
-"""Needle-in-a-haystack retrieval: whether a model recalls a number hidden at several depths of texts of several lengths.
+"""Needle-in-a-haystack retrieval: does a model recall a number hidden at several depths of texts of several lengths?
 
 It shows damage to long-range attention that multiple-choice averages and perplexity hide. The text is generated from
 templates and a seed, so that the donor and its conversions read the same tokens and no data file is needed.
