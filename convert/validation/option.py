@@ -106,7 +106,10 @@ def _bounded(schema: dict[str, Any], bounds: dict[str, float]) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Declared:
-    """A field of a settings class: its name, its type without the option, its default, and the option."""
+    """A field of a settings class: its name, its type without the option, its default, and the option.
+
+    The default of a field that holds settings is their class.
+    """
 
     name: str
     hint: Any
@@ -138,7 +141,10 @@ def declared(kind: Any) -> dict[str, Declared]:
 
 def _declared(field: Any, hint: Any) -> Declared:
     made = field.default_factory
-    default = field.default if made is dataclasses.MISSING else made()
+    if dataclasses.is_dataclass(made):  # an instance would be checked, which imports pydantic
+        default: Any = made
+    else:
+        default = field.default if made is dataclasses.MISSING else made()
     options = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Option)]
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
