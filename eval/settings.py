@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Literal
 
 from mhconvert.errors import RecipeError
@@ -97,15 +97,6 @@ class EvalSettings(Settings):
     backend: Annotated[
         Backend, Option("What runs the tasks: transformers, or vllm where it is installed.")
     ] = "hf"
-
-    def __post_init__(self) -> None:
-        for name in ("text", "data", "include_path"):  # Python callers may give paths
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                self._set(name, tuple(str(each) if isinstance(each, PurePath) else each for each in value))
-            elif isinstance(value, PurePath):
-                self._set(name, str(value))
-        super().__post_init__()
 
     def check(self) -> None:
         """Raise RecipeError for empty names, and where nothing is to be evaluated."""

@@ -127,3 +127,11 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
 def test_the_recipes_that_ship_are_recipes(path: Path) -> None:
     recipe = load_recipe(path)
     assert path.stem.removesuffix("-healed") == f"{recipe.model}-{recipe.method}"
+
+
+def test_paths_are_taken_as_text() -> None:
+    calibration = Calibration(sources=[Path("a.txt"), "b.txt"])  # type: ignore[list-item]
+    recipe = Recipe(Path("x"), "mla", output=Path("out"), calibration=calibration)  # type: ignore[arg-type]
+    assert (recipe.model, recipe.output, recipe.calibration.sources) == ("x", "out", ("a.txt", "b.txt"))
+    with pytest.raises(MhconvertError, match="output=3 is not text"):
+        Recipe("x", "mla", output=3)  # type: ignore[arg-type]
