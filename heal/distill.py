@@ -37,7 +37,7 @@ Measure = Callable[[], Any]  # makes an accumulator of predictions (`eval.fideli
 
 
 class InOrder(Dataset):
-    """The rows of a run, from the one that step `done` begins with."""
+    """Samples the rows of a run in order, starting at the row of step `done`."""
 
     def __init__(self, text: HealText, first: int):
         self.rows, self.order = text.train, text.order[first:]
@@ -51,7 +51,7 @@ class InOrder(Dataset):
 
 
 class Distillation:
-    """A student on its accelerator, its optimiser and schedule; `run` trains it, `measure` judges it."""
+    """The student on its accelerator with optimiser and schedule; `run` trains it and `measure` evaluates it."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Distillation:
         plan: Steps,
         space: HealSpace,
     ):
-        """space: holds the durable checkpoint to go on from, if there is one."""
+        """Load the durable checkpoint in `space` to continue from, if there is one."""
         self.accelerator, self.teacher, self.space = accelerator, teacher, space
         self.settings, self.plan, self.step = settings, plan, space.step
         groups = parameter_groups(student, settings)
@@ -79,7 +79,7 @@ class Distillation:
         self.schedule = _schedule(self.optimiser.optimizer, settings, plan.steps, self.step)
 
     def run(self, text: HealText, metrics: Metrics | None, measure: Measure, tell: Listener) -> None:
-        """Every step that is left. Raises HealError where the loss is not finite or leaps."""
+        """Take every remaining step. Raises HealError where the loss is not finite or jumps."""
         plan, recent = self.plan, deque[float](maxlen=RECENT)
         batches = self._batches(text)
         begun, first = time.perf_counter(), self.step
@@ -107,7 +107,7 @@ class Distillation:
             tell(Progress("heal", self.step * plan.step_tokens, plan.rows * plan.length, said))
 
     def measure(self, rows: Rows, measure: Measure) -> dict[str, Any]:
-        """Fidelity on `rows` in float32; every process reads all of them."""
+        """Return the fidelity on `rows` in float32; every process reads all of them."""
         return fidelity(
             self.model, self.teacher, rows, measure, self.plan.micro_rows, self.accelerator.device
         )
@@ -117,7 +117,7 @@ class Distillation:
         return self.plan.batch_rows // (self.plan.micro_rows * self.accelerator.num_processes)
 
     def _batches(self, text: HealText) -> Iterator[Rows]:
-        """This process's part of each step's rows, from the first step that is left."""
+        """Yield this process's part of each remaining step's rows."""
         plan, accelerator = self.plan, self.accelerator
         rows = InOrder(text, self.step * plan.batch_rows)
         loader = DataLoader(rows, batch_size=plan.micro_rows, shuffle=False)
@@ -158,7 +158,7 @@ class Distillation:
         return Weights(**self.settings.loss)
 
     def _require_calm(self, loss: float, recent: deque[float]) -> None:
-        """Before the step is taken: what is broken is not learnt from."""
+        """Raise HealError, before the step is taken, for a loss that is not finite or jumps."""
         if not loss < float("inf"):
             self._stop(f"the loss is {loss}")
         if len(recent) == RECENT and loss > SPIKE * statistics.median(recent):
@@ -187,7 +187,7 @@ class Distillation:
 def fidelity(
     student: Any, teacher: Teacher, rows: Rows, measure: Measure, batch: int, device: torch.device
 ) -> dict[str, Any]:
-    """What `measure` says of the student's predictions beside the teacher's, a few rows at a time."""
+    """Return what `measure` reports of the student's predictions against the teacher's, a few rows at a time."""
     found = measure()
     student.eval()
     for first in range(0, len(rows), batch):
@@ -198,7 +198,7 @@ def fidelity(
 
 
 def held_out_values(result: dict[str, Any]) -> dict[str, float]:
-    """A measurement as a line of metrics."""
+    """Return a measurement as the values of one metrics line."""
     return {
         "held_out_kl": result["kl"],
         "held_out_perplexity": result["perplexity"]["converted"],
@@ -207,7 +207,7 @@ def held_out_values(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _schedule(optimiser: torch.optim.Optimizer, settings: HealSettings, steps: int, done: int) -> Any:
-    """The learning rate from step `done` on; warm-up, then as settings say."""
+    """Return the learning rate's schedule from step `done` on: warm-up, then as the settings say."""
     warm, last = round(settings.warmup * steps), done - 1
     if settings.schedule == "cosine":
         return get_cosine_schedule_with_warmup(optimiser, warm, steps, last_epoch=last)

@@ -1,4 +1,4 @@
-"""Heads that learn to be one, from being the donor's (DHA, arXiv 2406.06567, section 3.B).
+"""Trains groups of heads until they are equal, starting from the donor's heads (DHA, arXiv 2406.06567, section 3.B).
 
 Each head h of a group is Σ_j ω_hj W_j over the group's heads j, ω from δ_hj; ω has a number for each element of a head,
 the same one for both of a RoPE pair. What the ω of a group differ by,
@@ -57,7 +57,7 @@ class Mixing(nn.Module):
         return torch.einsum("hmd,hmd...->hd...", omega, chosen).flatten(0, 1)
 
     def apart(self) -> Tensor:
-        """Σ over the pairs of each group of the mean square of what their ω differ by."""
+        """Return the sum over the pairs of each group of the mean squared difference of their ω."""
         total = self.omega.new_zeros(())
         for group in self.groups:
             for one, other in itertools.combinations(group, 2):
@@ -67,33 +67,33 @@ class Mixing(nn.Module):
 
     @property
     def unit(self) -> float:
-        """What `apart` is at δ."""
+        """The value of `apart` at δ, the initial mixing."""
         return sum(len(group) - 1 for group in self.groups)
 
     @torch.no_grad()
     def shrink(self, share: float) -> None:
-        """Leave this share of what a group's ω differ from their mean by; 0: give all of them the mean."""
+        """Scale each ω's distance from its group's mean by `share`; 0 makes the group equal."""
         for group in self.groups:
             mean = self.omega[group].mean(0)
             self.omega[group] = mean + share * (self.omega[group] - mean)
 
 
 class FusingStudent(Student):
-    """A student whose heads' ω are drawn together from step to step."""
+    """A student whose heads' ω are pulled together after every step."""
 
     @property
     def mixings(self) -> list[Mixing]:
-        """Those that have heads to fuse."""
+        """The mixings of layers that have heads to fuse."""
         found = (module for module in self.model.modules() if isinstance(module, Mixing))
         return [mixing for mixing in found if mixing.unit]
 
     @torch.no_grad()
     def apart(self) -> float:
-        """L: 1 at the start, 0 where every group's heads are one."""
+        """Return L: 1 at the start, 0 when all heads of every group are equal."""
         return sum(float(m.apart()) for m in self.mixings) / sum(m.unit for m in self.mixings)
 
     def end_step(self, done: float) -> dict[str, Any]:
-        """Bring L back to its bound."""
+        """Reduce L to its bound for this step."""
         apart, bound = self.apart(), max(0.0, 1 - done / TIGHTENS) ** 2
         if apart > bound:
             for mixing in self.mixings:
@@ -102,7 +102,7 @@ class FusingStudent(Student):
 
 
 def check(config: Any, fusion: int | None) -> None:
-    """Raises HealError where there is nothing to fuse, or heads are to be fused and nobody asked for it."""
+    """Raise HealError where there is nothing to fuse, or where heads wait to be fused and --fusion is missing."""
     pending = getattr(config, "k_fusion", None) is not None
     if fusion is not None and not pending:
         raise HealError(
@@ -132,7 +132,7 @@ def _tensors(projection: Any) -> list[str]:
 
 
 def chunks(fusion: Sequence[int], most: int) -> list[list[int]]:
-    """The heads that become one in a run: of those with one target, `most` at a time."""
+    """Return the heads that are fused in one run: of those with one target, at most `most` together."""
     members: dict[int, list[int]] = {}
     for head, target in enumerate(fusion):
         members.setdefault(target, []).append(head)
@@ -141,7 +141,7 @@ def chunks(fusion: Sequence[int], most: int) -> list[list[int]]:
 
 @torch.no_grad()
 def fuse(model: Any, most: int) -> None:
-    """Leave one head of each group, which training has made alike; the maps of `model.config` follow."""
+    """Keep one head of each group, which training has made equal, and update the maps of `model.config`."""
     config = model.config
     for index, layer in enumerate(model.get_decoder().layers):
         kept = {}
@@ -176,7 +176,7 @@ def _with_heads(attention: Any, kept: dict[str, list[int]]) -> Any:
 
 
 def _plain_state(attention: Any) -> dict[str, Tensor]:
-    """Weights and biases as the layer computes with them."""
+    """Return the weights and biases that the layer computes with."""
     return {
         f"{projection}.{name}": getattr(getattr(attention, projection), name)
         for projection in ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -185,7 +185,7 @@ def _plain_state(attention: Any) -> dict[str, Tensor]:
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """What fusing changes in config.json; nothing for other models than those of decoupled heads."""
+    """Return the fields of config.json that fusing changes; {} for models without decoupled heads."""
     if getattr(config, "k_head_map", None) is None:
         return {}
     return {
@@ -196,7 +196,7 @@ def config_fields(config: Any) -> dict[str, Any]:
 
 
 def cache_elements(model: Any) -> int:
-    """Elements that one token leaves in the cache."""
+    """Return the cache elements per token, all layers together."""
     return sum(
         projection.weight.shape[0]
         for layer in model.get_decoder().layers

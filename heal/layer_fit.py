@@ -109,7 +109,7 @@ def _train(
 
 @torch.no_grad()
 def _variable(parameter: Tensor, space: Coordinates | None) -> Tensor:
-    """What the optimiser changes: W' = W R⁻¹. The module itself holds W' where it is given x R for its input x."""
+    """Return the optimiser's variable W' = W R⁻¹; the module holds W' itself where its input is already x R."""
     if space is None:
         return parameter
     if space.of_input:
@@ -141,12 +141,12 @@ def _step(
 
 
 def tensor_scale(parameter: Tensor) -> float:
-    """RMS of a tensor, with a floor for one that starts at zero."""
+    """Return the RMS of a tensor, at least a floor for one that starts at zero."""
     return max(parameter.detach().square().mean().sqrt().item(), 1e-4)
 
 
 def _batches(count: int, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of row indices; every row once before any comes again."""
+    """Yield batches of row indices without end; every row once before any repeats."""
     while True:
         order = torch.randperm(count, generator=generator)
         yield from order.split(min(rows, count))

@@ -1,4 +1,4 @@
-"""Layer-local healing on the student's own stream: each decoder layer learns to give what its teacher's gives.
+"""Layer-local healing on the student's own stream: each decoder layer learns its teacher layer's output.
 
 Layer by layer, on what the layers before it have made of the text: so a layer mends the errors that reach it, where
 the pass that converted it saw the teacher's stream. The target is the whole block's output as the next block's norm
@@ -73,7 +73,7 @@ class _Stream:
         )
 
     def advance(self, layer: nn.Module, index: int) -> None:
-        """Move behind `layer`, in place."""
+        """Pass the stream through `layer`, in place."""
         rows = max(1, PASS_TOKENS // self.hidden.shape[1])
         with torch.inference_mode(), half_products(self._device):
             for part in self.hidden.split(rows):
@@ -81,12 +81,12 @@ class _Stream:
 
 
 class _Found(Exception):
-    """Ends a forward pass that has shown what was wanted."""
+    """Raised to end a forward pass once the wanted input was seen."""
 
 
 @torch.no_grad()
 def _first_input(model: Any, ids: Tensor) -> Tensor:
-    """What the first layer reads of `ids`."""
+    """Return the input of the first layer for `ids`."""
     found: list[Tensor] = []
 
     def stop(_: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ def _first_input(model: Any, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _surroundings(model: Any, ids: Tensor) -> list[dict[str, Any]]:
-    """Masks and position embeddings as the model itself hands them to each layer for a row of this length."""
+    """Return the masks and position embeddings that the model passes to each layer for rows of this length."""
     found: list[dict[str, Any]] = []
 
     def keep(_: Any, __: Any, words: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ def _layers(model: Any) -> nn.ModuleList:
 
 
 def _norms(teacher: Any) -> list[nn.Module]:
-    """What reads each layer's output: the next attention's norm, if it has one, and behind the last the model's."""
+    """Return the norm that reads each layer's output: the next layer's attention norm, or the model's last norm."""
     family, decoder = family_of(teacher.config), teacher.get_decoder()
     name = family.attention_norm
     between = [getattr(layer, name) if name else nn.Identity() for layer in decoder.layers[1:]]

@@ -1,4 +1,4 @@
-"""How far a student's predictions are from its teacher's, a few positions at a time.
+"""Loss terms of student against teacher predictions, computed for a few positions at a time.
 
 Logits of a whole batch, B·T·V of two models, are larger than everything else in training. Here hidden states come in;
 a chunk of positions becomes logits, a loss and the loss's gradient at once, and only the gradients stay.
@@ -35,7 +35,7 @@ class Predictions:
     vocab_size: int
 
     def slices(self) -> Iterator[slice]:
-        """Parts of the positions whose logits are in memory together."""
+        """Return the slices of positions whose logits are in memory together."""
         size = max(1, CHUNK_BYTES // (4 * self.vocab_size))
         return (slice(begin, begin + size) for begin in range(0, len(self.targets), size))
 
@@ -64,7 +64,7 @@ def terms(student: Tensor, teacher: Tensor | None, targets: Tensor) -> tuple[Ten
 
 
 class _Summed(torch.autograd.Function):
-    """Sums of both terms over all positions, whose weighted sum is differentiated chunk by chunk on the way."""
+    """Sums both terms over all positions, and differentiates their weighted sum chunk by chunk."""
 
     @staticmethod
     def forward(  # type: ignore[override]

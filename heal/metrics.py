@@ -1,4 +1,4 @@
-"""What a run measures on its way: lines of JSON, TensorBoard, and the picture in the report."""
+"""Metrics of a healing run: JSON lines, TensorBoard, and the picture in the report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Metrics:
             self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
 
     def add(self, step: int, **values: Any) -> None:
-        """One line. step: that the values belong to; 0: before the first."""
+        """Write one line. step: the step that the values belong to; 0: before the first."""
         entry = {"step": step} | values
         self.entries.append(entry)
         with self.file.open("a", encoding="utf-8") as stream:
@@ -44,7 +44,7 @@ class Metrics:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; one that was cut short is left out."""
+    """Return the complete lines of a metrics file, without a truncated last one."""
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8").split("\n")
@@ -52,7 +52,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def require_tensorboard() -> None:
-    """Raises HealError where TensorBoard is asked for and not installed."""
+    """Raise HealError where a TensorBoard log is wanted and TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise HealError(
             "--tensorboard needs tensorboard: pip install 'mhconvert[tensorboard]'; metrics.jsonl does without"

@@ -1,4 +1,4 @@
-"""What a healing run was asked for, opened: student and teacher, and every refusal that needs no weights."""
+"""Opens student and teacher of a healing run, with every refusal that needs no weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .resumable_run import disk_needed
 
 @dataclass(frozen=True)
 class Run:
-    """What a run was asked for."""
+    """The arguments of one healing run."""
 
     checkpoint: str
     settings: HealSettings
@@ -41,7 +41,7 @@ class Run:
 def open_both(
     asked: Run, accelerator: Accelerator, tell: Listener
 ) -> tuple[open_model.OpenModel, open_model.OpenModel]:
-    """Student and teacher, no weights read yet."""
+    """Return student and teacher, opened without reading weights."""
     settings, place = asked.settings, str(accelerator.device)
     if asked.tensorboard is not None:
         require_tensorboard()
@@ -78,7 +78,7 @@ def _recorded_donor(checkpoint: str) -> str:
 
 
 def _require_alike(student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
-    """Raises HealError where layers of the two cannot be compared."""
+    """Raise HealError where the layers of the two models cannot be compared."""
     for name in ("num_hidden_layers", "hidden_size"):
         ours, theirs = (getattr(model.config.get_text_config(), name) for model in (student, teacher))
         if ours != theirs:
@@ -90,7 +90,7 @@ def _require_alike(student: open_model.OpenModel, teacher: open_model.OpenModel)
 
 
 def _require_adapter_settings(method: str, settings: HealSettings) -> None:
-    """Raises HealError for what an adapter that is there already cannot do."""
+    """Raise HealError for settings that an existing adapter cannot be trained with."""
     if settings.train != method:
         raise HealError(f"this is a {method} adapter, and its matrices are what trains: use --train {method}")
     if settings.layer_tokens:
@@ -105,7 +105,7 @@ def _require_adapter_settings(method: str, settings: HealSettings) -> None:
 
 
 def check_output(asked: Run, student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
-    """Raises OutputError where the result may not be written. Over its own checkpoint it may, with --force."""
+    """Raise OutputError where the result may not be written; over its own checkpoint it may, with --force."""
     checkpoint = Path(asked.checkpoint)
     read = [model.donor.folder for model in (student, teacher) if model.donor is not None]
     read += [Path(teacher.reference)]
@@ -135,7 +135,7 @@ def _require_one_tokenizer(student: open_model.OpenModel, teacher: open_model.Op
 
 
 def longest_row(*models: open_model.OpenModel) -> int | None:
-    """Tokens that all of them read."""
+    """Return the number of tokens that all of the models can read."""
     limits = [getattr(each.config.get_text_config(), "max_position_embeddings", None) for each in models]
     return min((limit for limit in limits if limit), default=None)
 

@@ -1,4 +1,4 @@
-"""Text → packed rows of tokens: documents end to end, each with positions of its own, in an order that a seed fixes."""
+"""Packs text into rows of tokens: documents end to end, each with its own positions, in a seeded order."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class HealText:
-    """What a run reads. order: indices into `train`, one for each row that is trained on, in turn."""
+    """The text of a run. order: indices into `train`, one for each row that is trained on, in turn."""
 
     train: Rows
     held_out: Rows
@@ -91,7 +91,7 @@ def prepare(settings: HealSettings, tokenizer: Any, length: int, rows: int, samp
 
 
 def packed(pieces: Pieces, length: int, rows: int) -> Rows:
-    """The first `rows` rows, or fewer where the pieces end; what is left of the last piece is dropped."""
+    """Return the first `rows` rows, or fewer where the text ends; the rest of the last document is dropped."""
     ids: list[int] = []
     positions: list[int] = []
     while len(ids) < rows * length:
@@ -109,7 +109,7 @@ def packed(pieces: Pieces, length: int, rows: int) -> Rows:
 
 
 def _pieces(source: str, tokenizer: Any, length: int, chance: random.Random, characters: int) -> Pieces:
-    """Token ids of every piece of the source's text, in random order."""
+    """Yield the token ids of every piece of the source's text, in random order."""
     template = getattr(tokenizer, "chat_template", None)
 
     def chat(messages: list[dict[str, Any]]) -> str:
@@ -131,7 +131,7 @@ def _pieces(source: str, tokenizer: Any, length: int, chance: random.Random, cha
 
 
 def _cut(text: str, most: int) -> Iterator[str]:
-    """`text` in pieces of at most `most` characters, at a space where there is one in the last half."""
+    """Split `text` into pieces of at most `most` characters, at a space where the last half has one."""
     while len(text) > most:
         end = text.rfind(" ", most // 2, most)
         end = most if end < 0 else end
@@ -142,7 +142,7 @@ def _cut(text: str, most: int) -> Iterator[str]:
 
 
 def _divided(count: int, shares: dict[str, float]) -> dict[str, int]:
-    """`count` in whole parts by `shares`; the largest remainders are rounded up."""
+    """Divide `count` into whole parts by `shares`; the largest remainders are rounded up."""
     whole = sum(shares.values())
     exact = {name: count * share / whole for name, share in shares.items()}
     parts = {name: int(part) for name, part in exact.items()}
@@ -152,7 +152,7 @@ def _divided(count: int, shares: dict[str, float]) -> dict[str, int]:
 
 
 def _repeated(count: int, wanted: int, seed: str) -> list[int]:
-    """`wanted` of the indices below `count`: every one before any comes again, each time in another order."""
+    """Return `wanted` indices below `count`: each once before any repeats, every round in another order."""
     chance = random.Random(seed)
     found: list[int] = []
     while len(found) < wanted:
@@ -163,7 +163,7 @@ def _repeated(count: int, wanted: int, seed: str) -> list[int]:
 
 
 def _interleaved(orders: list[list[int]]) -> list[int]:
-    """All entries, those of each list in their order and evenly spread over the whole."""
+    """Return all entries, those of each list in their order and evenly spread over the whole."""
     spread = ([((place + 0.5) / len(order), row) for place, row in enumerate(order)] for order in orders)
     return [row for _, row in heapq.merge(*spread, key=lambda entry: entry[0])]
 
@@ -184,7 +184,7 @@ def _too_short(source: str, found: int, wanted: int, settings: HealSettings) -> 
 
 
 def check(settings: HealSettings) -> None:
-    """Raises TextError for files that are not there, HealError for one that comes twice. Reads nothing."""
+    """Raise TextError for missing files and HealError for a file named twice. Reads no text."""
     sources = [name for name in settings.data if name != "self"]
     documents.check_sources(tuple(sources))
     places = Counter(path.resolve() for name in sources for path in documents.files(name))

@@ -1,4 +1,4 @@
-"""OUT.partial of a healing run: rows, durable checkpoints and metrics, so that a run cut short can go on."""
+"""OUT.partial of a healing run: its rows, durable checkpoints and metrics, from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class HealSpace:
         return self
 
     def _ours(self) -> bool:
-        """Whether the folder is what an interrupted healing leaves: its state, its text, or hardly anything."""
+        """Whether the folder looks like what an interrupted healing leaves: its state, its text, or nearly nothing."""
         there = {path.name for path in self.work.iterdir()} if self.work.is_dir() else {""}
         return bool(there & {STATE, TEXT}) or there <= {LOCK, TEXT + ".new"}
 
@@ -89,7 +89,7 @@ class HealSpace:
             check_space(self.partial, self._needed)
 
     def load(self) -> None:
-        """Find the durable checkpoint, in every process. Raises HealError where it is of another run."""
+        """Find the durable checkpoint, in every process. Raises HealError where it belongs to another run."""
         if not (self.work / STATE).is_file():
             return
         state = json.loads((self.work / STATE).read_text())
@@ -142,7 +142,7 @@ class HealSpace:
         return (self.work / TEXT).is_file()
 
     def text(self) -> HealText:
-        """The rows as they were kept."""
+        """Return the rows that `keep_text` wrote."""
         from safetensors import safe_open
 
         found = load_file(self.work / TEXT)
@@ -156,11 +156,11 @@ class HealSpace:
         return self.work / f"step-{step:08d}"
 
     def unfinished(self, step: int) -> Path:
-        """Where that checkpoint is written, until it is whole."""
+        """The folder in which that checkpoint is written until it is complete."""
         return self.work / f"step-{step:08d}.new"
 
     def commit(self, step: int) -> None:
-        """The checkpoint in `unfinished(step)` is whole: it is the one to go on from, and older ones may go."""
+        """Make the checkpoint in `unfinished(step)` the one to resume from, and delete older ones."""
         for file in sorted(path for path in self.unfinished(step).rglob("*") if path.is_file()):
             with open(file, "r+b") as stream:
                 os.fsync(stream.fileno())
@@ -174,7 +174,7 @@ class HealSpace:
         self.step = step
 
     def start(self) -> None:
-        """Say what this run is, before anything is durable."""
+        """Record the run's settings before its first durable checkpoint."""
         if not (self.work / STATE).is_file():
             self._write_state(0)
 
@@ -197,12 +197,12 @@ class HealSpace:
 
 
 def disk_needed(parameters: int, trained: int, written: int, tokens: int) -> int:
-    """Bytes: two durable checkpoints (weights, and Adam's two moments of what trains), the result, the rows."""
+    """Return the bytes for two durable checkpoints (weights, Adam's two moments of what trains), result and rows."""
     return 2 * 4 * (parameters + 2 * trained) + written + 2 * 4 * tokens
 
 
 def memory_fault(error: BaseException) -> bool:
-    """Whether a computation failed for want of memory."""
+    """Whether a computation failed because memory ran out."""
     said = str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and ("not enough memory" in said or "out of memory" in said.lower())

@@ -1,4 +1,4 @@
-"""Heads that learn which tokens they are for: the balance of their load, in the loss and in the metrics."""
+"""Training of routed heads: the balance of their load, in the loss and in the metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RoutingStudent(Student):
 
     @classmethod
     def of(cls, model: Any, settings: HealSettings, vocab_size: int) -> RoutingStudent:
-        """`model` with what `settings` train of it; a fixed router's scores learn nothing, and pass on no gradient."""
+        """Return the student for `model`; with a fixed router its scores get no gradient and pass none on."""
         trained = settings.router == "trained"
         for module in model.modules():
             if hasattr(module, "straight_through"):
@@ -35,12 +35,12 @@ class RoutingStudent(Student):
 
     @torch.no_grad()
     def end_step(self, done: float) -> dict[str, Any]:
-        """The share of the last rows' tokens that each routed head of each layer had."""
+        """Return the share of the last rows' tokens that each routed head of each layer had."""
         return {"head_load": [[round(f, 4) for f in share.tolist()] for _, share in self.model.head_load()]}
 
 
 def check(config: Any, settings: HealSettings) -> None:
-    """Raises HealError where something is asked of a router that there is not."""
+    """Raise HealError where router settings are given for a model without a router."""
     if getattr(config, "head_router", None) is None and settings.router == "trained":
         raise HealError(
             "the checkpoint routes no heads (--to moh does); leave --router and the loss's balance out"

@@ -63,7 +63,7 @@ def run(
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learnt: the teacher, the text, and how near a model is to the teacher on the held-out rows."""
+    """What is learnt: the teacher, the text, and a function that measures a model on the held-out rows."""
 
     teacher: Teacher
     text: packed_rows.HealText
@@ -71,7 +71,7 @@ class Lesson:
 
 
 class _Healing:
-    """One run in one process, opened: every refusal that needs no weights is behind it."""
+    """One run in one process, opened; every refusal that needs no weights is raised when it is made."""
 
     def __init__(self, asked: Run, accelerator: Accelerator, measure: Measure, tell: Listener):
         self.asked, self.settings = asked, asked.settings
@@ -89,7 +89,7 @@ class _Healing:
         self.space = self._space()
 
     def run(self, finish: Finish) -> dict[str, Any]:
-        """Every stage in order; the report in the first process, {} in the others."""
+        """Run every stage in order; return the report in the first process, {} in the others."""
         report: dict[str, Any] = {}
         with self.space:
             self.accelerator.wait_for_everyone()
@@ -118,13 +118,13 @@ class _Healing:
         return HealSpace(asked.output, self.settings, place, shape, needed=needed, **options)
 
     def _teacher_model(self) -> Any:
-        """In bfloat16 on a GPU that has it: it is only read."""
+        """Return the teacher's model; in bfloat16 on a GPU that supports it, since it is only read."""
         accelerator = self.accelerator
         half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
         return self.teacher.model(torch.bfloat16 if half else torch.float32)
 
     def _text(self, teaching: Teacher) -> packed_rows.HealText:
-        """The rows: prepared once, by the first process, then the same everywhere and after every resume."""
+        """Return the rows: prepared once by the first process, the same in all processes and after every resume."""
         if self.main and not self.space.has_text:
             settings, tokenizer, length = self.settings, self.student.tokenizer(), self.steps.length
             rows = max(self.steps.rows, settings.layer_tokens // length)
@@ -156,7 +156,7 @@ class _Healing:
         return metrics
 
     def _heal_layers(self, model: Any, lesson: Lesson) -> None:
-        """The layer-local stage, in every process alike; its result is durable."""
+        """Run the layer-local stage, identically in every process; its result is durable."""
         file, settings = self.space.work / BLOCKS, self.settings
         if file.is_file():
             model.load_state_dict(load_file(file), strict=False)
@@ -174,7 +174,7 @@ class _Healing:
             save_tensors({name: t for name, t in model.state_dict().items() if ".layers." in name}, file)
 
     def _distil(self, model: Any, lesson: Lesson, metrics: Metrics | None) -> Any:
-        """The end-to-end stages; returns the trained model, whole, in the first process."""
+        """Run the end-to-end stages; return the whole trained model in the first process."""
         settings, accelerator, space = self.settings, self.accelerator, self.space
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -205,7 +205,7 @@ class _Healing:
     def _finish(
         self, model: Any, before: dict[str, Any], lesson: Lesson, metrics: Metrics, finish: Finish
     ) -> dict[str, Any]:
-        """Write the folder, prove it, and give it its name."""
+        """Write the folder, reload and check it, and publish it."""
         asked, space = self.asked, self.space
         if self.settings.fusion:
             fusion.fuse(model, self.settings.fusion)
@@ -230,7 +230,7 @@ class _Healing:
         return report
 
     def _facts(self, text: packed_rows.HealText, metrics: Metrics) -> dict[str, Any]:
-        """What was done, for the report."""
+        """Return the report's section on the training."""
         speeds = [entry["tokens_per_second"] for entry in metrics.entries if "tokens_per_second" in entry]
         trained = text.train[text.order[: self.steps.rows]]
         return {

@@ -1,4 +1,4 @@
-"""Settings made into steps and rows, and the machine that takes them."""
+"""Divides a run's settings into steps and rows, and makes the accelerator that takes them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Steps:
 
     @property
     def rows(self) -> int:
-        """That a whole run reads, repeated ones counted again."""
+        """Rows that the whole run reads, repeated ones counted again."""
         return self.steps * self.batch_rows
 
 
@@ -77,7 +77,7 @@ def divide(settings: HealSettings, limit: int | None, processes: int, device: st
 
 
 def make_accelerator(settings: HealSettings) -> Accelerator:
-    """Of this process: alone, or as `accelerate launch` started it. Raises HealError for a config that does not fit."""
+    """Return this process's accelerator, alone or under `accelerate launch`. Raises HealError for an unfit config."""
     if settings.device not in (None, "cpu", "cuda"):
         raise HealError(
             f"device '{settings.device}' is neither cpu nor cuda; CUDA_VISIBLE_DEVICES chooses among GPUs"

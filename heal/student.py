@@ -1,4 +1,4 @@
-"""The model that heals, and what it learns from."""
+"""The student, its teacher, and which of the student's tensors train."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OMEGA_RATE = 1e-2  # of what mixes heads (DHA, arXiv 2406.06567, section 4.1)
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the loss's terms."""
+    """The weights of the loss terms."""
 
     kl: float = 0.0
     ce: float = 0.0
@@ -33,7 +33,7 @@ class Weights:
 
     @property
     def taught(self) -> bool:
-        """Whether the teacher is needed."""
+        """Whether any term needs the teacher."""
         return self.kl > 0 or self.hidden > 0
 
 
@@ -78,11 +78,11 @@ class Student(nn.Module):
         return {"loss": loss, **terms, "count": count}
 
     def balance(self, weights: Weights) -> Tensor | None:
-        """How unequal the load of what a model routes is, a mean over tokens; None where nothing is asked of it."""
+        """Return how unequal the load of routed heads is, a mean over tokens; None where it is not in the loss."""
         return None
 
     def end_step(self, done: float) -> dict[str, Any]:
-        """After each step of the optimiser; done: share of the run. Returns what is worth recording."""
+        """Called after each optimiser step with the share of the run that is done; returns metrics to record."""
         return {}
 
     def _predictions(self, rows: Rows, ours: Tensor, teacher: Teacher, theirs: Tensor | None) -> Predictions:
@@ -109,7 +109,7 @@ class Student(nn.Module):
 
 
 class Teacher:
-    """A model that is only read. It is no module of the student's: nobody trains, wraps or saves it."""
+    """A model that is only read; it is not a submodule of the student, so it is neither trained, wrapped nor saved."""
 
     def __init__(self, model: Any):
         self.model = model.eval().requires_grad_(False)
@@ -124,7 +124,7 @@ class Teacher:
 
 
 def states(model: Any, rows: Rows, every_layer: bool = False) -> list[Tensor]:
-    """Hidden states (B, T, D): behind the final norm last; with `every_layer` those behind each layer before it."""
+    """Return hidden states (B, T, D): last those behind the final norm; with `every_layer` also each layer's output."""
     whole = not bool(
         (rows.positions[:, 1:] == 0).any()
     )  # no text begins inside a row: the plain causal mask will do

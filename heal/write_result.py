@@ -1,4 +1,4 @@
-"""What leaves a healing run: the checkpoint with its new weights, what was measured before and after, its origin."""
+"""Writes the result of a healing run: weights, measurements before and after, provenance."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ MEASURED = ("perplexity", "kl", "top1_agreement")
 
 
 def merged(model: Any) -> Any:
-    """The model itself, with the adapter that was trained on it in its weights."""
+    """Return the model with the adapter that was trained on it merged into its weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 @torch.no_grad()
 def round_to(model: Any, source: SafetensorsSource) -> None:
-    """What is measured from here on are the weights as they will be written."""
+    """Round the weights to the dtypes they are written in, so that the measurements are of the written model."""
     state = model.state_dict()
     for name in source.names():
         state[name].copy_(cast(name, state[name], source.dtype(name)))
 
 
 def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's report with what was measured on the held-out rows: now, and before healing."""
+    """Return the checkpoint's report with the measurements on the held-out rows after healing, and before it."""
     old = _json(Path(checkpoint) / REPORT)
     kept = {
         name: value
@@ -61,14 +61,14 @@ def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[st
 
 
 def record_heads(report: dict[str, Any], model: Any, source: SafetensorsSource) -> None:
-    """The sizes in the report, where heads have been fused."""
+    """Update the sizes in the report after heads were fused."""
     width = source.dtype(next(name for name in source.names() if name.endswith("k_proj.weight"))).itemsize
     report["kv_bytes_per_token"]["converted"] = fusion.cache_elements(model) * width
     report["parameters"]["converted"] = sum(parameter.numel() for parameter in model.parameters())
 
 
 def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkpoint: str) -> None:
-    """The checkpoint's files with the model's weights; not report, card and provenance. source: None for an adapter."""
+    """Write the checkpoint's files and the model's weights, but no report, card and record. source None: adapter."""
     folder, state = space.partial, model.state_dict()
     kept = (
         MADE_ANEW if source is not None else (REPORT, provenance.PROVENANCE, provenance.EVALUATION, *PICTURES)
@@ -96,7 +96,7 @@ def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkp
 
 
 def proof(space: HealSpace, model: Any, held_out: Rows) -> dict[str, Any]:
-    """The folder loads in a bare process and predicts as `model`; what was found, and a sample of its text."""
+    """Reload the folder in a bare process and compare its predictions; return the result and a sample of its text."""
     ids = held_out.ids[:PROBE_ROWS, :PROBE_TOKENS].long()
     probe = space.work / "probe.safetensors"
     with torch.inference_mode():
@@ -108,7 +108,7 @@ def proof(space: HealSpace, model: Any, held_out: Rows) -> dict[str, Any]:
 
 
 def record(folder: Path, checkpoint: str, settings: HealSettings) -> None:
-    """mhconvert.json: the checkpoint's own, and how it was healed."""
+    """Write mhconvert.json: the checkpoint's own record, and how it was healed."""
     facts = provenance.read_record(Path(checkpoint), strict=True)
     healed = {"checkpoint": checkpoint, "settings": dataclasses.asdict(settings), "versions": versions()}
     facts["healed"] = [*facts.get("healed", []), healed]

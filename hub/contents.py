@@ -1,4 +1,4 @@
-"""What of a folder is published, and whether it may be."""
+"""Which contents of a folder are published, and whether they may be."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def contents(folder: Path, repo_id: str, branch: str | None) -> Contents:
 
 
 def _base(folder: Path, texts: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """What stands for an adapter's base model where that is on this machine only; and what to know of it."""
+    """Return replacements for an adapter's base model that is only on this machine, and a note about it."""
     base = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     if not base or (HUB_ID.fullmatch(base) and not Path(base).exists()):
         return {}, []
@@ -98,7 +98,7 @@ def _require_whole(folder: Path) -> None:
 
 
 def _provenance(file: Path, files: dict[str, Path | bytes]) -> bytes:
-    """mhconvert.json as it is published, with the hashes of what is published beside it."""
+    """Return mhconvert.json as it is published, with the hashes of the published files."""
     text = files[PROVENANCE]
     hashes = read_json(file).get("sha256")
     assert isinstance(text, bytes)

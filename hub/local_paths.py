@@ -1,4 +1,4 @@
-"""Paths on this machine, which nobody is told: in what is published each is only its last part."""
+"""Removes local paths from published text: of each path only its last part stays."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ TAIL = r"[^\s\"'`<>|()\[\]{},;\\]*"
 
 
 def is_text(place: str) -> bool:
-    """Whether a path may stand in the file, and is to be taken out."""
+    """Whether the file is text in which local paths are replaced."""
     name = Path(place).name
     return name.endswith(TEXTS) and (name in CONFIGS or not any(fnmatch(name, pattern) for pattern in KEPT))
 
 
 def read_text(file: Path) -> str:
-    """The text of a file that is published. Raises CheckpointError for what is no UTF-8."""
+    """Return the text of a file that is published. Raises CheckpointError where it is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -62,7 +62,7 @@ class Paths:
         self._below = re.compile(rf"(?<![\w.-])(?:~|{'|'.join(map(re.escape, roots))})/{TAIL}")
 
     def without(self, text: str) -> str:
-        """`text` with the last part of each path."""
+        """Return `text` with only the last part of each path."""
         text = self._paths.sub(self._short, text)
         return self._below.sub(lambda match: match[0].rstrip("/").rpartition("/")[2], text)
 
@@ -90,7 +90,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _is_path(value: str) -> bool:
-    """Whether it is an absolute path, or leads to something from where this runs; a bare name gives nothing away."""
+    """Whether a word is an absolute path, or a relative one that exists here; a bare name reveals nothing."""
     if "/" not in value.rstrip("/") or "\n" in value or len(value) > LONGEST:
         return False
     path = Path(value)

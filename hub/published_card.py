@@ -1,4 +1,4 @@
-"""The model card as it goes to the Hub: what the folder's README.md says, its evaluation, and the repository's name."""
+"""The model card on the Hub: the folder's README.md, its evaluation, and the repository's name."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def published_card(folder: Path, repo_id: str, branch: str | None = None) -> str
 
 
 def _bare(folder: Path) -> str:
-    """A card for a folder that has none."""
+    """Return a card for a folder that has none."""
     library = "peft" if is_adapter(folder) else "transformers"
     head = front_matter(library=library, base=None, relation="", licence=None, tags=[])
     return f"{head}\n# {folder.resolve().name}\n"
 
 
 def _parted(text: str, file: Path) -> tuple[ModelCardData, str]:
-    """Front matter and body."""
+    """Return front matter and body of a card."""
     match = HEAD.match(text)
     try:
         stated = (yaml.safe_load(match["yaml"]) or {}) if match else {}
@@ -76,7 +76,7 @@ def _parted(text: str, file: Path) -> tuple[ModelCardData, str]:
 
 
 def _base(folder: Path, data: ModelCardData) -> Any:
-    """The base model's Hub id; None where it is a folder or a file on this machine."""
+    """Return the base model's Hub id; None where the base is a local folder or file."""
     stated = data.get("base_model")
     if isinstance(stated, str):
         known = HUB_ID.fullmatch(stated) and "@" not in stated and not Path(stated).exists()
@@ -88,7 +88,7 @@ def _base(folder: Path, data: ModelCardData) -> Any:
 
 
 def _with_section(body: str, evaluation: Evaluation) -> str:
-    """`body` with the table of `evaluation`, before how to load it; an older table goes."""
+    """Return `body` with the evaluation's table before the loading section; an older table is replaced."""
     lines = [BEGIN, "## Evaluation", "", "| | base model | this model | |", "|---|---:|---:|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in evaluation.rows]
     lines += ["", " ".join(["Measured with `mhconvert eval`.", *evaluation.settings]), END, "", ""]
@@ -101,7 +101,7 @@ def _with_section(body: str, evaluation: Evaluation) -> str:
 
 
 def _loading_from(body: str, folder: Path, repo_id: str, branch: str | None) -> str:
-    """`body` with the repository where it loads the folder; with how to load it where it does not say."""
+    """Return `body` with the repository's name where it loads the folder; adds a loading section if it has none."""
     target = f'"{repo_id}"' + (f', revision="{branch}"' if branch else "")
     if is_adapter(folder):
         return body.replace('"THIS_FOLDER"', target)

@@ -1,4 +1,4 @@
-"""Which files of a folder are published: those of known kinds that lie in it; everything else stays here."""
+"""Selects the published files of a folder: files of known kinds that lie inside it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a file's name in the cache of
 
 
 def sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(what is published, what is left out) of `folder`, as paths in it."""
+    """Return the published and the omitted files of `folder`, as paths relative to it."""
     code = _code(folder)
     sent, left_out = list[Path](), list[Path]()
     for file in sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink()):
@@ -49,7 +49,7 @@ def _is_withheld(place: Path) -> bool:
 
 
 def _lies_here(folder: Path, file: Path) -> bool:
-    """Whether what `file` leads to is in the folder and may go, or is a blob of the cache of the Hub."""
+    """Whether the file's target lies in the folder, or is a blob of the Hub cache."""
     root, target = folder.resolve(), file.resolve()
     if not target.is_file():
         return False
@@ -59,7 +59,7 @@ def _lies_here(folder: Path, file: Path) -> bool:
 
 
 def _code(folder: Path) -> set[Path]:
-    """The modules that `auto_map` names, and those that they import from beside them."""
+    """Return the modules that `auto_map` names, and those that they import from their folder."""
     found, ahead = set[Path](), list(_modules(folder))
     while ahead:
         place = ahead.pop()

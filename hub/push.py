@@ -1,4 +1,4 @@
-"""A checkpoint or an adapter onto the Hugging Face Hub: all of it in one commit, or nothing.
+"""Pushes a checkpoint or an adapter to the Hugging Face Hub in one commit, or not at all.
 
 HF_TOKEN (or what `hf auth login` left), HF_ENDPOINT and HF_HOME mean what they mean to huggingface_hub.
 """
@@ -147,7 +147,7 @@ def _token() -> str:
 
 
 def _require_private(api: HfApi, attempts: Attempts, repo: str, private: bool) -> bool:
-    """Whether the repository is private. PublishError if it should be and is not: it was there before."""
+    """Whether the repository is private. Raises PublishError for an existing public one that should be private."""
     hidden = bool(attempts("looking at the repository", lambda: api.model_info(repo)).private)
     if private and not hidden:
         raise PublishError(
@@ -158,7 +158,7 @@ def _require_private(api: HfApi, attempts: Attempts, repo: str, private: bool) -
 
 
 def _prepare_branch(api: HfApi, attempts: Attempts, repo: str, branch: str, found: Contents) -> list[str]:
-    """The branch is there; what of it this push replaces without a file of the same name."""
+    """Create the branch if needed; return its files that this push replaces without a file of the same name."""
     if branch != constants.DEFAULT_REVISION and not branch.startswith("refs/"):
         attempts("making the branch", lambda: api.create_branch(repo, branch=branch, exist_ok=True))
     there = attempts("looking at the branch", lambda: _listing(api, repo, branch))
@@ -210,6 +210,6 @@ def _require_arrived(api: HfApi, attempts: Attempts, repo: str, commit: str, fou
 
 
 def _listing(api: HfApi, repo: str, revision: str) -> dict[str, int]:
-    """Path -> bytes of every file at `revision`."""
+    """Return path -> bytes of every file at `revision`."""
     found = api.list_repo_tree(repo, revision=revision, recursive=True)
     return {item.path: item.size for item in found if isinstance(item, RepoFile)}

@@ -1,4 +1,4 @@
-"""What the Hub refuses and what breaks on the way: tried again where that can help, else said in words."""
+"""Errors of the Hub and of the network: retried where that can help, otherwise explained."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ class Attempts:
         return _last(error)
 
     def _said(self, error: BaseException) -> str:
-        """What the Hub gave as its reason, if it did."""
+        """Return the reason that the Hub gave, if it did."""
         found = next((link for link in _chain(error) if isinstance(link, HfHubHTTPError)), None)
         said = getattr(found, "server_message", None)
         return f": {' '.join(said.split())[:200]}" if said else ""
 
     def _cause(self, error: BaseException) -> BaseException | None:
-        """`error`, for a traceback; None where that would show the token."""
+        """Return `error` for a traceback; None where the traceback would show the token."""
         return None if any(self.token in str(link) for link in _chain(error)) else error
 
     def _safe(self, text: str) -> str:
@@ -102,7 +102,7 @@ class Attempts:
 
 
 def _wait(error: BaseException, attempt: int) -> float | None:
-    """Seconds before the next try; None where another try cannot help."""
+    """Return the seconds before the next attempt; None where another attempt cannot help."""
     if not _transient(error):
         return None
     found = next((link for link in _chain(error) if isinstance(link, HfHubHTTPError)), None)
@@ -112,7 +112,7 @@ def _wait(error: BaseException, attempt: int) -> float | None:
 
 
 def _transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a moment later."""
+    """Whether the same request may succeed later."""
     status = _status(error)
     if status is not None:
         return status in TRANSIENT

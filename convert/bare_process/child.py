@@ -85,7 +85,7 @@ def _compare(model: Any, probe: str) -> dict[str, float]:
 
 
 def _generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> dict[str, Any]:
-    """A greedy continuation of `prompt`, and the size of the cache object that `generate` gave back."""
+    """Return a greedy continuation of `prompt`, and the size of the cache object that `generate` returned."""
     encoded = tokenizer(prompt, return_tensors="pt")
     output = model.generate(
         input_ids=encoded["input_ids"],

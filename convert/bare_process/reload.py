@@ -1,4 +1,4 @@
-"""Reload a finished checkpoint in a bare process, compare it with what the pass computed, measure its cache."""
+"""Reloads a finished checkpoint in a bare process, compares its logits with the pass's, and measures its cache."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def verify(
 
 
 def _reason(child: subprocess.CompletedProcess[str]) -> str:
-    """The last line that says something."""
+    """Return the last line of the process's error output that is not empty."""
     lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]
     return lines[-1] if lines else f"the process ended with status {child.returncode}"
 
@@ -102,5 +102,5 @@ PROMPT = "The history of science shows that"
 
 
 def write_probe(path: Path, input_ids: Tensor, logits: Tensor) -> None:
-    """Rows and the logits that the converted model gives for them: what a reload is compared with."""
+    """Write rows and the converted model's logits for them, with which a reload is compared."""
     save_file({"input_ids": input_ids.contiguous(), "logits": logits.contiguous()}, path)

@@ -35,12 +35,12 @@ def front_matter(
 
 
 def enclosed(data: ModelCardData) -> str:
-    """`data` as the top of a card."""
+    """Return `data` as a card's front matter."""
     return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _licence(stated: str) -> Any:
-    """A donor's card may name several; they were kept as a JSON list in one string."""
+    """Return a donor's licences as a list; several are stored as a JSON list in one string."""
     if not stated.startswith("["):
         return stated
     try:

@@ -1,4 +1,4 @@
-"""What a model is, in one hash: its weights, its config and its tokenizer, and nothing of where it lies."""
+"""One hash for a model: of its weights, config and tokenizer, independent of where it is stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder is: a converted checkpoint and of which method, or an export."""
+"""What kind of folder it is: a converted checkpoint, and of which method, or an export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .provenance import read_record
 
 
 def converted_method(reference: str) -> str | None:
-    """The method whose architecture the folder `reference` has; None where it has none of ours."""
+    """Return the method whose model class the folder `reference` has; None for other classes."""
     try:
         config = json.loads((Path(reference) / "config.json").read_text(encoding="utf-8"))
         method = str(config.get("model_type", "")).split("_")[0]
@@ -22,7 +22,7 @@ def converted_method(reference: str) -> str | None:
 
 
 def made_by(reference: str) -> str | None:
-    """The method that made the folder `reference`: by its architecture, or by its provenance if that is a stock one."""
+    """Return the method that made the folder `reference`: by its class, or by its record for a stock class."""
     method = converted_method(reference)
     if method is None and not is_adapter(Path(reference)):
         record = read_record(Path(reference))

@@ -1,4 +1,4 @@
-"""What a checkpoint carries beside its weights: config and code, tokenizer, and where it came from."""
+"""What a checkpoint contains besides weights: config and code, tokenizer, and the record of its origin."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVALUATION = "evaluation.json"  # what `mhconvert eval --record` leaves for the 
 
 
 def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype) -> None:
-    """config.json, tokenizer and generation settings; for a model class of ours `auto_map` and the files it names."""
+    """Write config.json, tokenizer and generation settings; for our own classes also `auto_map` and its files."""
     donor.copy_files(folder)
     write_model_config(folder, method.finish(), method.model_class, dtype)
     if not (folder / "generation_config.json").is_file():
@@ -51,7 +51,7 @@ def write_model_config(folder: Path, config: Any, model: Any, dtype: torch.dtype
 
 
 def needs_remote_code(model_class: Any) -> bool:
-    """Whether a checkpoint of this class carries the files that define it."""
+    """Whether a checkpoint of this class has to contain the files that define the class."""
     return not model_class.__module__.startswith("transformers.")
 
 
@@ -85,7 +85,7 @@ def read_record(folder: Path, *, strict: bool = False) -> dict[str, Any]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in `folder` but the one that will hold them."""
+    """Return the SHA-256 of every file in `folder` except mhconvert.json, which will contain them."""
     files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name != PROVENANCE)
     return {file.name: sha256(file) for file in files}
 

@@ -37,7 +37,7 @@ HeldOut = Callable[[Any, int], Tensor]  # tokenizer, tokens a row -> rows of ids
 
 @dataclass
 class Student:
-    """One budget on its way through the layers; all budgets' streams have one teacher."""
+    """One budget's method and stream; the streams of all budgets share one teacher."""
 
     context: ConversionContext
     method: Method
@@ -98,7 +98,7 @@ def run(
 
 
 def expressible(recipe: Recipe, donor: Donor, budgets: Sequence[float]) -> list[float]:
-    """Those of `budgets` that the donor can have."""
+    """Return those of `budgets` that the donor's geometry can express."""
     found = []
     for share in budgets:
         with suppress(BudgetError):
@@ -108,7 +108,7 @@ def expressible(recipe: Recipe, donor: Donor, budgets: Sequence[float]) -> list[
 
 
 def at_budgets(recipe: Recipe, budgets: Sequence[float]) -> list[Recipe]:
-    """`recipe` at each budget, the largest first. Raises MhconvertError for none, or sizes fixed otherwise."""
+    """Return the recipe at each budget, the largest first. Raises MhconvertError for none, or for explicit sizes."""
     if not budgets:
         raise MhconvertError("a curve needs at least one budget")
     if recipe.tolerance is not None:
@@ -117,7 +117,7 @@ def at_budgets(recipe: Recipe, budgets: Sequence[float]) -> list[Recipe]:
 
 
 def trace(context: ConversionContext, recipes: Sequence[Recipe]) -> dict[str, Any]:
-    """One pass over the layers for all `recipes`, which differ in their budgets alone; a point for each."""
+    """Convert at all `recipes`, which differ in their budgets only, in one pass over the layers; a point for each."""
     donor, rows, dtype = context.donor, context.rows, context.dtype
     place, fitted = layer_steps.positions(donor, rows.fit.shape[1], context.device), len(rows.fit)
     contexts = [context.with_recipe(recipe) for recipe in recipes]

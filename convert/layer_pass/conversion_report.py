@@ -1,4 +1,4 @@
-"""The proof of a conversion, inside the pass's memory: held-out rows, and a reload in a bare process."""
+"""The measured facts of a conversion: fidelity on held-out rows, and a reload in a bare process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def measured(
 
 
 def add_reload(report: dict[str, Any], space: Workspace) -> None:
-    """Reload in a bare process; the cache that `generate` leaves there is the one that is reported."""
+    """Reload the result in a bare process and report the cache size that is measured there."""
     result = verify(space.partial, space.probe, prompt=PROMPT, threads=torch.get_num_threads())
     report["verified"] = result
     report["parameters"]["converted"] = result["parameters"]
@@ -61,7 +61,7 @@ def add_reload(report: dict[str, Any], space: Workspace) -> None:
 def known_facts(
     context: ConversionContext, layers: list[dict[str, Any]], sizes: dict[str, Any], remote_code: bool
 ) -> dict[str, Any]:
-    """What is known before anything is measured. remote_code: whether the folder carries its own modeling file."""
+    """Return the report's facts that need no measurement. remote_code: the folder contains a modeling file."""
     recipe, donor = context.recipe, context.donor
     return {
         "method": recipe.method,
@@ -87,7 +87,7 @@ def known_facts(
 
 
 def calibration_facts(recipe: Recipe, rows: calibration_rows.Rows) -> dict[str, Any]:
-    """The text that was drawn, in tokens."""
+    """Return the sources and numbers of tokens of the calibration text."""
     return {
         "sources": list(recipe.calibration.sources),
         "tokens": rows.fit.numel(),

@@ -1,4 +1,4 @@
-"""What a conversion will need and give, from shapes alone."""
+"""Estimates what a conversion needs (disk, memory) and gives (parameters, cache), from shapes alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a result 
 
 
 def output_dtype(recipe: Recipe, donor: Donor) -> torch.dtype:
-    """The dtype of the written weights. Raises MhconvertError for one that cannot be written."""
+    """Return the dtype of the written weights. Raises MhconvertError for one that cannot be written."""
     if recipe.dtype is None:
         return donor.dtype if donor.dtype in DTYPES.values() else torch.float32
     name = recipe.dtype.removeprefix("torch.")
@@ -83,7 +83,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
 
 
 def _parameters(donor: Donor, method: Method) -> tuple[int, int, int]:
-    """Parameters outside the layers, in one layer, and of it those that the method replaces."""
+    """Return the parameters outside the layers, in one layer, and of those the ones that the method replaces."""
     shapes = donor.shapes()
     names = donor.layer_tensor_names(0)
     prefix = names[0][: names[0].index(".0.") + len(".0.")]

@@ -36,12 +36,12 @@ class Streams:
 
     @property
     def student_fitted(self) -> Tensor:
-        """Empty where the held-out rows are all that passes through the converted layers."""
+        """The student's fitted rows; empty where only held-out rows pass through the converted layers."""
         return self.student[: len(self.student) - len(self.student_held)]
 
 
 class _Given(nn.Module):
-    """Stands in a decoder layer for its attention and hands back what was computed before."""
+    """Replaces a decoder layer's attention by one that returns a precomputed output."""
 
     output: Tensor
 
@@ -50,7 +50,7 @@ class _Given(nn.Module):
 
 
 class Block(nn.Module):
-    """A decoder layer and the norm behind it, called as `heal.layer_fit.fit` calls an attention."""
+    """A decoder layer followed by the next norm, with the call signature of an attention (see `heal.layer_fit.fit`)."""
 
     def __init__(self, layer: nn.Module, following: nn.Module, surroundings: dict[str, Any]):
         super().__init__()
@@ -84,19 +84,19 @@ class Layer:
         self._surroundings = {"position_embeddings": position_embeddings, "attention_mask": mask}
 
     def attention_inputs(self, hidden: Tensor) -> Tensor:
-        """What the attention reads of the block's input; that itself where no norm precedes the attention."""
+        """Return the attention's input: the block's input behind the norm, or as it is where no norm precedes."""
         return self._by_rows(self._norm, hidden) if self._norm else hidden.clone()
 
     def through(self, function: Any, hidden: Tensor) -> Tensor:
-        """`function` of hidden states, a few rows at a time."""
+        """Apply `function` to hidden states, a few rows at a time."""
         return self._by_rows(function, hidden)
 
     def attend(self, attention: nn.Module, inputs: Tensor) -> Tensor:
-        """The outputs of `attention`, the donor's or a converted one."""
+        """Return the outputs of `attention`, the donor's or a converted one."""
         return self._by_rows(lambda x: attention(x, **self._surroundings)[0], inputs)
 
     def complete(self, hidden: Tensor, attention_outputs: Tensor) -> None:
-        """Replace the block's input by its output, given its attention's output; in place."""
+        """Replace the block's input by its output in place, given the attention's output."""
         given = _Given()
         self.module.self_attn = given
         device = self.position_embeddings[0].device
@@ -108,7 +108,7 @@ class Layer:
         self.module.self_attn = self.attention
 
     def block(self, attention: nn.Module, following: nn.Module) -> nn.Module:
-        """The decoder layer with `attention`, and the norm behind it."""
+        """Return the decoder layer with `attention`, followed by the next norm."""
         self.module.self_attn = attention
         return Block(self.module, following, self._surroundings)
 

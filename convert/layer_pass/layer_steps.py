@@ -60,12 +60,12 @@ class DonorLayer:
 
 
 def positions(donor: Donor, length: int, device: torch.device) -> Positions:
-    """The positions of rows of `length` tokens."""
+    """Return the positions of rows of `length` tokens."""
     return Positions(donor.rotary(device), length)
 
 
 def read(donor: Donor, index: int, place: Positions, device: torch.device) -> tuple[Layer, LayerRotary]:
-    """Decoder layer `index` of the donor, the only one in memory, and its RoPE."""
+    """Return decoder layer `index` of the donor, the only one in memory, and its RoPE."""
     rotary = layer_rotary(place.module, donor.config, index, place.length)
     window = layer_window(donor.config, index)
     module = donor.decoder_layer(index, device)
@@ -73,12 +73,12 @@ def read(donor: Donor, index: int, place: Positions, device: torch.device) -> tu
 
 
 def fit_steps(recipe: Recipe) -> int:
-    """Optimiser steps a layer: the recipe's own, or by effort; 0: the closed form alone."""
+    """Return the optimiser steps per layer: the recipe's own, or by effort; 0 is the closed form alone."""
     return FIT_STEPS[recipe.effort] if recipe.fit_steps is None else recipe.fit_steps
 
 
 def block_steps(recipe: Recipe, rows: int, length: int) -> int:
-    """Optimiser steps of the whole block's fit on `rows` rows of `length` tokens; 0: there is none."""
+    """Return the optimiser steps of the whole block's fit on `rows` rows of `length` tokens; 0 for none."""
     rounds = BLOCK_ROUNDS[recipe.effort] if fit_steps(recipe) else 0
     return rounds * max(1, rows * length // FIT_TOKENS)
 
@@ -115,7 +115,7 @@ def observe(
 def convert(
     context: ConversionContext, method: Method, index: int, seen: DonorLayer
 ) -> tuple[Any, dict[str, Any]]:
-    """The new attention of layer `index`, closed form and fit, in the weights that will be written."""
+    """Return the new attention of layer `index`, after closed form and fit, rounded to the written dtype."""
     recipe = context.recipe
     inputs, targets, embeddings = seen.inputs, seen.targets, seen.rotary.embeddings
     attention, chosen = method.convert(seen.statistics, index, inputs, targets, embeddings)
@@ -168,6 +168,6 @@ def follow(layer: Layer, index: int, attention: Any, seen: DonorLayer, student: 
 
 @torch.no_grad()
 def _round_to(module: Any, dtype: torch.dtype, where: str) -> None:
-    """What is measured from here on are the weights as they will be written."""
+    """Round the weights to the written dtype, so that everything measured later is of the written model."""
     for name, parameter in module.named_parameters():
         parameter.copy_(cast(where + name, parameter, dtype))

@@ -1,4 +1,4 @@
-"""What a run has finished, kept in OUT.partial so that it can be cut short and go on."""
+"""The state of a conversion in OUT.partial, from which an interrupted run is resumed."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class Workspace:
 
     @property
     def probe(self) -> Path:
-        """Where the logits go that the reload is compared with."""
+        """The file of the logits with which the reload is compared."""
         return self._work / "probe.safetensors"
 
     @property
     def streams_ready(self) -> bool:
-        """Whether an earlier run, or `begin`, has left streams."""
+        """Whether an earlier run, or `begin`, has written the streams."""
         return self._streams is not None
 
     @property
@@ -105,7 +105,7 @@ class Workspace:
             ) from error
 
     def rows(self, draw: Callable[[], Rows]) -> Rows:
-        """The calibration rows of this run: drawn once, then the same after every resume."""
+        """Return the calibration rows of this run: drawn once, the same after every resume."""
         path = self._work / ROWS
         if not path.is_file():
             rows = draw()
@@ -114,7 +114,7 @@ class Workspace:
         return Rows(**load_file(path))
 
     def needs(self, survey: Callable[[], list[LayerNeed]]) -> list[LayerNeed]:
-        """What this run's survey found of each layer: made once, then the same after every resume."""
+        """Return the survey's result for each layer: measured once, the same after every resume."""
         path = self._work / NEEDS
         if not path.is_file():
             write_json(path, [dataclasses.asdict(need) for need in survey()])
@@ -123,7 +123,7 @@ class Workspace:
     def begin(
         self, teacher: Tensor, student: Tensor, fitted: int, outer: Iterable[tuple[str, Tensor]], tensors: int
     ) -> None:
-        """Start with the embedded rows, and write the tensors that lie outside the layers."""
+        """Start with the embedded rows, and write the tensors outside the layers."""
         self._writer = ShardWriter(self.partial, self._limit, tensors)
         self._tensors = tensors
         for name, tensor in outer:
@@ -145,7 +145,7 @@ class Workspace:
             self._commit()
 
     def start_over(self, search: dict[str, Any]) -> None:
-        """Begin the layers again, with the same rows and what a search knows by now."""
+        """Convert the layers again, with the same rows and the search's new state."""
         (self._work / STATE).unlink()  # first: what it counts as finished is going
         self._folder.empty(ROWS, NEEDS)
         self.layers, self.search = [], search
@@ -157,7 +157,7 @@ class Workspace:
         return self._writer.finish()
 
     def release_streams(self) -> None:
-        """Let go of the streams' memory; the pass is over."""
+        """Release the memory of the streams after the pass."""
         self._streams = None
 
     def publish(self) -> None:

@@ -1,4 +1,4 @@
-"""What each layer's cache is worth: a short pass of closed forms, before a budget is divided over the layers.
+"""Measures what each layer's cache is worth, by closed forms only, before a budget is divided over the layers.
 
 Each layer is converted at several budgets, which says how its error falls; and at one of them it alone replaces the
 donor's, which says how much its error is heard at the model's output. Little text is enough for both.
@@ -28,7 +28,7 @@ STRIDE = 4  # one position in so many is compared at the output
 
 
 def run(context: ConversionContext) -> list[LayerNeed]:
-    """The need of every layer, whatever the recipe's own budget."""
+    """Return the need of every layer, which does not depend on the recipe's own budget."""
     recipe, donor, device, rows = context.recipe, context.donor, context.device, context.rows
     total, tell = context.layers, context.on_progress
     methods = _methods(recipe, donor)
@@ -70,7 +70,7 @@ def run(context: ConversionContext) -> list[LayerNeed]:
 
 
 def _methods(recipe: Recipe, donor: Donor) -> dict[float, Method]:
-    """By share; those that the donor cannot express are missing."""
+    """Return the method at each share that the donor can express."""
     found = {}
     for share in build_method(recipe.method, donor.config, recipe.settings, recipe.effort).survey_shares:
         try:

@@ -1,4 +1,4 @@
-"""The smallest budget whose conversion stays within a tolerance on the held-out rows.
+"""Finds the smallest budget whose conversion stays within a tolerance on the held-out rows.
 
     closed forms over a grid ▸ the recipe's own fit at two budgets near the answer ▸ interpolate
     ▸ convert and measure ▸ where that misses, a larger budget
@@ -82,14 +82,14 @@ def meet(
 
 
 def _elements(context: ConversionContext, budget: float) -> int:
-    """Cache elements a token at a budget: where heads are few, some budgets come to the same."""
+    """Return the cache elements per token at a budget; with few heads several budgets give the same."""
     recipe = context.recipe.at_budget(budget)
     return build_method(recipe.method, context.donor.config, recipe.settings, recipe.effort).kv_elements()
 
 
 @dataclass(frozen=True)
 class Search:
-    """Measures budgets by `budget_curve.trace`. context: its recipe is as asked, with a tolerance."""
+    """Measures budgets by `budget_curve.trace`. context: of a recipe with a tolerance."""
 
     context: ConversionContext
 
@@ -173,7 +173,7 @@ def crossing(measured: Sequence[Point], aim: float) -> float:
 
 
 def step_up(state: dict[str, Any], target: Tolerance) -> float:
-    """The budget after a miss: interpolated anew, larger by a step at least, no larger than one known to be met."""
+    """Return the budget after a miss: interpolated anew, at least one step larger, at most one known to be within."""
     failed, misses = state["kv_budget"], len(state["tried"])
     known = points([*state["looked"], *state["tried"]], target, as_asked=True)
     least = failed * (1 + STEP_UP * 2 ** (misses - 1))
@@ -183,7 +183,7 @@ def step_up(state: dict[str, Any], target: Tolerance) -> float:
 
 
 def neat(budget: float) -> float:
-    """Rounded up to a thousandth."""
+    """Round up to a thousandth."""
     return min(1.0, math.ceil(1000 * budget - 1e-6) / 1000)
 
 
