@@ -45,6 +45,9 @@ def loss_terms(text: str) -> dict[str, float]:
 def sources(names: str | Sequence[str]) -> dict[str, float]:
     """{"books.txt": 2.0, "self": 1.0} from ["books.txt=2", "self"]; one name may stand alone."""
     words = [names] if isinstance(names, str) else names
+    for word in words:
+        if not isinstance(word, str):
+            raise HealError(f"data: {word!r} is not text")
     return {name: 1.0 if share is None else share for name, share in map(weighted, words)}
 
 

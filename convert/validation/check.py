@@ -68,11 +68,37 @@ def check(kind: Any, values: Mapping[str, Any], *, finite: bool) -> tuple[dict[s
     taken, faults = {}, []
     for name, value in values.items():
         field = declared(kind)[name]
+        holds = {get_origin(each) for each in _kinds(field.hint)} & {list, tuple, dict, Sequence}
+        entries = _entries(value) if holds else {}
+        wrong = next((key for key, entry in entries.items() if isinstance(entry, bool)), None)
+        if wrong is not None:  # pydantic takes true for 1
+            keys = (str(wrong),)
+            faults.append(Fault(name, keys, entries[wrong], expected(_entry(field.hint, keys))))
+            continue
         try:
-            taken[name] = _adapter(kind, name).validate_python(value)
+            found = _adapter(kind, name).validate_python(value)
         except _Mistyped as error:
             faults += list(_faults(field, value, error.errors, finite))
+            continue
+        if finite and isinstance(found, float) and field.hint is not Any and not math.isfinite(found):
+            faults.append(Fault(name, (), value, expected(field.hint, field.option.also)))
+        else:  # an int stays one, so that a recipe's hash and its YAML do not change
+            taken[name] = _as_given(value, found)
     return taken, faults
+
+
+def _entries(value: Any) -> dict[Any, Any]:
+    """Return the entries of a list or mapping by number or key; {} for other values."""
+    if isinstance(value, dict):
+        return value
+    return dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
+
+
+def _as_given(value: Any, found: Any) -> Any:
+    """Return `found` with an int where an int was given for a float, also inside a mapping."""
+    if isinstance(value, dict) and isinstance(found, dict) and value.keys() == found.keys():
+        return {name: _as_given(value[name], entry) for name, entry in found.items()}
+    return value if type(value) is int and isinstance(found, float) else found
 
 
 class _Mistyped(Exception):
@@ -134,8 +160,13 @@ def _faults(field: Declared, value: Any, errors: list[Any], finite: bool) -> Ite
     for error in errors:
         keys, inner = _walk(value, error["loc"])
         own = (error.get("ctx") or {}).get("error")
-        if error["type"] in OUT_OF_BOUNDS and not (finite and not math.isfinite(inner)):
-            yield Fault(field.name, (), value, "", option.out_of_range(field.name, inner))
+        if error["type"] in OUT_OF_BOUNDS:
+            number = _number(inner)
+            if not finite or math.isfinite(number):
+                yield Fault(field.name, (), value, "", option.out_of_range(field.name, number))
+                return
+        if error["loc"][-1:] == ("[key]",):
+            yield Fault(field.name, keys, error["loc"][-2], "text")
             return
         if own is not None:
             raised = type(own.__cause__)

@@ -62,7 +62,7 @@ class _Reading:
         plain = {name: value for name, value in given.items() if self._kind(fields[name], keys) is None}
         taken, faults = check(kind, plain, finite=True)
         self.faults += [self._located(kind, fault, keys) for fault in faults]
-        for name in given.keys() - plain.keys():
+        for name in [name for name in given if name not in plain]:  # in the order of the file
             taken[name] = self._inner(self._kind(fields[name], keys), given[name], (*keys, name))
         if len(self.faults) > before:
             return None

@@ -340,3 +340,38 @@ def test_nothing_but_a_recipe_or_a_fault(values: dict[str, Any], method: str) ->
             said = recipe.summary()
         assert said
         assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("heal.lr=4e0", "--set heal.lr=4e0: lr=4 is not between 0 and 1"),
+        ("heal.warmup='4'", "--set heal.warmup='4': warmup=4 is a share of the steps"),
+        (
+            "settings.kv_budget=1e400",
+            "--set settings.kv_budget=1e400: settings.kv_budget: '1e400' is not a number",
+        ),
+        ("heal.clip=.inf", "--set heal.clip=.inf: heal.clip: inf is not a number"),
+        ("heal.data=[1, a]", "--set heal.data=[1, a]: data: 1 is not text"),
+        ("heal.loss={kl: true}", "--set heal.loss={kl: true}: heal.loss: true is not a number"),
+        ("heal.data={1: 2}", "--set heal.data={1: 2}: heal.data: 1 is not text"),
+    ],
+)
+def test_values_that_other_types_hide(file: Path, override: str, expected: str) -> None:
+    assert message(file, WHOLE, [override]).startswith(expected)
+
+
+def test_faults_come_in_the_order_of_the_file(file: Path) -> None:
+    text = WHOLE.replace("[self]", "[5]").replace("3e-1", "many").replace("20M", "lots")
+    said = message(file, text)
+    assert [said.index(f"line {line}:") for line in (5, 7, 9)] == sorted(
+        said.index(f"line {line}:") for line in (5, 7, 9)
+    )
+
+
+def test_an_integer_stays_one_so_that_a_finished_run_is_recognised(file: Path) -> None:
+    text = WHOLE.replace("3e-1", "1").replace("  lr: 1e-3", "  clip: 1\n  loss: {kl: 1, ce: 0.1}")
+    file.write_text(text, encoding="utf-8")
+    plain = load(file).to_dict()
+    for value in (plain["settings"]["kv_budget"], plain["heal"]["clip"], plain["heal"]["loss"]["kl"]):
+        assert type(value) is int
