@@ -82,7 +82,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunRecipe:
     """Return the recipe in a YAML file, with overrides `key.sub=value` (YAML) applied. Needs no model.
 
     Raises:
-        RecipeError: With file, line and key, or the override, of every fault.
+        RecipeError: With file, line and key, or the override; of all faults of the conversion, else of one stage.
     """
     document = given.apply(yaml_file.read(path), overrides)
     return RunRecipe.from_dict(document.values, document.origins)

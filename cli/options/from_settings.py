@@ -51,6 +51,15 @@ class Group:
         ]
 
 
+def by_parameter(groups: Iterable[Group]) -> dict[str, list[tuple[Group, Declared]]]:
+    """Return the fields of `groups` by the command's parameter, which several methods may share."""
+    entries: dict[str, list[tuple[Group, Declared]]] = {}
+    for group in groups:
+        for field in group.fields:
+            entries.setdefault(parameter_of(field), []).append((group, field))
+    return entries
+
+
 def settings_options(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that gives a command the options of `groups` in place of its `**options`.
 
@@ -64,15 +73,11 @@ def settings_options(*groups: Group) -> Callable[[Callable[..., None]], Callable
             for name, parameter in inspect.signature(command).parameters.items()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        merged: dict[str, list[tuple[Group, Declared]]] = {}
-        for group in groups:
-            for field in group.fields:
-                merged.setdefault(parameter_of(field), []).append((group, field))
         made = [
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(entries)
             )
-            for name, entries in merged.items()
+            for name, entries in by_parameter(groups).items()
         ]
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + made
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -8,8 +8,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 from ...convert.methods.registry import METHOD_NAMES
-from ...convert.validation.option import Declared
-from .from_settings import Group, heading_of, joint_help, parameter_of
+from .from_settings import by_parameter, heading_of, joint_help
 
 WORDS = "mhconvert.words"  # in click's context: the words of the command line
 
@@ -25,11 +24,7 @@ class GroupedCommand(TyperCommand):
         """Write the arguments and the groups of options."""
         to = _after("--to", ctx.meta.get(WORDS, ()))
         groups = [group for group in self._groups() if to not in METHOD_NAMES or group.concerns(str(to))]
-        entries: dict[str, list[tuple[Group, Declared]]] = {}
-        for group in groups:
-            for field in group.fields:
-                entries.setdefault(parameter_of(field), []).append((group, field))
-        known = {parameter_of(field) for group in self._groups() for field in group.fields}
+        entries, known = by_parameter(groups), by_parameter(self._groups()).keys()
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)

@@ -6,37 +6,22 @@ from typing import Annotated, Literal
 
 import typer
 
-# Timing
 Contexts = Annotated[
     str, typer.Option(metavar="N,N,…", help="Tokens in the cache when the last timed step is done.")
 ]
-
-
 Batch = Annotated[int, typer.Option(metavar="N", help="Rows that decode together; prefill is timed on one.")]
-
-
 NewTokens = Annotated[int, typer.Option(metavar="N", help="Timed decode steps a context.")]
-
-
 Reexpand = Annotated[
     bool, typer.Option("--reexpand", help="Also time CKPT as stock classes run it: expanded in every step.")
 ]
-
-
 StaticCache = Annotated[bool, typer.Option("--static-cache", help="Allocate the whole cache beforehand.")]
-
-
 Compile = Annotated[
     bool, typer.Option("--compile", help="torch.compile the decode step; brings --static-cache along.")
 ]
-
-
 Random = Annotated[
     bool,
     typer.Option("--random", help="CKPT is a donor: time random weights of its shape and its conversion's."),
 ]
-
-
 RunDtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(help="To compute in; bfloat16 on CUDA, else float32."),

@@ -17,6 +17,9 @@ Schedule = Literal["cosine", "wsd", "constant"]
 Router = Literal["fixed", "trained"]
 TERMS = ("kl", "ce", "hidden", "balance")
 FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+SEED = Option(
+    "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
+)
 MAY_CHANGE = (
     "lr",
     "micro_batch",
@@ -185,12 +188,7 @@ class HealSettings(Settings):
     save_tokens: Annotated[
         int | None, _tokens("Tokens between two durable checkpoints.", "save_tokens", "a tenth of tokens")
     ] = None
-    seed: Annotated[
-        int,
-        Option(
-            "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
-        ),
-    ] = 0
+    seed: Annotated[int, SEED] = 0
     device: Annotated[
         str | None,
         Option("CUDA_VISIBLE_DEVICES chooses among GPUs.", default="CUDA if present", words=("cpu", "cuda")),

@@ -19,7 +19,7 @@ from ..validation.from_values import build
 from ..validation.option import Option
 from ..validation.settings import Settings
 from ..validation.yaml_file import NOWHERE, Origins
-from .heal_settings import HealSettings
+from .heal_settings import SEED, HealSettings
 from .tolerance import canonical, parse
 
 Effort = Literal["quick", "default", "high"]
@@ -114,12 +114,7 @@ class Recipe(Settings):
             range_hint="is negative; 0 means the closed form alone",
         ),
     ] = None
-    seed: Annotated[
-        int,
-        Option(
-            "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
-        ),
-    ] = 0
+    seed: Annotated[int, SEED] = 0
     dtype: Annotated[
         str | None,
         Option(
