@@ -119,7 +119,8 @@ def checkpoint_folder(reference: str, *, weights: bool = True) -> Path | None:
     return hub_download.download_weights(reference, revision=snapshot.name) if weights else snapshot
 
 
-def _stock_config(folder: Path) -> Any:
+def _auto_config(folder: Path | str) -> Any:
+    """The config of a folder by transformers. Raises CheckpointError naming the file."""
     from transformers import AutoConfig
 
     try:
@@ -130,13 +131,8 @@ def _stock_config(folder: Path) -> Any:
 
 def read_config(folder: str, method: str) -> Any:
     """The config of a converted checkpoint, by the package's classes."""
-    from transformers import AutoConfig
-
     register(method)
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder}/config.json does not load: {_first_line(error)}") from error
+    return _auto_config(folder)
 
 
 def open_model(reference: str, *, device: str | None = None, trust_remote_code: bool = False) -> OpenModel:
@@ -153,7 +149,7 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
         return OpenModel(reference, config, place, None, trust_remote_code, place=folder)
     if exported(reference):
         own = Path(reference).expanduser()
-        return OpenModel(reference, _stock_config(own), place, None, trust_remote_code, place=own)
+        return OpenModel(reference, _auto_config(own), place, None, trust_remote_code, place=own)
     if is_adapter(Path(reference).expanduser()):
         from .adapters.saved_adapter import open_adapter
 

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mhconvert.errors import HealError, MhconvertError, OutputError, ReloadKilledError
 
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import save_tensors, write_json
-from ..convert.storage.output_folder import LOCK, PartialFolder, check_space, disk_full
+from ..convert.storage.output_folder import LOCK, ResumableFolder, disk_full
 from .packed_rows import HealText, Rows
 
-STATE = "heal.json"  # in the work folder: the settings, and the last durable checkpoint
-TEXT = "text.safetensors"  # in it: the packed rows and their order
-BLOCKS = "blocks.safetensors"  # in it: the layers behind the layer-local stage
+# Files in the work folder:
+STATE = "heal.json"  # the settings, and the last durable checkpoint
+TEXT = "text.safetensors"  # the packed rows and their order
+BLOCKS = "blocks.safetensors"  # the layers after the layer-local stage
+
 METRICS = "metrics.jsonl"  # in OUT: one line a step or measurement
 
 
@@ -46,53 +47,36 @@ class HealSpace:
         force: bool,
         main: bool,
     ):
-        self.output, self._folder = output, PartialFolder(output)
+        self._folder = ResumableFolder(output, STATE)
         self.partial, self.work = self._folder.folder, self._folder.work
         self._settings, self._source, self._shape, self._needed = settings, source, shape, needed
         self._resume, self._force, self._main = resume, force, main
         self.step = 0
+        self._new = False
         self.earlier_seconds, self._begun = 0.0, time.perf_counter()
 
     def __enter__(self) -> HealSpace:
         if self._main:
-            found = self.partial.exists()
-            self._new = not found
-            if found and not self._ours():
-                raise OutputError(
-                    f"{self.partial} is not the work of mhconvert; move it away, or choose another -o"
-                )
-            if not found:
-                check_space(self.partial, self._needed)
-            self._folder.make()
-            try:
-                self._begin(found)
-            except BaseException:
-                self._folder.unlock()
-                raise
+            self._new = not self.partial.exists()
+            self._folder.enter(
+                self._needed,
+                ours=self._ours,
+                finished=lambda state: f"a checkpoint after step {state['step'] if state else 0}",
+                resume=self._resume,
+                force=self._force,
+            )
         return self
 
     def _ours(self) -> bool:
-        """Whether the folder looks like what an interrupted healing leaves: its state, its text, or nearly nothing."""
-        there = {path.name for path in self.work.iterdir()} if self.work.is_dir() else {""}
-        return bool(there & {STATE, TEXT}) or there <= {LOCK, TEXT + ".new"}
-
-    def _begin(self, found: bool) -> None:
-        state = self.work / STATE
-        if found and not self._resume and not self._force:
-            step = json.loads(state.read_text())["step"] if state.is_file() else 0
-            raise OutputError(
-                f"{self.partial} holds an interrupted run (a checkpoint after step {step}); --resume continues it, "
-                "--force starts over"
-            )
-        if found and not (self._resume and state.is_file()):
-            self._folder.empty()
-            check_space(self.partial, self._needed)
+        """Whether the folder is what an interrupted healing leaves: its state, its text, or hardly anything."""
+        names = {path.name for path in self.work.iterdir()} if self.work.is_dir() else {""}
+        return bool(names & {STATE, TEXT}) or names <= {LOCK, TEXT + ".new"}
 
     def load(self) -> None:
-        """Find the durable checkpoint, in every process. Raises HealError where it belongs to another run."""
-        if not (self.work / STATE).is_file():
+        """Find the durable checkpoint, in every process. Raises HealError where it is of another run."""
+        state = self._folder.state()
+        if state is None:
             return
-        state = json.loads((self.work / STATE).read_text())
         other = self._settings.same_run(state["settings"])
         if state["source"] != self._source:
             other = f"checkpoint ({state['source']})"
@@ -113,7 +97,7 @@ class HealSpace:
             return
         self._folder.unlock()
         learnt = self.step > 0 or (self.work / BLOCKS).is_file()
-        if isinstance(error, (OSError, SafetensorError, RuntimeError)) and disk_full(error):
+        if disk_full(error):
             raise OutputError(
                 f"the disk is full; {self.partial} holds what is durable: free some space and run the same command "
                 "with --resume"
@@ -174,8 +158,8 @@ class HealSpace:
         self.step = step
 
     def start(self) -> None:
-        """Record the run's settings before its first durable checkpoint."""
-        if not (self.work / STATE).is_file():
+        """Say what this run is, before anything is durable."""
+        if self._folder.state() is None:
             self._write_state(0)
 
     def _write_state(self, step: int) -> None:
@@ -188,11 +172,10 @@ class HealSpace:
             "step": step,
             "seconds": seconds,
         }
-        write_json(self.work / STATE, state)
+        write_json(self._folder.state_file, state)
 
     def publish(self) -> None:
-        """Give the folder its final name."""
-        (self.work / STATE).unlink()  # first: half a work folder is nothing to resume from
+        """Rename OUT.partial to OUT."""
         self._folder.publish()
 
 

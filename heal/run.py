@@ -24,8 +24,8 @@ from mhconvert.errors import HealError
 from mhconvert.library_versions import versions
 from mhconvert.progress import Listener, Progress, ignore
 
+from ..convert.bare_process.reload import peak_rss
 from ..convert.calibration.token_rows import sampled_rows
-from ..convert.checkpoint.provenance import peak_rss
 from ..convert.storage.atomic_files import save_tensors
 from ..convert.storage.safetensors_reader import SafetensorsSource
 from . import fusion, layer_healing, packed_rows, schedule, write_result
@@ -44,7 +44,7 @@ def run(
 ) -> dict[str, Any]:
     """Heal the checkpoint and write the result; returns its report in the first process, an empty one in others.
 
-    measure, finish: as in `convert.pipeline.run`. Raises MhconvertError for what a user can mend.
+    measure, finish: as in `convert.pipeline.convert_checkpoint`. Raises MhconvertError for what a user can mend.
     """
     accelerator = schedule.make_accelerator(asked.settings)
     tell = (on_progress or ignore) if accelerator.is_main_process else ignore
@@ -223,7 +223,7 @@ class _Healing:
         if asked.verify and not self.adapter:
             self.tell(Progress("verify", 0, 1))
             report |= write_result.proof(space, model, lesson.text.held_out)
-        report["peak_rss_bytes"] = max(peak_rss(), report.get("verified", {}).get("peak_rss_bytes", 0))
+        report["peak_rss_bytes"] = peak_rss(report)
         finish(space.partial, report)
         write_result.record(space.partial, asked.checkpoint, self.settings)
         space.publish()

@@ -19,8 +19,8 @@ from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import write_json
 from ..convert.storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ..convert.storage.dtype_cast import cast
-from ..convert.storage.safetensors_reader import SafetensorsSource, read_json
-from ..convert.storage.shard_writer import INDEX, ShardWriter
+from ..convert.storage.safetensors_reader import INDEX, SafetensorsSource, read_json
+from ..convert.storage.shard_writer import ShardWriter
 from . import fusion
 from .packed_rows import Rows
 from .resumable_run import METRICS, HealSpace

@@ -58,7 +58,7 @@ def convert(
             trust_remote_code=recipe.trust_remote_code,
             on_progress=on_progress,
         )
-    return pipeline.run(
+    return pipeline.convert_checkpoint(
         recipe,
         fit=layer_fit.fit,
         measure=Fidelity,
@@ -104,7 +104,7 @@ def curve(
     """
     if recipe.method in ADAPTERS:
         raise MhconvertError(f"{recipe.method} leaves the KV cache as it is, so there is no curve of it")
-    from mhconvert.convert.layer_pass import budget_curve as pass_
+    from mhconvert.convert.layer_pass import budget_curve
     from mhconvert.eval import fidelity
     from mhconvert.heal import layer_fit
 
@@ -112,7 +112,7 @@ def curve(
         assert text is not None
         return fidelity.text_rows(tokenizer, text, length, sequences)
 
-    result = pass_.run(
+    result = budget_curve.measure_curve(
         recipe,
         budgets,
         fit=layer_fit.fit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -119,3 +120,19 @@ def test_the_public_names_exist() -> None:
         assert getattr(mhconvert, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         _ = mhconvert.absent
+
+
+def test_what_editors_see_is_what_there_is() -> None:
+    """The names for type checkers are the names at run time, and every public function is typed."""
+    tree = ast.parse((ROOT / "mhconvert" / "__init__.py").read_text(encoding="utf-8"))
+    typed = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    names = {a.asname for n in typed.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    names |= {n.id for n in ast.walk(typed) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    assert names | {"__version__"} == set(mhconvert.__all__)
+    functions = [getattr(mhconvert, name) for name in names]
+    for function in filter(inspect.isfunction, functions):
+        signature = inspect.signature(function)
+        assert signature.return_annotation is not inspect.Signature.empty, function.__name__
+        for parameter in signature.parameters.values():
+            assert parameter.annotation is not inspect.Parameter.empty, f"{function.__name__}: {parameter}"
+    assert mhconvert.convert_model in functions

@@ -17,10 +17,9 @@ from mhconvert.progress import Listener, Progress, ignore
 from ..checkpoint import provenance
 from ..donor import hub_download
 from ..donor.donor import Donor
-from ..layer_pass.cost_estimate import SLACK_BYTES
 from ..methods.hydra.branches import merged_bias, merged_weight
 from ..storage import shard_writer
-from ..storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
+from ..storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
 from ..storage.dtype_cast import cast, torch_dtype
 from ..storage.output_folder import whole_folder
 from . import card

@@ -1,8 +1,8 @@
-"""Load a converted checkpoint as a stranger would, and print what it does as one line of JSON.
+"""Loads a checkpoint as its users do, without mhconvert, and prints what it computes as one line of JSON.
 
-Run by `verify.py` as `python -I verify_child.py FOLDER PROBE OPTIONS` in a process where mhconvert cannot be
-imported: only torch, transformers and the files in the folder are used. `cache_storage` is also what `mhconvert.eval`
-measures caches with, so that there is one definition of a cache's size.
+`reload.py` runs it as `python -I child.py FOLDER PROBE OPTIONS MODULES` in a process where mhconvert cannot be
+imported: only torch, transformers and the files in the folder are used. `mhconvert.eval` measures caches by
+`cache_storage` too, so there is one definition of a cache's size.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> d
 
 
 def main(folder: str, probe: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is asked of the checkpoint; the folder's own code is all that is trusted."""
+    """Load `folder`, compare it with `probe`, generate. Only the folder's own code is trusted."""
     import torch
     import transformers
 

@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 # Of the logits' standard deviation. Two float32 evaluations of one model (other kernels, other order of sums)
 # differ by about 1e-6 x depth; a wrong tensor, frequency or mask differs by more than 0.1.
 TOLERANCE = 5e-3
+PROMPT = "The history of science shows that"
+
+
+def write_probe(path: Path, input_ids: Tensor, logits: Tensor) -> None:
+    """Rows and the logits that the converted model gives for them: what a reload is compared with."""
+    save_file({"input_ids": input_ids.contiguous(), "logits": logits.contiguous()}, path)
 
 
 def verify(
@@ -35,15 +41,24 @@ def verify(
     threads: int | None = None,
     python: str | None = None,
 ) -> dict[str, Any]:
-    """`folder` loads with plain transformers, reproduces `probe`, and generates; its cache has been measured.
+    """What `folder` computes with plain transformers: it loads, reproduces the logits of `probe`, and generates.
 
-    probe: safetensors with input_ids (rows, length) int64 and logits (rows, length, vocab_size) float32.
-    python: the interpreter of another environment, with torch and some transformers; None: this one.
-    Returns largest_logit_difference, relative_logit_error, logit_spread; sample {prompt, text}; cache {type, tokens,
-    bytes, bytes_per_token, elements_per_token} of the float32 cache object; parameters; seconds; peak_rss_bytes (the
-    child's peak and what this process held meanwhile).
-    Raises CheckpointError when the folder does not load, or its logits differ by more than
-    `tolerance` standard deviations of the probe's; ReloadKilledError when the process was killed.
+    Args:
+        folder: the checkpoint.
+        probe: safetensors with input_ids (rows, length) int64 and logits (rows, length, vocab_size) float32.
+        prompt: what is continued greedily by `max_new_tokens`.
+        tolerance: the largest logit difference that is allowed, in standard deviations of the probe's logits.
+        threads: of torch in the process; None: its default.
+        python: the interpreter of another environment, with torch and some transformers; None: this one.
+
+    Returns:
+        largest_logit_difference, relative_logit_error, logit_spread; sample {prompt, text}; cache {type, tokens, bytes,
+            bytes_per_token, elements_per_token} of the float32 cache object; parameters; seconds; peak_rss_bytes (the
+            child's peak, and what this process held meanwhile).
+
+    Raises:
+        CheckpointError: The folder does not load, or its logits differ by more.
+        ReloadKilledError: The process was killed.
     """
     resident = _resident()
     options = json.dumps({"prompt": prompt, "max_new_tokens": max_new_tokens, "threads": threads})
@@ -84,7 +99,7 @@ def verify(
 
 
 def _reason(child: subprocess.CompletedProcess[str]) -> str:
-    """Return the last line of the process's error output that is not empty."""
+    """The last line of the process's error output that is not empty."""
     lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]
     return lines[-1] if lines else f"the process ended with status {child.returncode}"
 
@@ -98,9 +113,6 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-PROMPT = "The history of science shows that"
-
-
-def write_probe(path: Path, input_ids: Tensor, logits: Tensor) -> None:
-    """Write rows and the converted model's logits for them, with which a reload is compared."""
-    save_file({"input_ids": input_ids.contiguous(), "logits": logits.contiguous()}, path)
+def peak_rss(report: dict[str, Any]) -> int:
+    """The largest resident size so far in bytes, of this process or of the one whose reload `report` has."""
+    return max(bare_child.peak_memory(), report.get("verified", {}).get("peak_rss_bytes", 0))

@@ -12,7 +12,6 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from mhconvert.errors import CheckpointError
 from mhconvert.library_versions import versions
 
-from ..bare_process.child import peak_memory
 from ..donor.donor import Donor
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe, save_recipe
@@ -88,8 +87,3 @@ def hashes(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in `folder` except mhconvert.json, which will contain them."""
     files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name != PROVENANCE)
     return {file.name: sha256(file) for file in files}
-
-
-def peak_rss() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    return peak_memory()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ class ConversionContext:
     def layers(self) -> int:
         """The donor's number of decoder layers."""
         return int(self.donor.config.num_hidden_layers)
+
+    @cached_property
+    def rotary(self) -> torch.nn.Module:
+        """The donor's rotary embedding on the device."""
+        return self.donor.rotary(self.device)
 
     def with_recipe(self, recipe: Recipe) -> ConversionContext:
         """The same for another recipe, such as one at another budget."""

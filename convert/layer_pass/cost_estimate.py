@@ -1,4 +1,4 @@
-"""Estimates what a conversion needs (disk, memory) and gives (parameters, cache), from shapes alone."""
+"""The sizes, memory and disk of a conversion, computed from shapes before any weight is read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..donor.donor import Donor
 from ..families.facts import attention_facts
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe
+from ..storage.byte_size import SLACK_BYTES
 from ..storage.dtype_cast import DTYPES
 from .layer_steps import block_steps
 
-SLACK_BYTES = 32 << 20  # tokenizer, report, headers
 RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
 SURVEY_COPIES = 4  # of what it keeps of each layer: attention inputs, outputs, and a longer one
 STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a result on its way

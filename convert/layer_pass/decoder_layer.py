@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..attention.rotary import LayerRotary
 from ..bare_process.child import cache_storage
 
 STEP_TOKENS = 8192  # that pass through a layer at the same time
@@ -18,8 +19,9 @@ STEP_TOKENS = 8192  # that pass through a layer at the same time
 class Streams:
     """Hidden states between two layers, float32 on the CPU.
 
-    teacher (N, L, D): all calibration rows through the donor, the `fitted` ones first, then the held-out ones.
-    student: the same rows, or the held-out ones alone, through the converted layers.
+    Attributes:
+        teacher: (N, L, D), all calibration rows through the donor, the `fitted` ones first, then the held-out ones.
+        student: the same rows, or the held-out ones alone, through the converted layers.
     """
 
     teacher: Tensor
@@ -41,7 +43,7 @@ class Streams:
 
 
 class _Given(nn.Module):
-    """Replaces a decoder layer's attention by one that returns a precomputed output."""
+    """Takes the place of a decoder layer's attention and returns an output that was computed before."""
 
     output: Tensor
 
@@ -55,10 +57,10 @@ class Block(nn.Module):
     def __init__(self, layer: nn.Module, following: nn.Module, surroundings: dict[str, Any]):
         super().__init__()
         self.layer, self._surroundings = layer, surroundings
-        self._following = [following]  # in a list: no part of what is fitted
+        self._following = [following]  # in a list, so that its parameters are not the block's
 
     def forward(self, hidden: Tensor, _: Any) -> tuple[Tensor]:
-        # A copy: the fit may change coordinates of maps that read its input itself, and the residual must not follow.
+        # A copy: the fit may scale the input of the attention's maps in place, and the residual must not follow.
         output = self.layer(hidden.clone(), **self._surroundings)
         return (self._following[0](output[0] if isinstance(output, tuple) else output),)
 
@@ -66,25 +68,29 @@ class Block(nn.Module):
 class Layer:
     """One donor decoder layer taken apart: attention input, attention, and the rest of the block.
 
-    Streams are (N, L, D) float32 on the CPU; a few rows at a time pass through the layer's device.
+    Hidden states are (N, L, D) float32 on the CPU; a few rows at a time pass through the layer's device.
     """
 
     def __init__(
-        self,
-        module: Any,
-        norm: str | None,
-        position_embeddings: tuple[Tensor, Tensor],
-        window: int | None = None,
+        self, module: Any, norm: str | None, rotary: LayerRotary, index: int, window: int | None = None
     ):
-        self.module = module
+        """
+        Args:
+            module: the transformers decoder layer.
+            norm: the attribute of the norm before its attention; None where there is none.
+            rotary: the layer's RoPE for the length of the rows.
+            index: of the layer in the model.
+            window: tokens that its attention sees; None: all before.
+        """
+        self.module, self.index, self.rotary = module, index, rotary
         self.attention = module.self_attn
+        self.position_embeddings = position_embeddings = rotary.embeddings
         self._norm = getattr(module, norm) if norm else None
-        self.position_embeddings = position_embeddings
         mask = self._attention_mask(window)
         self._surroundings = {"position_embeddings": position_embeddings, "attention_mask": mask}
 
     def attention_inputs(self, hidden: Tensor) -> Tensor:
-        """Return the attention's input: the block's input behind the norm, or as it is where no norm precedes."""
+        """The block's input behind the norm that precedes the attention, or a copy of it where there is none."""
         return self._by_rows(self._norm, hidden) if self._norm else hidden.clone()
 
     def through(self, function: Any, hidden: Tensor) -> Tensor:
@@ -96,7 +102,7 @@ class Layer:
         return self._by_rows(lambda x: attention(x, **self._surroundings)[0], inputs)
 
     def complete(self, hidden: Tensor, attention_outputs: Tensor) -> None:
-        """Replace the block's input by its output in place, given the attention's output."""
+        """Replace the block's input `hidden` by its output, in place, given its attention's output."""
         given = _Given()
         self.module.self_attn = given
         device = self.position_embeddings[0].device

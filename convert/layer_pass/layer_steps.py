@@ -1,6 +1,6 @@
 """The steps that take one layer from the donor to a conversion; a pass takes them for each layer in turn.
 
-    observe (the donor's side, once) ▸ convert ▸ fit ▸ follow (each conversion's side)
+    read ▸ observe (the donor's side, once) ▸ convert ▸ refit the block ▸ advance (each conversion's side)
 
 `pipeline` makes one conversion and writes it; `budget_curve` makes several from one observation and writes none.
 """
@@ -18,8 +18,7 @@ from mhconvert.device import half_products
 from mhconvert.errors import CheckpointError
 
 from ..attention.linalg import relative_error
-from ..attention.rotary import LayerRotary, layer_rotary
-from ..donor.donor import Donor
+from ..attention.rotary import layer_rotary
 from ..families.facts import layer_window
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe
@@ -30,46 +29,26 @@ from .decoder_layer import Layer, Streams
 ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
 FIT_STEPS = {"quick": 0, "default": 180, "high": 360}
 FIT_TOKENS = 1024  # a step
-BLOCK_ROUNDS = {"quick": 0, "default": 0, "high": 1}  # that the whole block's fit reads the calibration text
+BLOCK_ROUNDS = {"quick": 0, "default": 0, "high": 1}  # how often the block's fit reads the calibration text
 
 
 @dataclass(frozen=True)
-class Positions:
-    """The donor's rotary module, and the number of tokens in a row of calibration text."""
+class LayerTargets:
+    """What the donor's attention reads and gives in one layer: the same for every conversion of it.
 
-    module: Any
-    length: int
-
-
-@dataclass(frozen=True)
-class DonorLayer:
-    """The donor's side of one layer, the same for every conversion of it; (N, L, D) float32 on the CPU.
-
-    inputs, targets: of its attention, on the fitted rows; held_inputs, held_targets: on the held-out ones.
-    rotary: the layer's RoPE. statistics: what the method keeps of it. kv_elements: what one token leaves in a
-    cache object.
+    Attributes:
+        inputs, targets: of the attention on the fitted rows, (N, L, D) float32 on the CPU.
+        held_inputs, held_targets: the same on the held-out rows.
+        statistics: what the method keeps of the layer.
+        kv_elements: what one token leaves in a cache object.
     """
 
     inputs: Tensor
     targets: Tensor
     held_inputs: Tensor
     held_targets: Tensor
-    rotary: LayerRotary
     statistics: Any
     kv_elements: float
-
-
-def positions(donor: Donor, length: int, device: torch.device) -> Positions:
-    """Return the positions of rows of `length` tokens."""
-    return Positions(donor.rotary(device), length)
-
-
-def read(donor: Donor, index: int, place: Positions, device: torch.device) -> tuple[Layer, LayerRotary]:
-    """Return decoder layer `index` of the donor, the only one in memory, and its RoPE."""
-    rotary = layer_rotary(place.module, donor.config, index, place.length)
-    window = layer_window(donor.config, index)
-    module = donor.decoder_layer(index, device)
-    return Layer(module, donor.family.attention_norm, rotary.embeddings, window), rotary
 
 
 def fit_steps(recipe: Recipe) -> int:
@@ -83,91 +62,109 @@ def block_steps(recipe: Recipe, rows: int, length: int) -> int:
     return rounds * max(1, rows * length // FIT_TOKENS)
 
 
-def observe(
-    layer: Layer,
-    index: int,
-    method: Method,
-    teacher: Tensor,
-    fitted: int,
-    rotary: LayerRotary,
-    dtype: torch.dtype,
-) -> DonorLayer:
-    """What the donor's attention does with the teacher's stream, of which the first `fitted` rows are for fitting.
+def student_start(context: ConversionContext, teacher: Tensor) -> Tensor:
+    """The student's stream before the first layer, from the embedded rows: all of them where blocks are fitted, else
+    the held-out ones; rounded as the embedding will be written."""
+    fitted = context.rows.fit
+    rows = teacher if block_steps(context.recipe, *fitted.shape) else teacher[len(fitted) :]
+    return rows.clone().to(context.dtype).float()
 
-    Afterwards the stream is behind the layer, and the layer has the weights that will be written (`dtype`).
+
+def read_layer(context: ConversionContext, index: int, length: int) -> Layer:
+    """Decoder layer `index` of the donor, the only one in memory, for rows of `length` tokens."""
+    donor = context.donor
+    rotary = layer_rotary(context.rotary, donor.config, index, length)
+    module = donor.decoder_layer(index, context.device)
+    return Layer(module, donor.family.attention_norm, rotary, index, layer_window(donor.config, index))
+
+
+def observe(
+    context: ConversionContext, layer: Layer, method: Method, teacher: Tensor, fitted: int
+) -> LayerTargets:
+    """What the donor's attention makes of the teacher's stream, of which the first `fitted` rows are for fitting.
+
+    Afterwards the stream is behind the layer, and the rest of the layer has the weights that will be written.
     """
     fit, held = teacher[:fitted], teacher[fitted:]
     inputs = layer.attention_inputs(fit)
     targets = layer.attend(layer.attention, inputs)
-    require_finite_states(index, attention_inputs=inputs, attention_outputs=targets)
-    statistics = method.observe(layer.attention, inputs, rotary)
+    require_finite_states(layer.index, attention_inputs=inputs, attention_outputs=targets)
+    statistics = method.observe(layer.attention, inputs, layer.rotary)
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)
     elements = layer.cache_elements(layer.attention, held_inputs)
-    with half_products(rotary.embeddings[0].device):
+    with half_products(context.device):
         layer.complete(fit, targets)
     layer.complete(held, held_targets)
     del layer.module.self_attn  # the donor's is not written
-    _round_to(layer.module, dtype, f"layer {index}: ")
-    return DonorLayer(inputs, targets, held_inputs, held_targets, rotary, statistics, elements)
+    _round_to(layer.module, context.dtype, f"layer {layer.index}: ")
+    return LayerTargets(inputs, targets, held_inputs, held_targets, statistics, elements)
 
 
-def convert(
-    context: ConversionContext, method: Method, index: int, seen: DonorLayer
+def convert_attention(
+    context: ConversionContext, layer: Layer, method: Method, targets: LayerTargets
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the new attention of layer `index`, after closed form and fit, rounded to the written dtype."""
-    recipe = context.recipe
-    inputs, targets, embeddings = seen.inputs, seen.targets, seen.rotary.embeddings
-    attention, chosen = method.convert(seen.statistics, index, inputs, targets, embeddings)
-    steps = fit_steps(recipe)
+    """The new attention, closed form and fit, rounded as it will be written; and what was chosen for it."""
+    text = (targets.inputs, targets.targets, layer.position_embeddings)
+    attention, chosen = method.convert(targets.statistics, layer.index, *text)
+    steps = fit_steps(context.recipe)
     if steps:
-        rows = max(1, FIT_TOKENS // inputs.shape[1])
-        seed = recipe.seed * 1000 + index
-        context.fit(attention, inputs, targets, embeddings, steps=steps, rows=rows, seed=seed)
-    _round_to(attention, context.dtype, f"layer {index}: self_attn.")
+        context.fit(attention, *text, steps=steps, **_fit_options(context, layer, targets.inputs))
+    _round_to(attention, context.dtype, f"layer {layer.index}: self_attn.")
     return attention, chosen
 
 
-def refine(context: ConversionContext, layer: Layer, index: int, attention: Any, streams: Streams) -> None:
-    """Fit the converted attention once more, so that the whole block gives what the donor's gives on the stream that
-    really reaches it: it mends what the layers before have changed.
+def refit_block(context: ConversionContext, layer: Layer, attention: Any, streams: Streams) -> None:
+    """Fit the converted attention once more, so that the whole block gives what the donor's block gives, on the stream
+    that really reaches it: this repairs what the layers before have changed.
 
-    streams: the student's is still before the layer, the teacher's behind it. The two are compared in terms of the norm
-    that reads the block's output.
+    The student's stream is still before the layer, the teacher's behind it. Outputs are compared as the norm behind the
+    block gives them. Does nothing where the recipe's effort fits no blocks.
     """
-    recipe, student = context.recipe, streams.student_fitted
-    steps = block_steps(recipe, len(student), student.shape[1])
+    student = streams.student_fitted
+    steps = block_steps(context.recipe, len(student), student.shape[1])
     if not steps:
         return
-    rows = max(1, FIT_TOKENS // student.shape[1])
-    seed = recipe.seed * 1000 + index
-    place = layer.position_embeddings
-    following = context.donor.norm_behind(index, place[0].device)
-    block, trained = layer.block(attention, following), list(attention.parameters())
-    targets = layer.through(following, streams.teacher[: streams.fitted])
-    context.fit(block, student, targets, place, steps=steps, rows=rows, seed=seed, trained=trained)
-    _round_to(attention, context.dtype, f"layer {index}: self_attn.")
+    following = context.donor.norm_behind(layer.index, context.device)
+    context.fit(
+        layer.block(attention, following),
+        student,
+        layer.through(following, streams.teacher[: streams.fitted]),
+        layer.position_embeddings,
+        steps=steps,
+        **_fit_options(context, layer, student),
+        trained=list(attention.parameters()),
+    )
+    _round_to(attention, context.dtype, f"layer {layer.index}: self_attn.")
 
 
-def follow(layer: Layer, index: int, attention: Any, seen: DonorLayer, student: Tensor) -> dict[str, Any]:
-    """Move the student's stream past the converted layer; what the held-out rows say of it.
+def advance_student(layer: Layer, attention: Any, targets: LayerTargets, student: Tensor) -> dict[str, Any]:
+    """Move the student's stream past the converted layer, in place; returns what the held-out rows say of the layer.
 
-    relative_error: of the attention output, squared; kv_elements: what one token leaves in a cache object.
-    Raises CheckpointError for an error that no conversion can have.
+    Returns:
+        relative_error: of the attention's output, squared; kv_elements: what one token leaves in a cache object.
+
+    Raises:
+        CheckpointError: The error is not finite, or larger than any conversion's.
     """
-    error = relative_error(layer.attend(attention, seen.held_inputs), seen.held_targets)
+    error = relative_error(layer.attend(attention, targets.held_inputs), targets.held_targets)
     if not math.isfinite(error) or error > ABSURD_ERROR:
         raise CheckpointError(
-            f"layer {index}: the converted attention's relative error is {error:.3g}; its weights or "
+            f"layer {layer.index}: the converted attention's relative error is {error:.3g}; its weights or "
             "statistics are not usable. Try other calibration text or a larger budget"
         )
-    elements = layer.cache_elements(attention, seen.held_inputs)
+    elements = layer.cache_elements(attention, targets.held_inputs)
     layer.complete(student, layer.attend(attention, layer.attention_inputs(student)))
-    return {"relative_error": error, "kv_elements": {"donor": seen.kv_elements, "converted": elements}}
+    return {"relative_error": error, "kv_elements": {"donor": targets.kv_elements, "converted": elements}}
+
+
+def _fit_options(context: ConversionContext, layer: Layer, inputs: Tensor) -> dict[str, int]:
+    rows = max(1, FIT_TOKENS // inputs.shape[1])
+    return {"rows": rows, "seed": context.recipe.seed * 1000 + layer.index}
 
 
 @torch.no_grad()
 def _round_to(module: Any, dtype: torch.dtype, where: str) -> None:
-    """Round the weights to the written dtype, so that everything measured later is of the written model."""
+    """Round the parameters to `dtype`: what is measured from here on are the weights as they will be written."""
     for name, parameter in module.named_parameters():
         parameter.copy_(cast(where + name, parameter, dtype))

@@ -1,4 +1,4 @@
-"""The state of a conversion in OUT.partial, from which an interrupted run is resumed."""
+"""The state of a conversion in OUT.partial, with which an interrupted run continues behind its last layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,31 +16,45 @@ from mhconvert.errors import MhconvertError, OutputError, ReloadKilledError
 from mhconvert.library_versions import versions
 
 from ..calibration.calibration_rows import Rows
+from ..checkpoint.provenance import RECIPE
 from ..methods.budget_division import LayerNeed
 from ..recipe.recipe import Recipe
 from ..storage.atomic_files import save_tensors, write_json
 from ..storage.byte_size import byte_size
-from ..storage.output_folder import PartialFolder, check_space, disk_full
+from ..storage.output_folder import ResumableFolder, disk_full
 from ..storage.shard_writer import ShardWriter
 from .decoder_layer import Streams
 
-STATE = "state.json"  # in the work folder: what is finished
-ROWS = "rows.safetensors"  # in it: the calibration rows
-NEEDS = "needs.json"  # in it: what a survey of the layers found
+# Files in the work folder:
+STATE = "state.json"  # what is finished
+ROWS = "rows.safetensors"  # the calibration rows
+NEEDS = "needs.json"  # what a survey of the layers found
+
 COMMIT_SHARE = 0.1  # of a run's time that commits may take: each writes both streams
 NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may change
 
 
 class Workspace:
-    """A run's folder. Use as a context: it is locked inside, and cleared when the run fails for good.
+    """OUT.partial of a conversion. Use as a context: it is locked inside, and removed when the run fails for good.
 
-    An interrupt, a full disk or a killed reload leaves it for `resume`. `layers`: what was chosen and measured
-    for each finished layer; `search`: what a search for the budget has found. A layer is finished when `state.json`
-    says so; all it needs was written before.
+    An interrupt, a full disk or a killed reload leaves it for `resume`. A layer is finished when the state file says
+    so; all that it needs was written before.
+
+    Attributes:
+        partial: OUT.partial, where the checkpoint is written.
+        layers: what was chosen and measured for each finished layer.
+        search: what a search for the budget has found.
+        earlier_seconds: what interrupted runs have taken.
     """
 
     def __init__(self, output: Path, recipe: Recipe, needed: int, *, resume: bool, force: bool):
-        self.output, self._folder = output, PartialFolder(output)
+        """
+        Args:
+            needed: bytes that a new run writes.
+            resume: go on with an interrupted run of the same recipe.
+            force: start over where there is an interrupted run.
+        """
+        self._folder = ResumableFolder(output, STATE)
         self.partial, self._work = self._folder.folder, self._folder.work
         self._recipe, self._needed = recipe, needed
         self._resume, self._force = resume, force
@@ -53,15 +66,16 @@ class Workspace:
         self._commit_seconds = 0.0
         self._streams: Streams | None = None
         self._writer: ShardWriter | None = None
+        self._tensors = 0
 
     @property
     def probe(self) -> Path:
-        """The file of the logits with which the reload is compared."""
+        """The file of logits that the reload is compared with."""
         return self._work / "probe.safetensors"
 
     @property
     def streams_ready(self) -> bool:
-        """Whether an earlier run, or `begin`, has written the streams."""
+        """Whether an interrupted run, or `begin`, has left streams."""
         return self._streams is not None
 
     @property
@@ -70,25 +84,16 @@ class Workspace:
         return self._streams
 
     def __enter__(self) -> Workspace:
-        state = self._work / STATE
-        found = self.partial.exists()
-        if not found:
-            check_space(self.partial, self._needed)
-        elif not self._work.is_dir() and not (self.partial / "recipe.yaml").is_file():
-            raise OutputError(
-                f"{self.partial} is not the work of mhconvert; move it away, or choose another -o"
-            )
-        self._folder.make()
+        self._folder.enter(
+            self._needed,
+            ours=lambda: self._work.is_dir() or (self.partial / RECIPE).is_file(),
+            finished=lambda state: f"{len(state['layers']) if state else 0} layers finished",
+            resume=self._resume,
+            force=self._force,
+        )
         try:
-            if found and not self._resume and not self._force:
-                finished = len(json.loads(state.read_text())["layers"]) if state.is_file() else 0
-                held = f"{self.partial} holds an interrupted run ({finished} layers finished)"
-                raise OutputError(f"{held}; --resume continues it, --force starts over")
-            if found and not (self._resume and state.is_file()):
-                self._folder.empty()
-                check_space(self.partial, self._needed)
-            if state.is_file():
-                self._load(json.loads(state.read_text()))
+            if (state := self._folder.state()) is not None:
+                self._load(state)
         except BaseException:
             self._folder.unlock()
             raise
@@ -98,14 +103,14 @@ class Workspace:
         self._folder.unlock()
         if isinstance(error, MhconvertError) and not isinstance(error, ReloadKilledError):
             self._folder.discard()
-        elif isinstance(error, (OSError, SafetensorError)) and disk_full(error):
+        elif disk_full(error):
             raise OutputError(
                 f"the disk is full; {len(self.layers)} layers are finished in {self.partial}: free some space and "
                 "run the same command with --resume"
             ) from error
 
     def rows(self, draw: Callable[[], Rows]) -> Rows:
-        """Return the calibration rows of this run: drawn once, the same after every resume."""
+        """The calibration rows of this run: drawn once, the same after every resume."""
         path = self._work / ROWS
         if not path.is_file():
             rows = draw()
@@ -114,27 +119,28 @@ class Workspace:
         return Rows(**load_file(path))
 
     def needs(self, survey: Callable[[], list[LayerNeed]]) -> list[LayerNeed]:
-        """Return the survey's result for each layer: measured once, the same after every resume."""
+        """What this run's survey found of each layer: made once, the same after every resume."""
         path = self._work / NEEDS
         if not path.is_file():
             write_json(path, [dataclasses.asdict(need) for need in survey()])
         return [LayerNeed(**need) for need in json.loads(path.read_text())]
 
-    def begin(
-        self, teacher: Tensor, student: Tensor, fitted: int, outer: Iterable[tuple[str, Tensor]], tensors: int
-    ) -> None:
-        """Start with the embedded rows, and write the tensors outside the layers."""
+    def begin(self, streams: Streams, outer: Iterable[tuple[str, Tensor]], tensors: int) -> None:
+        """Start with the embedded rows, and write the tensors `outer` that belong to no layer.
+
+        tensors: how many the checkpoint has at most.
+        """
         self._writer = ShardWriter(self.partial, self._limit, tensors)
         self._tensors = tensors
         for name, tensor in outer:
             self._writer.add(name, tensor)
-        self._streams = Streams(teacher, student, fitted)
+        self._streams = streams
         self._commit()
 
     def finish_layer(self, tensors: Iterable[tuple[str, Tensor]], chosen: dict[str, Any], last: bool) -> None:
-        """Write a layer. It is durable at once, or with the next layer where commits are slow.
+        """Write a layer. It is durable at once, or with a later layer where commits are slow.
 
-        A commit writes the tensors, the streams behind the layer, and then the word that it is finished.
+        A commit writes the tensors, the streams behind the layer, and then the state file.
         """
         assert self._writer is not None
         for name, tensor in tensors:
@@ -145,8 +151,8 @@ class Workspace:
             self._commit()
 
     def start_over(self, search: dict[str, Any]) -> None:
-        """Convert the layers again, with the same rows and the search's new state."""
-        (self._work / STATE).unlink()  # first: what it counts as finished is going
+        """Forget all layers; the calibration rows, the layers' needs and the state of the search are kept."""
+        self._folder.state_file.unlink()  # first, as what it counts as finished is removed next
         self._folder.empty(ROWS, NEEDS)
         self.layers, self.search = [], search
         self._streams = self._writer = None
@@ -157,12 +163,11 @@ class Workspace:
         return self._writer.finish()
 
     def release_streams(self) -> None:
-        """Release the memory of the streams after the pass."""
+        """Free the streams' memory when all layers are done."""
         self._streams = None
 
     def publish(self) -> None:
-        """Give the folder its final name."""
-        (self._work / STATE).unlink()  # first: half a work folder is nothing to resume from
+        """Rename OUT.partial to OUT."""
         self._folder.publish()
 
     def _commit(self) -> None:
@@ -183,7 +188,7 @@ class Workspace:
             "tensors": self._tensors,
             "writer": self._writer.state,
         }
-        write_json(self._work / STATE, state)
+        write_json(self._folder.state_file, state)
         for stale in self._work.glob("streams-*.safetensors"):
             if stale != self._stream_file(count):
                 stale.unlink()

@@ -1,10 +1,12 @@
 """Measures what each layer's cache is worth, by closed forms only, before a budget is divided over the layers.
 
 Each layer is converted at several budgets, which says how its error falls; and at one of them it alone replaces the
-donor's, which says how much its error is heard at the model's output. Little text is enough for both.
+donor's, which says how much its error changes the model's predictions. Little text is enough for both.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,76 +24,107 @@ from ..recipe.recipe import Recipe
 from . import layer_steps
 from .context import ConversionContext
 
-PROBED = 5 / 16  # where a layer is heard, or at the nearest of them that the donor can express
+PROBED = 5 / 16  # the budget at which one layer alone is converted, or the nearest that the donor can express
 TOKENS = 8192  # of the calibration text that the statistics come from
 STRIDE = 4  # one position in so many is compared at the output
 
 
-def run(context: ConversionContext) -> list[LayerNeed]:
-    """Return the need of every layer, which does not depend on the recipe's own budget."""
-    recipe, donor, device, rows = context.recipe, context.donor, context.device, context.rows
-    total, tell = context.layers, context.on_progress
-    methods = _methods(recipe, donor)
+@dataclass
+class _Streams:
+    """Hidden states of the survey's text, float32 on the CPU.
+
+    Attributes:
+        ids: (judges, L), the rows that layers are judged on.
+        teacher: (N, L, D), rows for the statistics and then the judging rows, through the donor.
+        judged: for each layer so far the judging rows, through the donor with that layer alone converted.
+    """
+
+    ids: Tensor
+    teacher: Tensor
+    judged: list[Tensor] = field(default_factory=list)
+
+    @property
+    def fitted(self) -> int:
+        """Rows for the statistics."""
+        return len(self.teacher) - len(self.ids)
+
+
+def measure_needs(context: ConversionContext) -> list[LayerNeed]:
+    """The need of every layer, whatever the recipe's own budget."""
+    methods = _methods(context.recipe, context.donor)
     if not methods:  # layers of so few elements that there is nothing to divide
-        return [LayerNeed((1.0,), (1.0,), 1.0, 0.0)] * total
+        return [LayerNeed((1.0,), (1.0,), 1.0, 0.0)] * context.layers
     probed = min(methods, key=lambda share: abs(share - PROBED))
-    judges = calibration_rows.judging_rows(rows.fit.shape[1], len(rows.fit))
-    seen = rows.fit[: max(1, min(TOKENS // rows.fit.shape[1], len(rows.fit) - judges))]
-    ids = rows.fit[-judges:, : calibration_rows.JUDGE_TOKENS]
-    seen = seen[:, : ids.shape[1]]
-    place, fitted = layer_steps.positions(donor, ids.shape[1], device), len(seen)
-    teacher = donor.embed(torch.cat((seen, ids)))
-    heard = teacher[:0].clone()  # of each layer so far, the judging rows behind it alone converted
-    errors: list[dict[float, float]] = []
-    for index in range(total):
-        tell(Progress("survey", index, total))
-        layer, rotary = layer_steps.read(donor, index, place, device)
-        donor_attention, before = layer.attention, teacher[fitted:].clone()
-        if len(heard):
-            with half_products(device):
-                layer.complete(heard, layer.attend(donor_attention, layer.attention_inputs(heard)))
-        found = layer_steps.observe(layer, index, methods[probed], teacher, fitted, rotary, context.dtype)
-        errors.append({})
-        for share, method in methods.items():
-            text = (found.inputs, found.targets, rotary.embeddings)
-            attention, _ = method.convert(found.statistics, index, *text)
-            output = layer.attend(attention, found.held_inputs)
-            errors[-1][share] = relative_error(output, found.held_targets)
-            if share == probed:
-                layer.complete(before, output)
-        heard = torch.cat((heard, before))
-    divergences = _divergences(context, teacher[fitted:], heard.split(judges), ids)
-    donor.release()
-    tell(Progress("survey", total, total))
+    streams = _embedded(context)
+    errors = []
+    for index in range(context.layers):
+        context.on_progress(Progress("survey", index, context.layers))
+        errors.append(_survey_layer(context, index, methods, probed, streams))
+    divergences = _divergences(context, streams)
+    context.donor.release()
+    context.on_progress(Progress("survey", context.layers, context.layers))
     return [
-        LayerNeed(tuple(found), tuple(found.values()), probed, divergence)
-        for found, divergence in zip(errors, divergences, strict=True)
+        LayerNeed(tuple(by_share), tuple(by_share.values()), probed, divergence)
+        for by_share, divergence in zip(errors, divergences, strict=True)
     ]
 
 
 def _methods(recipe: Recipe, donor: Donor) -> dict[float, Method]:
-    """Return the method at each share that the donor can express."""
-    found = {}
+    """By share of the donor's cache; shares that the donor cannot express are missing."""
+    methods = {}
     for share in build_method(recipe.method, donor.config, recipe.settings, recipe.effort).survey_shares:
         try:
             settings = recipe.settings.at_budget(share)
-            found[share] = build_method(recipe.method, donor.config, settings, "survey")
+            methods[share] = build_method(recipe.method, donor.config, settings, "survey")
         except BudgetError:
             continue
-    return found
+    return methods
+
+
+def _embedded(context: ConversionContext) -> _Streams:
+    """The streams before the first layer: of the fit's text, its first rows and its last ones."""
+    rows = context.rows.fit
+    count, length = rows.shape
+    judges = calibration_rows.judging_rows(length, count)
+    ids = rows[-judges:, : calibration_rows.JUDGE_TOKENS]
+    fitted = rows[: max(1, min(TOKENS // length, count - judges)), : ids.shape[1]]
+    return _Streams(ids, context.donor.embed(torch.cat((fitted, ids))))
+
+
+def _survey_layer(
+    context: ConversionContext, index: int, methods: dict[float, Method], probed: float, streams: _Streams
+) -> dict[float, float]:
+    """The relative error of layer `index` by share; all streams move behind the layer."""
+    layer = layer_steps.read_layer(context, index, streams.ids.shape[1])
+    before = streams.teacher[streams.fitted :].clone()
+    if streams.judged:
+        earlier = torch.cat(streams.judged)
+        with half_products(context.device):
+            layer.complete(earlier, layer.attend(layer.attention, layer.attention_inputs(earlier)))
+        streams.judged = list(earlier.split(len(before)))
+    targets = layer_steps.observe(context, layer, methods[probed], streams.teacher, streams.fitted)
+    errors = {}
+    for share, method in methods.items():
+        text = (targets.inputs, targets.targets, layer.position_embeddings)
+        attention, _ = method.convert(targets.statistics, index, *text)
+        output = layer.attend(attention, targets.held_inputs)
+        errors[share] = relative_error(output, targets.held_targets)
+        if share == probed:
+            layer.complete(before, output)
+    streams.judged.append(before)
+    return errors
 
 
 @torch.inference_mode()
-def _divergences(
-    context: ConversionContext, teacher: Tensor, heard: tuple[Tensor, ...], ids: Tensor
-) -> list[float]:
+def _divergences(context: ConversionContext, streams: _Streams) -> list[float]:
     """KL(donor ‖ donor with one layer converted) of each layer, from the hidden states behind the last."""
-    donor, device = context.donor, context.device
-    predictions = [context.measure() for _ in heard]
-    following = ids[:, 1::STRIDE]
+    donor, predictions = context.donor, [context.measure() for _ in streams.judged]
+    teacher = streams.teacher[streams.fitted :]
+    following = streams.ids[:, 1::STRIDE]
     positions = torch.arange(following.shape[1]) * STRIDE
     for row, targets in enumerate(following):
-        expected = donor.head(teacher[row, positions].to(device)).cpu()
-        for states, found in zip(heard, predictions, strict=True):
-            found.add(expected, donor.head(states[row, positions].to(device)).cpu(), targets)
-    return [found.result()["kl"] for found in predictions]
+        expected = donor.head(teacher[row, positions].to(context.device)).cpu()
+        for hidden, prediction in zip(streams.judged, predictions, strict=True):
+            logits = donor.head(hidden[row, positions].to(context.device)).cpu()
+            prediction.add(expected, logits, targets)
+    return [prediction.result()["kl"] for prediction in predictions]

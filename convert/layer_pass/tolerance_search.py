@@ -9,17 +9,16 @@ measured conversion counts.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 from mhconvert.errors import BudgetError
 from mhconvert.progress import Progress
 
-from ..calibration import calibration_rows
-from ..methods.registry import build_method
+from ..calibration.calibration_rows import Rows
+from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
 from ..recipe.tolerance import Tolerance, parse
 from . import budget_curve, layer_steps
@@ -38,111 +37,104 @@ STEEPEST = (
 STEP_UP = 0.05  # of the budget: the least that a miss adds; each further miss doubles it
 
 Point = tuple[float, float]  # budget, and how far beyond the donor it was measured
-Made = TypeVar("Made")
+Attempt = Callable[
+    [ConversionContext], tuple[Method, dict[str, Any]]
+]  # converts all layers: method and report
 
 
-def meet(
-    context: ConversionContext,
-    space: Workspace,
-    attempt: Callable[[ConversionContext], tuple[Made, dict[str, Any]]],
-) -> tuple[ConversionContext, Made, dict[str, Any]]:
-    """Convert at the budget that the search finds, and at larger ones as long as the measured result misses.
+def convert_within_tolerance(
+    context: ConversionContext, space: Workspace, attempt: Attempt
+) -> tuple[Recipe, Method, dict[str, Any]]:
+    """Convert at the budget that a search gives, and at larger ones as long as the measured result misses.
 
     Args:
-        context: Its recipe has a tolerance.
-        space: Keeps the answer of the search for an interrupted run.
-        attempt: Converts into `space`; returns what it made, and the report.
+        context: its recipe has a tolerance.
+        space: the run's folder, which keeps the search's answer for a resumed run.
+        attempt: converts into `space`.
+
     Returns:
-        The context with the recipe that was converted, what was made, and the report with the search in it.
+        The recipe that was converted, its method, and the report with the search in it.
+
     Raises:
         BudgetError: Not even the whole budget is near enough.
     """
     recipe = context.recipe
     target = parse(str(recipe.tolerance))
     if space.search is None:
-        space.search = Search(context).find()
+        space.search = find_budget(context)
     while True:
         state = space.search
-        budget = state["kv_budget"]
-        settled = context.with_recipe(recipe.at_budget(budget))
-        made, report = attempt(settled)
+        budget, settled = state["kv_budget"], recipe.at_budget(state["kv_budget"])
+        method, report = attempt(context.with_recipe(settled))
         measured = target.value(report)
         state = state | {"tried": [*state["tried"], {"kv_budget": budget, "measured": measured}]}
         if target.met(report):
-            return settled, made, report | {"tolerance": state | {"measured": measured}}
+            return settled, method, report | {"tolerance": state | {"measured": measured}}
         if budget >= 1:
             raise _out_of_reach(target, measured)
         larger = step_up(state, target)
-        while larger < 1 and _elements(context, larger) == _elements(context, budget):
-            larger = neat(larger * (1 + STEP_UP))
-        context.on_progress(
-            Progress("search", 1, 1, f"budget {budget:g} measured {measured:.4g}: now {larger:g}")
-        )
+        while larger < 1 and _planned_elements(context, larger) == _planned_elements(context, budget):
+            larger = round_up(larger * (1 + STEP_UP))  # where heads are few, some budgets come to the same
+        message = f"budget {budget:g} measured {measured:.4g}: now {larger:g}"
+        context.on_progress(Progress("search", 1, 1, message))
         space.start_over(state | {"kv_budget": larger})
 
 
-def _elements(context: ConversionContext, budget: float) -> int:
-    """Return the cache elements per token at a budget; with few heads several budgets give the same."""
+def _planned_elements(context: ConversionContext, budget: float) -> int:
+    """Cache elements a token of a conversion at `budget`."""
     recipe = context.recipe.at_budget(budget)
     return build_method(recipe.method, context.donor.config, recipe.settings, recipe.effort).kv_elements()
 
 
-@dataclass(frozen=True)
-class Search:
-    """Measures budgets by `budget_curve.trace`. context: of a recipe with a tolerance."""
+def find_budget(context: ConversionContext) -> dict[str, Any]:
+    """The budget to convert with first, and all that was measured to choose it; JSON types.
 
-    context: ConversionContext
-
-    def find(self) -> dict[str, Any]:
-        """The budget to convert with first, and all that was measured to choose it; JSON types.
-
-        looked: budget, measured value, and whether `as_asked`, with the recipe's own effort and text.
-        Raises BudgetError when the whole budget was measured as asked and is not near enough.
-        """
-        recipe, rows = self.context.recipe, self.context.rows
-        target = parse(str(recipe.tolerance))
-        aim, fits = AIM * target.allowed, layer_steps.fit_steps(recipe) > 0
-        grid = budget_curve.expressible(recipe, self.context.donor, GRID)
-        plain = dataclasses.replace(recipe, effort="quick", fit_steps=0) if fits else recipe
-        seen = max(1, LOOK_TOKENS // rows.fit.shape[1]) if fits else len(rows.fit)
-        looked = self._look(plain, grid, calibration_rows.Rows(rows.fit[:seen], rows.held_out), not fits)
-        budget = crossing(points(looked, target), aim)
-        if fits:
-            near = {neat(max(grid[0], share * budget)) for share in (NEAR if budget < 1 else (NEAR[1], 1.0))}
-            looked += self._look(recipe, sorted(near), rows, True)
+    `looked` has each budget, its measured value, and whether it was measured `as_asked`, with the recipe's own effort
+    and text. Raises BudgetError when the whole budget was measured as asked and is not near enough.
+    """
+    recipe, rows = context.recipe, context.rows
+    target = parse(str(recipe.tolerance))
+    aim, fits = AIM * target.allowed, layer_steps.fit_steps(recipe) > 0
+    grid = budget_curve.expressible(recipe, context.donor, GRID)
+    plain = context
+    if fits:
+        seen = max(1, LOOK_TOKENS // rows.fit.shape[1])
+        closed_form = replace(recipe, effort="quick", fit_steps=0)
+        plain = replace(context, recipe=closed_form, rows=Rows(rows.fit[:seen], rows.held_out))
+    looked = _measured(plain, grid, as_asked=not fits)
+    budget = crossing(points(looked, target), aim)
+    if fits:
+        shares = NEAR if budget < 1 else (NEAR[1], 1.0)
+        near = sorted({round_up(max(grid[0], share * budget)) for share in shares})
+        looked += _measured(context, near, as_asked=True)
+        budget = crossing(points(looked, target, as_asked=True), aim)
+        while grid[0] < budget < near[0] / REACH * 1.001:  # the fit saves more than was expected
+            near = [round_up(budget)]
+            looked += _measured(context, near, as_asked=True)
             budget = crossing(points(looked, target, as_asked=True), aim)
-            while grid[0] < budget < min(near) / REACH * 1.001:  # the fit saves more than was thought
-                near = {neat(budget)}
-                looked += self._look(recipe, sorted(near), rows, True)
-                budget = crossing(points(looked, target, as_asked=True), aim)
-        whole = [one["measured"] for one in looked if one["as_asked"] and one["kv_budget"] == 1]
-        if whole and target.beyond(whole[-1]) > target.allowed:
-            raise _out_of_reach(target, whole[-1])
-        return {
-            "asked": str(target),
-            "kv_budget": neat(max(grid[0], budget)),
-            "looked": looked,
-            "tried": [],
-        }
+    whole = [one["measured"] for one in looked if one["as_asked"] and one["kv_budget"] == 1]
+    if whole and target.beyond(whole[-1]) > target.allowed:
+        raise _out_of_reach(target, whole[-1])
+    budget = round_up(max(grid[0], budget))
+    return {"asked": str(target), "kv_budget": budget, "looked": looked, "tried": []}
 
-    def _look(
-        self, recipe: Recipe, budgets: Sequence[float], rows: calibration_rows.Rows, as_asked: bool
-    ) -> list[dict[str, Any]]:
-        target = parse(str(self.context.recipe.tolerance))
-        recipes = [recipe.at_budget(share) for share in budgets]
-        kind = "fits" if layer_steps.fit_steps(recipe) else "closed forms"
 
-        def listen(event: Progress) -> None:
-            self.context.on_progress(
-                Progress("search", event.done, event.total, f"{kind} at {len(budgets)} budgets")
-            )
+def _measured(
+    context: ConversionContext, budgets: Sequence[float], *, as_asked: bool
+) -> list[dict[str, Any]]:
+    """The tolerance's measure at each budget, from one pass that writes nothing."""
+    target = parse(str(context.recipe.tolerance))
+    kind = "fits" if layer_steps.fit_steps(context.recipe) else "closed forms"
 
-        looking = dataclasses.replace(self.context, rows=rows, on_progress=listen)
-        found = budget_curve.trace(looking, recipes)
-        return [
-            {"kv_budget": point["kv_budget"], "measured": target.value(point), "as_asked": as_asked}
-            for point in found["points"]
-        ]
+    def listen(event: Progress) -> None:
+        context.on_progress(Progress("search", event.done, event.total, f"{kind} at {len(budgets)} budgets"))
+
+    recipes = [context.recipe.at_budget(share) for share in budgets]
+    traced = budget_curve.trace(replace(context, on_progress=listen), recipes)
+    return [
+        {"kv_budget": point["kv_budget"], "measured": target.value(point), "as_asked": as_asked}
+        for point in traced["points"]
+    ]
 
 
 def points(measured: Sequence[dict[str, Any]], target: Tolerance, as_asked: bool = False) -> list[Point]:
@@ -177,13 +169,13 @@ def step_up(state: dict[str, Any], target: Tolerance) -> float:
     failed, misses = state["kv_budget"], len(state["tried"])
     known = points([*state["looked"], *state["tried"]], target, as_asked=True)
     least = failed * (1 + STEP_UP * 2 ** (misses - 1))
-    better = neat(max(crossing(known, AIM * target.allowed), least))
+    better = round_up(max(crossing(known, AIM * target.allowed), least))
     met = [budget for budget, damage in known if budget > failed and damage <= target.allowed]
     return min(better, *met[:1]) if met else better
 
 
-def neat(budget: float) -> float:
-    """Round up to a thousandth."""
+def round_up(budget: float) -> float:
+    """Rounded up to a thousandth."""
     return min(1.0, math.ceil(1000 * budget - 1e-6) / 1000)
 
 

@@ -7,6 +7,7 @@ import re
 from mhconvert.errors import OutputError
 
 DEFAULT_SHARD_SIZE = "5GB"  # of one safetensors file
+SLACK_BYTES = 32 << 20  # of a checkpoint beside its tensors: tokenizer, report, headers
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -37,8 +37,3 @@ def require_finite_states(index: int, **states: Tensor) -> None:
                 f"layer {index}: the donor's {name.replace('_', ' ')} are not finite on the calibration text; "
                 "its weights are damaged, or their products leave float32"
             )
-
-
-def element_bytes(dtype: str) -> int:
-    """Bytes of one element of a dtype by name."""
-    return DTYPES[dtype].itemsize

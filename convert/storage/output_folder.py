@@ -1,19 +1,21 @@
 """Output folders that appear under their name only when they are whole.
 
-A command writes into OUT.partial, which is locked while it runs and renamed at the end.
+A command writes into OUT.partial, which is locked while it runs and renamed at the end. `whole_folder` is for a command
+that starts over when it was interrupted, `ResumableFolder` for a run that can go on from a state file.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -79,6 +81,63 @@ class PartialFolder:
         with suppress(OSError):  # another program may have put files there since
             for folder in self._new_parents:
                 folder.rmdir()
+
+
+class ResumableFolder(PartialFolder):
+    """OUT.partial of a run that an interruption leaves, with a JSON file in `work` that says what is finished."""
+
+    def __init__(self, output: Path, state_name: str):
+        super().__init__(output)
+        self.state_file = self.work / state_name
+
+    def state(self) -> dict[str, Any] | None:
+        """What is finished; None before the state is first written."""
+        return json.loads(self.state_file.read_text()) if self.state_file.is_file() else None
+
+    def enter(
+        self,
+        needed: int,
+        *,
+        ours: Callable[[], bool],
+        finished: Callable[[dict[str, Any] | None], str],
+        resume: bool,
+        force: bool,
+    ) -> None:
+        """Make and lock the folder. An interrupted run's files are kept with `resume` and removed with `force`.
+
+        Args:
+            needed: bytes that a new run writes.
+            ours: whether a folder that is there already was made by an interrupted run.
+            finished: from the state, what an interrupted run has finished, for the message.
+
+        Raises:
+            OutputError: The folder is not ours, is locked, or holds an interrupted run and neither `resume` nor
+                `force` is given; or the disk is too small.
+        """
+        found = self.folder.exists()
+        if not found:
+            check_space(self.folder, needed)
+        elif not ours():
+            raise OutputError(
+                f"{self.folder} is not the work of mhconvert; move it away, or choose another -o"
+            )
+        self.make()
+        try:
+            if found and not resume and not force:
+                raise OutputError(
+                    f"{self.folder} holds an interrupted run ({finished(self.state())}); --resume continues it, "
+                    "--force starts over"
+                )
+            if found and not (resume and self.state_file.is_file()):
+                self.empty()
+                check_space(self.folder, needed)
+        except BaseException:
+            self.unlock()
+            raise
+
+    def publish(self) -> None:
+        self.state_file.unlink()  # first, as nothing can be resumed from a work folder that is half deleted
+        super().publish()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors format
 FINITE_BLOCK = 1 << 24  # elements looked at together, so that the check needs little memory
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -160,9 +160,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _entry_of(file: Path, facts: dict[str, Any], base: int) -> StoredTensor:
     begin, end = facts["data_offsets"]
     shape = tuple(int(n) for n in facts["shape"])
-    if facts["dtype"] not in DTYPES:
+    if facts["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(f"dtype {facts['dtype']} is unknown")
-    dtype = DTYPES[facts["dtype"]]
+    dtype = SAFETENSORS_DTYPES[facts["dtype"]]
     if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"offsets {begin}:{end} do not fit shape {list(shape)}")
     return StoredTensor(file, base + begin, end - begin, shape, dtype)

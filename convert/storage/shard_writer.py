@@ -1,4 +1,4 @@
-"""Writing a checkpoint so that a folder which exists is whole, and a run that was cut short can go on."""
+"""Writes the safetensors shards of a checkpoint tensor by tensor, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -12,21 +12,28 @@ import torch
 from torch import Tensor
 
 from .atomic_files import write_json
+from .safetensors_reader import INDEX, SAFETENSORS_DTYPES, WEIGHTS
 
-INDEX = "model.safetensors.index.json"
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 HEADER_BYTES_A_TENSOR = 256  # reserved in a shard before its tensors are known
 
 
 class ShardWriter:
     """Appends tensors to safetensors shards without holding a shard in memory.
 
-    The header's room is reserved and filled in when a shard is full (the format allows trailing spaces), so a
-    shard has no valid header before it is whole. `state` after a layer, given to a new writer, undoes whatever
-    was appended since: the same tensors then give the same bytes.
+    Space for the header is reserved at a shard's beginning and filled by `finish` (the format allows trailing spaces),
+    so a shard has no valid header before it is complete. A new writer that is given the `state` of an earlier one drops
+    whatever was appended after it: the same tensors then give the same bytes.
     """
 
     def __init__(self, folder: Path, limit: int, tensors: int, state: dict[str, Any] | None = None):
+        """
+        Args:
+            folder: where the shards are written.
+            limit: bytes of a shard's tensors; a larger single tensor gets a shard of its own.
+            tensors: how many will be written at most, which decides the size of the headers.
+            state: `state` of the writer of an interrupted run.
+        """
         self.folder, self.limit = folder, limit
         self._room = -(-max(1, tensors) * HEADER_BYTES_A_TENSOR // 4096) * 4096
         self._shards: list[dict[str, Any]] = state["shards"] if state else []
@@ -93,7 +100,7 @@ class ShardWriter:
 
     def _final_name(self, number: int) -> str:
         if len(self._shards) == 1:
-            return "model.safetensors"
+            return WEIGHTS
         return f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
 
     def _start(self) -> None:

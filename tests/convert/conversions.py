@@ -66,7 +66,7 @@ def converted_layers(donor: Any, method: Any, ids: Tensor) -> list[Any]:
     layers, length = [], ids.shape[1]
     for index, (module, x) in enumerate(zip(donor.model.layers, attention_inputs(donor, ids), strict=True)):
         rotary = layer_rotary(donor.model.rotary_emb, donor.config, index, length)
-        layer = Layer(module, None, rotary.embeddings, layer_window(donor.config, index))
+        layer = Layer(module, None, rotary, index, layer_window(donor.config, index))
         targets = layer.attend(module.self_attn, x)
         seen = method.observe(module.self_attn, x, rotary)
         layers.append(method.convert(seen, index, x, targets, rotary.embeddings)[0])

@@ -38,7 +38,7 @@ def test_a_run_at_full_rank_writes_the_donor(variant: str, tmp_path: Path, text:
         verify=False,
         device="cpu",
     )
-    report = pipeline.run(recipe, fit=fit, measure=Fidelity, finish=lambda *_: None)
+    report = pipeline.convert_checkpoint(recipe, fit=fit, measure=Fidelity, finish=lambda *_: None)
     register()
     model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), token_ids(2, 40)
     assert type(model).__name__ == f"MLA{type(donor).__name__}"

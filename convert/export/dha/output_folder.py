@@ -16,9 +16,8 @@ from mhconvert.progress import Listener, Progress
 
 from ... import open_model
 from ...donor import hub_download
-from ...layer_pass.cost_estimate import SLACK_BYTES
 from ...storage.atomic_files import write_json
-from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
+from ...storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.shard_writer import ShardWriter
 from .. import same_outputs

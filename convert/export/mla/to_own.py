@@ -17,8 +17,7 @@ from mhconvert.progress import Listener, Progress, ignore
 from ... import open_model
 from ...checkpoint import provenance
 from ...checkpoint.provenance import read_record
-from ...layer_pass.cost_estimate import SLACK_BYTES
-from ...storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
+from ...storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
 from ...storage.dtype_cast import cast, torch_dtype
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.safetensors_reader import SafetensorsSource

@@ -45,7 +45,7 @@ def surveyed(recipe: Recipe) -> tuple[list[Any], calibration_rows.Rows]:
     rows = calibration_rows.draw(recipe, donor, device, ignore)
     dtype = output_dtype(recipe, donor)
     context = ConversionContext(recipe, donor, device, dtype, rows, fit, Fidelity, ignore)
-    return survey.run(context), rows
+    return survey.measure_needs(context), rows
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -104,7 +104,7 @@ def test_a_resume_has_the_same_survey(recipe: Build, tmp_path: Path, monkeypatch
     mhconvert.convert(dataclasses.replace(asked, output=str(tmp_path / "whole")))
     with pytest.raises(KeyboardInterrupt):
         mhconvert.convert(asked, on_progress=stop_after(1, KeyboardInterrupt()))
-    monkeypatch.setattr(survey, "run", lambda *_: pytest.fail("it surveyed again"))
+    monkeypatch.setattr(survey, "measure_needs", lambda *_: pytest.fail("it surveyed again"))
     mhconvert.convert(asked, resume=True)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
@@ -120,7 +120,7 @@ def test_a_resume_has_the_same_survey(recipe: Build, tmp_path: Path, monkeypatch
 def test_no_survey_where_layers_are_alike(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(survey, "run", lambda *_: pytest.fail("a survey for nothing"))
+    monkeypatch.setattr(survey, "measure_needs", lambda *_: pytest.fail("a survey for nothing"))
     asked = recipe(tmp_path / "out", **{"fit_steps": 0} | changes)
     planned = pipeline.plan(asked)["layers"]
     report = mhconvert.convert(asked)

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import mhconvert
 from mhconvert.convert import pipeline
-from mhconvert.convert.layer_pass.tolerance_search import REACH, Search, crossing, neat, step_up
+from mhconvert.convert.layer_pass import tolerance_search
+from mhconvert.convert.layer_pass.context import ConversionContext
+from mhconvert.convert.layer_pass.tolerance_search import REACH, crossing, round_up, step_up
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe, load_recipe
 from mhconvert.convert.recipe.tolerance import parse
@@ -65,8 +67,8 @@ def test_noise_is_no_reason_to_stop_early(found: list[float], aim: float) -> Non
     assert all(damage <= aim for budget, damage in measured[:-1] if budget > answer * 1.0001)
 
 
-def test_neat() -> None:
-    assert [neat(b) for b in (0.3121, 0.312, 0.99999, 1.0, 0.25)] == [0.313, 0.312, 1.0, 1.0, 0.25]
+def test_round_up() -> None:
+    assert [round_up(b) for b in (0.3121, 0.312, 0.99999, 1.0, 0.25)] == [0.313, 0.312, 1.0, 1.0, 0.25]
 
 
 @quick
@@ -134,12 +136,12 @@ def test_out_of_reach_leaves_nothing(asked: Build, tmp_path: Path, steps: int) -
     assert list(tmp_path.iterdir()) == []
 
 
-def too_small(self: Search) -> dict[str, Any]:
-    return {"asked": self.context.recipe.tolerance, "kv_budget": 0.3, "looked": [], "tried": []}
+def too_small(context: ConversionContext) -> dict[str, Any]:
+    return {"asked": context.recipe.tolerance, "kv_budget": 0.3, "looked": [], "tried": []}
 
 
 def test_a_miss_is_converted_again(asked: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Search, "find", too_small)
+    monkeypatch.setattr(tolerance_search, "find_budget", too_small)
     told: list[Progress] = []
     wanted = asked("kl=0.01")
     report = mhconvert.convert(wanted, on_progress=told.append)
@@ -163,7 +165,7 @@ def test_a_resume_does_not_search_again(
     """The first attempt misses; the run is cut in it, or in the second."""
     wanted = asked("kl=0.01")
     with monkeypatch.context() as patch:
-        patch.setattr(Search, "find", too_small)
+        patch.setattr(tolerance_search, "find_budget", too_small)
         mhconvert.convert(dataclasses.replace(wanted, output=str(tmp_path / "whole")))
         begun: list[str] = []
 
@@ -174,7 +176,7 @@ def test_a_resume_does_not_search_again(
 
         with pytest.raises(KeyboardInterrupt):
             mhconvert.convert(wanted, on_progress=stop)
-    monkeypatch.setattr(Search, "find", lambda _: pytest.fail("it searched again"))
+    monkeypatch.setattr(tolerance_search, "find_budget", lambda _: pytest.fail("it searched again"))
     with pytest.raises(OutputError, match="started with another tolerance"):
         mhconvert.convert(dataclasses.replace(wanted, tolerance="kl=0.5"), resume=True)
     report = mhconvert.convert(wanted, resume=True)

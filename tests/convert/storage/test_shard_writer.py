@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,11 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mhconvert.convert.storage import atomic_files
-from mhconvert.convert.storage.byte_size import byte_size
-from mhconvert.convert.storage.output_folder import check_free, check_space, replace_folder
-from mhconvert.convert.storage.shard_writer import INDEX, ShardWriter
-from mhconvert.errors import OutputError
+from mhconvert.convert.storage.safetensors_reader import INDEX
+from mhconvert.convert.storage.shard_writer import ShardWriter
 
 
 def tensors(count: int = 6) -> dict[str, Tensor]:
@@ -154,94 +149,3 @@ def test_a_new_writer_clears_what_a_lost_one_left(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     ShardWriter(tmp_path, 10**9, 1)
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1.5KiB", 1536), ("2GiB", 2**31), ("100", 100), ("7b", 7)],
-)
-def test_byte_size(text: str, size: int) -> None:
-    assert byte_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "0GB", "-1GB", "5TB", "GB", "5 G B", "1e9", "5I", "0.5B", "nan"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(OutputError, match=f"max_shard_size '{text}' is not a size such as 5GB or 500MB"):
-        byte_size(text)
-
-
-def test_an_output_that_exists(tmp_path: Path) -> None:
-    check_free(tmp_path / "new", force=False)
-    with pytest.raises(
-        OutputError, match=r"exists; choose another folder with -o, or replace it with --force"
-    ):
-        check_free(tmp_path, force=False)
-    check_free(tmp_path, force=True)
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to("nowhere")
-    for name in ("file", "link"):
-        with pytest.raises(OutputError, match=r"is no folder"):
-            check_free(tmp_path / name, force=True)
-    for place in (Path("."), Path(".."), Path("/")):
-        with pytest.raises(OutputError, match=r"cannot be replaced as a whole"):
-            check_free(place, force=True)
-
-
-def test_the_donor_is_never_replaced(tmp_path: Path) -> None:
-    donor = tmp_path / "models" / "donor"
-    donor.mkdir(parents=True)
-    (tmp_path / "link").symlink_to(donor)
-    for output in (donor, donor.parent, tmp_path / "link", tmp_path / "models" / ".." / "models" / "donor"):
-        with pytest.raises(OutputError, match=r"is read by this command"):
-            check_free(output, True, donor)
-    check_free(donor / "converted", True, donor)
-
-
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place: Any = tmp_path / "not" / "yet"
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**10, 10**10 - 10**9, 10**9)
-    )  # type: ignore[attr-defined]
-    check_space(place, 10**9)
-    with pytest.raises(OutputError, match=r"has 1\.00 GB free and the conversion needs 2\.50 GB"):
-        check_space(place, 25 * 10**8)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**10, 10**10 - 900, 900))  # type: ignore[attr-defined]
-    with pytest.raises(OutputError, match=r"has 900\.00 B free and the conversion needs 1\.25 MB"):
-        check_space(place, 1_250_000)
-
-
-def test_the_finished_folder_takes_the_place_of_the_old(tmp_path: Path) -> None:
-    partial, output = tmp_path / "out.partial", tmp_path / "out"
-    for folder, text in ((partial, "new"), (output, "old"), (tmp_path / "out.old", "somebody's")):
-        folder.mkdir()
-        (folder / "file").write_text(text)
-    replace_folder(partial, output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
-    assert (output / "file").read_text() == "new"
-    assert (tmp_path / "out.old" / "file").read_text() == "somebody's"
-
-
-def test_a_link_is_replaced_and_what_it_points_at_stays(tmp_path: Path) -> None:
-    partial, real, output = tmp_path / "out.partial", tmp_path / "real", tmp_path / "out"
-    partial.mkdir()
-    real.mkdir()
-    (real / "file").touch()
-    output.symlink_to(real)
-    replace_folder(partial, output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "real"]
-    assert not output.is_symlink()
-    assert (real / "file").exists()
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "state.json"
-    atomic_files.write_json(path, {"a": 1})
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
-        atomic_files.write_json(path, {"a": 2})
-    monkeypatch.undo()
-    assert json.loads(path.read_text()) == {"a": 1}
