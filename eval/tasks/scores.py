@@ -1,7 +1,7 @@
-"""Outcomes of several models on the same documents, side by side: values, standard errors, and what differs for sure.
+"""Scores of several models on the same documents: values, standard errors, and which differences are significant.
 
-Differences are paired: both models answered the same questions, so what is spread is each question's difference, which
-is far less than what two independent samples would have.
+Differences are paired: as all models answer the same questions, the standard error is that of the differences per
+question, which is far smaller than for two independent samples.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ from typing import Any
 
 import numpy as np
 
-CERTAIN = 2.0  # standard errors beyond which a difference is no longer called noise
-PRIMARY = (
-    "acc_norm",
-    "acc",
-    "exact_match",
-    "f1",
-    "word_perplexity",
-    "perplexity",
-)  # the first that a task has
-WEIGHTED = {  # metrics of (log-likelihood, weight) pairs, and what a mean is multiplied by
+SIGNIFICANT = 2.0  # standard errors; a smaller difference counts as noise
+# The first of these that a task has is its primary metric.
+PRIMARY = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
+WEIGHTED = {  # metrics of (log-likelihood, weight) pairs -> the factor of their weighted mean
     "word_perplexity": 1.0,
     "byte_perplexity": 1.0,
     "bits_per_byte": 1 / math.log(2),
 }
-PERPLEXITY = "perplexity"  # of log-likelihoods, each of weight 1
+PERPLEXITY = "perplexity"  # of log-likelihoods with equal weights
 
 
 def task_row(outcomes: Sequence[dict[str, Any]], local: str | None) -> dict[str, Any]:
-    """One task's row: what it is, and each metric with a value of every model; the first model is the reference."""
+    """One task with the values of every model in every metric.
+
+    Args:
+        outcomes: of each model, as `plain_outcome` describes them; the first is the reference of differences.
+        local: the name of the local file that the documents are from.
+    """
     first = outcomes[0]
     name = first["name"]
     metrics = [key for key in first["results"][name] if "," in key and "_stderr," not in key]
-    chosen = next((key for word in PRIMARY for key in metrics if key.split(",")[0] == word), None)
-    chosen = chosen or next(iter(metrics), None)
+    by_rank = [key for metric in PRIMARY for key in metrics if key.split(",")[0] == metric]
+    primary = next(iter(by_rank or metrics), None)
     leaves = _leaves(name, first["groups"])
     return {
         "task": name,
@@ -43,20 +42,19 @@ def task_row(outcomes: Sequence[dict[str, Any]], local: str | None) -> dict[str,
         "num_fewshot": first["num_fewshot"].get(name, first["num_fewshot"].get(leaves[0])),
         "samples": sum(first["counts"].get(leaf, 0) for leaf in leaves),
         "local": local,
-        "metrics": [_metric_row(outcomes, name, leaves, key, key == chosen) for key in metrics],
+        "metrics": [_metric_row(outcomes, name, leaves, key, key == primary) for key in metrics],
     }
 
 
 def _leaves(name: str, groups: dict[str, list[str]]) -> list[str]:
-    """The tasks of a group, and of the groups in it, each once; a task itself."""
+    """The tasks of the group `name` and of the groups in it, each once; `[name]` for a task."""
     if not groups.get(name):
         return [name]
-    found = [leaf for member in groups[name] for leaf in _leaves(member, groups)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(leaf for member in groups[name] for leaf in _leaves(member, groups)))
 
 
 def is_share(metric: Mapping[str, Any]) -> bool:
-    """Whether a metric row's values are shares of 1, to be shown in percent: by its name, and by what was measured."""
+    """Whether the values of a metric row are fractions, shown in percent: all in [0, 1], and not a loss by its name."""
     values = [model.get("value") for model in metric["models"]]
     return not _is_loss(str(metric["metric"])) and all(
         value is None or (isinstance(value, (int, float)) and 0 <= value <= 1) for value in values
@@ -64,9 +62,13 @@ def is_share(metric: Mapping[str, Any]) -> bool:
 
 
 def average(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The mean of the tasks' primary metrics, those that are shares; None of fewer than two. Tasks count alike."""
-    shares = [(row["task"], metric) for row in rows for metric in row["metrics"] if metric["primary"]]
-    shares = [(task, metric) for task, metric in shares if _averaged(metric)]
+    """The unweighted mean over tasks of the primary metrics that are fractions; None with fewer than two of them."""
+    shares = [
+        (row["task"], metric)
+        for row in rows
+        for metric in row["metrics"]
+        if metric["primary"] and is_share(metric) and metric["higher_is_better"] is not False
+    ]
     if len(shares) < 2:
         return None
     models = []
@@ -76,7 +78,7 @@ def average(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         cell = {"value": value, "stderr": _error_of_mean([cell["stderr"] for cell in cells])}
         difference = _mean([cell["difference"] for cell in cells])
         models.append(
-            cell | _judged(difference, _error_of_mean([cell["difference_stderr"] for cell in cells]))
+            cell | _difference(difference, _error_of_mean([cell["difference_stderr"] for cell in cells]))
         )
     return {"tasks": [task for task, _ in shares], "models": models}
 
@@ -84,72 +86,77 @@ def average(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 def _metric_row(
     outcomes: Sequence[dict[str, Any]], name: str, leaves: list[str], key: str, primary: bool
 ) -> dict[str, Any]:
-    metric, _, kind = key.partition(",")
+    """The row of the metric `key`, "metric,filter" in lm-eval's results, of the task or group `name`."""
+    metric, _, answer_filter = key.partition(",")
     cells = []
     for index, outcome in enumerate(outcomes):
-        found = outcome["results"][name]
-        value, stderr = found.get(key), found.get(f"{metric}_stderr,{kind}")
+        results = outcome["results"][name]
+        value, stderr = results.get(key), results.get(f"{metric}_stderr,{answer_filter}")
         cell = {"value": value, "stderr": stderr if isinstance(stderr, (int, float)) else None}
         if index == 0 or not isinstance(value, (int, float)):
-            cells.append(cell | _judged(None, None))
+            cells.append(cell | _difference(None, None))
             continue
         difference = value - outcomes[0]["results"][name][key]
-        cells.append(cell | _judged(difference, _paired_error(outcome, outcomes[0], leaves, metric, key)))
+        cells.append(cell | _difference(difference, _paired_error(outcome, outcomes[0], leaves, metric, key)))
     higher = outcomes[0]["higher_is_better"]
     better = (higher.get(name) or higher.get(leaves[0]) or {}).get(metric)
     row = {"metric": metric, "higher_is_better": better, "primary": primary, "models": cells}
-    return row if kind == "none" else row | {"filter": kind}
+    return row if answer_filter == "none" else row | {"filter": answer_filter}
 
 
-def _judged(difference: float | None, stderr: float | None) -> dict[str, Any]:
-    """A difference beside its standard error, and whether that can be noise; None where it cannot be said."""
+def _difference(difference: float | None, stderr: float | None) -> dict[str, Any]:
+    """A difference with its standard error, and whether it is within noise; None where that is unknown."""
     known = difference is not None and stderr is not None
-    noise = bool(abs(difference) <= CERTAIN * stderr) if known else None  # type: ignore[arg-type, operator]
+    noise = bool(abs(difference) <= SIGNIFICANT * stderr) if known else None  # type: ignore[arg-type, operator]
     return {"difference": difference, "difference_stderr": stderr, "within_noise": noise}
 
 
 def _paired_error(
-    one: dict[str, Any], other: dict[str, Any], leaves: list[str], metric: str, key: str
+    outcome: dict[str, Any], reference: dict[str, Any], leaves: list[str], metric: str, key: str
 ) -> float | None:
-    """The standard error of the difference over the documents of all leaves; None where it is not known.
+    """The standard error of the difference over the documents of all leaves; None where it is unknown.
 
-    A group's value is the mean of its documents, or of its tasks: whichever of the two it is.
+    A group's value is the mean over its documents or over its tasks; which of the two is found by comparing it.
     """
     pairs = [
-        (one["samples"].get(leaf, {}).get(key), other["samples"].get(leaf, {}).get(key)) for leaf in leaves
+        tuple(model["samples"].get(leaf, {}).get(key) for model in (outcome, reference)) for leaf in leaves
     ]
     if any(a is None or b is None or len(a) != len(b) or len(a) < 2 for a, b in pairs):
         return None
     try:
-        found = [tuple(_numbers(values, metric) for values in pair) for pair in pairs]
-    except (TypeError, ValueError):  # a metric whose samples are no numbers
+        arrays = [tuple(_numbers(values, metric) for values in pair) for pair in pairs]
+    except (TypeError, ValueError):  # the samples of this metric are not numbers
         return None
     if metric in WEIGHTED or metric == PERPLEXITY:
-        ours, others = (np.concatenate([pair[side] for pair in found]) for side in (0, 1))
-        return _jackknife(ours, others, metric)
-    if any(mine.ndim != 1 for mine, _ in found):
+        mine, theirs = (np.concatenate(samples) for samples in zip(*arrays, strict=True))
+        return _jackknife(mine, theirs, metric)
+    if any(mine.ndim != 1 for mine, _ in arrays):
         return None
-    value, tasks = one["results"][one["name"]].get(key), [float(mine.mean()) for mine, _ in found]
-    whole = np.concatenate([mine - theirs for mine, theirs in found])
-    if len(found) == 1 or _same(value, float(np.concatenate([mine for mine, _ in found]).mean())):
-        return float(whole.std(ddof=1) / math.sqrt(len(whole)))
-    if not _same(value, sum(tasks) / len(tasks)):
+    value = outcome["results"][outcome["name"]].get(key)
+    differences = [mine - theirs for mine, theirs in arrays]
+    if len(arrays) == 1 or _close(value, float(np.concatenate([mine for mine, _ in arrays]).mean())):
+        return _standard_error(np.concatenate(differences))
+    if not _close(value, sum(float(mine.mean()) for mine, _ in arrays) / len(arrays)):
         return None
-    errors = [(mine - theirs).std(ddof=1) / math.sqrt(len(mine)) for mine, theirs in found]
-    return _error_of_mean([float(error) for error in errors])
+    return _error_of_mean([_standard_error(task) for task in differences])
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def _numbers(values: list[Any], metric: str) -> np.ndarray:
-    found = np.array(values, dtype=float)
-    return np.stack([found, np.ones_like(found)], 1) if metric == PERPLEXITY else found
+    """The samples of a metric: (documents,), or (documents, 2) for (log-likelihood, weight) pairs."""
+    array = np.array(values, dtype=float)
+    return np.stack([array, np.ones_like(array)], 1) if metric == PERPLEXITY else array
 
 
-def _same(value: Any, mean: float) -> bool:
+def _close(value: Any, mean: float) -> bool:
     return isinstance(value, (int, float)) and math.isclose(value, mean, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _jackknife(mine: np.ndarray, theirs: np.ndarray, metric: str) -> float:
-    """The standard error of a difference of perplexities, each of (log-likelihood, weight) per document (n, 2)."""
+    """The jackknife standard error of a difference of perplexities, from (log-likelihood, weight) pairs (n, 2)."""
 
     def without_one(pairs: np.ndarray) -> np.ndarray:
         rest = pairs.sum(0) - pairs
@@ -162,11 +169,7 @@ def _jackknife(mine: np.ndarray, theirs: np.ndarray, metric: str) -> float:
 
 
 def _is_loss(metric: str) -> bool:
-    return any(word in metric for word in ("perplexity", "bits", "nll", "loss"))
-
-
-def _averaged(metric: Mapping[str, Any]) -> bool:
-    return is_share(metric) and metric["higher_is_better"] is not False
+    return any(part in metric for part in ("perplexity", "bits", "nll", "loss"))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
