@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Literal
 
 from mhconvert.errors import RecipeError
 
-from ..convert.validation.option import Option
+from ..convert.validation.option import Names, Option, Takes, default
 from ..convert.validation.settings import Settings
 
 Suite = Literal["quick", "transmla", "moh", "dha", "open-llm"]
@@ -16,8 +16,11 @@ Backend = Literal["hf", "vllm"]
 
 
 def task_names(text: str) -> tuple[str, ...]:
-    """("piqa", "arc_*") from "piqa,arc_*"; empty names are left out."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """("piqa", "arc_*") from "piqa,arc_*"; empty names are left out. Raises RecipeError where there is no other."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise RecipeError(f"tasks '{text}' has no name of a task")
+    return names
 
 
 def one_name(text: str) -> tuple[str, ...]:
@@ -38,16 +41,16 @@ class EvalSettings(Settings):
         ),
     ] = None
     tasks: Annotated[
-        tuple[str, ...],
+        Takes[tuple[str, ...], Names],
         Option(
             "lm-eval tasks, groups, or quoted globs such as 'arc_*', beside the suite's.",
             "NAME,NAME,…",
             parse=task_names,
             also=str,
         ),
-    ] = ()
+    ] = default(())
     text: Annotated[
-        tuple[str, ...],
+        Takes[tuple[str, ...], Names],
         Option(
             "UTF-8 text: perplexity, KL and top-1 agreement; may be repeated.",
             "FILE",
@@ -55,12 +58,14 @@ class EvalSettings(Settings):
             also=str,
             repeat=True,
         ),
-    ] = ()
+    ] = default(())
     data: Annotated[
-        str | None,
+        Takes[str | None, str | PurePath | None],
         Option("Folder with local copies (JSON lines) of hellaswag, arc, piqa, … instead of the Hub.", "DIR"),
-    ] = None
-    include_path: Annotated[str | None, Option("Folder of lm-eval task YAMLs of your own.", "DIR")] = None
+    ] = default(None)
+    include_path: Annotated[
+        Takes[str | None, str | PurePath | None], Option("Folder of lm-eval task YAMLs of your own.", "DIR")
+    ] = default(None)
     limit: Annotated[
         int | None, Option("Documents of each task, from its first.", "N", ge=1, default="all")
     ] = None
@@ -99,10 +104,7 @@ class EvalSettings(Settings):
     ] = "hf"
 
     def check(self) -> None:
-        """Raise RecipeError for empty names, and where nothing is to be evaluated."""
-        for name in ("tasks", "text"):
-            if not all(getattr(self, name)):
-                raise RecipeError(f"{name} has an empty name")
+        """Raise RecipeError where nothing is to be evaluated."""
         if not (self.suite or self.tasks or self.text or self.retrieval):
             raise RecipeError(
                 "there is nothing to evaluate; name a suite, tasks or text, or set retrieval: true"

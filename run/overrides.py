@@ -10,7 +10,7 @@ import yaml
 
 from mhconvert.errors import RecipeError
 
-from ..convert.validation.yaml_file import Document, Keys, Origins
+from ..convert.validation.yaml_file import Document, Keys, Loader, Origins
 
 
 def apply(document: Document, overrides: Sequence[str]) -> Document:
@@ -48,7 +48,7 @@ def _parsed(text: str) -> tuple[Keys, Any]:
     if not written.strip():
         raise RecipeError(f"--set {text} has no value; null is the value of what is to be left out")
     try:
-        return keys, yaml.safe_load(written)
+        return keys, yaml.load(written, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise RecipeError(f"--set {text} cannot be read: {problem}") from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Annotated
 
 from mhconvert.errors import RecipeError
 
-from ..convert.validation.option import Option
+from ..convert.validation.option import Option, Takes, default
 from ..convert.validation.settings import Settings
 
 
@@ -18,7 +19,10 @@ class ExportStage(Settings):
     fault = RecipeError
 
     to: Annotated[str, Option("A form such as lora, or auto.", "FORM")]
-    output: Annotated[str | None, Option("Folder to write.", "OUT", default="beside the checkpoint")] = None
+    output: Annotated[
+        Takes[str | None, str | PurePath | None],
+        Option("Folder to write.", "OUT", default="beside the checkpoint"),
+    ] = default(None)
 
     def check(self) -> None:
         """Raise RecipeError for empty text."""

@@ -10,7 +10,7 @@ from typing import Any
 from ..convert.recipe.recipe import STAGES, Recipe
 from ..convert.validation import yaml_file
 from ..convert.validation.field_types import changed_fields
-from ..convert.validation.from_values import build
+from ..convert.validation.from_values import Reading
 from ..convert.validation.settings import json_types
 from ..convert.validation.yaml_file import NOWHERE, Origins
 from ..eval.settings import EvalSettings
@@ -72,25 +72,21 @@ class RunRecipe:
             data: The keys of a conversion, and a mapping for each stage that follows.
             origins: Where the values stand, for messages.
         Raises:
-            RecipeError: As `Recipe.from_dict`.
+            RecipeError: As `Recipe.from_dict`, with the faults of all stages.
         """
-        convert = Recipe.from_dict(data, origins)
-        return RunRecipe(convert, **{name: _stage(name, data.get(name), origins) for name in STAGES})
+        reading = Reading(origins, STAGES)
+        convert = Recipe.read(data, reading)
+        named = [name for name in STAGES if data.get(name) is not None]
+        stages = {name: reading.inner(KINDS[name], data[name], (name,)) for name in named}
+        reading.raise_faults()
+        return RunRecipe(convert, **stages)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunRecipe:
     """Return the recipe in a YAML file, with overrides `key.sub=value` (YAML) applied. Needs no model.
 
     Raises:
-        RecipeError: With file, line and key, or the override; of all faults of the conversion, else of one stage.
+        RecipeError: With file, line and key, or the override, for each fault.
     """
     document = given.apply(yaml_file.read(path), overrides)
     return RunRecipe.from_dict(document.values, document.origins)
-
-
-def _stage(name: str, values: Any, origins: Origins) -> Any:
-    if values is None:
-        return None
-    if not isinstance(values, dict):
-        raise origins.fault((name,), f"{name}: {values!r} is not a mapping of settings")
-    return build(KINDS[name], values, origins, (name,))

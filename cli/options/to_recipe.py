@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from ...convert.methods.registry import settings_class
+from ...convert.recipe import tolerance
 from ...convert.recipe.recipe import Calibration, Recipe
 from .from_settings import Group, Values, parameter_of, said, values_of
 
@@ -46,6 +47,8 @@ def recipe_of(donor: str, method: str, groups: Sequence[Group], options: Values,
         elif group.method == method:
             fields["settings"] |= values_of(group, options)
     settings, calibration = fields.pop("settings"), fields.pop("calibration")
+    if "tolerance" in fields:
+        fields["tolerance"] = str(tolerance.parse(fields["tolerance"]))  # in its one spelling
     return Recipe(
         donor,
         method,

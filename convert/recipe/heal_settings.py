@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from mhconvert.errors import HealError
 
-from ..validation.option import Option
+from ..validation.option import Names, Option, Takes, default
 from ..validation.settings import Settings
 
 Trained = Literal["attention", "all", "lora", "hydra"]
@@ -45,12 +46,17 @@ def loss_terms(text: str) -> dict[str, float]:
     return {name: 1.0 if weight is None else weight for name, weight in map(weighted, text.split(","))}
 
 
-def sources(names: str | Sequence[str]) -> dict[str, float]:
-    """{"books.txt": 2.0, "self": 1.0} from ["books.txt=2", "self"]; one name may stand alone."""
+def alike(names: str | Sequence[str]) -> dict[str, float]:
+    """{"books.txt": 1.0, "self": 1.0} from ["books.txt", "self"]; one name may stand alone. Raises HealError."""
     words = [names] if isinstance(names, str) else names
     for word in words:
         if not isinstance(word, str):
             raise HealError(f"data: {word!r} is not text")
+    return dict.fromkeys(words, 1.0)
+
+
+def sources(words: Sequence[str]) -> dict[str, float]:
+    """{"books.txt": 2.0, "self": 1.0} from the words ["books.txt=2", "self"] of a command line."""
     return {name: 1.0 if share is None else share for name, share in map(weighted, words)}
 
 
@@ -65,7 +71,15 @@ def weighted(text: str) -> tuple[str, float | None]:
 
 def _tokens(help: str, name: str, default: str = "") -> Option:
     """Return the option of a number of tokens, which may also be written as 20M."""
-    return Option(help, "N", ge=0, parse=lambda text: token_count(text, name), also=str, default=default)
+    return Option(
+        help,
+        "N",
+        ge=0,
+        range_hint="is not a number of tokens such as 200k or 20M",
+        parse=lambda text: token_count(text, name),
+        also=str,
+        default=default,
+    )
 
 
 @dataclass(frozen=True)
@@ -74,38 +88,40 @@ class HealSettings(Settings):
 
     fault = HealError
 
-    tokens: Annotated[int, _tokens("Tokens of end-to-end training: 200k, 20M, 1.5B.", "tokens")] = 0
+    tokens: Annotated[
+        Takes[int, int | str], _tokens("Tokens of end-to-end training: 200k, 20M, 1.5B.", "tokens")
+    ] = default(0)
     layer_tokens: Annotated[
-        int,
+        Takes[int, int | str],
         _tokens(
             "Before that: tokens on which each layer learns on its own, against the teacher's layer.",
             "layer_tokens",
         ),
-    ] = 0
+    ] = default(0)
     lm_tokens: Annotated[
-        int,
+        Takes[int, int | str],
         _tokens(
             "Of tokens, the last ones that teach the text alone (cross-entropy), without the teacher.",
             "lm_tokens",
         ),
-    ] = 0
+    ] = default(0)
     data: Annotated[
-        dict[str, float],
+        Takes[dict[str, float], Names | Mapping[str, float]],
         Option(
             "Text (.txt, .jsonl, quoted globs, a dataset's name, or self: sampled from the teacher) and its share of "
             "the tokens; may be repeated.",
             "SOURCE[=SHARE]",
-            parse=sources,
-            also=str | list[str],
+            parse=alike,
+            also=str | Sequence[str],
             repeat=True,
         ),
-    ] = field(default_factory=lambda: {"self": 1.0})
+    ] = default(field(default_factory=lambda: {"self": 1.0}))
     teacher: Annotated[
-        str | None,
+        Takes[str | None, str | PurePath | None],
         Option("Model of the same tokenizer to learn from.", "DONOR", default="the donor of the checkpoint"),
-    ] = None
+    ] = default(None)
     loss: Annotated[
-        dict[str, float],
+        Takes[dict[str, float], str | Mapping[str, float]],
         Option(
             "Weights of the terms. kl: KL(teacher ‖ student), nats a token. ce: cross-entropy of the text. hidden: "
             "relative squared error of the hidden states behind each layer. balance: load of routed heads, see router.",
@@ -113,7 +129,7 @@ class HealSettings(Settings):
             parse=loss_terms,
             also=str,
         ),
-    ] = field(default_factory=lambda: {"kl": 1.0})
+    ] = default(field(default_factory=lambda: {"kl": 1.0}))
     fusion: Annotated[
         int | None,
         Option(
@@ -130,12 +146,12 @@ class HealSettings(Settings):
         ),
     ] = "fixed"
     train: Annotated[
-        Trained,
+        Takes[Trained, Trained | None],
         Option(
             "What changes; lora and hydra: an adapter on the attention, merged at the end.",
             default="lora; attention where heads are fused",
         ),
-    ] = None  # type: ignore[assignment]  # `check` decides it
+    ] = default(None)  # `check` decides it
     rank: Annotated[int, Option("Rank of lora and hydra.", "N", ge=1)] = 16
     lr: Annotated[
         float | None,
@@ -169,9 +185,9 @@ class HealSettings(Settings):
         int | None, Option("Tokens a row.", "N", ge=8, default="1024, or what the model reads")
     ] = None
     batch_tokens: Annotated[
-        int | None,
+        Takes[int | None, int | str | None],
         _tokens("Tokens a step, all processes.", "batch_tokens", "a two-hundredth of tokens, from 1k to 64k"),
-    ] = None
+    ] = default(None)
     micro_batch: Annotated[
         int | None,
         Option("Rows of one process in memory together.", "ROWS", ge=1, default="2 on a CPU, 8 on a GPU"),
@@ -182,12 +198,13 @@ class HealSettings(Settings):
     ] = 4
     epochs: Annotated[int, Option("How often text may be read, if it is short.", "N", ge=1)] = 1
     eval_tokens: Annotated[
-        int | None,
+        Takes[int | None, int | str | None],
         _tokens("Tokens between two measurements on the held-out rows.", "eval_tokens", "a tenth of tokens"),
-    ] = None
+    ] = default(None)
     save_tokens: Annotated[
-        int | None, _tokens("Tokens between two durable checkpoints.", "save_tokens", "a tenth of tokens")
-    ] = None
+        Takes[int | None, int | str | None],
+        _tokens("Tokens between two durable checkpoints.", "save_tokens", "a tenth of tokens"),
+    ] = default(None)
     seed: Annotated[int, SEED] = 0
     device: Annotated[
         str | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -15,12 +15,12 @@ from ..methods.registry import ADAPTERS, CACHE_METHODS, METHOD_NAMES, settings_c
 from ..storage.byte_size import DEFAULT_SHARD_SIZE
 from ..validation import yaml_file
 from ..validation.field_types import changed_fields
-from ..validation.from_values import build
-from ..validation.option import Option
+from ..validation.from_values import Reading
+from ..validation.option import Names, Option, Takes, default
 from ..validation.settings import Settings
 from ..validation.yaml_file import NOWHERE, Origins
 from .heal_settings import SEED, HealSettings
-from .tolerance import canonical, parse
+from .tolerance import checked
 
 Effort = Literal["quick", "default", "high"]
 STAGES = ("eval", "export", "push")  # keys of a recipe's file that are no part of a conversion
@@ -49,7 +49,7 @@ class Calibration(Settings):
     fault = CalibrationError
 
     sources: Annotated[
-        tuple[str, ...],
+        Takes[tuple[str, ...], Names],
         Option(
             "Text to calibrate on: files (.txt, .jsonl with a `text` field, quoted globs) or datasets, may be "
             "repeated; self: sampled from the donor.",
@@ -59,7 +59,7 @@ class Calibration(Settings):
             flag="--calibration",
             repeat=True,
         ),
-    ] = ("self",)
+    ] = default(("self",))
     tokens: Annotated[
         int | None,
         Option(
@@ -93,11 +93,14 @@ class Recipe(Settings):
             "Instead of a KV budget: the smallest one within it on held-out text, such as kl=0.05 (nats a token) or "
             "ppl=1.05 (times the donor's perplexity).",
             "kl=NATS|ppl=RATIO",
-            parse=canonical,
+            parse=checked,
             also=str,
         ),
     ] = None
-    output: Annotated[str | None, Option("Folder to write.", "OUT", flag="", default="./DONOR-METHOD")] = None
+    output: Annotated[
+        Takes[str | None, str | PurePath | None],
+        Option("Folder to write.", "OUT", flag="", default="./DONOR-METHOD"),
+    ] = default(None)
     calibration: Annotated[
         Calibration, Option("Text that the statistics and the layer-local fit see.", flag="")
     ] = field(default_factory=Calibration)
@@ -127,8 +130,9 @@ class Recipe(Settings):
         str | None, Option("Torch device.", "DEVICE", default="CUDA if present, else the CPU")
     ] = None
     max_shard_size: Annotated[
-        str, Option("Size of one safetensors file, at most.", "SIZE", parse=str, also=int)
-    ] = DEFAULT_SHARD_SIZE
+        Takes[str, str | float],
+        Option("Size of one safetensors file, at most.", "SIZE", parse=str, also=int | float),
+    ] = default(DEFAULT_SHARD_SIZE)
     verify: Annotated[
         bool,
         Option(
@@ -151,7 +155,6 @@ class Recipe(Settings):
         if self.method in ADAPTERS:
             self._require_no_pass()
         if self.tolerance is not None:
-            parse(self.tolerance)
             if self.method not in CACHE_METHODS:
                 raise MhconvertError(
                     f"a tolerance decides a KV budget, which {self.method} does not have; leave it out"
@@ -195,13 +198,22 @@ class Recipe(Settings):
             RecipeError: Unknown or missing keys, and wrong types.
             MhconvertError: Values out of range; a RecipeError with the line where they come from a file.
         """
+        reading = Reading(origins, STAGES)
+        recipe: Recipe = Recipe.read(data, reading)
+        reading.raise_faults()
+        return recipe
+
+    @staticmethod
+    def read(data: dict[str, Any], reading: Reading) -> Any:
+        """Return what `from_dict` returns, or None with faults in `reading`; without a method nothing else is read."""
         values = {name: value for name, value in data.items() if name not in STAGES}
         if values.get("method") not in tuple(METHOD_NAMES):
             found = f"unknown method '{values['method']}'" if "method" in values else "the method is missing"
-            raise origins.fault(("method",), f"{found}; choose one of {', '.join(METHOD_NAMES)}")
-        kinds = {"settings": settings_class(values["method"])}
-        recipe: Recipe = build(Recipe, values, origins, kinds=kinds, beside=STAGES)
-        return recipe
+            what = f"{found}; choose one of {', '.join(METHOD_NAMES)}"
+            reading.faults.append(reading.origins.fault(("method",), what))
+            return None
+        reading.kinds["settings"] = settings_class(values["method"])
+        return reading.read(Recipe, values)
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -57,6 +57,7 @@ def parse(text: str) -> Tolerance:
     return Tolerance(measure, limit)
 
 
-def canonical(text: str) -> str:
-    """Return the tolerance in its one spelling. Raises BudgetError as `parse`."""
-    return str(parse(text))
+def checked(text: str) -> str:
+    """Return the tolerance as it is written, so that a recipe keeps its hash. Raises BudgetError as `parse`."""
+    parse(text)
+    return text

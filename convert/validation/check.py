@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from pathlib import PurePath
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from mhconvert.errors import MhconvertError
 
@@ -40,7 +43,7 @@ class Fault:
     def of_field(self) -> str:
         """The message of a constructor's argument: "lr='fast' is not a number"."""
         if self.message is not None:
-            return self.message
+            return self._named(self.field)
         if self.expected == "true or false":
             return f"{self.field}={self.value!r} is neither true nor false"
         if self.expected.startswith("one of"):
@@ -52,9 +55,15 @@ class Fault:
 
     def at(self, keys: Keys) -> str:
         """The message of a value in a file: "settings.kv_budget: 'many' is not a number"."""
-        if self.message is not None:
-            return self.message
-        return f"{'.'.join((*keys, self.field))}: {shown(self.value)} is not {self.expected}"
+        key = ".".join((*keys, self.field))
+        return (
+            f"{key}: {shown(self.value)} is not {self.expected}" if self.message is None else self._named(key)
+        )
+
+    def _named(self, key: str) -> str:
+        """Return `message`, after the key where it does not begin with the field's name."""
+        message = self.message or ""
+        return message if re.match(rf"{self.field}\b", message) else f"{key}: {message}"
 
 
 def check(kind: Any, values: Mapping[str, Any], *, finite: bool) -> tuple[dict[str, Any], list[Fault]]:
@@ -62,119 +71,108 @@ def check(kind: Any, values: Mapping[str, Any], *, finite: bool) -> tuple[dict[s
 
     Args:
         kind: The settings class.
-        values: Values by field name.
+        values: Values by field name; paths count as text, and numpy's numbers as Python's.
         finite: NaN and infinities count as values of the wrong type, not as values out of bounds.
     """
+    from pydantic import ValidationError
+
     taken, faults = {}, []
-    for name, value in values.items():
-        field = declared(kind)[name]
-        holds = {get_origin(each) for each in _kinds(field.hint)} & {list, tuple, dict, Sequence}
-        entries = _entries(value) if holds else {}
-        wrong = next((key for key, entry in entries.items() if isinstance(entry, bool)), None)
-        if wrong is not None:  # pydantic takes true for 1
-            keys = (str(wrong),)
-            faults.append(Fault(name, keys, entries[wrong], expected(_entry(field.hint, keys))))
-            continue
+    for name, given in values.items():
+        value = _plain(given)
         try:
-            found = _adapter(kind, name).validate_python(value)
-        except _Mistyped as error:
-            faults += list(_faults(field, value, error.errors, finite))
-            continue
-        if finite and isinstance(found, float) and field.hint is not Any and not math.isfinite(found):
-            faults.append(Fault(name, (), value, expected(field.hint, field.option.also)))
-        else:  # an int stays one, so that a recipe's hash and its YAML do not change
-            taken[name] = _as_given(value, found)
+            taken[name] = _validator(kind, name).validate_python(value, context=finite)
+        except ValidationError as error:
+            faults.append(_fault(declared(kind)[name], value, error.errors(include_url=False)))
     return taken, faults
 
 
-def _entries(value: Any) -> dict[Any, Any]:
-    """Return the entries of a list or mapping by number or key; {} for other values."""
+def _plain(value: Any) -> Any:
+    """Return the value, or the entries of a list or mapping, in Python's own types."""
     if isinstance(value, dict):
-        return value
-    return dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
+        return {name: _plain_entry(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain_entry, value))
+    return _plain_entry(value)
 
 
-def _as_given(value: Any, found: Any) -> Any:
-    """Return `found` with an int where an int was given for a float, also inside a mapping."""
-    if isinstance(value, dict) and isinstance(found, dict) and value.keys() == found.keys():
-        return {name: _as_given(value[name], entry) for name, entry in found.items()}
-    return value if type(value) is int and isinstance(found, float) else found
-
-
-class _Mistyped(Exception):
-    def __init__(self, errors: list[Any]) -> None:
-        self.errors = errors
-
-
-class _Adapter:
-    """pydantic's validator of one field."""
-
-    def __init__(self, hint: Any) -> None:
-        from pydantic import BeforeValidator, TypeAdapter
-
-        kinds = _kinds(hint)
-        if {int, float} & kinds and not {bool, str} & kinds:
-            hint = Annotated[hint, BeforeValidator(_number)]
-        self._adapter: Any = TypeAdapter(hint, config={"strict": bool in kinds})
-
-    def validate_python(self, value: Any) -> Any:
-        from pydantic import ValidationError
-
-        try:
-            return self._adapter.validate_python(value)
-        except ValidationError as error:
-            raise _Mistyped(error.errors(include_url=False)) from None
+def _plain_entry(value: Any) -> Any:
+    if isinstance(value, PurePath):
+        return str(value)
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 @cache
-def _adapter(kind: Any, name: str) -> _Adapter:
-    return _Adapter(get_type_hints(kind, include_extras=True)[name])
+def _validator(kind: Any, name: str) -> Any:
+    """pydantic's validator of one field."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_validated(get_type_hints(kind, include_extras=True)[name]))
 
 
-def _kinds(hint: Any) -> set[Any]:
-    """Return the type, or the types of a union."""
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    return {hint, *get_args(hint)}
+def _validated(hint: Any, *, inside: bool = False) -> Any:
+    """Return a type with our validators of numbers, bools and (inside a list or mapping) names.
+
+    A number of `int | float` keeps its type as one of `float` does.
+    """
+    from pydantic import Strict, StringConstraints, WrapValidator
+
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in (int, float) or set(arguments) == {int, float}:
+        return Annotated[int if hint is int else float, WrapValidator(_number)]
+    if hint is bool:
+        return Annotated[bool, Strict()]
+    if hint is str and inside:
+        return Annotated[str, StringConstraints(min_length=1)]
+    if origin is Annotated:
+        return Annotated[(_validated(arguments[0]), *hint.__metadata__)]
+    if origin in (Union, types.UnionType):
+        numbers = {int, float} if {int, float} <= set(arguments) else set()
+        kinds = [kind for kind in arguments if kind not in numbers] + ([int | float] if numbers else [])
+        return Union[tuple(_validated(kind) for kind in kinds)]  # noqa: UP007  # of a tuple
+    if origin in (list, tuple, dict, Sequence):
+        return origin[tuple(kind if kind is ... else _validated(kind, inside=True) for kind in arguments)]
+    return hint
 
 
-def _number(value: Any) -> Any:
-    """Return the number that text spells (YAML 1.1 reads 1e-3 as text), other values unchanged; refuse bools."""
+def _number(value: Any, validate: Any, info: Any) -> Any:
+    """Return a number, also of text (YAML 1.1 reads 1e-3 as text); refuse bools, and what is not finite in a file.
+
+    An int stays one where a float belongs, so that a recipe's hash and its YAML do not change.
+    """
     from pydantic_core import PydanticCustomError
 
-    if isinstance(value, bool):
-        raise PydanticCustomError("number_type", "a bool is no number")
+    number = value
     if isinstance(value, str):
         try:
             number = float(value)
         except ValueError:
-            return value
-        return int(number) if math.isfinite(number) and number == int(number) else number
-    return value
+            number = None
+        else:
+            number = int(number) if number.is_integer() else number
+    if isinstance(number, bool) or (info.context and isinstance(number, float) and not math.isfinite(number)):
+        raise PydanticCustomError("number_type", "no number")
+    found = validate(number)
+    return value if type(value) is int else found
 
 
-def _faults(field: Declared, value: Any, errors: list[Any], finite: bool) -> Iterator[Fault]:
-    """Yield the fault of one value; of a union's branches, the one that matches deepest."""
+def _fault(field: Declared, value: Any, errors: list[Any]) -> Fault:
+    """Return the fault of one value; of a union's branches, the one that matches deepest."""
     option = field.option
     deepest: tuple[Keys, Any] = ((), value)
     for error in errors:
         keys, inner = _walk(value, error["loc"])
         own = (error.get("ctx") or {}).get("error")
         if error["type"] in OUT_OF_BOUNDS:
-            number = _number(inner)
-            if not finite or math.isfinite(number):
-                yield Fault(field.name, (), value, "", option.out_of_range(field.name, number))
-                return
+            return Fault(field.name, (), value, "", option.out_of_range(field.name, error["input"]))
+        if error["type"] == "string_too_short":
+            return Fault(field.name, keys, inner, "", f"{field.name} has an empty name")
         if error["loc"][-1:] == ("[key]",):
-            yield Fault(field.name, keys, error["loc"][-2], "text")
-            return
+            return Fault(field.name, keys, error["loc"][-2], "text")
         if own is not None:
-            raised = type(own.__cause__)
-            yield Fault(field.name, keys, inner, "", str(own), raised)
-            return
+            return Fault(field.name, keys, inner, "", str(own), type(own.__cause__))
         deepest = max(deepest, (keys, inner), key=lambda place: len(place[0]))
     words = expected(_entry(field.hint, deepest[0]), option.also if not deepest[0] else None)
-    yield Fault(field.name, deepest[0], deepest[1], words)
+    return Fault(field.name, deepest[0], deepest[1], words)
 
 
 def _walk(value: Any, location: tuple[Any, ...]) -> tuple[Keys, Any]:

@@ -14,44 +14,25 @@ from .option import Declared, declared, settings_in
 from .yaml_file import Origins
 
 
-def build(
-    kind: Any,
-    values: Mapping[str, Any],
-    origins: Origins,
-    keys: Keys = (),
-    *,
-    kinds: Mapping[str, Any] | None = None,
-    beside: Collection[str] = (),
-) -> Any:
-    """An instance of the settings class `kind`; settings classes inside it are made from inner mappings.
+@dataclass
+class Reading:
+    """One reading of plain values as settings; faults are collected until `raise_faults`.
 
     Args:
-        values: What is said, by the names of the fields.
         origins: Where the values stand, for messages.
-        keys: The keys of the mapping `values` in the file.
-        kinds: Settings classes of fields whose own type leaves them open.
-        beside: Keys of the same mapping that belong to others; messages name them among those that there are.
-    Raises:
-        MhconvertError: For unknown and missing keys, wrong types, numbers out of bounds and fields that do not go
-            together, all in one line. A RecipeError where the values come from a file.
+        beside: Keys of the outermost mapping that belong to others; messages name them among those that there are.
+        kinds: Settings classes of fields of the outermost mapping whose own type leaves them open.
+        faults: The faults met so far: unknown and missing keys, wrong types, numbers out of bounds, and fields that do
+            not go together; RecipeErrors where the values come from a file.
     """
-    reading = _Reading(origins, dict(kinds or {}), beside)
-    settings = reading.read(kind, values, keys)
-    reading.raise_faults()
-    return settings
-
-
-@dataclass
-class _Reading:
-    """One reading of plain values, with the faults met so far."""
 
     origins: Origins
-    kinds: dict[str, Any]
-    beside: Collection[str]
+    beside: Collection[str] = ()
+    kinds: dict[str, Any] = field(default_factory=dict)
     faults: list[MhconvertError] = field(default_factory=list)
 
-    def read(self, kind: Any, values: Mapping[str, Any], keys: Keys) -> Any:
-        """Return the settings, or None where there are faults."""
+    def read(self, kind: Any, values: Mapping[str, Any], keys: Keys = ()) -> Any:
+        """Return an instance of the settings class `kind` from the mapping at `keys`, or None where it has faults."""
         before, fields = len(self.faults), declared(kind)
         self.faults += self._misnamed(kind, values, keys)
         given = {
@@ -63,7 +44,7 @@ class _Reading:
         taken, faults = check(kind, plain, finite=True)
         self.faults += [self._located(kind, fault, keys) for fault in faults]
         for name in [name for name in given if name not in plain]:  # in the order of the file
-            taken[name] = self._inner(self._kind(fields[name], keys), given[name], (*keys, name))
+            taken[name] = self.inner(self._kind(fields[name], keys), given[name], (*keys, name))
         if len(self.faults) > before:
             return None
         try:
@@ -81,7 +62,8 @@ class _Reading:
     def _kind(self, field: Declared, keys: Keys) -> Any:
         return (self.kinds.get(field.name) if not keys else None) or settings_in(field.hint)
 
-    def _inner(self, kind: Any, value: Any, keys: Keys) -> Any:
+    def inner(self, kind: Any, value: Any, keys: Keys) -> Any:
+        """Return the settings that stand at `keys`, which may be an instance already."""
         if isinstance(value, kind):
             return value
         if isinstance(value, dict):

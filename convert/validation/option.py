@@ -13,9 +13,49 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from pathlib import PurePath
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from mhconvert.errors import MhconvertError
+
+Names = str | PurePath | Sequence[str | PurePath]  # what a field of names takes
+Held = TypeVar("Held", covariant=True)
+Given = TypeVar("Given", contravariant=True)
+
+if TYPE_CHECKING:
+
+    class Takes(Generic[Held, Given]):
+        """The type of a field that holds a `Held` and whose constructor also takes what `Given` says.
+
+        Editors and type checkers read a dataclass's constructor from `__set__`; at run time `Takes[H, G]` is `H`.
+        """
+
+        def __get__(self, settings: Any, kind: Any = None) -> Held: ...
+        def __set__(self, settings: Any, value: Given) -> None: ...
+
+else:
+
+    class Takes:
+        """See above."""
+
+        def __class_getitem__(cls, kinds: tuple[Any, Any]) -> Any:
+            return kinds[0]
+
+
+def default(value: Any) -> Any:
+    """Return the value; a type checker would not take it for a `Takes`, whose default it is."""
+    return value
 
 
 @dataclass(frozen=True)
@@ -99,7 +139,7 @@ class Option:
 
 def _bounded(schema: dict[str, Any], bounds: dict[str, float]) -> dict[str, Any]:
     """Return the core schema with bounds on its number; None stays allowed where it was."""
-    if schema["type"] == "nullable":
+    if schema["type"] in ("nullable", "function-wrap"):
         return schema | {"schema": _bounded(schema["schema"], bounds)}
     return schema | bounds
 

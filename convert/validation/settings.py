@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import PurePath
 from typing import Any, ClassVar
 
 from mhconvert.errors import MhconvertError
@@ -28,7 +27,7 @@ class Settings:
             name: getattr(self, name) for name, field in fields.items() if settings_in(field.hint) is None
         }
         given = {
-            name: _as_text(value)
+            name: value
             for name, value in values.items()
             if value is not None or fields[name].default is not None
         }
@@ -44,13 +43,6 @@ class Settings:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-
-
-def _as_text(value: Any) -> Any:
-    """A path, or the paths in a list, as text: Python callers may give either."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(_as_text(entry) for entry in value)
-    return str(value) if isinstance(value, PurePath) else value
 
 
 def json_types(settings: Any) -> dict[str, Any]:

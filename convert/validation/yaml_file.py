@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -41,6 +41,16 @@ class Origins:
 NOWHERE = Origins()
 
 
+class Loader(yaml.SafeLoader):
+    """YAML without binary values and sets, which no setting has."""
+
+    yaml_constructors: ClassVar = {
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag not in ("tag:yaml.org,2002:binary", "tag:yaml.org,2002:set")
+    }
+
+
 @dataclass(frozen=True)
 class Document:
     """The values of a YAML file, and where they stand."""
@@ -56,7 +66,7 @@ def read(path: Path) -> Document:
         RecipeError: With the line: the file cannot be read, is not a mapping, or gives a key twice.
     """
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         places = dict(_places(node, path)) if isinstance(node, yaml.MappingNode) else {}
         values = loader.construct_document(node) if node is not None else None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from mhconvert.errors import AdapterError
 
-from ...validation.option import Option
+from ...validation.option import Names, Option, Takes, default
 from ...validation.settings import Settings
 
 
@@ -32,7 +32,7 @@ class HydraSettings(Settings):
         int, Option("Rank of the branch that reads a module's output; 0: no such branch.", "N")
     ] = 8
     targets: Annotated[
-        tuple[str, ...] | None,
+        Takes[tuple[str, ...] | None, Names | None],
         Option(
             "Linear modules, by the end of their names, or all-linear: all but the head.",
             "NAME,NAME,…",
@@ -40,7 +40,7 @@ class HydraSettings(Settings):
             also=str,
             default="by model type, those that write to the residual stream: o_proj,down_proj",
         ),
-    ] = None
+    ] = default(None)
     scale: Annotated[float, Option("What both branches are multiplied by.", "S")] = 1.0
     dropout: Annotated[
         float,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from mhconvert.errors import BudgetError
 
-from ...validation.option import Option
+from ...validation.option import Option, Takes, default
 from ...validation.settings import Settings
 
 Router = Literal["learned", "norm"]
@@ -34,7 +34,7 @@ class MoHSettings(Settings):
     fault = BudgetError
 
     active: Annotated[
-        Count | Sequence[Count],
+        Takes[Count | list[Count], str | Count | Sequence[Count]],
         Option(
             "Heads of a token: a share of a layer's heads, divided over the layers by what each needs, or a list with "
             "a number or share for each layer.",
@@ -42,16 +42,16 @@ class MoHSettings(Settings):
             parse=head_counts,
             also=str,
         ),
-    ] = 0.75
+    ] = default(0.75)
     shared: Annotated[
-        Count | Sequence[Count],
+        Takes[Count | list[Count], str | Count | Sequence[Count]],
         Option(
             "Heads that every token has, of the active ones, as a share or a list. As many as active: fixed pruning.",
             "SHARE|LIST",
             parse=head_counts,
             also=str,
         ),
-    ] = 0.5
+    ] = default(0.5)
     router: Annotated[
         Router,
         Option(
