@@ -1,6 +1,7 @@
 """How every command ends: one result on stdout, everything else on stderr, one line for an error, an exit code.
 
-0 done · 1 a fault that the message explains · 2 wrong usage (from typer) · 130 Ctrl-C.
+0 done · 1 a fault that the message explains, also a value out of bounds · 2 wrong usage: an option that there is not,
+a value that cannot be read, options that exclude each other · 130 Ctrl-C · 143 SIGTERM.
 """
 
 from __future__ import annotations

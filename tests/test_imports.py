@@ -47,6 +47,7 @@ CONVERT_FLOORS = (
     ("export",),
     ("pipeline",),
 )
+ABOVE_ALL = ("mhconvert", "mhconvert.__main__")  # the public names and the script know every floor
 METHODS = tuple(path.parent.name for path in sorted(ROOT.glob("convert/methods/*/method.py")))
 
 
@@ -84,6 +85,11 @@ def imports(
                 yield (full if full in SOURCES else base, node.level, node)
 
 
+def folder(module: str) -> str | None:
+    """The folder of FOLDERS that a module lies in."""
+    return next((top for top in FOLDERS if f"{module}.".startswith(f"mhconvert.{top}.")), None)
+
+
 def floor(module: str) -> int:
     """The number of a module's floor in FLOORS."""
     word = module.split(".")[1] if module.count(".") else "mhconvert"
@@ -94,6 +100,8 @@ def floor(module: str) -> int:
 def convert_floor(module: str) -> int:
     """The number of a module's floor in CONVERT_FLOORS, of a module in convert/."""
     parts = module.split(".")[2:]
+    if not parts:  # the folder's own __init__.py
+        return len(CONVERT_FLOORS)
     torch_free = parts[-1] in ("settings", "info", "method_info", "registry") or parts == ["methods"]
     word = "methods/settings" if parts[0] == "methods" and torch_free else parts[0]
     return next(index for index, names in enumerate(CONVERT_FLOORS) if word in names)
@@ -102,23 +110,23 @@ def convert_floor(module: str) -> int:
 def faults(module: str, text: str, is_package: bool = False) -> list[str]:
     """What the imports of one file do against the rules."""
     found = []
-    own = next((top for top in FOLDERS if module.startswith(f"mhconvert.{top}")), None)
+    own = folder(module)
     for name, level, node in imports(module, text, is_package):
         where = f"{module}:{node.lineno}"
         if name.split(".")[0] in FOLDERS:
             found.append(f"{where}: a bare import of {name} makes a second copy of the package")
-        if not name.startswith("mhconvert"):
+        if name.split(".")[0] != "mhconvert":
             continue
         if name not in SOURCES:
             found.append(f"{where}: there is no module {name}")
-        target = next((top for top in FOLDERS if name.startswith(f"mhconvert.{top}")), None)
+        target = folder(name)
         if own is not None and target is not None and not level:
             found.append(f"{where}: {name} is imported by its absolute name; use dots")
         if level and (own is None or target is None):
             found.append(f"{where}: {name} is imported with dots across the package's root")
-        if is_package or name not in SOURCES or SOURCES[name].name == "__init__.py":
+        if name not in SOURCES:
             continue
-        if module != "mhconvert.__main__" and floor(name) > floor(module):
+        if module not in ABOVE_ALL and floor(name) > floor(module):
             found.append(f"{where}: upward import of {name}")
         if own == target == "convert" and convert_floor(name) > convert_floor(module):
             found.append(f"{where}: upward import of {name} inside convert/")
@@ -158,6 +166,40 @@ def test_what_is_against_the_rules_is_found(module: str, text: str, said: str) -
     assert any(said in fault for fault in faults(module, text))
 
 
+@pytest.mark.parametrize(
+    ("module", "text", "said"),
+    [
+        ("mhconvert.convert", "from ..eval import fidelity", ["upward import of mhconvert.eval.fidelity"]),
+        ("mhconvert.eval", "from ..cli import main", ["upward import of mhconvert.cli.main"]),
+        (
+            "mhconvert.convert.storage",
+            "from ..donor import donor",
+            ["upward import of mhconvert.convert.donor.donor"],
+        ),
+        ("mhconvert.convert.methods.mla", "from ..dha import method", ["a method knows another"]),
+        ("mhconvert", "from mhconvert.run.run_recipe import run", []),
+    ],
+)
+def test_the_rules_hold_for_packages(module: str, text: str, said: list[str]) -> None:
+    found = faults(module, text, is_package=True)
+    assert len(found) == len(said)
+    assert all(part in fault for part, fault in zip(said, found, strict=True))
+
+
+def test_an_import_of_a_package_is_upward_too() -> None:
+    said = ["mhconvert.convert.pipeline:1: upward import of mhconvert.cli"]
+    assert faults("mhconvert.convert.pipeline", "from ..cli import nothing") == said
+
+
+def test_a_name_that_begins_alike_lies_in_no_folder() -> None:
+    assert [folder(name) for name in ("mhconvert.running", "mhconvert.run", "mhconvert.run.stages")] == [
+        None,
+        "run",
+        "run",
+    ]
+    assert faults("mhconvert.progress", "import mhconverted") == []
+
+
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     """The groups of modules that import each other, each sorted."""
 
@@ -179,11 +221,11 @@ def test_there_is_no_circle() -> None:
     graph = {
         module: {
             name
-            for name, _, _ in imports(module, path.read_text(encoding="utf-8"), False)
-            if name in SOURCES and name != module and SOURCES[name].name != "__init__.py"
+            for name, _, _ in imports(module, path.read_text(encoding="utf-8"), path.name == "__init__.py")
+            if name in SOURCES and name != module
         }
         for module, path in SOURCES.items()
-        if path.name != "__init__.py"
+        if module not in ABOVE_ALL
     }
     assert circles(graph) == []
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]

@@ -7,14 +7,12 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from mhconvert.errors import HealError
-
 from ...convert.methods.registry import ADAPTERS, METHOD_NAMES, info
 from ...convert.recipe.heal_settings import HealSettings, token_count
 from .. import adapter_tables
 from ..options import common
 from ..options.common import ANY_METHOD, CALIBRATION, method_groups, recipe_group
-from ..options.from_settings import Group, settings_options
+from ..options.from_settings import Group, readable, settings_options
 from ..options.to_recipe import recipe_of, require_applicable
 from ..output import Flags, calm_transformers, execute, show_report, shown
 from ..progress import progress
@@ -22,7 +20,10 @@ from ..progress import progress
 HealFor = Annotated[
     str | None,
     typer.Option(
-        "--heal", metavar="N", help="Then heal the result on N tokens of the calibration text: 200k, 20M."
+        "--heal",
+        callback=readable(token_count),
+        metavar="N",
+        help="Then heal the result on N tokens of the calibration text: 200k, 20M.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its costs; write nothing.")]
@@ -48,7 +49,7 @@ def groups() -> tuple[Group, ...]:
     )
 
 
-@settings_options(*groups())
+@settings_options(*groups(), of_a_pass=OF_A_PASS)
 def command(
     donor: common.Donor,
     to: common.Method,
@@ -70,15 +71,12 @@ def command(
             raise typer.BadParameter(f"--{name} does not apply to {to}")
     if survey and not dry_run:
         raise typer.BadParameter("--survey goes with --dry-run: a conversion surveys by itself")
-    try:
-        healing = _healing(heal, options)
-    except HealError as error:
-        raise typer.BadParameter(str(error), param_hint="--heal") from error
 
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
 
         calm_transformers()
+        healing = _healing(heal, options)
         recipe = recipe_of(donor, to, groups(), options, output=common.written(output), heal=healing)
         if dry_run:
             with progress(quiet or not survey) as listener:
@@ -102,9 +100,7 @@ def _healing(tokens: str | None, options: Mapping[str, Any]) -> HealSettings | N
     if tokens is None:
         return None
     data = dict.fromkeys(options["calibration"] or ["self"], 1.0)
-    return HealSettings(
-        tokens=token_count(tokens), data=data, seed=options["seed"] or 0, device=options["device"]
-    )
+    return HealSettings(tokens=tokens, data=data, seed=options["seed"] or 0, device=options["device"])
 
 
 def active_heads(plan: dict[str, Any]) -> list[tuple[str, str]]:

@@ -7,9 +7,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from mhconvert.errors import HealError
-
-from ...convert.recipe.heal_settings import HealSettings
+from ...convert.recipe.heal_settings import HealSettings, sources
 from ...convert.validation.option import declared
 from ..options import common
 from ..options.from_settings import Group, settings_options, values_of
@@ -49,12 +47,11 @@ def command(
     if options["tokens"] is None and options["layer_tokens"] is None:
         raise typer.BadParameter("say how much to heal on, for example --tokens 20M", param_hint="--tokens")
     chosen = {name: value for group in GROUPS for name, value in values_of(group, options).items()}
-    try:
-        settings = HealSettings(**chosen)
-    except HealError as error:
-        raise typer.BadParameter(str(error)) from error
+    if "data" in chosen:
+        chosen["data"] = sources(chosen["data"])
 
     def work(_: TextIO) -> dict[str, Any]:
+        settings = HealSettings(**chosen)
         from mhconvert import api
 
         calm_transformers()

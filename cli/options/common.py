@@ -11,6 +11,7 @@ import typer
 from ...convert.methods.registry import CACHE_METHODS, METHOD_NAMES, METHODS, info, settings_class
 from ...convert.recipe.recipe import Calibration, Recipe
 from .from_settings import Group
+from .grouped_help import NAMES
 
 
 def _described(methods: Collection[str]) -> str:
@@ -19,13 +20,14 @@ def _described(methods: Collection[str]) -> str:
 
 
 def one_of(names: Collection[str], kind: str) -> Callable[[str], str]:
-    """Return a check that a word is among `names`; its error calls them `kind`."""
+    """Return a check that a word is among `names`; its error calls them `kind`. See `GroupedCommand` for no word."""
 
     def check(name: str) -> str:
         if name not in names:
             raise typer.BadParameter(f"'{name}' is not {kind}; choose one of {', '.join(names)}")
         return name
 
+    check.__dict__[NAMES] = names
     return check
 
 

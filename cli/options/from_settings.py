@@ -60,10 +60,13 @@ def by_parameter(groups: Iterable[Group]) -> dict[str, list[tuple[Group, Declare
     return entries
 
 
-def settings_options(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def settings_options(
+    *groups: Group, of_a_pass: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that gives a command the options of `groups` in place of its `**options`.
 
     An option that several methods have becomes one parameter, whose help says what it does for each of them.
+    of_a_pass: the command's own parameters that an adapter has no use for.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -82,7 +85,7 @@ def settings_options(*groups: Group) -> Callable[[Callable[..., None]], Callable
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + made
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": None}
-        command.__dict__["groups"] = groups
+        command.__dict__.update(groups=groups, of_a_pass=of_a_pass)
         return command
 
     return decorate
@@ -130,9 +133,8 @@ def _annotation(entries: list[tuple[Group, Declared]]) -> Any:
     info = typer.Option(
         field.flag,
         metavar=option.unit or None,
-        min=option.ge if option.range_hint is None and kind in (int, float) else None,
         help=joint_help(entries),
-        callback=_readable(check) if check is not None else None,
+        callback=readable(check) if check is not None else None,
     )
     return Annotated[kind | None, info]
 
@@ -149,7 +151,7 @@ def _kind(field: Declared) -> Any:
     return str if field.option.parse is not None else plain
 
 
-def _readable(parse: Callable[[Any], Any]) -> Callable[[str | None], str | None]:
+def readable(parse: Callable[[Any], Any]) -> Callable[[str | None], str | None]:
     """Return a callback that refuses text which `parse` cannot read as an error of usage."""
 
     def check(text: str | None) -> str | None:

@@ -1,35 +1,45 @@
-"""`--help` in groups; with `--to METHOD`, only the options that the method has."""
+"""`--help` in groups; with `--to METHOD`, only the options that the method has. What is missing has its choices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
-from ...convert.methods.registry import METHOD_NAMES
+from ...convert.methods.registry import ADAPTERS, METHOD_NAMES
 from .from_settings import by_parameter, heading_of, joint_help
 
 WORDS = "mhconvert.words"  # in click's context: the words of the command line
+NAMES = "mhconvert.names"  # in a parameter's callback: the words that it accepts
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose callback has `groups` (see `settings_options`)."""
+    """A command whose callback has `groups` and `of_a_pass` (see `settings_options`)."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[WORDS] = list(args)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            names = getattr(getattr(error.param, "callback", None), "__dict__", {}).get(NAMES)
+            if names and not error.message:  # it is missing
+                error.message = f"Choose one of {', '.join(names)}"
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and the groups of options."""
         to = _after("--to", ctx.meta.get(WORDS, ()))
-        groups = [group for group in self._groups() if to not in METHOD_NAMES or group.concerns(str(to))]
-        entries, known = by_parameter(groups), by_parameter(self._groups()).keys()
+        groups = self._of_callback("groups")
+        entries = by_parameter(group for group in groups if to not in METHOD_NAMES or group.concerns(str(to)))
+        known = by_parameter(groups).keys()
+        hidden = {*(known - entries.keys()), *(self._of_callback("of_a_pass") if to in ADAPTERS else ())}
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             heading = "Arguments" if parameter.param_type_name == "argument" else "Options"
-            if record is None or parameter.name in known - entries.keys():
+            if record is None or parameter.name in hidden:
                 continue
             if parameter.name in known:
                 heading = heading_of(entries[parameter.name])
@@ -39,8 +49,8 @@ class GroupedCommand(TyperCommand):
             with formatter.section(heading):
                 formatter.write_dl(records)
 
-    def _groups(self) -> tuple[Any, ...]:
-        return getattr(self.callback, "__wrapped__", self.callback).__dict__.get("groups", ())
+    def _of_callback(self, name: str) -> tuple[Any, ...]:
+        return getattr(self.callback, "__wrapped__", self.callback).__dict__.get(name, ())
 
 
 def _after(flag: str, words: Sequence[str]) -> str | None:

@@ -43,7 +43,15 @@ def token_count(value: int | str, name: str = "tokens") -> int:
 
 def loss_terms(text: str) -> dict[str, float]:
     """{"kl": 1.0, "ce": 0.1} from "kl=1,ce=0.1"; a term without a weight has 1. Raises HealError."""
-    return {name: 1.0 if weight is None else weight for name, weight in map(weighted, text.split(","))}
+    return require_terms(sources(text.split(",")))
+
+
+def require_terms(loss: dict[str, float]) -> dict[str, float]:
+    """Return the weights of loss terms. Raises HealError for a term that there is not."""
+    for term in loss:
+        if term not in TERMS:
+            raise HealError(f"loss has no term '{term}'; it has {', '.join(TERMS)}")
+    return loss
 
 
 def alike(names: str | Sequence[str]) -> dict[str, float]:
@@ -223,9 +231,7 @@ class HealSettings(Settings):
             raise HealError(f"lm_tokens={self.lm_tokens} are a part of tokens={self.tokens}; choose fewer")
         if not self.data:
             raise HealError("healing needs text; name files, a dataset, or self")
-        for term in self.loss:
-            if term not in TERMS:
-                raise HealError(f"loss has no term '{term}'; it has {', '.join(TERMS)}")
+        require_terms(self.loss)
         if self.loss.get("balance") and self.router == "fixed":
             raise HealError(
                 "a fixed router does not learn to balance its load; use --router trained, or no balance"

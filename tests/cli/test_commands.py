@@ -212,13 +212,59 @@ def test_ctrl_c_tells_how_to_go_on(
         ("tiny --to mla --no-such-option", "no-such-option"),
         ("inspct tiny", "did you mean 'mhconvert inspect'?"),
         ("eval", "CKPT"),
-        ("eval tiny --limit 0 --suite quick", "--limit"),
         ("eval tiny --suite everything", "everything"),
+        ("eval tiny --limit many --suite quick", "--limit"),
+        ("eval tiny --tasks ,", "tasks ',' has no name of a task"),
+        ("export tiny", "Missing option '--to'. Choose one of auto, deepseek_v3, youtu, own, gguf, llama,"),
+        ("tiny --effort quick", "Missing option '--to'. Choose one of mla, dha, moh, hydra"),
+        ("tiny --to mla --heal much", "tokens 'much' is not a number of tokens such as 200k or 20M"),
+        ("tiny --to mla --tolerance kl", "tolerance 'kl' is neither kl=NATS nor ppl=RATIO"),
+        ("tiny --to moh --active many", "'many' is neither a share of heads nor a list"),
     ],
 )
 def test_wrong_usage(main: Main, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
     assert main(*words.split()) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("eval tiny --limit 0 --suite quick", "limit=0 is too small; use at least 1"),
+        ("eval tiny --sequences 0 --suite quick", "sequences=0 is too small; use at least 1"),
+        ("heal tiny --tokens 1k --rank 0", "rank=0 is too small; use at least 1"),
+        ("heal tiny --tokens 1k --lr 7", "lr=7.0 is not between 0 and 1"),
+        ("heal tiny --tokens 0", "there is nothing to do; say how many tokens to heal on, for example 20M"),
+        ("tiny --to mla --heal 0", "there is nothing to do; say how many tokens to heal on, for example 20M"),
+        (
+            "tiny --to mla --kv-budget 2",
+            "kv_budget=2.0 is outside (0, 1]; it is a share of the donor's KV cache",
+        ),
+        ("tiny --to dha --min-heads 0", "min_heads=0 is not a number of heads from 1"),
+        ("tiny --to mla --fit-steps -1", "fit_steps=-1 is negative; 0 means the closed form alone"),
+    ],
+)
+def test_a_value_out_of_range_is_a_fault_in_our_words(
+    main: Main, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    assert main(*words.split()) == 1
+    assert capsys.readouterr().err == f"mhconvert: {message}\n"
+
+
+def test_a_tolerance_of_the_command_line_is_in_its_one_spelling(main: Main, calls: list) -> None:
+    assert main("tiny", "--to", "mla", "--tolerance", "kl=1") == 0
+    assert calls[0][0].tolerance == "kl=1.0"
+
+
+def test_help_of_an_adapter_has_no_options_of_a_pass(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    def flags(method: str) -> set[str]:
+        assert main("tiny", "--to", method, "--help") == 0
+        return {word.rstrip(",") for word in capsys.readouterr().out.split() if word.startswith("--")}
+
+    of_a_pass = {"--heal", "--resume", "--survey", "--effort", "--calibration"}
+    assert of_a_pass <= flags("mla")
+    assert not of_a_pass & flags("hydra")
+    assert {"--r-par", "--seed", "--force", "--dry-run"} <= flags("hydra")
 
 
 def test_bad_settings_are_a_fault_with_the_range(

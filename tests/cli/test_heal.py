@@ -85,12 +85,18 @@ def test_ctrl_c_and_resume(
         ((), "say how much to heal on"),
         (("--tokens", "much"), "tokens 'much' is not a number of tokens"),
         (("--tokens", "1k", "--loss", "mse"), "loss has no term 'mse'"),
-        (("--tokens", "1k", "--lr", "7"), "lr=7.0 is not between 0 and 1"),
     ],
 )
 def test_usage(words: tuple[str, ...], message: str, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("heal", "ckpt", *words) == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_shares_of_sources_are_read_from_words(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[HealSettings] = []
+    monkeypatch.setattr(api, "heal", lambda _, settings, **__: asked.append(settings) or {})
+    assert main("heal", "ckpt", "--tokens", "1k", "--data", "a.txt=2", "--data", "self") == 0
+    assert asked[0].data == {"a.txt": 2.0, "self": 1.0}
 
 
 def test_what_is_no_checkpoint(main: Main, donor: Path, capsys: pytest.CaptureFixture[str]) -> None:

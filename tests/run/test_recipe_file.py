@@ -361,6 +361,99 @@ def test_values_that_other_types_hide(file: Path, override: str, expected: str) 
     assert message(file, WHOLE, [override]).startswith(expected)
 
 
+def test_faults_of_all_stages_are_told_together(file: Path) -> None:
+    text = WHOLE.replace("3e-1", "3").replace("quick", "slow").replace("to: lora", "too: lora")
+    text = text.replace("someone/model", "a/b/c").replace("tasks: piqa", "limit: 0")
+    said = message(file, text)
+    for part in (
+        "run.yaml, line 5: kv_budget=3 is outside (0, 1]; it is a share of the donor's KV cache; ",
+        "; run.yaml, line 12: eval.suite: 'slow' is not one of quick, transmla, moh, dha, open-llm; ",
+        "; run.yaml, line 13: limit=0 is too small; use at least 1; ",
+        "; run.yaml, line 15: export has no key 'too'; did you mean to? (it has output, to); ",
+        "; run.yaml, line 14: export: the key 'to' is missing; ",
+        "; run.yaml, line 17: repo 'a/b/c' is no name of a repository: ",
+    ):
+        assert part in f"; {said}; "
+    said = message(file, text.replace("method: mla", "method: mqa"))
+    assert said.startswith(
+        "run.yaml, line 3: unknown method 'mqa'; choose one of mla, dha, moh, hydra; run.yaml, line 12:"
+    )
+
+
+@pytest.mark.parametrize("tolerance", ["kl=1", "ppl=1.10", "kl=5e-2"])
+def test_a_tolerance_stays_as_written_so_that_a_finished_run_is_recognised(
+    file: Path, tolerance: str
+) -> None:
+    file.write_text(f"model: x\nmethod: mla\ntolerance: {tolerance}\n", encoding="utf-8")
+    assert load(file).to_dict()["tolerance"] == tolerance
+
+
+@pytest.mark.parametrize(
+    ("written", "data"),
+    [
+        ("[a=2]", {"a=2": 1.0}),
+        ("a=2", {"a=2": 1.0}),
+        ("[a.txt, self]", {"a.txt": 1.0, "self": 1.0}),
+        ("{a: 2}", {"a": 2}),
+    ],
+)
+def test_names_of_data_are_taken_as_they_are(file: Path, written: str, data: dict[str, float]) -> None:
+    file.write_text(f"model: x\nmethod: mla\nheal: {{tokens: 5, data: {written}}}\n", encoding="utf-8")
+    heal = load(file).convert.heal
+    assert heal is not None
+    assert heal.data == data
+
+
+def test_tasks_may_be_one_text(file: Path) -> None:
+    file.write_text("model: x\nmethod: mla\neval: {tasks: 'piqa, arc_*,'}\n", encoding="utf-8")
+    assert load(file).to_dict()["eval"]["tasks"] == ["piqa", "arc_*"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("heal.tokens=1e-3", "tokens '1e-3' is not a number of tokens such as 200k or 20M"),
+        ("heal.tokens=-1", "tokens=-1 is not a number of tokens such as 200k or 20M"),
+        ("heal.save_tokens=-1", "save_tokens=-1 is not a number of tokens such as 200k or 20M"),
+        ("heal.tokens=true", "heal.tokens: true is not a whole number or text"),
+        ("heal.data=['']", "data has an empty name"),
+        ("heal.data=", None),
+        ("heal.data=''", "data has an empty name"),
+        ("heal.data={'': 1}", "data has an empty name"),
+        ("heal.loss=mse", "loss has no term 'mse'; it has kl, ce, hidden, balance"),
+        ("calibration.sources=['']", "sources has an empty name"),
+        ("calibration.sources=!!set {a}", None),
+        ("model=!!binary aGFsbG8=", None),
+        ("eval.tasks=''", "tasks '' has no name of a task"),
+        ("eval.tasks=','", "tasks ',' has no name of a task"),
+        ("eval.text=''", "text has an empty name"),
+    ],
+)
+def test_values_that_were_taken_once(file: Path, override: str, expected: str | None) -> None:
+    said = message(file, WHOLE, [override])
+    if expected is not None:
+        assert said == f"--set {override}: {expected}"
+    elif "!!" in override:
+        assert said.startswith(
+            f"--set {override} cannot be read: could not determine a constructor for the tag"
+        )
+    else:
+        assert said.startswith(f"--set {override} has no value")
+
+
+def test_a_message_of_a_parser_names_its_key(file: Path) -> None:
+    text = "model: x\nmethod: moh\nsettings: {active: many}\n"
+    assert message(file, text) == (
+        "run.yaml, line 3: settings.active: 'many' is neither a share of heads nor a list such as 7,8,8,9"
+    )
+
+
+@pytest.mark.parametrize("value", ["!!binary aGFsbG8=", "!!set {a}"])
+def test_yaml_that_no_setting_has(file: Path, value: str) -> None:
+    said = message(file, WHOLE.replace("[self]", value))
+    assert said.startswith("run.yaml, line 7 cannot be read: could not determine a constructor for the tag")
+
+
 def test_faults_come_in_the_order_of_the_file(file: Path) -> None:
     text = WHOLE.replace("[self]", "[5]").replace("3e-1", "many").replace("20M", "lots")
     said = message(file, text)

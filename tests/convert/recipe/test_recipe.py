@@ -130,7 +130,7 @@ def test_the_recipes_that_ship_are_recipes(path: Path) -> None:
 
 
 def test_paths_are_taken_as_text() -> None:
-    calibration = Calibration(sources=[Path("a.txt"), "b.txt"])  # type: ignore[list-item]
+    calibration = Calibration(sources=[Path("a.txt"), "b.txt"])
     recipe = Recipe(Path("x"), "mla", output=Path("out"), calibration=calibration)  # type: ignore[arg-type]
     assert (recipe.model, recipe.output, recipe.calibration.sources) == ("x", "out", ("a.txt", "b.txt"))
     with pytest.raises(MhconvertError, match="output=3 is not text"):
