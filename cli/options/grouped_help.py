@@ -1,4 +1,4 @@
-"""`--help` in groups; with `--to METHOD`, only the options that the method has. What is missing has its choices."""
+"""`--help` in groups, with `--to METHOD` only that method's options; a missing word is told with its choices."""
 
 from __future__ import annotations
 

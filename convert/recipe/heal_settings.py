@@ -21,13 +21,8 @@ FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 SEED = Option(
     "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
 )
-MAY_CHANGE = (
-    "lr",
-    "micro_batch",
-    "save_tokens",
-    "device",
-    "gradient_checkpointing",
-)  # between a run and its resume
+# Between a run and its resume.
+MAY_CHANGE = ("lr", "micro_batch", "save_tokens", "device", "gradient_checkpointing")
 
 
 def token_count(value: int | str, name: str = "tokens") -> int:

@@ -112,13 +112,13 @@ def _validator(kind: Any, name: str) -> Any:
 def _validated(hint: Any, *, inside: bool = False) -> Any:
     """Return a type with our validators of numbers, bools and (inside a list or mapping) names.
 
-    A number of `int | float` keeps its type as one of `float` does.
+    `int | float` becomes `float`, which keeps an int as it is.
     """
     from pydantic import Strict, StringConstraints, WrapValidator
 
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint in (int, float) or set(arguments) == {int, float}:
-        return Annotated[int if hint is int else float, WrapValidator(_number)]
+    if hint in (int, float):
+        return Annotated[hint, WrapValidator(_number)]
     if hint is bool:
         return Annotated[bool, Strict()]
     if hint is str and inside:
@@ -126,9 +126,8 @@ def _validated(hint: Any, *, inside: bool = False) -> Any:
     if origin is Annotated:
         return Annotated[(_validated(arguments[0]), *hint.__metadata__)]
     if origin in (Union, types.UnionType):
-        numbers = {int, float} if {int, float} <= set(arguments) else set()
-        kinds = [kind for kind in arguments if kind not in numbers] + ([int | float] if numbers else [])
-        return Union[tuple(_validated(kind) for kind in kinds)]  # noqa: UP007  # of a tuple
+        kinds = [kind for kind in arguments if kind is not int or float not in arguments]
+        return Union[tuple(map(_validated, kinds))]  # noqa: UP007  # of a tuple
     if origin in (list, tuple, dict, Sequence):
         return origin[tuple(kind if kind is ... else _validated(kind, inside=True) for kind in arguments)]
     return hint
