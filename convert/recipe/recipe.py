@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from mhconvert.errors import CalibrationError, MhconvertError
+from mhconvert.errors import CalibrationError, MhconvertError, OutputError
 
 from ..methods.registry import ADAPTERS, CACHE_METHODS, METHOD_NAMES, settings_class
 from ..storage.byte_size import DEFAULT_SHARD_SIZE
@@ -40,6 +40,17 @@ OF_THE_PASS = (
 def one_source(text: str) -> tuple[str, ...]:
     """Return the source as a tuple of one."""
     return (text,)
+
+
+def shard_size(size: str | float) -> str:
+    """Return "1000" for 1000, 1e3 and "1e3", which is text in YAML 1.1; other text as it is. Raises OutputError."""
+    try:
+        whole = isinstance(size, int) or float(size).is_integer()
+    except ValueError:
+        return str(size)
+    if isinstance(size, float) and not whole:
+        raise OutputError(f"max_shard_size '{size}' is not a size such as 5GB or 500MB")
+    return str(int(float(size))) if whole and not isinstance(size, int) else str(size)
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ class Recipe(Settings):
     ] = None
     max_shard_size: Annotated[
         Takes[str, str | float],
-        Option("Size of one safetensors file, at most.", "SIZE", parse=str, also=int | float),
+        Option("Size of one safetensors file, at most.", "SIZE", parse=shard_size, also=str | int | float),
     ] = default(DEFAULT_SHARD_SIZE)
     verify: Annotated[
         bool,

@@ -18,13 +18,13 @@ Route = Literal["heads", "groups"]
 Count = int | float
 
 
-def head_counts(text: str) -> Count | list[Count]:
-    """0.75 from "0.75", [7, 8, 0.5] from "7,8,0.5". Raises BudgetError for other text."""
+def head_counts(text: str) -> float | list[Count]:
+    """0.75 from "0.75", 1.0 from "1", [7, 8, 0.5] from "7,8,0.5". Raises BudgetError for other text."""
     try:
         counts = [int(word) if word.strip().isdigit() else float(word) for word in text.split(",")]
     except ValueError:
         raise BudgetError(f"'{text}' is neither a share of heads nor a list such as 7,8,8,9") from None
-    return counts if len(counts) > 1 else counts[0]
+    return counts if len(counts) > 1 else float(counts[0])
 
 
 @dataclass(frozen=True)

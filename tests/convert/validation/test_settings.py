@@ -83,7 +83,10 @@ def test_type_checkers_take_documented_calls(tmp_path: Path) -> None:
         (lambda: MLASettings(kv_budget=np.float64(0.25)).kv_budget, 0.25),
         (lambda: MoHSettings(active=[np.int64(7), np.float32(0.5)]).active, [7, 0.5]),  # type: ignore[list-item]
         (lambda: Recipe("x", "mla", max_shard_size=np.int64(7)).max_shard_size, "7"),
-        (lambda: Recipe("x", "mla", max_shard_size=2.0).max_shard_size, "2.0"),
+        (lambda: Recipe("x", "mla", max_shard_size=2.0).max_shard_size, "2"),
+        (lambda: Recipe("x", "mla", max_shard_size="1e9").max_shard_size, "1000000000"),
+        (lambda: Recipe("x", "mla", max_shard_size="2.5GB").max_shard_size, "2.5GB"),
+        (lambda: MoHSettings(active="1").active, 1.0),
         (lambda: Recipe("x", "mla", verify=np.bool_(False)).verify, False),  # type: ignore[arg-type]
     ],
 )
@@ -113,6 +116,11 @@ def test_numbers_of_numpy_are_pythons(made: Callable[[], Any], expected: Any) ->
         ),
         (MoHSettings, {"active": [True]}, "active, entry 0=True is not a number"),
         (MLASettings, {"kv_budget": 10**400}, "kv_budget"),
+        (
+            Recipe,
+            {"model": "x", "method": "mla", "max_shard_size": 0.5},
+            "max_shard_size '0.5' is not a size",
+        ),
     ],
 )
 def test_refusals_name_the_field(kind: Any, values: dict[str, Any], message: str) -> None:
