@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from mhconvert.errors import HealError
 
+from ..validation.check import shown
 from ..validation.option import Names, Option, Takes, default
 from ..validation.settings import Settings
 
@@ -54,7 +55,7 @@ def alike(names: str | Sequence[str]) -> dict[str, float]:
     words = [names] if isinstance(names, str) else names
     for word in words:
         if not isinstance(word, str):
-            raise HealError(f"data: {word!r} is not text")
+            raise HealError(f"{shown(word)} is not text")
     return dict.fromkeys(words, 1.0)
 
 

@@ -95,5 +95,5 @@ class Reading:
 
     def _located(self, kind: Any, fault: Fault, keys: Keys) -> MhconvertError:
         if fault.message is not None and not self.origins.places:
-            return (fault.error or kind.fault)(fault.message)  # type: ignore[no-any-return]
+            return (fault.error or kind.fault)(fault.at(keys))  # type: ignore[no-any-return]
         return self.origins.fault((*keys, fault.field, *fault.inner), fault.at(keys))

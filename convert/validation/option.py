@@ -69,7 +69,7 @@ class Option:
         range_hint: What follows "name=value " in the message about a number out of bounds; None: the bounds.
         parse: Turns what else a user may write (text, a plain list) into the type of the field; raises
             `MhconvertError` for what it cannot read. None: only the field's own type is taken.
-        also: The types that `parse` takes beside the field's own.
+        also: The types that `parse` takes beside the field's own; type checkers learn them from `Takes`.
         flag: Spelling on the command line; None: the field's name with dashes; "": not on the command line.
         default: What happens when the option is left out and the field's default does not say it.
         repeat: The command line takes the option several times, one entry each.

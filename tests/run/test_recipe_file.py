@@ -352,7 +352,7 @@ def test_nothing_but_a_recipe_or_a_fault(values: dict[str, Any], method: str) ->
             "--set settings.kv_budget=1e400: settings.kv_budget: '1e400' is not a number",
         ),
         ("heal.clip=.inf", "--set heal.clip=.inf: heal.clip: inf is not a number"),
-        ("heal.data=[1, a]", "--set heal.data=[1, a]: data: 1 is not text"),
+        ("heal.data=[1, a]", "--set heal.data=[1, a]: heal.data: 1 is not text"),
         ("heal.loss={kl: true}", "--set heal.loss={kl: true}: heal.loss: true is not a number"),
         ("heal.data={1: 2}", "--set heal.data={1: 2}: heal.data: 1 is not text"),
     ],
@@ -442,6 +442,10 @@ def test_values_that_were_taken_once(file: Path, override: str, expected: str | 
 
 
 def test_a_message_of_a_parser_names_its_key(file: Path) -> None:
+    with pytest.raises(
+        MhconvertError, match=r"^settings\.active: 'many' is neither a share of heads nor a list"
+    ):
+        RunRecipe.from_dict({"model": "x", "method": "moh", "settings": {"active": "many"}})
     text = "model: x\nmethod: moh\nsettings: {active: many}\n"
     assert message(file, text) == (
         "run.yaml, line 3: settings.active: 'many' is neither a share of heads nor a list such as 7,8,8,9"
