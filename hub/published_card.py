@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from mhconvert.errors import CheckpointError
 
-from ..convert.checkpoint.card_front_matter import enclosed, front_matter
+from ..convert.checkpoint.card_front_matter import front_matter, render_front_matter
 from ..convert.checkpoint.provenance import read_record
 from ..convert.donor.reference import HUB_ID
 from ..convert.storage.folder_kind import is_adapter
@@ -55,7 +55,7 @@ def published_card(folder: Path, repo_id: str, branch: str | None = None) -> str
         if evaluation.results:
             data["model_name"], data["eval_results"] = repo_id.rpartition("/")[2], evaluation.results
         body = _with_evaluation(body, evaluation)
-    return enclosed(data) + "\n" + _load_from_hub(body, folder, repo_id, branch).lstrip("\n")
+    return render_front_matter(data) + "\n" + _load_from_hub(body, folder, repo_id, branch).lstrip("\n")
 
 
 def _minimal_card(folder: Path) -> str:
