@@ -85,11 +85,11 @@ def _recorded_donor(checkpoint: str) -> str:
 def _require_same_shape(student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
     """Raises HealError if the layers of the two models cannot be compared one by one."""
     for name in ("num_hidden_layers", "hidden_size"):
-        ours, theirs = (getattr(model.config.get_text_config(), name) for model in (student, teacher))
-        if ours != theirs:
+        own, other = (getattr(model.config.get_text_config(), name) for model in (student, teacher))
+        if own != other:
             raise HealError(
-                f"layers cannot be compared one by one: {name} is {theirs} in the teacher {teacher.reference} and "
-                f"{ours} in {student.reference}; leave out --layer-tokens and the loss's hidden, or take the donor as "
+                f"layers cannot be compared one by one: {name} is {other} in the teacher {teacher.reference} and "
+                f"{own} in {student.reference}; leave out --layer-tokens and the loss's hidden, or take the donor as "
                 "the teacher"
             )
 
@@ -126,8 +126,8 @@ def check_output(asked: Run, student: open_model.OpenModel, teacher: open_model.
 def _require_one_tokenizer(student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
     """Raises HealError unless both models have the same vocabulary and split a sample text alike."""
     tokenizers = (student.tokenizer(), teacher.tokenizer())
-    ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
-    if ours == theirs:
+    own, taught = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    if own == taught:
         probes = (tokenizer(PROMPT, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers)
         if next(probes) != next(probes):
             raise HealError(
@@ -135,10 +135,10 @@ def _require_one_tokenizer(student: open_model.OpenModel, teacher: open_model.Op
                 "needs a teacher of the same tokenizer"
             )
         return
-    other = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
+    other = next(token for token in {**own, **taught} if own.get(token) != taught.get(token))
     raise HealError(
         f"the teacher {teacher.reference} has another tokenizer than {student.reference} (token {other!r} is "
-        f"{theirs.get(other)} there and {ours.get(other)} here); distillation needs a teacher of the same tokenizer"
+        f"{taught.get(other)} there and {own.get(other)} here); distillation needs a teacher of the same tokenizer"
     )
 
 

@@ -29,12 +29,12 @@ from ..convert.calibration.token_rows import sampled_rows
 from ..convert.storage.atomic_files import save_tensors
 from ..convert.storage.safetensors_reader import SafetensorsSource
 from . import fusion, layer_healing, packed_rows, schedule, write_result
+from .build_student import build_student
 from .distill import Distillation, Measure, fidelity, held_out_values
 from .metrics import Metrics
 from .open_models import Run, check_output, longest_row, needed_bytes, open_both
 from .resumable_run import BLOCKS, METRICS, HealSpace, is_out_of_memory
-from .routing import RoutingStudent
-from .student import Student, Teacher, choose_trained
+from .student import Student, Teacher
 
 Finish = Callable[[Path, dict[str, Any]], None]
 
@@ -115,11 +115,16 @@ class _Healing:
         return report
 
     def _space(self) -> HealSpace:
-        asked, place = self.asked, str(Path(self.asked.checkpoint).resolve())
-        needed = needed_bytes(self.student, self.source, self.steps, self.settings)
-        shape = {name: getattr(self.steps, name) for name in ("steps", "length", "batch_rows")}
-        options: dict[str, Any] = {"resume": asked.resume, "force": asked.force, "main": self.main}
-        return HealSpace(asked.output, self.settings, place, shape, needed=needed, **options)
+        return HealSpace(
+            self.asked.output,
+            self.settings,
+            str(Path(self.asked.checkpoint).resolve()),
+            {name: getattr(self.steps, name) for name in ("steps", "length", "batch_rows")},
+            needed=needed_bytes(self.student, self.source, self.steps, self.settings),
+            resume=self.asked.resume,
+            force=self.asked.force,
+            main=self.main,
+        )
 
     def _teacher_model(self) -> Any:
         """The teacher's model, in bfloat16 if the student is trained in it on a GPU, else in float32."""
@@ -168,13 +173,14 @@ class _Healing:
             model.load_state_dict(load_file(file), strict=False)
             return
         rows = lesson.text.order[: max(1, settings.layer_tokens // self.steps.length)].unique()
-        options: dict[str, Any] = {
-            "tokens": settings.layer_tokens,
-            "train": settings.train,
-            "seed": settings.seed,
-        }
         layer_healing.fit_blocks(
-            model, lesson.teacher.model, lesson.text.train.ids[rows], **options, on_progress=self.on_progress
+            model,
+            lesson.teacher.model,
+            lesson.text.train.ids[rows],
+            tokens=settings.layer_tokens,
+            train=settings.train,
+            seed=settings.seed,
+            on_progress=self.on_progress,
         )
         if self.main:
             save_tensors({name: t for name, t in model.state_dict().items() if ".layers." in name}, file)
@@ -184,7 +190,7 @@ class _Healing:
         settings, accelerator, space = self.settings, self.accelerator, self.space
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        student = self._trainable(model)
+        student = build_student(model, settings, self.vocab_size, is_adapter=self.adapter)
         distillation = Distillation(accelerator, student, lesson.teacher, settings, self.steps, space)
         distillation.train(lesson.text, metrics, self.measure, self.on_progress)
         if accelerator.distributed_type is not DistributedType.FSDP:
@@ -192,22 +198,11 @@ class _Healing:
         state = accelerator.get_state_dict(distillation.model)  # collective: every process must call it
         if not self.main:
             return model
-        whole = self._trainable(self.student.model(trainable=self.adapter))
+        whole = build_student(
+            self.student.model(trainable=self.adapter), settings, self.vocab_size, is_adapter=self.adapter
+        )
         whole.load_state_dict(state)
         return whole.model
-
-    def _trainable(self, model: Any) -> Student:
-        """The student for `model`, with gradients for the parameters that the settings train."""
-        if self.adapter:  # its trainable parameters are set already
-            return Student(model, self.vocab_size)
-        torch.manual_seed(self.settings.seed)  # for the initialisation of a new adapter
-        if self.settings.fusion:
-            fusion.prepare(model, self.settings.fusion)
-            chosen = choose_trained(model, self.settings.train, self.settings.rank)
-            return fusion.FusingStudent(chosen, self.vocab_size)
-        if hasattr(model, "load_balance"):
-            return RoutingStudent.of(model, self.settings, self.vocab_size)
-        return Student(choose_trained(model, self.settings.train, self.settings.rank), self.vocab_size)
 
     def _finish(
         self, model: Any, before: dict[str, Any], lesson: Lesson, metrics: Metrics, finish: Finish
