@@ -1,6 +1,6 @@
-"""Training that repairs a converted model, layer-local or end to end. Open `run.py` first.
+"""Fine-tuning of converted models, layer by layer or end to end. `run.py` is the entry point.
 
-The module can be called: `mhconvert.heal(checkpoint, settings)`.
+The module is callable: `mhconvert.heal(checkpoint, settings)`.
 """
 
 from mhconvert.callable_module import make_callable

@@ -1,4 +1,4 @@
-"""`accelerate launch -m mhconvert.heal CKPT …`: an older name of `-m mhconvert heal CKPT …`."""
+"""`accelerate launch -m mhconvert.heal CKPT …`, the older form of `-m mhconvert heal CKPT …`."""
 
 import runpy
 import sys

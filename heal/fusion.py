@@ -1,13 +1,15 @@
-"""Trains groups of heads until they are equal, starting from the donor's heads (DHA, arXiv 2406.06567, section 3.B).
+"""Fusion of heads by training: the heads of a group become equal during the run, starting from the donor's heads.
 
-Each head h of a group is Σ_j ω_hj W_j over the group's heads j, ω from δ_hj; ω has a number for each element of a head,
-the same one for both of a RoPE pair. What the ω of a group differ by,
+Head h of a group is Σ_j ω_hj W_j over the heads j of the group, with ω_hj = δ_hj at the start. ω has one coefficient
+for each element of a head, shared by the two elements of a RoPE pair. The fusion loss
 
-    L(ω) = Σ_h,h' mean_j (ω_hj − ω_h'j)², over its value at δ,
+    L(ω) = Σ_h,h' mean_j (ω_hj − ω_h'j)², divided by its value at δ,
 
-may be at most t, which falls from 1 to 0 during the run. The paper comes near to that by a multiplier on L; here ω is
-brought back to L ≤ t after each step, by shrinking what it differs from its group's mean by. So a group's heads are one
-before the run ends, and to leave one of them in the checkpoint changes nothing.
+is bounded by a t that falls from 1 to 0 during the run. Departure from the paper, which enforces the bound
+approximately by a Lagrange multiplier: here ω is projected back to L ≤ t after each step, by scaling its distance from
+the group's mean. So the heads of a group are exactly equal before the run ends, and keeping one of them is exact.
+
+Source: DHA, arXiv 2406.06567, section 3.B.
 """
 
 from __future__ import annotations
@@ -25,16 +27,25 @@ from mhconvert.errors import HealError
 from ..convert.families.facts import rotary_share
 from .student import Student
 
-TIGHTENS = 0.7  # share of the steps after which t is 0; its root, a distance, falls evenly
+FUSED_AFTER = 0.7  # fraction of the steps after which t is 0; √t falls linearly
 KINDS = ("k", "v")
 
 
 class Mixing(nn.Module):
-    """W (n · d, D) -> the heads Σ_j ω_hj W_j. groups: lists of heads that are to be one; omega (n, m, e), m the largest
-    group, e = elements of a head that have a number of their own. A smaller group's other entries stay 0."""
+    """A parametrisation of a projection: W (n · d, D) -> the mixed heads Σ_j ω_hj W_j.
+
+    Attributes:
+        groups: lists of heads that are to be fused.
+        omega: (n, m, e): m the size of the largest group, e the coefficients of a head. In smaller groups the unused
+            entries stay 0.
+    """
 
     def __init__(self, groups: Sequence[Sequence[int]], head_dim: int, tied: int):
-        """tied: elements of a head that RoPE turns in pairs (i, i + tied / 2); 0 for values."""
+        """
+        Args:
+            tied: elements of a head that RoPE rotates in pairs (i, i + tied / 2), which share a coefficient; 0 for
+                values.
+        """
         super().__init__()
         heads, most = sum(map(len, groups)), max(map(len, groups))
         self.groups = [list(group) for group in groups]
@@ -51,13 +62,13 @@ class Mixing(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         heads, most, _ = self.omega.shape
-        own = weight.unflatten(0, (heads, -1))  # n d …
-        chosen = own[self.members].unflatten(0, (heads, most))  # n m d …
+        by_head = weight.unflatten(0, (heads, -1))  # n d …
+        members = by_head[self.members].unflatten(0, (heads, most))  # n m d …
         omega = self.omega[..., self.element].to(weight.dtype)
-        return torch.einsum("hmd,hmd...->hd...", omega, chosen).flatten(0, 1)
+        return torch.einsum("hmd,hmd...->hd...", omega, members).flatten(0, 1)
 
-    def apart(self) -> Tensor:
-        """Return the sum over the pairs of each group of the mean squared difference of their ω."""
+    def distance(self) -> Tensor:
+        """The mean squared difference of ω, summed over the pairs of heads of each group; ()."""
         total = self.omega.new_zeros(())
         for group in self.groups:
             for one, other in itertools.combinations(group, 2):
@@ -66,43 +77,43 @@ class Mixing(nn.Module):
         return total
 
     @property
-    def unit(self) -> float:
-        """The value of `apart` at δ, the initial mixing."""
+    def initial_distance(self) -> float:
+        """The value of `distance` at ω = δ."""
         return sum(len(group) - 1 for group in self.groups)
 
     @torch.no_grad()
     def shrink(self, share: float) -> None:
-        """Scale each ω's distance from its group's mean by `share`; 0 makes the group equal."""
+        """Scale the difference of ω from its group's mean by `share`; 0 makes the heads of a group equal."""
         for group in self.groups:
             mean = self.omega[group].mean(0)
             self.omega[group] = mean + share * (self.omega[group] - mean)
 
 
 class FusingStudent(Student):
-    """A student whose heads' ω are pulled together after every step."""
+    """A student whose groups of heads are drawn together after every step."""
 
     @property
     def mixings(self) -> list[Mixing]:
-        """The mixings of layers that have heads to fuse."""
-        found = (module for module in self.model.modules() if isinstance(module, Mixing))
-        return [mixing for mixing in found if mixing.unit]
+        """The mixings that have heads to fuse."""
+        mixings = (module for module in self.model.modules() if isinstance(module, Mixing))
+        return [mixing for mixing in mixings if mixing.initial_distance]
 
     @torch.no_grad()
-    def apart(self) -> float:
-        """Return L: 1 at the start, 0 when all heads of every group are equal."""
-        return sum(float(m.apart()) for m in self.mixings) / sum(m.unit for m in self.mixings)
+    def fusion_loss(self) -> float:
+        """L(ω): 1 at the start, 0 when the heads of every group are equal."""
+        return sum(float(m.distance()) for m in self.mixings) / sum(m.initial_distance for m in self.mixings)
 
     def end_step(self, done: float) -> dict[str, Any]:
-        """Reduce L to its bound for this step."""
-        apart, bound = self.apart(), max(0.0, 1 - done / TIGHTENS) ** 2
-        if apart > bound:
+        """Project ω to L(ω) ≤ t; returns the value of L as "fusion"."""
+        loss, bound = self.fusion_loss(), max(0.0, 1 - done / FUSED_AFTER) ** 2
+        if loss > bound:
             for mixing in self.mixings:
-                mixing.shrink((bound / apart) ** 0.5)
-        return {"fusion": min(apart, bound)}
+                mixing.shrink((bound / loss) ** 0.5)
+        return {"fusion": min(loss, bound)}
 
 
 def check(config: Any, fusion: int | None) -> None:
-    """Raise HealError where there is nothing to fuse, or where heads wait to be fused and --fusion is missing."""
+    """Raises HealError if `fusion` is set for a checkpoint without heads to fuse, or is missing for one with them."""
     pending = getattr(config, "k_fusion", None) is not None
     if fusion is not None and not pending:
         raise HealError(
@@ -115,11 +126,11 @@ def check(config: Any, fusion: int | None) -> None:
 
 
 def prepare(model: Any, most: int) -> None:
-    """Put a `Mixing` on the K and V projections of every layer, in groups of at most `most` heads."""
+    """Parametrise the K and V projections of every layer by a `Mixing` of groups of at most `most` heads."""
     for index, layer in enumerate(model.get_decoder().layers):
         attention = layer.self_attn
-        turned = int(attention.head_dim * rotary_share(model.config))
-        for kind, tied in zip(KINDS, (turned, 0), strict=True):
+        rotary_dim = int(attention.head_dim * rotary_share(model.config))
+        for kind, tied in zip(KINDS, (rotary_dim, 0), strict=True):
             groups = chunks(getattr(model.config, f"{kind}_fusion")[index], most)
             projection = getattr(attention, f"{kind}_proj")
             mixing = Mixing(groups, attention.head_dim, tied).to(projection.weight.device)
@@ -132,7 +143,11 @@ def _tensors(projection: Any) -> list[str]:
 
 
 def chunks(fusion: Sequence[int], most: int) -> list[list[int]]:
-    """Return the heads that are fused in one run: of those with one target, at most `most` together."""
+    """The groups of heads that one run fuses: heads with the same target, at most `most` in a group.
+
+    Args:
+        fusion: head -> its target.
+    """
     members: dict[int, list[int]] = {}
     for head, target in enumerate(fusion):
         members.setdefault(target, []).append(head)
@@ -141,15 +156,15 @@ def chunks(fusion: Sequence[int], most: int) -> list[list[int]]:
 
 @torch.no_grad()
 def fuse(model: Any, most: int) -> None:
-    """Keep one head of each group, which training has made equal, and update the maps of `model.config`."""
+    """Keep one of the equal heads of each group, in place, and update the head maps of `model.config`."""
     config = model.config
     for index, layer in enumerate(model.get_decoder().layers):
         kept = {}
         for kind in KINDS:
             fusion, head_map = (getattr(config, f"{kind}_{name}")[index] for name in ("fusion", "head_map"))
             groups = chunks(fusion, most)
-            where = {head: place for place, group in enumerate(groups) for head in group}
-            head_map[:] = [where[head] for head in head_map]
+            new_index = {head: index for index, group in enumerate(groups) for head in group}
+            head_map[:] = [new_index[head] for head in head_map]
             fusion[:] = [fusion[group[0]] for group in groups]
             kept[kind] = [group[0] for group in groups]
         layer.self_attn = _with_heads(layer.self_attn, kept)
@@ -159,7 +174,7 @@ def fuse(model: Any, most: int) -> None:
 
 
 def _with_heads(attention: Any, kept: dict[str, list[int]]) -> Any:
-    """The attention with the `kept` heads of its K and V projections; its config has the maps of that already."""
+    """A copy of the attention with only the `kept` heads; its config has the new head maps already."""
     state = {}
     for name, tensor in _plain_state(attention).items():
         kind = name[0]
@@ -170,13 +185,13 @@ def _with_heads(attention: Any, kept: dict[str, list[int]]) -> Any:
         )
         state[name] = heads.clone()
     with torch.device("meta"):
-        fewer = type(attention)(attention.config, attention.layer_idx)
-    fewer.load_state_dict(state, strict=True, assign=True)
-    return fewer.train(attention.training)
+        smaller = type(attention)(attention.config, attention.layer_idx)
+    smaller.load_state_dict(state, strict=True, assign=True)
+    return smaller.train(attention.training)
 
 
 def _plain_state(attention: Any) -> dict[str, Tensor]:
-    """Return the weights and biases that the layer computes with."""
+    """The weights and biases of the projections after parametrisation."""
     return {
         f"{projection}.{name}": getattr(getattr(attention, projection), name)
         for projection in ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -185,7 +200,7 @@ def _plain_state(attention: Any) -> dict[str, Tensor]:
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """Return the fields of config.json that fusing changes; {} for models without decoupled heads."""
+    """The fields of config.json that fusion changes; {} for models without decoupled heads."""
     if getattr(config, "k_head_map", None) is None:
         return {}
     return {
@@ -196,7 +211,7 @@ def config_fields(config: Any) -> dict[str, Any]:
 
 
 def cache_elements(model: Any) -> int:
-    """Return the cache elements per token, all layers together."""
+    """The KV-cache elements per token over all layers."""
     return sum(
         projection.weight.shape[0]
         for layer in model.get_decoder().layers

@@ -1,6 +1,6 @@
-"""Layer-local reconstruction: a converted attention learns to give the donor's attention output.
+"""Layer-local reconstruction: training of one converted attention on the outputs of the donor's attention.
 
-No backward pass through the model, no labels; each layer on its own.
+It needs neither labels nor a backward pass through the model.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mhconvert.device import half_products
 from ..convert.attention.linalg import relative_error
 from .coordinates import Coordinates, linear_coordinates
 
-LEARNING_RATE = 1e-2  # of each tensor's own RMS, per step
+LEARNING_RATE = 1e-2  # per step, as a fraction of the RMS of each tensor
 BETAS = (0.9, 0.95)
-UNSEEN = 16  # one row in so many judges the fit
+UNSEEN = 16  # one in UNSEEN rows is held out
 WARMUP = 5  # steps
-EXACT = 1e-10  # loss that float32 rounding leaves of an exact layer; Adam would magnify it into real changes
+EXACT = 1e-10  # a loss below this is float32 rounding, from which Adam would still take full steps
 
 
 def fit(
@@ -34,17 +34,23 @@ def fit(
     seed: int,
     trained: Sequence[nn.Parameter] | None = None,
 ) -> None:
-    """Train parameters of `attention` in place, all or the `trained` ones, so that attention(inputs) ≈ targets.
+    """Train `attention` in place so that attention(inputs) ≈ targets.
 
-    inputs, targets (N, L, D) on any device; position_embeddings (cos, sin) (1, L, head_dim) on the module's.
-    `steps` Adam steps of `rows` rows each, drawn without replacement until all have been seen; the loss is the
-    batch's ‖output − target‖² / ‖target‖²; the learning rate warms up, then follows a cosine to zero. The steps are
-    taken in the coordinates of `heal.coordinates`, so all that reads the input must be linear in it.
-    The last rows (one in 16) are not trained on: a layer whose error on them has not fallen is left as it was.
+    Adam in the coordinates of `heal.coordinates`, with a warm-up and a cosine to zero. The loss is
+    ‖output − target‖² / ‖target‖² of the batch. One in UNSEEN rows is held out; if the error on them does not fall,
+    the parameters are restored.
+
+    Args:
+        attention: every module in it that reads the input must be linear in it.
+        inputs, targets: (N, L, D), on any device.
+        position_embeddings: (cos, sin), each (1, L, head_dim), on the device of `attention`.
+        steps: optimiser steps.
+        rows: per step, drawn without replacement until all have been seen.
+        trained: the parameters to train; None for all.
     """
     unseen = max(1, len(inputs) // UNSEEN) if len(inputs) > 1 else 0
-    judge = slice(len(inputs) - max(1, unseen), None)
-    before = _error(attention, inputs[judge], targets[judge], position_embeddings)
+    held_out = slice(len(inputs) - max(1, unseen), None)
+    before = _error(attention, inputs[held_out], targets[held_out], position_embeddings)
     if before < EXACT or not steps:
         return
     parameters = [p for p in (attention.parameters() if trained is None else trained) if p.numel()]
@@ -52,7 +58,7 @@ def fit(
     seen = len(inputs) - unseen
     options = {"steps": steps, "rows": rows, "seed": seed}
     _train(attention, inputs[:seen], targets[:seen], position_embeddings, parameters, **options)
-    if not _error(attention, inputs[judge], targets[judge], position_embeddings) < before:
+    if not _error(attention, inputs[held_out], targets[held_out], position_embeddings) < before:
         with torch.no_grad():
             for parameter, value in zip(parameters, original, strict=True):
                 parameter.copy_(value)
@@ -62,6 +68,7 @@ def fit(
 def _error(
     attention: nn.Module, inputs: Tensor, targets: Tensor, position_embeddings: tuple[Tensor, Tensor]
 ) -> float:
+    """The relative squared error of attention(inputs)."""
     output = attention(inputs.to(position_embeddings[0].device), position_embeddings)[0]
     return relative_error(output, targets)
 
@@ -77,8 +84,9 @@ def _train(
     rows: int,
     seed: int,
 ) -> None:
+    """Train the parameters in place; see `fit`."""
     space = linear_coordinates(attention, inputs, position_embeddings)
-    enter = next((c.root for c in space.values() if c.of_input), None)
+    input_root = next((c.root for c in space.values() if c.of_input), None)
     variables = [_variable(p, space.get(p)) for p in parameters]
     groups = [{"params": [v], "lr": LEARNING_RATE * tensor_scale(v)} for v in variables]
     optimiser = torch.optim.Adam(groups, betas=BETAS)
@@ -93,7 +101,7 @@ def _train(
             group["lr"] = peak * rate
         batch = next(batches)
         x, expected = inputs[batch].to(device), targets[batch].to(device)
-        x = x if enter is None else x @ enter
+        x = x if input_root is None else x @ input_root
         with torch.enable_grad():
             with half_products(device):
                 output = attention(x, position_embeddings)[0].float()
@@ -109,7 +117,7 @@ def _train(
 
 @torch.no_grad()
 def _variable(parameter: Tensor, space: Coordinates | None) -> Tensor:
-    """Return the optimiser's variable W' = W R⁻¹; the module holds W' itself where its input is already x R."""
+    """The optimiser's variable W' = W R⁻¹. For maps of the layer's input, which becomes x R, the module holds W'."""
     if space is None:
         return parameter
     if space.of_input:
@@ -125,11 +133,9 @@ def _step(
     variables: list[Tensor],
     space: dict[Tensor, Coordinates],
 ) -> None:
-    """Take the parameters' gradients to the variables, step, and bring the variables' values back."""
-    changed = zip(parameters, variables, strict=True)
-    pairs = [
-        (p, v) for p, v in changed if p is not v and p.grad is not None
-    ]  # a router's scores have no gradient
+    """Transform the gradients to the variables, take a step, and transform the variables back to the parameters."""
+    # The scores of a router have no gradient.
+    pairs = [(p, v) for p, v in zip(parameters, variables, strict=True) if p is not v and p.grad is not None]
     for parameter, variable in pairs:
         assert parameter.grad is not None
         variable.grad = parameter.grad @ space[parameter].root
@@ -141,12 +147,12 @@ def _step(
 
 
 def tensor_scale(parameter: Tensor) -> float:
-    """Return the RMS of a tensor, at least a floor for one that starts at zero."""
+    """The RMS of a tensor, at least 1e-4 so that a tensor of zeros can be trained."""
     return max(parameter.detach().square().mean().sqrt().item(), 1e-4)
 
 
 def _batches(count: int, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches of row indices without end; every row once before any repeats."""
+    """An endless iterator of batches of row indices; every row occurs once before any is repeated."""
     while True:
         order = torch.randperm(count, generator=generator)
         yield from order.split(min(rows, count))

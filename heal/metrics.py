@@ -1,4 +1,4 @@
-"""Metrics of a healing run: JSON lines, TensorBoard, and the picture in the report."""
+"""Metrics of a healing run as JSON lines and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from mhconvert.errors import HealError
 
 
 class Metrics:
-    """Appends to `file`; with `tensorboard`, to a TensorBoard log in that folder too.
+    """Appends metrics to a file of JSON lines and, if `tensorboard` is set, to a TensorBoard log in that folder.
 
-    A resumed run drops what was written after `step`, its durable checkpoint.
+    Args:
+        step: of the training checkpoint from which the run resumes; later entries are dropped. 0 for a new run.
     """
 
     def __init__(self, file: Path, step: int, tensorboard: Path | None):
@@ -28,7 +29,7 @@ class Metrics:
             self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
 
     def add(self, step: int, **values: Any) -> None:
-        """Write one line. step: the step that the values belong to; 0: before the first."""
+        """Write the values of `step`, 0 for those before the first step."""
         entry = {"step": step} | values
         self.entries.append(entry)
         with self.file.open("a", encoding="utf-8") as stream:
@@ -44,7 +45,7 @@ class Metrics:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a metrics file, without a truncated last one."""
+    """The entries of a metrics file, without a truncated last line; [] if there is no file."""
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8").split("\n")
@@ -52,7 +53,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def require_tensorboard() -> None:
-    """Raise HealError where a TensorBoard log is wanted and TensorBoard is not installed."""
+    """Raises HealError if TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise HealError(
             "--tensorboard needs tensorboard: pip install 'mhconvert[tensorboard]'; metrics.jsonl does without"

@@ -1,4 +1,4 @@
-"""Opens student and teacher of a healing run, with every refusal that needs no weights."""
+"""Opens the student and the teacher of a healing run, and makes every check that needs no weights."""
 
 from __future__ import annotations
 
@@ -39,9 +39,13 @@ class Run:
 
 
 def open_both(
-    asked: Run, accelerator: Accelerator, tell: Listener
+    asked: Run, accelerator: Accelerator, on_progress: Listener
 ) -> tuple[open_model.OpenModel, open_model.OpenModel]:
-    """Return student and teacher, opened without reading weights."""
+    """(student, teacher), opened without reading weights.
+
+    Raises:
+        MhconvertError: the checkpoint, the teacher and the settings do not fit together.
+    """
     settings, place = asked.settings, str(accelerator.device)
     if asked.tensorboard is not None:
         require_tensorboard()
@@ -60,15 +64,16 @@ def open_both(
     if student.adapter is not None:
         _require_adapter_settings(student.adapter.method, settings)
     reference = settings.teacher or _recorded_donor(asked.checkpoint)
-    tell(Progress("donor", 0, 1, reference))
+    on_progress(Progress("donor", 0, 1, reference))
     teacher = open_model.open_model(reference, device=place, trust_remote_code=asked.trust_remote_code)
     _require_one_tokenizer(student, teacher)
     if settings.layer_tokens or settings.loss.get("hidden"):
-        _require_alike(student, teacher)
+        _require_same_shape(student, teacher)
     return student, teacher
 
 
 def _recorded_donor(checkpoint: str) -> str:
+    """The reference of the donor in the checkpoint's record; raises HealError if there is none."""
     try:
         return open_model.recorded_donor(checkpoint)
     except MhconvertError as error:
@@ -77,20 +82,20 @@ def _recorded_donor(checkpoint: str) -> str:
         ) from error
 
 
-def _require_alike(student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
-    """Raise HealError where the layers of the two models cannot be compared."""
+def _require_same_shape(student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
+    """Raises HealError if the layers of the two models cannot be compared one by one."""
     for name in ("num_hidden_layers", "hidden_size"):
-        ours, theirs = (getattr(model.config.get_text_config(), name) for model in (student, teacher))
-        if ours != theirs:
+        own, other = (getattr(model.config.get_text_config(), name) for model in (student, teacher))
+        if own != other:
             raise HealError(
-                f"layers cannot be compared one by one: {name} is {theirs} in the teacher {teacher.reference} and "
-                f"{ours} in {student.reference}; leave out --layer-tokens and the loss's hidden, or take the donor as "
+                f"layers cannot be compared one by one: {name} is {other} in the teacher {teacher.reference} and "
+                f"{own} in {student.reference}; leave out --layer-tokens and the loss's hidden, or take the donor as "
                 "the teacher"
             )
 
 
 def _require_adapter_settings(method: str, settings: HealSettings) -> None:
-    """Raise HealError for settings that an existing adapter cannot be trained with."""
+    """Raises HealError for settings with which an existing adapter cannot be trained."""
     if settings.train != method:
         raise HealError(f"this is a {method} adapter, and its matrices are what trains: use --train {method}")
     if settings.layer_tokens:
@@ -105,11 +110,13 @@ def _require_adapter_settings(method: str, settings: HealSettings) -> None:
 
 
 def check_output(asked: Run, student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
-    """Raise OutputError where the result may not be written; over its own checkpoint it may, with --force."""
+    """Raises OutputError unless the output may be written: not over a model that is read, except with --force over
+    the checkpoint itself.
+    """
     checkpoint = Path(asked.checkpoint)
     read = [model.donor.folder for model in (student, teacher) if model.donor is not None]
     read += [Path(teacher.reference)]
-    with suppress(MhconvertError):  # a donor elsewhere cannot be replaced
+    with suppress(MhconvertError):  # a donor that is not recorded here cannot be overwritten
         read += [Path(open_model.recorded_donor(asked.checkpoint))]
     if asked.output.resolve() != checkpoint.resolve():
         read.append(checkpoint)
@@ -117,9 +124,10 @@ def check_output(asked: Run, student: open_model.OpenModel, teacher: open_model.
 
 
 def _require_one_tokenizer(student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
+    """Raises HealError unless both models have the same vocabulary and split a sample text alike."""
     tokenizers = (student.tokenizer(), teacher.tokenizer())
-    ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
-    if ours == theirs:
+    own, taught = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    if own == taught:
         probes = (tokenizer(PROMPT, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers)
         if next(probes) != next(probes):
             raise HealError(
@@ -127,15 +135,15 @@ def _require_one_tokenizer(student: open_model.OpenModel, teacher: open_model.Op
                 "needs a teacher of the same tokenizer"
             )
         return
-    other = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
+    other = next(token for token in {**own, **taught} if own.get(token) != taught.get(token))
     raise HealError(
         f"the teacher {teacher.reference} has another tokenizer than {student.reference} (token {other!r} is "
-        f"{theirs.get(other)} there and {ours.get(other)} here); distillation needs a teacher of the same tokenizer"
+        f"{taught.get(other)} there and {own.get(other)} here); distillation needs a teacher of the same tokenizer"
     )
 
 
 def longest_row(*models: open_model.OpenModel) -> int | None:
-    """Return the number of tokens that all of the models can read."""
+    """The longest context, in tokens, that all models can read; None if no config limits it."""
     limits = [getattr(each.config.get_text_config(), "max_position_embeddings", None) for each in models]
     return min((limit for limit in limits if limit), default=None)
 
@@ -146,6 +154,11 @@ def needed_bytes(
     steps: schedule.Steps,
     settings: HealSettings,
 ) -> int:
+    """The bytes of disk space that the run needs.
+
+    Args:
+        source: the checkpoint's tensors; None for an adapter.
+    """
     tokens = steps.rows * steps.length
     if student.adapter is not None and student.donor is not None:
         base = sum(math.prod(shape) for shape in student.donor.shapes().values())

@@ -1,4 +1,4 @@
-"""Packs text into rows of tokens: documents end to end, each with its own positions, in a seeded order."""
+"""Packs documents into rows of tokens without padding; each document has its own positions, the order is seeded."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ from ..convert.calibration import documents
 from ..convert.calibration.token_rows import CHARACTERS_A_TOKEN, start_of_text
 from ..convert.recipe.heal_settings import HealSettings
 
-PIECE_ROWS = 4  # a longer document is cut into pieces of so many rows, which are drawn apart
-SPARE = 1.5  # characters read from a dataset, over those that are probably needed
+PIECE_ROWS = 4  # longer documents are cut into pieces of this many rows, which are shuffled separately
+SPARE = 1.5  # characters read from a dataset, as a multiple of the estimated need
 
-Sample = Callable[[int], Tensor]  # rows -> (rows, length) token ids that the teacher writes
+Sample = Callable[[int], Tensor]  # number of rows -> (rows, length), token ids sampled from the teacher
 Pieces = Iterator[list[int]]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows. ids, positions (N, L) int32: a position of 0 begins a text that sees nothing before it."""
+    """Packed rows.
+
+    Attributes:
+        ids: (N, L), int32.
+        positions: (N, L), int32; 0 starts a text that does not attend to anything before it.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -39,59 +44,70 @@ class Rows:
         return Rows(self.ids[index], self.positions[index])
 
     def predicted(self) -> Tensor:
-        """(N, L − 1) bool: positions whose next token belongs to the same text."""
+        """(N, L − 1), bool: the positions whose next token belongs to the same text."""
         return self.positions[:, 1:] != 0
 
 
 @dataclass(frozen=True)
 class HealText:
-    """The text of a run. order: indices into `train`, one for each row that is trained on, in turn."""
+    """The text of a run.
+
+    Attributes:
+        order: indices into `train`, in the order of training.
+        tokens: source -> tokens in its whole rows, as far as it was read.
+    """
 
     train: Rows
     held_out: Rows
     order: Tensor
-    tokens: dict[str, int]  # by source, that it has in whole rows; more where not all of it was looked at
+    tokens: dict[str, int]
 
 
 def prepare(settings: HealSettings, tokenizer: Any, length: int, rows: int, sample: Sample) -> HealText:
-    """`rows` rows of `length` tokens to train on, in order, and the held-out ones.
+    """The training rows and the held-out rows of all sources.
 
-    sample: for the source "self". Raises HealError, which says how much text there is, where it is too short.
+    Args:
+        length: tokens per row.
+        rows: to train on, repetitions included.
+        sample: for the source "self".
+
+    Raises:
+        HealError: a source is too short; the message says how much text it has.
     """
     shares = {name: share for name, share in settings.data.items() if share}
-    held = _divided(settings.held_out, shares)
-    wanted = _divided(rows, shares)
+    held_out = _divide(settings.held_out, shares)
+    wanted = _divide(rows, shares)
     train: list[Rows] = []
-    kept: list[Rows] = []
+    evaluation: list[Rows] = []
     orders: list[list[int]] = []
     tokens, first = {}, 0
     for number, source in enumerate(shares):
-        if not wanted[source] + held[source]:
-            continue  # a share of less than a row
-        once = -(-wanted[source] // settings.epochs)
+        if not wanted[source] + held_out[source]:
+            continue  # its share is less than a row
+        distinct_rows = -(-wanted[source] // settings.epochs)
         seed = f"{settings.seed} {number}"
         if source == "self":
-            ids = sample(held[source] + once).int()
+            ids = sample(held_out[source] + distinct_rows).int()
             positions = torch.arange(length, dtype=torch.int32).expand(ids.shape)
             both = Rows(ids, positions.clone())
-            mine, found = both[: held[source]], both[held[source] :]
+            evaluation_rows, train_rows = both[: held_out[source]], both[held_out[source] :]
         else:
-            characters = int((wanted[source] + held[source]) * length * CHARACTERS_A_TOKEN * SPARE)
+            characters = int((wanted[source] + held_out[source]) * length * CHARACTERS_A_TOKEN * SPARE)
             pieces = _pieces(source, tokenizer, length, random.Random(seed), characters)
-            mine, found = packed(pieces, length, held[source]), packed(pieces, length, wanted[source])
-        most = len(found) * settings.epochs
-        if len(mine) < held[source] or most < wanted[source]:
-            _too_short(source, len(found) * length, wanted[source] * length, settings)
-        train.append(found)
-        kept.append(mine)
-        orders.append([first + index for index in _repeated(len(found), wanted[source], seed)])
-        tokens[source] = len(found) * length
-        first += len(found)
-    return HealText(_joined(train), _joined(kept), torch.tensor(_interleaved(orders)), tokens)
+            evaluation_rows = pack(pieces, length, held_out[source])
+            train_rows = pack(pieces, length, wanted[source])
+        if len(evaluation_rows) < held_out[source] or len(train_rows) * settings.epochs < wanted[source]:
+            _raise_too_short(source, len(train_rows) * length, wanted[source] * length, settings)
+        train.append(train_rows)
+        evaluation.append(evaluation_rows)
+        orders.append([first + index for index in _epochs(len(train_rows), wanted[source], seed)])
+        tokens[source] = len(train_rows) * length
+        first += len(train_rows)
+    return HealText(_concatenate(train), _concatenate(evaluation), torch.tensor(_interleave(orders)), tokens)
 
 
-def packed(pieces: Pieces, length: int, rows: int) -> Rows:
-    """Return the first `rows` rows, or fewer where the text ends; the rest of the last document is dropped."""
+def pack(pieces: Pieces, length: int, rows: int) -> Rows:
+    """The first `rows` rows of the pieces, or fewer if they end; the rest of the last piece is dropped."""
     ids: list[int] = []
     positions: list[int] = []
     while len(ids) < rows * length:
@@ -101,23 +117,27 @@ def packed(pieces: Pieces, length: int, rows: int) -> Rows:
         ids += piece
         positions += range(len(piece))
     count = min(rows, len(ids) // length)
-    found = torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)
-    where = torch.tensor(positions[: count * length], dtype=torch.int32).view(count, length)
-    # A text that runs on from the row before begins anew.
-    continues = (where == torch.arange(length, dtype=torch.int32) + where[:, :1]).int().cumprod(1).bool()
-    return Rows(found, torch.where(continues, where - where[:, :1], where))
+    id_rows = torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)
+    raw = torch.tensor(positions[: count * length], dtype=torch.int32).view(count, length)
+    # The positions of a text that continues from the previous row start at 0 again.
+    continues = (raw == torch.arange(length, dtype=torch.int32) + raw[:, :1]).int().cumprod(1).bool()
+    return Rows(id_rows, torch.where(continues, raw - raw[:, :1], raw))
 
 
 def _pieces(source: str, tokenizer: Any, length: int, chance: random.Random, characters: int) -> Pieces:
-    """Yield the token ids of every piece of the source's text, in random order."""
+    """The token ids of the pieces of a source, in random order, with start and end tokens.
+
+    Args:
+        characters: read at most about so many from a dataset.
+    """
     template = getattr(tokenizer, "chat_template", None)
 
     def chat(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
-    texts: list[tuple[str, bool]] = []  # and whether its document ends with it
-    for found in documents.read(source, chat=chat if template else None, characters=characters):
-        for document in found:
+    texts: list[tuple[str, bool]] = []  # (piece, whether it ends its document)
+    for batch in documents.read(source, chat=chat if template else None, characters=characters):
+        for document in batch:
             cut = list(_cut(document, PIECE_ROWS * length * CHARACTERS_A_TOKEN))
             texts += [(text, number + 1 == len(cut)) for number, text in enumerate(cut)]
     chance.shuffle(texts)
@@ -125,13 +145,13 @@ def _pieces(source: str, tokenizer: Any, length: int, chance: random.Random, cha
     for text, ends in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if ids:
-            start = [] if ids[: len(prefix)] == prefix else prefix  # a chat's template may have it
+            start = [] if ids[: len(prefix)] == prefix else prefix  # a chat template may add it
             closed = ids[-1] == end or (tokenizer.eos_token and text.rstrip().endswith(tokenizer.eos_token))
             yield start + ids + [end] * (ends and end is not None and not closed)
 
 
 def _cut(text: str, most: int) -> Iterator[str]:
-    """Split `text` into pieces of at most `most` characters, at a space where the last half has one."""
+    """Split `text` into pieces of at most `most` characters, at a space if the second half has one."""
     while len(text) > most:
         end = text.rfind(" ", most // 2, most)
         end = most if end < 0 else end
@@ -141,8 +161,8 @@ def _cut(text: str, most: int) -> Iterator[str]:
         yield text
 
 
-def _divided(count: int, shares: dict[str, float]) -> dict[str, int]:
-    """Divide `count` into whole parts by `shares`; the largest remainders are rounded up."""
+def _divide(count: int, shares: dict[str, float]) -> dict[str, int]:
+    """`count` divided into whole parts in proportion to `shares`, by largest remainders."""
     whole = sum(shares.values())
     exact = {name: count * share / whole for name, share in shares.items()}
     parts = {name: int(part) for name, part in exact.items()}
@@ -151,40 +171,48 @@ def _divided(count: int, shares: dict[str, float]) -> dict[str, int]:
     return parts
 
 
-def _repeated(count: int, wanted: int, seed: str) -> list[int]:
-    """Return `wanted` indices below `count`: each once before any repeats, every round in another order."""
+def _epochs(count: int, wanted: int, seed: str) -> list[int]:
+    """`wanted` indices below `count`: shuffled epochs, each with every index once."""
     chance = random.Random(seed)
-    found: list[int] = []
-    while len(found) < wanted:
-        turn = list(range(count))
-        chance.shuffle(turn)
-        found += turn
-    return found[:wanted]
+    indices: list[int] = []
+    while len(indices) < wanted:
+        epoch = list(range(count))
+        chance.shuffle(epoch)
+        indices += epoch
+    return indices[:wanted]
 
 
-def _interleaved(orders: list[list[int]]) -> list[int]:
-    """Return all entries, those of each list in their order and evenly spread over the whole."""
+def _interleave(orders: list[list[int]]) -> list[int]:
+    """All entries in one list, those of each order evenly spread over it."""
     spread = ([((place + 0.5) / len(order), row) for place, row in enumerate(order)] for order in orders)
     return [row for _, row in heapq.merge(*spread, key=lambda entry: entry[0])]
 
 
-def _joined(parts: list[Rows]) -> Rows:
+def _concatenate(parts: list[Rows]) -> Rows:
     return Rows(torch.cat([part.ids for part in parts]), torch.cat([part.positions for part in parts]))
 
 
-def _too_short(source: str, found: int, wanted: int, settings: HealSettings) -> None:
-    epochs = -(-wanted // found) if found else 0
+def _raise_too_short(source: str, available: int, wanted: int, settings: HealSettings) -> None:
+    """Raises HealError for a source with too few tokens."""
+    epochs = -(-wanted // available) if available else 0
     advice = (
-        f", or read it {epochs} times with --epochs {epochs}" if found and epochs > settings.epochs else ""
+        f", or read it {epochs} times with --epochs {epochs}"
+        if available and epochs > settings.epochs
+        else ""
     )
     raise HealError(
-        f"{source} has {found:,} tokens to train on (in whole rows, the held-out ones apart) and {wanted:,} are asked "
-        f"for: add text, ask for fewer tokens{advice}"
+        f"{source} has {available:,} tokens to train on (in whole rows, the held-out ones apart) and {wanted:,} are "
+        f"asked for: add text, ask for fewer tokens{advice}"
     )
 
 
 def check(settings: HealSettings) -> None:
-    """Raise TextError for missing files and HealError for a file named twice. Reads no text."""
+    """Check that the sources exist, without reading their text.
+
+    Raises:
+        TextError: a file is missing.
+        HealError: a file is in two sources.
+    """
     sources = [name for name in settings.data if name != "self"]
     documents.check_sources(tuple(sources))
     places = Counter(path.resolve() for name in sources for path in documents.files(name))

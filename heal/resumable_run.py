@@ -1,4 +1,4 @@
-"""OUT.partial of a healing run: its rows, durable checkpoints and metrics, from which it can be resumed."""
+"""OUT.partial, the folder of a running healing: its rows, training checkpoints and metrics, for --resume."""
 
 from __future__ import annotations
 
@@ -21,18 +21,24 @@ from ..convert.storage.output_folder import LOCK, ResumableFolder, disk_full
 from .packed_rows import HealText, Rows
 
 # Files in the work folder:
-STATE = "heal.json"  # the settings, and the last durable checkpoint
+STATE = "heal.json"  # the settings and the last training checkpoint
 TEXT = "text.safetensors"  # the packed rows and their order
 BLOCKS = "blocks.safetensors"  # the layers after the layer-local stage
 
-METRICS = "metrics.jsonl"  # in OUT: one line a step or measurement
+METRICS = "metrics.jsonl"  # in OUT, one line per step or measurement
 
 
 class HealSpace:
-    """A run's folder. Use as a context: locked inside, and cleared when the run fails before it has learnt anything.
+    """The folder of a run, a context manager: locked inside, deleted if the run fails before any training was saved.
 
-    Of several processes only the first (`main`) makes, locks and writes it. `step`: the step of the durable checkpoint
-    that a resumed run goes on from; 0: none.
+    Args:
+        source: path of the checkpoint that is healed.
+        shape: numbers that a resumed run must repeat.
+        needed: bytes of disk space.
+        main: whether this is the first of several processes, the only one that creates, locks and writes the folder.
+
+    Attributes:
+        step: of the training checkpoint from which the run resumes; 0 for none.
     """
 
     def __init__(
@@ -60,20 +66,24 @@ class HealSpace:
             self._new = not self.partial.exists()
             self._folder.enter(
                 self._needed,
-                ours=self._ours,
+                ours=self._is_healing,
                 finished=lambda state: f"a checkpoint after step {state['step'] if state else 0}",
                 resume=self._resume,
                 force=self._force,
             )
         return self
 
-    def _ours(self) -> bool:
-        """Whether the folder is what an interrupted healing leaves: its state, its text, or hardly anything."""
+    def _is_healing(self) -> bool:
+        """Whether the folder is from an interrupted healing: it has a state or text, or is empty so far."""
         names = {path.name for path in self.work.iterdir()} if self.work.is_dir() else {""}
         return bool(names & {STATE, TEXT}) or names <= {LOCK, TEXT + ".new"}
 
     def load(self) -> None:
-        """Find the durable checkpoint, in every process. Raises HealError where it is of another run."""
+        """Read the state in every process.
+
+        Raises:
+            HealError: it is the state of a run with other settings.
+        """
         state = self._folder.state()
         if state is None:
             return
@@ -96,7 +106,7 @@ class HealSpace:
         if not self._main:
             return
         self._folder.unlock()
-        learnt = self.step > 0 or (self.work / BLOCKS).is_file()
+        trained = self.step > 0 or (self.work / BLOCKS).is_file()
         if disk_full(error):
             raise OutputError(
                 f"the disk is full; {self.partial} holds what is durable: free some space and run the same command "
@@ -106,12 +116,12 @@ class HealSpace:
             isinstance(error, MhconvertError)
             and not isinstance(error, ReloadKilledError)
             and self._new
-            and not learnt
+            and not trained
         ):
             self._folder.discard()
 
-    def keep_text(self, text: HealText) -> None:
-        """Write the rows; a resumed run, and the other processes, read the same ones."""
+    def write_text(self, text: HealText) -> None:
+        """Write the rows, which the other processes and a resumed run read."""
         tensors = {
             "ids": text.train.ids,
             "positions": text.train.positions,
@@ -125,22 +135,23 @@ class HealSpace:
     def has_text(self) -> bool:
         return (self.work / TEXT).is_file()
 
-    def text(self) -> HealText:
-        """Return the rows that `keep_text` wrote."""
+    def read_text(self) -> HealText:
+        """The rows that `write_text` wrote."""
         from safetensors import safe_open
 
-        found = load_file(self.work / TEXT)
+        tensors = load_file(self.work / TEXT)
         with safe_open(self.work / TEXT, framework="pt") as file:
             tokens = json.loads(file.metadata()["tokens"])
-        train = Rows(found["ids"], found["positions"])
-        return HealText(train, Rows(found["held_ids"], found["held_positions"]), found["order"], tokens)
+        train = Rows(tensors["ids"], tensors["positions"])
+        held_out = Rows(tensors["held_ids"], tensors["held_positions"])
+        return HealText(train, held_out, tensors["order"], tokens)
 
     def checkpoint(self, step: int) -> Path:
-        """The folder of the durable checkpoint after `step`."""
+        """The folder of the training checkpoint after `step`."""
         return self.work / f"step-{step:08d}"
 
     def unfinished(self, step: int) -> Path:
-        """The folder in which that checkpoint is written until it is complete."""
+        """The folder in which the checkpoint after `step` is written until it is complete."""
         return self.work / f"step-{step:08d}.new"
 
     def commit(self, step: int) -> None:
@@ -158,7 +169,7 @@ class HealSpace:
         self.step = step
 
     def start(self) -> None:
-        """Say what this run is, before anything is durable."""
+        """Write the state of a new run."""
         if self._folder.state() is None:
             self._write_state(0)
 
@@ -180,13 +191,22 @@ class HealSpace:
 
 
 def disk_needed(parameters: int, trained: int, written: int, tokens: int) -> int:
-    """Return the bytes for two durable checkpoints (weights, Adam's two moments of what trains), result and rows."""
+    """The bytes for two training checkpoints, the result and the rows.
+
+    A training checkpoint has the weights and Adam's two moments of the trained parameters, in float32.
+
+    Args:
+        parameters, trained: numbers of parameters.
+        written: bytes of the result.
+        tokens: in all rows.
+    """
     return 2 * 4 * (parameters + 2 * trained) + written + 2 * 4 * tokens
 
 
-def memory_fault(error: BaseException) -> bool:
-    """Whether a computation failed because memory ran out."""
-    said = str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed for lack of memory."""
+    message = str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in said or "out of memory" in said.lower())
+        isinstance(error, RuntimeError)
+        and ("not enough memory" in message or "out of memory" in message.lower())
     )

@@ -1,4 +1,4 @@
-"""Training of routed heads: the balance of their load, in the loss and in the metrics."""
+"""Training of models with routed heads (MoH, arXiv 2410.11842): the load-balance loss and the load of the heads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .student import SCORES, Student, Weights, choose_trained
 
 
 class RoutingStudent(Student):
-    """A mixture-of-head model (MoH, arXiv 2410.11842), whose loss may ask for a balanced load."""
+    """A student with routed heads."""
 
     @classmethod
     def of(cls, model: Any, settings: HealSettings, vocab_size: int) -> RoutingStudent:
-        """Return the student for `model`; with a fixed router its scores get no gradient and pass none on."""
+        """The student for `model`; the scores of a fixed router are not trained and have no gradient."""
         trained = settings.router == "trained"
         for module in model.modules():
             if hasattr(module, "straight_through"):
@@ -27,20 +27,20 @@ class RoutingStudent(Student):
         return cls(chosen, vocab_size)
 
     def balance(self, weights: Weights) -> Tensor | None:
-        """Σ P f over the routed heads, mean of the layers, of the forward pass before; None where it counts nothing.
+        """The load-balance loss Σ P f of the last forward pass, mean over layers; None if its weight is 0.
 
-        Rows are packed, so every token is one of text.
+        Rows are packed, so there is no padding to exclude.
         """
         return self.model.load_balance() if weights.balance else None
 
     @torch.no_grad()
     def end_step(self, done: float) -> dict[str, Any]:
-        """Return the share of the last rows' tokens that each routed head of each layer had."""
+        """The fraction of the last tokens that each head of each layer was routed, as "head_load"."""
         return {"head_load": [[round(f, 4) for f in share.tolist()] for _, share in self.model.head_load()]}
 
 
 def check(config: Any, settings: HealSettings) -> None:
-    """Raise HealError where router settings are given for a model without a router."""
+    """Raises HealError if the router is to be trained and the model has none."""
     if getattr(config, "head_router", None) is None and settings.router == "trained":
         raise HealError(
             "the checkpoint routes no heads (--to moh does); leave --router and the loss's balance out"

@@ -1,9 +1,9 @@
-"""Healing from a converted checkpoint to a healed one.
+"""The stages of healing a converted checkpoint:
 
-    open ▸ text ▸ measure ▸ (layers one by one) ▸ distil ▸ (merge) ▸ measure ▸ write ▸ verify
+    open ▸ text ▸ measure ▸ (layer by layer) ▸ distil ▸ (merge) ▸ measure ▸ write ▸ verify
 
-Everything is written to OUT.partial, which is renamed when it is whole. Several processes run this together; the first
-of them writes.
+The result is written to OUT.partial, which is renamed to OUT when it is complete. Several processes may run this
+together, of which only the first writes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ..convert.calibration.token_rows import sampled_rows
 from ..convert.storage.atomic_files import save_tensors
 from ..convert.storage.safetensors_reader import SafetensorsSource
 from . import fusion, layer_healing, packed_rows, schedule, write_result
+from .build_student import build_student
 from .distill import Distillation, Measure, fidelity, held_out_values
 from .metrics import Metrics
 from .open_models import Run, check_output, longest_row, needed_bytes, open_both
-from .resumable_run import BLOCKS, METRICS, HealSpace, memory_fault
-from .routing import RoutingStudent
-from .student import Student, Teacher, choose_trained
+from .resumable_run import BLOCKS, METRICS, HealSpace, is_out_of_memory
+from .student import Student, Teacher
 
 Finish = Callable[[Path, dict[str, Any]], None]
 
@@ -42,16 +42,20 @@ Finish = Callable[[Path, dict[str, Any]], None]
 def run(
     asked: Run, *, measure: Measure, finish: Finish, on_progress: Listener | None = None
 ) -> dict[str, Any]:
-    """Heal the checkpoint and write the result; returns its report in the first process, an empty one in others.
+    """Heal a checkpoint and write the result; returns its report in the first process, {} in the others.
 
-    measure, finish: as in `convert.pipeline.convert_checkpoint`. Raises MhconvertError for what a user can mend.
+    Args:
+        measure, finish: as in `convert.pipeline.convert_checkpoint`.
+
+    Raises:
+        MhconvertError: an error that the user can fix.
     """
     accelerator = schedule.make_accelerator(asked.settings)
-    tell = (on_progress or ignore) if accelerator.is_main_process else ignore
+    on_progress = (on_progress or ignore) if accelerator.is_main_process else ignore
     try:
-        return _Healing(asked, accelerator, measure, tell).run(finish)
+        return _Healing(asked, accelerator, measure, on_progress).run(finish)
     except (RuntimeError, MemoryError) as error:
-        if not memory_fault(error):
+        if not is_out_of_memory(error):
             raise
         raise HealError(
             "there is not enough memory for a step: try a smaller --micro-batch, a shorter --sequence-length, "
@@ -63,7 +67,7 @@ def run(
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learnt: the teacher, the text, and a function that measures a model on the held-out rows."""
+    """The teacher, the text, and a function that measures the fidelity of a model on the held-out rows."""
 
     teacher: Teacher
     text: packed_rows.HealText
@@ -71,14 +75,14 @@ class Lesson:
 
 
 class _Healing:
-    """One run in one process, opened; every refusal that needs no weights is raised when it is made."""
+    """A healing run in one process. The constructor makes every check that needs no weights."""
 
-    def __init__(self, asked: Run, accelerator: Accelerator, measure: Measure, tell: Listener):
+    def __init__(self, asked: Run, accelerator: Accelerator, measure: Measure, on_progress: Listener):
         self.asked, self.settings = asked, asked.settings
         self.accelerator, self.main = accelerator, accelerator.is_main_process
-        self.measure, self.tell = measure, tell
+        self.measure, self.on_progress = measure, on_progress
         self.begun = time.perf_counter()
-        self.student, self.teacher = open_both(asked, accelerator, tell)
+        self.student, self.teacher = open_both(asked, accelerator, on_progress)
         limit, processes = longest_row(self.student, self.teacher), accelerator.num_processes
         self.steps = schedule.divide(self.settings, limit, processes, accelerator.device.type)
         self.adapter = self.student.adapter is not None
@@ -89,14 +93,14 @@ class _Healing:
         self.space = self._space()
 
     def run(self, finish: Finish) -> dict[str, Any]:
-        """Run every stage in order; return the report in the first process, {} in the others."""
+        """Run all stages; returns the report in the first process, {} in the others."""
         report: dict[str, Any] = {}
         with self.space:
             self.accelerator.wait_for_everyone()
             self.space.load()
-            teaching = Teacher(self._teacher_model())
-            text = self._text(teaching)
-            lesson = Lesson(teaching, text, self._measurement(teaching, text))
+            teacher = Teacher(self._teacher_model())
+            text = self._text(teacher)
+            lesson = Lesson(teacher, text, self._fidelity_function(teacher, text))
             model = self.student.model(trainable=self.adapter)
             before = lesson.fidelity(model)
             metrics = self._metrics(before) if self.main else None
@@ -107,45 +111,52 @@ class _Healing:
             if metrics is not None:
                 report = self._finish(model, before, lesson, metrics, finish)
             self.accelerator.wait_for_everyone()
-        self.tell(Progress("done", 1, 1, str(self.asked.output)))
+        self.on_progress(Progress("done", 1, 1, str(self.asked.output)))
         return report
 
     def _space(self) -> HealSpace:
-        asked, place = self.asked, str(Path(self.asked.checkpoint).resolve())
-        needed = needed_bytes(self.student, self.source, self.steps, self.settings)
-        shape = {name: getattr(self.steps, name) for name in ("steps", "length", "batch_rows")}
-        options: dict[str, Any] = {"resume": asked.resume, "force": asked.force, "main": self.main}
-        return HealSpace(asked.output, self.settings, place, shape, needed=needed, **options)
+        return HealSpace(
+            self.asked.output,
+            self.settings,
+            str(Path(self.asked.checkpoint).resolve()),
+            {name: getattr(self.steps, name) for name in ("steps", "length", "batch_rows")},
+            needed=needed_bytes(self.student, self.source, self.steps, self.settings),
+            resume=self.asked.resume,
+            force=self.asked.force,
+            main=self.main,
+        )
 
     def _teacher_model(self) -> Any:
-        """Return the teacher's model; in bfloat16 on a GPU that supports it, since it is only read."""
+        """The teacher's model, in bfloat16 if the student is trained in it on a GPU, else in float32."""
         accelerator = self.accelerator
         half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
         return self.teacher.model(torch.bfloat16 if half else torch.float32)
 
-    def _text(self, teaching: Teacher) -> packed_rows.HealText:
-        """Return the rows: prepared once by the first process, the same in all processes and after every resume."""
+    def _text(self, teacher: Teacher) -> packed_rows.HealText:
+        """The rows; the first process prepares them once, the others and a resumed run read them."""
         if self.main and not self.space.has_text:
             settings, tokenizer, length = self.settings, self.student.tokenizer(), self.steps.length
             rows = max(self.steps.rows, settings.layer_tokens // length)
-            self.tell(Progress("text", 0, 1, ", ".join(settings.data)))
+            self.on_progress(Progress("text", 0, 1, ", ".join(settings.data)))
 
             def sample(count: int) -> torch.Tensor:
-                return sampled_rows(teaching.model, tokenizer, count, length, settings.seed, self.tell)
+                return sampled_rows(teacher.model, tokenizer, count, length, settings.seed, self.on_progress)
 
-            self.space.keep_text(packed_rows.prepare(settings, tokenizer, length, rows, sample))
+            self.space.write_text(packed_rows.prepare(settings, tokenizer, length, rows, sample))
             self.space.start()
         self.accelerator.wait_for_everyone()
-        return self.space.text()
+        return self.space.read_text()
 
-    def _measurement(self, teaching: Teacher, text: packed_rows.HealText) -> Callable[[Any], dict[str, Any]]:
-        """A function that measures a whole model on the held-out rows."""
+    def _fidelity_function(
+        self, teacher: Teacher, text: packed_rows.HealText
+    ) -> Callable[[Any], dict[str, Any]]:
+        """A function that measures the fidelity of a model on the held-out rows."""
         micro, device = self.steps.micro_rows, self.accelerator.device
 
         def measured(model: Any) -> dict[str, Any]:
-            self.tell(Progress("measure", 0, 1))
+            self.on_progress(Progress("measure", 0, 1))
             student = Student(model, self.vocab_size)
-            return fidelity(student, teaching, text.held_out, self.measure, micro, device)
+            return fidelity(student, teacher, text.held_out, self.measure, micro, device)
 
         return measured
 
@@ -156,81 +167,72 @@ class _Healing:
         return metrics
 
     def _heal_layers(self, model: Any, lesson: Lesson) -> None:
-        """Run the layer-local stage, identically in every process; its result is durable."""
+        """Train layer by layer, identically in every process, or load the saved result of an interrupted run."""
         file, settings = self.space.work / BLOCKS, self.settings
         if file.is_file():
             model.load_state_dict(load_file(file), strict=False)
             return
         rows = lesson.text.order[: max(1, settings.layer_tokens // self.steps.length)].unique()
-        options: dict[str, Any] = {
-            "tokens": settings.layer_tokens,
-            "train": settings.train,
-            "seed": settings.seed,
-        }
         layer_healing.fit_blocks(
-            model, lesson.teacher.model, lesson.text.train.ids[rows], **options, tell=self.tell
+            model,
+            lesson.teacher.model,
+            lesson.text.train.ids[rows],
+            tokens=settings.layer_tokens,
+            train=settings.train,
+            seed=settings.seed,
+            on_progress=self.on_progress,
         )
         if self.main:
             save_tensors({name: t for name, t in model.state_dict().items() if ".layers." in name}, file)
 
     def _distil(self, model: Any, lesson: Lesson, metrics: Metrics | None) -> Any:
-        """Run the end-to-end stages; return the whole trained model in the first process."""
+        """Train end to end; returns the whole trained model in the first process."""
         settings, accelerator, space = self.settings, self.accelerator, self.space
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        student = self._trainable(model)
+        student = build_student(model, settings, self.vocab_size, is_adapter=self.adapter)
         distillation = Distillation(accelerator, student, lesson.teacher, settings, self.steps, space)
-        distillation.run(lesson.text, metrics, self.measure, self.tell)
+        distillation.train(lesson.text, metrics, self.measure, self.on_progress)
         if accelerator.distributed_type is not DistributedType.FSDP:
             return accelerator.unwrap_model(distillation.model).model
-        state = accelerator.get_state_dict(distillation.model)  # of all processes
+        state = accelerator.get_state_dict(distillation.model)  # collective: every process must call it
         if not self.main:
             return model
-        whole = self._trainable(self.student.model(trainable=self.adapter))
+        whole = build_student(
+            self.student.model(trainable=self.adapter), settings, self.vocab_size, is_adapter=self.adapter
+        )
         whole.load_state_dict(state)
         return whole.model
-
-    def _trainable(self, model: Any) -> Student:
-        if self.adapter:  # what trains is settled
-            return Student(model, self.vocab_size)
-        torch.manual_seed(self.settings.seed)  # a new adapter starts at random
-        if self.settings.fusion:
-            fusion.prepare(model, self.settings.fusion)
-            chosen = choose_trained(model, self.settings.train, self.settings.rank)
-            return fusion.FusingStudent(chosen, self.vocab_size)
-        if hasattr(model, "load_balance"):
-            return RoutingStudent.of(model, self.settings, self.vocab_size)
-        return Student(choose_trained(model, self.settings.train, self.settings.rank), self.vocab_size)
 
     def _finish(
         self, model: Any, before: dict[str, Any], lesson: Lesson, metrics: Metrics, finish: Finish
     ) -> dict[str, Any]:
-        """Write the folder, reload and check it, and publish it."""
+        """Write the result, check it in a new process, and rename OUT.partial to OUT; returns the report."""
         asked, space = self.asked, self.space
         if self.settings.fusion:
             fusion.fuse(model, self.settings.fusion)
         if self.source is not None:
-            model = write_result.merged(model)
-            write_result.round_to(model, self.source)
+            model = write_result.merge_adapter(model)
+            write_result.round_weights(model, self.source)
         after = lesson.fidelity(model)
         metrics.add(self.steps.steps, **held_out_values(after))
         metrics.close()
         report = write_result.report(asked.checkpoint, asked.output, before, after)
-        report |= {"healing": self._facts(lesson.text, metrics), "versions": versions()}
+        report |= {"healing": self._training_report(lesson.text, metrics), "versions": versions()}
         if self.settings.fusion and self.source is not None:
             write_result.record_heads(report, model, self.source)
-        write_result.write(space, model, self.source, asked.checkpoint)
+        write_result.write_checkpoint(space, model, self.source, asked.checkpoint)
         if asked.verify and not self.adapter:
-            self.tell(Progress("verify", 0, 1))
-            report |= write_result.proof(space, model, lesson.text.held_out)
+            self.on_progress(Progress("verify", 0, 1))
+            report |= write_result.verify_reload(space, model, lesson.text.held_out)
         report["peak_rss_bytes"] = peak_rss(report)
         finish(space.partial, report)
-        write_result.record(space.partial, asked.checkpoint, self.settings)
+        write_result.write_record(space.partial, asked.checkpoint, self.settings)
         space.publish()
         return report
 
-    def _facts(self, text: packed_rows.HealText, metrics: Metrics) -> dict[str, Any]:
-        """Return the report's section on the training."""
+    def _training_report(self, text: packed_rows.HealText, metrics: Metrics) -> dict[str, Any]:
+        """The section "healing" of the report."""
         speeds = [entry["tokens_per_second"] for entry in metrics.entries if "tokens_per_second" in entry]
         trained = text.train[text.order[: self.steps.rows]]
         return {

@@ -1,4 +1,4 @@
-"""Divides a run's settings into steps and rows, and makes the accelerator that takes them."""
+"""The steps and batches of a healing run, and its accelerator."""
 
 from __future__ import annotations
 
@@ -17,18 +17,30 @@ from mhconvert.errors import HealError
 
 from ..convert.recipe.heal_settings import HealSettings
 
-ROW = 1024  # tokens, where both models read as many
-STEPS = 200  # that a batch is sized for, within these tokens
-LEAST_BATCH, MOST_BATCH = 1024, 65536
+ROW_TOKENS = 1024  # default length of a row, if both models can read it
+DEFAULT_STEPS = 200  # the default batch size aims at this many steps
+MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 1024, 65536  # of the default batch size
 MICRO_ROWS = {"cpu": 2, "cuda": 8}
-TENTHS = 10  # measurements and durable checkpoints of a run, unless settings say otherwise
-FITTING = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+DEFAULT_CHECKPOINTS = 10  # default number of measurements and of training checkpoints in a run
+SUPPORTED_TYPES = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """steps of batch_rows rows of `length` tokens, `micro_rows` at a time in each process; from step `lm_from` on the
-    text alone teaches. eval_every, save_every: in steps."""
+    """The division of a run into optimiser steps.
+
+    Attributes:
+        length: tokens per row.
+        batch_rows: rows per step over all processes.
+        micro_rows: rows per forward pass of a process.
+        lm_from: the step from which on only the text is learnt, without the teacher.
+        eval_every, save_every: in steps.
+    """
 
     steps: int
     length: int
@@ -44,51 +56,65 @@ class Steps:
 
     @property
     def rows(self) -> int:
-        """Rows that the whole run reads, repeated ones counted again."""
+        """Rows of the whole run, with repetitions."""
         return self.steps * self.batch_rows
 
 
 def divide(settings: HealSettings, limit: int | None, processes: int, device: str) -> Steps:
-    """limit: tokens that both models read at most. Raises HealError for sizes that do not go together."""
-    length = settings.sequence_length or min(ROW, limit or ROW)
+    """The steps for these settings.
+
+    Args:
+        limit: the longest row that both models can read, in tokens; None for no limit.
+        processes: their number.
+        device: "cpu" or "cuda".
+
+    Raises:
+        HealError: the sizes in the settings do not fit together.
+    """
+    length = settings.sequence_length or min(ROW_TOKENS, limit or ROW_TOKENS)
     if limit and length > limit:
         raise HealError(
             f"sequence_length={length} is more than the models read; choose --sequence-length ≤ {limit}"
         )
-    wished = settings.batch_tokens or min(MOST_BATCH, max(LEAST_BATCH, settings.tokens // STEPS))
-    of_each = max(1, round(wished / length / processes))
-    most = min(of_each, MICRO_ROWS.get(device, MICRO_ROWS["cuda"]))
-    micro = settings.micro_batch or next(n for n in range(most, 0, -1) if of_each % n == 0)
-    if of_each % micro:
+    batch_tokens = settings.batch_tokens or min(
+        MAX_BATCH_TOKENS, max(MIN_BATCH_TOKENS, settings.tokens // DEFAULT_STEPS)
+    )
+    process_rows = max(1, round(batch_tokens / length / processes))
+    largest = min(process_rows, MICRO_ROWS.get(device, MICRO_ROWS["cuda"]))
+    micro = settings.micro_batch or next(n for n in range(largest, 0, -1) if process_rows % n == 0)
+    if process_rows % micro:
         raise HealError(
-            f"micro_batch={micro} does not divide the {of_each} rows of a batch of {wished} tokens in {processes} "
-            f"process{'es' * (processes > 1)}; choose a divisor, or another --batch-tokens"
+            f"micro_batch={micro} does not divide the {process_rows} rows of a batch of {batch_tokens} tokens in "
+            f"{processes} process{'es' * (processes > 1)}; choose a divisor, or another --batch-tokens"
         )
-    rows = of_each * processes
+    rows = process_rows * processes
     steps = -(-settings.tokens // (rows * length))
-    of_text = -(-settings.lm_tokens // (rows * length))
+    lm_steps = -(-settings.lm_tokens // (rows * length))
 
     def every(tokens: int | None) -> int:
-        return max(1, -(-steps // TENTHS) if tokens is None else round(tokens / (rows * length)))
+        return max(1, -(-steps // DEFAULT_CHECKPOINTS) if tokens is None else round(tokens / (rows * length)))
 
     return Steps(
-        steps, length, rows, micro, steps - of_text, every(settings.eval_tokens), every(settings.save_tokens)
+        steps, length, rows, micro, steps - lm_steps, every(settings.eval_tokens), every(settings.save_tokens)
     )
 
 
 def make_accelerator(settings: HealSettings) -> Accelerator:
-    """Return this process's accelerator, alone or under `accelerate launch`. Raises HealError for an unfit config."""
+    """The accelerator of this process, alone or under `accelerate launch`.
+
+    Raises:
+        HealError: the device cannot be used, or the accelerate config is not supported.
+    """
     if settings.device not in (None, "cpu", "cuda"):
         raise HealError(
             f"device '{settings.device}' is neither cpu nor cuda; CUDA_VISIBLE_DEVICES chooses among GPUs"
         )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise HealError("device 'cuda' cannot be used: torch finds no GPU; leave it out, or use cpu")
-    waiting = InitProcessGroupKwargs(
-        timeout=timedelta(days=7)
-    )  # the first process samples, measures and writes alone
-    options: dict[str, Any] = {"cpu": settings.device == "cpu", "kwargs_handlers": [waiting]}
-    if is_initialized():  # in a notebook, by somebody else: this process stays as it is
+    # The other processes wait while the first one samples, measures and writes.
+    process_group = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    options: dict[str, Any] = {"cpu": settings.device == "cpu", "kwargs_handlers": [process_group]}
+    if is_initialized():  # for example in a notebook: accelerate cannot be configured again
         options = {}
     elif "ACCELERATE_MIXED_PRECISION" not in os.environ:
         device = torch.device("cpu" if settings.device == "cpu" or not torch.cuda.is_available() else "cuda")
@@ -99,18 +125,19 @@ def make_accelerator(settings: HealSettings) -> Accelerator:
         raise HealError(
             f"accelerate does not start with its config: {' '.join(str(error).split())}"
         ) from error
-    _require_fitting(accelerator)
+    _require_supported(accelerator)
     return accelerator
 
 
-def _require_fitting(accelerator: Accelerator) -> None:
+def _require_supported(accelerator: Accelerator) -> None:
+    """Raises HealError for an accelerate config on which healing does not run."""
     kind, started = accelerator.distributed_type, int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise HealError(
             f"{started} processes were started and accelerate joins {accelerator.num_processes}; the config asks for "
             "GPUs that are not there: use one process, or torchrun with ACCELERATE_USE_CPU=true"
         )
-    if kind not in FITTING:
+    if kind not in SUPPORTED_TYPES:
         raise HealError(
             f"the accelerate config asks for {kind.value}, which healing does not run on; use one process, DDP "
             "(MULTI_GPU, MULTI_CPU) or FSDP 2: recipes/ has configs for both"

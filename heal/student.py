@@ -1,4 +1,4 @@
-"""The student, its teacher, and which of the student's tensors train."""
+"""The student and the teacher of a healing run, and the student's trainable parameters."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from mhconvert.errors import HealError
 from ..convert.donor.donor import final_logits
 from ..convert.recipe.heal_settings import HealSettings
 from .layer_fit import tensor_scale
-from .losses import Predictions, hidden_error, summed
+from .losses import Predictions, chunked_loss, hidden_error
 from .packed_rows import Rows
 
-# Peak learning rates by what trains; for attention and all of each tensor's RMS.
+# train -> peak learning rate; for "attention" and "all" as a fraction of the RMS of each tensor.
 LEARNING_RATES = {"attention": 3e-4, "all": 1e-4, "lora": 1e-3, "hydra": 1e-3}
-SCORES = ".router.score."  # of routed heads: what chooses
-OMEGA_RATE = 1e-2  # of what mixes heads (DHA, arXiv 2406.06567, section 4.1)
+SCORES = ".router.score."  # in the names of the parameters that select routed heads
+OMEGA_RATE = (
+    1e-2  # learning rate of the mixing coefficients of heads; source: DHA, arXiv 2406.06567, section 4.1
+)
 
 
 @dataclass(frozen=True)
@@ -32,45 +34,48 @@ class Weights:
     balance: float = 0.0
 
     @property
-    def taught(self) -> bool:
-        """Whether any term needs the teacher."""
+    def needs_teacher(self) -> bool:
+        """Whether any loss term needs the teacher."""
         return self.kl > 0 or self.hidden > 0
 
 
 class Student(nn.Module):
-    """A causal language model whose forward pass ends in a loss, so that a wrapper sees all of it in one call."""
+    """A causal language model whose forward pass returns the losses, as DDP and FSDP need one call per step."""
 
     def __init__(self, model: Any, vocab_size: int):
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
-        self._no_split_modules = model._no_split_modules  # where accelerate divides it between processes
+        self._no_split_modules = model._no_split_modules  # for FSDP
 
     def forward(
         self, rows: Rows, teacher: Teacher, weights: Weights, measure: Any = None
     ) -> dict[str, Tensor]:
-        """Sums over the predictions of `rows` (B, T): loss (differentiable), kl, ce, hidden, balance; and their count.
+        """The losses of `rows` (B, T), summed over the predictions, and the number of these.
 
-        measure: adds the predictions, in float32, to this accumulator of fidelity instead.
+        Args:
+            measure: an accumulator of fidelity. If given, the float32 predictions are added to it and {} is returned.
+
+        Returns loss (differentiable), kl, ce, hidden, balance (each for the record) and count.
         """
         if measure is not None:
             with torch.no_grad(), torch.autocast(rows.ids.device.type, enabled=False):
                 self._measure(rows, teacher, measure)
             return {}
         every_layer = weights.hidden > 0
-        seen = states(self.model, rows, every_layer)
+        own = states(self.model, rows, every_layer)
         balance = self.balance(weights)
-        theirs = teacher.states(rows, every_layer) if weights.taught else []
-        found = self._predictions(rows, seen[-1], teacher, theirs[-1] if theirs else None)
-        loss, sums = summed(found, self.model.get_output_embeddings(), weights.kl, weights.ce)
+        taught = teacher.states(rows, every_layer) if weights.needs_teacher else []
+        predictions = self._predictions(rows, own[-1], teacher, taught[-1] if taught else None)
+        loss, sums = chunked_loss(predictions, self.model.get_output_embeddings(), weights.kl, weights.ce)
         error = torch.zeros_like(loss)
         if every_layer:
             predicting = torch.nn.functional.pad(rows.predicted(), (0, 1))
-            between = zip(seen[:-1], theirs[:-1], strict=True)
-            errors = [hidden_error(ours, expected, predicting) for ours, expected in between]
-            error = torch.stack(errors).mean() if errors else error  # a model of one layer has none
+            layers = zip(own[:-1], taught[:-1], strict=True)
+            errors = [hidden_error(output, expected, predicting) for output, expected in layers]
+            error = torch.stack(errors).mean() if errors else error  # empty for a model of one layer
             loss = loss + weights.hidden * error
-        count = torch.tensor(float(len(found.targets)), device=loss.device)
+        count = torch.tensor(float(len(predictions.targets)), device=loss.device)
         terms = {"kl": sums[0], "ce": sums[1], "hidden": error.detach(), "balance": torch.zeros_like(count)}
         if balance is not None:
             loss = loss + weights.balance * balance * count
@@ -78,38 +83,43 @@ class Student(nn.Module):
         return {"loss": loss, **terms, "count": count}
 
     def balance(self, weights: Weights) -> Tensor | None:
-        """Return how unequal the load of routed heads is, a mean over tokens; None where it is not in the loss."""
+        """The load-balance loss of routed heads, mean over tokens; None if it is not part of the loss."""
         return None
 
     def end_step(self, done: float) -> dict[str, Any]:
-        """Called after each optimiser step with the share of the run that is done; returns metrics to record."""
+        """Called after each optimiser step; returns metrics to record.
+
+        Args:
+            done: fraction of the run that is done.
+        """
         return {}
 
-    def _predictions(self, rows: Rows, ours: Tensor, teacher: Teacher, theirs: Tensor | None) -> Predictions:
-        chosen = rows.predicted()
+    def _predictions(self, rows: Rows, own: Tensor, teacher: Teacher, taught: Tensor | None) -> Predictions:
+        """The predictions of both models, from the hidden states (B, T, D) of the student and of the teacher."""
+        predicted = rows.predicted()
         return Predictions(
-            student=ours[:, :-1][chosen],
-            teacher=None if theirs is None else theirs[:, :-1][chosen],
-            targets=rows.ids[:, 1:][chosen].long(),
+            student=own[:, :-1][predicted],
+            teacher=None if taught is None else taught[:, :-1][predicted],
+            targets=rows.ids[:, 1:][predicted].long(),
             student_head=self.logits,
             teacher_head=teacher.logits,
             vocab_size=self.vocab_size,
         )
 
     def _measure(self, rows: Rows, teacher: Teacher, measure: Any) -> None:
-        ours, theirs = states(self.model, rows)[-1], teacher.states(rows)[-1]
-        found = self._predictions(rows, ours, teacher, theirs)
-        for part in found.slices():
-            candidate, reference, targets = found.logits(part, found.student[part])
+        own, taught = states(self.model, rows)[-1], teacher.states(rows)[-1]
+        predictions = self._predictions(rows, own, teacher, taught)
+        for part in predictions.slices():
+            candidate, reference, targets = predictions.logits(part, predictions.student[part])
             measure.add(reference, candidate, targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Normed states (P, D) -> logits (P, V)."""
+        """The logits (P, V) for hidden states (P, D) after the final norm."""
         return final_logits(self.model.config, self.model.get_output_embeddings()(hidden))
 
 
 class Teacher:
-    """A model that is only read; it is not a submodule of the student, so it is neither trained, wrapped nor saved."""
+    """A model in eval mode without gradients. It is not a submodule of the student, so it is not wrapped or saved."""
 
     def __init__(self, model: Any):
         self.model = model.eval().requires_grad_(False)
@@ -124,10 +134,12 @@ class Teacher:
 
 
 def states(model: Any, rows: Rows, every_layer: bool = False) -> list[Tensor]:
-    """Return hidden states (B, T, D): last those behind the final norm; with `every_layer` also each layer's output."""
-    whole = not bool(
-        (rows.positions[:, 1:] == 0).any()
-    )  # no text begins inside a row: the plain causal mask will do
+    """The hidden states (B, T, D) after the final norm, last in the list.
+
+    With `every_layer` the outputs of all layers but the last one come before them.
+    """
+    # Without a document boundary inside a row the plain causal mask is right.
+    whole = not bool((rows.positions[:, 1:] == 0).any())
     output = model.get_decoder()(
         input_ids=rows.ids.long(),
         position_ids=None if whole else rows.positions.long(),
@@ -137,39 +149,45 @@ def states(model: Any, rows: Rows, every_layer: bool = False) -> list[Tensor]:
     return [*(output.hidden_states[1:-1] if every_layer else ()), output.last_hidden_state]
 
 
-def choose_trained(model: Any, train: str, rank: int, held: str | None = None) -> Any:
-    """`model`, or an adapter on it, of which exactly the tensors that `train` names require gradients.
+def choose_trained(model: Any, train: str, rank: int, frozen: str | None = None) -> Any:
+    """`model`, or a new adapter on it, with gradients for exactly the parameters that `train` selects.
 
-    held: a part of the names of those that stay as they are nevertheless.
+    Args:
+        train: "all", "attention", "lora" or "hydra".
+        rank: of a new adapter.
+        frozen: parameters with this in their names are not trained.
+
+    Raises:
+        HealError: no parameter would be trained.
     """
     for name, parameter in model.named_parameters():
         chosen = train == "all" or (train == "attention" and ".self_attn." in name)
-        parameter.requires_grad_(chosen and not (held and held in name))
+        parameter.requires_grad_(chosen and not (frozen and frozen in name))
     if train in ("lora", "hydra"):
-        model = _with_adapter(model, train, rank, held)
+        model = _with_adapter(model, train, rank, frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise HealError(f"the model has no tensor that train={train} would change")
     return model
 
 
 def parameter_groups(model: nn.Module, settings: HealSettings) -> list[dict[str, Any]]:
-    """One group a tensor, with its peak learning rate. Matrices decay; norms and biases do not.
+    """One optimiser group per trained tensor, with its peak learning rate and weight decay.
 
-    A new adapter's matrices are of one size, so one rate does. Tensors that are there already differ by factors of
-    hundreds: a step is a share of the tensor's RMS.
+    The matrices of a new adapter are of similar size and share one rate. Existing tensors differ in size by factors
+    of hundreds, so their rates are proportional to their RMS. Norms and biases have no weight decay.
     """
     rate = settings.lr or LEARNING_RATES[settings.train]
-    own = settings.train in ("attention", "all")
+    existing = settings.train in ("attention", "all")
     groups = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        mixes = name.endswith(".omega")  # of heads that are to be one
-        scale = 1.0 if mixes or not own else tensor_scale(parameter)
-        if own and ".router." in name and SCORES not in name:
+        mixes = name.endswith(".omega")  # coefficients of heads that are being fused
+        scale = 1.0 if mixes or not existing else tensor_scale(parameter)
+        if existing and ".router." in name and SCORES not in name:
             scale = (
                 parameter.shape[-1] ** -0.5
-            )  # gates of routed heads begin at zero; as large as new maps are
+            )  # gates of routed heads start at 0: the scale of a new linear map
         decay = settings.weight_decay if parameter.dim() > 1 and not mixes else 0.0
         groups.append(
             {
@@ -181,8 +199,8 @@ def parameter_groups(model: nn.Module, settings: HealSettings) -> list[dict[str,
     return groups
 
 
-def _with_adapter(model: Any, kind: str, rank: int, held: str | None) -> Any:
-    """A LoRA of `rank`, or a Hydra of two branches of half of it, on every linear map of the attention."""
+def _with_adapter(model: Any, kind: str, rank: int, frozen: str | None) -> Any:
+    """`model` with a LoRA of `rank`, or a Hydra with two branches of half of it, on every linear map of attention."""
     from peft import LoraConfig, get_peft_model
 
     from ..convert.methods.hydra import HydraConfig
@@ -190,7 +208,7 @@ def _with_adapter(model: Any, kind: str, rank: int, held: str | None) -> Any:
     targets = sorted(
         name
         for name, module in model.named_modules()
-        if ".self_attn." in name and isinstance(module, nn.Linear) and not (held and held in f"{name}.")
+        if ".self_attn." in name and isinstance(module, nn.Linear) and not (frozen and frozen in f"{name}.")
     )
     if kind == "lora":
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))

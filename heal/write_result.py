@@ -1,4 +1,4 @@
-"""Writes the result of a healing run: weights, measurements before and after, provenance."""
+"""Writes the result of a healing run: weights, report and record."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from .resumable_run import METRICS, HealSpace
 
 REPORT = "report.json"
 PICTURES = (METRICS, "healing.svg")
-MADE_ANEW = (REPORT, "README.md", provenance.PROVENANCE, provenance.EVALUATION, INDEX, *PICTURES)
-PROBE_ROWS, PROBE_TOKENS = 2, 512  # whose logits a reload is compared with
+REWRITTEN = (REPORT, "README.md", provenance.PROVENANCE, provenance.EVALUATION, INDEX, *PICTURES)
+PROBE_ROWS, PROBE_TOKENS = 2, 512  # part of the held-out rows on which the reloaded model is compared
 MEASURED = ("perplexity", "kl", "top1_agreement")
 
 
-def merged(model: Any) -> Any:
-    """Return the model with the adapter that was trained on it merged into its weights."""
+def merge_adapter(model: Any) -> Any:
+    """The model with an adapter that was trained on it merged into its weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 @torch.no_grad()
-def round_to(model: Any, source: SafetensorsSource) -> None:
-    """Round the weights to the dtypes they are written in, so that the measurements are of the written model."""
+def round_weights(model: Any, source: SafetensorsSource) -> None:
+    """Round the weights in place to the dtypes of `source`, so that the measured model is the written one."""
     state = model.state_dict()
     for name in source.names():
         state[name].copy_(cast(name, state[name], source.dtype(name)))
 
 
 def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Return the checkpoint's report with the measurements on the held-out rows after healing, and before it."""
+    """The checkpoint's report with the results on the held-out rows before and after healing."""
     old = _json(Path(checkpoint) / REPORT)
     kept = {
         name: value
@@ -61,25 +61,29 @@ def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[st
 
 
 def record_heads(report: dict[str, Any], model: Any, source: SafetensorsSource) -> None:
-    """Update the sizes in the report after heads were fused."""
+    """Update the cache size and the number of parameters in the report, in place, after a fusion of heads."""
     width = source.dtype(next(name for name in source.names() if name.endswith("k_proj.weight"))).itemsize
     report["kv_bytes_per_token"]["converted"] = fusion.cache_elements(model) * width
     report["parameters"]["converted"] = sum(parameter.numel() for parameter in model.parameters())
 
 
-def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkpoint: str) -> None:
-    """Write the checkpoint's files and the model's weights, but no report, card and record. source None: adapter."""
+def write_checkpoint(space: HealSpace, model: Any, source: SafetensorsSource | None, checkpoint: str) -> None:
+    """Write the model's weights and copy the checkpoint's other files, except report, card and record.
+
+    Args:
+        source: the checkpoint's tensors; None for an adapter.
+    """
     folder, state = space.partial, model.state_dict()
-    kept = (
-        MADE_ANEW if source is not None else (REPORT, provenance.PROVENANCE, provenance.EVALUATION, *PICTURES)
+    not_copied = (
+        REWRITTEN if source is not None else (REPORT, provenance.PROVENANCE, provenance.EVALUATION, *PICTURES)
     )
     for file in sorted(path for path in Path(checkpoint).iterdir() if path.is_file()):
-        if file.name not in kept and file.suffix != ".safetensors":
+        if file.name not in not_copied and file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)
     if source is not None:
         changed = fusion.config_fields(model.config)
         write_json(folder / "config.json", read_json(folder / "config.json") | changed)
-    for stale in folder.glob("*.safetensors"):  # of a run that ended here
+    for stale in folder.glob("*.safetensors"):  # of an interrupted run
         stale.unlink()
     if source is None:
         from ..convert.adapters.create import save_matrices
@@ -95,25 +99,28 @@ def write(space: HealSpace, model: Any, source: SafetensorsSource | None, checkp
     writer.finish()
 
 
-def proof(space: HealSpace, model: Any, held_out: Rows) -> dict[str, Any]:
-    """Reload the folder in a bare process and compare its predictions; return the result and a sample of its text."""
+def verify_reload(space: HealSpace, model: Any, held_out: Rows) -> dict[str, Any]:
+    """Reload the folder in a bare process and compare its logits with the model's.
+
+    Returns the entries "verified" and "sample" of the report.
+    """
     ids = held_out.ids[:PROBE_ROWS, :PROBE_TOKENS].long()
     probe = space.work / "probe.safetensors"
     with torch.inference_mode():
         logits = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
     reload.write_probe(probe, ids, logits)
-    found = verify(space.partial, probe, prompt=reload.PROMPT, threads=torch.get_num_threads())
-    sample = {"prompt": found["sample"]["prompt"], "converted": found["sample"]["text"]}
-    return {"verified": found, "sample": sample}
+    verified = verify(space.partial, probe, prompt=reload.PROMPT, threads=torch.get_num_threads())
+    sample = {"prompt": verified["sample"]["prompt"], "converted": verified["sample"]["text"]}
+    return {"verified": verified, "sample": sample}
 
 
-def record(folder: Path, checkpoint: str, settings: HealSettings) -> None:
-    """Write mhconvert.json: the checkpoint's own record, and how it was healed."""
-    facts = provenance.read_record(Path(checkpoint), strict=True)
+def write_record(folder: Path, checkpoint: str, settings: HealSettings) -> None:
+    """Write mhconvert.json: the checkpoint's record, extended by how it was healed."""
+    record = provenance.read_record(Path(checkpoint), strict=True)
     healed = {"checkpoint": checkpoint, "settings": dataclasses.asdict(settings), "versions": versions()}
-    facts["healed"] = [*facts.get("healed", []), healed]
-    facts["sha256"] = provenance.hashes(folder)
-    write_json(folder / provenance.PROVENANCE, facts)
+    record["healed"] = [*record.get("healed", []), healed]
+    record["sha256"] = provenance.hashes(folder)
+    write_json(folder / provenance.PROVENANCE, record)
 
 
 def _json(file: Path) -> dict[str, Any]:

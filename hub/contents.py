@@ -1,4 +1,4 @@
-"""Which contents of a folder are published, and whether they may be."""
+"""The files of a folder as they are published on the Hub."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from ..convert.donor.reference import HUB_ID
 from ..convert.storage.folder_kind import ADAPTER_CONFIG, KINDS, is_adapter
 from ..convert.storage.safetensors_reader import SafetensorsSource, read_header, read_json
 from ..eval.report.model_card import CARD
-from .local_paths import Paths, is_text, read_text
+from .local_paths import LocalPaths, is_text, read_text
 from .published_card import published_card
-from .published_files import sorted_out
+from .published_files import split_files
 
 
 @dataclass(frozen=True)
 class Contents:
-    """files: path in the repository -> the file here, or its text where the Hub gets another than lies here.
+    """What a push uploads.
 
-    left_out: what lies in the folder and is not published. notes: what whoever publishes it should know.
+    Attributes:
+        files: path in the repository -> a local file, or the bytes to upload if they differ from the local file.
+        left_out: files of the folder that are not published.
+        notes: sentences for the person who publishes it.
     """
 
     files: dict[str, Path | bytes]
@@ -33,7 +36,7 @@ class Contents:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
+        """path in the repository -> bytes."""
         return {
             path: len(source) if isinstance(source, bytes) else source.stat().st_size
             for path, source in self.files.items()
@@ -41,28 +44,33 @@ class Contents:
 
 
 def contents(folder: Path, repo_id: str, branch: str | None) -> Contents:
-    """The files of `folder` for `repo_id`, with the card as it goes there, and without this machine's paths.
+    """The files of `folder` as published under `repo_id`: with the Hub's model card and without local paths.
 
-    Sends nothing. Raises PublishError for what is no whole checkpoint or adapter, CheckpointError for damaged files.
+    Raises:
+        PublishError: the folder is not a complete checkpoint or adapter.
+        CheckpointError: a file is damaged.
     """
-    _require_whole(folder)
-    sent, left_out = sorted_out(folder)
-    files: dict[str, Path | bytes] = {place.as_posix(): folder / place for place in sent}
-    texts = {place: read_text(folder / place) for place in files if is_text(place) and place != CARD}
+    _require_complete(folder)
+    published, left_out = split_files(folder)
+    files: dict[str, Path | bytes] = {path.as_posix(): folder / path for path in published}
+    texts = {name: read_text(folder / name) for name in files if is_text(name) and name != CARD}
     texts[CARD] = published_card(folder, repo_id, branch)
-    instead, notes = dict[str, str](), list[str]()
+    replacements, notes = dict[str, str](), list[str]()
     if is_adapter(folder):
-        instead, notes = _base(folder, texts)
-    paths = Paths(folder, texts, instead)
-    for place, text in texts.items():
-        files[place] = paths.without(text).encode()
+        replacements, notes = _replace_base_model(folder, texts)
+    paths = LocalPaths(folder, texts, replacements)
+    for name, text in texts.items():
+        files[name] = paths.remove_from(text).encode()
     if PROVENANCE in texts:
         files[PROVENANCE] = _provenance(folder / PROVENANCE, files)
-    return Contents(dict(sorted(files.items())), [place.as_posix() for place in left_out], notes)
+    return Contents(dict(sorted(files.items())), [path.as_posix() for path in left_out], notes)
 
 
-def _base(folder: Path, texts: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Return replacements for an adapter's base model that is only on this machine, and a note about it."""
+def _replace_base_model(folder: Path, texts: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Replace a local base model by its Hub id or its name, in place, in the adapter's config and card in `texts`.
+
+    Returns (replacements, notes): path -> name for the other texts, and a note if the base model has no Hub id.
+    """
     base = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     if not base or (HUB_ID.fullmatch(base) and not Path(base).exists()):
         return {}, []
@@ -70,8 +78,8 @@ def _base(folder: Path, texts: dict[str, str]) -> tuple[dict[str, str], list[str
     hub_id = donor.get("hub_id") if isinstance(donor, dict) else None
     name = str(hub_id) if hub_id else Path(base).name
     stated = json.dumps(base)
-    for place in (ADAPTER_CONFIG, CARD):  # also a name alone, which is no path
-        texts[place] = texts[place].replace(stated, json.dumps(name))
+    for file in (ADAPTER_CONFIG, CARD):  # a base without "/" is not found as a path later
+        texts[file] = texts[file].replace(stated, json.dumps(name))
     if hub_id:
         return ({base: name} if "/" in base else {}), []
     return ({base: name} if "/" in base else {}), [
@@ -80,7 +88,8 @@ def _base(folder: Path, texts: dict[str, str]) -> tuple[dict[str, str], list[str
     ]
 
 
-def _require_whole(folder: Path) -> None:
+def _require_complete(folder: Path) -> None:
+    """Raises PublishError or CheckpointError unless `folder` is a complete checkpoint or adapter."""
     if not folder.is_dir():
         raise PublishError(f"{folder} is no folder; give the folder of a checkpoint or an adapter")
     if folder.resolve().name.endswith(".partial"):
@@ -98,15 +107,15 @@ def _require_whole(folder: Path) -> None:
 
 
 def _provenance(file: Path, files: dict[str, Path | bytes]) -> bytes:
-    """Return mhconvert.json as it is published, with the hashes of the published files."""
+    """The published mhconvert.json, with the hashes of the published files."""
     text = files[PROVENANCE]
     hashes = read_json(file).get("sha256")
     assert isinstance(text, bytes)
     if not isinstance(hashes, dict):
         return text
     changed = {
-        place: hashlib.sha256(source).hexdigest()
-        for place, source in files.items()
-        if isinstance(source, bytes) and place in hashes
+        name: hashlib.sha256(source).hexdigest()
+        for name, source in files.items()
+        if isinstance(source, bytes) and name in hashes
     }
     return json.dumps(json.loads(text) | {"sha256": hashes | changed}, indent=1).encode()

@@ -1,4 +1,4 @@
-"""Removes local paths from published text: of each path only its last part stays."""
+"""Removes local paths from published texts: only the last component of each path stays."""
 
 from __future__ import annotations
 
@@ -18,59 +18,72 @@ from ..convert.donor.hub_download import TEXT_FILES
 from .published_files import CONFIGS
 
 TEXTS = (".json", ".yaml", ".yml", ".md", ".html", ".svg", ".jsonl")
-KEPT = (*TEXT_FILES, "*.safetensors.index.json")  # a token may look like a path
-TOLD_BY = (".json", ".yaml", ".yml")
-LONGEST = 1024
-TAIL = r"[^\s\"'`<>|()\[\]{},;\\]*"
+UNCHANGED = (*TEXT_FILES, "*.safetensors.index.json")  # tokens and tensor names may look like paths
+PARSED = (".json", ".yaml", ".yml")  # files whose strings are searched for paths
+MAX_PATH_LENGTH = 1024
+PATH_REST = r"[^\s\"'`<>|()\[\]{},;\\]*"
 
 
-def is_text(place: str) -> bool:
-    """Whether the file is text in which local paths are replaced."""
-    name = Path(place).name
-    return name.endswith(TEXTS) and (name in CONFIGS or not any(fnmatch(name, pattern) for pattern in KEPT))
+def is_text(path: str) -> bool:
+    """Whether `path` is a text file in which local paths are replaced."""
+    name = Path(path).name
+    return name.endswith(TEXTS) and (
+        name in CONFIGS or not any(fnmatch(name, pattern) for pattern in UNCHANGED)
+    )
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file that is published. Raises CheckpointError where it is not UTF-8."""
+    """The text of a file.
+
+    Raises:
+        CheckpointError: it cannot be read as UTF-8.
+    """
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read as UTF-8: {' '.join(str(error).split())}") from error
 
 
-class Paths:
-    """The paths that `texts` (name -> content) state, and what is published instead of each.
+class LocalPaths:
+    """The local paths in `texts` and what replaces each of them.
 
-    instead: more of them, with what stands for them.
+    Args:
+        folder: the published folder; its own path is replaced too.
+        texts: file name -> content.
+        replacements: path -> replacement, for paths that are replaced by more than their last component.
     """
 
-    def __init__(self, folder: Path, texts: dict[str, str], instead: dict[str, str]):
-        found = {str(folder.absolute()), str(folder.resolve())}
+    def __init__(self, folder: Path, texts: dict[str, str], replacements: dict[str, str]):
+        paths = {str(folder.absolute()), str(folder.resolve())}
         for name, text in texts.items():
-            if name.endswith(TOLD_BY):
-                found |= {value for value in _strings(_parsed(name, text)) if _is_path(value)}
-        known = {path: Path(path).name for path in found} | instead
-        self._instead = dict[str, str]()
-        for path, short in known.items():
-            for write in (str, html.escape, lambda words: json.dumps(words)[1:-1]):
-                self._instead[write(path)] = write(short)
-        longest_first = sorted(self._instead, key=len, reverse=True)
-        # A path with blanks may be folded over lines in YAML.
+            if name.endswith(PARSED):
+                paths |= {value for value in _strings(_parse(name, text)) if _is_path(value)}
+        short_names = {path: Path(path).name for path in paths} | replacements
+        self._replacements = dict[str, str]()
+        for path, short in short_names.items():
+            for encode in (str, html.escape, lambda words: json.dumps(words)[1:-1]):
+                self._replacements[encode(path)] = encode(short)
+        longest_first = sorted(self._replacements, key=len, reverse=True)
+        # YAML may fold a path with spaces over several lines.
         words = "|".join(re.sub(r"(?:\\ )+", r"\\s+", re.escape(path)) for path in longest_first)
         self._paths = re.compile(rf"(?<![\w.-])(?:{words})(?![\w-])")
         roots = {str(Path.home()), str(folder.absolute().parent), str(folder.resolve().parent)} - {"/"}
-        self._below = re.compile(rf"(?<![\w.-])(?:~|{'|'.join(map(re.escape, roots))})/{TAIL}")
+        self._below = re.compile(rf"(?<![\w.-])(?:~|{'|'.join(map(re.escape, roots))})/{PATH_REST}")
 
-    def without(self, text: str) -> str:
-        """Return `text` with only the last part of each path."""
+    def remove_from(self, text: str) -> str:
+        """`text` with every local path replaced."""
         text = self._paths.sub(self._short, text)
         return self._below.sub(lambda match: match[0].rstrip("/").rpartition("/")[2], text)
 
     def _short(self, match: re.Match[str]) -> str:
-        return self._instead.get(match[0]) or self._instead.get(" ".join(match[0].split())) or "path"
+        """The replacement of a matched path, which YAML may have folded."""
+        return (
+            self._replacements.get(match[0]) or self._replacements.get(" ".join(match[0].split())) or "path"
+        )
 
 
-def _parsed(name: str, text: str) -> Any:
+def _parse(name: str, text: str) -> Any:
+    """The value of a JSON or YAML text; None if it is invalid."""
     try:
         return json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
@@ -78,6 +91,7 @@ def _parsed(name: str, text: str) -> Any:
 
 
 def _strings(value: Any) -> Iterator[str]:
+    """All strings in a nested value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -90,8 +104,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _is_path(value: str) -> bool:
-    """Whether a word is an absolute path, or a relative one that exists here; a bare name reveals nothing."""
-    if "/" not in value.rstrip("/") or "\n" in value or len(value) > LONGEST:
+    """Whether `value` is an absolute path or an existing relative one; a name without "/" is not a path."""
+    if "/" not in value.rstrip("/") or "\n" in value or len(value) > MAX_PATH_LENGTH:
         return False
     path = Path(value)
     if not path.name or path.name == "..":

@@ -1,4 +1,4 @@
-"""The model card on the Hub: the folder's README.md, its evaluation, and the repository's name."""
+"""The model card as published on the Hub: README.md of the folder with the evaluation and the repository's name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from mhconvert.errors import CheckpointError
 
-from ..convert.checkpoint.card_front_matter import enclosed, front_matter
+from ..convert.checkpoint.card_front_matter import front_matter, render_front_matter
 from ..convert.checkpoint.provenance import read_record
 from ..convert.donor.reference import HUB_ID
 from ..convert.storage.folder_kind import is_adapter
@@ -24,22 +24,26 @@ from .local_paths import read_text
 HEAD = re.compile(r"\A---\r?\n(?P<yaml>.*?)^---\s*?\n", re.DOTALL | re.MULTILINE)
 BEGIN, END = "<!-- mhconvert eval -->", "<!-- end of mhconvert eval -->"
 OLD_SECTION = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + "\n*", re.DOTALL)
-BASE_TAG = "base_model:"  # peft writes such tags, also of a base model that is a folder on this machine
+BASE_TAG = "base_model:"  # prefix of tags that peft writes, also for a base model in a local folder
 
 
 def published_card(folder: Path, repo_id: str, branch: str | None = None) -> str:
-    """The text of README.md for `repo_id`; the file in `folder` is only read.
+    """The text of README.md as published under `repo_id`; the file in `folder` is not changed.
 
-    It names the repository where a model is loaded, states a base model only if that is on the Hub, and has the
-    figures of `evaluation.json`, where there is one, in `model-index` and as a table. branch: named in what loads
-    the model; None: the default one. Whatever else the README says is kept.
-    Raises CheckpointError for front matter that is no YAML and for an `evaluation.json` that cannot be read.
+    The loading code names the repository, a base model is named only if it is on the Hub, and the results of
+    `evaluation.json` are added to `model-index` and as a table. Everything else in the README stays.
+
+    Args:
+        branch: named in the loading code; None for the default branch.
+
+    Raises:
+        CheckpointError: the front matter is invalid, or `evaluation.json` cannot be read.
     """
     file = folder / CARD
-    text = read_text(file) if file.is_file() else _bare(folder)
-    data, body = _parted(text, file)
+    text = read_text(file) if file.is_file() else _minimal_card(folder)
+    data, body = _split_card(text, file)
     adapter = is_adapter(folder)
-    base = _base(folder, data)
+    base = _base_model(folder, data)
     data["base_model"] = base
     data["base_model_relation"] = (
         (data.get("base_model_relation") or ("adapter" if adapter else "finetune")) if base else None
@@ -50,58 +54,58 @@ def published_card(folder: Path, repo_id: str, branch: str | None = None) -> str
     if evaluation is not None:
         if evaluation.results:
             data["model_name"], data["eval_results"] = repo_id.rpartition("/")[2], evaluation.results
-        body = _with_section(body, evaluation)
-    return enclosed(data) + "\n" + _loading_from(body, folder, repo_id, branch).lstrip("\n")
+        body = _with_evaluation(body, evaluation)
+    return render_front_matter(data) + "\n" + _load_from_hub(body, folder, repo_id, branch).lstrip("\n")
 
 
-def _bare(folder: Path) -> str:
-    """Return a card for a folder that has none."""
+def _minimal_card(folder: Path) -> str:
+    """The card of a folder without README.md."""
     library = "peft" if is_adapter(folder) else "transformers"
     head = front_matter(library=library, base=None, relation="", licence=None, tags=[])
     return f"{head}\n# {folder.resolve().name}\n"
 
 
-def _parted(text: str, file: Path) -> tuple[ModelCardData, str]:
-    """Return front matter and body of a card."""
+def _split_card(text: str, file: Path) -> tuple[ModelCardData, str]:
+    """(front matter, body) of a card; raises CheckpointError if the front matter is invalid."""
     match = HEAD.match(text)
     try:
-        stated = (yaml.safe_load(match["yaml"]) or {}) if match else {}
-        if not isinstance(stated, dict):
+        front = (yaml.safe_load(match["yaml"]) or {}) if match else {}
+        if not isinstance(front, dict):
             raise ValueError("not a mapping")
-        json.dumps(stated, allow_nan=False, default=str)  # the Hub takes no NaN
-        return ModelCardData(**stated), text[match.end() :] if match else text
+        json.dumps(front, allow_nan=False, default=str)  # the Hub refuses NaN
+        return ModelCardData(**front), text[match.end() :] if match else text
     except (yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the front matter of {file} is not valid: {reason}") from error
 
 
-def _base(folder: Path, data: ModelCardData) -> Any:
-    """Return the base model's Hub id; None where the base is a local folder or file."""
-    stated = data.get("base_model")
-    if isinstance(stated, str):
-        known = HUB_ID.fullmatch(stated) and "@" not in stated and not Path(stated).exists()
-        stated = stated if known else None
-    if stated:
-        return stated
+def _base_model(folder: Path, data: ModelCardData) -> Any:
+    """The Hub id of the base model, from the front matter or the record; None for a local folder or file."""
+    base = data.get("base_model")
+    if isinstance(base, str):
+        on_hub = HUB_ID.fullmatch(base) and "@" not in base and not Path(base).exists()
+        base = base if on_hub else None
+    if base:
+        return base
     donor = read_record(folder, strict=True).get("donor")
     return donor.get("hub_id") if isinstance(donor, dict) else None
 
 
-def _with_section(body: str, evaluation: Evaluation) -> str:
-    """Return `body` with the evaluation's table before the loading section; an older table is replaced."""
+def _with_evaluation(body: str, evaluation: Evaluation) -> str:
+    """`body` with the table of the evaluation before the section "Use"; an older table is replaced."""
     lines = [BEGIN, "## Evaluation", "", "| | base model | this model | |", "|---|---:|---:|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in evaluation.rows]
     lines += ["", " ".join(["Measured with `mhconvert eval`.", *evaluation.settings]), END, "", ""]
     section = "\n".join(lines)
     body = OLD_SECTION.sub("", body)
-    place = body.find("\n## Use")
-    if place >= 0:
-        return body[: place + 1] + section + body[place + 1 :]
+    position = body.find("\n## Use")
+    if position >= 0:
+        return body[: position + 1] + section + body[position + 1 :]
     return f"{body.rstrip()}\n\n{section}".rstrip() + "\n"
 
 
-def _loading_from(body: str, folder: Path, repo_id: str, branch: str | None) -> str:
-    """Return `body` with the repository's name where it loads the folder; adds a loading section if it has none."""
+def _load_from_hub(body: str, folder: Path, repo_id: str, branch: str | None) -> str:
+    """`body` with loading code that names the repository; the section "Use" is added if there is no such code."""
     target = f'"{repo_id}"' + (f', revision="{branch}"' if branch else "")
     if is_adapter(folder):
         return body.replace('"THIS_FOLDER"', target)

@@ -1,4 +1,4 @@
-"""Selects the published files of a folder: files of known kinds that lie inside it."""
+"""Selects the files of a folder that are published: files of known kinds whose targets are inside the folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUBLISHED = (
     *("LICEN[SC]E*", "NOTICE*", "USE_POLICY*"),
     *TOKENIZER_CODE,
 )
-# Never published: hidden files, files of a run that has not ended, trainers' states, and pickles, which run code.
+# Never published: hidden files, files of an unfinished run, training checkpoints, and pickles, which can run code.
 LEFT_OUT = (
     *(".*", "__pycache__", "*.partial", "*.new", "*.lock", "checkpoint-*"),
     *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle"),
@@ -26,30 +26,30 @@ CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "pre
 RELATIVE_IMPORT = re.compile(
     r"^[ \t]*from[ \t]+\.([\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n#]*)", re.MULTILINE
 )
-BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a file's name in the cache of the Hub
+BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # name of a file in the Hub's local cache
 
 
-def sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the published and the omitted files of `folder`, as paths relative to it."""
-    code = _code(folder)
-    sent, left_out = list[Path](), list[Path]()
+def split_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(published, left out): the files of `folder`, as paths relative to it."""
+    code = _remote_code(folder)
+    published, left_out = list[Path](), list[Path]()
     for file in sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink()):
-        place = file.relative_to(folder)
-        (sent if _is_published(folder, place, code) else left_out).append(place)
-    return sent, left_out
+        path = file.relative_to(folder)
+        (published if _is_published(folder, path, code) else left_out).append(path)
+    return published, left_out
 
 
-def _is_published(folder: Path, place: Path, code: set[Path]) -> bool:
-    known = place in code or any(fnmatch(place.name, pattern) for pattern in PUBLISHED)
-    return known and not _is_withheld(place) and _lies_here(folder, folder / place)
+def _is_published(folder: Path, path: Path, code: set[Path]) -> bool:
+    known = path in code or any(fnmatch(path.name, pattern) for pattern in PUBLISHED)
+    return known and not _is_withheld(path) and _is_inside(folder, folder / path)
 
 
-def _is_withheld(place: Path) -> bool:
-    return any(fnmatch(part, pattern) for part in place.parts for pattern in LEFT_OUT)
+def _is_withheld(path: Path) -> bool:
+    return any(fnmatch(part, pattern) for part in path.parts for pattern in LEFT_OUT)
 
 
-def _lies_here(folder: Path, file: Path) -> bool:
-    """Whether the file's target lies in the folder, or is a blob of the Hub cache."""
+def _is_inside(folder: Path, file: Path) -> bool:
+    """Whether the file's target is a publishable file in the folder, or a blob of the Hub's local cache."""
     root, target = folder.resolve(), file.resolve()
     if not target.is_file():
         return False
@@ -58,27 +58,30 @@ def _lies_here(folder: Path, file: Path) -> bool:
     return target.parent.name == "blobs" and bool(BLOB.fullmatch(target.name))
 
 
-def _code(folder: Path) -> set[Path]:
-    """Return the modules that `auto_map` names, and those that they import from their folder."""
-    found, ahead = set[Path](), list(_modules(folder))
-    while ahead:
-        place = ahead.pop()
-        if place in found or not (folder / place).is_file():
+def _remote_code(folder: Path) -> set[Path]:
+    """The modules in `auto_map` and those that they import relatively, as paths relative to `folder`."""
+    modules, pending = set[Path](), list(_auto_map_modules(folder))
+    while pending:
+        path = pending.pop()
+        if path in modules or not (folder / path).is_file():
             continue
-        found.add(place)
-        text = (folder / place).read_text(encoding="utf-8", errors="replace")
+        modules.add(path)
+        text = (folder / path).read_text(encoding="utf-8", errors="replace")
         for module, names in RELATIVE_IMPORT.findall(text):
             stems = [module.replace(".", "/")] if module else re.findall(r"\w+", names)
-            ahead += [place.parent / f"{stem}.py" for stem in stems]
-    return found
+            pending += [path.parent / f"{stem}.py" for stem in stems]
+    return modules
 
 
-def _modules(folder: Path) -> Iterator[Path]:
+def _auto_map_modules(folder: Path) -> Iterator[Path]:
+    """The modules in `auto_map` of every config, without those of other repositories."""
     for name in CONFIGS:
         if (folder / name).is_file():
-            stated: Any = read_json(folder / name).get("auto_map")
-            values = stated.values() if isinstance(stated, dict) else [stated]
+            auto_map: Any = read_json(folder / name).get("auto_map")
+            values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
             for value in values:
                 for item in value if isinstance(value, list) else [value]:
-                    if isinstance(item, str) and "--" not in item:  # else it is code of another repository
+                    if (
+                        isinstance(item, str) and "--" not in item
+                    ):  # "repo--module.Class" is another repository's
                         yield Path(item.rpartition(".")[0].replace(".", "/") + ".py")

@@ -1,6 +1,6 @@
 """Pushes a checkpoint or an adapter to the Hugging Face Hub in one commit, or not at all.
 
-HF_TOKEN (or what `hf auth login` left), HF_ENDPOINT and HF_HOME mean what they mean to huggingface_hub.
+HF_TOKEN (or the token of `hf auth login`), HF_ENDPOINT and HF_HOME are read as in huggingface_hub.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ..convert.storage.folder_kind import KINDS
 from .contents import Contents, contents
 from .upload_errors import Attempts
 
-# What an earlier push left and this one lacks would be loaded beside it: stale weights of other shards, a config.
+# Files of an earlier push that would be loaded together with the new ones: stale shards, configs.
 SUPERSEDED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", *KINDS)
 STEPS = 4
-FORBIDDEN = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{")  # by git, in a branch's name
-# Newer than the oldest huggingface_hub that will do.
+FORBIDDEN = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{")  # by git in a branch name
+# Missing from the oldest supported huggingface_hub.
 NO_TOKEN: type[Exception] = getattr(errors, "OIDCError", OSError)
 
 
@@ -50,46 +50,56 @@ def push(
     on_progress: Listener | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Publish `folder` as `repo_id` (USER/REPO, or REPO of whom the token belongs to); the folder is only read.
+    """Publish `folder` on the Hub in one commit, and check that the Hub lists every file with its size.
 
-    private: make the repository private; one that exists and is public is refused. revision: a branch, made if
-    missing; None: main. dry_run: every check that needs no Hub, and nothing is sent; it needs no token.
+    Args:
+        folder: a checkpoint or an adapter; it is not changed.
+        repo_id: "USER/REPO", or "REPO" for the user of the token.
+        private: create the repository as private; an existing public one is refused.
+        revision: a branch, created if missing; None for main.
+        dry_run: make only the checks that need neither the Hub nor a token.
+        message: of the commit.
+
     Returns repo, url, revision (the branch), commit (None in a dry run), files [{path, bytes}], bytes, left_out
-    (files of the folder that are never published), notes (sentences for whoever publishes it), removed (what an
-    earlier push had left on the branch), private, dry_run, card (the text of README.md as published).
-    Raises PublishError, with the branch as it was: a push is one commit. It returns only when the Hub lists every file
-    at its size.
+    (files of the folder that are not published), notes (sentences for the person who publishes it), removed (files
+    of an earlier push that were deleted), private, dry_run, card (the published text of README.md).
+
+    Raises:
+        PublishError: the push is impossible or failed; as it is one commit, the branch is then unchanged.
     """
     _require_repo_id(repo_id)
     branch = revision or constants.DEFAULT_REVISION
     _require_branch(branch)
     named = branch if branch != constants.DEFAULT_REVISION else None
-    found = contents(folder, repo_id, named)
-    result = _result(repo_id, branch, found, private, dry_run)
+    content = contents(folder, repo_id, named)
+    result = _describe_push(repo_id, branch, content, private, dry_run)
     if dry_run:
         return result
     token = _token()
-    tell = on_progress or ignore
-    api, attempts = HfApi(token=token), Attempts(repo_id, token, tell, sleep)
-    tell(Progress("push", 0, STEPS, "the repository"))
+    on_progress = on_progress or ignore
+    api, attempts = HfApi(token=token), Attempts(repo_id, token, on_progress, sleep)
+    on_progress(Progress("push", 0, STEPS, "the repository"))
     repo = attempts(
         "making the repository",
         lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id,
     )
-    if repo != repo_id:  # the Hub has put the user's name before it
-        attempts.repo, found = repo, contents(folder, repo, named)
+    if repo != repo_id:  # the Hub added the user's name
+        attempts.repo, content = repo, contents(folder, repo, named)
     hidden = _require_private(api, attempts, repo, private)
-    tell(Progress("push", 1, STEPS, f"{len(found.files)} files to {repo}"))
-    removed = _prepare_branch(api, attempts, repo, branch, found)
-    commit = _send(api, attempts, repo, branch, found, removed, message or f"Upload {folder.resolve().name}")
-    tell(Progress("push", 3, STEPS, "comparing with the Hub"))
-    _require_arrived(api, attempts, repo, commit, found)
-    tell(Progress("push", STEPS, STEPS, "done"))
-    return _result(repo, branch, found, hidden, dry_run) | {"commit": commit, "removed": removed}
+    on_progress(Progress("push", 1, STEPS, f"{len(content.files)} files to {repo}"))
+    removed = _prepare_branch(api, attempts, repo, branch, content)
+    commit = _send(
+        api, attempts, repo, branch, content, removed, message or f"Upload {folder.resolve().name}"
+    )
+    on_progress(Progress("push", 3, STEPS, "comparing with the Hub"))
+    _require_arrived(api, attempts, repo, commit, content)
+    on_progress(Progress("push", STEPS, STEPS, "done"))
+    return _describe_push(repo, branch, content, hidden, dry_run) | {"commit": commit, "removed": removed}
 
 
-def _result(repo: str, branch: str, found: Contents, private: bool, dry_run: bool) -> dict[str, Any]:
-    sizes, card = found.sizes, found.files["README.md"]
+def _describe_push(repo: str, branch: str, content: Contents, private: bool, dry_run: bool) -> dict[str, Any]:
+    """The result of `push` before anything is sent: commit None, removed []."""
+    sizes, card = content.sizes, content.files["README.md"]
     assert isinstance(card, bytes)
     tree = "" if branch == constants.DEFAULT_REVISION else f"/tree/{branch}"
     return {
@@ -99,8 +109,8 @@ def _result(repo: str, branch: str, found: Contents, private: bool, dry_run: boo
         "commit": None,
         "files": [{"path": path, "bytes": size} for path, size in sizes.items()],
         "bytes": sum(sizes.values()),
-        "left_out": found.left_out,
-        "notes": found.notes,
+        "left_out": content.left_out,
+        "notes": content.notes,
         "removed": [],
         "private": private,
         "dry_run": dry_run,
@@ -133,6 +143,7 @@ def _require_branch(branch: str) -> None:
 
 
 def _token() -> str:
+    """The token for the Hub; raises PublishError if there is none."""
     if constants.HF_HUB_OFFLINE:
         raise PublishError("HF_HUB_OFFLINE is set; unset it to push")
     try:
@@ -147,7 +158,7 @@ def _token() -> str:
 
 
 def _require_private(api: HfApi, attempts: Attempts, repo: str, private: bool) -> bool:
-    """Whether the repository is private. Raises PublishError for an existing public one that should be private."""
+    """Whether the repository is private; raises PublishError for an existing public one that should be private."""
     hidden = bool(attempts("looking at the repository", lambda: api.model_info(repo)).private)
     if private and not hidden:
         raise PublishError(
@@ -157,14 +168,17 @@ def _require_private(api: HfApi, attempts: Attempts, repo: str, private: bool) -
     return hidden
 
 
-def _prepare_branch(api: HfApi, attempts: Attempts, repo: str, branch: str, found: Contents) -> list[str]:
-    """Create the branch if needed; return its files that this push replaces without a file of the same name."""
+def _prepare_branch(api: HfApi, attempts: Attempts, repo: str, branch: str, content: Contents) -> list[str]:
+    """Create the branch if needed.
+
+    Returns its files that the push has to delete: superseded ones that it does not overwrite.
+    """
     if branch != constants.DEFAULT_REVISION and not branch.startswith("refs/"):
         attempts("making the branch", lambda: api.create_branch(repo, branch=branch, exist_ok=True))
-    there = attempts("looking at the branch", lambda: _listing(api, repo, branch))
+    existing = attempts("looking at the branch", lambda: _list_files(api, repo, branch))
     return sorted(
         path
-        for path in there.keys() - found.files.keys()
+        for path in existing.keys() - content.files.keys()
         if "/" not in path and any(fnmatch(path, pattern) for pattern in SUPERSEDED)
     )
 
@@ -174,34 +188,35 @@ def _send(
     attempts: Attempts,
     repo: str,
     branch: str,
-    found: Contents,
+    content: Contents,
     removed: list[str],
     message: str,
 ) -> str:
-    """Every file in one commit; its hash.
+    """Upload every file and delete the `removed` ones in one commit; returns its hash.
 
-    Not upload_large_folder, nor upload_folder, which with Xet storage commits as it goes: either would leave a model
-    half published when it is cut short. Here all content goes first and one commit makes it visible; what has
-    arrived is not sent again by the next try or the next push.
+    upload_large_folder, and upload_folder with Xet storage, make several commits and would leave an interrupted push
+    half published. Here the content is uploaded first and one commit makes it visible; content that has arrived is
+    not sent again by the next attempt.
     """
 
     def commit() -> str:
-        # Made anew for each try: they ask the Hub which files it has, so that a commit whose answer was lost is found
-        # to be done instead of being made twice.
-        sources = ((path, source) for path, source in found.files.items())
+        # Operations are created anew for each attempt and ask the Hub which files it has. So a commit whose response
+        # was lost is not made twice.
+        sources = ((path, source) for path, source in content.files.items())
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path, source) for path, source in sources
         ]
-        stale = removed and _listing(api, repo, branch).keys() & set(removed)
+        stale = removed and _list_files(api, repo, branch).keys() & set(removed)
         operations += [CommitOperationDelete(path) for path in sorted(stale or ())]
         return str(api.create_commit(repo, operations, commit_message=message, revision=branch).oid)
 
     return attempts("uploading", commit)
 
 
-def _require_arrived(api: HfApi, attempts: Attempts, repo: str, commit: str, found: Contents) -> None:
-    there = attempts("comparing with the Hub", lambda: _listing(api, repo, commit))
-    wrong = [path for path, size in found.sizes.items() if there.get(path) != size]
+def _require_arrived(api: HfApi, attempts: Attempts, repo: str, commit: str, content: Contents) -> None:
+    """Raises PublishError unless the commit has every file with its size."""
+    uploaded = attempts("comparing with the Hub", lambda: _list_files(api, repo, commit))
+    wrong = [path for path, size in content.sizes.items() if uploaded.get(path) != size]
     if wrong:
         raise PublishError(
             f"{repo} is not whole: at commit {commit} the Hub lacks {', '.join(wrong[:5])}"
@@ -209,7 +224,7 @@ def _require_arrived(api: HfApi, attempts: Attempts, repo: str, commit: str, fou
         )
 
 
-def _listing(api: HfApi, repo: str, revision: str) -> dict[str, int]:
-    """Return path -> bytes of every file at `revision`."""
-    found = api.list_repo_tree(repo, revision=revision, recursive=True)
-    return {item.path: item.size for item in found if isinstance(item, RepoFile)}
+def _list_files(api: HfApi, repo: str, revision: str) -> dict[str, int]:
+    """path -> bytes of every file at `revision`."""
+    items = api.list_repo_tree(repo, revision=revision, recursive=True)
+    return {item.path: item.size for item in items if isinstance(item, RepoFile)}

@@ -1,4 +1,4 @@
-"""Errors of the Hub and of the network: retried where that can help, otherwise explained."""
+"""Errors of the Hub and of the network: transient ones are retried, the others explained."""
 
 from __future__ import annotations
 
@@ -17,28 +17,36 @@ from ..convert.donor.hub_download import TRANSPORT_ERRORS
 
 T = TypeVar("T")
 TRIES = 5
-FIRST_WAIT_SECONDS = 2.0  # doubled from try to try
-LONGEST_WAIT_SECONDS = 300.0  # a Hub that asks for more is not waited for
+FIRST_WAIT_SECONDS = 2.0  # doubled after each attempt
+LONGEST_WAIT_SECONDS = 300.0  # if the Hub asks for more, there is no further attempt
 EXPECTED: tuple[type[BaseException], ...] = (*TRANSPORT_ERRORS, RuntimeError, ValueError)
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 
 @dataclass
 class Attempts:
-    """Runs requests for `repo`, a few times each. token: what no message may show.
+    """Runs requests for `repo` and retries them after transient errors.
 
-    huggingface_hub itself tries most requests again, but not the ones that make a repository, a branch or a commit.
+    huggingface_hub retries most requests itself, but not the creation of a repository, a branch or a commit.
+
+    Attributes:
+        token: removed from every message.
+        on_progress: told of every repeated attempt.
     """
 
     repo: str
     token: str
-    tell: Listener
+    on_progress: Listener
     sleep: Callable[[float], None]
 
     def __call__(self, doing: str, work: Callable[[], T]) -> T:
-        """What `work()` returns. doing: "making the repository".
+        """The result of `work()`.
 
-        Raises PublishError when it is refused, or when it has failed TRIES times.
+        Args:
+            doing: what it does, for messages: "making the repository".
+
+        Raises:
+            PublishError: the request was refused, or failed TRIES times.
         """
         for attempt in range(1, TRIES + 1):
             try:
@@ -46,15 +54,18 @@ class Attempts:
             except EXPECTED as error:
                 wait = _wait(error, attempt)
                 if wait is None or attempt == TRIES:
-                    raise self._fault(doing, error, attempt) from self._cause(error)
-                self.tell(Progress("push", attempt, TRIES, f"{doing}: {_kind(error)}; again in {wait:.0f} s"))
+                    raise self._explain(doing, error, attempt) from self._cause(error)
+                self.on_progress(
+                    Progress("push", attempt, TRIES, f"{doing}: {_kind(error)}; again in {wait:.0f} s")
+                )
                 self.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
-    def _fault(self, doing: str, error: BaseException, attempt: int) -> PublishError:
-        return PublishError(self._safe(f"{doing} failed: {self._words(error, attempt)}"))
+    def _explain(self, doing: str, error: BaseException, attempt: int) -> PublishError:
+        return PublishError(self._without_token(f"{doing} failed: {self._reason(error, attempt)}"))
 
-    def _words(self, error: BaseException, attempt: int) -> str:
+    def _reason(self, error: BaseException, attempt: int) -> str:
+        """What went wrong and what to do about it."""
         status, owner = _status(error), self.repo.partition("/")[0]
         if status == 401:
             return (
@@ -65,7 +76,7 @@ class Attempts:
             return (
                 f"the token may not write to {self.repo} (403): it needs the role 'write', or, fine-grained, write "
                 f"access to repositories of {owner}; see {constants.ENDPOINT}/settings/tokens, and that {owner} is "
-                f"you or an organisation in which you may write{self._said(error)}"
+                f"you or an organisation in which you may write{_server_message(error)}"
             )
         if status == 404:
             return (
@@ -75,39 +86,45 @@ class Attempts:
         if status in (409, 412):
             return (
                 f"the Hub reports a conflict ({status}): something else is changing {self.repo} at this moment; "
-                f"look at what is there, then push again{self._said(error)}"
+                f"look at what is there, then push again{_server_message(error)}"
             )
         again = "push again later, what has arrived is not sent twice"
         if status is not None:
             tried = f" after {attempt} tries" if status in TRANSIENT else ""
-            return f"the Hub answers {status}{tried}{self._said(error)}; " + again
+            return f"the Hub answers {status}{tried}{_server_message(error)}; " + again
         if isinstance(error, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set; unset it to push"
         if _transient(error):
             return f"no connection to {constants.ENDPOINT} after {attempt} tries ({_last(error)}); {again}"
         return _last(error)
 
-    def _said(self, error: BaseException) -> str:
-        """Return the reason that the Hub gave, if it did."""
-        found = next((link for link in _chain(error) if isinstance(link, HfHubHTTPError)), None)
-        said = getattr(found, "server_message", None)
-        return f": {' '.join(said.split())[:200]}" if said else ""
-
     def _cause(self, error: BaseException) -> BaseException | None:
-        """Return `error` for a traceback; None where the traceback would show the token."""
+        """`error` as the cause in a traceback; None if the traceback would show the token."""
         return None if any(self.token in str(link) for link in _chain(error)) else error
 
-    def _safe(self, text: str) -> str:
+    def _without_token(self, text: str) -> str:
+        """`text` on one line, without the token."""
         return " ".join(text.split()).replace(self.token, "[token]")
 
 
+def _http_error(error: BaseException) -> HfHubHTTPError | None:
+    """The HTTP error in the chain of causes of `error`, if there is one."""
+    return next((link for link in _chain(error) if isinstance(link, HfHubHTTPError)), None)
+
+
+def _server_message(error: BaseException) -> str:
+    """The reason that the Hub gave, as ": reason"; empty if it gave none."""
+    message = getattr(_http_error(error), "server_message", None)
+    return f": {' '.join(message.split())[:200]}" if message else ""
+
+
 def _wait(error: BaseException, attempt: int) -> float | None:
-    """Return the seconds before the next attempt; None where another attempt cannot help."""
+    """The seconds to wait before the next attempt; None if another attempt cannot help."""
     if not _transient(error):
         return None
-    found = next((link for link in _chain(error) if isinstance(link, HfHubHTTPError)), None)
-    asked = found.response.headers.get("Retry-After", "") if found is not None else ""
-    wait = max(float(asked) if asked.isdigit() else 0.0, FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+    http_error = _http_error(error)
+    retry_after = http_error.response.headers.get("Retry-After", "") if http_error is not None else ""
+    wait = max(float(retry_after) if retry_after.isdigit() else 0.0, FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
     return wait if wait <= LONGEST_WAIT_SECONDS else None
 
 
@@ -119,19 +136,18 @@ def _transient(error: BaseException) -> bool:
     if isinstance(error, OfflineModeIsEnabled):
         return False
     lost = (TRANSPORT_ERRORS[0], ConnectionError, TimeoutError, json.JSONDecodeError)
-    # The Xet client reports what it could not send as a RuntimeError without more.
+    # The Xet client reports a failed upload as a plain RuntimeError.
     return isinstance(error, RuntimeError) or any(isinstance(link, lost) for link in _chain(error))
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status behind `error`: huggingface_hub wraps a failed blob in an error of its own."""
-    for link in _chain(error):
-        if isinstance(link, HfHubHTTPError):
-            return int(link.response.status_code)
-    return None
+    """The HTTP status in the chain of causes of `error`; huggingface_hub wraps the error of a failed upload."""
+    http_error = _http_error(error)
+    return None if http_error is None else int(http_error.response.status_code)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """`error` and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

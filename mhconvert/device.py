@@ -1,4 +1,4 @@
-"""Which torch device a command runs on."""
+"""The torch device that a command runs on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from mhconvert.errors import MhconvertError
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The torch device called `name`; None: CUDA if present. Raises MhconvertError when it cannot be used."""
+    """The torch device `name`; None for CUDA if present, else the CPU.
+
+    Raises:
+        MhconvertError: the device cannot be used.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -23,13 +27,13 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def half_products(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which matrix products read their inputs in bfloat16, where `device` multiplies that faster.
+    """A context in which matrix products are computed in bfloat16 if `device` has instructions for it, else no-op.
 
-    It costs a relative squared error of some 1e-5, far less than a conversion loses.
+    The relative squared error is about 1e-5, far below that of a conversion.
     """
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        abilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        faster = any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        faster = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     return torch.autocast(device.type, torch.bfloat16) if faster else nullcontext()

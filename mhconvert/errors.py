@@ -1,57 +1,57 @@
-"""Faults a user can mend. `str(error)` is one line: what is wrong, where, and the way out."""
+"""Errors that a user can fix. `str(error)` is one line: what is wrong, where, and what to do."""
 
 
 class MhconvertError(Exception):
-    """The base of every fault that the command line prints without a traceback (exit 1)."""
+    """Base class of the errors that the command line prints without a traceback, with exit code 1."""
 
 
 class UnsupportedError(MhconvertError):
-    """The donor has a feature that the method cannot carry over."""
+    """The donor has a feature that the method cannot convert."""
 
 
 class CheckpointError(MhconvertError):
-    """A checkpoint cannot be found, read or trusted: missing shard, truncated file, NaN weights."""
+    """A checkpoint is missing or damaged: a missing shard, a truncated file, NaN weights."""
 
 
 class BudgetError(MhconvertError):
-    """A KV budget or rank that the donor's geometry cannot express."""
+    """A KV budget or a rank is impossible with the donor's head shape."""
 
 
 class OutputError(MhconvertError):
-    """The output folder exists, or the disk cannot hold it."""
+    """An output exists already or cannot be written, or the disk is too small for it."""
 
 
 class ReloadKilledError(MhconvertError):
-    """The process that reloads the result was killed; what is finished stays for --resume."""
+    """The process that reloads the result was killed; --resume continues from the finished part."""
 
 
 class CalibrationError(MhconvertError):
-    """Calibration text that is too short, or settings that no text can satisfy."""
+    """The calibration text is too short, or no text can satisfy the settings."""
 
 
 class TextError(MhconvertError):
-    """Text that is missing or unreadable."""
+    """A text is missing or unreadable."""
 
 
 class AdapterError(MhconvertError, ValueError):
-    """An adapter that cannot be made, loaded or merged. A ValueError too, as peft's own faults are."""
+    """An adapter cannot be created, loaded or merged. Also a ValueError, like the errors of peft."""
 
 
 class PublishError(MhconvertError):
-    """A push to the Hub that cannot begin, or that the Hub refused; nothing is half published."""
+    """A push to the Hub cannot start or was refused; nothing was published."""
 
 
 class HealError(MhconvertError):
-    """A healing run that cannot begin, or that came to a bad end: settings, text, memory, divergence."""
+    """A healing run cannot start or failed: settings, text, memory, divergence."""
 
 
 class RecipeError(MhconvertError):
-    """A recipe's file or a part of it that cannot be taken: an unknown key, a wrong type, a value out of range."""
+    """A recipe is invalid: an unknown key, a wrong type, a value out of range."""
 
 
 class ExportError(MhconvertError):
-    """A checkpoint that another form cannot hold exactly, or that is of the wrong kind for it."""
+    """A checkpoint is of the wrong kind for an export, or the target format cannot represent it exactly."""
 
 
 class ProofError(MhconvertError):
-    """An export that does not compute what its checkpoint does."""
+    """An export and its checkpoint give different outputs."""

@@ -1,4 +1,4 @@
-"""What a long run tells whoever watches it."""
+"""Progress events of a long run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,15 +6,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` units of `stage` are finished; `message` is for people.
+    """A progress event: `done` of `total` units of `stage` are finished.
 
-    Stages in order: "donor", "calibrate" (unit: tokens), "search" (of a tolerance's budget), "survey" (of the layers'
-    needs) and "layers" (unit: decoder layers), "verify", "done"; or, with an adapter, "donor", "merge" (unit: tensors)
-    or "export" (unit: modules), "done"; or, exporting, "donor", "measure", "write" (unit: layers), "verify", "done";
-    or, healing, "donor", "text", "measure", "blocks" (unit: layers), "heal" (unit: tokens), "measure", "verify",
-    "done"; or, evaluating, "donor", "checkpoint", "tasks" (unit: rows of the task that the message names), "done"; or
-    "push" (unit: steps); before each part of a recipe's run, "stage".
-    `error` is the relative squared error of the layer just finished, where there is one.
+    The stages of each command, in order, with their units:
+        convert: donor, calibrate (tokens), search (of a tolerance's budget), survey (decoder layers),
+            layers (decoder layers), verify, done.
+        heal: donor, text, measure, blocks (layers), heal (tokens), measure, verify, done.
+        merge, export of an adapter: donor, merge (tensors) or export (modules), done.
+        export: donor, measure, write (layers), verify, done.
+        eval: donor, checkpoint, tasks (rows of the task named in the message), done.
+        push: push (steps).
+        run: stage, before the events of each part of the recipe.
+
+    Attributes:
+        message: text for people.
+        error: relative squared error of the layer just finished, if there is one.
     """
 
     stage: str
@@ -28,4 +34,4 @@ Listener = Callable[[Progress], None]
 
 
 def ignore(_: Progress) -> None:
-    """A listener that shows nothing."""
+    """A listener that does nothing."""

@@ -1,8 +1,8 @@
-"""Loads a checkpoint as its users do, without mhconvert, and prints what it computes as one line of JSON.
+"""Loads a checkpoint without mhconvert, as its users do, and prints the results of its checks as one line of JSON.
 
-`reload.py` runs it as `python -I child.py FOLDER PROBE OPTIONS MODULES` in a process where mhconvert cannot be
-imported: only torch, transformers and the files in the folder are used. `mhconvert.eval` measures caches by
-`cache_storage` too, so there is one definition of a cache's size.
+`reload.py` runs it as `python -I child.py FOLDER PROBE OPTIONS MODULES`, in a process where mhconvert cannot be
+imported and only torch, transformers and the files in the folder are available. `mhconvert.eval` uses `cache_storage`
+too, so that there is one definition of the size of a cache.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 
 def cache_storage(cache: Any) -> tuple[int, int]:
-    """(bytes, elements) of tensor storage that a transformers cache holds, all layers, every storage counted once.
+    """(bytes, elements) of the tensor storage of a transformers cache, over all layers.
 
-    Storage rather than shape: a slice of a larger buffer costs the whole buffer. Counters that a static cache keeps
-    (integer tensors of one element or none) are left out.
+    Storages are counted once and in full, as a slice keeps its whole buffer in memory. Only floating-point tensors
+    count, not the counters of a static cache.
     """
     import torch
 
@@ -38,9 +38,9 @@ def cache_storage(cache: Any) -> tuple[int, int]:
 
 
 def peak_memory() -> int:
-    """The largest resident size of this process in bytes: VmHWM where there is /proc, else getrusage.
+    """The peak resident size of this process in bytes: VmHWM if /proc exists, else from getrusage.
 
-    (On Linux ru_maxrss begins at the resident size of the process that started this one.)
+    On Linux ru_maxrss would include the resident size of the parent process at the start.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as status:
@@ -53,9 +53,13 @@ def peak_memory() -> int:
 
 
 def _compare(model: Any, probe: str) -> dict[str, float]:
-    """The largest |Δ logit| of the model's forward against `probe`, row by row, and the probe's own spread.
+    """The differences of the model's logits from those in `probe`, computed row by row.
 
-    probe: safetensors with input_ids (rows, length) and logits (rows, length, vocab_size) float32.
+    Args:
+        probe: safetensors file with input_ids (rows, length) and logits (rows, length, vocab_size), float32.
+
+    Returns largest_logit_difference, relative_logit_error (norm of the difference over that of the expected logits),
+    logit_spread (smallest standard deviation of the expected logits of a row) and finite.
     """
     import torch
     from safetensors import safe_open
@@ -85,7 +89,7 @@ def _compare(model: Any, probe: str) -> dict[str, float]:
 
 
 def _generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> dict[str, Any]:
-    """Return a greedy continuation of `prompt`, and the size of the cache object that `generate` returned."""
+    """A greedy continuation of `prompt`, as "sample", and the size of the cache after `generate`, as "cache"."""
     encoded = tokenizer(prompt, return_tensors="pt")
     output = model.generate(
         input_ids=encoded["input_ids"],
@@ -115,7 +119,10 @@ def _generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> d
 
 
 def main(folder: str, probe: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Load `folder`, compare it with `probe`, generate. Only the folder's own code is trusted."""
+    """The results of `_compare` and `_generate` for the model in `folder`, with facts about the process.
+
+    The code in the folder is run.
+    """
     import torch
     import transformers
 

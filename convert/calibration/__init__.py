@@ -1,1 +1,1 @@
-"""From calibration text to token rows: documents, tokenization, and the rows of a conversion."""
+"""Calibration data: documents, their tokens, and the rows of a conversion."""

@@ -17,9 +17,9 @@ from .documents import check_sources
 from .token_rows import sampled_rows, text_rows
 
 DEFAULT_ROW = 512  # tokens
-JUDGES, JUDGE_TOKENS = 4, 2048  # at most so many rows, and tokens in them, on which a survey measures layers
+JUDGES, JUDGE_TOKENS = 4, 2048  # the most rows, and tokens in all, on which a survey measures layers
 
-# By source, device and effort. Text costs one forward pass, sampled text one decoding step per token of a row.
+# (source, device) -> effort -> tokens. Text costs one forward pass, sampled text one decoding step per token of a row.
 DEFAULT_TOKENS = {
     ("text", "cpu"): {"quick": 8192, "default": 65536, "high": 131072},
     ("text", "cuda"): {"quick": 65536, "default": 131072, "high": 262144},
@@ -30,11 +30,11 @@ DEFAULT_TOKENS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids, each (rows, length).
+    """The token ids of a conversion, each (rows, length).
 
     Attributes:
-        fit: what the conversion is calibrated on.
-        held_out: what its errors are measured on.
+        fit: for calibration.
+        held_out: for measuring errors.
     """
 
     fit: Tensor
@@ -47,7 +47,7 @@ class Rows:
 
 
 def token_count(recipe: Recipe, device: torch.device) -> int:
-    """Calibration tokens of a run: the recipe's, or the default for its source, device and effort."""
+    """The number of calibration tokens: the recipe's, or the default for its source, device and effort."""
     if recipe.calibration.tokens is not None:
         return recipe.calibration.tokens
     source = "self" if "self" in recipe.calibration.sources else "text"
@@ -56,13 +56,13 @@ def token_count(recipe: Recipe, device: torch.device) -> int:
 
 
 def row_length(recipe: Recipe, config: Any) -> int:
-    """Tokens in a calibration row: the recipe's, or DEFAULT_ROW, or the donor's longest input if that is shorter."""
+    """The tokens per row: the recipe's, or DEFAULT_ROW limited by the donor's context."""
     limit = getattr(config, "max_position_embeddings", None) or DEFAULT_ROW
     return recipe.calibration.sequence_length or min(DEFAULT_ROW, limit)
 
 
 def check(recipe: Recipe, config: Any) -> None:
-    """Checks the calibration settings against the donor's config before any text is read.
+    """Check the calibration settings against the donor's config, before any text is read.
 
     Raises:
         CalibrationError: no text can satisfy the settings.
@@ -90,7 +90,10 @@ def check(recipe: Recipe, config: Any) -> None:
 
 
 def judging_rows(length: int, rows: int) -> int:
-    """How many of `rows` rows of `length` tokens a survey measures layers on; it keeps all layers' outputs for them."""
+    """The number of rows on which a survey measures layers, out of `rows` rows of `length` tokens.
+
+    It is limited because the survey keeps the outputs of all layers for these rows.
+    """
     return max(1, min(JUDGES, JUDGE_TOKENS // length, rows // 4))
 
 
@@ -102,8 +105,8 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
         TextError: a text is missing or unreadable.
     """
     calibration, length = recipe.calibration, row_length(recipe, donor.config)
-    fit = -(-token_count(recipe, device) // length)  # rounded up
-    rows = fit + calibration.held_out
+    fit_rows = -(-token_count(recipe, device) // length)  # rounded up
+    rows = fit_rows + calibration.held_out
     tokenizer = donor.tokenizer()
     if calibration.sources == ("self",):
         dtype = torch.float32 if device.type == "cpu" else donor.dtype
@@ -115,4 +118,4 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
         raise CalibrationError(
             f"the tokenizer gives token {int(ids.max())} and the donor's vocabulary has {donor.config.vocab_size}"
         )
-    return Rows(ids[:fit], ids[fit:])
+    return Rows(ids[:fit_rows], ids[fit_rows:])

@@ -13,28 +13,32 @@ from typing import Any
 from mhconvert.errors import TextError
 
 TEXT_SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
-DATASET_DOCUMENTS = 2000  # read from a streamed dataset when no number of characters is given
+DATASET_DOCUMENTS = 2000  # read from a streamed dataset by default
 
-Chat = Callable[[list[dict[str, Any]]], str]  # messages -> text, by the tokenizer's template
+Chat = Callable[[list[dict[str, Any]]], str]  # messages -> text, by the tokenizer's chat template
 
 
 def read(source: str, *, chat: Chat | None = None, characters: int | None = None) -> list[list[str]]:
-    """The documents of each file that `source` stands for, or of the dataset of that name.
+    """The documents of each file that `source` matches, or of the dataset with that name.
 
     Args:
         source: a file, a glob pattern, or a dataset as `name` or `name:config`.
-        chat: turns the messages of records that have `messages` instead of `text` into text.
-        characters: how many to read of a dataset; by default DATASET_DOCUMENTS documents are read.
+        chat: formats records that have `messages` instead of `text`; None if there is no chat template.
+        characters: to read from a dataset; None for DATASET_DOCUMENTS documents.
 
     Raises:
         TextError: a text is missing or unreadable.
     """
     paths = files(source)
-    return [_file(path, chat) for path in paths] if paths else [_dataset(source, chat, characters)]
+    return [_read_file(path, chat) for path in paths] if paths else [_read_dataset(source, chat, characters)]
 
 
 def check_sources(sources: tuple[str, ...]) -> None:
-    """Raises TextError for a missing file, a pattern without a match, or a folder. Reads nothing."""
+    """Check that the sources exist, without reading them.
+
+    Raises:
+        TextError: a file is missing or not readable, a pattern matches nothing, or a source is a folder.
+    """
     for source in sources:
         for path in files(source):
             if not os.access(path, os.R_OK):
@@ -43,7 +47,11 @@ def check_sources(sources: tuple[str, ...]) -> None:
 
 
 def files(source: str) -> list[Path]:
-    """The files that `source` stands for; none when it can only be the name of a dataset."""
+    """The files that `source` matches; empty if it can only be the name of a dataset.
+
+    Raises:
+        TextError: a pattern matches nothing, or the source is a folder.
+    """
     source = os.path.expanduser(source)  # the shell does not expand a quoted ~
     path = Path(source)
     if glob.has_magic(source) and not path.is_file():
@@ -58,7 +66,7 @@ def files(source: str) -> list[Path]:
     return []
 
 
-def _file(path: Path, chat: Chat | None) -> list[str]:
+def _read_file(path: Path, chat: Chat | None) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -67,9 +75,8 @@ def _file(path: Path, chat: Chat | None) -> list[str]:
     if path.suffix != ".jsonl":
         return [content]
     documents = []
-    for number, line in enumerate(
-        content.split("\n"), start=1
-    ):  # splitlines() would also break at other characters
+    lines = content.split("\n")  # splitlines() would also split at other characters
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -81,6 +88,7 @@ def _file(path: Path, chat: Chat | None) -> list[str]:
 
 
 def _text(record: dict[str, Any], chat: Chat | None) -> str:
+    """The text of one record; raises KeyError or TypeError if it has none."""
     if chat is not None and "text" not in record:
         return chat(record["messages"])
     text = record["text"]
@@ -89,8 +97,8 @@ def _text(record: dict[str, Any], chat: Chat | None) -> str:
     return text
 
 
-def _dataset(name: str, chat: Chat | None, characters: int | None) -> list[str]:
-    """The first documents of the train split of a dataset, which is streamed."""
+def _read_dataset(name: str, chat: Chat | None, characters: int | None) -> list[str]:
+    """The first documents of the train split of a streamed dataset."""
     import datasets
 
     identifier, _, config = name.partition(":")
@@ -99,14 +107,14 @@ def _dataset(name: str, chat: Chat | None, characters: int | None) -> list[str]:
         texts = (_text(row, chat) for row in stream)
         if characters is None:
             return list(islice(texts, DATASET_DOCUMENTS))
-        return list(_until(texts, characters))
-    except Exception as error:  # the datasets library raises many kinds
+        return list(_take_characters(texts, characters))
+    except Exception as error:  # datasets raises errors of many classes
         reason = " ".join(str(error).split())[:200]
         raise TextError(f"'{name}' is neither a file nor a dataset that can be read: {reason}") from error
 
 
-def _until(texts: Iterable[str], characters: int) -> Iterable[str]:
-    """The first of `texts` that have `characters` characters together."""
+def _take_characters(texts: Iterable[str], characters: int) -> Iterable[str]:
+    """The first of `texts` until they have `characters` characters together."""
     for text in texts:
         yield text
         characters -= len(text)

@@ -1,4 +1,4 @@
-"""Rows of token ids: from text files and datasets, or sampled from the donor."""
+"""Rows of token ids, from text files and datasets or sampled from the donor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mhconvert.progress import Listener, Progress
 
 from . import documents
 
-CHARACTERS_A_TOKEN = 4  # the usual ratio, by which the length of a window of text is chosen
-SAMPLED_ROWS = 32  # sampled in one batch
+CHARACTERS_A_TOKEN = 4  # typical ratio; sets the length of a window of text
+SAMPLED_ROWS = 32  # batch size of sampling
 
 
 def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, seed: int) -> Tensor:
-    """(rows, length) token ids drawn evenly from all files and datasets, in random order that `seed` fixes.
+    """Token ids (rows, length), drawn evenly from all files and datasets and shuffled with `seed`.
 
-    A row starts with the beginning-of-text token if the tokenizer puts one there.
+    Every row starts with the beginning-of-text token if the tokenizer adds one.
 
     Raises:
         CalibrationError: the text is too short.
@@ -53,14 +53,14 @@ def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, 
 def sampled_rows(
     model: Any, tokenizer: Any, rows: int, length: int, seed: int, on_progress: Listener
 ) -> Tensor:
-    """(rows, length) token ids sampled from `model` at temperature 1, each row from a random first token.
+    """Token ids (rows, length), sampled from `model` at temperature 1 after a random first token.
 
-    Sampling continues after an end-of-text token. The same seed gives the same rows on the same machine.
+    Sampling continues after an end-of-text token. A seed gives the same rows only on the same machine.
     """
     prefix = start_of_text(tokenizer)
     generator = torch.Generator().manual_seed(seed)
-    not_special = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
-    starts = not_special[torch.randint(len(not_special), (rows, 1), generator=generator)]
+    ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    starts = ordinary[torch.randint(len(ordinary), (rows, 1), generator=generator)]
     starts = torch.cat((torch.tensor(prefix, dtype=torch.long).expand(rows, -1), starts), dim=1)
     batches = []
     for first in range(0, rows, SAMPLED_ROWS):
@@ -72,7 +72,7 @@ def sampled_rows(
 
 @torch.inference_mode()
 def _sample(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """`ids` (rows, first tokens) continued to (rows, length) with the KV cache."""
+    """`ids` (rows, n) continued by sampling to (rows, length)."""
     output = model(input_ids=ids.to(model.device), use_cache=True)
     while ids.shape[1] < length:
         probabilities = output.logits[:, -1].float().softmax(-1).cpu()
@@ -85,7 +85,7 @@ def _sample(model: Any, ids: Tensor, length: int, generator: torch.Generator) ->
 
 
 def start_of_text(tokenizer: Any) -> list[int]:
-    """The beginning-of-text id that the tokenizer puts before any text, as a list; empty if it puts none."""
+    """[id] of the beginning-of-text token that the tokenizer adds to every text; [] if it adds none."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids[:1] == [bos] else []
@@ -94,7 +94,7 @@ def start_of_text(tokenizer: Any) -> list[int]:
 def _token_rows(
     text: str, tokenizer: Any, prefix: list[int], length: int, generator: random.Random
 ) -> Iterator[list[int]]:
-    """Rows of `length` ids from windows of `text` in random order, without repetition."""
+    """Rows of `length` ids, `prefix` included, from the windows of `text` in random order without repetition."""
     width, body = length * CHARACTERS_A_TOKEN, length - len(prefix)
     starts = list(range(0, len(text), width))
     generator.shuffle(starts)

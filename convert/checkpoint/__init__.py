@@ -1,1 +1,1 @@
-"""What a converted checkpoint says of itself: method, origin, hashes, model card."""
+"""The metadata of a converted checkpoint: method, origin, hashes, front matter of its model card."""

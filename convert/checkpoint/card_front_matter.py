@@ -1,4 +1,4 @@
-"""The YAML at the top of a model card, in the form that the Hub reads."""
+"""The YAML front matter of a model card, in the Hub's format."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ def front_matter(
     licence: str | None,
     tags: Sequence[str],
 ) -> str:
-    """`---`, YAML, `---`, and a line break. base: the base model's Hub id; without one no relation is claimed.
+    """The front matter with its `---` lines, ending in a line break.
 
-    relation: what the Hub calls it: adapter, merge, quantized or finetune, which is everything else.
+    Args:
+        library: that loads the model.
+        base: Hub id of the base model; without one the card states no relation.
+        relation: to the base model, in the Hub's terms: adapter, merge, quantized, or finetune for everything else.
+        licence: its id, or a JSON list of several.
     """
     data = ModelCardData(
         base_model=base,
@@ -30,20 +34,20 @@ def front_matter(
     if base:
         data["base_model_relation"] = relation
     if licence:
-        data["license"] = _licence(licence)
-    return enclosed(data)
+        data["license"] = _parse_licence(licence)
+    return render_front_matter(data)
 
 
-def enclosed(data: ModelCardData) -> str:
-    """Return `data` as a card's front matter."""
+def render_front_matter(data: ModelCardData) -> str:
+    """`data` as YAML between `---` lines, ending in a line break."""
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _licence(stated: str) -> Any:
-    """Return a donor's licences as a list; several are stored as a JSON list in one string."""
-    if not stated.startswith("["):
-        return stated
+def _parse_licence(text: str) -> Any:
+    """The licence, or a list for a string that holds a JSON list of several."""
+    if not text.startswith("["):
+        return text
     try:
-        return yaml.safe_load(stated)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
-        return stated
+        return text

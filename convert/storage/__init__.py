@@ -1,1 +1,1 @@
-"""Files: reading and writing safetensors, folders that appear when they are whole."""
+"""Storage: reading and writing of safetensors, atomic files, output folders."""

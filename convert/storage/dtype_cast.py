@@ -11,14 +11,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def torch_dtype(name: str, error: type[MhconvertError] = MhconvertError) -> torch.dtype:
-    """The dtype called `name` that weights can be written in. Raises `error` for any other name."""
+    """The dtype `name`, one of DTYPES; raises `error` for another name."""
     if name not in DTYPES:
         raise error(f"dtype '{name}' is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`. Raises CheckpointError when that makes an infinity of a finite weight (float16: 65504)."""
+    """`tensor` in `dtype`.
+
+    Raises:
+        CheckpointError: a finite value overflows, in float16 above 65504.
+    """
     result = tensor.to(dtype)
     if torch.isfinite(result).all() or not torch.isfinite(tensor).all():
         return result
@@ -30,7 +34,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def require_finite_states(index: int, **states: Tensor) -> None:
-    """Raises CheckpointError when the donor's own hidden states in layer `index` are not finite."""
+    """Raises CheckpointError if the donor's hidden states in layer `index` are not finite."""
     for name, state in states.items():
         if not torch.isfinite(state).all():
             raise CheckpointError(

@@ -1,7 +1,7 @@
-"""Output folders that appear under their name only when they are whole.
+"""Output folders that get their final name only when they are complete.
 
-A command writes into OUT.partial, which is locked while it runs and renamed at the end. `whole_folder` is for a command
-that starts over when it was interrupted, `ResumableFolder` for a run that can go on from a state file.
+A command writes into OUT.partial, which is locked while it runs and renamed at the end. `whole_folder` is for commands
+that start over after an interruption, `ResumableFolder` for runs that can resume from a state file.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ from mhconvert.errors import OutputError
 from .byte_size import shown_size
 from .folder_kind import KINDS
 
-WORK = "work"  # the subfolder of OUT.partial that is deleted when OUT.partial is published
-LOCK = "lock"  # the file in it that is locked as long as a run lasts
+WORK = "work"  # subfolder of OUT.partial, deleted before OUT.partial is renamed
+LOCK = "lock"  # file in WORK that is locked during a run
 
-DISK_FULL = ("No space left", "PytorchStreamWriter failed", "unexpected pos")  # the last two: torch.save
+DISK_FULL = ("No space left", "PytorchStreamWriter failed", "unexpected pos")  # the last two from torch.save
 
 
 class PartialFolder:
-    """`folder` is OUT.partial, `work` the run's own subfolder of it; neither is made before `make`."""
+    """The folder of a running command, which `make` creates.
+
+    Attributes:
+        output: OUT, the final folder.
+        folder: OUT.partial.
+        work: subfolder for files that are not part of the result.
+    """
 
     def __init__(self, output: Path):
         self.output = output
@@ -41,9 +47,10 @@ class PartialFolder:
         self._lock: IO[str] | None = None
 
     def make(self) -> None:
-        """Make the work folder, remember which folders above it are new, and lock it.
+        """Create the folder with its parents, and lock it.
 
-        Raises OutputError where it cannot be made, and where another run holds the lock.
+        Raises:
+            OutputError: it cannot be created, or another run has locked it.
         """
         self._new_parents = [folder for folder in self.folder.absolute().parents if not folder.exists()]
         try:
@@ -60,12 +67,12 @@ class PartialFolder:
             ) from error
 
     def unlock(self) -> None:
-        """Release the lock, if it is held."""
+        """Release the lock, if this run has it."""
         if self._lock is not None:
             self._lock.close()
 
     def empty(self, *kept: str) -> None:
-        """Remove everything but the lock and the `kept` files of the work folder."""
+        """Delete everything except the lock and the `kept` files of the work folder."""
         for path in (*self.folder.iterdir(), *self.work.iterdir()):
             if path.name not in (WORK, LOCK, *kept):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -76,22 +83,22 @@ class PartialFolder:
         replace_folder(self.folder, self.output)
 
     def discard(self) -> None:
-        """Remove it, and the folders above it that were made for it."""
+        """Delete the folder, and the parents that `make` created."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # another program may have put files there since
+        with suppress(OSError):  # another program may have written files there
             for folder in self._new_parents:
                 folder.rmdir()
 
 
 class ResumableFolder(PartialFolder):
-    """OUT.partial of a run that an interruption leaves, with a JSON file in `work` that says what is finished."""
+    """The folder of a run that can be resumed, with a JSON file in `work` that records what is finished."""
 
     def __init__(self, output: Path, state_name: str):
         super().__init__(output)
         self.state_file = self.work / state_name
 
     def state(self) -> dict[str, Any] | None:
-        """What is finished; None before the state is first written."""
+        """The contents of the state file; None before it is first written."""
         return json.loads(self.state_file.read_text()) if self.state_file.is_file() else None
 
     def enter(
@@ -103,19 +110,19 @@ class ResumableFolder(PartialFolder):
         resume: bool,
         force: bool,
     ) -> None:
-        """Make and lock the folder. An interrupted run's files are kept with `resume` and removed with `force`.
+        """Create and lock the folder. The files of an interrupted run are kept with `resume`, deleted with `force`.
 
         Args:
             needed: bytes that a new run writes.
-            ours: whether a folder that is there already was made by an interrupted run.
-            finished: from the state, what an interrupted run has finished, for the message.
+            ours: whether an existing folder is from an interrupted run.
+            finished: state -> what is finished, for an error message.
 
         Raises:
-            OutputError: The folder is not ours, is locked, or holds an interrupted run and neither `resume` nor
-                `force` is given; or the disk is too small.
+            OutputError: the folder is not from mhconvert, is locked, or has an interrupted run and neither `resume`
+                nor `force` is set; or the disk is too small.
         """
-        found = self.folder.exists()
-        if not found:
+        existed = self.folder.exists()
+        if not existed:
             check_space(self.folder, needed)
         elif not ours():
             raise OutputError(
@@ -123,12 +130,12 @@ class ResumableFolder(PartialFolder):
             )
         self.make()
         try:
-            if found and not resume and not force:
+            if existed and not resume and not force:
                 raise OutputError(
                     f"{self.folder} holds an interrupted run ({finished(self.state())}); --resume continues it, "
                     "--force starts over"
                 )
-            if found and not (resume and self.state_file.is_file()):
+            if existed and not (resume and self.state_file.is_file()):
                 self.empty()
                 check_space(self.folder, needed)
         except BaseException:
@@ -136,23 +143,22 @@ class ResumableFolder(PartialFolder):
             raise
 
     def publish(self) -> None:
-        self.state_file.unlink()  # first, as nothing can be resumed from a work folder that is half deleted
+        self.state_file.unlink()  # first: a partly deleted work folder must not be resumed
         super().publish()
 
 
 @contextmanager
 def whole_folder(output: Path, needed: int, *, force: bool) -> Iterator[Path]:
-    """OUT.partial to write into. It becomes `output` when the context ends without an error; otherwise it is removed.
+    """A context with OUT.partial, which is renamed to `output` at the end, or deleted after an error.
 
-    Call `check_free` first: whether `output` itself may be replaced is not checked here.
+    It replaces `output` without a check; call `check_free` first.
 
     Args:
-        output: the final folder.
         needed: bytes that will be written.
-        force: remove an OUT.partial that an interrupted run left.
+        force: delete the OUT.partial of an interrupted run.
 
     Raises:
-        OutputError: The disk is too small, or OUT.partial is there already.
+        OutputError: the disk is too small, or OUT.partial exists.
     """
     partial = PartialFolder(output)
     if partial.folder.exists() and not (force and partial.work.is_dir()):
@@ -176,7 +182,7 @@ def whole_folder(output: Path, needed: int, *, force: bool) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, output: Path) -> None:
-    """Rename the finished folder to `output`; an old folder of that name is removed only after that."""
+    """Rename `partial` to `output`; an existing `output` is moved aside first and deleted last."""
     if not os.path.lexists(output):
         os.replace(partial, output)
         return
@@ -187,7 +193,15 @@ def replace_folder(partial: Path, output: Path) -> None:
 
 
 def check_free(output: Path, force: bool, *read: Path | None) -> None:
-    """Raises OutputError when `output` exists and may not be replaced; a folder that holds one of `read` never may."""
+    """Check that `output` may be written.
+
+    Args:
+        force: allow to replace an existing checkpoint.
+        read: folders that the command reads; `output` must not contain them.
+
+    Raises:
+        OutputError: `output` exists and may not be replaced.
+    """
     if os.path.lexists(output) and not force:
         raise OutputError(f"{output} exists; choose another folder with -o, or replace it with --force")
     if os.path.lexists(output) and not output.is_dir():
@@ -198,13 +212,13 @@ def check_free(output: Path, force: bool, *read: Path | None) -> None:
         raise OutputError(
             f"{output} is read by this command, or holds what is; choose another folder with -o"
         )
-    held = os.path.lexists(output) and any(output.iterdir())
-    if held and not any((output / name).is_file() for name in KINDS):
+    has_files = os.path.lexists(output) and any(output.iterdir())
+    if has_files and not any((output / name).is_file() for name in KINDS):
         raise OutputError(f"{output} is no checkpoint, and --force replaces nothing else; choose another -o")
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises OutputError when the disk that will hold `folder` lacks `needed` bytes."""
+    """Raises OutputError if the disk of `folder` has less than `needed` bytes free."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -217,7 +231,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """Whether `error` is a write that failed because the disk is full."""
+    """Whether `error` is from a write to a full disk."""
     if not isinstance(error, (OSError, SafetensorError, RuntimeError)):
         return False
     return getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in DISK_FULL)

@@ -1,4 +1,4 @@
-"""Weights on disk, read one tensor at a time; nothing stays mapped or open between reads."""
+"""Reader of safetensors checkpoints, one tensor at a time. No file stays open or mapped between reads."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mhconvert.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors format
-FINITE_BLOCK = 1 << 24  # elements looked at together, so that the check needs little memory
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
+FINITE_BLOCK = 1 << 24  # elements checked at a time, which bounds the memory
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -35,10 +35,10 @@ SAFETENSORS_DTYPES = {
 
 
 class TensorSource(Protocol):
-    """Tensors read when asked for, by their Hub names (`model.layers.0.self_attn.q_proj.weight`)."""
+    """Tensors that are read on demand by their names, such as `model.layers.0.self_attn.q_proj.weight`."""
 
     def names(self) -> list[str]:
-        """Every tensor, in file order."""
+        """The names of all tensors, in file order."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -48,17 +48,17 @@ class TensorSource(Protocol):
         ...
 
     def nbytes(self, name: str) -> int:
-        """Bytes of the tensor that `read` returns."""
+        """The bytes of the tensor that `read` returns."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU in memory of its own. CheckpointError when it holds NaN or infinity."""
+        """The tensor on the CPU, in new memory; raises CheckpointError for NaN or infinite values."""
         ...
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `nbytes` bytes of `file` from `offset`."""
+    """The location of a tensor: `nbytes` bytes of `file` from `offset`."""
 
     file: Path
     offset: int
@@ -68,10 +68,11 @@ class StoredTensor:
 
 
 class SafetensorsSource:
-    """The weights of a model folder: model.safetensors, or shards and their index.
+    """A TensorSource of the weights of a model folder: model.safetensors, or shards with their index.
 
-    Raises CheckpointError at construction, naming the file, when a shard is missing or truncated, when the
-    index points outside the folder or at a tensor its shard lacks, and when there are no safetensors at all.
+    Raises:
+        CheckpointError: there are no safetensors, a shard is missing or truncated, or the index refers to a file
+            outside the folder or to a tensor that its shard lacks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,37 +105,43 @@ class SafetensorsSource:
         return self._tensors[name]
 
     def _from_index(self, index: Path) -> dict[str, StoredTensor]:
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
+        """name -> location of every tensor in the index."""
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map; download the checkpoint again")
         shards: dict[str, dict[str, StoredTensor]] = {}
-        found = {}
-        for name, file in places.items():
+        tensors = {}
+        for name, file in weight_map.items():
             if file not in shards:
-                shards[file] = read_header(self._inside(index, file))
+                shards[file] = read_header(self._shard_path(index, file))
             if name not in shards[file]:
                 raise CheckpointError(f"{index} places tensor {name} in {file}, which does not have it")
-            found[name] = shards[file][name]
-        return found
+            tensors[name] = shards[file][name]
+        return tensors
 
-    def _inside(self, index: Path, file: Any) -> Path:
-        place = PurePosixPath(str(file))
+    def _shard_path(self, index: Path, file: Any) -> Path:
+        """The path of a shard; raises CheckpointError if it is missing or outside the folder."""
+        path = PurePosixPath(str(file))
         if (
-            place.is_absolute()
-            or ".." in place.parts
+            path.is_absolute()
+            or ".." in path.parts
             or "\\" in str(file)
             or not str(file).endswith(".safetensors")
         ):
             raise CheckpointError(
                 f"{index} points at '{file}', which is not a safetensors file inside its folder"
             )
-        if not (self.folder / place).is_file():
+        if not (self.folder / path).is_file():
             raise CheckpointError(f"shard {file} named in {index} is missing; download the checkpoint again")
-        return self.folder / place
+        return self.folder / path
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises CheckpointError when it is truncated or is no such file."""
+    """name -> location of the tensors in one safetensors file.
+
+    Raises:
+        CheckpointError: it is truncated or not a safetensors file.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -146,7 +153,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 raise CheckpointError(f"{file} is truncated or not a safetensors file ({size} bytes)")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        entries = {name: _entry_of(file, facts, 8 + length) for name, facts in header.items()}
+        entries = {name: _stored_tensor(file, entry, 8 + length) for name, entry in header.items()}
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -157,19 +164,20 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return entries
 
 
-def _entry_of(file: Path, facts: dict[str, Any], base: int) -> StoredTensor:
-    begin, end = facts["data_offsets"]
-    shape = tuple(int(n) for n in facts["shape"])
-    if facts["dtype"] not in SAFETENSORS_DTYPES:
-        raise ValueError(f"dtype {facts['dtype']} is unknown")
-    dtype = SAFETENSORS_DTYPES[facts["dtype"]]
+def _stored_tensor(file: Path, entry: dict[str, Any], base: int) -> StoredTensor:
+    """The location of a tensor from its entry in the header; `base` is the offset of the tensor data in the file."""
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(n) for n in entry["shape"])
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise ValueError(f"dtype {entry['dtype']} is unknown")
+    dtype = SAFETENSORS_DTYPES[entry["dtype"]]
     if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"offsets {begin}:{end} do not fit shape {list(shape)}")
     return StoredTensor(file, base + begin, end - begin, shape, dtype)
 
 
 def read_tensor(name: str, entry: StoredTensor) -> Tensor:
-    """The tensor in memory of its own. CheckpointError naming `name` when it holds NaN or infinity."""
+    """The tensor in new memory; raises CheckpointError for NaN or infinite values."""
     raw = read_bytes(entry.file, entry.offset, entry.nbytes)
     tensor = raw.view(entry.dtype).reshape(entry.shape)
     require_finite(tensor, name, entry.file)
@@ -177,7 +185,11 @@ def read_tensor(name: str, entry: StoredTensor) -> Tensor:
 
 
 def read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
-    """`nbytes` bytes of `file` from `offset`, as uint8 in memory of their own."""
+    """`nbytes` bytes of `file` from `offset`, as a new uint8 tensor.
+
+    Raises:
+        CheckpointError: the file cannot be read or is too short.
+    """
     raw = torch.empty(nbytes, dtype=torch.uint8)
     try:
         with file.open("rb", buffering=0) as stream:
@@ -194,7 +206,7 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
 
 
 def require_finite(tensor: Tensor, name: str, file: Path) -> None:
-    """Raises CheckpointError naming `name` and `file` when a float `tensor` holds NaN or infinity."""
+    """Raises CheckpointError, with `name` and `file`, if a floating-point tensor has NaN or infinite values."""
     if not tensor.is_floating_point():
         return
     for block in tensor.view(-1).split(FINITE_BLOCK):
@@ -206,7 +218,11 @@ def require_finite(tensor: Tensor, name: str, file: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError naming the file when there is none."""
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not contain an object.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -217,7 +233,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def no_weights(place: str | Path, files: list[str]) -> str:
-    """Why `place`, which holds `files`, has no weights that can be read, and the way out."""
+    """The message for a folder or repository `place` with `files`, but without safetensors: the reason and a remedy."""
     pickles = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth")))
     if pickles:
         return (

@@ -1,1 +1,1 @@
-"""An evaluation as one HTML or Markdown page."""
+"""The report of an evaluation as one HTML or Markdown page."""

@@ -1,4 +1,4 @@
-"""What a page is made of, and how each part is written in HTML and in Markdown. Text is plain; it is escaped here."""
+"""The blocks of a page and their rendering in HTML and Markdown. Blocks hold plain text, which is escaped here."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-NOTHING = "—"
+EMPTY_CELL = "—"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell: the value, a smaller note beside it, and how it looks: classes of `page_style`."""
+    """A table cell.
+
+    Attributes:
+        text: the value.
+        note: in small print beside it.
+        kind: CSS classes of `style.CSS`, separated by spaces.
+    """
 
     text: str
     note: str = ""
@@ -33,10 +39,14 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """columns: their titles; groups: (title, columns that it spans) over them. The first column names the row.
+    """A table whose first column is the header of each row.
 
-    strong: indices of rows that stand out. folded: hidden in HTML behind this summary until it is opened.
-    kind: how it looks: "words" for text, "heat" for a heat map.
+    Attributes:
+        columns: titles.
+        groups: (title, number of columns it spans), a second header above the titles.
+        strong: indices of highlighted rows.
+        folded: in HTML, the summary of a collapsed block around the table; empty for an open table.
+        kind: CSS class of the table: "words" for text, "heat" for a heat map.
     """
 
     columns: Sequence[str]
@@ -50,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An inline SVG, the only thing that is not escaped: it comes from our own plots. Markdown leaves it out."""
+    """An inline SVG of `plots`, the only text that is not escaped. Markdown leaves it out."""
 
     svg: str
     caption: str
@@ -70,7 +80,7 @@ def to_html(block: Block) -> str:
         case Heading(text, level):
             return f"<h{level}>{escape(text)}</h{level}>"
         case Paragraph(text, lead):
-            return f"<p{' class=lead' if lead else ''}>{_held(text)}</p>"
+            return f"<p{' class=lead' if lead else ''}>{_escape(text)}</p>"
         case Code(text):
             return f"<pre tabindex=0>{escape(text)}</pre>"
         case Figure(svg, caption):
@@ -83,12 +93,12 @@ def to_html(block: Block) -> str:
 
 
 def to_markdown(block: Block) -> str:
-    """The block as GitHub's Markdown; nothing for a figure, whose numbers stand in a table."""
+    """The block as GitHub's Markdown; empty for a figure, whose numbers are in a table."""
     match block:
         case Heading(text, level):
-            return f"{'#' * level} {_plain(text)}"
+            return f"{'#' * level} {_escape_markdown(text)}"
         case Paragraph(text):
-            return _plain(text)
+            return _escape_markdown(text)
         case Code(text):
             longest = max(map(len, re.findall("`+", text)), default=0)
             fence = "`" * max(3, longest + 1)
@@ -100,7 +110,8 @@ def to_markdown(block: Block) -> str:
 
 
 def _html_table(table: Table) -> str:
-    lines = [f"<p class=caption>{_held(table.caption)}</p>"] if table.caption else []
+    """The table as HTML in a box that scrolls sideways."""
+    lines = [f"<p class=caption>{_escape(table.caption)}</p>"] if table.caption else []
     kind = f" class={table.kind}" if table.kind else ""
     lines.append(f"<div class=box tabindex=0><table{kind}><thead>")
     if table.groups:
@@ -112,45 +123,49 @@ def _html_table(table: Table) -> str:
         + "</tr></thead><tbody>"
     )
     for index, row in enumerate(table.rows):
-        mark = " class=strong" if index in table.strong else ""
+        strong = " class=strong" if index in table.strong else ""
         lines.append(
-            f"<tr{mark}>" + "".join(_html_cell(cell, at == 0) for at, cell in enumerate(row)) + "</tr>"
+            f"<tr{strong}>" + "".join(_html_cell(cell, at == 0) for at, cell in enumerate(row)) + "</tr>"
         )
     return "\n".join([*lines, "</tbody></table></div>"])
 
 
 def _html_cell(content: str | Cell, first: bool) -> str:
     cell = content if isinstance(content, Cell) else Cell(content)
-    note = f"<small>{_held(cell.note)}</small>" if cell.note else ""
+    note = f"<small>{_escape(cell.note)}</small>" if cell.note else ""
     kind = f' class="{cell.kind}"' if cell.kind else ""
     tag, scope = ("th", " scope=row") if first else ("td", "")
-    return f"<{tag}{scope}{kind}>{_held(cell.text) or NOTHING}{note}</{tag}>"
+    return f"<{tag}{scope}{kind}>{_escape(cell.text) or EMPTY_CELL}{note}</{tag}>"
 
 
-def _held(text: str) -> str:
-    """`text` escaped, with numbers kept on the line of their % and ±."""
+def _escape(text: str) -> str:
+    """`text` escaped for HTML, with no-break spaces before % and after ±."""
     return escape(text).replace(" %", "\u00a0%").replace("± ", "±\u00a0")
 
 
 def _markdown_table(table: Table) -> str:
-    over = [title for title, span in table.groups for _ in range(span)] or [""] * len(table.columns)
+    """The table as Markdown; a group's title is put before the title of each of its columns."""
+    groups = [title for title, span in table.groups for _ in range(span)] or [""] * len(table.columns)
     titles = [
-        f"{group}: {title}" if group else title for group, title in zip(over, table.columns, strict=True)
+        f"{group}: {title}" if group else title for group, title in zip(groups, table.columns, strict=True)
     ]
     lines = [_row(titles), "|---|" + ("---|" if table.kind == "words" else "---:|") * (len(titles) - 1)]
     for index, row in enumerate(table.rows):
         cells = [cell if isinstance(cell, Cell) else Cell(cell) for cell in row]
-        texts = [_plain((cell.text or NOTHING) + (f" ({cell.note})" if cell.note else "")) for cell in cells]
+        texts = [
+            _escape_markdown((cell.text or EMPTY_CELL) + (f" ({cell.note})" if cell.note else ""))
+            for cell in cells
+        ]
         lines.append(
             _row([f"**{text}**" for text in texts] if index in table.strong else texts, escaped=True)
         )
-    return "\n".join(([_plain(table.caption), ""] if table.caption else []) + lines)
+    return "\n".join(([_escape_markdown(table.caption), ""] if table.caption else []) + lines)
 
 
 def _row(texts: Sequence[str], escaped: bool = False) -> str:
-    return "| " + " | ".join(text if escaped else _plain(text) for text in texts) + " |"
+    return "| " + " | ".join(text if escaped else _escape_markdown(text) for text in texts) + " |"
 
 
-def _plain(text: str) -> str:
-    """`text` on one line, so that Markdown and the HTML inside it leave it as it is."""
+def _escape_markdown(text: str) -> str:
+    """`text` on one line, with the special characters of Markdown and HTML escaped."""
     return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""The page's parts in their order: each function makes blocks of a result, or none of what it lacks."""
+"""The sections of the page. Each function returns the blocks of one section, or none if the result lacks its data."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from .verdict import cache_shares, kind, ratio, title, verdict
 Result = Mapping[str, Any]
 Reports = Sequence[Mapping[str, Any]]
 
-
-FINGERPRINT = 16  # of the 64 digits: enough to tell models apart
+FINGERPRINT_DIGITS = 16  # of 64, enough to tell models apart
 
 
 def blocks(result: Result, reports: Reports, recipe: str | None) -> list[Block]:
-    """The whole page. `reports` belong to the models after the donor, in their order, and may be fewer."""
+    """The blocks of the whole page.
+
+    Args:
+        result: of `mhconvert eval`.
+        reports: `report.json` of the models after the donor, in their order; the last ones may be missing.
+        recipe: YAML.
+    """
     page: list[Block] = [Heading(title(result), 1)]
     page += [Paragraph(text, lead=True) for text in verdict(result)]
     page += models(result)
@@ -36,7 +41,7 @@ def blocks(result: Result, reports: Reports, recipe: str | None) -> list[Block]:
 
 
 def models(result: Result) -> list[Block]:
-    """Cache, perplexity, divergence and agreement, a row for each model."""
+    """The table of KV cache, perplexity, KL and top-1 agreement, one row for each model."""
     columns, groups = ["model", "KV cache"], [("", 2)]
     for text in result.get("texts") or ():
         columns += ["perplexity", "KL", "top-1"]
@@ -45,10 +50,10 @@ def models(result: Result) -> list[Block]:
     for index, (model, kept) in enumerate(zip(result["models"], cache_shares(result), strict=True)):
         row: list[str | Cell] = [Cell(model["name"], kind(model)), share(kept)]
         for text in result.get("texts") or ():
-            found, donor = text["models"][index], text["models"][0]
-            times = ratio(found.get("perplexity"), donor.get("perplexity"))
-            row.append(Cell(number(found.get("perplexity")), f"× {times:.3f}" if index and times else ""))
-            row += [number(found.get("kl")) if index else "0", share(found.get("top1_agreement"))]
+            scores, donor = text["models"][index], text["models"][0]
+            times = ratio(scores.get("perplexity"), donor.get("perplexity"))
+            row.append(Cell(number(scores.get("perplexity")), f"× {times:.3f}" if index and times else ""))
+            row += [number(scores.get("kl")) if index else "0", share(scores.get("top1_agreement"))]
         rows.append(row)
     measured = "; ".join(
         f"{text['text']}, {count(text.get('tokens'))} predictions in {count(text.get('sequences'))} rows of "
@@ -56,34 +61,34 @@ def models(result: Result) -> list[Block]:
         for text in result.get("texts") or ()
     )
     note = f"Measured on {measured}. KL is KL(donor ‖ model) in nats a token, top-1 how often both name the same token."
-    found = [Paragraph(note)] if measured else []
-    return [Heading("Models"), Table(columns, rows, groups=groups if measured else ()), *found]
+    notes = [Paragraph(note)] if measured else []
+    return [Heading("Models"), Table(columns, rows, groups=groups if measured else ()), *notes]
 
 
 def retrieval(result: Result) -> list[Block]:
-    """A heat map of length × depth for each model."""
-    found = result.get("retrieval")
-    if not found:
+    """For each model, a heat map of the recall by context length and depth."""
+    probe = result.get("retrieval")
+    if not probe:
         return []
-    what = (
+    explanation = (
         "A made-up number is hidden in filler text of each length, at each depth, and asked for at the end. A cell "
-        f"has the share of numbers recalled exactly, of {found['trials']}, and below it the nats a token that the "
+        f"has the share of numbers recalled exactly, of {probe['trials']}, and below it the nats a token that the "
         "right one cost, which rise before recall fails."
     )
-    page: list[Block] = [Heading("Retrieval from long text"), Paragraph(what)]
-    depths = [f"{100 * depth:g} %" for depth in found["depths"]]
-    if found.get("left_out"):
-        beyond = ", ".join(f"{length:,}" for length in found["left_out"])
+    page: list[Block] = [Heading("Retrieval from long text"), Paragraph(explanation)]
+    depths = [f"{100 * depth:g} %" for depth in probe["depths"]]
+    if probe.get("left_out"):
+        beyond = ", ".join(f"{length:,}" for length in probe["left_out"])
         page.append(Paragraph(f"Left out, being longer than the models read: {beyond} tokens."))
-    for model, probed in zip(result["models"], found["models"], strict=True):
-        if not probed:
+    for model, scores in zip(result["models"], probe["models"], strict=True):
+        if not scores:
             continue
-        lengths = probed.get("lengths", found["lengths"])  # a model that reads less has fewer than the donor
+        lengths = scores.get("lengths", probe["lengths"])  # fewer for a model with a shorter context window
         rows: list[list[str | Cell]] = [
             [f"{length:,}", *(_heat(*cell) for cell in zip(recalled, nll, strict=True))]
-            for length, recalled, nll in zip(lengths, probed["recalled"], probed["nll"], strict=True)
+            for length, recalled, nll in zip(lengths, scores["recalled"], scores["nll"], strict=True)
         ]
-        caption = _recall(probed)
+        caption = _recall_caption(scores)
         page += [
             Heading(model["name"], 3),
             Table(["tokens", *depths], rows, caption, groups=[("", 1), ("depth", len(depths))], kind="heat"),
@@ -91,11 +96,12 @@ def retrieval(result: Result) -> list[Block]:
     return page
 
 
-def _recall(probed: Mapping[str, Any]) -> str:
-    spread = f" ± {100 * probed['share_stderr']:.2g}" if probed.get("share_stderr") is not None else ""
-    words = f"{100 * probed['share']:.3g}{spread} % recalled, {number(probed['mean_nll'])} nats a token"
-    absent = probed.get("absent")
-    return words + (f"; {number(absent['nll'])} where the text has no such number" if absent else "")
+def _recall_caption(scores: Mapping[str, Any]) -> str:
+    """The recall and the mean loss over all cells of a heat map."""
+    spread = f" ± {100 * scores['share_stderr']:.2g}" if scores.get("share_stderr") is not None else ""
+    caption = f"{100 * scores['share']:.3g}{spread} % recalled, {number(scores['mean_nll'])} nats a token"
+    absent = scores.get("absent")
+    return caption + (f"; {number(absent['nll'])} where the text has no such number" if absent else "")
 
 
 def _heat(recalled: float, nll: float) -> Cell:
@@ -103,7 +109,7 @@ def _heat(recalled: float, nll: float) -> Cell:
 
 
 def healing(result: Result, reports: Reports) -> list[Block]:
-    """How much training each healed model had."""
+    """For each healed model, how much it was trained."""
     healed = [
         Paragraph(f"{model['name']}: {healing_line(dict(report))}.")
         for model, report in zip(result["models"][1:], reports, strict=False)
@@ -113,20 +119,20 @@ def healing(result: Result, reports: Reports) -> list[Block]:
 
 
 def cost(result: Result, reports: Reports) -> list[Block]:
-    """What each model's cache holds, what it computes, and how fast it decodes where that was timed."""
+    """The tables of cache size, parameters and active heads, and of decoding speed if it was timed."""
     titles = ["model", "KV elements a token", "of the donor's", "bytes a token", "parameters", "active heads"]
     elements = result.get("cache") or [{}] * len(result["models"])
     rows: list[list[str]] = []
     for index, (model, kept) in enumerate(zip(result["models"], cache_shares(result), strict=True)):
-        of_model = reports[index - 1 : index] if index else reports
+        candidates = reports[index - 1 : index] if index else reports  # any report has the donor's numbers
         side = "converted" if index else "donor"
         stored, parameters, heads = (
-            next((report[key][side] for report in of_model if (report or {}).get(key)), None)
+            next((report[key][side] for report in candidates if (report or {}).get(key)), None)
             for key in ("kv_bytes_per_token", "parameters", "active_heads")
         )
-        held = elements[index].get("kv_elements_per_token")
-        whole = f"{held:,.10g}" if held is not None else ""
-        rows.append([model["name"], whole, share(kept), size(stored), count(parameters), count(heads)])
+        kv_elements = elements[index].get("kv_elements_per_token")
+        kv_text = f"{kv_elements:,.10g}" if kv_elements is not None else ""
+        rows.append([model["name"], kv_text, share(kept), size(stored), count(parameters), count(heads)])
     used = [at for at in range(len(titles)) if at == 0 or any(row[at] for row in rows)]
     page: list[Block] = []
     if len(used) > 1:
@@ -136,6 +142,7 @@ def cost(result: Result, reports: Reports) -> list[Block]:
 
 
 def _speed(result: Result, reports: Reports) -> list[Block]:
+    """The table of decoding speed from the benchmarks in the reports."""
     rows: list[list[str]] = []
     captions = []
     for model, report in zip(result["models"][1:], reports, strict=False):
@@ -158,20 +165,21 @@ def _speed(result: Result, reports: Reports) -> list[Block]:
 
 
 def settings(result: Result) -> list[Block]:
-    """What was measured with what."""
+    """The settings of the evaluation, the versions of libraries, and the references of the models."""
     given = {key: value for key, value in (result.get("settings") or {}).items() if value is not None}
-    facts = {**given, **(result.get("versions") or {})}
-    rows = [[key.replace("_", " "), _said(value)] for key, value in facts.items()]
+    entries = {**given, **(result.get("versions") or {})}
+    rows = [[key.replace("_", " "), _yes_no(value)] for key, value in entries.items()]
     if result.get("seconds") is not None:
         rows.append(["time", duration(result["seconds"])])
-    of_models = [
-        [m["name"], m["reference"], m["dtype"], str(m.get("fingerprint") or "")[:FINGERPRINT]]
+    references = [
+        [m["name"], m["reference"], m["dtype"], str(m.get("fingerprint") or "")[:FINGERPRINT_DIGITS]]
         for m in result["models"]
     ]
     columns = ["model", "reference", "dtype", "fingerprint"]
-    page: list[Block] = [Heading("Settings and versions"), Table(columns, of_models, kind="words")]
+    page: list[Block] = [Heading("Settings and versions"), Table(columns, references, kind="words")]
     return [*page, Table(["", ""], rows, kind="words")] if rows else page
 
 
-def _said(value: object) -> str:
+def _yes_no(value: object) -> str:
+    """`str(value)`, but "yes" and "no" for booleans."""
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)

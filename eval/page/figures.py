@@ -1,4 +1,4 @@
-"""The page's figures with their numbers in tables: the KV-budget curve and the error of each layer."""
+"""The sections with plots, each with its numbers in a table: the KV-budget curve and the errors by layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_PLOT = "There is no plot because matplotlib is missing: pip install 'mhconver
 
 
 def curves(result: Mapping[str, Any]) -> list[Block]:
-    """Perplexity against the cache kept, for each text, where two models after the donor differ in their cache."""
+    """For each text, perplexity against the KV budget; empty unless two converted models differ in cache size."""
     shares = cache_shares(result)
     if len({kept for kept in shares[1:] if kept is not None}) < 2 or not result.get("texts"):
         return []
@@ -34,24 +34,27 @@ def curves(result: Mapping[str, Any]) -> list[Block]:
             page.append(Figure(plots.budget(points, text["text"]), caption))
         ordered = sorted(points, key=lambda point: -point.kept)
         rows = [[point.name, share(point.kept), f"× {point.ratio:.3f}"] for point in ordered]
-        page.append(_numbers(Table(["model", "KV cache", f"perplexity on {text['text']}"], rows)))
+        page.append(_figure_table(Table(["model", "KV cache", f"perplexity on {text['text']}"], rows)))
     return page if plots.available() else [*page, Paragraph(NO_PLOT)]
 
 
 def layers(result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """The error that the conversion left in each layer."""
-    alike: dict[tuple[float | None, ...], list[str]] = {}  # a healed model has the errors of its conversion
+    """The relative error of each layer's attention after conversion.
+
+    Models with equal errors share one series, as a healed model has the errors of its conversion.
+    """
+    names_by_errors: dict[tuple[float | None, ...], list[str]] = {}
     for model, report in zip(result["models"][1:], reports, strict=False):
         errors = tuple(layer.get("relative_error") for layer in (report or {}).get("layers") or ())
         if errors:
-            alike.setdefault(errors, []).append(model["name"])
-    series = [(", ".join(names), errors) for errors, names in alike.items()]
+            names_by_errors.setdefault(errors, []).append(model["name"])
+    series = [(", ".join(names), errors) for errors, names in names_by_errors.items()]
     if not series:
         return []
     page: list[Block] = [Heading("Error by layer")]
     exact = [name for name, errors in series if not any(errors)]
-    what = "Of the attention's output, against the donor's on the same input, as converted and before any healing."
-    page.append(Paragraph(what + (f" Without error: {', '.join(exact)}." if exact else "")))
+    note = "Of the attention's output, against the donor's on the same input, as converted and before any healing."
+    page.append(Paragraph(note + (f" Without error: {', '.join(exact)}." if exact else "")))
     if len(exact) == len(series):
         return page
     if plots.available():
@@ -62,10 +65,10 @@ def layers(result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> l
         [str(index), *map(number, errors)]
         for index, errors in enumerate(zip_longest(*(e for _, e in series)))
     ]
-    return [*page, _numbers(Table(["layer", *(name for name, _ in series)], rows))]
+    return [*page, _figure_table(Table(["layer", *(name for name, _ in series)], rows))]
 
 
-def _numbers(table: Table) -> Table:
-    """The table of a figure: folded where the figure is drawn."""
+def _figure_table(table: Table) -> Table:
+    """The table of a figure's numbers, collapsed if the figure is drawn."""
     folded = "The numbers" if plots.available() else ""
     return Table(table.columns, table.rows, folded=folded)

@@ -1,4 +1,4 @@
-"""The report of an evaluation on one page, in HTML or in Markdown: nothing to fetch, no script, all names escaped."""
+"""The report of an evaluation as one page: self-contained HTML without scripts, or Markdown; all names are escaped."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ SUFFIXES = (".html", ".md")
 def html(
     result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]] = (), recipe: str | None = None
 ) -> str:
-    """One self-contained page of `result` of `mhconvert eval`, the same text for the same arguments.
+    """The page as HTML; equal arguments give equal text.
 
-    reports: `report.json` of the models after the donor, in their order, as many as there are. recipe: YAML.
-    The plots need matplotlib; without it the page has their numbers in tables and names the extra.
+    The plots need matplotlib. Without it the page has only the tables of their numbers and names the extra.
+
+    Args:
+        result: of `mhconvert eval`.
+        reports: `report.json` of the models after the donor, in their order; the last ones may be missing.
+        recipe: YAML.
     """
     body = "\n".join(map(to_html, blocks(result, reports, recipe)))
     return (
@@ -40,12 +44,12 @@ def html(
 def markdown(
     result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]] = (), recipe: str | None = None
 ) -> str:
-    """The page of `html` as Markdown: its words and tables, and the plots' numbers instead of the plots."""
+    """The page of `html` as Markdown, with tables instead of the plots."""
     return "\n\n".join(filter(None, map(to_markdown, blocks(result, reports, recipe)))) + "\n"
 
 
 def sources(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], str | None]:
-    """`report.json` of each model of `result` but the first, empty where there is none, and the first recipe."""
+    """(reports, recipe): `report.json` of each model after the first, {} if it has none, and the first recipe found."""
     reports: list[Mapping[str, Any]] = []
     recipe = None
     for model in result["models"][1:]:
@@ -61,7 +65,11 @@ def sources(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], str | N
 
 
 def check(path: Path) -> None:
-    """Raises OutputError for a file that `write` could not write. Before the work, not after it."""
+    """Check that `write` can write the file, before the evaluation starts.
+
+    Raises:
+        OutputError: the ending is unknown, or the file cannot be written there.
+    """
     if path.suffix not in SUFFIXES:
         raise OutputError(f"{path} ends in none of {', '.join(SUFFIXES)}; the ending decides what is written")
     if path.is_dir():
@@ -76,7 +84,11 @@ def write(
     reports: Sequence[Mapping[str, Any]] = (),
     recipe: str | None = None,
 ) -> None:
-    """Write the page to `path`, by its ending .html or .md; an existing file is replaced. Raises OutputError."""
+    """Write the page to `path` as HTML or Markdown, by its ending .html or .md; an existing file is replaced.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     check(path)
     text = (html if path.suffix == ".html" else markdown)(result, reports, recipe)
     try:

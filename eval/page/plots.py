@@ -1,6 +1,6 @@
-"""The page's plots as inline SVG whose colours are the page's own, so that they follow light and dark.
+"""The page's plots as inline SVG. Their colours are CSS variables, so that they follow light and dark mode.
 
-matplotlib is an extra, mhconvert[plot]: without it there is no plot, and the page has its numbers in a table.
+They need matplotlib, from the extra mhconvert[plot].
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from html import escape
 from itertools import cycle
 from typing import Any
 
-# matplotlib knows no CSS variables: these colours stand for them in the drawing, and occur nowhere else.
+# Placeholder colours that `_svg` replaces by CSS variables, which matplotlib does not support.
 INK = {
     "#010203": "var(--text)",
     "#010204": "var(--quiet)",
@@ -30,9 +30,12 @@ NAME_LENGTH = 40  # characters of a model's name in a plot
 
 @dataclass(frozen=True)
 class Point:
-    """A model beside its donor. kept: share of the donor's KV cache; ratio: perplexity over the donor's.
+    """A model in the plot of perplexity against the KV budget.
 
-    joined: it is on its method's line, as converted and not trained since.
+    Attributes:
+        kept: KV cache as a fraction of the donor's.
+        ratio: perplexity over the donor's.
+        joined: whether the point is on its method's line; true for a converted model that was not trained.
     """
 
     name: str
@@ -48,46 +51,51 @@ def available() -> bool:
 
 
 def layers(series: Sequence[tuple[str, Sequence[float | None]]]) -> str:
-    """SVG: each layer's relative error, a line for each (model, errors by layer); logarithmic, zeros are gaps."""
+    """SVG of the relative errors by layer on a logarithmic axis; zeros are gaps.
+
+    Args:
+        series: (model, errors by layer), one line each.
+    """
     axes = _axes("layer", "relative error")
     for index, (_, errors) in enumerate(series):
         drawn = [error if _positive(error) else math.nan for error in errors]
-        axes.plot(drawn, label=str(index), **_look(index))
+        axes.plot(drawn, label=str(index), **_line_style(index))
     axes.set_yscale("log")
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend = axes.figure.legend(
         loc="outside lower left", frameon=False, fontsize=9.5, labelcolor=TEXT, ncols=2
     )
-    for text in legend.get_texts():  # a name that begins with _ would be left out, and $ read as mathematics
+    # Set afterwards: matplotlib leaves out a label that starts with "_" and reads "$" as mathematics.
+    for text in legend.get_texts():
         text.set_text(_short(series[int(text.get_text())][0]))
         text.set_parse_math(False)
     return _svg(axes, "Relative error of each layer")
 
 
 def budget(points: Sequence[Point], text: str) -> str:
-    """SVG: perplexity over the donor's against the share of the KV cache kept, on `text`; the donor is (100 %, 1).
+    """SVG of the perplexity ratio on `text` against the KV budget; the donor is at (100 %, 1).
 
-    Each method has a line from the donor through its converted models; a point that is not finite is left out.
+    Each method has a line from the donor through its converted models. Points that are not finite are left out.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes = _axes("KV cache kept, % of the donor's", f"perplexity on {_short(text)}, times the donor's")
-    found = sorted((point for point in points if _positive(point.ratio)), key=lambda point: -point.kept)
+    finite = sorted((point for point in points if _positive(point.ratio)), key=lambda point: -point.kept)
     axes.axhline(1, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-    colours = dict(zip(sorted({point.method for point in found}), cycle(SERIES), strict=False))
+    colours = dict(zip(sorted({point.method for point in finite}), cycle(SERIES), strict=False))
     for method, colour in colours.items():
         line = [(100.0, 1.0)]
         line += [
-            (100 * point.kept, point.ratio) for point in found if point.method == method and point.joined
+            (100 * point.kept, point.ratio) for point in finite if point.method == method and point.joined
         ]
         axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.4, zorder=1)
-    for point in found:
-        _place(axes, point, colours[point.method])
+    for point in finite:
+        _draw_point(axes, point, colours[point.method])
     axes.plot([100], [1], marker="o", color=TEXT)
     axes.annotate(
         "donor", (100, 1), (0, -13), textcoords="offset points", ha="center", color=QUIET, fontsize=9.5
     )
-    ratios = [1.0, *(point.ratio for point in found)]
+    ratios = [1.0, *(point.ratio for point in finite)]
     if max(ratios) > 2 * min(ratios):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
@@ -97,8 +105,8 @@ def budget(points: Sequence[Point], text: str) -> str:
     return _svg(axes, "Perplexity against the KV cache kept")
 
 
-def _place(axes: Any, point: Point, colour: str) -> None:
-    """The point and its name beside it, to the left where there is no room to the right."""
+def _draw_point(axes: Any, point: Point, colour: str) -> None:
+    """Draw the point and its label, to the left of it for a point near the right edge."""
     at = (100 * point.kept, point.ratio)
     axes.plot(*at, marker="o", color=colour, markerfacecolor=colour if point.joined else GROUND)
     right = point.kept > 0.6
@@ -116,6 +124,7 @@ def _place(axes: Any, point: Point, colour: str) -> None:
 
 
 def _axes(x: str, y: str) -> Any:
+    """Axes in the page's style; `y` is the title at the top left."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(5.8, 3.5), layout="constrained").subplots()
@@ -129,7 +138,8 @@ def _axes(x: str, y: str) -> Any:
     return axes
 
 
-def _look(index: int) -> dict[str, Any]:
+def _line_style(index: int) -> dict[str, Any]:
+    """The style of the series with this index, as arguments of `plot`."""
     return {
         "color": list(SERIES)[index % len(SERIES)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -140,13 +150,13 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def _svg(axes: Any, label: str) -> str:
-    """The figure as an element for HTML: the same bytes for the same drawing, no date, no ids but those used."""
+    """The figure as an SVG element for HTML: reproducible, without metadata and without unused ids."""
     import matplotlib
 
     file = io.StringIO()
-    nobody = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        axes.figure.savefig(file, format="svg", transparent=True, metadata=nobody)
+        axes.figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)

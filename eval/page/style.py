@@ -1,4 +1,4 @@
-"""How the page looks: light and dark, wide and narrow, on paper. Nothing is fetched."""
+"""The page's CSS: light and dark mode, narrow screens and print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of tasks: values with their standard errors, and whether a difference stands out of the noise."""
+"""The table of tasks: values and differences from the donor with their standard errors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ LEGEND = "≈ within 2 standard errors of the paired difference"
 
 
 def tasks(result: Mapping[str, Any]) -> list[Block]:
-    """The primary metric of each task and the average, then the other metrics; nothing without tasks."""
-    found = result.get("tasks") or []
-    if not found:
+    """The table of primary metrics with their average, and a collapsed table of the others; empty without tasks."""
+    scored_tasks = result.get("tasks") or []
+    if not scored_tasks:
         return []
     columns = ["task", *(model["name"] for model in result["models"])]
     primary, others = (
         [
             _metric_row(task, metric)
-            for task in found
+            for task in scored_tasks
             for metric in task["metrics"]
             if bool(metric.get("primary")) is wanted
         ]
@@ -43,7 +43,7 @@ def tasks(result: Mapping[str, Any]) -> list[Block]:
 
 
 def value_text(model: Mapping[str, Any], percent: bool) -> str:
-    """43.0 ± 2.2 % of a share, 22.75 ± 0.4 of another metric."""
+    """The value with its standard error: "43.0 ± 2.2 %" in percent, else "22.75 ± 0.4"."""
     value, stderr = model.get("value"), model.get("stderr")
     if value is None:
         return ""
@@ -53,7 +53,7 @@ def value_text(model: Mapping[str, Any], percent: bool) -> str:
 
 
 def difference_text(model: Mapping[str, Any], percent: bool) -> str:
-    """−2.1 ± 0.8, in points of a share; marked ≈ where that is within the noise."""
+    """The difference from the donor, "−2.1 ± 0.8", in percentage points if `percent`; "≈" marks one within noise."""
     difference, stderr = model.get("difference"), model.get("difference_stderr")
     if difference is None:
         return ""
@@ -65,22 +65,24 @@ def difference_text(model: Mapping[str, Any], percent: bool) -> str:
 
 
 def _metric_row(task: Mapping[str, Any], metric: Mapping[str, Any]) -> list[str | Cell]:
-    facts = [str(metric["metric"]) + ("" if metric.get("higher_is_better", True) else " (lower is better)")]
+    """The row of one metric: its name and settings, then a cell for each model."""
+    notes = [str(metric["metric"]) + ("" if metric.get("higher_is_better", True) else " (lower is better)")]
     if task.get("num_fewshot") is not None:
-        facts.append(f"{task['num_fewshot']}-shot")
+        notes.append(f"{task['num_fewshot']}-shot")
     if task.get("samples") is not None:
-        facts.append(f"{count(task['samples'])} samples")
+        notes.append(f"{count(task['samples'])} samples")
     if task.get("local"):
-        facts.append(f"from {task['local']}")
+        notes.append(f"from {task['local']}")
     higher = bool(metric.get("higher_is_better", True))
-    return [Cell(task["task"], ", ".join(facts)), *_cells(metric["models"], is_share(metric), higher)]
+    return [Cell(task["task"], ", ".join(notes)), *_cells(metric["models"], is_share(metric), higher)]
 
 
 def _cells(models: Sequence[Mapping[str, Any]], percent: bool, higher: bool) -> list[Cell]:
-    return [Cell(value_text(m, percent), difference_text(m, percent), _judged(m, higher)) for m in models]
+    return [Cell(value_text(m, percent), difference_text(m, percent), _cell_class(m, higher)) for m in models]
 
 
-def _judged(model: Mapping[str, Any], higher: bool) -> str:
+def _cell_class(model: Mapping[str, Any], higher: bool) -> str:
+    """The CSS class of a significant difference, "better" or "worse"; empty otherwise."""
     if not model.get("difference") or model.get("within_noise") is not False:
         return ""
     return "better" if (model["difference"] > 0) is higher else "worse"

@@ -1,1 +1,1 @@
-"""Reports, model cards and tables of figures."""
+"""Reports, model cards, tables and plots of measured results."""

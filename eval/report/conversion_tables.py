@@ -1,4 +1,4 @@
-"""The measured facts of a conversion as people read them: tables, a sample, how to load the folder."""
+"""Tables and sentences of `report.json`, for the terminal and the model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .units import count, duration, number, share, size
 
 
 def json_safe(value: Any) -> Any:
-    """`value` with every float that JSON cannot write (nan, infinities) as null, and paths as text."""
+    """A copy of `value` that JSON can hold: NaN and infinities become None, paths and dictionary keys strings."""
     if isinstance(value, dict):
         return {str(key): json_safe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -22,17 +22,17 @@ def json_safe(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(quantity, donor, converted, remark): the table that the command line and the model card show.
+def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The rows (quantity, donor, converted, remark) of a conversion's table, without a header.
 
-    A quantity that the report lacks has no row.
+    A quantity that is missing from the report has no row.
     """
     table: list[tuple[str, str, str, str]] = []
     perplexity = report.get("perplexity") or {}
     if "converted" in perplexity:
         donor, converted = perplexity.get("donor"), perplexity["converted"]
-        times = f"× {converted / donor:.3f}" if donor and converted is not None else ""
-        table.append(("perplexity", number(donor), number(converted), times))
+        ratio = f"× {converted / donor:.3f}" if donor and converted is not None else ""
+        table.append(("perplexity", number(donor), number(converted), ratio))
     if report.get("kl") is not None:
         table.append(("KL from the donor", "0", number(report["kl"]), "nats a token"))
     if report.get("top1_agreement") is not None:
@@ -40,8 +40,8 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     tolerance = report.get("tolerance") or {}
     if tolerance:
         measure, limit = tolerance["asked"].split("=")
-        found = f"at budget {share(tolerance['kv_budget'])}, on held-out text"
-        table.append((f"tolerance {measure} ≤ {limit}", "", number(tolerance["measured"]), found))
+        budget = f"at budget {share(tolerance['kv_budget'])}, on held-out text"
+        table.append((f"tolerance {measure} ≤ {limit}", "", number(tolerance["measured"]), budget))
     cache = report.get("kv_bytes_per_token") or {}
     if cache:
         donor, converted = cache.get("donor"), cache.get("converted")
@@ -74,20 +74,22 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def method_title(method: str) -> str:
-    """A method's name as its paper writes it: mla -> MLA, moh -> MoH."""
+    """The method's name as its paper spells it: "mla" -> "MLA", "moh" -> "MoH"; upper case if it is not registered."""
     return METHODS[method].label if method in METHODS else method.upper()
 
 
 def healing_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table of a healed checkpoint: a line of titles, then what was measured before and after."""
+    """The table of a healed checkpoint: a header, then rows (quantity, donor or teacher, converted, healed, remark)."""
     before, perplexity = report["before"], report["perplexity"]
     donor = perplexity["donor"]
-    judge = "teacher" if report["healing"]["settings"]["teacher"] else "donor"
-    table: list[tuple[str, ...]] = [("", judge, "converted", "healed", "")]
+    reference = "teacher" if report["healing"]["settings"]["teacher"] else "donor"
+    table: list[tuple[str, ...]] = [("", reference, "converted", "healed", "")]
     pair = (before["perplexity"]["converted"], perplexity["converted"])
-    times = " → ".join(f"× {value / donor:.3f}" for value in pair) if donor else ""
-    table.append(("perplexity", number(donor), *map(number, pair), times))
-    table.append((f"KL from the {judge}", "0", number(before["kl"]), number(report["kl"]), "nats a token"))
+    ratios = " → ".join(f"× {value / donor:.3f}" for value in pair) if donor else ""
+    table.append(("perplexity", number(donor), *map(number, pair), ratios))
+    table.append(
+        (f"KL from the {reference}", "0", number(before["kl"]), number(report["kl"]), "nats a token")
+    )
     table.append(
         ("top-1 agreement", "100 %", share(before["top1_agreement"]), share(report["top1_agreement"]), "")
     )
@@ -95,10 +97,10 @@ def healing_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def healing_line(report: dict[str, Any]) -> str:
-    """How the healing went, in a sentence."""
+    """One line on the training of a healed checkpoint: tokens and steps, time, tokens/s, teacher."""
     healing = report["healing"]
-    speed, of_layers = healing.get("tokens_per_second"), healing["settings"].get("layer_tokens")
-    stages = [f"each layer on {of_layers:,} tokens"] if of_layers else []
+    speed, layer_tokens = healing.get("tokens_per_second"), healing["settings"].get("layer_tokens")
+    stages = [f"each layer on {layer_tokens:,} tokens"] if layer_tokens else []
     if healing["steps"]:
         stages.append(f"{healing['trained_tokens']:,} tokens in {healing['steps']:,} steps")
     return (
@@ -109,7 +111,7 @@ def healing_line(report: dict[str, Any]) -> str:
 
 
 def curve_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table of a curve: a line of titles, then one for each budget from the largest down."""
+    """The table of a KV-budget curve: a header, then one row for each point, in the order of `result["points"]`."""
     titles = ("KV budget", "KV cache a token", "perplexity", "", "KL", "top-1", "layer error", "time")
     table: list[tuple[str, ...]] = [titles]
     for point in result["points"]:
@@ -129,7 +131,7 @@ def curve_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def show(report: dict[str, Any], console: Any) -> None:
-    """Print the table, a sample continuation and how to load the checkpoint on a rich console."""
+    """Print the table, a sample continuation and the loading code of a checkpoint on a rich console."""
     from rich.markup import escape
     from rich.table import Column, Table
 
@@ -137,9 +139,11 @@ def show(report: dict[str, Any], console: Any) -> None:
     title = f"{report.get('donor_name') or report.get('donor', '')} → {method}"
     console.out(title if method else str(report.get("output", "")), highlight=False)
     healed = bool(report.get("healing"))
-    titles, *found = healing_rows(report) if healed else [("", "donor", "converted", ""), *rows(report)]
+    titles, *rows = (
+        healing_rows(report) if healed else [("", "donor", "converted", ""), *conversion_rows(report)]
+    )
     table = Table(*(Column(title, justify="right" if title else "left") for title in titles))
-    for row in found:
+    for row in rows:
         table.add_row(*row)
     console.print(table)
     if healed:
@@ -154,14 +158,14 @@ def show(report: dict[str, Any], console: Any) -> None:
     elif report.get("output"):
         console.print(f"\n{escape(str(report['output']))} loads with plain transformers:", highlight=False)
         console.print(
-            f"[dim]{escape(loading(str(report['output']), remote_code(report)))}[/dim]",
+            f"[dim]{escape(loading_code(str(report['output']), has_remote_code(report)))}[/dim]",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def loading(folder: str, remote_code: bool) -> str:
-    """Python that loads `folder` where mhconvert is not installed."""
+def loading_code(folder: str, remote_code: bool) -> str:
+    """Python source that loads `folder` with transformers alone, without mhconvert."""
     trust = ", trust_remote_code=True" if remote_code else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -170,6 +174,6 @@ def loading(folder: str, remote_code: bool) -> str:
     )
 
 
-def remote_code(report: dict[str, Any]) -> bool:
-    """Whether the report's folder carries its own modeling file."""
+def has_remote_code(report: dict[str, Any]) -> bool:
+    """Whether the checkpoint has its own modeling file, so that transformers needs `trust_remote_code`."""
     return bool(report.get("remote_code", True))

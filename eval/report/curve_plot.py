@@ -1,4 +1,4 @@
-"""A curve as a picture: perplexity and KL against the KV budget. matplotlib is an extra: mhconvert[plot]."""
+"""Plots of a KV-budget curve and of a healing run. They need matplotlib, from the extra mhconvert[plot]."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ BLUE, GREY = "#1f5fa8", "#6b6b6b"
 
 
 def check(files: Sequence[Path], force: bool) -> None:
-    """Raises MhconvertError for a file that `write` could not or may not write. Before the work, not after it."""
+    """Check that `write` can write the files, before the curve is measured.
+
+    Raises:
+        OutputError: a file exists and `force` is not set, its ending is unknown, or it cannot be written there.
+        MhconvertError: a picture is asked for and matplotlib is not installed.
+    """
     for file in files:
         if file.suffix not in (*PICTURES, ".json"):
             known = ", ".join((*PICTURES, ".json"))
@@ -36,7 +41,11 @@ def check(files: Sequence[Path], force: bool) -> None:
 
 
 def write(result: dict[str, Any], file: Path) -> None:
-    """`result` of `mhconvert.curve` as a picture, or as JSON, by the file's ending."""
+    """Write `result` of `mhconvert.curve` as a plot or as JSON; the file's ending decides.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     try:
         if file.suffix == ".json":
             file.write_text(
@@ -51,15 +60,14 @@ def write(result: dict[str, Any], file: Path) -> None:
 def _save(figure: Any, file: Path) -> None:
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # SVG text as text, not as outlines
         figure.savefig(file, dpi=160)
 
 
 def draw(result: dict[str, Any]) -> Any:
-    """A matplotlib figure: perplexity over the donor's, and KL, each against the share of the KV cache that is kept.
+    """A matplotlib figure of two panels: perplexity ratio to the donor, and KL, against the KV budget.
 
-    Points are as measured, joined by straight lines; one that is not finite is left out. Both scales are
-    logarithmic: equal distances are equal factors.
+    Both axes are logarithmic. Points that are not finite are left out.
     """
     from matplotlib.figure import Figure
 
@@ -72,10 +80,10 @@ def draw(result: dict[str, Any]) -> Any:
     _panel(right, points, "kl", "{:.2g}", (1, 2, 5))
     right.set_title("KL from the donor, nats a token", loc="left", fontsize=10)
     steps = result["fit_steps"]
-    how = f"{steps} fit steps a layer" if steps else "closed form"
+    fit = f"{steps} fit steps a layer" if steps else "closed form"
     name = result.get("donor_name") or result["donor"]
     figure.suptitle(
-        f"{name} → {result['method'].upper()}, {how}", x=0.01, ha="left", fontsize=12, fontweight="bold"
+        f"{name} → {result['method'].upper()}, {fit}", x=0.01, ha="left", fontsize=12, fontweight="bold"
     )
     calibrated = f"calibrated on {result['calibration']['tokens']:,} tokens"
     figure.supxlabel(
@@ -92,7 +100,10 @@ HEALING = "healing.svg"
 
 
 def write_healing(folder: Path) -> str | None:
-    """Draw `metrics.jsonl` of a healed checkpoint beside it; the picture's name, or None without matplotlib."""
+    """Plot `metrics.jsonl` of a healed checkpoint into its folder.
+
+    Returns the plot's file name, or None if matplotlib is not installed.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return None
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -101,18 +112,20 @@ def write_healing(folder: Path) -> str | None:
 
 
 def draw_healing(entries: Sequence[dict[str, Any]]) -> Any:
-    """A matplotlib figure: each step's loss, and KL on the held-out rows, against the tokens trained on."""
+    """A matplotlib figure: training loss and KL on held-out rows, in nats a token, against trained tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     steps = [entry for entry in entries if "loss" in entry]
     tokens = {entry["step"]: entry["tokens"] for entry in steps} | {0: 0}
-    held = [(tokens[e["step"]], e["held_out_kl"]) for e in entries if "held_out_kl" in e]
+    held_out = [(tokens[e["step"]], e["held_out_kl"]) for e in entries if "held_out_kl" in e]
     axes.plot(
         [e["tokens"] for e in steps], [e["loss"] for e in steps], color=GREY, linewidth=0.9, label="loss"
     )
-    axes.plot(*zip(*held, strict=True), color=BLUE, linewidth=1.6, marker="o", label="KL on held-out rows")
+    axes.plot(
+        *zip(*held_out, strict=True), color=BLUE, linewidth=1.6, marker="o", label="KL on held-out rows"
+    )
     axes.set(yscale="log", xlabel="tokens", ylabel="nats a token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -120,13 +133,14 @@ def draw_healing(entries: Sequence[dict[str, Any]]) -> Any:
 
 
 def _panel(axes: Any, points: list[dict[str, Any]], key: str, label: str, ticks: tuple[float, ...]) -> None:
+    """Plot `key` of the points against their KV budget on logarithmic axes, each point labelled with its value."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    found = [(p["kv_budget"], p[key]) for p in points if math.isfinite(p[key]) and p[key] > 0]
-    budgets = [budget for budget, _ in found]
+    values = [(p["kv_budget"], p[key]) for p in points if math.isfinite(p[key]) and p[key] > 0]
+    budgets = [budget for budget, _ in values]
     axes.set(xscale="log", yscale="log")
-    axes.plot(*zip(*found, strict=True), color=BLUE, linewidth=1.6, marker="o", markersize=5, clip_on=False)
-    for point in found:
+    axes.plot(*zip(*values, strict=True), color=BLUE, linewidth=1.6, marker="o", markersize=5, clip_on=False)
+    for point in values:
         text = label.format(point[1])
         axes.annotate(text, point, (5, 5), textcoords="offset points", fontsize=8, color=BLUE)
     axes.xaxis.set_minor_locator(NullLocator())

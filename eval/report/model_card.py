@@ -1,4 +1,4 @@
-"""`report.json` and the model card (README.md) beside the weights; and the card as it goes to the Hub."""
+"""`report.json` and the model card (README.md) of a converted or healed checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import Any
 from ...convert.checkpoint.card_front_matter import front_matter
 from ...convert.methods.registry import METHODS
 from ...convert.storage.folder_kind import is_adapter
-from .conversion_tables import healing_line, healing_rows, json_safe, loading, method_title, remote_code, rows
+from .conversion_tables import (
+    conversion_rows,
+    has_remote_code,
+    healing_line,
+    healing_rows,
+    json_safe,
+    loading_code,
+    method_title,
+)
 from .units import share, size
 
 REPORT = "report.json"
@@ -17,7 +25,7 @@ CARD = "README.md"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write `report.json` and the model card (README.md) into `folder`; an adapter has its card already."""
+    """Write `report.json` and the model card into `folder`; an adapter keeps the card that it has."""
     text = json.dumps(json_safe(report), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
     if not is_adapter(folder):
@@ -25,22 +33,24 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def licence_file(folder: Path) -> str | None:
-    """The name of the donor's licence file as carried over into `folder`."""
-    found = sorted(path.name for path in folder.glob("LICENSE*")) if folder.is_dir() else []
-    return found[0] if found else None
+    """The name of the licence file in `folder`, copied from the donor; None if there is none."""
+    names = sorted(path.name for path in folder.glob("LICENSE*")) if folder.is_dir() else []
+    return names[0] if names else None
 
 
 def model_card(report: dict[str, Any], licence: str | None = None) -> str:
-    """The README.md of a converted checkpoint: what it is, what was measured and how, how to load it.
+    """The README.md of a converted checkpoint: description, measured results, loading code, licence.
 
-    licence: the name of the donor's licence file in the folder.
+    Args:
+        report: the contents of `report.json`.
+        licence: the name of the donor's licence file in the folder.
     """
     base, method = report.get("hub_id"), str(report.get("method", ""))
     name = Path(str(report.get("output", ""))).name
     head = front_matter(
         library="transformers",
         base=base,
-        relation="finetune",  # what the Hub calls whatever is no adapter, merge or quantisation
+        relation="finetune",  # the Hub's relation for everything but an adapter, a merge or a quantisation
         licence=report.get("licence"),
         tags=_tags(method, report),
     )
@@ -55,8 +65,8 @@ def model_card(report: dict[str, Any], licence: str | None = None) -> str:
         *_reduction(report),
         "",
     ]
-    facts = _healed(report) if report.get("healing") else _measured(report)
-    return head + "\n".join(about + facts + usage(name, remote_code(report)) + _origin(report, licence))
+    results = _healing_results(report) if report.get("healing") else _conversion_results(report)
+    return head + "\n".join(about + results + usage(name, has_remote_code(report)) + _origin(report, licence))
 
 
 def _tags(method: str, report: dict[str, Any]) -> list[str]:
@@ -72,7 +82,7 @@ def _tags(method: str, report: dict[str, Any]) -> list[str]:
 
 
 def _reduction(report: dict[str, Any]) -> list[str]:
-    """A paragraph: the KV cache in words; none where it was not measured."""
+    """The paragraph on the size of the KV cache; empty if it was not measured."""
     cache = report.get("kv_bytes_per_token") or {}
     donor, converted = cache.get("donor"), cache.get("converted")
     if not donor or converted is None:
@@ -86,11 +96,12 @@ def _reduction(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _healed(report: dict[str, Any]) -> list[str]:
-    titles, *found = healing_rows(report)
+def _healing_results(report: dict[str, Any]) -> list[str]:
+    """The section with the results of a healed checkpoint."""
+    titles, *table = healing_rows(report)
     lines = ["## Measured", "", "| " + " | ".join(titles) + " |", "|---|---:|---:|---:|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in found]
-    cache = next((row for row in rows(report) if row[0] == "KV cache a token"), None)
+    lines += ["| " + " | ".join(row) + " |" for row in table]
+    cache = next((row for row in conversion_rows(report) if row[0] == "KV cache a token"), None)
     lines += ["", f"The KV cache holds {cache[2]} a token, {cache[3]}."] if cache else []
     heads = report.get("active_heads")
     lines += ["", f"A token has {heads['converted']} of {heads['donor']} heads."] if heads else []
@@ -106,9 +117,10 @@ def _healed(report: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _measured(report: dict[str, Any]) -> list[str]:
+def _conversion_results(report: dict[str, Any]) -> list[str]:
+    """The section with the results of a converted checkpoint."""
     lines = ["## Measured", "", "| | base model | this model | |", "|---|---:|---:|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(report)]
+    lines += ["| " + " | ".join(row) + " |" for row in conversion_rows(report)]
     heads = [(layer["k_heads"], layer["v_heads"]) for layer in report.get("layers", []) if "k_heads" in layer]
     if heads:
         lines += ["", f"K + V heads by layer: {', '.join(f'{k} + {v}' for k, v in heads)}."]
@@ -129,13 +141,18 @@ def _measured(report: dict[str, Any]) -> list[str]:
 
 
 def usage(name: str, remote: bool) -> list[str]:
-    """How to load the model `name`; Markdown. remote: it carries its own modeling file."""
+    """The Markdown section on loading the model `name`.
+
+    Args:
+        remote: whether the checkpoint has its own modeling file.
+    """
     note = "The folder carries its own modeling file, which is why `trust_remote_code=True` is needed."
     note = note if remote else "It is the base model's own architecture: any engine that runs that runs this."
-    return ["## Use", "", "```python", loading(name, remote).rstrip(), "```", "", note, ""]
+    return ["## Use", "", "```python", loading_code(name, remote).rstrip(), "```", "", note, ""]
 
 
 def _origin(report: dict[str, Any], licence: str | None) -> list[str]:
+    """The section on the licence and on the files that record the conversion."""
     terms = f"The base model's licence applies and is carried over in `{licence}`." if licence else ""
     terms = terms or "The base model's licence applies; its folder had no licence file to carry over."
     notice = report.get("notice")

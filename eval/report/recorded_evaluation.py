@@ -1,4 +1,4 @@
-"""`evaluation.json` in a checkpoint's folder: what `mhconvert push` puts into its card."""
+"""Writing `evaluation.json` into a checkpoint's folder; `mhconvert push` adds its results to the model card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from .conversion_tables import json_safe
 
 
 def record_evaluation(result: dict[str, Any]) -> list[Path]:
-    """Write `result` into the folder of each model that is no donor; returns the files. Raises OutputError."""
+    """Write `result` as `evaluation.json` into the local folder of every model except the donor.
+
+    Returns the written files.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
     text = json.dumps(json_safe(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     written = []
     for model in result["models"]:

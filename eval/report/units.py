@@ -1,4 +1,4 @@
-"""Quantities as people read them. Each function takes None as "not known" and gives an empty string."""
+"""Quantities formatted for people. Every function returns an empty string for None, an unknown value."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 
 
 def number(value: float | None) -> str:
-    """Four significant digits: 22.75, 0.03121, 1.204e+09."""
+    """The value with four significant digits: 22.75, 0.03121, 1.204e+09."""
     if value is None:
         return ""
     return f"{value:.4g}" if math.isfinite(value) else "not finite"
 
 
 def share(value: float | None) -> str:
-    """0.3125 -> 31.2 %; 0.5 -> 50 %."""
+    """A fraction in percent: 0.3125 -> 31.2 %; 0.5 -> 50 %."""
     return "" if value is None else f"{100 * value:.3g} %"
 
 
 def size(value: float | None) -> str:
-    """Bytes in powers of 1024: 46,080 B is shown as 45 KiB."""
+    """A number of bytes in units of powers of 1024: 46080 -> 45 KiB."""
     if value is None:
         return ""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -29,12 +29,12 @@ def size(value: float | None) -> str:
 
 
 def count(value: int | None) -> str:
-    """1234567 -> 1,234,567."""
+    """An integer with separators of thousands: 1234567 -> 1,234,567."""
     return "" if value is None else f"{value:,}"
 
 
 def duration(seconds: float | None) -> str:
-    """8.25 -> 8.2 s; 75 -> 1:15; 4000 -> 1:06:40."""
+    """A time in seconds, or in [hours:]minutes:seconds from a minute on: 8.25 -> 8.2 s; 75 -> 1:15; 4000 -> 1:06:40."""
     if seconds is None:
         return ""
     if seconds < 60:

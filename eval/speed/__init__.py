@@ -1,1 +1,1 @@
-"""Timing of prefill and decoding, and memory."""
+"""Timing of prefill and decoding of a converted model and its donor."""

@@ -1,4 +1,4 @@
-"""A converted model and its donor opened for timing: what cannot be timed is refused before weights are read."""
+"""Benchmark of a converted model against its donor. Loads that cannot be timed are refused before weights are read."""
 
 from __future__ import annotations
 
@@ -21,15 +21,24 @@ from ..report.units import size
 from . import speed
 from .memory import available_memory
 
-SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
 class Options:
-    """contexts: cached tokens a row at the last step. batch: rows. new_tokens: timed decode steps.
+    """The settings of a benchmark.
 
-    dtype None: bfloat16 on CUDA, else float32. compile: torch.compile of the decode step, which brings the
-    static cache along. reexpand: time the converted weights without absorption as well.
+    Attributes:
+        contexts: cached tokens per row at the last decode step; one load each.
+        batch: rows.
+        new_tokens: timed decode steps.
+        dtype: of weights and cache; None for bfloat16 on CUDA and float32 elsewhere.
+        static_cache: use transformers' static cache.
+        compile: compile the decode step with torch.compile; implies the static cache.
+        reexpand: also time the converted model without absorption.
+
+    Raises:
+        MhconvertError: a setting is out of range, or a context is too short for the decode steps.
     """
 
     contexts: Sequence[int] = (512, 2048, 8192)
@@ -55,7 +64,7 @@ class Options:
                 )
 
     def loads(self) -> list[speed.Load]:
-        """One for each context, shortest first."""
+        """The loads to time, one for each context, shortest first."""
         static = self.static_cache or self.compile
         contexts = sorted(set(self.contexts))
         return [speed.Load(n, self.batch, self.new_tokens, static, self.compile) for n in contexts]
@@ -64,7 +73,16 @@ class Options:
 def bench(
     checkpoint: str, against: str | None, options: Options, device: str | None, on_progress: Listener = ignore
 ) -> dict[str, Any]:
-    """Time the folder `checkpoint` and the donor `against` (None: the one it was made from)."""
+    """The timings of the checkpoint in the folder `checkpoint` and of a donor.
+
+    Args:
+        against: reference of the donor; None for the one that the checkpoint was made from.
+        device: None for CUDA if present, else the CPU.
+
+    Raises:
+        MhconvertError: `checkpoint` was not written by mhconvert, the shapes of the two models differ, or memory is
+            too small.
+    """
     place = pick_device(device)
     if made_by(checkpoint) is None:
         raise MhconvertError(
@@ -73,11 +91,11 @@ def bench(
     against = against or recorded_donor(checkpoint)
     on_progress(Progress("donor", 0, 1, against))
     donor, converted = (open_model(reference, device=str(place)) for reference in (against, checkpoint))
-    for field in SHAPE:
-        ours, theirs = (getattr(model.config.get_text_config(), field) for model in (converted, donor))
-        if ours != theirs:
+    for field in MUST_AGREE:
+        own, other = (getattr(model.config.get_text_config(), field) for model in (converted, donor))
+        if own != other:
             raise MhconvertError(
-                f"{checkpoint} has {field} {ours} and {against} has {theirs}; --against wants a donor of its shape"
+                f"{checkpoint} has {field} {own} and {against} has {other}; --against wants a donor of its shape"
             )
     dtype = _dtype(options, place)
     _require(donor, converted, options, dtype, place)
@@ -93,9 +111,15 @@ def bench_random(
     device: str | None,
     on_progress: Listener = ignore,
 ) -> dict[str, Any]:
-    """Time random weights in the shape of the donor `reference`, and in that of its conversion by `method`.
+    """The timings of randomly initialised models in the shape of a donor and of its conversion.
 
-    kv_budget None: the method's default. Only the donor's config is read.
+    Args:
+        reference: the donor, of which only the config is read.
+        kv_budget: None for the method's default.
+        device: None for CUDA if present, else the CPU.
+
+    Raises:
+        MhconvertError: `reference` is a converted model, or memory is too small.
     """
     place = pick_device(device)
     donor = open_model(reference, device=str(place))
@@ -104,9 +128,9 @@ def bench_random(
     settings = settings_class(method)()
     if kv_budget is not None:
         settings = settings.at_budget(kv_budget)
-    planned = build_method(method, donor.config, settings, "quick")
+    converter = build_method(method, donor.config, settings, "quick")
     register(method)
-    converted = OpenModel(f"{reference} ({method})", planned.example_config(), str(place), None)
+    converted = OpenModel(f"{reference} ({method})", converter.example_config(), str(place), None)
     dtype = _dtype(options, place)
     _require(donor, converted, options, dtype, place)
     models = [_random_model(model.config, dtype, place) for model in (donor, converted)]
@@ -117,9 +141,15 @@ def bench_random(
 def memory_needed(
     donor: Any, converted: Any, load: speed.Load, width: int, reexpand: bool
 ) -> tuple[int, int]:
-    """(bytes whatever the batch, bytes for each row of it), about, to time models with these two configs.
+    """(fixed, per_row): an estimate of the bytes needed to time two models, without and per row of the batch.
 
-    width: bytes of an element. Weights; one row's prefill; every cache, and a layer's copy of it while it grows.
+    It counts the weights, the activations of one row's prefill, all caches, and the copy of a layer's cache that is
+    made when it grows.
+
+    Args:
+        donor, converted: configs.
+        width: bytes per element.
+        reexpand: whether the converted model is also timed without absorption.
     """
     text = converted.get_text_config()
     caches = [cache_elements(config) for config in (donor, converted)]
@@ -127,16 +157,21 @@ def memory_needed(
         6 * text.num_attention_heads * head_dim(text)
     )  # keys and values, and the parts they are made of
     prefill = max(map(sum, caches)) + 8 * text.hidden_size + 3 * text.intermediate_size + expanded
-    held = sum(map(sum, caches)) + max(map(max, caches)) + 4 * text.num_attention_heads  # the last: scores
-    held += reexpand * (sum(caches[1]) + expanded)
+    scores = 4 * text.num_attention_heads
+    decoding = sum(map(sum, caches)) + max(map(max, caches)) + scores
+    decoding += reexpand * (sum(caches[1]) + expanded)
     weights = _parameters(donor) + _parameters(converted)
-    return width * (weights + load.context * prefill), width * load.context * held
+    return width * (weights + load.context * prefill), width * load.context * decoding
 
 
 def _require(
     donor: OpenModel, converted: OpenModel, options: Options, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raises MhconvertError for contexts beyond the models' and for what memory cannot hold."""
+    """Check that the models can read the longest context and that memory suffices.
+
+    Raises:
+        MhconvertError: one of them does not hold.
+    """
     longest = options.loads()[-1]
     for model in (donor, converted):
         model.require_length(longest.context)
@@ -154,17 +189,18 @@ def _require(
 
 
 def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -> dict[str, Any]:
+    """The timings of both models under every load, with the settings that they depend on."""
     loads, rows = options.loads(), []
     total, done = len(loads) * options.new_tokens, 0
 
-    def stepped() -> None:
+    def count_step() -> None:
         nonlocal done
         done += 1
         on_progress(Progress("speed", done, total, f"context {load.context:,}"))
 
     for load in loads:
         on_progress(Progress("speed", done, total, f"context {load.context:,}, prefill"))
-        rows.append(speed.compare(donor, converted, load, reexpand=options.reexpand, on_step=stepped))
+        rows.append(speed.compare(donor, converted, load, reexpand=options.reexpand, on_step=count_step))
     return {
         "batch": options.batch,
         "new_tokens": options.new_tokens,
@@ -184,6 +220,7 @@ def _dtype(options: Options, device: torch.device) -> torch.dtype:
 
 
 def _parameters(config: Any) -> int:
+    """The number of parameters of a model with this config."""
     with torch.device("meta"):
         return _model(config, torch.float32).num_parameters()
 

@@ -1,4 +1,4 @@
-"""How much memory a device has left."""
+"""The free memory of a device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on `device`; None where the system does not say.
+    """The bytes that can still be allocated on `device`; None if that is unknown.
 
-    CPU: what Linux calls available, and no more than the control group of a container leaves.
+    On the CPU it is Linux's MemAvailable, limited by the memory limit of the control group.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -29,5 +29,5 @@ def available_memory(device: torch.device) -> int | None:
             (CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current")
         )
         return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no such group, or "max": no limit
+    except (OSError, ValueError):  # there is no control group, or its limit is "max"
         return free

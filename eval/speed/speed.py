@@ -1,4 +1,4 @@
-"""Prefill and decode speed of models side by side; their repetitions alternate, so that drift meets all alike."""
+"""Prefill and decode speed of models. Their repetitions alternate, so that drift of the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from transformers import DynamicCache, StaticCache
 
 from ...convert.bare_process.child import cache_storage
 
-WARM_STEPS = 2  # decode steps before the clock runs: allocations, and compilation
+WARM_STEPS = 2  # untimed decode steps at the start, for allocations and compilation
 PREFILLS = 3
-PATIENCE = 5.0  # seconds: a prefill that takes longer is not repeated, and re-expansion stops after so many
-READ_AS_IT_IS = (
-    "max_absorbed_tokens",
-    "max_grouped_tokens",
-)  # of an attention: query tokens that meet the cache unexpanded
-FEWEST = 2  # steps that re-expansion is timed on, whatever they take
+TIME_LIMIT = (
+    5.0  # seconds: a prefill that takes longer is not repeated; re-expanding decode steps end after it
+)
+MIN_REEXPANDED_STEPS = 2  # re-expanding decode steps that are timed even beyond the limit
+# Attributes of attention classes: the most query tokens for which the cache is read without expanding it.
+ABSORPTION_LIMITS = ("max_absorbed_tokens", "max_grouped_tokens")
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is timed: `batch` rows decode `new_tokens` tokens each, and `context` tokens are cached after the last."""
+    """A workload: `batch` rows decode `new_tokens` tokens each, after which every row has `context` cached tokens."""
 
     context: int
     batch: int
@@ -35,15 +35,21 @@ class Load:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens cached before the first decode step; below 1 where the context has no room for the steps."""
+        """Tokens cached before the first decode step; below 1 if the context is too short for the steps."""
         return self.context - WARM_STEPS - self.new_tokens
 
 
 class Run:
-    """One model under one load, and its timings in seconds.
+    """One model under one load.
 
-    absorb=False: latent attention expands the cache to keys and values of every head in every step, as
-    transformers' own classes do.
+    Args:
+        absorb: False makes latent attention expand its cache to the keys and values of all heads in every step, as
+            the classes in transformers do.
+
+    Attributes:
+        prefills, steps: timings in seconds.
+        row: cache of one row after the prefill.
+        cache: of the batch.
     """
 
     def __init__(self, model: Any, load: Load, *, absorb: bool = True) -> None:
@@ -56,7 +62,7 @@ class Run:
 
     @torch.no_grad()
     def prefill(self) -> None:
-        """Read the prompt as one row, timed; `row` is its cache."""
+        """Run and time the prefill of one row; its cache becomes `row`."""
         self.row = None
         vocabulary = self.model.config.get_text_config().vocab_size
         prompt = (torch.arange(self.load.prompt_tokens, device=self.model.device) % vocabulary)[None]
@@ -67,7 +73,7 @@ class Run:
 
     @torch.no_grad()
     def fill(self, row: Any) -> None:
-        """Begin decoding with the cache `row` repeated for every row of the batch."""
+        """Fill the batch's cache with the one-row cache `row`, repeated."""
         config, load = self.model.config, self.load
         self.cache = (
             StaticCache(config=config, max_cache_len=load.context)
@@ -80,27 +86,29 @@ class Run:
 
     @torch.no_grad()
     def step(self, *, timed: bool = True) -> None:
-        """One token for every row; the same one each time, as speed does not depend on it."""
+        """Decode one token in every row: always the same token, as speed does not depend on it."""
         switch_absorption(self.model, self.absorb)
         call = self.model.get_compiled_call(None) if self.load.compile else self.model
         options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
-        taken = seconds(lambda: call(input_ids=self._token, **options), self.model.device)
+        duration = seconds(lambda: call(input_ids=self._token, **options), self.model.device)
         if timed:
-            self.steps.append(taken)
+            self.steps.append(duration)
 
     def finished(self) -> bool:
-        """Whether every step is done, or re-expansion has used up its patience."""
+        """Whether all steps are done, or re-expansion has used up its time limit."""
         if len(self.steps) >= self.load.new_tokens:
             return True
-        return not self.absorb and len(self.steps) >= FEWEST and sum(self.steps) > PATIENCE
+        return not self.absorb and len(self.steps) >= MIN_REEXPANDED_STEPS and sum(self.steps) > TIME_LIMIT
 
     def prefill_speed(self) -> dict[str, Any]:
-        """prefill_tokens_per_s of one row, from the median repetition."""
+        """`prefill_tokens_per_s` of one row, from the median of the repetitions."""
         return {"prefill_tokens_per_s": self.load.prompt_tokens / statistics.median(self.prefills)}
 
     def decode_speed(self) -> dict[str, Any]:
-        """decode_tokens_per_s of the batch from the median step; step_seconds, that step; step_spread, the
-        quartiles' distance as a share of it; steps, how many were timed.
+        """The decode speed of the batch.
+
+        Returns decode_tokens_per_s and step_seconds (both from the median step), step_spread (interquartile range
+        over the median) and steps (their number).
         """
         median = statistics.median(self.steps)
         spread = 0.0
@@ -115,7 +123,7 @@ class Run:
         }
 
     def cache_size(self) -> dict[str, Any]:
-        """cache_bytes, weighed on the cache object, and cache_tokens, all rows together."""
+        """`cache_bytes`, measured on the cache object, and `cache_tokens`, both over all rows."""
         tokens = int(self.cache.get_seq_length()) * self.load.batch
         return {"cache_bytes": cache_storage(self.cache)[0], "cache_tokens": tokens}
 
@@ -128,16 +136,22 @@ def compare(
     reexpand: bool = False,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """One row of the table: context, donor {…}, converted {…}, ratio, cache_ratio; reexpanded {…}, if wanted, and
-    ratio_to_reexpanded. Ratios are of decode tokens/s and of cache bytes, converted ÷ the other.
+    """The timings of two models under one load, one row of the benchmark's table.
 
-    donor and converted are causal language models in eval mode. on_step hears of every decode step of the donor.
+    Args:
+        donor, converted: causal language models in eval mode.
+        reexpand: also time the converted model without absorption.
+        on_step: called after every timed decode step of the donor.
+
+    Returns context, donor {…}, converted {…}, ratio (decode tokens/s, converted ÷ donor) and cache_ratio (bytes,
+    converted ÷ donor); with `reexpand` also reexpanded {…} and ratio_to_reexpanded (decode tokens/s, converted ÷
+    re-expanded).
     """
     if load.compile:
-        torch.compiler.reset()  # what another context has left would make this one's shapes dynamic
+        torch.compiler.reset()  # otherwise torch.compile would make the shapes dynamic from the second context on
     runs = {"donor": Run(donor, load), "converted": Run(converted, load)}
     for repetition in range(PREFILLS):
-        if repetition and max(run.prefills[0] for run in runs.values()) > PATIENCE:
+        if repetition and max(run.prefills[0] for run in runs.values()) > TIME_LIMIT:
             break
         for run in runs.values():
             run.prefill()
@@ -158,12 +172,15 @@ def compare(
     row["ratio"] = row["converted"]["decode_tokens_per_s"] / row["donor"]["decode_tokens_per_s"]
     row["cache_ratio"] = row["converted"]["cache_bytes"] / row["donor"]["cache_bytes"]
     if reexpand:
-        slow = row["reexpanded"] = runs["reexpanded"].decode_speed()
-        row["ratio_to_reexpanded"] = row["converted"]["decode_tokens_per_s"] / slow["decode_tokens_per_s"]
+        reexpanded = row["reexpanded"] = runs["reexpanded"].decode_speed()
+        row["ratio_to_reexpanded"] = (
+            row["converted"]["decode_tokens_per_s"] / reexpanded["decode_tokens_per_s"]
+        )
     return row
 
 
 def _decode(runs: list[Run], load: Load, on_step: Callable[[], None]) -> None:
+    """Run the warm-up steps and the timed steps of all runs, alternating between them."""
     for _ in range(WARM_STEPS):
         for run in runs:
             run.step(timed=False)
@@ -175,15 +192,15 @@ def _decode(runs: list[Run], load: Load, on_step: Callable[[], None]) -> None:
 
 
 def switch_absorption(model: Any, on: bool) -> None:
-    """Let every converted attention in `model` read its cache as it is, or make it expand it each time."""
+    """Switch absorption in every attention of `model` that has it: read the cache as it is, or expand it each step."""
     for module in model.modules():
-        for name in READ_AS_IT_IS:
+        for name in ABSORPTION_LIMITS:
             if hasattr(type(module), name):
                 setattr(module, name, getattr(type(module), name) if on else 0)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of `work`, the device's queue empty before and after."""
+    """Wall time of `work` in seconds, with the device synchronised before and after."""
 
     def wait() -> None:
         if device.type != "cpu":

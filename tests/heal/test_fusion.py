@@ -46,7 +46,7 @@ def test_the_start_is_the_donor_and_a_round_leaves_fewer_heads(variant: str, mos
     fusion.prepare(model, most)
     assert relative(logits(model, ids), expected) < 2e-5
     student = fusion.FusingStudent(model, 320)
-    assert student.apart() == pytest.approx(1.0)
+    assert student.fusion_loss() == pytest.approx(1.0)
 
 
 def stirred(model: Any, seed: int = 3) -> None:
@@ -64,9 +64,9 @@ def test_equal_mixtures_are_fused_without_loss(variant: str, most: int) -> None:
     fusion.prepare(model, most)
     stirred(model)
     student = fusion.FusingStudent(model, 320)
-    assert student.apart() > 0.1
+    assert student.fusion_loss() > 0.1
     assert student.end_step(1.0) == {"fusion": 0.0}
-    assert student.apart() < 1e-12
+    assert student.fusion_loss() < 1e-12
     with torch.no_grad():
         averaged = logits(model, ids)
         before = fusion.cache_elements(model)
@@ -88,7 +88,7 @@ def test_what_heads_differ_by_is_kept_within_its_bound(done: float) -> None:
     means = [mixing.omega[mixing.groups[0]].mean(0) for mixing in student.mixings]
     bound = (1 - done / 0.7) ** 2
     assert student.end_step(done)["fusion"] == pytest.approx(bound)
-    assert student.apart() == pytest.approx(bound, rel=1e-4)
+    assert student.fusion_loss() == pytest.approx(bound, rel=1e-4)
     for mixing, mean in zip(student.mixings, means, strict=True):
         torch.testing.assert_close(mixing.omega[mixing.groups[0]].mean(0), mean)
 

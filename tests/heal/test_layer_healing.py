@@ -28,7 +28,9 @@ def test_layers_come_nearer_and_only_what_trains_changes(train: str) -> None:
     student, donor = pair(0.3)
     before, weights = kl(student, donor), copy.deepcopy(student.state_dict())
     events: list[Progress] = []
-    fit_blocks(student, donor, rows(32, 32).ids, tokens=20 * 1024, train=train, seed=0, tell=events.append)
+    fit_blocks(
+        student, donor, rows(32, 32).ids, tokens=20 * 1024, train=train, seed=0, on_progress=events.append
+    )
     assert [event.done for event in events] == [1, 2]
     changed = {name for name, value in student.state_dict().items() if not torch.equal(value, weights[name])}
     assert all(".layers." in name for name in changed)
@@ -38,7 +40,7 @@ def test_layers_come_nearer_and_only_what_trains_changes(train: str) -> None:
 
 def test_a_layer_that_equals_its_teachers_stays_as_it_is() -> None:
     donor, model = donor_model(), donor_model()
-    fit_blocks(model, donor, rows(8, 32).ids, tokens=4096, train="all", seed=0, tell=ignore)
+    fit_blocks(model, donor, rows(8, 32).ids, tokens=4096, train="all", seed=0, on_progress=ignore)
     assert all(torch.equal(value, donor.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -46,7 +48,9 @@ def test_a_layer_mends_what_reaches_it() -> None:
     """The first layer cannot learn here; the second sees its error and works against it."""
     student, donor = pair(0.25)
     frozen = copy.deepcopy(student)
-    fit_blocks(student, donor, rows(32, 32).ids, tokens=20 * 1024, train="attention", seed=0, tell=ignore)
+    fit_blocks(
+        student, donor, rows(32, 32).ids, tokens=20 * 1024, train="attention", seed=0, on_progress=ignore
+    )
     with torch.no_grad():
         student.model.layers[0].load_state_dict(frozen.model.layers[0].state_dict())
 

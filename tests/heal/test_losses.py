@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhconvert.heal import losses
-from mhconvert.heal.losses import Predictions, hidden_error, summed
+from mhconvert.heal.losses import Predictions, chunked_loss, hidden_error
 
 CLOSE = 1e-5  # float32 sums of a few hundred terms
 
@@ -32,7 +32,7 @@ def test_chunks_make_no_difference(chunk: int, kl: float, ce: float, monkeypatch
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 37 * chunk)
     states = student.clone().requires_grad_(True)
     found = Predictions(states, teacher, targets, head, expert, 37)
-    loss, sums = summed(found, head, kl, ce)
+    loss, sums = chunked_loss(found, head, kl, ce)
     (loss * 0.25).backward()
     ours = [states.grad, head.weight.grad, head.bias.grad]
 
@@ -51,7 +51,7 @@ def test_chunks_make_no_difference(chunk: int, kl: float, ce: float, monkeypatch
 def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
     _, teacher, targets, _, expert = problem(9, seed=2)
     states = teacher.clone().requires_grad_(True)
-    loss, _ = summed(Predictions(states, teacher, targets, expert, expert, 37), expert, 1.0, 0.0)
+    loss, _ = chunked_loss(Predictions(states, teacher, targets, expert, expert, 37), expert, 1.0, 0.0)
     loss.backward()
     assert abs(loss.item()) < 1e-5
     assert states.grad is not None
@@ -63,14 +63,14 @@ def test_padding_of_the_vocabulary_does_not_count() -> None:
     wider = nn.Linear(20, 45)
     with torch.no_grad():
         wider.weight[:37], wider.bias[:37] = expert.weight, expert.bias
-    loss, _ = summed(Predictions(student, teacher, targets, head, expert, 37), head, 1.0, 0.0)
-    padded, _ = summed(Predictions(student, teacher, targets, head, wider, 37), head, 1.0, 0.0)
+    loss, _ = chunked_loss(Predictions(student, teacher, targets, head, expert, 37), head, 1.0, 0.0)
+    padded, _ = chunked_loss(Predictions(student, teacher, targets, head, wider, 37), head, 1.0, 0.0)
     assert padded.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_without_a_teacher_there_is_the_text_alone() -> None:
     student, _, targets, head, _ = problem(9, seed=4)
-    loss, sums = summed(Predictions(student, None, targets, head, head, 37), head, 1.0, 1.0)
+    loss, sums = chunked_loss(Predictions(student, None, targets, head, head, 37), head, 1.0, 1.0)
     assert sums[0] == 0
     assert loss.item() == pytest.approx(
         F.cross_entropy(head(student), targets, reduction="sum").item(), rel=1e-5

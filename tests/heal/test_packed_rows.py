@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.errors import HealError, TextError
-from mhconvert.heal.packed_rows import check, packed, prepare
+from mhconvert.heal.packed_rows import check, pack, prepare
 from tests.donors import make_tokenizer
 
 EOS = 1
@@ -36,7 +36,7 @@ def test_packing_keeps_every_token_in_its_place(sizes: list[int], length: int, r
     for size in sizes:
         pieces.append(list(range(token, token + size)))
         token += size
-    found = packed(iter(pieces), length, rows)
+    found = pack(iter(pieces), length, rows)
     assert len(found) == min(rows, token // length)
     assert found.ids.flatten().tolist() == list(range(len(found) * length))
     begins = {piece[0] for piece in pieces}
@@ -48,7 +48,7 @@ def test_packing_keeps_every_token_in_its_place(sizes: list[int], length: int, r
 
 
 def test_the_first_token_of_a_text_is_not_predicted_from_the_text_before_it() -> None:
-    found = packed(iter([[5, 6, 7], [8, 9, 10]]), 6, 1)
+    found = pack(iter([[5, 6, 7], [8, 9, 10]]), 6, 1)
     assert found.predicted().tolist() == [[True, True, False, True, True]]
 
 

@@ -130,7 +130,7 @@ class Machine:
 )
 def test_accelerate_configs_that_do_not_fit(machine: Any, message: str) -> None:
     with pytest.raises(HealError, match=message):
-        schedule._require_fitting(machine)
+        schedule._require_supported(machine)
 
 
 def test_devices() -> None:

@@ -13,7 +13,7 @@ from mhconvert.eval.fidelity import Fidelity
 from mhconvert.heal.distill import fidelity
 from mhconvert.heal.packed_rows import Rows
 from mhconvert.heal.student import Student, Teacher, Weights, choose_trained, parameter_groups, states
-from mhconvert.heal.write_result import merged
+from mhconvert.heal.write_result import merge_adapter
 from tests.convert.conversions import donor_model, logits
 from tests.heal.models import pair, rows
 
@@ -118,7 +118,7 @@ def test_an_adapter_changes_nothing_at_first_and_is_merged_at_the_end(train: str
             if parameter.requires_grad:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     trained = logits(model, ids)
-    plain: Any = merged(model)
+    plain: Any = merge_adapter(model)
     assert set(plain.state_dict()) == keys
     assert (trained - before).abs().max() > 0.01
     torch.testing.assert_close(logits(plain, ids), trained, rtol=1e-3, atol=1e-3)

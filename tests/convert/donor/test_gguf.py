@@ -66,7 +66,7 @@ def test_gguf_metadata_equals_the_reader_of_gguf(tmp_path):
     header, theirs = read_gguf_header(file), gguf.GGUFReader(file)
     for key, field in theirs.fields.items():
         if not key.startswith("GGUF."):
-            ours, value = header.facts[key], field.contents()
+            ours, value = header.metadata[key], field.contents()
             assert ours == pytest.approx(value) if isinstance(value, float) else ours == value, key
     for tensor in theirs.tensors:
         ours = header.tensors[tensor.name]

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mhconvert.eval.report import units
-from mhconvert.eval.report.conversion_tables import rows, show
+from mhconvert.eval.report.conversion_tables import conversion_rows, show
 
 FULL = {
     "output": "some/where/tiny-mla",
@@ -36,12 +36,12 @@ FULL = {
 def test_a_tolerance_has_a_row_of_its_own() -> None:
     found = {"asked": "ppl=1.3", "kv_budget": 0.312, "measured": 1.25, "looked": [], "tried": []}
     row = ("tolerance ppl ≤ 1.3", "", "1.25", "at budget 31.2 %, on held-out text")
-    assert row in rows(FULL | {"tolerance": found})
-    assert not [quantity for quantity, *_ in rows(FULL) if quantity.startswith("tolerance")]
+    assert row in conversion_rows(FULL | {"tolerance": found})
+    assert not [quantity for quantity, *_ in conversion_rows(FULL) if quantity.startswith("tolerance")]
 
 
 def test_missing_facts_have_no_row() -> None:
-    assert rows({"output": "x", "method": "mla"}) == []
+    assert conversion_rows({"output": "x", "method": "mla"}) == []
 
 
 def test_table_for_people() -> None:

@@ -109,7 +109,7 @@ def test_re_expansion_runs_out_of_patience_and_the_others_do_not(
     donor: Any, latent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock(monkeypatch, alternating(1.0))
-    monkeypatch.setattr(speed, "PATIENCE", 2.5)
+    monkeypatch.setattr(speed, "TIME_LIMIT", 2.5)
     row = compare(donor, latent, Load(40, 2, 9), reexpand=True)
     assert row["reexpanded"]["steps"] == 3
     assert row["donor"]["steps"] == row["converted"]["steps"] == 9
