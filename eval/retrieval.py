@@ -90,6 +90,7 @@ def probe(
     """How many needles (hidden numbers) a causal language model recalls with greedy decoding.
 
     Args:
+        model, tokenizer: of the language model.
         lengths: the most tokens of a case, question and answer included.
         depths: where the needle is, from 0 (first) to 1 (last).
         trials: cases per length and depth.
@@ -103,9 +104,6 @@ def probe(
 
     Raises:
         MhconvertError: a length exceeds the model's limit, or is too short for needle and question.
-
-    Source:
-        The standard error is that of Agresti and Coull (1998), for which 0 of n and n of n are not certain.
     """
     _require_usable(model, lengths, depths, trials)
     cells: list[list[tuple[float, float]]] = []
@@ -117,21 +115,31 @@ def probe(
                 on_cell(row * len(depths) + column + 1, len(lengths) * len(depths))
     absent = _cell(model, tokenizer, min(lengths), 0.5, trials, seed, planted=False)
     recalled, nll = ([[cell[part] for cell in row] for row in cells] for part in (0, 1))
-    number = len(lengths) * len(depths) * trials
-    hits = round(trials * sum(map(sum, recalled)))
-    centre = (hits + 2) / (number + 4)
+    number = len(lengths) * len(depths)
+    share, share_stderr = _share(round(trials * sum(map(sum, recalled))), number * trials)
     return {
         "lengths": list(lengths),
         "depths": list(depths),
         "trials": trials,
         "recalled": recalled,
         "nll": nll,
-        "share": hits / number,
-        "share_stderr": math.sqrt(centre * (1 - centre) / (number + 4)),
-        "mean_nll": sum(map(sum, nll)) / (len(lengths) * len(depths)),
-        "cells": len(lengths) * len(depths),
+        "share": share,
+        "share_stderr": share_stderr,
+        "mean_nll": sum(map(sum, nll)) / number,
+        "cells": number,
         "absent": {"recalled": absent[0], "nll": absent[1]},
     }
+
+
+def _share(hits: int, number: int) -> tuple[float, float]:
+    """(hits ÷ number, its standard error).
+
+    Source:
+        Agresti and Coull (1998), Approximate is better than "exact" for interval estimation of binomial proportions:
+        two hits and two misses are added, so that 0 of n and n of n are not certain.
+    """
+    centre = (hits + 2) / (number + 4)
+    return hits / number, math.sqrt(centre * (1 - centre) / (number + 4))
 
 
 def make_case(
@@ -140,7 +148,16 @@ def make_case(
     """Sentences with the needle at `depth`, the question and the answer: at most `length` tokens.
 
     The same arguments give the same case on every machine. It is shorter than `length` by less than two sentences.
-    Without `planted` the needle is left out. Raises MhconvertError when needle and question do not fit.
+
+    Args:
+        tokenizer: of the model.
+        length: in tokens.
+        depth: from 0 (first) to 1 (last).
+        seed, trial: choose the words.
+        planted: whether the needle is in the text.
+
+    Raises:
+        MhconvertError: needle and question do not fit.
     """
     rng = random.Random(f"{seed} {length} {depth} {trial}")
     key = f"{rng.choice(NAMES)} from {rng.choice(CITIES)}"
@@ -190,6 +207,7 @@ def measure(model: Any, case: Case) -> tuple[bool, float]:
 def _cell(
     model: Any, tokenizer: Any, length: int, depth: float, trials: int, seed: int, planted: bool = True
 ) -> tuple[float, float]:
+    """(the fraction of `trials` cases that are recalled, the mean of their nats per token of the answer)."""
     results = [
         measure(model, make_case(tokenizer, length, depth, seed=seed, trial=trial, planted=planted))
         for trial in range(trials)
@@ -198,6 +216,7 @@ def _cell(
 
 
 def _require_usable(model: Any, lengths: Sequence[int], depths: Sequence[float], trials: int) -> None:
+    """Raises MhconvertError for a probe without cells, a depth outside the text, or a length beyond the model's."""
     if not lengths or not depths or trials < 1:
         raise MhconvertError(
             f"{len(lengths)} lengths, {len(depths)} depths and {trials} trials make no probe; use at least 1 each"
@@ -215,6 +234,7 @@ def _require_usable(model: Any, lengths: Sequence[int], depths: Sequence[float],
 
 
 def _sentence(rng: random.Random) -> str:
+    """A sentence of the text that the needle is hidden in."""
     sentence = rng.choice(SENTENCES).format(
         person=rng.choice(PEOPLE),
         thing=rng.choice(THINGS),
@@ -226,6 +246,7 @@ def _sentence(rng: random.Random) -> str:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of `text` alone."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
