@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mhconvert.errors import MhconvertError
@@ -18,10 +16,9 @@ from mhconvert.library_versions import versions
 from mhconvert.progress import Listener, Progress
 
 from ..convert import open_model
-from ..convert.checkpoint import identity
-from ..convert.checkpoint.provenance import read_record
 from ..convert.open_model import OpenModel
 from . import fidelity, retrieval, texts
+from .compared_models import describe, open_models
 from .result_cache import Store
 from .settings import EvalSettings
 from .tasks import harness, scores
@@ -60,8 +57,8 @@ def evaluate(
     store = store if store is not None else Store()
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
-        device = _process_device(device)
-        opened = _open(checkpoints, settings, against, device, trust_remote_code, on_progress)
+        need_donor = bool(settings.text)
+        opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress)
         text_rows = _text_rows(settings, opened)
         candidates = [Candidate(model, open_model.of_model(model), settings) for model in opened]
         run = Run(settings, store, fresh, on_progress)
@@ -71,7 +68,7 @@ def evaluate(
         return {}
     on_progress(Progress("done", 1, 1))
     return {
-        "models": [_identity(each) for each in candidates],
+        "models": [describe(each) for each in candidates],
         **on_texts,
         **_task_results(tasks, outcomes),
         "retrieval": _retrieval(probes),
@@ -148,60 +145,6 @@ def _text_rows(settings: EvalSettings, opened: list[OpenModel]) -> dict[str, Ten
     for model in opened if rows else []:
         model.require_length(settings.sequence_length)
     return rows
-
-
-def _process_device(device: str | None) -> str | None:
-    """`device`, or under `accelerate launch` the GPU of this process."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if device is None and local is not None and torch.cuda.is_available() else device
-
-
-def _open(
-    checkpoints: Sequence[str],
-    settings: EvalSettings,
-    against: str | None,
-    device: str | None,
-    trust_remote_code: bool,
-    on_progress: Listener,
-) -> list[OpenModel]:
-    """The donor, where there is one, and the checkpoints; no weights are read."""
-    references = list(dict.fromkeys(checkpoints))
-    if against is None:
-        try:
-            against = open_model.recorded_donor(references[0])
-        except MhconvertError:
-            if settings.text or len(references) > 1:
-                raise
-    references = ([against] if against is not None else []) + [each for each in references if each != against]
-    models: list[OpenModel] = []
-    for index, reference in enumerate(references):
-        on_progress(Progress("donor" if index == 0 else "checkpoint", 0, 1, reference))
-        opened = open_model.open_model(reference, device=device, trust_remote_code=trust_remote_code)
-        if models and opened.vocab_size != models[0].vocab_size:
-            raise MhconvertError(
-                f"{reference} has {opened.vocab_size} tokens and {references[0]} has {models[0].vocab_size}; "
-                "they can be compared only over one vocabulary"
-            )
-        models.append(opened)
-    return models
-
-
-def _identity(candidate: Candidate) -> dict[str, Any]:
-    """name, reference, role (donor, converted, healed or adapter), method, fingerprint and dtype of a model."""
-    opened = candidate.opened
-    role, method = "donor", identity.made_by(str(opened.folder))
-    if opened.adapter is not None:
-        role, method = "adapter", opened.adapter.method
-    elif method is not None:
-        role = "healed" if read_record(opened.folder).get("healed") else "converted"
-    return {
-        "name": candidate.name,
-        "reference": opened.reference,
-        "role": role,
-        "method": method,
-        "fingerprint": candidate.fingerprint,
-        "dtype": str(candidate.dtype).removeprefix("torch."),
-    }
 
 
 def _probe(candidate: Candidate, fresh: bool, store: Store, on_progress: Listener) -> dict[str, Any]:

@@ -43,11 +43,10 @@ def verify_folder(
             and with `against` nothing is refused.
         python: the interpreter of another environment; None: this one.
         trust_remote_code: whether code that this package does not ship may run.
-        seed: of the text on which both are compared.
+        seed: of the text for the comparison.
 
     Returns:
-        folder, against, tolerance, what `bare_process.reload.verify` returns, greedy_equal, relative_difference,
-        seconds.
+        folder, against, tolerance, seconds, and what `_measure` returns.
 
     Raises:
         CheckpointError: for what is no folder with a whole model, or does not load.
@@ -73,8 +72,8 @@ def verify_folder(
             f"deviations, and {limit:g} is allowed"
         )
     tell(Progress("done", 1, 1))
-    facts = {"folder": reference, "against": twin, "tolerance": limit, **measured}
-    return facts | {"seconds": time.perf_counter() - begun}
+    seconds = time.perf_counter() - begun
+    return {"folder": reference, "against": twin, "tolerance": limit, **measured, "seconds": seconds}
 
 
 def _model_folder(reference: str) -> Path:

@@ -49,8 +49,7 @@ def export_checkpoint(
         seed: of the text on which export and checkpoint are compared.
 
     Returns:
-        What `_report` returns, with source (the checkpoint's folder), and output_bytes, verified and seconds unless it
-        is a dry run.
+        What `_report` returns, with output_bytes, verified and seconds unless it is a dry run.
 
     Raises:
         ExportError: naming what the class cannot hold.
@@ -61,17 +60,15 @@ def export_checkpoint(
     folder, config = opened.folder, opened.config
     source = SafetensorsSource(folder)
     kind = written_dtype(dtype, source)
-    eps = eps or (EPS_FLOAT16 if kind == torch.float16 else EPS)
-    norm_weight(s, eps)
-    served = served_config(config, eps)
+    served = _served(config, kind, s, eps)
     place = Path(output) if output else Path(f"{folder.resolve().name}-own")
     check_free(place, force, folder)
-    report = _report(reference, place, config, served, source, kind, s) | {"source": str(folder.resolve())}
+    report = _report(reference, place, config, served, source, kind, s)
     if dry_run:
         return report
     tell(Progress("donor", 0, 1, reference))
     expected = same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell) if verify else None
-    needed = int(bytes_in(source, kind) * served.v_head_dim / config.v_head_dim)
+    needed = bytes_in(source, kind) * served.v_head_dim // config.v_head_dim
     with whole_folder(place, needed + SLACK_BYTES, force=force) as partial:
         report["output_bytes"] = _write(partial, source, config, served, kind, s, tell)
         _write_rest(partial, folder, served, kind, place.name, report)
@@ -90,6 +87,13 @@ def _open(reference: str, device: str | None) -> open_model.OpenModel:
             f"{reference} is no MLA checkpoint; own holds what --to mla --profile portable makes"
         )
     return opened
+
+
+def _served(config: Any, dtype: torch.dtype, s: float, eps: float | None) -> Any:
+    """The export's configuration. Raises ExportError where `s` and `eps` are none of a norm, or a feature is lost."""
+    eps = eps or (EPS_FLOAT16 if dtype == torch.float16 else EPS)
+    norm_weight(s, eps)
+    return served_config(config, eps)
 
 
 def _report(
@@ -115,7 +119,8 @@ def _report(
     Returns:
         checkpoint, method, to, architecture, output, dtype, exact (whether the dtype is the stored one),
         kv_elements_per_token (all layers), kv_bytes_per_token {checkpoint, export}, padded_v_head_dim (None: as it
-        was), s, latent_norm_eps, and engines as rows [engine, whether it serves it, how or why not].
+        was), s, latent_norm_eps, engines as rows [engine, whether it serves it, how or why not], and source (the
+        checkpoint's folder).
     """
     elements = config.num_hidden_layers * (served.kv_lora_rank + served.qk_rope_head_dim)
     stored = source.dtype("model.embed_tokens.weight")
@@ -136,6 +141,7 @@ def _report(
         "s": s,
         "latent_norm_eps": served.latent_norm_eps,
         "engines": [list(row) for row in engine_support.engines("own", sizes)],
+        "source": str(source.folder.resolve()),
     }
 
 

@@ -24,9 +24,10 @@ from . import modeling_dha
 from .budget import HeadBudget, head_budget
 from .converted_class import converted_class, decoupled_config
 from .grouping import EXACT_HEADS, Cluster
+from .heads import Heads
 from .observed import Observed
 from .settings import DHASettings
-from .surgery import FusedWeights, Heads, aligned, cluster_map, fuse, parts
+from .surgery import FusedWeights, aligned, cluster_map, fuse, parts
 
 # Tokens on which candidates for a layer are compared, and how many candidates are, by effort.
 PROBE_TOKENS = {"survey": 512, "quick": 1024, "default": 2048, "high": 4096}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .grouping import Cluster, best_clusters
-from .surgery import Heads
+from .heads import Heads
 
 
 @dataclass

@@ -24,14 +24,9 @@ from .assembly import at_mean_scale, module_tensors
 from .budget import DIVISION, LayerBudget, layer_budget
 from .converted_class import converted_class, latent_config
 from .observed import Observed
+from .rotary_components import kept_components, rotary_basis, series_components
 from .settings import MLASettings
-from .surgery import (
-    LatentWeights,
-    convert_layer,
-    kept_components,
-    rotary_basis,
-    series_components,
-)
+from .surgery import LatentWeights, convert_layer
 
 SURVEY_SHARES = (1 / 8, 3 / 16, 5 / 16, 1 / 2, 3 / 4)  # of the donor's cache elements of a layer
 VALUE_WEIGHT = 0.01  # weight of a relative error in the values against one in the scores
