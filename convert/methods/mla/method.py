@@ -200,6 +200,7 @@ class MLA:
         return converted_class(type(self.donor_config))
 
     def _surgery(self, seen: Observed, index: int, choice: Candidate) -> LatentWeights:
+        """The closed form of layer `index` for one way to spend its budget."""
         rank = self.budgets[index].rank(choice.components)
         if self.settings.profile == "portable":
             kept = series_components(seen.basis.damage, choice.components)
@@ -220,10 +221,12 @@ class MLA:
         )
 
     def _set(self, index: int, rank: int, frequencies: list[int]) -> None:
+        """Write rank and rotary frequencies of layer `index` into the configuration."""
         self.config.kv_lora_rank[index] = rank
         self.config.rope_frequencies[index] = list(frequencies)
 
     def _module(self, latent: LatentWeights, seen: Observed, index: int, device: torch.device) -> Any:
+        """The attention module of layer `index` with the tensors of `latent`, float32 on `device`, in eval mode."""
         rotary = 2 * len(latent.frequencies)
         self._set(index, len(latent.kv_a_proj_with_mqa) - rotary, latent.frequencies)
         with torch.device("meta"):
