@@ -66,8 +66,8 @@ def _require_matrices(adapter: AdapterFolder, module: str, shapes: Shapes) -> No
                 and stored_shape[along] != rank
             ):
                 raise AdapterError(
-                    f"tensor {parts[part]} in {adapter.file} is of rank {stored_shape[along]}, and the {ADAPTER_CONFIG} "
-                    f"beside it says {rank}; save the adapter again"
+                    f"tensor {parts[part]} in {adapter.file} is of rank {stored_shape[along]}, and the "
+                    f"{ADAPTER_CONFIG} beside it says {rank}; save the adapter again"
                 )
             _require_shape(adapter, parts[part], weight, expected, shapes)
     if LORA_BIAS in parts:
