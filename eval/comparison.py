@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mhconvert.errors import MhconvertError
@@ -17,15 +16,14 @@ from mhconvert.library_versions import versions
 from mhconvert.progress import Listener, Progress
 
 from ..convert import open_model
-from ..convert.checkpoint import identity
-from ..convert.checkpoint.provenance import read_record
 from ..convert.open_model import OpenModel
 from . import fidelity, retrieval, texts
+from .compared_models import describe, open_models
 from .result_cache import Store
 from .settings import EvalSettings
 from .tasks import harness, scores
 from .tasks.harness import Candidate, OnRows
-from .tasks.task_choice import resolve
+from .tasks.task_choice import TaskSet, resolve
 
 
 def evaluate(
@@ -59,100 +57,94 @@ def evaluate(
     store = store if store is not None else Store()
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
-        opened = _open(
-            checkpoints, settings, against, _process_device(device), trust_remote_code, on_progress
-        )
-        text_rows = _text_rows(settings, opened[0])
-        for model in opened if text_rows else []:
-            model.require_length(settings.sequence_length)
+        need_donor = bool(settings.text)
+        opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress)
+        text_rows = _text_rows(settings, opened)
         candidates = [Candidate(model, open_model.of_model(model), settings) for model in opened]
-        result: dict[str, Any] = {"models": [_identity(each) for each in candidates]}
-        if harness.rank() == 0:
-            result |= texts.measure(
-                candidates, text_rows, store, fresh=fresh, on_rows=_row_listener(on_progress)
-            )
-        outcomes, probes = [], []
-        for candidate in candidates:
-            if tasks is not None:
-                on_rows = _row_listener(on_progress, candidate)
-                outcomes.append(harness.evaluate(candidate, tasks, store, fresh=fresh, on_rows=on_rows))
-            if settings.retrieval and harness.rank() == 0:
-                probes.append(_probe(candidate, fresh, store, on_progress))
-            candidate.lm = None  # one model in memory at a time
+        run = Run(settings, store, fresh, on_progress)
+        on_texts = _measure_texts(run, candidates, text_rows)
+        outcomes, probes = _measure_models(run, candidates, tasks)
     if harness.rank() != 0:
         return {}
-    result |= {"tasks": [], "average": None, "retrieval": _retrieval(probes)}
-    if tasks is not None:
-        local = {spec.name: spec.local.name if spec.local else None for spec in tasks.specs}
-        result["tasks"] = [
-            scores.task_row(of_task, local[of_task[0]["name"]]) for of_task in zip(*outcomes, strict=True)
-        ]
-        result["average"] = scores.average(result["tasks"])
     on_progress(Progress("done", 1, 1))
-    return result | {
+    return {
+        "models": [describe(each) for each in candidates],
+        **on_texts,
+        **_task_results(tasks, outcomes),
+        "retrieval": _retrieval(probes),
         "settings": _recorded_settings(settings, candidates[0]),
         "versions": _versions(tasks is not None),
         "seconds": time.perf_counter() - started,
     }
 
 
-def _text_rows(settings: EvalSettings, donor: OpenModel) -> dict[str, Tensor]:
-    """Token ids of each text (sequences, sequence_length), by the file's name."""
+@dataclass(frozen=True)
+class Run:
+    """One evaluation.
+
+    Attributes:
+        settings: what is evaluated.
+        store: keeps results between runs.
+        fresh: measures everything anew.
+        on_progress: called with the progress.
+    """
+
+    settings: EvalSettings
+    store: Store
+    fresh: bool
+    on_progress: Listener
+
+
+def _measure_texts(run: Run, candidates: list[Candidate], rows: dict[str, Tensor]) -> dict[str, Any]:
+    """What `texts.measure` returns of `rows`, token ids by the text's name, in the first process; {} in the others."""
+    if harness.rank() != 0:
+        return {}
+    on_rows = _row_listener(run.on_progress)
+    return texts.measure(candidates, rows, run.store, fresh=run.fresh, on_rows=on_rows)
+
+
+def _measure_models(
+    run: Run, candidates: list[Candidate], tasks: TaskSet | None
+) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Tasks and retrieval, with one model in memory at a time.
+
+    Returns:
+        Per model the results of each task, and per model those of retrieval, in the first process; each empty where
+        it is not measured.
+    """
+    outcomes, probes = [], []
+    for candidate in candidates:
+        if tasks is not None:
+            on_rows = _row_listener(run.on_progress, candidate)
+            outcomes.append(harness.evaluate(candidate, tasks, run.store, fresh=run.fresh, on_rows=on_rows))
+        if run.settings.retrieval and harness.rank() == 0:
+            probes.append(_probe(candidate, run.fresh, run.store, run.on_progress))
+        candidate.lm = None
+    return outcomes, probes
+
+
+def _task_results(tasks: TaskSet | None, outcomes: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """tasks: a row per task, of all models; average: over the tasks, None where there are none."""
+    if tasks is None:
+        return {"tasks": [], "average": None}
+    local = {spec.name: spec.local.name if spec.local else None for spec in tasks.specs}
+    rows = [scores.task_row(of_task, local[of_task[0]["name"]]) for of_task in zip(*outcomes, strict=True)]
+    return {"tasks": rows, "average": scores.average(rows)}
+
+
+def _text_rows(settings: EvalSettings, opened: list[OpenModel]) -> dict[str, Tensor]:
+    """Token ids of each text (sequences, sequence_length), by the file's name, with the first model's tokenizer.
+
+    Raises:
+        MhconvertError: a text is too short, or a model reads fewer tokens than a row has.
+    """
     shape = (settings.sequence_length, settings.sequences)
-    return {text.name: fidelity.text_rows(donor.tokenizer(), text, *shape) for text in settings.text_files}
-
-
-def _process_device(device: str | None) -> str | None:
-    """`device`, or under `accelerate launch` the GPU of this process."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if device is None and local is not None and torch.cuda.is_available() else device
-
-
-def _open(
-    checkpoints: Sequence[str],
-    settings: EvalSettings,
-    against: str | None,
-    device: str | None,
-    trust_remote_code: bool,
-    on_progress: Listener,
-) -> list[OpenModel]:
-    """The donor, where there is one, and the checkpoints; no weights are read."""
-    references = list(dict.fromkeys(checkpoints))
-    if against is None:
-        try:
-            against = open_model.recorded_donor(references[0])
-        except MhconvertError:
-            if settings.text or len(references) > 1:
-                raise
-    references = ([against] if against is not None else []) + [each for each in references if each != against]
-    models: list[OpenModel] = []
-    for index, reference in enumerate(references):
-        on_progress(Progress("donor" if index == 0 else "checkpoint", 0, 1, reference))
-        opened = open_model.open_model(reference, device=device, trust_remote_code=trust_remote_code)
-        if models and opened.vocab_size != models[0].vocab_size:
-            raise MhconvertError(
-                f"{reference} has {opened.vocab_size} tokens and {references[0]} has {models[0].vocab_size}; "
-                "they can be compared only over one vocabulary"
-            )
-        models.append(opened)
-    return models
-
-
-def _identity(candidate: Candidate) -> dict[str, Any]:
-    opened = candidate.opened
-    role, method = "donor", identity.made_by(str(opened.folder))
-    if opened.adapter is not None:
-        role, method = "adapter", opened.adapter.method
-    elif method is not None:
-        role = "healed" if read_record(opened.folder).get("healed") else "converted"
-    return {
-        "name": candidate.name,
-        "reference": opened.reference,
-        "role": role,
-        "method": method,
-        "fingerprint": candidate.fingerprint,
-        "dtype": str(candidate.dtype).removeprefix("torch."),
+    rows = {
+        text.name: fidelity.text_rows(opened[0].tokenizer(), text, *shape) for text in settings.text_files
     }
+    for model in opened if rows else []:
+        model.require_length(settings.sequence_length)
+    return rows
 
 
 def _probe(candidate: Candidate, fresh: bool, store: Store, on_progress: Listener) -> dict[str, Any]:
@@ -180,6 +172,7 @@ def _probe(candidate: Candidate, fresh: bool, store: Store, on_progress: Listene
 
 
 def _retrieval(probes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What all models were probed with, and models, with each one's results; None without probes."""
     if not probes:
         return None
     shared = {name: probes[0][name] for name in ("lengths", "depths", "trials", "left_out")}
@@ -196,6 +189,7 @@ def _row_listener(on_progress: Listener, candidate: Candidate | None = None) -> 
 
 
 def _recorded_settings(settings: EvalSettings, first: Candidate) -> dict[str, Any]:
+    """The settings that the results depend on, with batch size and device as they were for the first model."""
     return {
         "suite": settings.suite,
         "limit": settings.limit,
@@ -208,6 +202,7 @@ def _recorded_settings(settings: EvalSettings, first: Candidate) -> dict[str, An
 
 
 def _versions(tasks: bool) -> dict[str, str]:
+    """Versions of libraries; with `tasks` lm-eval's too."""
     if not tasks:
         return versions()
     import lm_eval

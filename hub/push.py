@@ -67,34 +67,37 @@ def push(
     Raises:
         PublishError: the push is impossible or failed; as it is one commit, the branch is then unchanged.
     """
-    _require_repo_id(repo_id)
     branch = revision or constants.DEFAULT_REVISION
+    _require_repo_id(repo_id)
     _require_branch(branch)
     named = branch if branch != constants.DEFAULT_REVISION else None
     content = contents(folder, repo_id, named)
     result = _describe_push(repo_id, branch, content, private, dry_run)
     if dry_run:
         return result
-    token = _token()
-    on_progress = on_progress or ignore
+    token, on_progress = _token(), on_progress or ignore
     api, attempts = HfApi(token=token), Attempts(repo_id, token, on_progress, sleep)
     on_progress(Progress("push", 0, STEPS, "the repository"))
-    repo = attempts(
-        "making the repository",
-        lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id,
-    )
+    repo = _repository(api, attempts, repo_id, private)
     if repo != repo_id:  # the Hub added the user's name
         attempts.repo, content = repo, contents(folder, repo, named)
     hidden = _require_private(api, attempts, repo, private)
     on_progress(Progress("push", 1, STEPS, f"{len(content.files)} files to {repo}"))
     removed = _prepare_branch(api, attempts, repo, branch, content)
-    commit = _send(
-        api, attempts, repo, branch, content, removed, message or f"Upload {folder.resolve().name}"
-    )
+    message = message or f"Upload {folder.resolve().name}"
+    commit = _send(api, attempts, repo, branch, content, removed, message)
     on_progress(Progress("push", 3, STEPS, "comparing with the Hub"))
     _require_arrived(api, attempts, repo, commit, content)
     on_progress(Progress("push", STEPS, STEPS, "done"))
     return _describe_push(repo, branch, content, hidden, dry_run) | {"commit": commit, "removed": removed}
+
+
+def _repository(api: HfApi, attempts: Attempts, repo_id: str, private: bool) -> str:
+    """The full name "USER/REPO" of the repository, which is created where there is none."""
+    return attempts(
+        "making the repository",
+        lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id,
+    )
 
 
 def _describe_push(repo: str, branch: str, content: Contents, private: bool, dry_run: bool) -> dict[str, Any]:

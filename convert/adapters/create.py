@@ -85,6 +85,7 @@ def _adapted(recipe: Recipe, tell: Listener) -> tuple[Donor, Any]:
 
 
 def _facts(recipe: Recipe, donor: Donor, model: Any) -> dict[str, Any]:
+    """The report of an adapter before it is written."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = sum(math.prod(shape) for shape in donor.shapes().values())
     return {
@@ -114,11 +115,12 @@ def _initialise(model: Any, seed: int) -> None:
 def save_matrices(model: Any, folder: Path) -> None:
     """Write the adapter of `model` into `folder` as peft reads it."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    found = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+    matrices = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(matrices, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _write(folder: Path, recipe: Recipe, donor: Donor, model: Any, report: dict[str, Any]) -> None:
+    """Write matrices, configuration, card, recipe and provenance of a new adapter into `folder`."""
     save_matrices(model, folder)
     config = model.peft_config["default"]
     config.base_model_name_or_path = donor.location

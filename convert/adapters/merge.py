@@ -38,7 +38,7 @@ def merge_adapter(
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """See `mhconvert.api.merge`."""
+    """Write the base model with an adapter in its weights; arguments, result and errors as of `api.merge`."""
     begun, tell = time.perf_counter(), on_progress or ignore
     adapter = open_adapter(reference, base)
     limit = byte_size(max_shard_size)
@@ -101,6 +101,7 @@ def _tensors(
 
 
 def _require_untied(adapter: AdapterFolder, donor: Donor) -> None:
+    """Raises AdapterError where the adapter holds one of head and embedding, and the base model ties them."""
     embedding = f"{donor.family.base}.{donor.family.embedding}.weight"
     for name in ("lm_head.weight", embedding):
         if donor.config.tie_word_embeddings and name in adapter.replaced:

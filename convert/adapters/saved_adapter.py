@@ -169,6 +169,7 @@ def output_folder(output: str | None, suffix: str, adapter: AdapterFolder, donor
 
 
 def _sort_in(adapter: AdapterFolder, key: str) -> None:
+    """Enter the stored tensor `key` under the module that it adapts, or under the base tensor that it replaces."""
     name = key.removeprefix(PREFIX)
     match = MATRIX.fullmatch(name)
     if match and match["part"].startswith(f"{adapter.method}_"):

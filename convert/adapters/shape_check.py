@@ -47,6 +47,7 @@ def _targeted(config: Any, shapes: Shapes) -> list[str]:
 
 
 def _require_matrices(adapter: AdapterFolder, module: str, shapes: Shapes) -> None:
+    """Raises AdapterError where a matrix of `module` is missing, of another rank than configured, or does not fit."""
     weight, parts = f"{module}.weight", adapter.modules.get(module, {})
     out, into = shapes[weight]
     for (down, up), rank, wide in _branches(adapter, module, out, into):
@@ -58,11 +59,15 @@ def _require_matrices(adapter: AdapterFolder, module: str, shapes: Shapes) -> No
                         "beside it asks for it; save the adapter again"
                     )
                 continue
-            found = adapter.stored[parts[part]].shape
-            if len(found) == 2 and found[1 - along] == expected[1 - along] and found[along] != rank:
+            stored_shape = adapter.stored[parts[part]].shape
+            if (
+                len(stored_shape) == 2
+                and stored_shape[1 - along] == expected[1 - along]
+                and stored_shape[along] != rank
+            ):
                 raise AdapterError(
-                    f"tensor {parts[part]} in {adapter.file} is of rank {found[along]}, and the {ADAPTER_CONFIG} "
-                    f"beside it says {rank}; save the adapter again"
+                    f"tensor {parts[part]} in {adapter.file} is of rank {stored_shape[along]}, and the "
+                    f"{ADAPTER_CONFIG} beside it says {rank}; save the adapter again"
                 )
             _require_shape(adapter, parts[part], weight, expected, shapes)
     if LORA_BIAS in parts:
@@ -81,6 +86,7 @@ def _branches(
 
 
 def _require_place(adapter: AdapterFolder, key: str, name: str, shapes: Shapes) -> None:
+    """Raises AdapterError where the base model has no tensor `name`."""
     if name not in shapes:
         raise AdapterError(
             f"tensor {key} in {adapter.file} has no place in {adapter.base}, which has no {name}"
@@ -90,9 +96,10 @@ def _require_place(adapter: AdapterFolder, key: str, name: str, shapes: Shapes) 
 def _require_shape(
     adapter: AdapterFolder, key: str, name: str, expected: tuple[int, ...], shapes: Shapes
 ) -> None:
-    found = adapter.stored[key].shape
-    if found != expected:
+    """Raises AdapterError where the stored tensor `key` is not of shape `expected`."""
+    stored_shape = adapter.stored[key].shape
+    if stored_shape != expected:
         raise AdapterError(
-            f"tensor {key} in {adapter.file} has shape {list(found)}, and {name} of {adapter.base} is "
+            f"tensor {key} in {adapter.file} has shape {list(stored_shape)}, and {name} of {adapter.base} is "
             f"{list(shapes[name])}: the adapter was trained on a model of another shape; name that one with --base"
         )

@@ -61,17 +61,29 @@ def verify(
         ReloadKilledError: The process was killed.
     """
     resident = _resident()
-    options = json.dumps({"prompt": prompt, "max_new_tokens": max_new_tokens, "threads": threads})
+    options = {"prompt": prompt, "max_new_tokens": max_new_tokens, "threads": threads}
+    result = _run_child(folder, probe, options, python or sys.executable)
+    result["peak_rss_bytes"] += resident
+    if not result.pop("finite"):
+        raise CheckpointError(f"{folder}: the reloaded model gives logits that are not finite")
+    allowed = tolerance * result["logit_spread"]
+    if not result["largest_logit_difference"] <= allowed:
+        raise CheckpointError(
+            f"{folder}: the reloaded model's logits differ from the converted model's by "
+            f"{result['largest_logit_difference']:.3g}, and {allowed:.3g} is allowed"
+        )
+    return result
+
+
+def _run_child(folder: Path, probe: Path, options: dict[str, Any], python: str) -> dict[str, Any]:
+    """What `child` prints of `folder` in a process of the interpreter `python`, which sees no other modules of ours.
+
+    Raises:
+        CheckpointError: the process failed.
+        ReloadKilledError: it was killed.
+    """
     with tempfile.TemporaryDirectory(prefix="mhconvert-") as modules:
-        command = [
-            python or sys.executable,
-            "-I",
-            bare_child.__file__,
-            str(folder),
-            str(probe),
-            options,
-            modules,
-        ]
+        command = [python, "-I", bare_child.__file__, str(folder), str(probe), json.dumps(options), modules]
         child = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", check=False
         )
@@ -85,17 +97,8 @@ def verify(
         raise CheckpointError(
             f"{folder} does not load and generate with plain transformers: {_reason(child)}"
         )
-    result: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
-    result["peak_rss_bytes"] += resident
-    allowed = tolerance * result["logit_spread"]
-    if not result.pop("finite"):
-        raise CheckpointError(f"{folder}: the reloaded model gives logits that are not finite")
-    if not result["largest_logit_difference"] <= allowed:
-        raise CheckpointError(
-            f"{folder}: the reloaded model's logits differ from the converted model's by "
-            f"{result['largest_logit_difference']:.3g}, and {allowed:.3g} is allowed"
-        )
-    return result
+    printed: dict[str, Any] = json.loads(child.stdout.strip().splitlines()[-1])
+    return printed
 
 
 def _reason(child: subprocess.CompletedProcess[str]) -> str:

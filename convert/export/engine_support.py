@@ -67,6 +67,7 @@ def padded_value(nope: int, rope: int, value: int) -> int:
 
 
 def _prefill(sizes: Sizes) -> str | None:
+    """Why vLLM's prefill kernels do not take these widths; None where one does."""
     widths = (sizes.qk_nope_head_dim, sizes.qk_rope_head_dim, sizes.v_head_dim)
     if widths in PREFILL_WIDTHS:
         return None
@@ -74,6 +75,7 @@ def _prefill(sizes: Sizes) -> str | None:
 
 
 def _fast(sizes: Sizes) -> str | None:
+    """Why the fast MLA kernels do not take these widths; None where they do."""
     if _prefill(sizes) is not None:
         return _prefill(sizes)
     if sizes.row in FAST_ROWS and sizes.kv_lora_rank == 512:
@@ -82,6 +84,7 @@ def _fast(sizes: Sizes) -> str | None:
 
 
 def _own(sizes: Sizes) -> list[tuple[str, bool, str]]:
+    """The engines for the form `own`."""
     return [
         ("transformers ≥ 5.16.1", True, "trust_remote_code=True; caches latent and rotary key"),
         (

@@ -45,6 +45,9 @@ def expect(model: Any, tokenizer: Any, seed: int, tell: Listener) -> Expected:
 
     Args:
         model: float32, in eval mode.
+        tokenizer: the checkpoint's.
+        seed: of the sampled text.
+        tell: called with the rows done.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     rows = sampled_rows(model, tokenizer, ROWS, min(LENGTH, limit), seed, lambda _: None)
@@ -104,19 +107,22 @@ def prove(
     """Reload `folder` in a bare process and compare.
 
     Args:
+        folder: the export.
         expected: what the checkpoint computes.
         probe: path of a temporary file.
         exact: whether its weights are the checkpoint's, or were changed in float32 only.
         elements_per_token: that the cache may hold, all layers together.
+
     Returns:
         What `bare_process.reload.verify` returns, with greedy_equal.
+
     Raises:
         ProofError: where the logits differ, the continuation of an exact export does, or the cache is larger.
     """
     write_probe(probe, expected.rows, expected.logits)
     removed = "the export is not what its checkpoint is, and was removed"
     try:
-        found = verify(
+        reloaded = verify(
             folder,
             probe,
             prompt=PROMPT,
@@ -128,20 +134,18 @@ def prove(
         raise ProofError(f"{removed}: {error}") from error
     finally:
         probe.unlink(missing_ok=True)
-    found["greedy_equal"] = found["sample"]["text"] == expected.text
-    if exact and not found["greedy_equal"]:
-        raise ProofError(
-            f"{removed}: it continues '{PROMPT}' with '{found['sample']['text']}' instead of '{expected.text}'"
-        )
-    if not exact and found["relative_logit_error"] > ROUNDED_ERROR:
-        raise ProofError(f"{removed}: its logits err by {found['relative_logit_error']:.3g} of their size")
+    text, cached = reloaded["sample"]["text"], reloaded["cache"]["elements_per_token"]
+    reloaded["greedy_equal"] = text == expected.text
+    if exact and not reloaded["greedy_equal"]:
+        raise ProofError(f"{removed}: it continues '{PROMPT}' with '{text}' instead of '{expected.text}'")
+    if not exact and reloaded["relative_logit_error"] > ROUNDED_ERROR:
+        raise ProofError(f"{removed}: its logits err by {reloaded['relative_logit_error']:.3g} of their size")
     # A sliding window caches fewer.
-    if found["cache"]["elements_per_token"] > elements_per_token and _caches_latents():
+    if cached > elements_per_token and _caches_latents():
         raise ProofError(
-            f"{removed}: it caches {found['cache']['elements_per_token']:g} elements a token instead of "
-            f"{elements_per_token:g}"
+            f"{removed}: it caches {cached:g} elements a token instead of {elements_per_token:g}"
         )
-    return found
+    return reloaded
 
 
 def _caches_latents() -> bool:

@@ -40,7 +40,15 @@ def export_checkpoint(
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """See `mhconvert.api.export`."""
+    """Write the Hydra adapter `reference` as a LoRA of the same function; options as in `forms.Options`.
+
+    Returns:
+        The report: adapter, base, method, output and the facts of the LoRA.
+
+    Raises:
+        AdapterError: the adapter has no modules, or does not fit the base model.
+        UnsupportedError: it is a LoRA already.
+    """
     tell = on_progress or ignore
     adapter = open_adapter(reference, base)
     if adapter.method != "hydra":
@@ -105,6 +113,7 @@ def _convert(
 
 
 def _finite(name: str, tensor: Tensor, adapter: AdapterFolder) -> Tensor:
+    """`tensor`. Raises AdapterError where it is not finite."""
     if not torch.isfinite(tensor).all():
         raise AdapterError(f"{adapter.file}: exporting it makes {name} infinite; the adapter has diverged")
     return tensor

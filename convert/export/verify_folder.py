@@ -34,8 +34,50 @@ def verify_folder(
     seed: int = 0,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """See `mhconvert.api.verify`."""
+    """Compare what `reference` computes in a bare process with the model that it should be, or with `against`.
+
+    Args:
+        reference: a folder with a whole model in it.
+        against: a model; None: the one that the folder says it should equal.
+        tolerance: of the largest logit difference, in standard deviations of the logits; None: by the export's dtype,
+            and with `against` nothing is refused.
+        python: the interpreter of another environment; None: this one.
+        trust_remote_code: whether code that this package does not ship may run.
+        seed: of the text for the comparison.
+
+    Returns:
+        folder, against, tolerance, seconds, and what `_measure` returns.
+
+    Raises:
+        CheckpointError: for what is no folder with a whole model, or does not load.
+        ExportError: where nothing says what the folder should compute.
+        ProofError: where the logits differ by more.
+        UnsupportedError: for code that is not trusted.
+    """
     begun, tell = time.perf_counter(), on_progress or ignore
+    folder = _model_folder(reference)
+    if not trust_remote_code:
+        _require_known_code(folder)
+    twin = against or _twin(reference, folder)
+    tell(Progress("donor", 0, 1, twin))
+    opened = open_model.open_model(twin, trust_remote_code=trust_remote_code)
+    _require_one_vocabulary(folder, opened.vocab_size, twin)
+    expected = same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell)
+    tell(Progress("verify", 0, 1))
+    measured = _measure(folder, expected, python)
+    limit = tolerance if tolerance is not None else _tolerance(folder) if against is None else None
+    if limit is not None and not measured["relative_difference"] <= limit:
+        raise ProofError(
+            f"{reference} is not {twin}: their logits differ by {measured['relative_difference']:.3g} standard "
+            f"deviations, and {limit:g} is allowed"
+        )
+    tell(Progress("done", 1, 1))
+    seconds = time.perf_counter() - begun
+    return {"folder": reference, "against": twin, "tolerance": limit, **measured, "seconds": seconds}
+
+
+def _model_folder(reference: str) -> Path:
+    """The folder `reference`. Raises CheckpointError where it is none, or holds an adapter."""
     folder = Path(reference).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"{reference} is no folder; verify takes a folder with a whole model in it")
@@ -43,20 +85,19 @@ def verify_folder(
         raise CheckpointError(
             f"{reference} is an adapter and no whole model; mhconvert merge makes one of it"
         )
-    if not trust_remote_code:
-        _require_known_code(folder)
-    twin = against or _twin(reference, folder)
-    tell(Progress("donor", 0, 1, twin))
-    opened = open_model.open_model(twin, trust_remote_code=trust_remote_code)
-    _require_one_vocabulary(folder, opened.vocab_size, twin)
-    model = opened.model()
-    expected = same_outputs.expect(model, opened.tokenizer(), seed, tell)
-    del model
-    tell(Progress("verify", 0, 1))
+    return folder
+
+
+def _measure(folder: Path, expected: same_outputs.Expected, python: str | None) -> dict[str, Any]:
+    """What `folder` computes in a bare process of the interpreter `python`, beside what is expected.
+
+    Returns:
+        What `bare_process.reload.verify` returns, with greedy_equal and relative_difference.
+    """
     with tempfile.TemporaryDirectory(prefix="mhconvert-") as work:
         probe = Path(work) / "probe.safetensors"
         write_probe(probe, expected.rows, expected.logits)
-        found = verify(
+        reloaded = verify(
             folder,
             probe,
             prompt=same_outputs.PROMPT,
@@ -65,21 +106,9 @@ def verify_folder(
             threads=torch.get_num_threads(),
             python=python,
         )
-    found["greedy_equal"] = found["sample"]["text"] == expected.text
-    found["relative_difference"] = found["largest_logit_difference"] / found["logit_spread"]
-    limit = tolerance if tolerance is not None else _tolerance(folder) if against is None else None
-    if limit is not None and not found["relative_difference"] <= limit:
-        raise ProofError(
-            f"{reference} is not {twin}: their logits differ by {found['relative_difference']:.3g} standard "
-            f"deviations, and {limit:g} is allowed"
-        )
-    tell(Progress("done", 1, 1))
-    return {
-        "folder": reference,
-        "against": twin,
-        "tolerance": limit,
-        **found,
-        "seconds": time.perf_counter() - begun,
+    return reloaded | {
+        "greedy_equal": reloaded["sample"]["text"] == expected.text,
+        "relative_difference": reloaded["largest_logit_difference"] / reloaded["logit_spread"],
     }
 
 
@@ -102,6 +131,7 @@ def _require_known_code(folder: Path) -> None:
 
 
 def _require_one_vocabulary(folder: Path, vocab_size: int, twin: str) -> None:
+    """Raises CheckpointError where `folder` has another number of tokens than `twin`, which has `vocab_size`."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     own = config.get("vocab_size", vocab_size)
     if own != vocab_size:

@@ -6,22 +6,46 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mhconvert.errors import ExportError
 from mhconvert.library_versions import versions
 
 from ..checkpoint import provenance
 from ..checkpoint.card_front_matter import front_matter
 from ..donor import hub_download
 from ..storage.atomic_files import write_json
+from ..storage.dtype_cast import torch_dtype
+from ..storage.safetensors_reader import SafetensorsSource
+
+
+def written_dtype(wanted: str | None, source: SafetensorsSource) -> torch.dtype:
+    """The dtype of an export's weights: the one named `wanted`, or for None that of the stored embeddings.
+
+    Raises:
+        ExportError: for a name that is no dtype of weights.
+    """
+    if wanted is None:
+        return source.dtype("model.embed_tokens.weight")
+    return torch_dtype(wanted, ExportError)
+
+
+def bytes_in(source: SafetensorsSource, dtype: torch.dtype) -> int:
+    """The bytes of all tensors of `source` if each were stored in `dtype`."""
+    return dtype.itemsize * sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
 
 
 def carry_files(source: Path, target: Path, *more: str) -> None:
     """Copy tokenizer, chat template, generation settings and licence of `source`, byte for byte.
 
     Args:
+        source: the folder to copy from.
+        target: the folder to copy into.
         more: patterns of further files to copy.
     """
     patterns = (*hub_download.CARRIED_FILES, *more)
-    for file in {found for pattern in patterns for found in source.glob(pattern) if found.is_file()}:
+    files = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
+    for file in files:
         shutil.copyfile(file, target / file.name)
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mhconvert.device import pick_device
@@ -57,6 +58,7 @@ def measure_curve(
     """Fidelity and cache of the conversion that `recipe` describes at each of `budgets` instead of its own.
 
     Args:
+        recipe: of the conversion.
         budgets: shares of the donor's cache; None: of BUDGETS those that the donor can have.
         fit, measure: as in `pipeline.convert_checkpoint`.
         held_out: rows to measure on, instead of the calibration text's own.
@@ -69,18 +71,9 @@ def measure_curve(
     """
     started, on_progress = time.perf_counter(), on_progress or ignore
     device = pick_device(recipe.device)
-    donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=on_progress)
-    on_progress(Progress("donor", 1, 1, donor.notice or donor.name))
-    recipes = at_budgets(recipe, expressible(recipe, donor, BUDGETS) if budgets is None else budgets)
-    for each in recipes:
-        build_method(each.method, donor.config, each.settings, each.effort)
-    calibration_rows.check(recipe, donor.config)
+    donor, recipes = _resolve(recipe, budgets, on_progress)
     dtype = cost_estimate.output_dtype(recipe, donor)
-    length = calibration_rows.row_length(recipe, donor.config)
-    measured_rows = held_out(donor.tokenizer(), length) if held_out else None
-    rows = calibration_rows.draw(recipe, donor, device, on_progress)
-    if measured_rows is not None:
-        rows = calibration_rows.Rows(rows.fit, measured_rows)
+    rows = _rows(recipe, donor, device, held_out, on_progress)
     context = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)
     needs = functools.cache(lambda: survey.measure_needs(context))
     points = trace(replace(context, needs=needs), recipes)
@@ -99,6 +92,31 @@ def measure_curve(
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": peak_memory(),
     }
+
+
+def _resolve(
+    recipe: Recipe, budgets: Sequence[float] | None, on_progress: Listener
+) -> tuple[Donor, list[Recipe]]:
+    """The donor, and the recipe at each budget; every refusal that needs no weights happens here."""
+    donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=on_progress)
+    on_progress(Progress("donor", 1, 1, donor.notice or donor.name))
+    recipes = at_budgets(recipe, expressible(recipe, donor, BUDGETS) if budgets is None else budgets)
+    for each in recipes:
+        build_method(each.method, donor.config, each.settings, each.effort)
+    calibration_rows.check(recipe, donor.config)
+    return donor, recipes
+
+
+def _rows(
+    recipe: Recipe, donor: Donor, device: torch.device, held_out: HeldOut | None, on_progress: Listener
+) -> calibration_rows.Rows:
+    """The calibration rows, with those that `held_out` gives to measure on instead of their own."""
+    length = calibration_rows.row_length(recipe, donor.config)
+    measured = (
+        held_out(donor.tokenizer(), length) if held_out else None
+    )  # a text too short is refused before drawing
+    rows = calibration_rows.draw(recipe, donor, device, on_progress)
+    return rows if measured is None else calibration_rows.Rows(rows.fit, measured)
 
 
 def expressible(recipe: Recipe, donor: Donor, budgets: Sequence[float]) -> list[float]:
@@ -164,7 +182,7 @@ def _pass_layer(context: ConversionContext, index: int, students: list[Student])
 def _point(student: Student, result: dict[str, Any]) -> dict[str, Any]:
     """What one budget costs and keeps, named as in a conversion's report.
 
-    seconds: of its own surgery and fit, without the work that is shared.
+    `seconds` are those of its own surgery and fit, without the work that all budgets share.
     """
     elements = sum(layer["kv_elements"]["converted"] for layer in student.layers)
     perplexity = result["perplexity"]

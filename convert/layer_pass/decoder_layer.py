@@ -140,6 +140,7 @@ class Layer:
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def _by_rows(self, function: Any, tensor: Tensor) -> Tensor:
+        """`function` of `tensor`, STEP_TOKENS at a time on the device; the result is where `tensor` is."""
         device = self.position_embeddings[0].device
         result = torch.empty_like(tensor)
         rows = max(1, STEP_TOKENS // tensor.shape[1])

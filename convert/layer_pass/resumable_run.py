@@ -171,6 +171,7 @@ class Workspace:
         self._folder.publish()
 
     def _commit(self) -> None:
+        """Write tensors, streams and state; from here an interrupted run continues."""
         assert self._writer is not None
         begun = time.perf_counter()
         self._writer.flush()
@@ -196,6 +197,9 @@ class Workspace:
         self._commit_seconds = self._committed - begun
 
     def _load(self, state: dict[str, Any]) -> None:
+        """Continue from `state`.
+
+        Raises OutputError where it was written by another recipe or with other versions."""
         if state["recipe"] != self._result_recipe():
             keys = [k for k, v in self._result_recipe().items() if state["recipe"].get(k) != v]
             raise OutputError(
@@ -216,8 +220,10 @@ class Workspace:
         self._writer = ShardWriter(self.partial, self._limit, self._tensors, state["writer"])
 
     def _result_recipe(self) -> dict[str, Any]:
+        """The recipe's values that change the result, as state.json has them."""
         recipe = json.loads(json.dumps(self._recipe.to_dict()))  # as state.json gives it back
         return {key: value for key, value in recipe.items() if key not in NOT_THE_RESULT}
 
     def _stream_file(self, layers: int) -> Path:
+        """Where the streams after so many layers are."""
         return self._work / f"streams-{layers:05d}.safetensors"

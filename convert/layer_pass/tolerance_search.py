@@ -180,6 +180,7 @@ def round_up(budget: float) -> float:
 
 
 def _out_of_reach(target: Tolerance, measured: float) -> BudgetError:
+    """The error for a tolerance that the largest budget misses."""
     return BudgetError(
         f"no budget meets the tolerance {target}: with the largest KV budget that the settings allow the conversion "
         f"still measures {measured:.4g}; choose a larger tolerance, or other settings (dtype, profile, limits)"

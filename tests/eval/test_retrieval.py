@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mhconvert.errors import MhconvertError
-from mhconvert.eval.retrieval import Case, make_case, measure, probe, usable_lengths
+from mhconvert.eval.needle_text import Case, make_case
+from mhconvert.eval.retrieval import measure, probe, usable_lengths
 from tests.donors import make_config, make_model, make_tokenizer
 
 CERTAIN = 30.0  # a logit among zeros: the others together have 300 · e^−30 of the probability

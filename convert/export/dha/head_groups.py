@@ -51,10 +51,10 @@ class GroupPlan:
 
 def readers(maps: HeadMaps) -> dict[tuple[int, int], list[int]]:
     """The query heads that read each pair (K head, V head); pairs in the order of their first reader."""
-    found: dict[tuple[int, int], list[int]] = {}
+    heads_of_pair: dict[tuple[int, int], list[int]] = {}
     for head, pair in enumerate(zip(*maps, strict=True)):
-        found.setdefault(pair, []).append(head)
-    return found
+        heads_of_pair.setdefault(pair, []).append(head)
+    return heads_of_pair
 
 
 def largest_group(maps: HeadMaps) -> int:
@@ -115,16 +115,16 @@ def regrouped(tensors: dict[str, Tensor], plan: GroupPlan, head_dim: int) -> dic
         The projections by the same names, k_proj and v_proj with `plan.groups` heads.
     """
     heads = {"q_proj": plan.order, "k_proj": plan.k_heads, "v_proj": plan.v_heads}
-    found = {}
+    moved = {}
     for name, tensor in tensors.items():
         projection = name.partition(".")[0]
         if projection in heads:
-            found[name] = _take(tensor, heads[projection], head_dim, dim=0)
+            moved[name] = _take(tensor, heads[projection], head_dim, dim=0)
         elif name == "o_proj.weight":
-            found[name] = _take(tensor, plan.order, head_dim, dim=1)
+            moved[name] = _take(tensor, plan.order, head_dim, dim=1)
         else:
-            found[name] = tensor
-    return found
+            moved[name] = tensor
+    return moved
 
 
 def _take(tensor: Tensor, heads: Sequence[int], head_dim: int, dim: int) -> Tensor:
@@ -133,6 +133,7 @@ def _take(tensor: Tensor, heads: Sequence[int], head_dim: int, dim: int) -> Tens
 
 
 def _why(maps: HeadMaps, plan: GroupPlan) -> str:
+    """Why a layer's heads do not come out as equal groups, for the message of a refusal."""
     own = group(maps, largest_group(maps))
     if not own.duplicated:
         heads = f"{own.groups} KV head{'s' if own.groups > 1 else ''}"
@@ -149,6 +150,7 @@ def _why(maps: HeadMaps, plan: GroupPlan) -> str:
 
 
 def _way_out(to: str) -> str:
+    """What a user can do instead, for the same message."""
     if to == "llama":
         return "or export --to nemotron-nas, where layers may differ; or convert again with --uniform"
     return "or convert again with --uniform, or with a plan whose layers have one k_map and v_map of equal groups"

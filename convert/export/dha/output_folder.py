@@ -151,11 +151,13 @@ def write(
 
 
 def _expected(checkpoint: DHACheckpoint, tell: Listener) -> same_outputs.Expected:
+    """What the checkpoint computes."""
     opened = open_model.open_model(str(checkpoint.folder))
     return same_outputs.expect(opened.model(), opened.tokenizer(), 0, tell)
 
 
 def _report(checkpoint: DHACheckpoint, target: Target, place: Path) -> dict[str, Any]:
+    """What is known of the export before it is written to `place`."""
     heads = [plan.groups for plan in target.plans]
     return {
         "checkpoint": checkpoint.reference,

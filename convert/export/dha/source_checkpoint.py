@@ -95,8 +95,8 @@ def open_dha(reference: str, to: str) -> DHACheckpoint:
     folder = open_model.checkpoint_folder(reference) or Path(reference).expanduser()
     method = identity.made_by(str(folder))
     if method != "dha":
-        found = f"was made by {method}" if method else "is no checkpoint that mhconvert converted"
-        raise ExportError(f"{reference} {found}; {to} takes what 'mhconvert DONOR --to dha' makes")
+        origin = f"was made by {method}" if method else "is no checkpoint that mhconvert converted"
+        raise ExportError(f"{reference} {origin}; {to} takes what 'mhconvert DONOR --to dha' makes")
     stock = identity.converted_method(str(folder)) is None
     record = read_record(folder)
     if "exported" in record:
@@ -109,6 +109,7 @@ def open_dha(reference: str, to: str) -> DHACheckpoint:
 
 
 def _donor_config(config: Any) -> Any:
+    """The donor's configuration: the checkpoint's without the fields of decoupled heads."""
     kind = getattr(transformers, type(config).__name__.removeprefix("DHA"))
     added = {field.name for field in dataclasses.fields(DecoupledHeadFields)}
     return kind(**{name: value for name, value in class_free_values(config).items() if name not in added})

@@ -60,7 +60,7 @@ def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:
     architecture = _class(config)
     config.architectures = [architecture]
     config.dtype = checkpoint.dtype
-    found = Target(
+    made = Target(
         TO,
         architecture,
         config.to_diff_dict(),
@@ -69,8 +69,8 @@ def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:
         facts={"num_key_value_heads": plans[0].groups},
         note="It loads with plain transformers and needs no remote code.",
     )
-    _require_fit(checkpoint, found, config)
-    return found
+    _require_fit(checkpoint, made, config)
+    return made
 
 
 def plan(checkpoint: DHACheckpoint, duplicate: bool, *, uniform: bool, to: str) -> list[GroupPlan]:
@@ -141,18 +141,18 @@ def _stock_config(checkpoint: DHACheckpoint) -> Any:
         ) from error
 
 
-def _require_fit(checkpoint: DHACheckpoint, found: Target, config: Any) -> None:
+def _require_fit(checkpoint: DHACheckpoint, planned: Target, config: Any) -> None:
     """Raises ExportError unless the tensors of the export are exactly those of the class, with their shapes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     places = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    coming = {name: tensor.shape for name, tensor in shapes(checkpoint, found).items()}
+    coming = {name: tensor.shape for name, tensor in shapes(checkpoint, planned).items()}
     if config.tie_word_embeddings:
         coming.setdefault("lm_head.weight", places["lm_head.weight"])
     for name in sorted(places.keys() | coming.keys()):
         if places.get(name) != coming.get(name):
             wanted, given = (list(s[name]) if name in s else "none" for s in (places, coming))
             raise ExportError(
-                f"{found.architecture} cannot hold {checkpoint.reference}: its {name} has shape {wanted}, and the "
+                f"{planned.architecture} cannot hold {checkpoint.reference}: its {name} has shape {wanted}, and the "
                 f"checkpoint would give {given}"
             )

@@ -85,9 +85,9 @@ def ffn_mult(width: int, hidden_size: int) -> float:
 
     They round int(2 · ffn_mult · hidden_size / 3) up to a multiple of FFN_STEP.
     """
-    found = 3 * width / (2 * hidden_size)
-    assert -(-int(2 * found * hidden_size / 3) // FFN_STEP) * FFN_STEP == width
-    return found
+    factor = 3 * width / (2 * hidden_size)
+    assert -(-int(2 * factor * hidden_size / 3) // FFN_STEP) * FFN_STEP == width
+    return factor
 
 
 def engines(config: Any, plans: list[GroupPlan]) -> list[Engine]:

@@ -24,7 +24,7 @@ from .deepseek_layer import EPS, Fold, LatentShape, dense_attention, fold, serie
 
 CLASSES = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
 ROPE_TYPES = {"deepseek_v3": ("default",), "youtu": ("default", "linear", "llama3")}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SMALLEST = torch.finfo(torch.bfloat16).tiny  # what a dtype of the weights must hold: float16 does not
 PLAIN = {  # config keys that mean the same in the donor's class and in these
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("hidden_act", "max_position_embeddings", "initializer_range", "use_cache", "attention_dropout"),
@@ -83,18 +83,20 @@ def refusal(config: Any, to: str) -> str | None:
 
 
 def _rotary_refusal(config: Any) -> str | None:
+    """The feature of the checkpoint's RoPE that the stock classes do not have; None where they have all."""
     if (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
         return "RoPE turns a part of a head alone, which the class does not do"
-    steps = set()
+    series = set()
     for index in range(config.num_hidden_layers):
-        found = series_order(config.layer_frequencies(index))
-        if found is None:
+        step_and_order = series_order(config.layer_frequencies(index))
+        if step_and_order is None:
             return (
                 f"layer {index} turns with frequencies that are no geometric series, and the class computes one "
                 "(convert with --profile portable)"
             )
-        steps.add((found[0], len(found[1])))
-    if len(steps) > 1:
+        step, order = step_and_order
+        series.add((step, len(order)))
+    if len(series) > 1:
         return "its layers turn with different frequencies, and the class has one series (--profile portable)"
     return None
 
@@ -103,20 +105,24 @@ def plan(config: Any, to: str, dtype: torch.dtype, pad_values: bool = True) -> P
     """The stock configuration and shapes of a converted checkpoint with the MLA configuration `config`.
 
     Args:
+        config: of the checkpoint.
+        to: a key of CLASSES.
+        dtype: of the weights to write.
         pad_values: whether values are padded to a width that kernels take, where the class has such kernels.
+
     Raises:
         ExportError: naming the feature that would be lost.
     """
     reason = refusal(config, to)
     if reason is not None:
         raise ExportError(f"{to} cannot hold this checkpoint: {reason}")
-    if dtype not in DTYPES.values():
+    if torch.finfo(dtype).tiny > SMALLEST:
         raise ExportError(
             f"{str(dtype).removeprefix('torch.')} holds no numbers as small as the latent's norm needs; use "
             "--dtype bfloat16 or float32"
         )
-    found = [series_order(config.layer_frequencies(index)) for index in range(config.num_hidden_layers)]
-    orders, step = [each[1] for each in found if each], next(each[0] for each in found if each)
+    series = [series_order(config.layer_frequencies(index)) for index in range(config.num_hidden_layers)]
+    orders, step = [each[1] for each in series if each], next(each[0] for each in series if each)
     rope, value = 2 * len(orders[0]), config.v_head_dim
     padded = (
         padded_value(config.qk_nope_head_dim, rope, value) if to == "deepseek_v3" and pad_values else value
@@ -129,6 +135,15 @@ def plan(config: Any, to: str, dtype: torch.dtype, pad_values: bool = True) -> P
 
 
 def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype: torch.dtype) -> Any:
+    """The configuration of the class `to`.
+
+    Args:
+        config: of the checkpoint.
+        to: a key of CLASSES.
+        shape: widths of the attention.
+        theta: rope_theta of the class, whose series the rotary components are turned by.
+        dtype: of the weights to write.
+    """
     from transformers import AutoConfig
 
     kept = {name: value for name, value in config.to_dict().items() if name in PLAIN}
@@ -158,10 +173,10 @@ def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype:
         "routed_scaling_factor": 1.0,
         "num_nextn_predict_layers": 0,
     }
-    found = AutoConfig.for_model(to, **kept, **widths, **norms, **(experts if to == "deepseek_v3" else {}))
-    found.architectures = [CLASSES[to]]
-    found.dtype = dtype
-    return found
+    stock = AutoConfig.for_model(to, **kept, **widths, **norms, **(experts if to == "deepseek_v3" else {}))
+    stock.architectures = [CLASSES[to]]
+    stock.dtype = dtype
+    return stock
 
 
 def write_config(plan: Plan, folder: Path) -> None:
@@ -179,6 +194,9 @@ def tensors(
     """Every tensor of the stock checkpoint in plan.dtype, one layer in memory at a time.
 
     Args:
+        plan: of the export.
+        source: the checkpoint's tensors.
+        config: the checkpoint's.
         largest_mean_squares: for each layer, of the worst token's latent.
     """
     names = source.names()

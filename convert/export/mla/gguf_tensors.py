@@ -21,9 +21,7 @@ from mhconvert.errors import ExportError
 from ...storage.safetensors_reader import SafetensorsSource, read_json
 
 LATENT_EPS = 1e-6  # of the latent's norm in transformers; llama.cpp has one eps for all norms
-IDENTITY_ERROR = (
-    2.0**-14
-)  # relative deviation from an identity of a norm that eps dominates, for the largest input
+IDENTITY_ERROR = 2.0**-14  # a norm that eps dominates differs from an identity by at most this, relatively
 HALF_ROWS = 2.0**-16  # RMS of rows that half precision still represents to 2^-9
 LARGEST_LIFT = 12  # keeps input_layernorm's output above 2^-14, below which half precision loses bits
 HALF_LARGEST = 2.0**15
@@ -112,18 +110,14 @@ def _refusal(config: dict[str, Any]) -> str | None:
 def _hub_shapes(shape: Shape, tied: bool) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor in transformers."""
     hidden, wide, heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
-    rank, nope, rope, value = (
-        shape.kv_lora_rank,
-        shape.qk_nope_head_dim,
-        shape.qk_rope_head_dim,
-        shape.v_head_dim,
-    )
-    found: dict[str, tuple[int, ...]] = {
+    rank, rope = shape.kv_lora_rank, shape.qk_rope_head_dim
+    nope, value = shape.qk_nope_head_dim, shape.v_head_dim
+    shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (shape.vocab_size, hidden),
         "model.norm.weight": (hidden,),
     }
     if not tied:
-        found["lm_head.weight"] = (shape.vocab_size, hidden)
+        shapes["lm_head.weight"] = (shape.vocab_size, hidden)
     for index in range(shape.num_hidden_layers):
         layer = {
             "input_layernorm": (hidden,),
@@ -137,8 +131,8 @@ def _hub_shapes(shape: Shape, tied: bool) -> dict[str, tuple[int, ...]]:
             "mlp.up_proj": (wide, hidden),
             "mlp.down_proj": (hidden, wide),
         }
-        found |= {f"model.layers.{index}.{name}.weight": dims for name, dims in layer.items()}
-    return found
+        shapes |= {f"model.layers.{index}.{name}.weight": dims for name, dims in layer.items()}
+    return shapes
 
 
 def _require_tensors(checkpoint: DenseCheckpoint) -> None:
@@ -164,18 +158,14 @@ def stored_shapes(checkpoint: DenseCheckpoint) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor in llama.cpp, rows first, in the order of `tensors`."""
     shape = checkpoint.shape
     hidden, wide, heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
-    rank, nope, rope, value = (
-        shape.kv_lora_rank,
-        shape.qk_nope_head_dim,
-        shape.qk_rope_head_dim,
-        shape.v_head_dim,
-    )
-    found: dict[str, tuple[int, ...]] = {
+    rank, rope = shape.kv_lora_rank, shape.qk_rope_head_dim
+    nope, value = shape.qk_nope_head_dim, shape.v_head_dim
+    shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (shape.vocab_size, hidden),
         "output_norm.weight": (hidden,),
     }
     if not checkpoint.tied:
-        found["output.weight"] = (shape.vocab_size, hidden)
+        shapes["output.weight"] = (shape.vocab_size, hidden)
     layer = {
         "attn_norm": (hidden,),
         "attn_q": (heads * (nope + rope), hidden),
@@ -190,8 +180,8 @@ def stored_shapes(checkpoint: DenseCheckpoint) -> dict[str, tuple[int, ...]]:
         "ffn_down": (hidden, wide),
     }
     for index in range(shape.num_hidden_layers):
-        found |= {f"blk.{index}.{name}.weight": dims for name, dims in layer.items()}
-    return found
+        shapes |= {f"blk.{index}.{name}.weight": dims for name, dims in layer.items()}
+    return shapes
 
 
 def tensors(checkpoint: DenseCheckpoint) -> Iterator[tuple[str, Tensor]]:

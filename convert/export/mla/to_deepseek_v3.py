@@ -19,8 +19,10 @@ from ...storage.output_folder import check_free, whole_folder
 from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
-from ..written_export import carry_files, write_card, write_record
+from ..written_export import bytes_in, carry_files, write_card, write_record, written_dtype
 from . import deepseek_tensors
+
+GROWTH = 2  # room for an export of so many times the checkpoint's elements: padded values, an untied head
 
 
 def export_checkpoint(
@@ -37,82 +39,120 @@ def export_checkpoint(
     device: str | None = None,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """Write the portable MLA checkpoint `reference` in the class `to`; see `mhconvert.api.export`.
+    """Write the portable MLA checkpoint `reference` in the stock class `to`.
 
     Args:
-        output: the folder; None: ./<checkpoint>-<to>.
+        to: a key of `deepseek_tensors.CLASSES`.
+        output, dtype, verify, force, dry_run, device: as in `forms.Options`.
         pad_values: whether values are padded to the width of the narrowest kernel that takes them.
+        seed: of the text on which export and checkpoint are compared.
+
+    Returns:
+        What `_report` returns, with output_bytes, verified and seconds unless it is a dry run.
+
+    Raises:
+        ExportError: naming what the class cannot hold.
+        OutputError: for a folder that may not be written.
     """
     begun, tell = time.perf_counter(), on_progress or ignore
+    opened = _open(reference, to, device)
+    source = SafetensorsSource(opened.folder)
+    plan = deepseek_tensors.plan(opened.config, to, written_dtype(dtype, source), pad_values)
+    place = Path(output) if output else Path(f"{opened.folder.resolve().name}-{to}")
+    report = _report(reference, opened.folder, place, plan)
+    check_free(place, force, opened.folder)
+    if dry_run:
+        return report
+    tell(Progress("donor", 0, 1, reference))
+    expected = same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell)
+    needed = GROWTH * bytes_in(source, plan.dtype) + SLACK_BYTES
+    with whole_folder(place, needed, force=force) as partial:
+        report["output_bytes"] = _write(partial, plan, source, opened.config, expected.latents, tell)
+        _write_rest(partial, opened.folder, plan, place.name, report)
+        if verify:
+            report["verified"] = _prove(partial, expected, plan, tell)
+        write_record(partial, report, read_record(opened.folder).get("donor") or {})
+    tell(Progress("done", 1, 1, str(place)))
+    return report | {"seconds": time.perf_counter() - begun}
+
+
+def _open(reference: str, to: str, device: str | None) -> open_model.OpenModel:
+    """The MLA checkpoint `reference`. Raises ExportError for anything else."""
     opened = open_model.open_model(reference, device=device)
     if opened.donor is not None or identity.converted_method(str(opened.folder)) != "mla":
         raise ExportError(
             f"{reference} has no latent attention; {to} holds what --to mla --profile portable makes"
         )
-    folder, config = opened.folder, opened.config
-    source = SafetensorsSource(folder)
-    stored = source.dtype("model.embed_tokens.weight")
-    plan = deepseek_tensors.plan(config, to, _dtype(dtype, stored), pad_values)
-    place = Path(output) if output else Path(f"{folder.resolve().name}-{to}")
+    return opened
+
+
+def _report(reference: str, folder: Path, place: Path, plan: deepseek_tensors.Plan) -> dict[str, Any]:
+    """What is known of the export before it is written.
+
+    Args:
+        reference, folder: of the checkpoint.
+        place: the folder to write.
+        plan: of the export.
+
+    Returns:
+        checkpoint, source (its folder), method, to, architecture, output, dtype, kv_elements_per_token and
+        kv_bytes_per_token (all layers), padded_v_head_dim (None: as it was), and engines as rows
+        [engine, whether it serves it, how or why not].
+    """
     shape = plan.shape
     sizes = engine_support.Sizes(
         shape.kv_lora_rank, shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.padded_v_head_dim
     )
-    report = {
+    return {
         "checkpoint": reference,
         "source": str(folder.resolve()),
         "method": "mla",
-        "to": to,
-        "architecture": deepseek_tensors.CLASSES[to],
+        "to": plan.to,
+        "architecture": deepseek_tensors.CLASSES[plan.to],
         "output": str(place),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "kv_elements_per_token": plan.elements_per_token,
         "kv_bytes_per_token": plan.elements_per_token * plan.dtype.itemsize,
         "padded_v_head_dim": shape.padded_v_head_dim if shape.padded_v_head_dim != shape.v_head_dim else None,
-        "engines": [list(row) for row in engine_support.engines(to, sizes)],
+        "engines": [list(row) for row in engine_support.engines(plan.to, sizes)],
     }
-    check_free(place, force, folder)
-    if dry_run:
-        return report
-    tell(Progress("donor", 0, 1, reference))
-    tokenizer, model = opened.tokenizer(), opened.model()
-    expected = same_outputs.expect(model, tokenizer, seed, tell)
-    del model
+
+
+def _write_rest(
+    partial: Path, folder: Path, plan: deepseek_tensors.Plan, name: str, report: dict[str, Any]
+) -> None:
+    """Write configuration, tokenizer, licence and card.
+
+    Args:
+        partial: the folder to write into.
+        folder: of the checkpoint.
+        plan: of the export.
+        name: the title of the card.
+        report: of the export.
+    """
+    deepseek_tensors.write_config(plan, partial)
+    carry_files(folder, partial)
     donor = read_record(folder).get("donor") or {}
-    needed = (
-        sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
-        * 2
-        * plan.dtype.itemsize
+    about = (
+        f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported "
+        f"as `{report['architecture']}`: a cache of {report['kv_elements_per_token']:,} elements a token. It loads "
+        "with plain transformers and needs no remote code."
     )
-    with whole_folder(place, needed + SLACK_BYTES, force=force) as partial:
-        report["output_bytes"] = _write(partial, plan, source, config, expected.latents, tell)
-        deepseek_tensors.write_config(plan, partial)
-        carry_files(folder, partial)
-        about = (
-            f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported "
-            f"as `{report['architecture']}`: a cache of {report['kv_elements_per_token']:,} elements a token. It loads "
-            "with plain transformers and needs no remote code."
-        )
-        write_card(partial, place.name, about, report, donor, "small cache")
-        if verify:
-            tell(Progress("verify", 0, 1))
-            probe = partial / "probe.safetensors.tmp"
-            exact = plan.dtype == torch.float32
-            report["verified"] = same_outputs.prove(
-                partial, expected, probe, exact=exact, elements_per_token=plan.elements_per_token
-            )
-        write_record(partial, report, donor)
-    tell(Progress("done", 1, 1, str(place)))
-    return report | {"seconds": time.perf_counter() - begun}
+    write_card(partial, name, about, report, donor, "small cache")
 
 
-def _dtype(wanted: str | None, stored: torch.dtype) -> torch.dtype:
-    if wanted is None:
-        return stored
-    found = getattr(torch, wanted, None)
-    if not isinstance(found, torch.dtype):
-        raise ExportError(f"'{wanted}' is no dtype; use {' or '.join(deepseek_tensors.DTYPES)}")
-    return found
+def _prove(
+    partial: Path, expected: same_outputs.Expected, plan: deepseek_tensors.Plan, tell: Listener
+) -> dict[str, Any]:
+    """What the reloaded export computes. Raises ProofError where that is not what the checkpoint computes."""
+    tell(Progress("verify", 0, 1))
+    return same_outputs.prove(
+        partial,
+        expected,
+        partial / "probe.safetensors.tmp",
+        exact=plan.dtype == torch.float32,
+        elements_per_token=plan.elements_per_token,
+    )
 
 
 def _write(
@@ -123,13 +163,23 @@ def _write(
     latents: list[float],
     tell: Listener,
 ) -> int:
+    """Write every tensor, with one layer in memory at a time; returns their bytes.
+
+    Args:
+        folder: to write into.
+        plan: of the export.
+        source: the checkpoint's tensors.
+        config: the checkpoint's.
+        latents: per layer, the largest mean square of a token's latent.
+        tell: called with the layers written.
+    """
     layers = plan.config.num_hidden_layers
     writer = ShardWriter(folder, byte_size(DEFAULT_SHARD_SIZE), len(source.names()) + layers + 1)
-    done = -1
+    last = -1  # the layer whose tensors are being written
     for name, tensor in deepseek_tensors.tensors(plan, source, config, latents):
         writer.add(name, tensor)
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
-        if layer != done:
-            done = layer
+        if layer != last:
+            last = layer
             tell(Progress("write", layer + 1, layers))
     return writer.finish()

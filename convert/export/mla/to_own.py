@@ -18,12 +18,12 @@ from ... import open_model
 from ...checkpoint import provenance
 from ...checkpoint.provenance import read_record
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
-from ...storage.dtype_cast import cast, torch_dtype
+from ...storage.dtype_cast import cast
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
-from ..written_export import carry_files, write_card, write_record
+from ..written_export import bytes_in, carry_files, write_card, write_record, written_dtype
 from .own_layer import EPS, EPS_FLOAT16, ServedShape, model_class, norm_weight, served_config, served_tensors
 
 
@@ -44,14 +44,13 @@ def export_checkpoint(
     """Write the portable MLA checkpoint `reference` in the served class to `output`, ./<checkpoint>-own if None.
 
     Args:
-        dtype: of the weights; None: as they are stored.
+        output, dtype, verify, force, dry_run, device: as in `forms.Options`.
         s, eps: of the latent's norm, as for `served_tensors`; eps None: the default for the dtype.
-        verify: whether the export is reloaded in a bare process and compared.
-        dry_run: whether to refuse or report and write nothing.
+        seed: of the text on which export and checkpoint are compared.
+
     Returns:
-        The report: checkpoint, method, to, architecture, output, dtype, exact, kv_elements_per_token,
-        kv_bytes_per_token (checkpoint, export), padded_v_head_dim (None: as it was), s, latent_norm_eps, engines,
-        output_bytes, verified, seconds.
+        What `_report` returns, with output_bytes, verified and seconds unless it is a dry run.
+
     Raises:
         ExportError: naming what the class cannot hold.
         OutputError: for a folder that may not be written.
@@ -60,28 +59,21 @@ def export_checkpoint(
     opened = _open(reference, device)
     folder, config = opened.folder, opened.config
     source = SafetensorsSource(folder)
-    kind = _dtype(dtype, source)
-    eps = eps or (EPS_FLOAT16 if kind == torch.float16 else EPS)
-    norm_weight(s, eps)
-    served = served_config(config, eps)
+    kind = written_dtype(dtype, source)
+    served = _served(config, kind, s, eps)
     place = Path(output) if output else Path(f"{folder.resolve().name}-own")
     check_free(place, force, folder)
-    report = _report(reference, place, config, served, source, kind, s) | {"source": str(folder.resolve())}
+    report = _report(reference, place, config, served, source, kind, s)
     if dry_run:
         return report
     tell(Progress("donor", 0, 1, reference))
     expected = same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell) if verify else None
-    needed = _most_bytes(source, kind, served.v_head_dim / config.v_head_dim) + SLACK_BYTES
-    with whole_folder(place, needed, force=force) as partial:
+    needed = bytes_in(source, kind) * served.v_head_dim // config.v_head_dim
+    with whole_folder(place, needed + SLACK_BYTES, force=force) as partial:
         report["output_bytes"] = _write(partial, source, config, served, kind, s, tell)
         _write_rest(partial, folder, served, kind, place.name, report)
         if expected is not None:
-            tell(Progress("verify", 0, 1))
-            elements = report["kv_elements_per_token"]
-            exact = report["exact"] or kind == torch.float32
-            report["verified"] = same_outputs.prove(
-                partial, expected, partial / "probe.tmp", exact=exact, elements_per_token=elements
-            )
+            report["verified"] = _prove(partial, expected, kind, report, tell)
         write_record(partial, report, read_record(folder).get("donor") or {})
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
@@ -97,17 +89,11 @@ def _open(reference: str, device: str | None) -> open_model.OpenModel:
     return opened
 
 
-def _most_bytes(source: SafetensorsSource, dtype: torch.dtype, growth: float) -> int:
-    """The bytes of all tensors in `dtype` if each were `growth` times as large."""
-    elements = sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
-    return int(elements * dtype.itemsize * growth)
-
-
-def _dtype(wanted: str | None, source: SafetensorsSource) -> torch.dtype:
-    """The dtype to write. Raises ExportError for an unknown name."""
-    if wanted is None:
-        return source.dtype("model.embed_tokens.weight")
-    return torch_dtype(wanted, ExportError)
+def _served(config: Any, dtype: torch.dtype, s: float, eps: float | None) -> Any:
+    """The export's configuration. Raises ExportError where `s` and `eps` are none of a norm, or a feature is lost."""
+    eps = eps or (EPS_FLOAT16 if dtype == torch.float16 else EPS)
+    norm_weight(s, eps)
+    return served_config(config, eps)
 
 
 def _report(
@@ -119,6 +105,23 @@ def _report(
     dtype: torch.dtype,
     s: float,
 ) -> dict[str, Any]:
+    """What is known of the export before it is written to `place`.
+
+    Args:
+        reference: the checkpoint.
+        place: the folder to write.
+        config: the checkpoint's.
+        served: the export's.
+        source: the checkpoint's tensors.
+        dtype: of the export's weights.
+        s: of the latent's norm.
+
+    Returns:
+        checkpoint, method, to, architecture, output, dtype, exact (whether the dtype is the stored one),
+        kv_elements_per_token (all layers), kv_bytes_per_token {checkpoint, export}, padded_v_head_dim (None: as it
+        was), s, latent_norm_eps, engines as rows [engine, whether it serves it, how or why not], and source (the
+        checkpoint's folder).
+    """
     elements = config.num_hidden_layers * (served.kv_lora_rank + served.qk_rope_head_dim)
     stored = source.dtype("model.embed_tokens.weight")
     sizes = engine_support.Sizes(
@@ -138,6 +141,7 @@ def _report(
         "s": s,
         "latent_norm_eps": served.latent_norm_eps,
         "engines": [list(row) for row in engine_support.engines("own", sizes)],
+        "source": str(source.folder.resolve()),
     }
 
 
@@ -174,6 +178,10 @@ def _write_rest(
     Args:
         partial: the folder to write into.
         folder: of the checkpoint.
+        served: the export's configuration.
+        dtype: of its weights.
+        name: the title of the card.
+        report: of the export.
     """
     model = model_class(served)
     carry_files(folder, partial)
@@ -186,3 +194,21 @@ def _write_rest(
         "mhconvert need not be installed."
     )
     write_card(partial, name, about, report, donor, "small cache")
+
+
+def _prove(
+    partial: Path,
+    expected: same_outputs.Expected,
+    dtype: torch.dtype,
+    report: dict[str, Any],
+    tell: Listener,
+) -> dict[str, Any]:
+    """What the reloaded export computes. Raises ProofError where that is not what the checkpoint computes."""
+    tell(Progress("verify", 0, 1))
+    return same_outputs.prove(
+        partial,
+        expected,
+        partial / "probe.tmp",
+        exact=report["exact"] or dtype == torch.float32,
+        elements_per_token=report["kv_elements_per_token"],
+    )

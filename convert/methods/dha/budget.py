@@ -153,6 +153,7 @@ def head_budget(config: Any, settings: DHASettings, facts: AttentionFacts) -> He
 
 
 def _too_small(budget: float, counts: tuple[int, ...], groups: int, who: str) -> BudgetError:
+    """The error for a budget below the least of `counts`, with the nearest budgets that are possible."""
     shares = ", ".join(f"{math.ceil(1e4 * n / groups) / 1e4:g} ({n} of {groups})" for n in counts[:3])
     return BudgetError(
         f"kv_budget={budget} leaves fewer heads than {who} at least ({counts[0]} K and {counts[0]} V each); the "
@@ -175,6 +176,7 @@ def layer_heads(plan: Sequence[dict[str, Any]], config: Any, facts: AttentionFac
 
 
 def _layer_heads(place: str, layer: dict[str, Any], facts: AttentionFacts) -> LayerHeads:
+    """One layer of a user's plan. Raises BudgetError, beginning with `place`, for what does not fit or agree."""
     forms = (("k_map", "v_map"), ("k_heads", "v_heads"), ("kv_heads",))
     given = next((form for form in forms if set(form) & layer.keys()), None)
     if given is None or not layer.keys() >= set(given):
@@ -186,17 +188,17 @@ def _layer_heads(place: str, layer: dict[str, Any], facts: AttentionFacts) -> La
     counts: list[int] = []
     maps: list[list[int] | None] = []
     for kind in "kv":
-        number, found = layer.get(f"{kind}_heads"), layer.get(f"{kind}_map")
-        if found is not None:
-            _require_map(f"{place}, {kind}_map", found, facts)
-            named = max(found) + 1
+        number, head_map = layer.get(f"{kind}_heads"), layer.get(f"{kind}_map")
+        if head_map is not None:
+            _require_map(f"{place}, {kind}_map", head_map, facts)
+            named = max(head_map) + 1
             if number not in (None, named):
                 raise BudgetError(
                     f"{place}: {kind}_heads={number} and {kind}_map names {named}; change one of them"
                 )
             number = named
         counts.append(_number(f"{place}: {kind}_heads", number, 1, facts.kv_heads))
-        maps.append(found)
+        maps.append(head_map)
     if layer.get("kv_heads") not in (None, sum(counts)):
         raise BudgetError(
             f"{place}: kv_heads={layer['kv_heads']} and {sum(counts)} K and V heads; change one of them"
@@ -206,14 +208,18 @@ def _layer_heads(place: str, layer: dict[str, Any], facts: AttentionFacts) -> La
 
 
 def _number(what: str, number: Any, least: int, most: int) -> int:
+    """`number`. Raises BudgetError, beginning with `what`, unless it is whole and from `least` to `most`."""
     if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
         raise BudgetError(f"{what}={number} is not a number from {least} to {most}, the donor's")
     return number
 
 
-def _require_map(place: str, found: Any, facts: AttentionFacts) -> None:
-    whole = isinstance(found, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in found)
-    if not whole or len(found) != facts.heads:
+def _require_map(place: str, head_map: Any, facts: AttentionFacts) -> None:
+    """Raises BudgetError unless the map numbers a fused head for every query head, without a gap."""
+    whole = isinstance(head_map, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) for n in head_map
+    )
+    if not whole or len(head_map) != facts.heads:
         raise BudgetError(f"{place}: it needs a whole number for each of the {facts.heads} query heads")
-    if sorted(set(found)) != list(range(len(set(found)))):
-        raise BudgetError(f"{place}: {found} does not number its heads 0, 1, … without a gap")
+    if sorted(set(head_map)) != list(range(len(set(head_map)))):
+        raise BudgetError(f"{place}: {head_map} does not number its heads 0, 1, … without a gap")

@@ -86,6 +86,7 @@ def _search(count: int, clusters: int, cost: Cost, size: int | None) -> list[Clu
 
 
 def _merged(count: int, clusters: int, cost: Cost) -> list[Cluster]:
+    """`clusters` clusters of `count` heads: the pair whose union costs least more is united until so many are left."""
     split: list[Cluster] = [(head,) for head in range(count)]
     while len(split) > clusters:
         pair = min(
@@ -114,6 +115,8 @@ def _improved(split: Sequence[Cluster], cost: Cost, same_sizes: bool) -> list[Cl
 
 
 def _neighbours(a: Cluster, b: Cluster, same_sizes: bool) -> list[tuple[Cluster, Cluster]]:
+    """What two clusters become by exchanging a head, or unless they keep their sizes, by moving one of a to b."""
+
     def without(cluster: Cluster, head: int) -> Cluster:
         return tuple(h for h in cluster if h != head)
 

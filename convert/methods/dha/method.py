@@ -24,9 +24,10 @@ from . import modeling_dha
 from .budget import HeadBudget, head_budget
 from .converted_class import converted_class, decoupled_config
 from .grouping import EXACT_HEADS, Cluster
+from .heads import Heads
 from .observed import Observed
 from .settings import DHASettings
-from .surgery import FusedWeights, Heads, aligned, cluster_map, fuse, parts
+from .surgery import FusedWeights, aligned, cluster_map, fuse, parts
 
 # Tokens on which candidates for a layer are compared, and how many candidates are, by effort.
 PROBE_TOKENS = {"survey": 512, "quick": 1024, "default": 2048, "high": 4096}
@@ -204,16 +205,19 @@ class DHA:
         return module, counts | {"k_map": maps[0], "v_map": maps[1]}
 
     def _set_unfused(self, index: int, k_map: list[int], v_map: list[int]) -> None:
+        """Write the maps of layer `index` before fusion into the configuration, and which heads become one."""
         group = [head // (self.facts.heads // self.facts.kv_heads) for head in range(self.facts.heads)]
         (k_parts, k_fusion), (v_parts, v_fusion) = (parts(head_map, group) for head_map in (k_map, v_map))
         self._set(index, k_parts, v_parts)
         self.config.k_fusion[index], self.config.v_fusion[index] = k_fusion, v_fusion
 
     def _set(self, index: int, k_map: Sequence[int], v_map: Sequence[int]) -> None:
+        """Write the head maps of layer `index` into the configuration."""
         self.config.k_head_map[index] = list(k_map)
         self.config.v_head_map[index] = list(v_map)
 
     def _module(self, fused: FusedWeights, seen: Observed, index: int, device: torch.device) -> Any:
+        """The attention module of layer `index` with the tensors of `fused`, float32 on `device`, in eval mode."""
         self._set(index, fused.k_map, fused.v_map)
         with torch.device("meta"):
             module = modeling_dha.DecoupledHeadAttention(copy.deepcopy(self.config), index)
@@ -235,6 +239,7 @@ class DHA:
 
 
 def _clusters(head_map: Sequence[int]) -> list[Cluster]:
+    """The query heads of each fused head, in the fused heads' order."""
     return [tuple(h for h, n in enumerate(head_map) if n == one) for one in range(max(head_map) + 1)]
 
 

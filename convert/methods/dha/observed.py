@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .grouping import Cluster, best_clusters
-from .surgery import Heads
+from .heads import Heads
 
 
 @dataclass
@@ -55,6 +55,6 @@ class Observed:
             def heads(cluster: Cluster) -> Cluster:
                 return tuple(h for unit in cluster for h in units[unit])
 
-            found = best_clusters(len(units), count, lambda c: self.lost(kind, heads(c)), equal)
-            self.clusters[key] = [heads(cluster) for cluster in found]
+            split = best_clusters(len(units), count, lambda c: self.lost(kind, heads(c)), equal)
+            self.clusters[key] = [heads(cluster) for cluster in split]
         return self.clusters[key]

@@ -99,6 +99,7 @@ def _no_autocast(tensor: Tensor) -> Any:
 
 
 def _merged(own: Tensor, adapters: Iterable[Branches], delta: Callable[[Tensor, Branches], Tensor]) -> Tensor:
+    """`own` with the deltas of `adapters` added one after the other in float32 or wider, back in its own dtype."""
     wide = own.to(torch.promote_types(own.dtype, torch.float32))
     result = wide.clone()
     for adapter in adapters:

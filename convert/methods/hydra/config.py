@@ -102,6 +102,7 @@ class HydraConfig(PeftConfig):
         card.add_notice(Path(save_directory), self.base_model_name_or_path)
 
     def _check_patterns(self) -> None:
+        """Raises AdapterError for a rank_pattern that is no expressions with ranks."""
         if not isinstance(self.rank_pattern, dict):
             raise AdapterError(f"rank_pattern={self.rank_pattern!r} is not ranks by module; {{}} for none")
         for pattern, own in self.rank_pattern.items():
@@ -116,6 +117,7 @@ class HydraConfig(PeftConfig):
 
 
 def _check_ranks(r_par: Any, r_seq: Any, where: str) -> None:
+    """Raises AdapterError, beginning with `where`, for ranks out of range, or both of them 0."""
     for name, rank in zip(RANKS, (r_par, r_seq), strict=True):
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= LARGEST_RANK:
             raise AdapterError(

@@ -170,6 +170,7 @@ class HydraLayer(BaseTunerLayer):
         return weight.data, None if base.bias is None else base.bias.data
 
     def _write(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Make these the base layer's values, on its device and in its dtype."""
         base: Any = self.get_base_layer()
         base.weight.data = weight.to(base.weight.device, base.weight.dtype)
         if bias is not None:
@@ -233,6 +234,7 @@ class HydraLinear(nn.Module, HydraLayer):
 
 
 def _require_finite(names: list[str], weight: Tensor, bias: Tensor | None) -> None:
+    """Raises AdapterError naming the adapters whose merged weight or bias is not finite."""
     if not all(torch.isfinite(part).all() for part in (weight, bias) if part is not None):
         raise AdapterError(
             f"merging {', '.join(names)} gives weights that are not finite: the adapter holds NaN or infinity, or "

@@ -64,6 +64,7 @@ class HydraModel(BaseTuner):
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _require_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Raises AdapterError naming the first module that cannot be merged."""
         for name, layer in self.model.named_modules():
             if isinstance(layer, HydraLayer):
                 try:
@@ -96,10 +97,10 @@ class HydraModel(BaseTuner):
                 own = {f"{name}.base_layer.{kind}": value for kind, value in layer.own_values().items()}
                 # peft removes heads from this very dict after this call
                 state_dict.update((key, value) for key, value in own.items() if key in state_dict)
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, *args, **kwargs
         )
-        return found
+        return tensors
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Called last when peft loads an adapter, after the model was spread over devices and disk."""
@@ -130,6 +131,7 @@ class HydraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        """Put an adapter on `target`, which `parent` holds; peft calls this for every module that matches."""
         ranks = peft_config.ranks(current_key)
         if isinstance(target, HydraLayer):
             target.update_layer(adapter_name, ranks, peft_config)

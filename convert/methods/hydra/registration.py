@@ -23,14 +23,14 @@ def register(config_class: Any, model_class: Any) -> None:
     Raises:
         AdapterError: where peft has its own method of that name or prefix; the two cannot be told apart.
     """
-    found = next((known for kind, known in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind == NAME), None)
-    if found is config_class:
+    known_class = next((known for kind, known in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind == NAME), None)
+    if known_class is config_class:
         return
     taken = [
         str(kind) for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == model_class.prefix
     ]
-    if found is not None or taken:
-        other = f"{found.__module__}.{found.__name__}" if found is not None else taken[0]
+    if known_class is not None or taken:
+        other = f"{known_class.__module__}.{known_class.__name__}" if known_class is not None else taken[0]
         raise AdapterError(
             f"peft {peft.__version__} has a method of its own under the name of Hydra ({other}), so mhconvert's is "
             "not registered; use peft's, or for adapters that mhconvert wrote an older peft"

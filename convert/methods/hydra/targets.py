@@ -66,10 +66,12 @@ def nothing_matches(targets: list[str], model: nn.Module) -> str:
     last = sorted({name.rpartition(".")[2] for name in linear} - {"base_layer"})
     ends = sorted({end for name in linear for end in _ends(name)})
     near = [name for target in targets for name in difflib.get_close_matches(target, ends, NEAREST, 0.5)]
-    found = (list(dict.fromkeys(near)) or last)[:NEAREST]
+    nearby = (list(dict.fromkeys(near)) or last)[:NEAREST]
     named = ", ".join(f"'{target}'" for target in targets)
     hint = (
-        f"the nearest names of linear modules are {', '.join(found)}" if found else "it has no linear module"
+        f"the nearest names of linear modules are {', '.join(nearby)}"
+        if nearby
+        else "it has no linear module"
     )
     return f"target_modules {named} match nothing in {type(model).__name__}: {hint}"
 
@@ -107,10 +109,10 @@ def is_tied_head(module: nn.Module, model: Any) -> bool:
 
 def holders(model: nn.Module) -> dict[int, list[str]]:
     """By the id of each parameter of `model`, all names that it has."""
-    found: dict[int, list[str]] = {}
+    by_id: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(name)
-    return found
+        by_id.setdefault(id(parameter), []).append(name)
+    return by_id
 
 
 def require_unshared(module: nn.Module, name: str, held: dict[int, list[str]]) -> None:

@@ -45,6 +45,7 @@ def at_mean_scale(
         return NormedWeights(weights, weights)
 
     def mean_rms(rows: Tensor, moment: Tensor) -> Tensor:
+        """(heads,): the RMS of each head's projection; of all heads together for a norm of the width."""
         energy = torch.einsum("hdD,DE,hdE->h", rows, moment, rows) / facts.head_dim
         energy = energy.mean().expand(len(rows)) if facts.qk_norm == "width" else energy
         return energy.clamp_min(TINY).sqrt()

@@ -135,6 +135,9 @@ def _nearest(smallest: int, donor: int) -> str:
 
 
 def _explicit(rank: int, rope: int, facts: AttentionFacts) -> LayerBudget:
+    """The budget of sizes that a user gives: kv_lora_rank and qk_rope_head_dim.
+
+    Raises BudgetError for sizes that the donor's heads cannot have."""
     keys, turned = facts.kv_heads * facts.head_dim, facts.kv_heads * facts.rotary_dim
     if rope < 2 or rope % 2 or rope > turned:
         width = "head_dim" if turned == keys else "rotary width"

@@ -24,14 +24,9 @@ from .assembly import at_mean_scale, module_tensors
 from .budget import DIVISION, LayerBudget, layer_budget
 from .converted_class import converted_class, latent_config
 from .observed import Observed
+from .rotary_components import kept_components, rotary_basis, series_components
 from .settings import MLASettings
-from .surgery import (
-    LatentWeights,
-    convert_layer,
-    kept_components,
-    rotary_basis,
-    series_components,
-)
+from .surgery import LatentWeights, convert_layer
 
 SURVEY_SHARES = (1 / 8, 3 / 16, 5 / 16, 1 / 2, 3 / 4)  # of the donor's cache elements of a layer
 VALUE_WEIGHT = 0.01  # weight of a relative error in the values against one in the scores
@@ -205,6 +200,7 @@ class MLA:
         return converted_class(type(self.donor_config))
 
     def _surgery(self, seen: Observed, index: int, choice: Candidate) -> LatentWeights:
+        """The closed form of layer `index` for one way to spend its budget."""
         rank = self.budgets[index].rank(choice.components)
         if self.settings.profile == "portable":
             kept = series_components(seen.basis.damage, choice.components)
@@ -225,10 +221,12 @@ class MLA:
         )
 
     def _set(self, index: int, rank: int, frequencies: list[int]) -> None:
+        """Write rank and rotary frequencies of layer `index` into the configuration."""
         self.config.kv_lora_rank[index] = rank
         self.config.rope_frequencies[index] = list(frequencies)
 
     def _module(self, latent: LatentWeights, seen: Observed, index: int, device: torch.device) -> Any:
+        """The attention module of layer `index` with the tensors of `latent`, float32 on `device`, in eval mode."""
         rotary = 2 * len(latent.frequencies)
         self._set(index, len(latent.kv_a_proj_with_mqa) - rotary, latent.frequencies)
         with torch.device("meta"):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...attention.weights import LayerStatistics
 from .assembly import NormedWeights
-from .surgery import RotaryBasis
+from .rotary_components import RotaryBasis
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
 """Closed-form surgery of one layer: grouped-query attention in, latent attention out. Pure, float64.
 
 Shapes: H query heads, G KV heads, d head_dim, F = d / 2 rotary frequencies, D hidden_size, r kv_lora_rank,
-R rotary components kept (a rotary key of 2R elements, the two of each component side by side). Elements i and i + F
-of a donor's head are one complex number, which RoPE multiplies by exp(iθt) at position t; the score at distance Δ is
-Re Σ conj(q) exp(−iθΔ) k.
+R rotary components kept (a rotary key of 2R elements, the two of each component side by side), n components without
+RoPE. The components are in `rotary_components`.
 
-Sources: latent attention with a decoupled rotary key, DeepSeek-V2, arXiv 2405.04434, section 2.1; PCA of the keys
-across heads within a frequency, which commutes with RoPE, TransMLA (RoRoPE), arXiv 2502.07864. Different here: the PCA
-is complex and weighted by the queries, components are chosen by the score error that losing their RoPE makes, a
-constant phase replaces it, and keys and values are factorised in the metric of the queries and of o_proj.
+Sources: latent attention with a decoupled rotary key, DeepSeek-V2, arXiv 2405.04434, section 2.1; PCA of keys and
+values, TransMLA, arXiv 2502.07864. Different here: keys and values are factorised in the metric of the queries and of
+o_proj.
 """
 
 from __future__ import annotations
@@ -18,28 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...attention.linalg import balance, complex_pca, interleaved, low_rank, realified
-from ...attention.weights import AttentionWeights, LayerStatistics, complex_pairs, pair_moments, second_moment
+from ...attention.linalg import balance, low_rank
+from ...attention.weights import AttentionWeights, LayerStatistics
+from .rotary_components import RotaryBasis, SplitLayer, split_layer
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-6  # of the rotary keys' mean energy; keeps components with almost no energy out of a regression
-
-
-@dataclass(frozen=True)
-class RotaryBasis:
-    """Principal components of the keys across heads, in each rotary frequency, ordered by score variance.
-
-    Attributes:
-        mixing: (F, G, G) complex; key head g = Σ_r mixing[f, g, r] · component r.
-        down: (F, G, G) complex, its inverse.
-        damage: (F, G), expected squared score error when component (f, r) gets a constant phase instead of RoPE.
-        score_energy: Σ over heads and frequencies of E|q|² E|k|², the scale of the scores' variance.
-    """
-
-    mixing: Tensor
-    down: Tensor
-    damage: Tensor
-    score_energy: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,48 +47,6 @@ class LatentWeights:
     o_bias: Tensor
 
 
-def rotary_basis(weights: AttentionWeights, statistics: LayerStatistics) -> RotaryBasis:
-    """Complex PCA of the keys across KV heads in each frequency, weighted by the energy of the queries that read each.
-
-    Args:
-        weights: q (H, d, D) and k (G, d, D).
-        statistics: second moments, and each head's mean phases on the calibration text.
-    """
-    query_moment = second_moment(weights.q, statistics.query_moment)  # H d H d
-    query_energy = query_moment.diagonal(0, 0, 2).diagonal(0, 0, 1).unflatten(1, (2, -1)).sum(1).mT  # F H
-    kv_heads = weights.k.shape[0]
-    energy = query_energy.unflatten(1, (kv_heads, -1)).sum(-1)  # F G
-    energy = energy.clamp_min(energy.amax() * 1e-12) if energy.amax() > 0 else torch.ones_like(energy)
-    values, vectors = complex_pca(pair_moments(weights.k, statistics.key_moment), energy)
-    root = energy.sqrt().to(torch.complex128)
-    share = query_energy.unflatten(1, (kv_heads, -1)) / energy.unsqueeze(
-        -1
-    )  # F G n: of each head in its group
-    lost = (statistics.rope_gain**2 - statistics.phases.abs().square()).clamp_min(0)  # H F
-    lost = lost.mT.unflatten(1, (kv_heads, -1))  # F G n
-    damage = 0.5 * values * torch.einsum("fgn,fgr->fr", share * lost, vectors.abs().square())
-    return RotaryBasis(vectors / root.unsqueeze(-1), vectors.mH * root.unsqueeze(-2), damage, values.sum())
-
-
-def kept_components(damage: Tensor, count: int) -> Tensor:
-    """(F, G) bool: the `count` components with the largest damage, which keep their RoPE."""
-    kept = torch.zeros(damage.numel(), dtype=torch.bool)
-    kept[damage.flatten().argsort(descending=True, stable=True)[:count]] = True
-    return kept.view(damage.shape)
-
-
-def series_components(damage: Tensor, count: int) -> Tensor:
-    """(F, G) bool: in each of the `count` highest frequencies, the component with the largest damage.
-
-    The frequencies are then one geometric series for every layer (before the donor's RoPE scaling, if any), which
-    stock latent-attention classes express by rope_theta and qk_rope_head_dim. The lowest frequencies are left out
-    because they turn least.
-    """
-    kept = torch.zeros(damage.shape, dtype=torch.bool)
-    kept[torch.arange(count), damage[:count].argmax(-1)] = True
-    return kept
-
-
 def convert_layer(
     weights: AttentionWeights,
     statistics: LayerStatistics,
@@ -127,6 +67,7 @@ def convert_layer(
 
     Args:
         weights: of the donor's layer.
+        statistics: of the layer on the calibration text.
         basis: `rotary_basis` of the same weights and statistics.
         kept: (F, G) bool, the components that keep their RoPE.
         rank: r, the width of the latent.
@@ -134,43 +75,73 @@ def convert_layer(
         output_bias: whether o_proj may have a bias.
         rope_in_latent: whether kv_b_proj reads the rotary key beside the latent.
     """
-    frequency, component = kept.nonzero(as_tuple=True)
-    rope_keys = interleaved(_component_keys(weights, basis, frequency, component))
-    nope_map = _nope_query_map(statistics.phases)  # H d d
-    query_map = torch.cat((nope_map, _rope_query_map(weights, basis, frequency, component)), dim=1)
-    nope_queries = nope_map @ weights.q  # H d D
-    key_maps = _nope_key_maps(basis, kept)  # G d 2n: from the components without RoPE to each head's key
-    key_rows = _component_rows(weights, basis, kept)  # 2n D
+    split = split_layer(weights, statistics, basis, kept)
+    price = value_weight * basis.score_energy
+    reader, cached = _factorise(weights, statistics, split, rank, price, output_bias, rope_in_latent)
+    missing = _missing_values(weights, statistics, split, reader, cached, output_bias)
 
-    rows = torch.cat((key_rows, weights.v.flatten(0, 1)))  # y = rows @ x
-    mean = rows @ statistics.key_mean if output_bias else rows.new_zeros(len(rows))
-    predictor = _regression(rows, rope_keys, statistics, output_bias) if rope_in_latent else None
-    rest = rows if predictor is None else rows - predictor @ rope_keys
-    rest_mean = rest @ statistics.key_mean if output_bias else torch.zeros_like(mean)
-    moment = rest @ statistics.key_moment @ rest.mT - torch.outer(rest_mean, rest_mean)
-    metric = _metric(weights, statistics, nope_queries, key_maps, value_weight * basis.score_energy)
-    up, down = low_rank(moment, metric, rank)
-    reader = up if predictor is None else torch.cat((up, predictor), dim=1)
-    cached = torch.cat((down @ rest, rope_keys))
-
-    group, keys = weights.group, key_rows.shape[0]
-    head_dim = weights.q.shape[1]
-    key_up = (key_maps @ reader[:keys])[group]  # H d r
+    group, keys, head_dim = weights.group, len(split.key_rows), weights.q.shape[1]
+    key_up = (split.key_maps @ reader[:keys])[group]  # H d r
     value_up = reader[keys:].unflatten(0, (-1, head_dim))[group]  # H d r
-    reconstructed = reader @ (cached[: reader.shape[1]] @ statistics.key_mean) if output_bias else mean
-    missing_values = (mean - reconstructed)[keys:].view(-1, head_dim)[group]  # H d
     kv_b = torch.cat((key_up, value_up), dim=1).flatten(0, 1)
+    query_map = split.query_map
     scale = _balance(cached, kv_b, query_map @ weights.q, rank)
     query_map = torch.cat((query_map[:, :head_dim], query_map[:, head_dim:] / scale[rank:, None]), dim=1)
     return LatentWeights(
-        frequencies=frequency.tolist(),
+        frequencies=split.frequencies,
         query_map=query_map,
         q_proj=(query_map @ weights.q).flatten(0, 1),
         kv_a_proj_with_mqa=cached * scale[:, None],
         kv_b_proj=kv_b / scale[: kv_b.shape[1]],
         o_proj=weights.o.flatten(1),
-        o_bias=torch.einsum("Dhd,hd->D", weights.o, missing_values),
+        o_bias=torch.einsum("Dhd,hd->D", weights.o, missing),
     )
+
+
+def _factorise(
+    weights: AttentionWeights,
+    statistics: LayerStatistics,
+    split: SplitLayer,
+    rank: int,
+    value_price: Tensor,
+    output_bias: bool,
+    rope_in_latent: bool,
+) -> tuple[Tensor, Tensor]:
+    """The latent: what it is read by, and what is cached.
+
+    Args:
+        value_price: weight of a relative error of 1 in the values; the other arguments are those of `convert_layer`.
+
+    Returns:
+        reader (2n + G d, r), or (2n + G d, r + 2R) with `rope_in_latent`: from the latent (and the rotary key) to
+        `split.rows`; cached (r + 2R, D): latent and rotary key as linear functions of x.
+    """
+    rows, rope_keys = split.rows, split.rope_keys
+    predictor = _regression(rows, rope_keys, statistics, output_bias) if rope_in_latent else None
+    rest = rows if predictor is None else rows - predictor @ rope_keys
+    rest_mean = rest @ statistics.key_mean if output_bias else rows.new_zeros(len(rows))
+    moment = rest @ statistics.key_moment @ rest.mT - torch.outer(rest_mean, rest_mean)
+    metric = _metric(weights, statistics, split, value_price)
+    up, down = low_rank(moment, metric, rank)
+    reader = up if predictor is None else torch.cat((up, predictor), dim=1)
+    return reader, torch.cat((down @ rest, rope_keys))
+
+
+def _missing_values(
+    weights: AttentionWeights,
+    statistics: LayerStatistics,
+    split: SplitLayer,
+    reader: Tensor,
+    cached: Tensor,
+    output_bias: bool,
+) -> Tensor:
+    """(H, d): what the values that are read from `cached` by `reader` lack of their means; 0 without `output_bias`."""
+    head_dim = weights.q.shape[1]
+    missing = split.rows.new_zeros(len(split.rows))
+    if output_bias:
+        reconstructed = reader @ (cached[: reader.shape[1]] @ statistics.key_mean)
+        missing = split.rows @ statistics.key_mean - reconstructed
+    return missing[len(split.key_rows) :].view(-1, head_dim)[weights.group]
 
 
 def _balance(cached: Tensor, kv_b: Tensor, queries: Tensor, rank: int) -> Tensor:
@@ -183,6 +154,8 @@ def _balance(cached: Tensor, kv_b: Tensor, queries: Tensor, rank: int) -> Tensor
         cached: (r + 2R, D), rows of kv_a_proj_with_mqa.
         kv_b: (n, r) or (n, r + 2R).
         queries: (H, d + 2R, D).
+        rank: r, the width of the latent.
+
     Returns:
         (r + 2R,).
     """
@@ -204,60 +177,17 @@ def _regression(rows: Tensor, rope_keys: Tensor, statistics: LayerStatistics, ce
     return torch.linalg.solve(seen + ridge, rope_keys @ moment @ rows.mT).mT
 
 
-def _component_keys(
-    weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor
-) -> Tensor:
-    """(2n, D): n components as linear functions of x, [real; imaginary]."""
-    rows = torch.einsum("kg,kgD->kD", basis.down[frequency, component], complex_pairs(weights.k)[frequency])
-    return torch.cat((rows.real, rows.imag))
-
-
-def _rope_query_map(
-    weights: AttentionWeights, basis: RotaryBasis, frequency: Tensor, component: Tensor
-) -> Tensor:
-    """(H, 2R, d), interleaved: from each head's query to the kept components, q · conj(mixing of its key head)."""
-    mixing = basis.mixing[frequency][:, weights.group, :]  # R H G
-    chosen = mixing.gather(2, component.view(-1, 1, 1).expand(-1, mixing.shape[1], 1)).squeeze(2)  # R H
-    maps = chosen.new_zeros(len(weights.q), len(frequency), basis.mixing.shape[0])  # H R F
-    maps[:, torch.arange(len(frequency)), frequency] = chosen.conj().mT
-    return interleaved(realified(maps))
-
-
-def _nope_query_map(phases: Tensor) -> Tensor:
-    """(H, d, d): the constant that replaces exp(−iθΔ) folded into the query, q · conj(phase)."""
-    return realified(torch.diag_embed(phases.conj()))
-
-
-def _nope_key_maps(basis: RotaryBasis, kept: Tensor) -> Tensor:
-    """(G, d, 2n): from the n components without RoPE, [real; imaginary], to each head's half-split key."""
-    frequency, component = (~kept).nonzero(as_tuple=True)
-    frequencies, kv_heads = kept.shape
-    maps = torch.zeros(kv_heads, frequencies, len(frequency), dtype=torch.complex128)
-    maps[:, frequency, torch.arange(len(frequency))] = basis.mixing[frequency, :, component].mT
-    return realified(maps)
-
-
-def _component_rows(weights: AttentionWeights, basis: RotaryBasis, kept: Tensor) -> Tensor:
-    """(2n, D): the components without RoPE as linear functions of x, [real; imaginary]."""
-    frequency, component = (~kept).nonzero(as_tuple=True)
-    return _component_keys(weights, basis, frequency, component)
-
-
 def _metric(
-    weights: AttentionWeights,
-    statistics: LayerStatistics,
-    nope_queries: Tensor,
-    key_maps: Tensor,
-    value_price: Tensor,
+    weights: AttentionWeights, statistics: LayerStatistics, split: SplitLayer, value_price: Tensor
 ) -> Tensor:
-    """The quadratic form in which errors of [components without RoPE; values] are measured.
+    """(2n + G d, 2n + G d): the quadratic form in which errors of [components without RoPE; values] are measured.
 
     Args:
-        nope_queries: (H, d, D), the queries that read the components without RoPE.
-        key_maps: (G, d, 2n), from those components to each head's key.
+        weights, statistics: of the donor's layer.
+        split: its components.
         value_price: weight of a relative error of 1 in the values.
     """
-    group = weights.group
+    group, key_maps, nope_queries = weights.group, split.key_maps, split.nope_queries
     reads = nope_queries @ statistics.query_moment @ nope_queries.mT  # H d d
     keys = sum(key_maps[g].mT @ reads[group == g].sum(0) @ key_maps[g] for g in range(len(key_maps)))
     assert isinstance(keys, Tensor)
@@ -265,8 +195,7 @@ def _metric(
     values = torch.block_diag(*(outputs[group == g].sum(0) for g in range(len(key_maps))))
     value_rows = weights.v.flatten(0, 1)
     value_energy = (values * (value_rows @ statistics.key_moment @ value_rows.mT)).sum()
-    value_price = (
-        value_price if value_price > 0 else torch.ones_like(value_price)
-    )  # no scores: values are all
+    if not value_price > 0:  # there are no scores: values are all that counts
+        value_price = torch.ones_like(value_price)
     price = value_price / value_energy if value_energy > 0 else torch.zeros_like(value_price)
     return torch.block_diag(keys, price * values)

@@ -84,26 +84,29 @@ def heads_of(settings: MoHSettings, units: int, layers: int, survey: bool) -> He
 
 
 def _numbers(value: Any, units: int, layers: int, name: str, kind: str) -> list[int]:
+    """Units of each layer, from a share of `units`, or a list of shares or numbers, one for each layer.
+
+    Raises BudgetError for a list of another length, or a number beyond `units`."""
     if not isinstance(value, Sequence):
         return [int(value * units + ROUNDING)] * layers
     if len(value) != layers:
         raise BudgetError(f"{name} has {len(value)} entries and the donor {layers} layers")
-    found = [entry if isinstance(entry, int) else int(entry * units + ROUNDING) for entry in value]
-    for index, number in enumerate(found):
+    numbers = [entry if isinstance(entry, int) else int(entry * units + ROUNDING) for entry in value]
+    for index, number in enumerate(numbers):
         if number > units:
             raise BudgetError(f"{name}, layer {index}: {number} {kind}, and the donor has {units} in a layer")
-    return found
+    return numbers
 
 
 def _at_least(numbers: list[int], least: list[int]) -> list[int]:
     """Numbers of the same sum, none of them smaller than its least."""
-    found = [max(n, some) for n, some in zip(numbers, least, strict=True)]
-    over = sum(found) - sum(numbers)
+    raised = [max(n, some) for n, some in zip(numbers, least, strict=True)]
+    over = sum(raised) - sum(numbers)
     while over:
-        index = max(range(len(found)), key=lambda i: found[i] - least[i])
-        found[index] -= 1
+        index = max(range(len(raised)), key=lambda i: raised[i] - least[i])
+        raised[index] -= 1
         over -= 1
-    return found
+    return raised
 
 
 def _up(share: float) -> str:

@@ -87,12 +87,12 @@ class MoH:
         routed = sum(maps + size * n * product for n, product in zip(self.active, products, strict=True))
         of_router = self._parameters[1]
         routers = sum(2 * of_router(index) for index in layers)
-        found: dict[str, Any] = {"active_heads": heads}
+        sums: dict[str, Any] = {"active_heads": heads}
         if self.settings.route == "groups":
             whole = len(layers) * facts.kv_heads
-            found["kv_heads_read"] = {"donor": whole, "converted": sum(self.active)}
+            sums["kv_heads_read"] = {"donor": whole, "converted": sum(self.active)}
         flops = {"context": FLOPS_CONTEXT, "donor": donor, "converted": routed + routers}
-        return found | {"attention_flops": flops}
+        return sums | {"attention_flops": flops}
 
     def new_parameters(self) -> int:
         """Parameters of the mean layer's attention, its router included."""
@@ -188,6 +188,7 @@ class MoH:
 
 
 def _set(config: Any, index: int, chosen: dict[str, Any]) -> None:
+    """Write what was chosen for layer `index` into the configuration's lists."""
     for name in ("active_heads", "shared_heads", "norm_scale", "norm_offset"):
         if name in chosen:
             getattr(config, name)[index] = copy.copy(chosen[name])

@@ -18,7 +18,8 @@ from torch import Tensor
 from mhconvert.convert.attention.linalg import realified
 from mhconvert.convert.attention.weights import AttentionWeights, LayerStatistics, complex_pairs
 from mhconvert.convert.methods.dha.grouping import best_clusters
-from mhconvert.convert.methods.dha.surgery import Heads, cluster_map, fuse
+from mhconvert.convert.methods.dha.heads import Heads
+from mhconvert.convert.methods.dha.surgery import cluster_map, fuse
 
 EXACT = 1e-9
 WIDTH, HIDDEN = 8, 24

@@ -21,8 +21,9 @@ from mhconvert.convert.attention.weights import LayerStatistics
 from mhconvert.convert.bare_process.child import cache_storage
 from mhconvert.convert.families.facts import attention_facts
 from mhconvert.convert.methods.mla.modeling_mla import LatentAttention, rotated
+from mhconvert.convert.methods.mla.rotary_components import rotary_basis
 from mhconvert.convert.methods.mla.settings import MLASettings
-from mhconvert.convert.methods.mla.surgery import LatentWeights, convert_layer, rotary_basis
+from mhconvert.convert.methods.mla.surgery import LatentWeights, convert_layer
 from tests.convert.conversions import (
     LINEAR,
     LLAMA3,

@@ -16,8 +16,9 @@ from mhconvert.convert.families.facts import attention_facts
 from mhconvert.convert.methods.mla.assembly import NormedWeights
 from mhconvert.convert.methods.mla.method import MLA
 from mhconvert.convert.methods.mla.observed import Observed
+from mhconvert.convert.methods.mla.rotary_components import kept_components, rotary_basis
 from mhconvert.convert.methods.mla.settings import MLASettings
-from mhconvert.convert.methods.mla.surgery import convert_layer, kept_components, rotary_basis
+from mhconvert.convert.methods.mla.surgery import convert_layer
 from tests.convert.conversions import YARN, attention_inputs, donor_model, relative, rotary_of, token_ids
 
 LENGTH = 64

@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mhconvert.convert.attention.weights import AttentionWeights, LayerStatistics, complex_pairs
-from mhconvert.convert.methods.mla.surgery import (
-    LatentWeights,
-    convert_layer,
-    kept_components,
-    rotary_basis,
-    series_components,
-)
+from mhconvert.convert.methods.mla.rotary_components import kept_components, rotary_basis, series_components
+from mhconvert.convert.methods.mla.surgery import LatentWeights, convert_layer
 from tests.convert.methods.mla.layers import (
     HEADS,
     HIDDEN,

@@ -1,0 +1,85 @@
+"""The models of an evaluation: a donor and what was made from it, opened over one vocabulary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mhconvert.errors import MhconvertError
+from mhconvert.progress import Listener, Progress
+
+from ..convert import open_model
+from ..convert.checkpoint import identity
+from ..convert.checkpoint.provenance import read_record
+from ..convert.open_model import OpenModel
+from .tasks.harness import Candidate
+
+
+def open_models(
+    checkpoints: Sequence[str],
+    against: str | None,
+    need_donor: bool,
+    device: str | None,
+    trust_remote_code: bool,
+    on_progress: Listener,
+) -> list[OpenModel]:
+    """The donor, where there is one, and the checkpoints, each once; no weights are read.
+
+    Args:
+        checkpoints: references of the models.
+        against: the donor; None: the one that the first checkpoint was made from.
+        need_donor: whether a checkpoint alone is refused when it names no donor.
+        device: None: under `accelerate launch` the GPU of this process, else CUDA where there is one.
+        trust_remote_code: lets a checkpoint run its own code.
+        on_progress: called with the progress.
+
+    Raises:
+        MhconvertError: a model cannot be read, or the models have different vocabularies.
+    """
+    device = _process_device(device)
+    references = list(dict.fromkeys(checkpoints))
+    if against is None:
+        try:
+            against = open_model.recorded_donor(references[0])
+        except MhconvertError:
+            if need_donor or len(references) > 1:
+                raise
+    references = ([against] if against is not None else []) + [each for each in references if each != against]
+    models: list[OpenModel] = []
+    for index, reference in enumerate(references):
+        on_progress(Progress("donor" if index == 0 else "checkpoint", 0, 1, reference))
+        opened = open_model.open_model(reference, device=device, trust_remote_code=trust_remote_code)
+        if models and opened.vocab_size != models[0].vocab_size:
+            raise MhconvertError(
+                f"{reference} has {opened.vocab_size} tokens and {references[0]} has {models[0].vocab_size}; "
+                "they can be compared only over one vocabulary"
+            )
+        models.append(opened)
+    return models
+
+
+def describe(candidate: Candidate) -> dict[str, Any]:
+    """name, reference, role (donor, converted, healed or adapter), method, fingerprint and dtype of a model."""
+    opened = candidate.opened
+    role, method = "donor", identity.made_by(str(opened.folder))
+    if opened.adapter is not None:
+        role, method = "adapter", opened.adapter.method
+    elif method is not None:
+        role = "healed" if read_record(opened.folder).get("healed") else "converted"
+    return {
+        "name": candidate.name,
+        "reference": opened.reference,
+        "role": role,
+        "method": method,
+        "fingerprint": candidate.fingerprint,
+        "dtype": str(candidate.dtype).removeprefix("torch."),
+    }
+
+
+def _process_device(device: str | None) -> str | None:
+    """`device`, or under `accelerate launch` the GPU of this process."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device is None and local is not None and torch.cuda.is_available() else device

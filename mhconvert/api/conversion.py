@@ -1,0 +1,201 @@
+"""A converted checkpoint from a donor: conversion and healing, and what they would give."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhconvert.convert.methods.registry import ADAPTERS
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.convert.recipe.recipe import Recipe
+from mhconvert.errors import MhconvertError
+from mhconvert.progress import Listener
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def convert(
+    recipe: Recipe, *, resume: bool = False, force: bool = False, on_progress: Listener | None = None
+) -> dict[str, Any]:
+    """Write the checkpoint that `recipe` describes; the donor is only read.
+
+    Args:
+        recipe: what is converted and how; with `recipe.heal` the converted checkpoint is healed too.
+        resume: continue an interrupted run of the same recipe in `OUT.partial`.
+        force: replace an existing output folder.
+        on_progress: called with the progress.
+
+    Returns:
+        The report, also `report.json` in the folder; with `recipe.heal` that of `heal`. For method hydra, which writes
+        an untrained adapter from the donor's shape: modules (their names) and parameters {base, trainable, share}.
+
+    Raises:
+        MhconvertError: What a user can correct. An output folder that exists afterwards is whole.
+    """
+    if recipe.method in ADAPTERS:
+        from mhconvert.convert.adapters import create
+
+        if resume:
+            raise MhconvertError(f"{recipe.method} writes an adapter at once; there is nothing to resume")
+        return create.create_adapter(recipe, force=force, on_progress=on_progress)
+    from mhconvert.convert import pipeline
+    from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.report.model_card import write_report
+    from mhconvert.heal import layer_fit
+
+    if recipe.heal is not None:
+        return _convert_and_heal(recipe, recipe.heal, resume=resume, force=force, on_progress=on_progress)
+    return pipeline.convert_checkpoint(
+        recipe,
+        fit=layer_fit.fit,
+        measure=Fidelity,
+        finish=write_report,
+        resume=resume,
+        force=force,
+        on_progress=on_progress,
+    )
+
+
+def _convert_and_heal(
+    recipe: Recipe, settings: HealSettings, *, resume: bool, force: bool, on_progress: Listener | None
+) -> dict[str, Any]:
+    """Convert, then heal in place; the folder holds the converted checkpoint until the healed one takes its place."""
+    from mhconvert.convert import open_model
+
+    plain = dataclasses.replace(recipe, heal=None)
+    # A conversion that is there is done, and its healing was cut short.
+    output = open_model.written(plain) if resume else None
+    output = output or convert(plain, resume=resume, force=force, on_progress=on_progress)["output"]
+    return heal(
+        output,
+        settings,
+        output=output,
+        resume=resume,
+        force=True,
+        verify=recipe.verify,
+        trust_remote_code=recipe.trust_remote_code,
+        on_progress=on_progress,
+    )
+
+
+def plan(recipe: Recipe, *, survey: bool = False, on_progress: Listener | None = None) -> dict[str, Any]:
+    """What `convert` would do: sizes per layer, KV arithmetic, disk and memory needed. Writes nothing.
+
+    Args:
+        recipe: what would be converted and how.
+        survey: read the weights and divide the budget over the layers, as `convert` would.
+        on_progress: called with the progress.
+
+    Returns:
+        The sizes, as `--dry-run --json` prints them; for method hydra the modules and parameters of the adapter.
+
+    Raises:
+        MhconvertError: What a user can correct.
+    """
+    if recipe.method in ADAPTERS:
+        from mhconvert.convert.adapters import create
+
+        return create.plan(recipe)
+    from mhconvert.convert import pipeline
+    from mhconvert.eval.fidelity import Fidelity
+
+    return pipeline.plan(recipe, surveyed=Fidelity if survey else None, on_progress=on_progress)
+
+
+def curve(
+    recipe: Recipe,
+    budgets: Sequence[float] | None = None,
+    *,
+    text: Path | None = None,
+    sequences: int = 16,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """What the conversion that `recipe` describes would give at each KV budget, from one pass; writes nothing.
+
+    Args:
+        recipe: what would be converted and how.
+        budgets: shares of the donor's KV elements, instead of the recipe's own; None: 75 % … 12.5 %.
+        text: a UTF-8 file to measure on, instead of the recipe's held-out rows.
+        sequences: rows of that file, each as long as the calibration's.
+        on_progress: called with the progress.
+
+    Returns:
+        perplexity (the donor's), kv_elements_per_token, kv_bytes_per_token, calibration, measured_on, measured_tokens,
+        and points from the largest budget down: kv_budget, kv_elements_per_token, kv_bytes_per_token, kl, perplexity,
+        perplexity_ratio, top1_agreement, mean_relative_error, seconds. A point's figures are those of `convert` at
+        that budget; they are not smoothed.
+
+    Raises:
+        MhconvertError: What a user can correct.
+    """
+    if recipe.method in ADAPTERS:
+        raise MhconvertError(f"{recipe.method} leaves the KV cache as it is, so there is no curve of it")
+    from mhconvert.convert.layer_pass import budget_curve
+    from mhconvert.eval import fidelity
+    from mhconvert.heal import layer_fit
+
+    def own_rows(tokenizer: Any, length: int) -> Tensor:
+        assert text is not None
+        return fidelity.text_rows(tokenizer, text, length, sequences)
+
+    result = budget_curve.measure_curve(
+        recipe,
+        budgets,
+        fit=layer_fit.fit,
+        measure=fidelity.Fidelity,
+        held_out=own_rows if text else None,
+        on_progress=on_progress,
+    )
+    return result | {"measured_on": str(text) if text else "held-out calibration text"}
+
+
+def heal(
+    checkpoint: str,
+    settings: HealSettings,
+    *,
+    output: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    verify: bool = True,
+    tensorboard: Path | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Train a converted checkpoint to predict as its donor does.
+
+    Args:
+        checkpoint: a folder that `convert` wrote.
+        settings: of the training.
+        output: the folder; None: ./<checkpoint>-healed.
+        resume: continue an interrupted run of the same settings in `OUT.partial`.
+        force: replace an existing output folder.
+        verify: reload the result in a bare process.
+        tensorboard: a folder for a TensorBoard log.
+        trust_remote_code: let a donor run its own code.
+        on_progress: called with the progress.
+
+    Returns:
+        The report, also `report.json` in the folder: perplexity {donor, converted}, kl and top1_agreement on the
+        held-out rows after healing, `before` with the same before it, and `healing`: settings, teacher, steps,
+        trained_tokens, tokens_per_second, seconds and more. `metrics.jsonl` in the folder has every step.
+
+    Raises:
+        MhconvertError: What a user can correct. An output folder that exists afterwards is whole.
+    """
+    from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.report import curve_plot
+    from mhconvert.eval.report.model_card import write_report
+    from mhconvert.heal import run
+    from mhconvert.heal.open_models import Run
+
+    def finish(folder: Path, report: dict[str, Any]) -> None:
+        if settings.tokens:
+            report["healing"]["plot"] = curve_plot.write_healing(folder)
+        write_report(folder, report)
+
+    place = Path(output) if output else Path(f"{Path(checkpoint).resolve().name}-healed")
+    asked = Run(checkpoint, settings, place, resume, force, verify, tensorboard, trust_remote_code)
+    return run.run(asked, measure=Fidelity, finish=finish, on_progress=on_progress)

@@ -1,0 +1,171 @@
+"""What a model computes and costs: evaluation, sizes, text, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mhconvert.progress import Listener, ignore
+
+if TYPE_CHECKING:
+    from mhconvert.eval.settings import EvalSettings
+
+
+def evaluate(
+    checkpoints: str | Sequence[str],
+    settings: EvalSettings,
+    *,
+    against: str | None = None,
+    record: bool = False,
+    fresh: bool = False,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """A donor and checkpoints side by side, on texts, on lm-eval's tasks, and on a needle in a long text.
+
+    What earlier runs measured on the same files is read from the user's cache.
+
+    Args:
+        checkpoints: folders, or repositories of the Hub.
+        settings: what is measured.
+        against: the donor; None: the one named in the first checkpoint's `mhconvert.json`.
+        record: keep the result as `evaluation.json` in each checkpoint's folder, for its card on the Hub.
+        fresh: measure everything anew.
+        device: a torch device; None: CUDA if present.
+        trust_remote_code: let a model run its own code.
+        on_progress: called with the progress.
+
+    Returns:
+        With the donor first wherever there are models: models (name, role, method, fingerprint, dtype), texts
+        (perplexity, kl(donor ‖ model) in nats a token, top1_agreement), cache (kv_elements_per_token, measured), tasks
+        (metrics and their paired differences from the donor, with standard errors), average, retrieval, settings,
+        versions, seconds. Of the processes of `accelerate launch` the first returns it, the others {}.
+
+    Raises:
+        MhconvertError: What a user can correct.
+    """
+    from mhconvert.eval import comparison
+    from mhconvert.eval.report.recorded_evaluation import record_evaluation
+
+    names = [checkpoints] if isinstance(checkpoints, str) else list(checkpoints)
+    result = comparison.evaluate(
+        names,
+        settings,
+        against=against,
+        fresh=fresh,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        on_progress=on_progress or ignore,
+    )
+    if record and result:
+        record_evaluation(result)
+    return result
+
+
+def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Attention geometry, KV bytes, and which methods apply, of a donor or a converted checkpoint. Reads no weights.
+
+    Args:
+        reference: a folder, a GGUF file, or a repository of the Hub.
+        trust_remote_code: let the model run its own code.
+
+    Returns:
+        What `mhconvert inspect --json` prints.
+
+    Raises:
+        MhconvertError: What a user can correct.
+    """
+    from mhconvert.eval import inspection
+
+    return inspection.inspect(reference, trust_remote_code=trust_remote_code)
+
+
+def generate(
+    checkpoint: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """A continuation of `prompt` by a converted checkpoint or a donor.
+
+    Args:
+        checkpoint: a folder, or a repository of the Hub.
+        prompt: the text; with `chat` a user's message.
+        max_new_tokens: the most tokens to add.
+        chat: put the prompt into the model's chat template.
+        temperature: 0: greedy; above: sampled.
+        seed: of sampling.
+        device: a torch device; None: CUDA if present.
+        trust_remote_code: let the model run its own code.
+        on_text: called with the prompt (not with `chat`) and then with the text as it appears.
+
+    Returns:
+        checkpoint, prompt, text, prompt_tokens, new_tokens, dtype, kv_bytes_per_token (measured on the cache), seconds.
+
+    Raises:
+        MhconvertError: What a user can correct.
+    """
+    from mhconvert.convert import open_model
+    from mhconvert.eval import generation
+
+    opened = open_model.open_model(checkpoint, device=device, trust_remote_code=trust_remote_code)
+    options = generation.Options(max_new_tokens, chat, temperature, seed)
+    return {"checkpoint": checkpoint} | generation.generate(opened, prompt, options, on_text)
+
+
+def bench(
+    checkpoint: str,
+    *,
+    against: str | None = None,
+    contexts: Sequence[int] = (512, 2048, 8192),
+    batch: int = 8,
+    new_tokens: int = 16,
+    reexpand: bool = False,
+    static_cache: bool = False,
+    compile: bool = False,
+    random: str | None = None,
+    kv_budget: float | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Prefill and decode speed of a converted checkpoint and its donor, measured in turns, and their cache bytes.
+
+    Args:
+        checkpoint: a converted checkpoint, or a donor with `random`.
+        against: the donor; None: the one named in `mhconvert.json`.
+        contexts: cached tokens a row when the last timed step is done.
+        batch: rows, copies of one, whose prefill is what is timed.
+        new_tokens: timed steps.
+        reexpand: time the checkpoint without absorption too.
+        static_cache: decode with a cache of fixed size.
+        compile: torch.compile of the decode step, on a static cache.
+        random: a method: random weights of the donor's shape and of its conversion's are timed.
+        kv_budget: of that conversion.
+        dtype: None: bfloat16 on CUDA, else float32.
+        device: a torch device; None: CUDA if present.
+        on_progress: called with the progress.
+
+    Returns:
+        The inputs, and rows, one a context: donor and converted {prefill_tokens_per_s, decode_tokens_per_s,
+        step_seconds, step_spread, steps, cache_bytes, cache_tokens}, ratio (of decode speeds, converted ÷ donor),
+        cache_ratio; with reexpand also reexpanded and ratio_to_reexpanded.
+
+    Raises:
+        MhconvertError: Before weights are read, for what is not converted, has another shape than its donor, is
+            shorter than a context, or does not fit into memory.
+    """
+    from mhconvert.eval.speed import bench as timing
+
+    options = timing.Options(tuple(contexts), batch, new_tokens, dtype, static_cache, compile, reexpand)
+    tell = on_progress or ignore
+    if random is not None:
+        return timing.bench_random(checkpoint, random, kv_budget, options, device, tell)
+    return timing.bench(checkpoint, against, options, device, tell)
