@@ -60,9 +60,10 @@ def push(
         dry_run: make only the checks that need neither the Hub nor a token.
         message: of the commit.
 
-    Returns repo, url, revision (the branch), commit (None in a dry run), files [{path, bytes}], bytes, left_out
-    (files of the folder that are not published), notes (sentences for the person who publishes it), removed (files
-    of an earlier push that were deleted), private, dry_run, card (the published text of README.md).
+    Returns:
+        repo, url, revision (the branch), commit (None in a dry run), files [{path, bytes}], bytes, left_out (files of
+        the folder that are not published), notes (sentences for the person who publishes it), removed (files of an
+        earlier push that were deleted), private, dry_run, card (the published text of README.md).
 
     Raises:
         PublishError: the push is impossible or failed; as it is one commit, the branch is then unchanged.
@@ -72,9 +73,8 @@ def push(
     _require_branch(branch)
     named = branch if branch != constants.DEFAULT_REVISION else None
     content = contents(folder, repo_id, named)
-    result = _describe_push(repo_id, branch, content, private, dry_run)
     if dry_run:
-        return result
+        return _describe_push(repo_id, branch, content, private, dry_run)
     token, on_progress = _token(), on_progress or ignore
     api, attempts = HfApi(token=token), Attempts(repo_id, token, on_progress, sleep)
     on_progress(Progress("push", 0, STEPS, "the repository"))
@@ -84,8 +84,9 @@ def push(
     hidden = _require_private(api, attempts, repo, private)
     on_progress(Progress("push", 1, STEPS, f"{len(content.files)} files to {repo}"))
     removed = _prepare_branch(api, attempts, repo, branch, content)
-    message = message or f"Upload {folder.resolve().name}"
-    commit = _send(api, attempts, repo, branch, content, removed, message)
+    commit = _send(
+        api, attempts, repo, branch, content, removed, message or f"Upload {folder.resolve().name}"
+    )
     on_progress(Progress("push", 3, STEPS, "comparing with the Hub"))
     _require_arrived(api, attempts, repo, commit, content)
     on_progress(Progress("push", STEPS, STEPS, "done"))
