@@ -78,15 +78,13 @@ def push(
     token, on_progress = _token(), on_progress or ignore
     api, attempts = HfApi(token=token), Attempts(repo_id, token, on_progress, sleep)
     on_progress(Progress("push", 0, STEPS, "the repository"))
-    repo = _repository(api, attempts, repo_id, private)
-    if repo != repo_id:  # the Hub added the user's name
-        attempts.repo, content = repo, contents(folder, repo, named)
+    attempts.repo = repo = _repository(api, attempts, repo_id, private)
+    content = contents(folder, repo, named)  # the Hub may have added the user's name
     hidden = _require_private(api, attempts, repo, private)
     on_progress(Progress("push", 1, STEPS, f"{len(content.files)} files to {repo}"))
     removed = _prepare_branch(api, attempts, repo, branch, content)
-    commit = _send(
-        api, attempts, repo, branch, content, removed, message or f"Upload {folder.resolve().name}"
-    )
+    title = message or f"Upload {folder.resolve().name}"
+    commit = _send(api, attempts, repo, branch, content, removed, title)
     on_progress(Progress("push", 3, STEPS, "comparing with the Hub"))
     _require_arrived(api, attempts, repo, commit, content)
     on_progress(Progress("push", STEPS, STEPS, "done"))
