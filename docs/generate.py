@@ -16,7 +16,7 @@ from typing import Any
 import typer.main
 
 from mhconvert.cli.main import app
-from mhconvert.convert.families.table import family_table, markdown
+from mhconvert.convert.methods.family_table import family_table, markdown
 from mhconvert.convert.methods.registry import METHOD_NAMES, settings_class
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe

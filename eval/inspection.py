@@ -13,8 +13,8 @@ from ..convert.checkpoint import identity
 from ..convert.checkpoint.identity import converted_method
 from ..convert.donor.donor import Donor, open_donor
 from ..convert.families import facts as family_facts
-from ..convert.families import refusals
 from ..convert.layer_pass import cost_estimate
+from ..convert.methods import refusals
 from ..convert.methods.registry import ADAPTERS, METHODS, build_method
 from ..convert.open_model import read_config
 from ..convert.recipe.recipe import Recipe

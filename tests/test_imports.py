@@ -32,14 +32,13 @@ FLOORS = (
 CONVERT_FLOORS = (
     ("storage",),
     ("validation",),
-    ("methods/settings",),  # settings.py, info.py, method_info.py and the registry: without torch
-    ("recipe",),
     ("bare_process",),
     ("families",),
     ("attention",),
-    ("donor",),
-    ("calibration",),
     ("methods",),
+    ("donor",),
+    ("recipe",),
+    ("calibration",),
     ("checkpoint",),
     ("layer_pass",),
     ("adapters",),
@@ -102,9 +101,7 @@ def convert_floor(module: str) -> int:
     parts = module.split(".")[2:]
     if not parts:  # the folder's own __init__.py
         return len(CONVERT_FLOORS)
-    torch_free = parts[-1] in ("settings", "info", "method_info", "registry") or parts == ["methods"]
-    word = "methods/settings" if parts[0] == "methods" and torch_free else parts[0]
-    return next(index for index, names in enumerate(CONVERT_FLOORS) if word in names)
+    return next(index for index, names in enumerate(CONVERT_FLOORS) if parts[0] in names)
 
 
 def faults(module: str, text: str, is_package: bool = False) -> list[str]:
@@ -217,15 +214,38 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return sorted(map(list, rings))
 
 
-def test_there_is_no_circle() -> None:
-    graph = {
+def graph_of(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """The modules that each of `modules` imports."""
+    return {
         module: {
             name
             for name, _, _ in imports(module, path.read_text(encoding="utf-8"), path.name == "__init__.py")
             if name in SOURCES and name != module
         }
-        for module, path in SOURCES.items()
-        if module not in ABOVE_ALL
+        for module, path in modules.items()
     }
+
+
+def by_folder(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """`graph` between the folders of convert/, and the files that lie in convert/ itself."""
+    folders: dict[str, set[str]] = {}
+    for module, names in graph.items():
+        if module.startswith("mhconvert.convert."):
+            inside = [name for name in names if name.startswith("mhconvert.convert.")]
+            own = module.split(".")[2]
+            folders.setdefault(own, set()).update({name.split(".")[2] for name in inside} - {own})
+    return folders
+
+
+def test_there_is_no_circle() -> None:
+    graph = graph_of({module: path for module, path in SOURCES.items() if module not in ABOVE_ALL})
     assert circles(graph) == []
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_there_is_no_circle_between_the_folders_of_convert() -> None:
+    graph = graph_of(SOURCES)
+    assert circles(by_folder(graph)) == []
+    facts, refusals = "mhconvert.convert.families.facts", "mhconvert.convert.methods.refusals"
+    assert refusals in graph, "the module that lies above the families' facts"
+    assert circles(by_folder(graph | {facts: {refusals}})) == [["attention", "families", "methods"]]

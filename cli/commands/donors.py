@@ -24,7 +24,7 @@ def command(
 
     def work(_: TextIO) -> dict[str, Any]:
         if families:
-            from ...convert.families.table import family_table
+            from ...convert.methods.family_table import family_table
 
             return {"families": family_table()}
         from ...convert.donor.aliases import ALIASES
@@ -37,7 +37,7 @@ def command(
 def show(result: dict[str, Any], console: Any) -> None:
     """Print alias and hub id, one donor a line; or the table of families."""
     if "families" in result:
-        from ...convert.families.table import markdown
+        from ...convert.methods.family_table import markdown
 
         console.out(markdown(result["families"]), highlight=False)
         return

@@ -18,8 +18,8 @@ from mhconvert.progress import Listener, Progress, ignore
 
 from ..checkpoint import provenance
 from ..donor.donor import Donor, open_donor
-from ..families.refusals import require
 from ..methods.hydra import HydraConfig, HydraLayer, targets
+from ..methods.refusals import require
 from ..recipe.recipe import Recipe, save_recipe
 from ..storage import output_folder
 from ..storage.output_folder import whole_folder

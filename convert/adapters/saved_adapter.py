@@ -17,9 +17,9 @@ from mhconvert.progress import Listener, Progress
 from ..checkpoint.identity import converted_method
 from ..donor.aliases import ALIASES, WHEEL_MODELS
 from ..donor.donor import Donor, open_donor
-from ..families.refusals import refusals
 from ..methods import hydra
 from ..methods.hydra.branches import Branches
+from ..methods.refusals import refusals
 from ..storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ..storage.output_folder import check_free
 from ..storage.safetensors_reader import StoredTensor, read_header, read_json, read_tensor

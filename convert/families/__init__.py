@@ -1,1 +1,1 @@
-"""The supported model families as data, and the checks that a donor has to pass."""
+"""The supported model families as data."""

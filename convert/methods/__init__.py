@@ -1,1 +1,1 @@
-"""The conversion methods, one folder each, and their registry."""
+"""The conversion methods, one folder each, their registry, and which donors they take."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# Names of checks in families/refusals.py that a donor's configuration has to pass.
+# Names of checks in methods/refusals.py that a donor's configuration has to pass.
 MODEL_CHECKS = ("multimodal", "not_causal", "unknown_family", "quantised")
 ATTENTION_CHECKS = (*MODEL_CHECKS, "head_counts", "qk_norm_kind", "attention_kind", "window", "rope")
 
@@ -35,7 +35,7 @@ class MethodInfo:
     help: one line for the command line.
     kind: "layers": it rewrites a donor's layers; "adapter": it puts an adapter beside the donor, which peft loads.
     tag: of the model card on the Hub.
-    checks: names of the checks in `families.refusals` that a donor's configuration has to pass.
+    checks: names of the checks in `methods.refusals` that a donor's configuration has to pass.
     shrinks_cache: whether a conversion at `kv_budget` < 1 leaves a smaller KV cache.
     caches_key_scales: whether the cache also holds the numbers 1 / RMS of a donor's normed keys.
     sizes: (label, key) of the sizes of a layer that plans show; keys are those of `Method.layer_sizes`.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mhconvert.errors import ExportError
 
-from ...families.refusals import STOCK_BLOCKS
+from ...methods.refusals import STOCK_BLOCKS
 from ...storage.dtype_cast import cast
 from ...storage.safetensors_reader import SafetensorsSource
 from ..engine_support import padded_value

@@ -18,8 +18,8 @@ from ...attention.projections import attention_weights, output_bias, rotary_orde
 from ...attention.rotary import LayerRotary
 from ...attention.statistics import observe
 from ...families.facts import attention_facts, family_of
-from ...families.refusals import require
 from ..budget_division import LayerNeed, divide
+from ..refusals import require
 from . import modeling_dha
 from .budget import HeadBudget, head_budget
 from .converted_class import converted_class, decoupled_config

@@ -17,8 +17,8 @@ from ...attention.projections import attention_weights, output_bias, qk_norm
 from ...attention.rotary import LayerRotary
 from ...attention.statistics import observe
 from ...families.facts import attention_facts
-from ...families.refusals import require, served_refusal
 from ..budget_division import LayerNeed, divide
+from ..refusals import require, served_refusal
 from . import modeling_mla
 from .assembly import at_mean_scale, module_tensors
 from .budget import DIVISION, LayerBudget, layer_budget

@@ -13,8 +13,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...attention.rotary import LayerRotary
 from ...families.facts import attention_facts, layer_window
-from ...families.refusals import require
 from ..budget_division import LayerNeed, divide
+from ..refusals import require
 from . import modeling_moh
 from .budget import Heads, heads_of
 from .converted_class import converted_class, mixture_config

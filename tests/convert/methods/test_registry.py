@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import mhconvert
 from mhconvert import EvalSettings, api
-from mhconvert.convert.families.refusals import CHECKS, refusals
 from mhconvert.convert.methods import registry
+from mhconvert.convert.methods.refusals import CHECKS, refusals
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.errors import BudgetError, MhconvertError, UnsupportedError
 from tests.convert.conversions import logits, token_ids

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mhconvert.convert.families.facts import attention_facts
-from mhconvert.convert.families.refusals import require
+from mhconvert.convert.methods.refusals import require
 from mhconvert.errors import BudgetError, UnsupportedError
 
 from .settings import GQASettings

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from ..methods import registry
-from .facts import FAMILIES, Family, attention_facts, rope_settings
+from ..families.facts import FAMILIES, Family, attention_facts, rope_settings
+from . import registry
 from .refusals import OTHER_FIELDS, QK_NORM_FIELDS, refusals
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mhconvert.convert.families.facts import FAMILIES
-from mhconvert.convert.families.table import family_table, markdown
+from mhconvert.convert.methods.family_table import family_table, markdown
 from mhconvert.convert.methods.registry import METHOD_NAMES
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "families.md"

@@ -7,8 +7,8 @@ from typing import Any
 
 from mhconvert.errors import UnsupportedError
 
-from ..methods import registry
-from .facts import Family, attention_facts, family_of, layer_window, rope_settings, rotary_share
+from ..families.facts import Family, attention_facts, family_of, layer_window, rope_settings, rotary_share
+from . import registry
 
 # Types that scale each frequency by a constant; "dynamic" and "longrope" change with the length of the text.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
