@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,16 @@ CONVERT_FLOORS = (
     ("pipeline",),
 )
 ABOVE_ALL = ("mhconvert", "mhconvert.__main__")  # the public names and the script know every floor
-METHODS = tuple(path.parent.name for path in sorted(ROOT.glob("convert/methods/*/method.py")))
+METHODS = tuple(path.parent.name for path in sorted(ROOT.glob("convert/methods/*/info.py")))
+# Modules that are named in a string and imported when they are needed, against the floors: (who names, what is named).
+NAMED_LATER = (
+    (
+        re.compile(r"mhconvert\.convert\.methods\.\w+\.info"),
+        "mhconvert.convert.export",
+    ),  # the writers of forms
+    (re.compile(r"mhconvert\.(convert|heal)"), "mhconvert.api"),  # what `make_callable` calls
+)
+DOTTED = re.compile(r"mhconvert(\.\w+)+")
 
 
 def module_of(path: Path) -> str:
@@ -104,6 +114,33 @@ def convert_floor(module: str) -> int:
     return next(index for index, names in enumerate(CONVERT_FLOORS) if parts[0] in names)
 
 
+def named_modules(text: str) -> Iterator[tuple[str, int]]:
+    """(the module, the line) of every string that is the dotted name of one of our modules, or of a name in one."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and DOTTED.fullmatch(node.value):
+            name = node.value
+            while name not in SOURCES:
+                name = name.rpartition(".")[0]
+            if name != "mhconvert":
+                yield name, node.lineno
+
+
+def against_the_floors(module: str, name: str) -> list[str]:
+    """What is wrong with it that `module` knows the module `name`; nothing where there is none of that name."""
+    if name not in SOURCES:
+        return []
+    found = []
+    if module not in ABOVE_ALL and floor(name) > floor(module):
+        found.append(f"upward import of {name}")
+    if folder(module) == folder(name) == "convert" and convert_floor(name) > convert_floor(module):
+        found.append(f"upward import of {name} inside convert/")
+    method = next((each for each in METHODS if f".methods.{each}." in f"{module}."), None)
+    other = next((each for each in METHODS if f".methods.{each}." in f"{name}."), None)
+    if method is not None and other is not None and method != other:
+        found.append(f"a method knows another: {name}")
+    return found
+
+
 def faults(module: str, text: str, is_package: bool = False) -> list[str]:
     """What the imports of one file do against the rules."""
     found = []
@@ -121,16 +158,12 @@ def faults(module: str, text: str, is_package: bool = False) -> list[str]:
             found.append(f"{where}: {name} is imported by its absolute name; use dots")
         if level and (own is None or target is None):
             found.append(f"{where}: {name} is imported with dots across the package's root")
-        if name not in SOURCES:
-            continue
-        if module not in ABOVE_ALL and floor(name) > floor(module):
-            found.append(f"{where}: upward import of {name}")
-        if own == target == "convert" and convert_floor(name) > convert_floor(module):
-            found.append(f"{where}: upward import of {name} inside convert/")
-        method = next((each for each in METHODS if f".methods.{each}." in f"{module}."), None)
-        other = next((each for each in METHODS if f".methods.{each}." in f"{name}."), None)
-        if method is not None and other is not None and method != other:
-            found.append(f"{where}: a method knows another: {name}")
+        if name == "mhconvert" and module not in ABOVE_ALL and floor(module) < floor("mhconvert.api"):
+            found.append(f"{where}: a public name of mhconvert lies above this module; import its own module")
+        found += [f"{where}: {fault}" for fault in against_the_floors(module, name)]
+    for name, line in named_modules(text):
+        if not any(who.fullmatch(module) and f"{name}.".startswith(f"{what}.") for who, what in NAMED_LATER):
+            found += [f"{module}:{line}: in a string, {fault}" for fault in against_the_floors(module, name)]
     return found
 
 
@@ -157,6 +190,30 @@ def test_a_file_imports_what_lies_below_it(module: str) -> None:
         ("mhconvert.heal.run", "from mhconvert.api import convert", "upward import of mhconvert.api"),
         ("mhconvert.convert.storage.byte_size", "from ..donor import donor", "inside convert/"),
         ("mhconvert.convert.methods.mla.method", "from ..dha import method", "a method knows another"),
+        ("mhconvert.convert.methods.mla.method", "from ..hydra import layer", "a method knows another"),
+        ("mhconvert.heal.run", "from mhconvert import evaluate", "a public name of mhconvert lies above"),
+        ("mhconvert.heal.run", "import mhconvert", "a public name of mhconvert lies above"),
+        ("mhconvert.heal.run", "a = 'mhconvert.api'", "in a string, upward import of mhconvert.api"),
+        (
+            "mhconvert.eval.inspection",
+            "import_module('mhconvert.run.stages')",
+            "in a string, upward import of mhconvert.run.stages",
+        ),
+        (
+            "mhconvert.convert.donor.donor",
+            "a = 'mhconvert.convert.export.forms.writer'",
+            "in a string, upward import of mhconvert.convert.export.forms inside convert/",
+        ),
+        (
+            "mhconvert.convert.methods.mla.info",
+            "a = 'mhconvert.eval.fidelity'",
+            "in a string, upward import of mhconvert.eval.fidelity",
+        ),
+        (
+            "mhconvert.convert.methods.mla.info",
+            "a = 'mhconvert.convert.methods.dha'",
+            "in a string, a method knows another",
+        ),
     ],
 )
 def test_what_is_against_the_rules_is_found(module: str, text: str, said: str) -> None:
@@ -175,6 +232,9 @@ def test_what_is_against_the_rules_is_found(module: str, text: str, said: str) -
         ),
         ("mhconvert.convert.methods.mla", "from ..dha import method", ["a method knows another"]),
         ("mhconvert", "from mhconvert.run.run_recipe import run", []),
+        ("mhconvert.run", "from mhconvert import evaluate", []),
+        ("mhconvert.heal", "make_callable(__name__, 'mhconvert.api')", []),
+        ("mhconvert.eval", "name = 'mhconvert.api'", ["in a string, upward import of mhconvert.api"]),
     ],
 )
 def test_the_rules_hold_for_packages(module: str, text: str, said: list[str]) -> None:
