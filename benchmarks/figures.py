@@ -40,8 +40,8 @@ def load(root: Path = ROOT) -> Figures:
 
 
 def provenance(figure: dict[str, Any], row: Row) -> Row:
-    """`row` with the command, commit, date and machine of its file where it has none; {} for a row with a source."""
-    return {key: row.get(key, figure[key]) for key in PER_ROW} if "source" not in row else {}
+    """The command, commit, date and machine of `row`: its own, or its file's where it has none."""
+    return {key: row.get(key, figure[key]) for key in PER_ROW}
 
 
 def cell(column: dict[str, str], row: Row) -> str:
@@ -90,18 +90,12 @@ def _columns(figure: dict[str, Any], name: str, keys: list[str]) -> list[dict[st
 
 
 def _markdown(figure: dict[str, Any], rows: list[Row], columns: list[dict[str, str]]) -> str:
-    """Without columns that have no value. Rows with a source are in italics, with the source below the table."""
-    sources = list(dict.fromkeys(row["source"] for row in rows if "source" in row))
+    """Without columns that have no value."""
     body = []
     for row in rows:
         full = row | provenance(figure, row)
-        if "command" in full:
-            full["command"] = "<br>".join(f"`{line}`" for line in full["command"])
-        cells = [cell(column, full) for column in columns]
-        if "source" in row:
-            cells = [text and f"*{text}*" for text in cells]
-            cells[0] += f" ({sources.index(row['source']) + 1})"
-        body.append(cells)
+        full["command"] = "<br>".join(f"`{line}`" for line in full["command"])
+        body.append([cell(column, full) for column in columns])
     shown = [n for n in range(len(columns)) if any(cells[n] for cells in body)]
     words = [
         columns[n]["key"] in PER_ROW or any(isinstance(row.get(columns[n]["key"]), str) for row in rows)
@@ -109,8 +103,7 @@ def _markdown(figure: dict[str, Any], rows: list[Row], columns: list[dict[str, s
     ]
     lines = [[columns[n]["label"] for n in shown], ["---" if word else "---:" for word in words]]
     lines += [[cells[n] for n in shown] for cells in body]
-    notes = [f"\n({number}) {source}." for number, source in enumerate(sources, 1)]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + notes)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def fill(text: str, figures: Figures) -> str:

@@ -43,7 +43,6 @@ def series(figures: Figures) -> list[Series]:
         return chosen("mla", lambda row: row["effort"] == effort and row.get("profile") != "portable")
 
     return [
-        Series("TransMLA's code, untrained", "#8a8a8a", "x", mla("TransMLA")),
         Series("MLA, effort quick", "#7fb2e5", "o-", mla("quick")),
         Series("MLA, default effort", "#2f7ed8", "o-", mla("default")),
         Series("MLA, effort high", "#123f7a", "o", mla("high")),
