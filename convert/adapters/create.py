@@ -22,11 +22,10 @@ from ..methods.hydra import HydraConfig, HydraLayer, targets
 from ..methods.refusals import require
 from ..recipe.recipe import Recipe, save_recipe
 from ..storage import output_folder
+from ..storage.byte_size import SLACK_BYTES
 from ..storage.output_folder import whole_folder
 from . import card
 from .saved_adapter import WEIGHTS
-
-SLACK_BYTES = 1 << 20  # config, README, headers
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from ..adapters.shape_check import require_fit
 from ..checkpoint import provenance
 from ..donor.donor import Donor
 from ..methods.hydra.branches import as_lora, bias_delta
+from ..storage.byte_size import SLACK_BYTES
 from ..storage.output_folder import whole_folder
 
-SLACK_BYTES = 1 << 20  # config, README, headers
 BIASES = {"none": "none", "all": "all", "hydra_only": "lora_only"}
 
 
