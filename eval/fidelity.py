@@ -1,6 +1,6 @@
 """How closely a converted model follows its donor: perplexity, KL divergence, top-1 agreement.
 
-Logits are taken in row by row and only float64 sums are kept. `evaluate` gives the numbers in the README.
+Logits are taken in row by row and only float64 sums are kept. `evaluate` gives the numbers in docs/measured.md.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def test_a_hydra_adapter_is_trained(cli: Cli, donor: Path, text: Path, tmp_path:
 
 
 def test_heads_are_fused_in_two_rounds(cli: Cli, text: Path, tmp_path: Path) -> None:
-    """A conversion that leaves its heads apart, then 2 ×, then 2 ×: the README's three commands."""
+    """A conversion that leaves its heads apart, then 2 ×, then 2 ×: the three commands in docs/methods/dha.md."""
     source = make_donor(tmp_path / "donor", heads=4, kv_heads=4)
     words = (
         *("--to", "dha", "--kv-budget", 0.25, "--fusion", "trained", "--calibration", text),
