@@ -204,4 +204,4 @@ def plan(
 
 
 def _no_fit(*_: Any, **__: Any) -> None:
-    """A survey takes closed forms as they are."""
+    """No-op fit: a survey uses closed-form results without training."""

@@ -19,8 +19,10 @@ from ..storage.dtype_cast import DTYPES
 from .layer_steps import block_steps
 
 RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
-SURVEY_COPIES = 4  # of what it keeps of each layer: attention inputs, outputs, and a longer one
-STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a result on its way
+# Buffers that the survey holds at its peak for each layer so far: hidden states, a concatenated copy, attention inputs,
+# attention outputs.
+SURVEY_COPIES = 4
+STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a temporary result
 
 
 def output_dtype(recipe: Recipe, donor: Donor) -> torch.dtype:
@@ -49,8 +51,8 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         2 if block_steps(recipe, -(-tokens // length), length) else 1
     )  # the student has the fitted rows too
     streams = 4 * config.hidden_size * (both * tokens + 2 * held)
-    judged = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
-    survey = SURVEY_COPIES * 4 * config.hidden_size * layers * judged if method.divisible else 0
+    eval_tokens = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
+    survey = SURVEY_COPIES * 4 * config.hidden_size * layers * eval_tokens if method.divisible else 0
     output_bytes = converted * width
     layer_memory = 4 * (per_layer + method.new_parameters() * 4)
     embedding = config.vocab_size * config.hidden_size * donor.dtype.itemsize

@@ -26,9 +26,9 @@ from ..storage.dtype_cast import cast, require_finite_states
 from .context import ConversionContext
 from .decoder_layer import Layer, Streams
 
-ABSURD_ERROR = 100.0  # of a layer's relative error: something is broken, not merely lossy
+MAX_RELATIVE_ERROR = 100.0  # of a layer; above this the conversion is considered broken
 FIT_STEPS = {"quick": 0, "default": 180, "high": 360}
-FIT_TOKENS = 1024  # a step
+FIT_TOKENS = 1024  # tokens per optimiser step
 BLOCK_ROUNDS = {"quick": 0, "default": 0, "high": 1}  # how often the block's fit reads the calibration text
 
 
@@ -115,8 +115,8 @@ def convert_attention(
 
 
 def refit_block(context: ConversionContext, layer: Layer, attention: Any, streams: Streams) -> None:
-    """Fit the converted attention once more, so that the whole block gives what the donor's block gives, on the stream
-    that really reaches it: this repairs what the layers before have changed.
+    """Fine-tune the converted attention so that the decoder layer's output matches the donor's, given the student's own
+    hidden states (corrects errors of earlier layers).
 
     The student's stream is still before the layer, the teacher's behind it. Outputs are compared as the norm behind the
     block gives them. Does nothing where the recipe's effort fits no blocks.
@@ -148,7 +148,7 @@ def advance_student(layer: Layer, attention: Any, targets: LayerTargets, student
         CheckpointError: The error is not finite, or larger than any conversion's.
     """
     error = relative_error(layer.attend(attention, targets.held_inputs), targets.held_targets)
-    if not math.isfinite(error) or error > ABSURD_ERROR:
+    if not math.isfinite(error) or error > MAX_RELATIVE_ERROR:
         raise CheckpointError(
             f"layer {layer.index}: the converted attention's relative error is {error:.3g}; its weights or "
             "statistics are not usable. Try other calibration text or a larger budget"

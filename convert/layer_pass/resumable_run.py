@@ -30,7 +30,8 @@ STATE = "state.json"  # what is finished
 ROWS = "rows.safetensors"  # the calibration rows
 NEEDS = "needs.json"  # what a survey of the layers found
 
-COMMIT_SHARE = 0.1  # of a run's time that commits may take: each writes both streams
+# Largest share of wall time spent writing resume state; each write saves both hidden-state streams.
+COMMIT_SHARE = 0.1
 NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may change
 
 

@@ -24,7 +24,7 @@ from ..recipe.recipe import Recipe
 from . import layer_steps
 from .context import ConversionContext
 
-PROBED = 5 / 16  # the budget at which one layer alone is converted, or the nearest that the donor can express
+PROBE_BUDGET = 5 / 16  # one layer alone is converted at it, or at the nearest that the donor can express
 TOKENS = 8192  # of the calibration text that the statistics come from
 STRIDE = 4  # one position in so many is compared at the output
 
@@ -34,14 +34,15 @@ class _Streams:
     """Hidden states of the survey's text, float32 on the CPU.
 
     Attributes:
-        ids: (judges, L), the rows that layers are judged on.
-        teacher: (N, L, D), rows for the statistics and then the judging rows, through the donor.
-        judged: for each layer so far the judging rows, through the donor with that layer alone converted.
+        ids: (eval_rows, L), the rows on which each layer's conversion is measured.
+        teacher: (N, L, D), rows for the statistics and then the evaluation rows, through the donor.
+        hidden_with_layer_converted: for each layer so far the evaluation rows, through the donor with that layer alone
+            converted.
     """
 
     ids: Tensor
     teacher: Tensor
-    judged: list[Tensor] = field(default_factory=list)
+    hidden_with_layer_converted: list[Tensor] = field(default_factory=list)
 
     @property
     def fitted(self) -> int:
@@ -54,7 +55,7 @@ def measure_needs(context: ConversionContext) -> list[LayerNeed]:
     methods = _methods(context.recipe, context.donor)
     if not methods:  # layers of so few elements that there is nothing to divide
         return [LayerNeed((1.0,), (1.0,), 1.0, 0.0)] * context.layers
-    probed = min(methods, key=lambda share: abs(share - PROBED))
+    probed = min(methods, key=lambda share: abs(share - PROBE_BUDGET))
     streams = _embedded(context)
     errors = []
     for index in range(context.layers):
@@ -85,9 +86,9 @@ def _embedded(context: ConversionContext) -> _Streams:
     """The streams before the first layer: of the fit's text, its first rows and its last ones."""
     rows = context.rows.fit
     count, length = rows.shape
-    judges = calibration_rows.judging_rows(length, count)
-    ids = rows[-judges:, : calibration_rows.JUDGE_TOKENS]
-    fitted = rows[: max(1, min(TOKENS // length, count - judges)), : ids.shape[1]]
+    eval_rows = calibration_rows.judging_rows(length, count)
+    ids = rows[-eval_rows:, : calibration_rows.JUDGE_TOKENS]
+    fitted = rows[: max(1, min(TOKENS // length, count - eval_rows)), : ids.shape[1]]
     return _Streams(ids, context.donor.embed(torch.cat((fitted, ids))))
 
 
@@ -97,11 +98,11 @@ def _survey_layer(
     """The relative error of layer `index` by share; all streams move behind the layer."""
     layer = layer_steps.read_layer(context, index, streams.ids.shape[1])
     before = streams.teacher[streams.fitted :].clone()
-    if streams.judged:
-        earlier = torch.cat(streams.judged)
+    if streams.hidden_with_layer_converted:
+        earlier = torch.cat(streams.hidden_with_layer_converted)
         with half_products(context.device):
             layer.complete(earlier, layer.attend(layer.attention, layer.attention_inputs(earlier)))
-        streams.judged = list(earlier.split(len(before)))
+        streams.hidden_with_layer_converted = list(earlier.split(len(before)))
     targets = layer_steps.observe(context, layer, methods[probed], streams.teacher, streams.fitted)
     errors = {}
     for share, method in methods.items():
@@ -111,20 +112,20 @@ def _survey_layer(
         errors[share] = relative_error(output, targets.held_targets)
         if share == probed:
             layer.complete(before, output)
-    streams.judged.append(before)
+    streams.hidden_with_layer_converted.append(before)
     return errors
 
 
 @torch.inference_mode()
 def _divergences(context: ConversionContext, streams: _Streams) -> list[float]:
     """KL(donor ‖ donor with one layer converted) of each layer, from the hidden states behind the last."""
-    donor, predictions = context.donor, [context.measure() for _ in streams.judged]
+    donor, predictions = context.donor, [context.measure() for _ in streams.hidden_with_layer_converted]
     teacher = streams.teacher[streams.fitted :]
     following = streams.ids[:, 1::STRIDE]
     positions = torch.arange(following.shape[1]) * STRIDE
     for row, targets in enumerate(following):
         expected = donor.head(teacher[row, positions].to(context.device)).cpu()
-        for hidden, prediction in zip(streams.judged, predictions, strict=True):
+        for hidden, prediction in zip(streams.hidden_with_layer_converted, predictions, strict=True):
             logits = donor.head(hidden[row, positions].to(context.device)).cpu()
             prediction.add(expected, logits, targets)
     return [prediction.result()["kl"] for prediction in predictions]

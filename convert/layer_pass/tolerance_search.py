@@ -25,18 +25,20 @@ from . import budget_curve, layer_steps
 from .context import ConversionContext
 from .resumable_run import Workspace
 
-GRID = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # where closed forms are measured
-LOOK_TOKENS = 8192  # of the calibration text that they see where a fit follows
-NEAR = (0.7, 0.9)  # of the budget that the closed form needs: where the fit is measured
-AIM = 0.95  # of the tolerance: what the interpolation aims at, so that the conversion seldom misses
-REACH = 1.5  # how far beyond the measured budgets the answer may lie
-NEGLIGIBLE = 1e-3  # of the aim: damage below it counts as this
-STEEPEST = (
-    0.25  # of the aim, likewise, between two budgets: at the whole budget the damage falls to 0 at once
+# Budgets at which closed forms are measured, and the calibration tokens that they see where a fit follows:
+GRID = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+GRID_TOKENS = 8192
+REFINE_FRACTIONS = (0.7, 0.9)  # the fit is measured at these fractions of the closed form's budget
+SAFETY_FACTOR = (
+    0.95  # the search aims at this fraction of the tolerance, so that the conversion seldom misses
 )
-STEP_UP = 0.05  # of the budget: the least that a miss adds; each further miss doubles it
+REACH = 1.5  # the answer lies within this factor of the measured budgets
+MIN_LOSS = 1e-3  # fraction of the allowed loss; a smaller loss counts as this
+# The same for the larger of two budgets that are interpolated, as the loss falls to 0 at once at the whole budget:
+MIN_INTERPOLATED_LOSS = 0.25
+STEP_UP = 0.05  # a miss raises the budget by at least this fraction; each further miss doubles it
 
-Point = tuple[float, float]  # budget, and how far beyond the donor it was measured
+Point = tuple[float, float]  # budget, and loss: how far beyond the donor the conversion was measured
 Attempt = Callable[
     [ConversionContext], tuple[Method, dict[str, Any]]
 ]  # converts all layers: method and report
@@ -94,33 +96,33 @@ def find_budget(context: ConversionContext) -> dict[str, Any]:
     """
     recipe, rows = context.recipe, context.rows
     target = parse(str(recipe.tolerance))
-    aim, fits = AIM * target.allowed, layer_steps.fit_steps(recipe) > 0
+    goal, fits = SAFETY_FACTOR * target.allowed, layer_steps.fit_steps(recipe) > 0
     grid = budget_curve.expressible(recipe, context.donor, GRID)
     plain = context
     if fits:
-        seen = max(1, LOOK_TOKENS // rows.fit.shape[1])
+        seen = max(1, GRID_TOKENS // rows.fit.shape[1])
         closed_form = replace(recipe, effort="quick", fit_steps=0)
         plain = replace(context, recipe=closed_form, rows=Rows(rows.fit[:seen], rows.held_out))
-    looked = _measured(plain, grid, as_asked=not fits)
-    budget = crossing(points(looked, target), aim)
+    measurements = _measured(plain, grid, full_recipe=not fits)
+    budget = smallest_budget_within(points(measurements, target), goal)
     if fits:
-        shares = NEAR if budget < 1 else (NEAR[1], 1.0)
-        near = sorted({round_up(max(grid[0], share * budget)) for share in shares})
-        looked += _measured(context, near, as_asked=True)
-        budget = crossing(points(looked, target, as_asked=True), aim)
-        while grid[0] < budget < near[0] / REACH * 1.001:  # the fit saves more than was expected
-            near = [round_up(budget)]
-            looked += _measured(context, near, as_asked=True)
-            budget = crossing(points(looked, target, as_asked=True), aim)
-    whole = [one["measured"] for one in looked if one["as_asked"] and one["kv_budget"] == 1]
+        fractions = REFINE_FRACTIONS if budget < 1 else (REFINE_FRACTIONS[1], 1.0)
+        refined = sorted({round_up(max(grid[0], fraction * budget)) for fraction in fractions})
+        measurements += _measured(context, refined, full_recipe=True)
+        budget = smallest_budget_within(points(measurements, target, full_recipe=True), goal)
+        while grid[0] < budget < refined[0] / REACH * 1.001:  # the fit saves more than was expected
+            refined = [round_up(budget)]
+            measurements += _measured(context, refined, full_recipe=True)
+            budget = smallest_budget_within(points(measurements, target, full_recipe=True), goal)
+    whole = [one["measured"] for one in measurements if one["as_asked"] and one["kv_budget"] == 1]
     if whole and target.beyond(whole[-1]) > target.allowed:
         raise _out_of_reach(target, whole[-1])
     budget = round_up(max(grid[0], budget))
-    return {"asked": str(target), "kv_budget": budget, "looked": looked, "tried": []}
+    return {"asked": str(target), "kv_budget": budget, "looked": measurements, "tried": []}
 
 
 def _measured(
-    context: ConversionContext, budgets: Sequence[float], *, as_asked: bool
+    context: ConversionContext, budgets: Sequence[float], *, full_recipe: bool
 ) -> list[dict[str, Any]]:
     """The tolerance's measure at each budget, from one pass that writes nothing."""
     target = parse(str(context.recipe.tolerance))
@@ -132,32 +134,37 @@ def _measured(
     recipes = [context.recipe.at_budget(share) for share in budgets]
     traced = budget_curve.trace(replace(context, on_progress=listen), recipes)
     return [
-        {"kv_budget": point["kv_budget"], "measured": target.value(point), "as_asked": as_asked}
+        {"kv_budget": point["kv_budget"], "measured": target.value(point), "as_asked": full_recipe}
         for point in traced["points"]
     ]
 
 
-def points(measured: Sequence[dict[str, Any]], target: Tolerance, as_asked: bool = False) -> list[Point]:
-    """(budget, damage) from the smallest budget up; as_asked: without the measurements that only say where to look."""
-    kept = (one for one in measured if one.get("as_asked", True) or not as_asked)
+def points(
+    measurements: Sequence[dict[str, Any]], target: Tolerance, full_recipe: bool = False
+) -> list[Point]:
+    """(budget, loss) from the smallest budget up.
+
+    full_recipe: only measurements with the recipe's own effort and text, without the closed forms of the grid.
+    """
+    kept = (one for one in measurements if one.get("as_asked", True) or not full_recipe)
     return sorted((one["kv_budget"], target.beyond(one["measured"])) for one in kept)
 
 
-def crossing(measured: Sequence[Point], aim: float) -> float:
-    """The budget from which on the damage is at most `aim`, by log-linear interpolation; at most 1.
+def smallest_budget_within(losses: Sequence[Point], allowed: float) -> float:
+    """The budget from which on the loss is at most `allowed`, by log-linear interpolation; at most 1.
 
-    measured: from the smallest budget up; damage need not fall all the way, as small differences are noise. Beyond
-    the measured budgets the nearest two go on, by REACH at most.
+    losses: from the smallest budget up; they need not fall all the way, as small differences are noise. Beyond the
+    measured budgets the line through the nearest two is followed, by REACH at most.
     """
-    logs = [(math.log(b), math.log(min(max(d / aim, NEGLIGIBLE), 1 / NEGLIGIBLE))) for b, d in measured]
-    too_much = [index for index, (_, height) in enumerate(logs) if height > 0]
-    first = too_much[-1] + 1 if too_much else 0  # from it on all are within the aim
+    logs = [(math.log(b), math.log(min(max(x / allowed, MIN_LOSS), 1 / MIN_LOSS))) for b, x in losses]
+    too_large = [index for index, (_, height) in enumerate(logs) if height > 0]
+    first = too_large[-1] + 1 if too_large else 0  # from it on all are within the limit
     if first == 0:
         pair, lowest, highest = logs[:2], logs[0][0] - math.log(REACH), logs[0][0]
     elif first == len(logs):
         pair, lowest, highest = logs[-2:], logs[-1][0], logs[-1][0] + math.log(REACH)
     else:
-        pair = [logs[first - 1], (logs[first][0], max(logs[first][1], math.log(STEEPEST)))]
+        pair = [logs[first - 1], (logs[first][0], max(logs[first][1], math.log(MIN_INTERPOLATED_LOSS)))]
         lowest, highest = pair[0][0], pair[1][0]
     (b0, h0), (b1, h1) = pair[0], pair[-1]
     answer = b0 + h0 / (h0 - h1) * (b1 - b0) if h1 < h0 else math.inf
@@ -167,10 +174,10 @@ def crossing(measured: Sequence[Point], aim: float) -> float:
 def step_up(state: dict[str, Any], target: Tolerance) -> float:
     """Return the budget after a miss: interpolated anew, at least one step larger, at most one known to be within."""
     failed, misses = state["kv_budget"], len(state["tried"])
-    known = points([*state["looked"], *state["tried"]], target, as_asked=True)
+    known = points([*state["looked"], *state["tried"]], target, full_recipe=True)
     least = failed * (1 + STEP_UP * 2 ** (misses - 1))
-    better = round_up(max(crossing(known, AIM * target.allowed), least))
-    met = [budget for budget, damage in known if budget > failed and damage <= target.allowed]
+    better = round_up(max(smallest_budget_within(known, SAFETY_FACTOR * target.allowed), least))
+    met = [budget for budget, loss in known if budget > failed and loss <= target.allowed]
     return min(better, *met[:1]) if met else better
 
 

@@ -18,9 +18,9 @@ ROPE_SHARES = {
     "default": (1 / 4, 1 / 3, 2 / 5, 1 / 2),
     "high": (1 / 8, 1 / 6, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 3 / 5, 2 / 3),
 }
-LEAST, MOST = 1 / 2, 2  # bounds of one layer's budget, times the mean budget
+MIN_LAYER_FACTOR, MAX_LAYER_FACTOR = 1 / 2, 2  # bounds of one layer's budget, as multiples of the mean budget
 DIVISION = 96  # a budget is divided over layers in steps of 1 / DIVISION of the donor's elements
-SMALLEST = 3  # elements: one rotary component (two) and a latent of width one
+MIN_ELEMENTS = 3  # of a layer: one rotary component, which is two elements, and a latent of width one
 ROUND_WIDTH = 16  # elements: error messages suggest multiples of it
 
 # (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) that the MLA prefill of vLLM 0.33 takes on Hopper and older GPUs.
@@ -56,9 +56,9 @@ class LayerBudget:
     @property
     def limits(self) -> tuple[int, int]:
         """The least and the most elements that one layer may get when the budget is divided over the layers."""
-        least = max(SMALLEST + self.key_scales, round(LEAST * self.elements))
+        least = max(MIN_ELEMENTS + self.key_scales, round(MIN_LAYER_FACTOR * self.elements))
         return min(least, self.elements), min(
-            round(MOST * self.elements), self.donor_elements + self.key_scales
+            round(MAX_LAYER_FACTOR * self.elements), self.donor_elements + self.key_scales
         )
 
     def component_choices(self, effort: str) -> list[int]:
@@ -99,7 +99,7 @@ def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
         return budget
     elements = round(settings.kv_budget * donor)
     rope = portable_rope(head_dim) if settings.profile == "portable" else None
-    smallest = (SMALLEST if rope is None else rope + 1) + scales
+    smallest = (MIN_ELEMENTS if rope is None else rope + 1) + scales
     if elements < smallest:
         needs = f"{smallest}" if rope is None else f"{smallest} (a rotary key of {rope} and a latent)"
         raise BudgetError(

@@ -69,7 +69,7 @@ def test_a_need_is_what_the_model_with_that_layer_converted_says(
     donor = quietened(tmp_path / "donor", 1, seed)
     asked = dataclasses.replace(recipe(tmp_path / "out"), model=donor)
     needs, rows = surveyed(asked)
-    assert [need.probed for need in needs] == [survey.PROBED] * LAYERS
+    assert [need.probed for need in needs] == [survey.PROBE_BUDGET] * LAYERS
     model = open_donor(donor).model(torch.device("cpu"), torch.float32)
     whole = MLASettings(kv_lora_rank=ELEMENTS // 2, qk_rope_head_dim=ELEMENTS // 2)
     assert needs[1].divergence < 0.01 * min(needs[0].divergence, needs[2].divergence)
@@ -77,7 +77,7 @@ def test_a_need_is_what_the_model_with_that_layer_converted_says(
         assert list(need.errors) == sorted(need.errors, reverse=True)
     ids = rows.fit[-calibration_rows.JUDGES :]
     converted = dataclasses.replace(
-        asked, settings=MLASettings(kv_budget=survey.PROBED), effort="quick", fit_steps=0
+        asked, settings=MLASettings(kv_budget=survey.PROBE_BUDGET), effort="quick", fit_steps=0
     )
     mhconvert.convert(converted)
     mhconvert.convert(dataclasses.replace(converted, settings=whole, output=str(tmp_path / "whole")))

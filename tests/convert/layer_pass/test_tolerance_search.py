@@ -15,7 +15,7 @@ import mhconvert
 from mhconvert.convert import pipeline
 from mhconvert.convert.layer_pass import tolerance_search
 from mhconvert.convert.layer_pass.context import ConversionContext
-from mhconvert.convert.layer_pass.tolerance_search import REACH, crossing, round_up, step_up
+from mhconvert.convert.layer_pass.tolerance_search import REACH, round_up, smallest_budget_within, step_up
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe, load_recipe
 from mhconvert.convert.recipe.tolerance import parse
@@ -26,7 +26,7 @@ from tests.donors import make_donor
 
 Build = Callable[..., Recipe]
 quick = settings(max_examples=200, deadline=None, derandomize=True)
-damages = st.lists(st.floats(0, 10), min_size=1, max_size=9)
+losses = st.lists(st.floats(0, 10), min_size=1, max_size=9)
 
 
 def power_law(budgets: list[float], exponent: float) -> list[tuple[float, float]]:
@@ -38,33 +38,35 @@ def power_law(budgets: list[float], exponent: float) -> list[tuple[float, float]
 def test_a_power_law_is_met_where_it_crosses(budgets: list[float], exponent: float) -> None:
     """To 5 %: a fall by more than a factor 4 between two budgets is not trusted."""
     for wanted in (0.32, 0.35):
-        aim = 0.01 * wanted**-exponent
-        assert crossing(power_law(budgets, exponent), aim) == pytest.approx(wanted, rel=0.05)
+        allowed = 0.01 * wanted**-exponent
+        assert smallest_budget_within(power_law(budgets, exponent), allowed) == pytest.approx(
+            wanted, rel=0.05
+        )
 
 
 def test_beyond_what_was_measured_the_last_two_go_on_a_little() -> None:
     measured = power_law([0.3, 0.4], 2.0)
-    assert crossing(measured, 0.01 * 0.25**-2) == pytest.approx(0.25)
-    assert crossing(measured, 0.01 * 0.5**-2) == pytest.approx(0.5)
-    assert crossing(measured, 0.01 * 0.01**-2) == pytest.approx(0.3 / REACH)
-    assert crossing(measured, 0.01 * 0.99**-2) == pytest.approx(0.4 * REACH)
-    assert crossing([(0.9, 1.0), (1.0, 0.9)], 0.01) == 1
+    assert smallest_budget_within(measured, 0.01 * 0.25**-2) == pytest.approx(0.25)
+    assert smallest_budget_within(measured, 0.01 * 0.5**-2) == pytest.approx(0.5)
+    assert smallest_budget_within(measured, 0.01 * 0.01**-2) == pytest.approx(0.3 / REACH)
+    assert smallest_budget_within(measured, 0.01 * 0.99**-2) == pytest.approx(0.4 * REACH)
+    assert smallest_budget_within([(0.9, 1.0), (1.0, 0.9)], 0.01) == 1
 
 
 def test_one_measurement_and_none_that_falls() -> None:
-    assert crossing([(0.4, 0.1)], 0.2) == pytest.approx(0.4)
-    assert crossing([(0.4, 0.1)], 0.05) == pytest.approx(0.4 * REACH)
-    assert crossing([(0.3, 0.1), (0.4, 0.1)], 0.05) == pytest.approx(0.4 * REACH)
+    assert smallest_budget_within([(0.4, 0.1)], 0.2) == pytest.approx(0.4)
+    assert smallest_budget_within([(0.4, 0.1)], 0.05) == pytest.approx(0.4 * REACH)
+    assert smallest_budget_within([(0.3, 0.1), (0.4, 0.1)], 0.05) == pytest.approx(0.4 * REACH)
 
 
 @quick
-@given(damages, st.floats(0.001, 5))
-def test_noise_is_no_reason_to_stop_early(found: list[float], aim: float) -> None:
-    """Every measured budget at or above the answer is within the aim."""
-    measured = [((n + 1) / len(found), damage) for n, damage in enumerate(found)]
-    answer = crossing(measured, aim)
+@given(losses, st.floats(0.001, 5))
+def test_noise_is_no_reason_to_stop_early(found: list[float], allowed: float) -> None:
+    """Every measured budget at or above the answer has at most the allowed loss."""
+    measured = [((n + 1) / len(found), loss) for n, loss in enumerate(found)]
+    answer = smallest_budget_within(measured, allowed)
     assert 0 < answer <= 1
-    assert all(damage <= aim for budget, damage in measured[:-1] if budget > answer * 1.0001)
+    assert all(loss <= allowed for budget, loss in measured[:-1] if budget > answer * 1.0001)
 
 
 def test_round_up() -> None:
