@@ -157,7 +157,7 @@ def readable(parse: Callable[[Any], Any]) -> Callable[[str | None], str | None]:
     def check(text: str | None) -> str | None:
         try:
             _ = text is None or parse(text)
-        except MhconvertError as error:
+        except (MhconvertError, ArithmeticError, ValueError) as error:
             raise typer.BadParameter(str(error)) from error
         return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ def token_count(value: int | str, name: str = "tokens") -> int:
     if match is None:
         raise HealError(f"{name} '{value}' is not a number of tokens such as 200k or 20M")
     count = float(match[1]) * FACTORS[match[2]]
-    if count != int(count):
+    if not math.isfinite(count) or count != int(count):
         raise HealError(f"{name}={value} is not a whole number of tokens")
     return int(count)
 

@@ -218,6 +218,8 @@ def test_ctrl_c_tells_how_to_go_on(
         ("export tiny", "Missing option '--to'. Choose one of auto, deepseek_v3, youtu, own, gguf, llama,"),
         ("tiny --effort quick", "Missing option '--to'. Choose one of mla, dha, moh, hydra"),
         ("tiny --to mla --heal much", "tokens 'much' is not a number of tokens such as 200k or 20M"),
+        ("tiny --to mla --heal 1e400", "tokens=1e400 is not a whole number of tokens"),
+        ("heal tiny --tokens 5 --batch-tokens 1e999", "batch_tokens=1e999 is not a whole number of tokens"),
         ("tiny --to mla --tolerance kl", "tolerance 'kl' is neither kl=NATS nor ppl=RATIO"),
         ("tiny --to moh --active many", "'many' is neither a share of heads nor a list"),
     ],

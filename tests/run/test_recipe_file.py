@@ -413,6 +413,7 @@ def test_tasks_may_be_one_text(file: Path) -> None:
     ("override", "expected"),
     [
         ("heal.tokens=1e-3", "tokens '1e-3' is not a number of tokens such as 200k or 20M"),
+        ("heal.tokens=1e400k", "tokens=1e400k is not a whole number of tokens"),
         ("heal.tokens=-1", "tokens=-1 is not a number of tokens such as 200k or 20M"),
         ("heal.save_tokens=-1", "save_tokens=-1 is not a number of tokens such as 200k or 20M"),
         ("heal.tokens=true", "heal.tokens: true is not a whole number or text"),
