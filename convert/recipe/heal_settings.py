@@ -20,6 +20,7 @@ Schedule = Literal["cosine", "wsd", "constant"]
 Router = Literal["fixed", "trained"]
 TERMS = ("kl", "ce", "hidden", "balance")
 FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+A_TENTH = "a tenth of tokens"
 SEED = Option(
     "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
 )
@@ -74,13 +75,13 @@ def weighted(text: str) -> tuple[str, float | None]:
         return text.strip(), None
 
 
-def _tokens(help: str, name: str, default: str = "") -> Option:
-    """Return the option of a number of tokens, which may also be written as 20M."""
+def _tokens(help: str, name: str, default: str = "", least: int = 0) -> Option:
+    """Return the option of a number of tokens, `least` or more, which may also be written as 20M."""
     return Option(
         help,
         "N",
-        ge=0,
-        range_hint="is not a number of tokens such as 200k or 20M",
+        ge=least,
+        range_hint=None if least else "is not a number of tokens such as 200k or 20M",
         parse=lambda text: token_count(text, name),
         also=str,
         default=default,
@@ -191,7 +192,7 @@ class HealSettings(Settings):
     ] = None
     batch_tokens: Annotated[
         Takes[int | None, int | str | None],
-        _tokens("Tokens a step, all processes.", "batch_tokens", "a two-hundredth of tokens, from 1k to 64k"),
+        _tokens("Tokens a step of all processes.", "batch_tokens", "tokens / 200, from 1k to 64k", 1),
     ] = default(None)
     micro_batch: Annotated[
         int | None,
@@ -204,11 +205,11 @@ class HealSettings(Settings):
     epochs: Annotated[int, Option("How often text may be read, if it is short.", "N", ge=1)] = 1
     eval_tokens: Annotated[
         Takes[int | None, int | str | None],
-        _tokens("Tokens between two measurements on the held-out rows.", "eval_tokens", "a tenth of tokens"),
+        _tokens("Tokens between two measurements on the held-out rows.", "eval_tokens", A_TENTH, 1),
     ] = default(None)
     save_tokens: Annotated[
         Takes[int | None, int | str | None],
-        _tokens("Tokens between two durable checkpoints.", "save_tokens", "a tenth of tokens"),
+        _tokens("Tokens between two durable checkpoints.", "save_tokens", A_TENTH, 1),
     ] = default(None)
     seed: Annotated[int, SEED] = 0
     device: Annotated[
