@@ -95,6 +95,7 @@ Output = Annotated[
 ]
 
 CALIBRATION = Group("Calibration", Calibration, layers=True)
+TOLERANCE = Group("Conversion", Recipe, ("tolerance",), layers=True, cache=True)
 ANY_METHOD = Group("Every method", Recipe, ("seed", "trust_remote_code"))
 
 

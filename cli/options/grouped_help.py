@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import typer
@@ -20,12 +21,25 @@ class GroupedCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[WORDS] = list(args)
+        if not ctx.resilient_parsing and any(word in ctx.help_option_names for word in args):
+            self._require_known_method(ctx, _after("--to", args))
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             names = getattr(getattr(error.param, "callback", None), "__dict__", {}).get(NAMES)
             if names and not error.message:  # it is missing
                 error.message = f"Choose one of {', '.join(names)}"
+            raise
+
+    def _require_known_method(self, ctx: Any, to: str | None) -> None:
+        """Raise BadParameter for a method that there is not: `--help` is done before options are checked."""
+        parameter = next((each for each in self.get_params(ctx) if "--to" in each.opts), None)
+        if to is None or to.startswith("-") or parameter is None or parameter.callback is None:
+            return
+        try:
+            parameter.callback(ctx, parameter, to)
+        except typer.BadParameter as error:
+            error.ctx, error.param = ctx, parameter
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -44,6 +58,8 @@ class GroupedCommand(TyperCommand):
             if parameter.name in known:
                 heading = heading_of(entries[parameter.name])
                 record = (record[0], joint_help(entries[parameter.name]))
+            elif hidden:
+                record = (record[0], _without(hidden, record[1]))
             sections.setdefault(heading, []).append(record)
         for heading, records in sorted(sections.items(), key=lambda section: section[0] != "Arguments"):
             with formatter.section(heading):
@@ -51,6 +67,16 @@ class GroupedCommand(TyperCommand):
 
     def _of_callback(self, name: str) -> tuple[Any, ...]:
         return getattr(self.callback, "__wrapped__", self.callback).__dict__.get(name, ())
+
+
+def _without(hidden: Collection[str | None], help: str) -> str:
+    """Return the help without the parts between semicolons that speak of an option that is hidden."""
+    parts = [
+        part
+        for part in help.split("; ")
+        if not {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", part)} & {*hidden}
+    ]
+    return "; ".join(parts).rstrip(".") + "." if parts and len(parts) < len(help.split("; ")) else help
 
 
 def _after(flag: str, words: Sequence[str]) -> str | None:

@@ -205,6 +205,9 @@ def test_ctrl_c_tells_how_to_go_on(
     [
         ("tiny", "--to"),
         ("tiny --to moa", "'moa' is not a method; choose one of"),
+        ("tiny --to moa --help", "'moa' is not a method; choose one of"),
+        ("curve tiny --to=moh -h", "'moh' is not a method that changes the KV cache; choose one of"),
+        ("tiny --to moh --tolerance kl=0.1", "--tolerance does not apply to moh"),
         ("tiny --to mla --effort huge", "huge"),
         ("tiny --to mla --kv-budget much", "--kv-budget"),
         ("tiny --to mla --kv-budget 0.3 --kv-lora-rank 8 --qk-rope-head-dim 8", "but not both"),
@@ -270,6 +273,19 @@ def test_help_of_an_adapter_has_no_options_of_a_pass(main: Main, capsys: pytest.
     assert of_a_pass <= flags("mla")
     assert not of_a_pass & flags("hydra")
     assert {"--r-par", "--seed", "--force", "--dry-run"} <= flags("hydra")
+
+
+def test_help_of_a_method_has_no_word_of_options_that_it_lacks(
+    main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = {}
+    for method in ("mla", "dha", "moh"):
+        assert main("tiny", "--to", method, "--help") == 0
+        shown[method] = " ".join(capsys.readouterr().out.split())
+    assert {name for name, text in shown.items() if "--tolerance" in text} == {"mla", "dha"}
+    assert {name for name, text in shown.items() if "--plan" in text} == {"dha"}
+    assert "divide the budget over its layers; with --json a file for --plan." in shown["dha"]
+    assert "divide the budget over its layers." in shown["moh"]
 
 
 def test_bad_settings_are_a_fault_with_the_range(
