@@ -10,9 +10,17 @@ import typer
 from typer.core import TyperCommand
 
 from ...convert.methods.registry import ADAPTERS, METHOD_NAMES
+from ...convert.validation.check import shown
 from .from_settings import by_parameter, heading_of, joint_help
 
 WORDS = "mhconvert.words"  # in click's context: the words of the command line
+NUMBERS = {  # of errors of the validator, by type
+    "float_parsing": "a number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number",
+    "finite_number": "a number",
+}
 NAMES = "mhconvert.names"  # in a parameter's callback: the words that it accepts
 
 
@@ -29,6 +37,7 @@ class GroupedCommand(TyperCommand):
             names = getattr(getattr(error.param, "callback", None), "__dict__", {}).get(NAMES)
             if names and not error.message:  # it is missing
                 error.message = f"Choose one of {', '.join(names)}"
+            error.message = _as_in_a_recipe(error)
             raise
 
     def _require_known_method(self, ctx: Any, to: str | None) -> None:
@@ -67,6 +76,19 @@ class GroupedCommand(TyperCommand):
 
     def _of_callback(self, name: str) -> tuple[Any, ...]:
         return getattr(self.callback, "__wrapped__", self.callback).__dict__.get(name, ())
+
+
+def _as_in_a_recipe(error: typer.BadParameter) -> str:
+    """Return the error's message; of typer's validator, in the words that refuse the value in a recipe."""
+    found = getattr(error.__cause__, "errors", list)()
+    if found and found[0]["type"] in NUMBERS:
+        return f"{shown(found[0]['input'])} is not {NUMBERS[found[0]['type']]}"
+    message = str(error.message or "").removeprefix("Value error, ")
+    choice = re.fullmatch(r"('.*') is not one of ('.*')\.", message)
+    if choice is None:
+        return message
+    words = choice[2].replace("'", "")
+    return f"{choice[1]} is not one of {words}"
 
 
 def _without(hidden: Collection[str | None], help: str) -> str:
