@@ -13,6 +13,7 @@ from mhconvert.errors import MhconvertError
 
 from ...convert.methods.registry import ADAPTERS, CACHE_METHODS
 from ...convert.validation.option import Declared, declared, settings_in
+from ...convert.validation.refusal import RefusedError
 
 Values = Mapping[str, Any]  # what the command line says, by parameter; None: not said
 
@@ -156,11 +157,16 @@ def _kind(field: Declared) -> Any:
 
 
 def readable(parse: Callable[[Any], Any]) -> Callable[[str | None], str | None]:
-    """Return a callback that refuses text which `parse` cannot read as an error of usage."""
+    """Return a callback that refuses text which `parse` cannot read as an error of usage.
+
+    What is read and refused is left to the settings, whose error is no error of usage.
+    """
 
     def check(text: str | None) -> str | None:
         try:
             _ = text is None or parse(text)
+        except RefusedError:
+            return text
         except (MhconvertError, ArithmeticError, ValueError) as error:
             raise typer.BadParameter(str(error)) from error
         return text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -14,29 +12,18 @@ from mhconvert.errors import HealError
 from ..validation.check import shown
 from ..validation.option import Names, Option, Takes, default
 from ..validation.settings import Settings
+from .token_count import token_count as token_count
 
 Trained = Literal["attention", "all", "lora", "hydra"]
 Schedule = Literal["cosine", "wsd", "constant"]
 Router = Literal["fixed", "trained"]
 TERMS = ("kl", "ce", "hidden", "balance")
-FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 A_TENTH = "a tenth of tokens"
 SEED = Option(
     "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
 )
 # Between a run and its resume.
 MAY_CHANGE = ("lr", "micro_batch", "save_tokens", "device", "gradient_checkpointing")
-
-
-def token_count(value: int | str, name: str = "tokens") -> int:
-    """20_000_000 from 20000000, "20M" or "20e6"; "200k", "1.5B". Raises HealError for what is no number of tokens."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmb]?)\s*", str(value).lower().replace("_", ""))
-    if match is None:
-        raise HealError(f"{name} '{value}' is not a number of tokens such as 200k or 20M")
-    count = float(match[1]) * FACTORS[match[2]]
-    if not math.isfinite(count) or count != int(count):
-        raise HealError(f"{name}={value} is not a whole number of tokens")
-    return int(count)
 
 
 def loss_terms(text: str) -> dict[str, float]:

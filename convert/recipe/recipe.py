@@ -22,6 +22,7 @@ from ..validation.yaml_file import NOWHERE, Origins
 from .calibration_settings import Calibration as Calibration
 from .heal_settings import SEED, HealSettings
 from .tolerance import checked
+from .torch_device import known_device
 from .written_weights import DTYPES, known_dtype, shard_size
 
 Effort = Literal["quick", "default", "high"]
@@ -104,7 +105,14 @@ class Recipe(Settings):
         ),
     ] = None
     device: Annotated[
-        str | None, Option("Torch device.", "DEVICE", default="CUDA if present, else the CPU")
+        str | None,
+        Option(
+            "Torch device.",
+            "DEVICE",
+            parse=known_device,
+            also=str,
+            default="CUDA if present, else the CPU",
+        ),
     ] = None
     max_shard_size: Annotated[
         Takes[str, str | float],
