@@ -42,7 +42,7 @@ class GroupedCommand(TyperCommand):
 
     def _require_known_method(self, ctx: Any, to: str | None) -> None:
         """Raise BadParameter for a method that there is not: `--help` is done before options are checked."""
-        parameter = next((each for each in self.get_params(ctx) if "--to" in each.opts), None)
+        parameter: Any = next((each for each in self.get_params(ctx) if "--to" in each.opts), None)
         if to is None or to.startswith("-") or parameter is None or parameter.callback is None:
             return
         try:
@@ -80,7 +80,7 @@ class GroupedCommand(TyperCommand):
 
 def _as_in_a_recipe(error: typer.BadParameter) -> str:
     """Return the error's message; of typer's validator, in the words that refuse the value in a recipe."""
-    found = getattr(error.__cause__, "errors", list)()
+    found: list[Any] = getattr(error.__cause__, "errors", list)()
     if found and found[0]["type"] in NUMBERS:
         return f"{shown(found[0]['input'])} is not {NUMBERS[found[0]['type']]}"
     message = str(error.message or "").removeprefix("Value error, ")

@@ -247,6 +247,17 @@ def test_wrong_usage(main: Main, capsys: pytest.CaptureFixture[str], words: str,
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_named_almost_as_a_subcommand_is_a_donor(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main("donor") == 2
+    assert "did you mean 'mhconvert donors'?" in capsys.readouterr().err
+    Path("donor").mkdir()
+    assert main("donor") == 2
+    assert "Missing option '--to'. Choose one of mla, dha, moh, hydra" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
