@@ -16,5 +16,6 @@ def known_device(text: str) -> str:
     try:
         torch.device(text)
     except RuntimeError as error:
-        raise MhconvertError(f"device '{text}' is no device of torch, such as cpu or cuda:0") from error
+        what = f"device '{text}' cannot be used: it is none of torch's; choose one such as cpu or cuda:0"
+        raise MhconvertError(what) from error
     return text

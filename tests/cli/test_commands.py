@@ -234,8 +234,11 @@ def test_ctrl_c_tells_how_to_go_on(
         ("tiny --to mla --tolerance kl=much", "tolerance 'kl=much' has no number"),
         ("tiny --to mla --max-shard-size abc", "max_shard_size 'abc' is not a size such as 5GB"),
         ("merge tiny --max-shard-size abc", "max_shard_size 'abc' is not a size such as 5GB"),
-        ("tiny --to mla --device abc", "device 'abc' is no device of torch, such as cpu or cuda:0"),
-        ("eval tiny --suite quick --device abc", "device 'abc' is no device of torch, such as cpu or cuda:0"),
+        ("tiny --to mla --device abc", "device 'abc' cannot be used: it is none of torch's; choose one"),
+        (
+            "eval tiny --suite quick --device abc",
+            "device 'abc' cannot be used: it is none of torch's; choose one",
+        ),
         ("run smollm2-135m-mla --set heal", "--set heal is not key=value; for example heal.tokens=1B"),
         ("recipes validate smollm2-135m-mla --set heal.tokens=", "--set heal.tokens= has no value"),
         ("tiny --to mla --tolerance kl", "tolerance 'kl' is neither kl=NATS nor ppl=RATIO"),
