@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -110,8 +111,8 @@ def arguments(words: list[str]) -> list[str]:
 
 
 def _misspelt(words: list[str]) -> str | None:
-    """Return the subcommand that was probably meant by the first word, or None."""
-    if not words or words[0].startswith("-") or "--to" in words:
+    """Return the subcommand that was probably meant by the first word, or None; a file or folder is a donor."""
+    if not words or words[0].startswith("-") or "--to" in words or Path(words[0]).exists():
         return None
     return next(iter(difflib.get_close_matches(words[0], [*COMMANDS, *GROUPS], n=1, cutoff=0.7)), None)
 

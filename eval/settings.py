@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from mhconvert.errors import RecipeError
 
+from ..convert.recipe.written_weights import DTYPES, dtype_name
 from ..convert.validation.option import Names, Option, Takes, default
 from ..convert.validation.settings import Settings
 
@@ -96,7 +97,9 @@ class EvalSettings(Settings):
         Option(
             "Of the weights in tasks and retrieval: float32, bfloat16 or float16; texts are measured in float32.",
             default="their own",
-            words=("float32", "bfloat16", "float16"),
+            parse=dtype_name,
+            also=str,
+            words=DTYPES,
         ),
     ] = None
     backend: Annotated[

@@ -71,14 +71,16 @@ def divide(settings: HealSettings, limit: int | None, processes: int, device: st
     Raises:
         HealError: the sizes in the settings do not fit together.
     """
-    length = settings.sequence_length or min(ROW_TOKENS, limit or ROW_TOKENS)
+    length = settings.sequence_length
+    if length is None:
+        length = min(ROW_TOKENS, limit or ROW_TOKENS)
     if limit and length > limit:
         raise HealError(
             f"sequence_length={length} is more than the models read; choose --sequence-length ≤ {limit}"
         )
-    batch_tokens = settings.batch_tokens or min(
-        MAX_BATCH_TOKENS, max(MIN_BATCH_TOKENS, settings.tokens // DEFAULT_STEPS)
-    )
+    batch_tokens = settings.batch_tokens
+    if batch_tokens is None:
+        batch_tokens = min(MAX_BATCH_TOKENS, max(MIN_BATCH_TOKENS, settings.tokens // DEFAULT_STEPS))
     process_rows = max(1, round(batch_tokens / length / processes))
     largest = min(process_rows, MICRO_ROWS.get(device, MICRO_ROWS["cuda"]))
     micro = settings.micro_batch or next(n for n in range(largest, 0, -1) if process_rows % n == 0)

@@ -24,7 +24,7 @@ def apply(document: Document, overrides: Sequence[str]) -> Document:
     """
     values, places = copy.deepcopy(document.values), dict(document.origins.places)
     for text in overrides:
-        keys, value = _parsed(text)
+        keys, value = parsed(text)
         inner = values
         for depth, key in enumerate(keys[:-1], start=1):
             if inner.get(key) is None:
@@ -39,8 +39,8 @@ def apply(document: Document, overrides: Sequence[str]) -> Document:
     return Document(values, Origins(places))
 
 
-def _parsed(text: str) -> tuple[Keys, Any]:
-    """(("heal", "tokens"), "1B") from "heal.tokens=1B"."""
+def parsed(text: str) -> tuple[Keys, Any]:
+    """(("heal", "tokens"), "1B") from "heal.tokens=1B". Raises RecipeError for what is not key=value."""
     name, equals, written = text.partition("=")
     keys = tuple(word.strip() for word in name.split("."))
     if not equals or not all(keys):

@@ -8,8 +8,28 @@ from typing import Annotated
 
 from mhconvert.errors import RecipeError
 
+from ..convert.methods.registry import forms, info
 from ..convert.validation.option import Option, Takes, default
 from ..convert.validation.settings import Settings
+
+
+def known_form(to: str) -> str:
+    """Return the form as it is. Raises RecipeError for one that no method has."""
+    if not to.strip():
+        raise RecipeError("to is empty; name a form such as lora")
+    if to not in (*forms(), "auto"):
+        raise RecipeError(f"to '{to}' is no form of export; choose one of {', '.join(forms())}, auto")
+    return to
+
+
+def form_fault(method: str, to: str) -> str | None:
+    """Return why results of `method` are not exported to the form `to`; None where they are."""
+    own = [form.name for form in info(method).forms]
+    if not own:
+        return f"to: a checkpoint of {method} {info(method).no_forms}"
+    if to in (*own, "auto"):
+        return None
+    return f"to '{to}' holds {forms()[to][0].exported_from}; of {method} choose one of {', '.join(own)}, auto"
 
 
 @dataclass(frozen=True)
@@ -18,16 +38,14 @@ class ExportStage(Settings):
 
     fault = RecipeError
 
-    to: Annotated[str, Option("A form such as lora, or auto.", "FORM")]
+    to: Annotated[str, Option("A form such as lora, or auto.", "FORM", parse=known_form, also=str)]
     output: Annotated[
         Takes[str | None, str | PurePath | None],
         Option("Folder to write.", "OUT", default="beside the checkpoint"),
     ] = default(None)
 
     def check(self) -> None:
-        """Raise RecipeError for empty text."""
-        if not self.to.strip():
-            raise RecipeError("to is empty; name a form such as lora")
+        """Raise RecipeError for an empty output."""
         if self.output is not None and not self.output.strip():
             raise RecipeError("output is empty; name a folder, or leave it out")
 

@@ -17,12 +17,12 @@ from mhconvert.errors import OutputError, PublishError, RecipeError, TextError
 from mhconvert.progress import Listener
 
 from ..convert.checkpoint.provenance import EVALUATION
-from ..convert.methods.registry import forms
 from ..convert.storage.folder_kind import is_adapter
 from ..eval.page import page
 from ..eval.tasks.harness import require_available
 from ..eval.tasks.task_choice import resolve
 from .ledger import Ledger
+from .stage_settings import form_fault
 from .whole_recipe import RunRecipe
 
 PAGES = ("evaluation.html", "evaluation.md")
@@ -54,7 +54,7 @@ def conversion(work: Run) -> Any:
 
 
 def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
-    """Raise MhconvertError for what a later stage would refuse: tasks, missing files, an unknown form, no token."""
+    """Raise MhconvertError for what a later stage would refuse: tasks, missing files, a form, no token."""
     if recipe.eval is not None and "eval" in stages:
         settings = recipe.eval
         require_available(settings)
@@ -64,10 +64,10 @@ def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
         if settings.has_tasks:
             with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
                 resolve(settings, Path(folder))
-    if recipe.export is not None and "export" in stages and recipe.export.to not in (*forms(), "auto"):
-        raise RecipeError(
-            f"export to '{recipe.export.to}' is no form; choose one of {', '.join(forms())}, auto"
-        )
+    if recipe.export is not None and "export" in stages:
+        wrong = form_fault(recipe.convert.method, recipe.export.to)
+        if wrong is not None:
+            raise RecipeError(f"export.{wrong}")
     if recipe.push is not None and "push" in stages and get_token() is None:
         raise PublishError("the recipe pushes, and there is no token: run 'hf auth login', or set HF_TOKEN")
 

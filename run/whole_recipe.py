@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..convert.methods.registry import METHOD_NAMES
 from ..convert.recipe.recipe import STAGES, Recipe
 from ..convert.validation import yaml_file
 from ..convert.validation.field_types import changed_fields
@@ -15,7 +16,7 @@ from ..convert.validation.settings import json_types
 from ..convert.validation.yaml_file import NOWHERE, Origins
 from ..eval.settings import EvalSettings
 from . import overrides as given
-from .stage_settings import ExportStage, PushStage
+from .stage_settings import ExportStage, PushStage, form_fault
 
 KINDS = {"eval": EvalSettings, "export": ExportStage, "push": PushStage}
 
@@ -78,6 +79,12 @@ class RunRecipe:
         convert = Recipe.read(data, reading)
         named = [name for name in STAGES if data.get(name) is not None]
         stages = {name: reading.inner(KINDS[name], data[name], (name,)) for name in named}
+        export, method = stages.get("export"), data.get("method")
+        wrong = (
+            form_fault(method, export.to) if export is not None and method in tuple(METHOD_NAMES) else None
+        )
+        if wrong is not None:
+            reading.faults.append(origins.fault(("export", "to"), f"export.{wrong}"))
         reading.raise_faults()
         return RunRecipe(convert, **stages)
 

@@ -11,7 +11,7 @@ from ...convert.methods.registry import ADAPTERS, METHOD_NAMES, info
 from ...convert.recipe.heal_settings import HealSettings, token_count
 from .. import adapter_tables
 from ..options import common
-from ..options.common import ANY_METHOD, CALIBRATION, method_groups, recipe_group
+from ..options.common import ANY_METHOD, CALIBRATION, TOLERANCE, method_groups, recipe_group
 from ..options.from_settings import Group, readable, settings_options
 from ..options.to_recipe import recipe_of, require_applicable
 from ..output import Flags, calm_transformers, execute, show_report, shown
@@ -42,7 +42,8 @@ def groups() -> tuple[Group, ...]:
     """The options of the methods that are known, and those of every conversion."""
     return (
         *method_groups(METHOD_NAMES),
-        recipe_group("Conversion", "tolerance", "effort", "fit_steps"),
+        TOLERANCE,
+        recipe_group("Conversion", "effort", "fit_steps"),
         CALIBRATION,
         recipe_group("Output", "dtype", "device", "max_shard_size", "verify"),
         ANY_METHOD,

@@ -24,7 +24,12 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A recipe that ships, 
 Files = Annotated[list[str], typer.Argument(metavar="FILE…", help="Files, or recipes that ship.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="As in mhconvert run: heal.tokens=1B. Repeatable."),
+    typer.Option(
+        "--set",
+        callback=common.readable_overrides,
+        metavar="KEY=VALUE",
+        help="As in mhconvert run: heal.tokens=1B. Repeatable.",
+    ),
 ]
 SchemaOutput = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write it there instead of stdout.")

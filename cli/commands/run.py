@@ -20,7 +20,10 @@ RecipeFile = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="In place of what RECIPE says: heal.tokens=1B; repeatable."
+        "--set",
+        callback=common.readable_overrides,
+        metavar="KEY=VALUE",
+        help="In place of what RECIPE says: heal.tokens=1B; repeatable.",
     ),
 ]
 Only = Annotated[

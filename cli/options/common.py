@@ -10,7 +10,9 @@ import typer
 
 from ...convert.methods.registry import CACHE_METHODS, METHOD_NAMES, METHODS, info, settings_class
 from ...convert.recipe.recipe import Calibration, Recipe
-from .from_settings import Group
+from ...convert.recipe.torch_device import known_device
+from ...convert.recipe.written_weights import shard_size
+from .from_settings import Group, readable
 from .grouped_help import NAMES
 
 
@@ -35,7 +37,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, logs and the traceback of an error.")]
 Device = Annotated[
-    str | None, typer.Option(metavar="DEVICE", help="Torch device; CUDA if present, else the CPU.")
+    str | None,
+    typer.Option(
+        callback=readable(known_device),
+        metavar="DEVICE",
+        help="Torch device; CUDA if present, else the CPU.",
+    ),
 ]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes inside the model folder.")
@@ -47,7 +54,12 @@ ForceFile = Annotated[bool, typer.Option("--force", help="Replace FILE if it exi
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Skip the reload in a bare process (it holds the whole model).")
 ]
-MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Size of one safetensors file, at most.")]
+MaxShardSize = Annotated[
+    str,
+    typer.Option(
+        callback=readable(shard_size), metavar="SIZE", help="Size of one safetensors file, at most."
+    ),
+]
 
 Donor = Annotated[
     str, typer.Argument(metavar="DONOR", help="Alias, org/name[@revision], folder, or .gguf file.")
@@ -95,6 +107,7 @@ Output = Annotated[
 ]
 
 CALIBRATION = Group("Calibration", Calibration, layers=True)
+TOLERANCE = Group("Conversion", Recipe, ("tolerance",), layers=True, cache=True)
 ANY_METHOD = Group("Every method", Recipe, ("seed", "trust_remote_code"))
 
 
@@ -106,6 +119,15 @@ def method_groups(names: Collection[str], only: Collection[str] | None = None) -
 def recipe_group(heading: str, *fields: str) -> Group:
     """Return a group of a recipe's options that every method which rewrites layers has."""
     return Group(heading, Recipe, fields, layers=True)
+
+
+def readable_overrides(texts: list[str] | None) -> list[str] | None:
+    """Return the overrides of a recipe. Raises BadParameter for one that is not key=value in YAML."""
+    from ...run.overrides import parsed
+
+    for text in texts or ():
+        readable(parsed)(text)
+    return texts
 
 
 def written(path: Path | None) -> Any:

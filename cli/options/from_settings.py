@@ -11,8 +11,9 @@ import typer
 
 from mhconvert.errors import MhconvertError
 
-from ...convert.methods.registry import ADAPTERS
+from ...convert.methods.registry import ADAPTERS, CACHE_METHODS
 from ...convert.validation.option import Declared, declared, settings_in
+from ...convert.validation.refusal import RefusedError
 
 Values = Mapping[str, Any]  # what the command line says, by parameter; None: not said
 
@@ -27,6 +28,7 @@ class Group:
         only: Its fields that become options; None: all that have a flag.
         method: The method that alone has them; None: they do not depend on the method.
         layers: They concern methods that rewrite layers; a new adapter does not have them.
+        cache: They concern methods that make the KV cache smaller.
     """
 
     heading: str
@@ -34,9 +36,12 @@ class Group:
     only: Collection[str] | None = None
     method: str | None = None
     layers: bool = False
+    cache: bool = False
 
     def concerns(self, method: str) -> bool:
         """Whether a conversion by `method` has these options."""
+        if self.cache and method not in CACHE_METHODS:
+            return False
         return self.method in (None, method) and not (self.layers and method in ADAPTERS)
 
     @property
@@ -152,12 +157,17 @@ def _kind(field: Declared) -> Any:
 
 
 def readable(parse: Callable[[Any], Any]) -> Callable[[str | None], str | None]:
-    """Return a callback that refuses text which `parse` cannot read as an error of usage."""
+    """Return a callback that refuses text which `parse` cannot read as an error of usage.
+
+    What is read and refused is left to the settings, whose error is no error of usage.
+    """
 
     def check(text: str | None) -> str | None:
         try:
             _ = text is None or parse(text)
-        except MhconvertError as error:
+        except RefusedError:
+            return text
+        except (MhconvertError, ArithmeticError, ValueError) as error:
             raise typer.BadParameter(str(error)) from error
         return text
 

@@ -12,6 +12,7 @@ from mhconvert.errors import CalibrationError
 from mhconvert.progress import Listener
 
 from ..donor.donor import Donor
+from ..recipe.calibration_settings import SHORTEST_ROW
 from ..recipe.recipe import Recipe
 from .documents import check_sources
 from .token_rows import sampled_rows, text_rows
@@ -58,7 +59,8 @@ def token_count(recipe: Recipe, device: torch.device) -> int:
 def row_length(recipe: Recipe, config: Any) -> int:
     """The tokens per row: the recipe's, or DEFAULT_ROW limited by the donor's context."""
     limit = getattr(config, "max_position_embeddings", None) or DEFAULT_ROW
-    return recipe.calibration.sequence_length or min(DEFAULT_ROW, limit)
+    chosen = recipe.calibration.sequence_length
+    return min(DEFAULT_ROW, limit) if chosen is None else chosen
 
 
 def check(recipe: Recipe, config: Any) -> None:
@@ -74,19 +76,15 @@ def check(recipe: Recipe, config: Any) -> None:
         raise CalibrationError(
             f"sequence_length={length} is more than the donor reads; choose --sequence-length ≤ {limit}"
         )
-    if length < 8:
-        raise CalibrationError(f"sequence_length={length} is too short; use at least 8")
+    if length < SHORTEST_ROW:
+        raise CalibrationError(f"the donor reads {length} tokens, too few for a row; it takes {SHORTEST_ROW}")
     if calibration.tokens is not None and calibration.tokens < length:
         raise CalibrationError(
             f"{calibration.tokens} calibration tokens do not fill one row of {length}; ask for more, or for "
             "shorter rows with --sequence-length"
         )
-    if "self" in calibration.sources and len(calibration.sources) > 1:
-        raise CalibrationError("calibration 'self' stands alone; leave it out to use files")
     if calibration.sources != ("self",):
         check_sources(calibration.sources)
-    if calibration.held_out < 2:
-        raise CalibrationError(f"held_out={calibration.held_out} rows measure nothing; use at least 2")
 
 
 def judging_rows(length: int, rows: int) -> int:

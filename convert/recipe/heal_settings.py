@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -13,28 +12,18 @@ from mhconvert.errors import HealError
 from ..validation.check import shown
 from ..validation.option import Names, Option, Takes, default
 from ..validation.settings import Settings
+from .token_count import token_count as token_count
 
 Trained = Literal["attention", "all", "lora", "hydra"]
 Schedule = Literal["cosine", "wsd", "constant"]
 Router = Literal["fixed", "trained"]
 TERMS = ("kl", "ce", "hidden", "balance")
-FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+A_TENTH = "a tenth of tokens"
 SEED = Option(
     "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
 )
 # Between a run and its resume.
 MAY_CHANGE = ("lr", "micro_batch", "save_tokens", "device", "gradient_checkpointing")
-
-
-def token_count(value: int | str, name: str = "tokens") -> int:
-    """20_000_000 from 20000000, "20M" or "20e6"; "200k", "1.5B". Raises HealError for what is no number of tokens."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmb]?)\s*", str(value).lower().replace("_", ""))
-    if match is None:
-        raise HealError(f"{name} '{value}' is not a number of tokens such as 200k or 20M")
-    count = float(match[1]) * FACTORS[match[2]]
-    if count != int(count):
-        raise HealError(f"{name}={value} is not a whole number of tokens")
-    return int(count)
 
 
 def loss_terms(text: str) -> dict[str, float]:
@@ -73,13 +62,13 @@ def weighted(text: str) -> tuple[str, float | None]:
         return text.strip(), None
 
 
-def _tokens(help: str, name: str, default: str = "") -> Option:
-    """Return the option of a number of tokens, which may also be written as 20M."""
+def _tokens(help: str, name: str, default: str = "", least: int = 0) -> Option:
+    """Return the option of a number of tokens, `least` or more, which may also be written as 20M."""
     return Option(
         help,
         "N",
-        ge=0,
-        range_hint="is not a number of tokens such as 200k or 20M",
+        ge=least,
+        range_hint=None if least else "is not a number of tokens such as 200k or 20M",
         parse=lambda text: token_count(text, name),
         also=str,
         default=default,
@@ -190,7 +179,7 @@ class HealSettings(Settings):
     ] = None
     batch_tokens: Annotated[
         Takes[int | None, int | str | None],
-        _tokens("Tokens a step, all processes.", "batch_tokens", "a two-hundredth of tokens, from 1k to 64k"),
+        _tokens("Tokens a step of all processes.", "batch_tokens", "tokens / 200, from 1k to 64k", 1),
     ] = default(None)
     micro_batch: Annotated[
         int | None,
@@ -203,11 +192,11 @@ class HealSettings(Settings):
     epochs: Annotated[int, Option("How often text may be read, if it is short.", "N", ge=1)] = 1
     eval_tokens: Annotated[
         Takes[int | None, int | str | None],
-        _tokens("Tokens between two measurements on the held-out rows.", "eval_tokens", "a tenth of tokens"),
+        _tokens("Tokens between two measurements on the held-out rows.", "eval_tokens", A_TENTH, 1),
     ] = default(None)
     save_tokens: Annotated[
         Takes[int | None, int | str | None],
-        _tokens("Tokens between two durable checkpoints.", "save_tokens", "a tenth of tokens"),
+        _tokens("Tokens between two durable checkpoints.", "save_tokens", A_TENTH, 1),
     ] = default(None)
     seed: Annotated[int, SEED] = 0
     device: Annotated[

@@ -9,18 +9,21 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from mhconvert.errors import CalibrationError, MhconvertError, OutputError
+from mhconvert.errors import MhconvertError
 
 from ..methods.registry import ADAPTERS, CACHE_METHODS, METHOD_NAMES, settings_class
 from ..storage.byte_size import DEFAULT_SHARD_SIZE
 from ..validation import yaml_file
 from ..validation.field_types import changed_fields
 from ..validation.from_values import Reading
-from ..validation.option import Names, Option, Takes, default
+from ..validation.option import Option, Takes, default
 from ..validation.settings import Settings
 from ..validation.yaml_file import NOWHERE, Origins
+from .calibration_settings import Calibration as Calibration
 from .heal_settings import SEED, HealSettings
 from .tolerance import checked
+from .torch_device import known_device
+from .written_weights import DTYPES, known_dtype, shard_size
 
 Effort = Literal["quick", "default", "high"]
 STAGES = ("eval", "export", "push")  # keys of a recipe's file that are no part of a conversion
@@ -37,56 +40,11 @@ OF_THE_PASS = (
 )  # no adapter has a use for these
 
 
-def one_source(text: str) -> tuple[str, ...]:
-    """Return the source as a tuple of one."""
-    return (text,)
-
-
-def shard_size(size: str | float) -> str:
-    """Return "1000" for 1000, 1e3 and "1e3", which is text in YAML 1.1; other text as it is. Raises OutputError."""
-    try:
-        whole = isinstance(size, int) or float(size).is_integer()
-    except ValueError:
-        return str(size)
-    if isinstance(size, float) and not whole:
-        raise OutputError(f"max_shard_size '{size}' is not a size such as 5GB or 500MB")
-    return str(int(float(size))) if whole and not isinstance(size, int) else str(size)
-
-
-@dataclass(frozen=True)
-class Calibration(Settings):
-    """Text that the statistics and the layer-local fit see."""
-
-    fault = CalibrationError
-
-    sources: Annotated[
-        Takes[tuple[str, ...], Names],
-        Option(
-            "Text to calibrate on: files (.txt, .jsonl with a `text` field, quoted globs) or datasets, may be "
-            "repeated; self: sampled from the donor.",
-            "FILE|DATASET|self",
-            parse=one_source,
-            also=str,
-            flag="--calibration",
-            repeat=True,
-        ),
-    ] = default(("self",))
-    tokens: Annotated[
-        int | None,
-        Option(
-            "Calibration tokens in all.",
-            "N",
-            flag="--calibration-tokens",
-            default="by source, device and effort",
-        ),
-    ] = None
-    sequence_length: Annotated[
-        int | None, Option("Tokens in a calibration row.", "N", default="512, or what the donor reads")
-    ] = None
-    held_out: Annotated[
-        int,
-        Option("Rows kept out of statistics and fit, on which fidelity is measured.", "ROWS", flag=""),
-    ] = 4
+def named(model: str) -> str:
+    """Return the donor's name. Raises MhconvertError where it is empty."""
+    if not model.strip():
+        raise MhconvertError("model is empty; name a donor, such as smollm2-135m")
+    return model
 
 
 @dataclass(frozen=True)
@@ -94,7 +52,14 @@ class Recipe(Settings):
     """One conversion. `settings` belongs to the method (its folder's `settings.py`)."""
 
     model: Annotated[
-        str, Option("The donor: alias, org/name[@revision], folder, or .gguf file.", "DONOR", flag="")
+        str,
+        Option(
+            "The donor: alias, org/name[@revision], folder, or .gguf file.",
+            "DONOR",
+            parse=named,
+            also=str,
+            flag="",
+        ),
     ]
     method: Annotated[str, Option("The conversion's method.", "METHOD", flag="")]
     settings: Annotated[Any, Option("What the method lets one choose.", flag="")] = None
@@ -134,11 +99,20 @@ class Recipe(Settings):
         Option(
             "Of the written weights: float32, bfloat16 or float16.",
             default="the donor's; of a GGUF float32",
-            words=("float32", "bfloat16", "float16"),
+            parse=known_dtype,
+            also=str,
+            words=DTYPES,
         ),
     ] = None
     device: Annotated[
-        str | None, Option("Torch device.", "DEVICE", default="CUDA if present, else the CPU")
+        str | None,
+        Option(
+            "Torch device.",
+            "DEVICE",
+            parse=known_device,
+            also=str,
+            default="CUDA if present, else the CPU",
+        ),
     ] = None
     max_shard_size: Annotated[
         Takes[str, str | float],

@@ -8,7 +8,14 @@ from typing import Any
 
 from mhconvert.errors import BudgetError
 
+from ..validation.refusal import RefusedError
+
 MEASURES = {"kl": 0.0, "ppl": 1.0}  # what the donor itself has
+EXAMPLES = {"kl": "kl=0.05", "ppl": "ppl=1.05"}
+
+
+class UnreachableError(BudgetError, RefusedError):
+    """A tolerance that no conversion meets."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,21 @@ class Tolerance:
 
 
 def parse(text: str) -> Tolerance:
-    """`kl=0.05` or `ppl=1.05`. Raises BudgetError for anything else, and for what only the donor itself meets."""
+    """`kl=0.05` or `ppl=1.05`.
+
+    Raises BudgetError for anything else; UnreachableError, which is one, for what only the donor itself meets.
+    """
     measure, equals, number = text.partition("=")
     if measure not in MEASURES or not equals:
         raise BudgetError(f"tolerance '{text}' is neither kl=NATS nor ppl=RATIO, such as kl=0.05 or ppl=1.05")
     try:
         limit = float(number)
     except ValueError:
-        limit = math.nan
-    if not MEASURES[measure] < limit < math.inf:
         raise BudgetError(
+            f"tolerance '{text}' has no number; write one such as {EXAMPLES[measure]}"
+        ) from None
+    if not MEASURES[measure] < limit < math.inf:
+        raise UnreachableError(
             f"tolerance '{text}' is out of reach: {measure} must be a number above {MEASURES[measure]:g}, which is "
             "what the donor itself has"
         )

@@ -61,9 +61,10 @@ class Fault:
         )
 
     def _named(self, key: str) -> str:
-        """Return `message`, after the key where it does not begin with the field's name."""
+        """Return `message` with the key in place of the field's name at its beginning, or else before it."""
         message = self.message or ""
-        return message if re.match(rf"{self.field}\b", message) else f"{key}: {message}"
+        named = re.match(rf"{self.field}\b", message)
+        return f"{key}{message[named.end() :]}" if named else f"{key}: {message}"
 
 
 def check(kind: Any, values: Mapping[str, Any], *, finite: bool) -> tuple[dict[str, Any], list[Fault]]:

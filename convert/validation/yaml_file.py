@@ -30,12 +30,17 @@ class Origins:
     def blame(self, error: MhconvertError, keys: Keys, names: Mapping[str, Any]) -> MhconvertError:
         """Return the error with the line of the first of `names` that its message mentions, or of the mapping `keys`.
 
-        Where the values come from no file, return `error` itself.
+        A message that begins with the name begins with its whole key then. Where the values come from no file, return
+        `error` itself.
         """
         if not self.places:
             return error
-        spoken = next((word for word in re.findall(r"\w+", str(error)) if word in names), None)
-        return self.fault(keys if spoken is None else (*keys, spoken), str(error))
+        message = str(error)
+        spoken = next((word for word in re.findall(r"\w+", message) if word in names), None)
+        if spoken is None:
+            return self.fault(keys, message)
+        begins = re.match(rf"{spoken}\b", message) is not None
+        return self.fault((*keys, spoken), ".".join((*keys, message)) if begins else message)
 
 
 NOWHERE = Origins()

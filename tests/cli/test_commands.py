@@ -205,19 +205,42 @@ def test_ctrl_c_tells_how_to_go_on(
     [
         ("tiny", "--to"),
         ("tiny --to moa", "'moa' is not a method; choose one of"),
-        ("tiny --to mla --effort huge", "huge"),
-        ("tiny --to mla --kv-budget much", "--kv-budget"),
+        ("tiny --to moa --help", "'moa' is not a method; choose one of"),
+        ("curve tiny --to=moh -h", "'moh' is not a method that changes the KV cache; choose one of"),
+        ("tiny --to moh --tolerance kl=0.1", "--tolerance does not apply to moh"),
+        (
+            "tiny --to mla --effort huge",
+            "Error: Invalid value for '--effort': 'huge' is not one of quick, default, high\n",
+        ),
+        (
+            "tiny --to mla --kv-budget much",
+            "Error: Invalid value for '--kv-budget': 'much' is not a number\n",
+        ),
         ("tiny --to mla --kv-budget 0.3 --kv-lora-rank 8 --qk-rope-head-dim 8", "but not both"),
         ("tiny more --to mla", "more"),
         ("tiny --to mla --no-such-option", "no-such-option"),
         ("inspct tiny", "did you mean 'mhconvert inspect'?"),
         ("eval", "CKPT"),
         ("eval tiny --suite everything", "everything"),
-        ("eval tiny --limit many --suite quick", "--limit"),
+        (
+            "eval tiny --limit many --suite quick",
+            "Invalid value for '--limit': 'many' is not a whole number\n",
+        ),
+        ("eval tiny --limit 1.5 --suite quick", "Invalid value for '--limit': '1.5' is not a whole number\n"),
         ("eval tiny --tasks ,", "tasks ',' has no name of a task"),
         ("export tiny", "Missing option '--to'. Choose one of auto, deepseek_v3, youtu, own, gguf, llama,"),
         ("tiny --effort quick", "Missing option '--to'. Choose one of mla, dha, moh, hydra"),
         ("tiny --to mla --heal much", "tokens 'much' is not a number of tokens such as 200k or 20M"),
+        ("tiny --to mla --tolerance kl=much", "tolerance 'kl=much' has no number"),
+        ("tiny --to mla --max-shard-size abc", "max_shard_size 'abc' is not a size such as 5GB"),
+        ("merge tiny --max-shard-size abc", "max_shard_size 'abc' is not a size such as 5GB"),
+        ("tiny --to mla --device abc", "device 'abc' cannot be used: it is none of torch's; choose one"),
+        (
+            "eval tiny --suite quick --device abc",
+            "device 'abc' cannot be used: it is none of torch's; choose one",
+        ),
+        ("run smollm2-135m-mla --set heal", "--set heal is not key=value; for example heal.tokens=1B"),
+        ("recipes validate smollm2-135m-mla --set heal.tokens=", "--set heal.tokens= has no value"),
         ("tiny --to mla --tolerance kl", "tolerance 'kl' is neither kl=NATS nor ppl=RATIO"),
         ("tiny --to moh --active many", "'many' is neither a share of heads nor a list"),
     ],
@@ -225,6 +248,17 @@ def test_ctrl_c_tells_how_to_go_on(
 def test_wrong_usage(main: Main, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
     assert main(*words.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_named_almost_as_a_subcommand_is_a_donor(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main("donor") == 2
+    assert "did you mean 'mhconvert donors'?" in capsys.readouterr().err
+    Path("donor").mkdir()
+    assert main("donor") == 2
+    assert "Missing option '--to'. Choose one of mla, dha, moh, hydra" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -240,6 +274,21 @@ def test_wrong_usage(main: Main, capsys: pytest.CaptureFixture[str], words: str,
             "tiny --to mla --kv-budget 2",
             "kv_budget=2.0 is outside (0, 1]; it is a share of the donor's KV cache",
         ),
+        ("tiny --to mla --sequence-length 0", "sequence_length=0 is too short; use at least 8"),
+        ("tiny --to mla --calibration-tokens 0", "tokens=0 does not fill a row; use at least 8"),
+        ("tiny --to mla --heal 1e400", "tokens=1e400 is not a whole number of tokens"),
+        ("tiny --to mla --heal 1.5", "tokens=1.5 is not a whole number of tokens"),
+        ("heal tiny --tokens 5 --batch-tokens 1e999", "batch_tokens=1e999 is not a whole number of tokens"),
+        (
+            "tiny --to mla --tolerance ppl=0.5",
+            "tolerance 'ppl=0.5' is out of reach: ppl must be a number above 1, which is what the donor itself has",
+        ),
+        (
+            "tiny --to mla --tolerance kl=inf",
+            "tolerance 'kl=inf' is out of reach: kl must be a number above 0, which is what the donor itself has",
+        ),
+        ("run smollm2-135m-mla --set seed=-1", "--set seed=-1: seed=-1 is not between 0 and 4294967295"),
+        ("heal tiny --tokens 5 --batch-tokens 0", "batch_tokens=0 is too small; use at least 1"),
         ("tiny --to dha --min-heads 0", "min_heads=0 is not a number of heads from 1"),
         ("tiny --to mla --fit-steps -1", "fit_steps=-1 is negative; 0 means the closed form alone"),
     ],
@@ -265,6 +314,19 @@ def test_help_of_an_adapter_has_no_options_of_a_pass(main: Main, capsys: pytest.
     assert of_a_pass <= flags("mla")
     assert not of_a_pass & flags("hydra")
     assert {"--r-par", "--seed", "--force", "--dry-run"} <= flags("hydra")
+
+
+def test_help_of_a_method_has_no_word_of_options_that_it_lacks(
+    main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = {}
+    for method in ("mla", "dha", "moh"):
+        assert main("tiny", "--to", method, "--help") == 0
+        shown[method] = " ".join(capsys.readouterr().out.split())
+    assert {name for name, text in shown.items() if "--tolerance" in text} == {"mla", "dha"}
+    assert {name for name, text in shown.items() if "--plan" in text} == {"dha"}
+    assert "divide the budget over its layers; with --json a file for --plan." in shown["dha"]
+    assert "divide the budget over its layers." in shown["moh"]
 
 
 def test_bad_settings_are_a_fault_with_the_range(

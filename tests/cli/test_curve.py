@@ -100,8 +100,6 @@ def test_the_table_and_the_files(
         ("curve tiny --to mla --budgets ,", "is no list of shares"),
         ("curve tiny", "--to"),
         ("curve tiny --to mla --kv-budget 0.5", "--kv-budget"),
-        ("tiny --to mla --tolerance kl=0", "kl must be a number above 0"),
-        ("tiny --to mla --tolerance ppl=0.99", "ppl must be a number above 1"),
         ("tiny --to mla --tolerance fine", "neither kl=NATS nor ppl=RATIO"),
         ("tiny --to mla --tolerance kl=1 --kv-budget 0.5", "give --tolerance, or a budget or sizes"),
         ("tiny --to mla --tolerance kl=1 --kv-lora-rank 8 --qk-rope-head-dim 8", "give --tolerance"),
@@ -114,6 +112,15 @@ def test_wrong_usage(
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert message in said
     assert calls == []
+
+
+@pytest.mark.parametrize(("tolerance", "message"), [("kl=0", "above 0"), ("ppl=0.99", "above 1")])
+def test_a_tolerance_out_of_reach(
+    main: Main, capsys: pytest.CaptureFixture[str], tolerance: str, message: str
+) -> None:
+    assert main("tiny", "--to", "mla", "--tolerance", tolerance) == 1
+    assert f"tolerance '{tolerance}' is out of reach: " in (said := capsys.readouterr().err)
+    assert f"must be a number {message}" in said
 
 
 @pytest.fixture(scope="module")

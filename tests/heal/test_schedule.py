@@ -37,6 +37,15 @@ def test_no_numbers_of_tokens(text: Any) -> None:
         token_count(text)
 
 
+@pytest.mark.parametrize("text", ["1e400", "1e999k", "9" * 400])
+def test_a_count_beyond_every_number_is_refused(text: str) -> None:
+    for name in ("tokens", "layer_tokens", "batch_tokens", "eval_tokens"):
+        with pytest.raises(HealError, match=rf"{name}={text} is not a whole number of tokens"):
+            HealSettings(**{"tokens": 5, name: text})  # type: ignore[arg-type]
+    with pytest.raises(HealError, match="tokens 'inf' is not a number of tokens"):
+        HealSettings(tokens="inf")
+
+
 def test_a_rate_as_yaml_reads_it() -> None:
     assert HealSettings(tokens=1, lr="3e-4").lr == 3e-4  # type: ignore[arg-type]
 

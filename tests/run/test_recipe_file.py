@@ -35,7 +35,7 @@ eval:
   suite: quick
   tasks: piqa
 export:
-  to: lora
+  to: own
 push:
   repo: someone/model
 """
@@ -62,13 +62,13 @@ def test_every_stage_is_read(file: Path) -> None:
     assert recipe == RunRecipe(
         Recipe("smollm2-135m", "mla", MLASettings(0.3), heal=HealSettings(tokens=20_000_000, lr=1e-3)),
         EvalSettings(suite="quick", tasks=("piqa",)),
-        ExportStage("lora"),
+        ExportStage("own"),
         PushStage("someone/model"),
     )
     assert recipe.stages == ("convert", "heal", "eval", "export", "push")
     assert recipe.summary() == (
         "convert smollm2-135m with mla (kv_budget=0.3), heal on 20,000,000 tokens, evaluate quick, piqa, export to "
-        "lora, push to someone/model"
+        "own, push to someone/model"
     )
     assert load_recipe(file) == recipe.convert
     assert RunRecipe.from_dict(recipe.to_dict()) == recipe
@@ -83,12 +83,16 @@ def test_every_stage_is_read(file: Path) -> None:
             f"line 5: settings has no key 'kv_buget'; did you mean kv_budget? (it has {MLA_KEYS})",
         ),
         ("kv_budget", "rank", f"line 5: settings has no key 'rank'; it has {MLA_KEYS}"),
-        ("3e-1", "3", "line 5: kv_budget=3 is outside (0, 1]; it is a share of the donor's KV cache"),
+        (
+            "3e-1",
+            "3",
+            "line 5: settings.kv_budget=3 is outside (0, 1]; it is a share of the donor's KV cache",
+        ),
         ("3e-1", "many", "line 5: settings.kv_budget: 'many' is not a number"),
         ("3e-1", ".nan", "line 5: settings.kv_budget: nan is not a number"),
         ("[self]", "[self, 5]", "line 7: calibration.sources: 5 is not text"),
         ("[self]", "[self]\n  tokens: 1.5", "line 8: calibration.tokens: 1.5 is not a whole number"),
-        ("20M", "lots", "line 9: tokens 'lots' is not a number of tokens such as 200k or 20M"),
+        ("20M", "lots", "line 9: heal.tokens 'lots' is not a number of tokens such as 200k or 20M"),
         ("20M", "[1]", "line 9: heal.tokens: [1] is not a whole number or text"),
         (
             "tokens: 20M",
@@ -96,24 +100,24 @@ def test_every_stage_is_read(file: Path) -> None:
             "line 8: there is nothing to do; say how many tokens to heal on, for example 20M",
         ),
         ("quick", "slow", "line 12: eval.suite: 'slow' is not one of quick, transmla, moh, dha, open-llm"),
-        ("piqa", "[piqa, '']", "line 13: tasks has an empty name"),
-        ("tasks: piqa", "limit: 0", "line 13: limit=0 is too small; use at least 1"),
+        ("piqa", "[piqa, '']", "line 13: eval.tasks has an empty name"),
+        ("tasks: piqa", "limit: 0", "line 13: eval.limit=0 is too small; use at least 1"),
         ("tasks: piqa", "chat_template: maybe", "line 13: eval.chat_template: 'maybe' is not true or false"),
         (
-            "to: lora",
-            "too: lora",
+            "to: own",
+            "too: own",
             "line 15: export has no key 'too'; did you mean to? (it has output, to); run.yaml, line 14: export: the "
             "key 'to' is missing",
         ),
-        ("to: lora", "output: x", "line 14: export: the key 'to' is missing"),
-        ("export:\n  to: lora", "export: lora", "line 14: export: 'lora' is not a mapping of settings"),
+        ("to: own", "output: x", "line 14: export: the key 'to' is missing"),
+        ("export:\n  to: own", "export: own", "line 14: export: 'own' is not a mapping of settings"),
         ("model: smollm2-135m", "model:", "line 2: model: null is not text"),
         ("model: smollm2-135m\n", "", "the key 'model' is missing"),
         ("method: mla\n", "", "the method is missing; choose one of mla, dha, moh, hydra"),
         ("mla", "mlaa", "line 3: unknown method 'mlaa'; choose one of mla, dha, moh, hydra"),
-        ("lora\n", "lora\nfit_steps: many\n", "line 16: fit_steps: 'many' is not a whole number"),
-        ("lora\n", "lora\neffort: some\n", "line 16: effort: 'some' is not one of quick, default, high"),
-        ("lora\n", "lora\nexport: {to: x}\n", "line 16: export is given twice, first in line 14"),
+        ("own\n", "own\nfit_steps: many\n", "line 16: fit_steps: 'many' is not a whole number"),
+        ("own\n", "own\neffort: some\n", "line 16: effort: 'some' is not one of quick, default, high"),
+        ("own\n", "own\nexport: {to: x}\n", "line 16: export is given twice, first in line 14"),
         ("  lr", "  tokens", "line 10: heal.tokens is given twice, first in line 9"),
     ],
 )
@@ -197,7 +201,7 @@ def test_overrides(file: Path, override: str, expected: dict[str, Any] | None) -
     file.write_text(WHOLE, encoding="utf-8")
     if expected is None:
         with pytest.raises(
-            RecipeError, match="^--set push.repo=a/b=c: repo 'a/b=c' is no name of a repository: "
+            RecipeError, match="^--set push.repo=a/b=c: push.repo 'a/b=c' is no name of a repository: "
         ):
             load(file, [override])
         return
@@ -230,7 +234,7 @@ def test_overrides_take_stages_out_and_begin_them(file: Path) -> None:
             f"(it has {MLA_KEYS})",
         ),
         ("fit_steps=many", "--set fit_steps=many: fit_steps: 'many' is not a whole number"),
-        ("eval.limit=0", "--set eval.limit=0: limit=0 is too small; use at least 1"),
+        ("eval.limit=0", "--set eval.limit=0: eval.limit=0 is too small; use at least 1"),
         (
             "eval={limit: 3}",
             "--set eval={limit: 3}: there is nothing to evaluate; name a suite, tasks or text, or set retrieval: "
@@ -289,10 +293,12 @@ STAGES = {
         num_fewshot=COUNTS,
         retrieval=st.booleans(),
         sequences=st.integers(1, 99),
-        dtype=st.none() | WORDS,
+        dtype=st.sampled_from([None, "float32", "bfloat16"]),
         backend=st.sampled_from(declared(EvalSettings)["backend"].choices),
     ),
-    "export": st.builds(ExportStage, to=WORDS.filter(str.strip), output=st.none() | WORDS.filter(str.strip)),
+    "export": st.builds(
+        ExportStage, to=st.sampled_from(["auto", "gguf"]), output=st.none() | WORDS.filter(str.strip)
+    ),
     "push": st.builds(PushStage, repo=st.sampled_from(["a/b", "name"]), private=st.booleans()),
 }
 HEALS = st.builds(
@@ -345,8 +351,8 @@ def test_nothing_but_a_recipe_or_a_fault(values: dict[str, Any], method: str) ->
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("heal.lr=4e0", "--set heal.lr=4e0: lr=4 is not between 0 and 1"),
-        ("heal.warmup='4'", "--set heal.warmup='4': warmup=4 is a share of the steps"),
+        ("heal.lr=4e0", "--set heal.lr=4e0: heal.lr=4 is not between 0 and 1"),
+        ("heal.warmup='4'", "--set heal.warmup='4': heal.warmup=4 is a share of the steps"),
         (
             "settings.kv_budget=1e400",
             "--set settings.kv_budget=1e400: settings.kv_budget: '1e400' is not a number",
@@ -362,22 +368,54 @@ def test_values_that_other_types_hide(file: Path, override: str, expected: str) 
 
 
 def test_faults_of_all_stages_are_told_together(file: Path) -> None:
-    text = WHOLE.replace("3e-1", "3").replace("quick", "slow").replace("to: lora", "too: lora")
+    text = WHOLE.replace("3e-1", "3").replace("quick", "slow").replace("to: own", "too: own")
     text = text.replace("someone/model", "a/b/c").replace("tasks: piqa", "limit: 0")
     said = message(file, text)
     for part in (
-        "run.yaml, line 5: kv_budget=3 is outside (0, 1]; it is a share of the donor's KV cache; ",
+        "run.yaml, line 5: settings.kv_budget=3 is outside (0, 1]; it is a share of the donor's KV cache; ",
         "; run.yaml, line 12: eval.suite: 'slow' is not one of quick, transmla, moh, dha, open-llm; ",
-        "; run.yaml, line 13: limit=0 is too small; use at least 1; ",
+        "; run.yaml, line 13: eval.limit=0 is too small; use at least 1; ",
         "; run.yaml, line 15: export has no key 'too'; did you mean to? (it has output, to); ",
         "; run.yaml, line 14: export: the key 'to' is missing; ",
-        "; run.yaml, line 17: repo 'a/b/c' is no name of a repository: ",
+        "; run.yaml, line 17: push.repo 'a/b/c' is no name of a repository: ",
     ):
         assert part in f"; {said}; "
     said = message(file, text.replace("method: mla", "method: mqa"))
     assert said.startswith(
         "run.yaml, line 3: unknown method 'mqa'; choose one of mla, dha, moh, hydra; run.yaml, line 12:"
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "to", "expected"),
+    [
+        (
+            "dha",
+            "gguf",
+            "export.to 'gguf' holds what --to mla --profile portable makes; of dha choose one of llama,",
+        ),
+        (
+            "hydra",
+            "gguf",
+            "export.to 'gguf' holds what --to mla --profile portable makes; of hydra choose one of lora,",
+        ),
+        ("moh", "auto", "export.to: a checkpoint of moh routes its heads, which no stock class does"),
+    ],
+)
+def test_a_form_of_another_method_is_told_with_other_faults(
+    file: Path, method: str, to: str, expected: str
+) -> None:
+    text = f"model: x\nmethod: {method}\ndtype: float64\nexport:\n  to: {to}\n"
+    said = message(file, text)
+    assert said.startswith("run.yaml, line 3: dtype 'float64' is not one of float32, bfloat16, float16; ")
+    assert f"; run.yaml, line 5: {expected}" in said
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "torch.float16", "float32"])
+def test_a_dtype_stays_as_written_so_that_a_finished_run_is_recognised(file: Path, dtype: str) -> None:
+    file.write_text(f"model: x\nmethod: mla\ndtype: {dtype}\n", encoding="utf-8")
+    assert load(file).to_dict()["dtype"] == dtype
+    assert EvalSettings(suite="quick", dtype="bf16").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("tolerance", ["kl=1", "ppl=1.10", "kl=5e-2"])
@@ -412,21 +450,46 @@ def test_tasks_may_be_one_text(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("heal.tokens=1e-3", "tokens '1e-3' is not a number of tokens such as 200k or 20M"),
-        ("heal.tokens=-1", "tokens=-1 is not a number of tokens such as 200k or 20M"),
-        ("heal.save_tokens=-1", "save_tokens=-1 is not a number of tokens such as 200k or 20M"),
+        ("heal.tokens=1e-3", "heal.tokens '1e-3' is not a number of tokens such as 200k or 20M"),
+        ("heal.tokens=1e400k", "heal.tokens=1e400k is not a whole number of tokens"),
+        ("heal.tokens=-1", "heal.tokens=-1 is not a number of tokens such as 200k or 20M"),
+        ("heal.save_tokens=-1", "heal.save_tokens=-1 is too small; use at least 1"),
+        ("heal.batch_tokens=0", "heal.batch_tokens=0 is too small; use at least 1"),
+        ("heal.eval_tokens=0k", "heal.eval_tokens=0 is too small; use at least 1"),
+        ("dtype=float64", "dtype 'float64' is not one of float32, bfloat16, float16"),
+        ("eval.dtype=float64", "eval.dtype 'float64' is not one of float32, bfloat16, float16"),
+        ("max_shard_size=abc", "max_shard_size 'abc' is not a size such as 5GB or 500MB"),
+        ("model=''", "model is empty; name a donor, such as smollm2-135m"),
+        ("calibration.tokens=0", "calibration.tokens=0 does not fill a row; use at least 8"),
+        ("calibration.sequence_length=0", "calibration.sequence_length=0 is too short; use at least 8"),
+        ("calibration.held_out=1", "calibration.held_out=1 rows measure nothing; use at least 2"),
+        ("calibration.sources=[]", "calibration.sources is empty; name files, datasets, or self"),
+        (
+            "calibration.sources=[self, a]",
+            "calibration.sources has self beside other text; leave self out to use files",
+        ),
+        (
+            "export.to=zzz",
+            "export.to 'zzz' is no form of export; choose one of deepseek_v3, youtu, own, gguf, llama, "
+            "nemotron-nas, lora, auto",
+        ),
+        (
+            "export.to=lora",
+            "export.to 'lora' holds an adapter of --to hydra; of mla choose one of deepseek_v3, youtu, own, gguf, "
+            "auto",
+        ),
         ("heal.tokens=true", "heal.tokens: true is not a whole number or text"),
-        ("heal.data=['']", "data has an empty name"),
+        ("heal.data=['']", "heal.data has an empty name"),
         ("heal.data=", None),
-        ("heal.data=''", "data has an empty name"),
-        ("heal.data={'': 1}", "data has an empty name"),
-        ("heal.loss=mse", "loss has no term 'mse'; it has kl, ce, hidden, balance"),
-        ("calibration.sources=['']", "sources has an empty name"),
+        ("heal.data=''", "heal.data has an empty name"),
+        ("heal.data={'': 1}", "heal.data has an empty name"),
+        ("heal.loss=mse", "heal.loss has no term 'mse'; it has kl, ce, hidden, balance"),
+        ("calibration.sources=['']", "calibration.sources has an empty name"),
         ("calibration.sources=!!set {a}", None),
         ("model=!!binary aGFsbG8=", None),
-        ("eval.tasks=''", "tasks '' has no name of a task"),
-        ("eval.tasks=','", "tasks ',' has no name of a task"),
-        ("eval.text=''", "text has an empty name"),
+        ("eval.tasks=''", "eval.tasks '' has no name of a task"),
+        ("eval.tasks=','", "eval.tasks ',' has no name of a task"),
+        ("eval.text=''", "eval.text has an empty name"),
     ],
 )
 def test_values_that_were_taken_once(file: Path, override: str, expected: str | None) -> None:

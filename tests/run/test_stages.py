@@ -215,8 +215,8 @@ def test_a_stage_is_done_again_when_what_it_reads_has_changed(place: Path, tmp_p
     [
         ("eval.tasks=[mhconvert_quik]", "lm-eval has no task 'mhconvert_quik'"),
         ("eval.text=[absent.txt]", "text file absent.txt of the recipe's eval is not there"),
-        ("eval.dtype=float99", "'float99' is no dtype"),
-        ("export.to=foo", "export to 'foo' is no form; choose one of"),
+        ("eval.dtype=float99", "eval.dtype 'float99' is not one of float32"),
+        ("export.to=foo", "to 'foo' is no form of export; choose one of"),
         ("push.repo=me/model", "the recipe pushes, and there is no token"),
     ],
 )

@@ -105,6 +105,18 @@ def test_numbers_of_numpy_are_pythons(made: Callable[[], Any], expected: Any) ->
         (HealSettings, {"tokens": 5, "loss": {"kl": True}}, "loss, entry kl=True is not a number"),
         (HealSettings, {"tokens": 5, "clip": float("nan")}, "clip=nan is outside (0, ∞)"),
         (Calibration, {"sources": [""]}, "sources has an empty name"),
+        (Calibration, {"sources": ()}, "sources is empty; name files, datasets, or self"),
+        (Calibration, {"held_out": 1}, "held_out=1 rows measure nothing; use at least 2"),
+        (
+            Recipe,
+            {"model": "x", "method": "mla", "dtype": "float64"},
+            "dtype 'float64' is not one of float32,",
+        ),
+        (
+            Recipe,
+            {"model": "x", "method": "mla", "max_shard_size": 10**400},
+            "max_shard_size is beyond every size",
+        ),
         (HydraSettings, {"targets": [""]}, "targets has an empty name"),
         (HydraSettings, {"targets": "a,,b"}, "targets 'a,,b' has an empty name"),
         (EvalSettings, {"tasks": ""}, "tasks '' has no name of a task"),

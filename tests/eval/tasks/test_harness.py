@@ -151,7 +151,7 @@ def test_batch_and_dtype(donor: Path) -> None:
         ({"backend": "vllm"}, "--backend vllm needs vllm, which is not installed here"),
         ({"backend": "jax"}, "'jax' is not one of hf, vllm"),
         ({"limit": 0}, "limit=0 is too small"),
-        ({"dtype": "float99"}, "'float99' is no dtype"),
+        ({"dtype": "float99"}, "dtype 'float99' is not one of float32, bfloat16, float16"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
