@@ -36,7 +36,7 @@ def attention_weights(attention: Any, facts: AttentionFacts) -> AttentionWeights
         the order of `rotary_order`.
     """
     order = rotary_order(facts)
-    (q, k, v), o = _projections(attention, facts), attention.o_proj
+    (q, k, v), o = projections(attention, facts), attention.o_proj
 
     def rows(weight: Tensor, bias: Tensor | None) -> Tensor:
         matrix = weight.detach().to("cpu", torch.float64)
@@ -76,7 +76,7 @@ def qk_norm(attention: Any, facts: AttentionFacts) -> QKNorm | None:
 
 def queries_and_keys(attention: Any, facts: AttentionFacts, x: Tensor) -> tuple[Tensor, Tensor]:
     """Queries (B, H, T, d) and keys (B, G, T, d) of x (B, T, D) before RoPE, in the donor's own row order."""
-    (q, k, _) = _projections(attention, facts)
+    (q, k, _) = projections(attention, facts)
     query, key = F.linear(x, *q), F.linear(x, *k)
     if facts.qk_norm == "width":
         query, key = attention.q_norm(query), attention.k_norm(key)
@@ -97,7 +97,7 @@ def rotary_order(facts: AttentionFacts) -> Tensor:
 Projection = tuple[Tensor, Tensor | None]
 
 
-def _projections(attention: Any, facts: AttentionFacts) -> tuple[Projection, Projection, Projection]:
+def projections(attention: Any, facts: AttentionFacts) -> tuple[Projection, Projection, Projection]:
     """(weight, bias) of q, k and v, which some families fuse into one matrix `qkv_proj`."""
     if hasattr(attention, "qkv_proj"):
         fused = attention.qkv_proj

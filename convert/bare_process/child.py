@@ -14,11 +14,11 @@ import time
 from typing import Any
 
 
-def cache_storage(cache: Any) -> tuple[int, int]:
+def cache_storage(cache: Any, element_bytes: int = 2) -> tuple[int, int]:
     """(bytes, elements) of the tensor storage of a transformers cache, over all layers.
 
-    Storages are counted once and in full, as a slice keeps its whole buffer in memory. Only floating-point tensors
-    count, not the counters of a static cache.
+    Storages are counted once and in full, as a slice keeps its whole buffer in memory. Bytes of codes (uint8 tensors)
+    count as elements of `element_bytes` each, rounded up. Counters of a static cache do not count.
     """
     import torch
 
@@ -26,14 +26,17 @@ def cache_storage(cache: Any) -> tuple[int, int]:
     seen: set[int] = set()
     for layer in cache.layers:
         for value in vars(layer).values():
-            if not isinstance(value, torch.Tensor) or value.numel() == 0 or not value.is_floating_point():
+            if not isinstance(value, torch.Tensor) or value.numel() == 0:
+                continue
+            coded = value.dtype == torch.uint8
+            if not (coded or value.is_floating_point()):
                 continue
             storage = value.untyped_storage()
             if storage.data_ptr() in seen:
                 continue
             seen.add(storage.data_ptr())
             size += storage.nbytes()
-            elements += storage.nbytes() // value.element_size()
+            elements += -(-storage.nbytes() // (element_bytes if coded else value.element_size()))
     return size, elements
 
 
@@ -88,7 +91,9 @@ def _compare(model: Any, probe: str) -> dict[str, float]:
     }
 
 
-def _generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> dict[str, Any]:
+def _generate(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, element_bytes: int
+) -> dict[str, Any]:
     """A greedy continuation of `prompt`, as "sample", and the size of the cache after `generate`, as "cache"."""
     encoded = tokenizer(prompt, return_tensors="pt")
     output = model.generate(
@@ -100,7 +105,7 @@ def _generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> d
     )
     cache = output.past_key_values
     tokens = int(cache.get_seq_length())
-    size, elements = cache_storage(cache)
+    size, elements = cache_storage(cache, element_bytes)
     return {
         "sample": {
             "prompt": prompt,
@@ -138,7 +143,9 @@ def main(folder: str, probe: str, options: dict[str, Any]) -> dict[str, Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     with torch.inference_mode():
         result: dict[str, Any] = _compare(model, probe)
-        result |= _generate(model, tokenizer, options["prompt"], options["max_new_tokens"])
+        written = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype
+        element_bytes = (written or torch.float32).itemsize
+        result |= _generate(model, tokenizer, options["prompt"], options["max_new_tokens"], element_bytes)
     return result | {
         "model_class": type(model).__name__,
         "module": type(model).__module__.split(".")[0],

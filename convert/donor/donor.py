@@ -183,18 +183,19 @@ class Donor:
     def head(self, hidden: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
         """The logits (..., vocab_size), in float32, for outputs (..., hidden_size) of the last layer.
 
+        Gradients reach `hidden` where it requires them.
+
         Args:
             rounded_to: the dtype to which the weights of norm and lm_head are rounded; None for the donor's.
         """
         stored = rounded_to or self.dtype
         norm = self._final_norm(stored, hidden.device)
         output = self._read_outer(self.layout.output)
-        with torch.no_grad():
-            normed = norm(hidden.float())
-            if output.dtype == stored == torch.float32 and output.device == hidden.device:
-                return final_logits(self.config, F.linear(normed, output))
-            blocks = (block.to(stored).to(hidden.device, torch.float32) for block in output.split(HEAD_BLOCK))
-            return final_logits(self.config, torch.cat([F.linear(normed, block) for block in blocks], dim=-1))
+        normed = norm(hidden.float())
+        if output.dtype == stored == torch.float32 and output.device == hidden.device:
+            return final_logits(self.config, F.linear(normed, output))
+        blocks = (block.to(stored).to(hidden.device, torch.float32) for block in output.split(HEAD_BLOCK))
+        return final_logits(self.config, torch.cat([F.linear(normed, block) for block in blocks], dim=-1))
 
     def release(self) -> None:
         """Free the embedding and the head; they are read again when they are needed."""

@@ -14,7 +14,6 @@ from mhconvert.progress import Listener
 
 from ..calibration.calibration_rows import Rows
 from ..donor.donor import Donor
-from ..methods.budget_division import LayerNeed
 from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
 
@@ -22,7 +21,7 @@ Fit = Callable[..., None]  # `heal.layer_fit.fit`
 Measure = Callable[[], Any]  # makes an accumulator of predictions (`eval.fidelity.Fidelity`)
 
 
-def _no_survey() -> list[LayerNeed]:
+def _no_survey() -> Any:
     raise AssertionError("this pass has no survey")
 
 
@@ -50,7 +49,7 @@ class ConversionContext:
     fit: Fit
     measure: Measure
     on_progress: Listener
-    needs: Callable[[], list[LayerNeed]] = field(default=_no_survey)
+    needs: Callable[[], Any] = field(default=_no_survey)
 
     @property
     def layers(self) -> int:

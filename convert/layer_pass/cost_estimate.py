@@ -66,7 +66,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "device": str(device),
         "layers": [{"index": i} | method.layer_sizes(i) for i in range(layers)],
         "kv_elements_per_token": {"donor": donor_elements, "converted": method.kv_elements()},
-        "kv_bytes_per_token": {"donor": donor_elements * width, "converted": method.kv_elements() * width},
+        "kv_bytes_per_token": {"donor": donor_elements * width, "converted": method.kv_bytes(width)},
         "parameters": {"donor": outer + layers * per_layer, "converted": converted},
         **method.totals(),
         "output_bytes": output_bytes,

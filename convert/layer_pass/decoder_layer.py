@@ -72,7 +72,13 @@ class Layer:
     """
 
     def __init__(
-        self, module: Any, norm: str | None, rotary: LayerRotary, index: int, window: int | None = None
+        self,
+        module: Any,
+        norm: str | None,
+        rotary: LayerRotary,
+        index: int,
+        window: int | None = None,
+        element_bytes: int = 2,
     ):
         """
         Args:
@@ -81,8 +87,10 @@ class Layer:
             rotary: the layer's RoPE for the length of the rows.
             index: of the layer in the model.
             window: tokens that its attention sees; None: all before.
+            element_bytes: of the written weights' dtype, in which the bytes of coded caches are counted.
         """
         self.module, self.index, self.rotary = module, index, rotary
+        self.element_bytes = element_bytes
         self.attention = module.self_attn
         self.position_embeddings = position_embeddings = rotary.embeddings
         self._norm = getattr(module, norm) if norm else None
@@ -124,7 +132,7 @@ class Layer:
         row = inputs[:1].to(self.position_embeddings[0].device)
         with torch.no_grad():
             attention(row, **self._surroundings, past_key_values=cache)
-        return cache_storage(cache)[1] / row.shape[1]
+        return cache_storage(cache, self.element_bytes)[1] / row.shape[1]
 
     def _attention_mask(self, window: int | None) -> Tensor | None:
         """Additive (1, 1, L, L); None where sdpa's own causal mask is the right one."""

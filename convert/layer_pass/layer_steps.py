@@ -75,7 +75,8 @@ def read_layer(context: ConversionContext, index: int, length: int) -> Layer:
     donor = context.donor
     rotary = layer_rotary(context.rotary, donor.config, index, length)
     module = donor.decoder_layer(index, context.device)
-    return Layer(module, donor.family.attention_norm, rotary, index, layer_window(donor.config, index))
+    window = layer_window(donor.config, index)
+    return Layer(module, donor.family.attention_norm, rotary, index, window, context.dtype.itemsize)
 
 
 def observe(
@@ -107,7 +108,7 @@ def convert_attention(
     """The new attention, closed form and fit, rounded as it will be written; and what was chosen for it."""
     text = (targets.inputs, targets.targets, layer.position_embeddings)
     attention, chosen = method.convert(targets.statistics, layer.index, *text)
-    steps = fit_steps(context.recipe)
+    steps = 0 if method.closed_form else fit_steps(context.recipe)
     if steps:
         context.fit(attention, *text, steps=steps, **_fit_options(context, layer, targets.inputs))
     _round_to(attention, context.dtype, f"layer {layer.index}: self_attn.")

@@ -18,6 +18,7 @@ from mhconvert.library_versions import versions
 from ..calibration.calibration_rows import Rows
 from ..checkpoint.provenance import RECIPE
 from ..methods.budget_division import LayerNeed
+from ..methods.layer_sensitivity import LayerSensitivity
 from ..recipe.recipe import Recipe
 from ..storage.atomic_files import save_tensors, write_json
 from ..storage.byte_size import byte_size
@@ -29,6 +30,7 @@ from .decoder_layer import Streams
 STATE = "state.json"  # what is finished
 ROWS = "rows.safetensors"  # the calibration rows
 NEEDS = "needs.json"  # what a survey of the layers found
+SENSITIVITIES = "sensitivities.safetensors"  # the same, where it is tensors
 
 # Largest share of wall time spent writing resume state; each write saves both hidden-state streams.
 COMMIT_SHARE = 0.1
@@ -119,12 +121,26 @@ class Workspace:
             return rows
         return Rows(**load_file(path))
 
-    def needs(self, survey: Callable[[], list[LayerNeed]]) -> list[LayerNeed]:
+    def needs(
+        self, survey: Callable[[], list[LayerNeed] | list[LayerSensitivity]]
+    ) -> list[LayerNeed] | list[LayerSensitivity]:
         """What this run's survey found of each layer: made once, the same after every resume."""
-        path = self._work / NEEDS
-        if not path.is_file():
-            write_json(path, [dataclasses.asdict(need) for need in survey()])
-        return [LayerNeed(**need) for need in json.loads(path.read_text())]
+        path, tensors = self._work / NEEDS, self._work / SENSITIVITIES
+        if not (path.is_file() or tensors.is_file()):
+            layers = [dataclasses.asdict(layer) for layer in survey()]
+            if isinstance(next(iter(layers[0].values())), Tensor):
+                save_tensors(
+                    {f"{index}.{key}": t for index, one in enumerate(layers) for key, t in one.items()},
+                    tensors,
+                )
+            else:
+                write_json(path, layers)
+        if path.is_file():
+            return [LayerNeed(**need) for need in json.loads(path.read_text())]
+        stored = load_file(tensors)
+        fields = [field.name for field in dataclasses.fields(LayerSensitivity)]
+        count = len(stored) // len(fields)
+        return [LayerSensitivity(*(stored[f"{i}.{name}"] for name in fields)) for i in range(count)]
 
     def begin(self, streams: Streams, outer: Iterable[tuple[str, Tensor]], tensors: int) -> None:
         """Start with the embedded rows, and write the tensors `outer` that belong to no layer.
@@ -154,7 +170,7 @@ class Workspace:
     def start_over(self, search: dict[str, Any]) -> None:
         """Forget all layers; the calibration rows, the layers' needs and the state of the search are kept."""
         self._folder.state_file.unlink()  # first, as what it counts as finished is removed next
-        self._folder.empty(ROWS, NEEDS)
+        self._folder.empty(ROWS, NEEDS, SENSITIVITIES)
         self.layers, self.search = [], search
         self._streams = self._writer = None
 

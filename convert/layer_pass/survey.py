@@ -19,10 +19,12 @@ from ..attention.linalg import relative_error
 from ..calibration import calibration_rows
 from ..donor.donor import Donor
 from ..methods.budget_division import LayerNeed
+from ..methods.layer_sensitivity import LayerSensitivity
 from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
 from . import layer_steps
 from .context import ConversionContext
+from .sensitivity import measure_sensitivities
 
 PROBE_BUDGET = 5 / 16  # one layer alone is converted at it, or at the nearest that the donor can express
 TOKENS = 8192  # of the calibration text that the statistics come from
@@ -50,7 +52,14 @@ class _Streams:
         return len(self.teacher) - len(self.ids)
 
 
-def measure_needs(context: ConversionContext) -> list[LayerNeed]:
+def measure_needs(context: ConversionContext) -> list[LayerNeed] | list[LayerSensitivity]:
+    """What the method's `share_out` wants to know of every layer, whatever the recipe's own budget."""
+    recipe = context.recipe
+    method = build_method(recipe.method, context.donor.config, recipe.settings, recipe.effort)
+    return measure_sensitivities(context) if method.surveys_sensitivity else _layer_needs(context)
+
+
+def _layer_needs(context: ConversionContext) -> list[LayerNeed]:
     """The need of every layer, whatever the recipe's own budget."""
     methods = _methods(context.recipe, context.donor)
     if not methods:  # layers of so few elements that there is nothing to divide

@@ -74,6 +74,12 @@ class Method(Protocol):
     """
 
     replaced: tuple[str, ...]
+    closed_form: bool = False  # whether no fit follows `convert`
+    surveys_sensitivity: bool = False  # whether `share_out` takes a `LayerSensitivity` for each layer
+
+    def kv_bytes(self, element_bytes: int) -> int:
+        """Bytes that a token leaves in a cache whose elements have `element_bytes`, all layers together."""
+        return self.kv_elements() * element_bytes
 
     @property
     def model_class(self) -> Any:

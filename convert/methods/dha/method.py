@@ -20,6 +20,7 @@ from ...attention.statistics import observe
 from ...families.facts import attention_facts, family_of
 from ..budget_division import LayerNeed, divide
 from ..refusals import require
+from ..registry import Method
 from . import modeling_dha
 from .budget import HeadBudget, head_budget
 from .converted_class import converted_class, decoupled_config
@@ -34,7 +35,7 @@ PROBE_TOKENS = {"survey": 512, "quick": 1024, "default": 2048, "high": 4096}
 CANDIDATES = {"survey": 2, "quick": 3, "default": 4, "high": 8}
 
 
-class DHA:
+class DHA(Method):
     """Grouped-query or multi-head attention → decoupled heads; the mathematics is in `surgery`."""
 
     replaced = ("self_attn.",)

@@ -19,9 +19,11 @@ from ...attention.statistics import observe
 from ...families.facts import attention_facts
 from ..budget_division import LayerNeed, divide
 from ..refusals import require, served_refusal
+from ..registry import Method
 from . import modeling_mla
 from .assembly import at_mean_scale, module_tensors
 from .budget import DIVISION, LayerBudget, layer_budget
+from .coded_method import CodedMLA
 from .converted_class import converted_class, latent_config
 from .observed import Observed
 from .rotary_components import kept_components, rotary_basis, series_components
@@ -48,7 +50,7 @@ class Candidate:
     value_weight: float
 
 
-class MLA:
+class MLA(Method):
     """Grouped-query or multi-head attention → latent attention; the mathematics is in `surgery`."""
 
     replaced = ("self_attn.",)
@@ -239,4 +241,9 @@ class MLA:
         return module.eval().requires_grad_(False)
 
 
-METHOD = MLA
+def build(config: Any, settings: MLASettings, effort: str) -> Any:
+    """The conversion that `settings` ask for: of 16-bit elements, or of codes."""
+    return (MLA if settings.kv_bits == "16" else CodedMLA)(config, settings, effort)
+
+
+METHOD = build

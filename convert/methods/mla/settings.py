@@ -12,6 +12,7 @@ from ...validation.option import Option
 from ...validation.settings import Settings
 
 Profile = Literal["quality", "portable"]
+Bits = Literal["16", "auto"]
 RANGE = "is outside (0, 1]; it is a share of the donor's KV cache"
 
 
@@ -46,8 +47,22 @@ class MLASettings(Settings):
         ),
     ] = "quality"
 
+    kv_bits: Annotated[
+        Bits,
+        Option(
+            "16: cache elements of the weights' dtype, as engines know them. auto: the cache is coded; each component "
+            "of a joint latent of keys and values has the 0 to 8 bits that it is worth, and kv_budget is a share of "
+            "the bytes of a 16-bit cache."
+        ),
+    ] = "16"
+
     def check(self) -> None:
-        """Raise BudgetError for one of the two widths without the other."""
+        """Raise BudgetError for one of the two widths without the other, and for a code where engines read elements."""
+        if self.kv_bits == "auto" and (self.kv_lora_rank is not None or self.profile == "portable"):
+            other = "profile portable" if self.profile == "portable" else "kv_lora_rank and qk_rope_head_dim"
+            raise BudgetError(
+                f"kv_bits auto does not go with {other}, which has elements of 16 bits; leave one out"
+            )
         if (self.kv_lora_rank is None) != (self.qk_rope_head_dim is None):
             raise BudgetError("kv_lora_rank and qk_rope_head_dim go together; give both, or kv_budget alone")
 

@@ -15,6 +15,7 @@ from ...attention.rotary import LayerRotary
 from ...families.facts import attention_facts, layer_window
 from ..budget_division import LayerNeed, divide
 from ..refusals import require
+from ..registry import Method
 from . import modeling_moh
 from .budget import Heads, heads_of
 from .converted_class import converted_class, mixture_config
@@ -25,7 +26,7 @@ from .surgery import linear_scores, norm_scores, shared_units
 FLOPS_CONTEXT = 2048  # tokens in the cache, for the FLOPs that a plan states
 
 
-class MoH:
+class MoH(Method):
     """Multi-head or grouped-query attention → the same heads, of which a router gives each token some."""
 
     replaced = ("self_attn.",)

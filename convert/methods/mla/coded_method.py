@@ -1,0 +1,202 @@
+"""Coded latents as the pass over the layers sees them: bits divided under one budget in bytes, then layer by layer.
+
+Keys before RoPE and values of a layer are one vector, which a transform takes to components without correlation; each
+is cached in 0 to 8 bits. The mathematics is in `code_basis`, `bit_allocation` and `code_levels`; what is cached is in
+`latent_code`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhconvert.errors import UnsupportedError
+
+from ...attention.projections import output_bias, projections
+from ...attention.rotary import LayerRotary
+from ...families.facts import attention_facts
+from ..layer_sensitivity import LayerSensitivity
+from ..refusals import require
+from ..registry import Method
+from . import modeling_coded_mla
+from .bit_allocation import allocate, expected_divergence, width_counts
+from .code_basis import CodeBasis, code_basis
+from .code_levels import layer_levels
+from .coded_class import coded_class, coded_config
+from .latent_code import WIDTHS, row_bytes
+from .settings import MLASettings
+
+BUDGET_BYTES = 2  # of a donor's cache element, of which the budget is a share
+LEVEL_TOKENS = 8192  # whose components the levels are fitted to
+SINK_DISTANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class DonorAttention:
+    """A donor layer's projections (weight, bias), float64 on the CPU: q, k and v as rows, o, and its output bias."""
+
+    q: tuple[Tensor, Tensor]
+    key_value: tuple[Tensor, Tensor]
+    o: Tensor
+    o_bias: Tensor
+
+
+class CodedMLA(Method):
+    """Attention whose cache is the code of one latent a layer."""
+
+    replaced = ("self_attn.",)
+    closed_form = True
+    surveys_sensitivity = True
+    survey_shares: tuple[float, ...] = ()
+
+    def __init__(self, config: Any, settings: MLASettings, effort: str):
+        """Raises UnsupportedError or BudgetError before any weight is read."""
+        require(config, "mla")
+        self.donor_config, self.settings, self.effort = config, settings, effort
+        self.facts = attention_facts(config)
+        if self.facts.qk_norm is not None:
+            raise UnsupportedError(
+                f"coded latents cannot hold this donor yet: its keys have a norm ({self.facts.qk_norm}), which is not "
+                "linear in the hidden state; use --kv-bits 16"
+            )
+        layers = config.num_hidden_layers
+        donor_elements = 2 * self.facts.kv_heads * self.facts.head_dim * layers
+        self.budget = int(settings.kv_budget * donor_elements * BUDGET_BYTES)
+        allocate([torch.ones(1)] * layers, self.budget)  # refuses a budget below the least
+        self.config = coded_config(config)
+        self.bases: list[CodeBasis] = []
+        self.bits: list[Tensor] = []
+
+    def kv_elements(self) -> int:
+        """Cache elements of two bytes per token, all layers."""
+        return -(-sum(self.layer_bytes() or [self.budget]) // BUDGET_BYTES)
+
+    def kv_bytes(self, element_bytes: int) -> int:
+        """Bytes per token, all layers: codes have the same size in every dtype."""
+        return sum(self.layer_bytes() or [self.budget])
+
+    def layer_bytes(self) -> list[int]:
+        """Bytes of a token's row in each layer; empty before the budget is divided."""
+        return [row_bytes(width_counts(bits)) for bits in self.bits]
+
+    @property
+    def divisible(self) -> bool:
+        """The budget is always divided: which components have bits follows from the survey."""
+        return True
+
+    def share_out(self, sensitivities: Sequence[LayerSensitivity]) -> None:
+        """Give every component of every layer its bits, under one water level for the whole model."""
+        self.bases = [code_basis(layer) for layer in sensitivities]
+        self.bits = allocate([basis.divergence for basis in self.bases], self.budget)
+
+    def layer_sizes(self, index: int) -> dict[str, Any]:
+        """Bytes of a token's row, the latent's width, and how many components have how many bits, once divided."""
+        if not self.bits:
+            return {}
+        counts = width_counts(self.bits[index])
+        by_bits = {str(width): count for width, count in zip(WIDTHS, counts, strict=True) if count}
+        return {
+            "kv_code_bytes": row_bytes(counts),
+            "kv_lora_rank": sum(counts),
+            "components_by_bits": by_bits,
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """Nothing changes beside cache and parameters."""
+        return {}
+
+    def expected_divergence(self) -> float:
+        """Nats per token that coding is expected to add, to second order."""
+        return expected_divergence([basis.divergence for basis in self.bases], self.bits)
+
+    def new_parameters(self) -> int:
+        """Parameters of one layer's attention at the full width of its latent."""
+        facts, hidden = self.facts, self.donor_config.hidden_size
+        key_value, query = 2 * facts.kv_heads * facts.head_dim, facts.heads * facts.head_dim
+        return 2 * hidden * query + key_value * (hidden + key_value + 4)
+
+    def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> DonorAttention:
+        """The projections of a donor's attention."""
+
+        def exact(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            weight = weight.detach().cpu().double()
+            return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().cpu().double()
+
+        q, k, v = (exact(*pair) for pair in projections(attention, self.facts))
+        key_value = torch.cat((k[0], v[0])), torch.cat((k[1], v[1]))
+        o = attention.o_proj.weight.detach().cpu().double()
+        return DonorAttention(q, key_value, o, output_bias(attention))
+
+    def convert(
+        self,
+        statistics: DonorAttention,
+        index: int,
+        inputs: Tensor,
+        targets: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The coded attention of layer `index`, float32 on the embeddings' device, and the bits of its components."""
+        basis, bits = self.bases[index], self.bits[index]
+        order = bits.argsort(descending=True, stable=True)[: int((bits > 0).sum())]
+        down, up = basis.down[order], basis.up[:, order]
+        weight, bias = statistics.key_value
+        rows = inputs[: max(1, LEVEL_TOKENS // inputs.shape[1])].double()
+        written = rows @ weight.mT + bias  # N L m
+        mean = written[:, 1:].mean((0, 1))
+        components = (written - mean) @ down.mT
+        self._set(index, width_counts(bits))
+        with torch.device("meta"):
+            module = modeling_coded_mla.CodedLatentAttention(copy.deepcopy(self.config), index)
+        sink = written[:, 0].mean(0) - mean
+        rest = components[:, 1:]
+        rest = rest / rest.square().mean(-1, keepdim=True).sqrt().clamp_min(SINK_DISTANCE)
+        tensors = {
+            "code.sink": down @ sink,
+            "code.levels": layer_levels(rest.flatten(0, 1), module.code.ranges),
+            "code.weight": basis.divergence[order] / basis.divergence[order].max(),
+            "q_proj.weight": statistics.q[0],
+            "q_proj.bias": statistics.q[1],
+            "kv_a_proj_with_mqa.weight": down @ weight,
+            "kv_a_proj_with_mqa.bias": down @ (bias - mean),
+            "kv_b_proj.weight": torch.cat((up, sink.unsqueeze(1)), dim=1),
+            "kv_b_proj.bias": mean,
+            "o_proj.weight": statistics.o,
+            "o_proj.bias": statistics.o_bias,
+        }
+        wanted = module.state_dict().keys()
+        state = {
+            n: t.to(position_embeddings[0].device, torch.float32).contiguous()
+            for n, t in tensors.items()
+            if n in wanted
+        }
+        module.load_state_dict(state, strict=True, assign=True)
+        return module.eval().requires_grad_(False), self.layer_sizes(index)
+
+    def restore(self, index: int, chosen: dict[str, Any]) -> None:
+        """Take over a layer that an interrupted run finished."""
+        self._set(index, [chosen["components_by_bits"].get(str(width), 0) for width in WIDTHS])
+
+    def finish(self) -> Any:
+        """The configuration of the converted model with the counts of every layer."""
+        return copy.deepcopy(self.config)
+
+    def example_config(self) -> Any:
+        """A configuration of the planned size: four bits for as many components as the budget has."""
+        layers = self.donor_config.num_hidden_layers
+        count = max(1, 2 * (self.budget // layers - 1))
+        for index in range(layers):
+            self._set(index, [0, 0, 0, 0, count, 0, 0, 0])
+        return self.finish()
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers class that holds the result."""
+        return coded_class(type(self.donor_config))
+
+    def _set(self, index: int, counts: list[int]) -> None:
+        self.config.kv_code_counts[index] = counts

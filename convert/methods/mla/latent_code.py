@@ -1,0 +1,137 @@
+"""The code of a cached token: the components of its latent in 0 to 8 bits each, as one row of bytes.
+
+This file is shipped inside converted checkpoints: it imports torch only.
+
+Shapes: B batch, T tokens, n components with at least one bit, R bytes of a row.
+"""
+
+import torch
+from torch import Tensor, nn
+
+WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)  # bits of a component; components are sorted by width, the widest first
+FIELDS = (8, 4, 2, 1)  # bits; a width is the sum of fields, and fields of one size are packed together
+GAIN_STEPS = 8  # a factor of two; gains lie between 2^-8 and 2^7.9
+SINK = 128  # the bit of a row's first byte that says which centre the token was coded about
+LEVELS = sum(2**width for width in WIDTHS)
+
+
+def row_bytes(counts: list[int]) -> int:
+    """Bytes of a token's row with `counts` components of each of WIDTHS: a gain, and the fields rounded up."""
+    packed = ((sum(c for w, c in zip(WIDTHS, counts, strict=True) if w & field), field) for field in FIELDS)
+    return 1 + sum(-(-count * field // 8) for count, field in packed)
+
+
+def level_offset(width: int) -> int:
+    """Where the levels of `width` begin in a layer's `levels`."""
+    return sum(2**wider for wider in WIDTHS if wider > width)
+
+
+class LatentCode(nn.Module):
+    """Codes whitened components (mean 0, variance 1 over tokens) with a gain for each token; decodes rows of bytes.
+
+    Each token is coded about one of two centres: zero, or the `sink`, the components of a first token, on which models
+    park their attention and which is nearly the same vector whatever the text. The nearer centre is taken, so that no
+    position has to be known, and rows may be cropped, reordered and repeated like any tensor. What is left is divided
+    by its RMS, and each component is rounded to the nearest level of its width.
+
+    Parameters:
+        sink: (n,).
+        levels: (LEVELS,), increasing within a width, the widest first.
+        weight: (n,), what a unit error of a component costs, by which the nearer centre is judged.
+    """
+
+    def __init__(self, counts: list[int]):
+        """
+        Args:
+            counts: components of each of WIDTHS.
+        """
+        super().__init__()
+        self.counts, n = list(counts), sum(counts)
+        self.sink = nn.Parameter(torch.zeros(n))
+        self.levels = nn.Parameter(torch.zeros(LEVELS))
+        self.weight = nn.Parameter(torch.ones(n))
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        self.ranges = [
+            (width, start, start + count)
+            for width, start, count in zip(WIDTHS, starts, counts, strict=True)
+            if count
+        ]
+        self.bytes = row_bytes(self.counts)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """What decoding gives of z (..., n): (..., n + 1), the latent as readers of the cache see it."""
+        return self.decode(self.encode(z), z.dtype)
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Components (..., n) -> rows (..., R), uint8."""
+        z, sink, weight = z.float(), self.sink.float(), self.weight.float()
+        to_zero = (z.square() * weight).sum(-1, keepdim=True)
+        nearer = ((z - sink).square() * weight).sum(-1, keepdim=True) < to_zero
+        rest = torch.where(nearer, z - sink, z)
+        energy = rest.square().mean(-1, keepdim=True).clamp_min(1e-12)
+        step = (energy.log2() * (GAIN_STEPS / 2)).round().clamp(-8 * GAIN_STEPS, 8 * GAIN_STEPS - 1)
+        rest = rest / torch.exp2(step / GAIN_STEPS)
+        first = (step + 8 * GAIN_STEPS).to(torch.uint8) + SINK * nearer.to(torch.uint8)
+        codes = [
+            torch.bucketize(rest[..., start:stop].contiguous(), self._boundaries(width)).to(torch.uint8)
+            for width, start, stop in self.ranges
+        ]
+        return torch.cat((first, self._packed(codes)), dim=-1)
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows (..., R) -> (..., n + 1) of `dtype`: the components about their centre, and whether that is the sink.
+
+        kv_b_proj reads the last element too, and so knows the sink's keys and values whole, with what the components
+        that have no bits would add.
+        """
+        first = rows[..., :1]
+        gain = torch.exp2((first % SINK).float() / GAIN_STEPS - 8).to(dtype)
+        levels = self.levels.to(dtype)
+        parts = [
+            levels[level_offset(width) : level_offset(width) + 2**width][codes.int()]
+            for (width, _, _), codes in zip(self.ranges, self._unpacked(rows[..., 1:]), strict=True)
+        ]
+        return torch.cat((torch.cat(parts, dim=-1) * gain, (first >= SINK).to(dtype)), dim=-1)
+
+    def _boundaries(self, width: int) -> Tensor:
+        levels = self.levels[level_offset(width) : level_offset(width) + 2**width].float()
+        return (levels[1:] + levels[:-1]) / 2
+
+    def _packed(self, codes: list[Tensor]) -> Tensor:
+        """Codes (..., components) of each range -> bytes."""
+        packed = []
+        for field in FIELDS:
+            # A width's fields hold its bits from the highest: what is below this field is shifted out.
+            parts = [
+                (code >> (width % field)) & (2**field - 1)
+                for (width, _, _), code in zip(self.ranges, codes, strict=True)
+                if width & field
+            ]
+            if not parts:
+                continue
+            values, each = torch.cat(parts, dim=-1), 8 // field
+            values = nn.functional.pad(values, (0, -values.shape[-1] % each)).unflatten(-1, (-1, each))
+            byte = values[..., 0]
+            for place in range(1, each):
+                byte = byte | values[..., place] << (place * field)
+            packed.append(byte)
+        return torch.cat(packed, dim=-1)
+
+    def _unpacked(self, rows: Tensor) -> list[Tensor]:
+        """Bytes -> codes (..., components) of each range, uint8."""
+        codes: dict[int, Tensor] = {}
+        begin = 0
+        for field in FIELDS:
+            users = [(width, stop - start) for width, start, stop in self.ranges if width & field]
+            count, each = sum(n for _, n in users), 8 // field
+            size = -(-count // each)
+            if not users:
+                continue
+            byte, begin = rows[..., begin : begin + size], begin + size
+            places = [(byte >> (place * field)) & (2**field - 1) for place in range(each)]
+            values = torch.stack(places, dim=-1).flatten(-2)[..., :count] if each > 1 else byte
+            for (width, _), part in zip(users, values.split([n for _, n in users], dim=-1), strict=True):
+                part = part << (width % field)
+                codes[width] = codes[width] | part if width in codes else part
+        return [codes[width] for width, _, _ in self.ranges]

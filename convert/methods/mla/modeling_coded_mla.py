@@ -1,0 +1,200 @@
+"""Causal language models that cache the code of one latent per token, one row of bytes for all heads of a layer.
+
+Each class is its donor's own transformers class with every `self_attn` replaced. This file is shipped inside converted
+checkpoints: it imports torch, transformers and its siblings only.
+
+Shapes: B batch, T query tokens, S cached tokens, H query heads, G KV heads, d head_dim, n components, R bytes of a row,
+D hidden_size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # the one that knows softcap
+
+from . import configuration_coded_mla
+from .configuration_coded_mla import CodedLatentFields
+from .latent_code import LatentCode
+from .modeling_mla import LatentAttention, LatentAttentionForCausalLM, LatentAttentionModel, SlotEmbeddings
+
+BLOCK_TOKENS = 2048  # decoded at a time while a few tokens are generated
+
+
+class CodedLatentAttention(LatentAttention):
+    """Grouped-query attention whose keys (before RoPE) and values are read from the code of one joint latent.
+
+    kv_a_proj_with_mqa takes a hidden state to the latent, whitened components; `code` makes a row of bytes of it, which
+    a cache holds as its keys; kv_b_proj takes the decoded latent to the keys and values of the KV heads. Without a
+    cache the same codes are made and read, so that what is evaluated is what is served.
+
+    Attributes inherited: `own_mask`, `cache_embeddings`.
+    """
+
+    def __init__(self, config: Any, layer_idx: int):
+        nn.Module.__init__(self)
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
+        self.scaling = config.softmax_scale or self.head_dim**-0.5
+        self.softcap = config.attention_softcap
+        self.window = config.layer_window(layer_idx)
+        self.attention_dropout = config.attention_dropout
+        self.slot_embeddings: SlotEmbeddings | None = None
+        self.code = LatentCode(config.layer_counts(layer_idx))
+        rank, width = len(self.code.sink), config.hidden_size
+        kv_width = self.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=config.attention_input_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(width, rank, bias=True)
+        self.kv_b_proj = nn.Linear(rank + 1, 2 * kv_width, bias=True)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=config.attention_output_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, rotary width] -> output [B, T, D], weights."""
+        batch, length, _ = hidden_states.shape
+        query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        rows = self.code.encode(self.kv_a_proj_with_mqa(hidden_states)).unsqueeze(1)
+        of_queries = of_keys = position_embeddings
+        if past_key_values is not None:
+            rows, _ = past_key_values.update(rows, rows[..., :0], self.layer_idx)
+            if rows.shape[2] != length:
+                seen = past_key_values.get_seq_length(self.layer_idx)
+                of_queries, of_keys = self.cache_embeddings(length, seen, hidden_states, rows, attention_mask)
+        query = rotate_half_split(query, *of_queries)
+        if attention_mask is None:
+            attention_mask = self.own_mask(hidden_states, rows.shape[2])
+        if self._few(length, rows.shape[2], attention_mask):
+            return self.o_proj(self.read_in_blocks(query, rows, of_keys, attention_mask)), None
+        key, value = self.keys_and_values(self.code.decode(rows.squeeze(1), query.dtype))
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
+        output, weights = attention(
+            self,
+            query,
+            rotate_half_split(key, *of_keys),
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def keys_and_values(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded latent [B, S, n + 1] -> keys before RoPE and values, [B, G, S, d] each."""
+        heads = self.kv_b_proj(latent).unflatten(-1, (2 * self.num_key_value_heads, self.head_dim))
+        return heads.transpose(1, 2).chunk(2, dim=1)  # type: ignore[return-value]
+
+    def component_embeddings(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """All of the donor's cos and sin: no component is left out."""
+        return position_embeddings
+
+    def cache_embeddings(  # type: ignore[override]
+        self, length: int, seen: Any, hidden_states: Tensor, rows: Tensor, attention_mask: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(cos, sin) of the last `length` tokens and of all slots of a cache, whatever dtype its rows have."""
+        like = hidden_states.new_empty(()).expand(*rows.shape)
+        return super().cache_embeddings(length, seen, like, attention_mask)
+
+    def _few(self, length: int, slots: int, attention_mask: Any) -> bool:
+        """Whether a few query tokens meet a cache of more than one block, in a form that blocks can read."""
+        readable = isinstance(attention_mask, Tensor) or (attention_mask is None and length == 1)
+        return slots > BLOCK_TOKENS and length <= self.max_absorbed_tokens and readable and not self.training
+
+    def read_in_blocks(
+        self, query: Tensor, rows: Tensor, of_keys: tuple[Tensor, Tensor], attention_mask: Tensor | None
+    ) -> Tensor:
+        """Attention of a few tokens that decodes BLOCK_TOKENS rows at a time, with a running softmax.
+
+        Values stay latents until the end: their projection is linear, so it follows the sum over tokens.
+
+        Args:
+            query: [B, H, T, d] with RoPE; rows [B, 1, S, R]; of_keys: cos, sin [1 or B, S, rotary width].
+        Returns:
+            [B, T, H d].
+        """
+        batch, heads, length, _ = query.shape
+        kv_heads, kv_width = self.num_key_value_heads, self.num_key_value_heads * self.head_dim
+        k_up, v_up = self.kv_b_proj.weight.split(kv_width)
+        k_mean, v_mean = self.kv_b_proj.bias.split(kv_width)
+        grouped = (query * self.scaling).reshape(batch, kv_heads, -1, self.head_dim)  # B G (H/G T) d
+        peak = query.new_full((batch, heads, length, 1), -torch.inf, dtype=torch.float32)
+        total, latent_sum = (
+            torch.zeros_like(peak),
+            peak.new_zeros(batch, heads, length, len(self.code.sink) + 1),
+        )
+        for start in range(0, rows.shape[2], BLOCK_TOKENS):
+            stop = min(start + BLOCK_TOKENS, rows.shape[2])
+            latent = self.code.decode(rows[:, 0, start:stop], query.dtype)
+            key = F.linear(latent, k_up, k_mean).unflatten(-1, (kv_heads, self.head_dim)).transpose(1, 2)
+            key = rotate_half_split(key, *(e[:, start:stop] for e in of_keys))
+            scores = (grouped @ key.mT).view(batch, heads, length, -1).float()
+            if self.softcap is not None:
+                scores = torch.tanh(scores / self.softcap) * self.softcap
+            if attention_mask is not None:
+                mask = attention_mask[..., start:stop]
+                lowest = torch.finfo(query.dtype).min
+                scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+            highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
+            weights, kept = (scores - highest).exp(), (peak - highest).exp()
+            read = weights.flatten(1, 2).to(latent.dtype) @ latent
+            latent_sum = latent_sum * kept + read.view_as(latent_sum)
+            total, peak = total * kept + weights.sum(-1, keepdim=True), highest
+        mean = (latent_sum / total).to(query.dtype).view(batch, kv_heads, -1, latent_sum.shape[-1])
+        output = mean @ v_up.view(kv_heads, self.head_dim, -1).mT + v_mean.view(kv_heads, 1, -1)
+        return output.view(batch, heads, length, -1).transpose(1, 2).flatten(2)
+
+
+def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in its half-split layout: x [B, heads, T, d]; cos, sin [B or 1, T, w]; elements from w on are left alone."""
+    cos, sin, width = cos.unsqueeze(1), sin.unsqueeze(1), cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+class CodedLatentAttentionModel(LatentAttentionModel):
+    """Mixed into the donor's decoder stack: replaces every `self_attn`."""
+
+    def __init__(self, config: CodedLatentFields):
+        super(LatentAttentionModel, self).__init__(config)  # type: ignore[call-arg]
+        kinds: Any = getattr(config, "layer_types", None) or [None] * len(self.layers)  # type: ignore[attr-defined]
+        slots = {kind: SlotEmbeddings(self.rotary_emb, kind) for kind in set(kinds)}  # type: ignore[attr-defined]
+        for layer_idx, layer in enumerate(self.layers):  # type: ignore[attr-defined]
+            layer.self_attn = CodedLatentAttention(config, layer_idx)
+            layer.self_attn.slot_embeddings = slots[kinds[layer_idx]]
+        self.post_init()  # type: ignore[attr-defined]
+
+
+def __getattr__(name: str) -> Any:
+    """`CodedMLA<Donor>Model` and `…ForCausalLM`, made from transformers' classes when they are asked for."""
+    donor = getattr(transformers, name.removeprefix("CodedMLA"), None)
+    if not (name.startswith("CodedMLA") and name.endswith(("Model", "ForCausalLM")) and donor):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    config_class = getattr(configuration_coded_mla, f"CodedMLA{donor.config_class.__name__}")
+    body: dict[str, Any] = {"__module__": __name__, "config_class": config_class}
+    if name.endswith("Model"):
+        body["_can_record_outputs"] = donor._can_record_outputs | {"attentions": CodedLatentAttention}
+        return globals().setdefault(name, type(name, (CodedLatentAttentionModel, donor), body))
+    stack: Any = MODEL_MAPPING[donor.config_class]
+    body["decoder_class"] = __getattr__(f"CodedMLA{stack.__name__}")
+    return globals().setdefault(name, type(name, (LatentAttentionForCausalLM, donor), body))
