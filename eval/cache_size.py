@@ -17,13 +17,13 @@ class CacheCost:
     Attributes:
         class_name: of the cache object.
         tokens: that it holds.
-        bytes, elements: of its tensors' storage over all layers.
+        bytes, elements: of its tensors' storage over all layers; two bytes of codes count as one element.
     """
 
     class_name: str
     tokens: int
     bytes: int
-    elements: int
+    elements: float
 
     @property
     def bytes_per_token(self) -> float:

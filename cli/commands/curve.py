@@ -41,7 +41,15 @@ Text = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="UTF-8 text to measure on, not held-out rows.")
 ]
 TextRows = Annotated[int, typer.Option(metavar="N", help="Rows of --text.")]
-FIELDS = ("profile", "uniform", "regroup", "min_heads", "max_heads", "head_multiple")  # beside the budgets
+FIELDS = (
+    "profile",
+    "kv_bits",
+    "uniform",
+    "regroup",
+    "min_heads",
+    "max_heads",
+    "head_multiple",
+)  # beside the budgets
 
 
 def groups() -> tuple[Group, ...]:

@@ -14,15 +14,15 @@ import time
 from typing import Any
 
 
-def cache_storage(cache: Any, element_bytes: int = 2) -> tuple[int, int]:
+def cache_storage(cache: Any, element_bytes: int = 2) -> tuple[int, float]:
     """(bytes, elements) of the tensor storage of a transformers cache, over all layers.
 
     Storages are counted once and in full, as a slice keeps its whole buffer in memory. Bytes of codes (uint8 tensors)
-    count as elements of `element_bytes` each, rounded up. Counters of a static cache do not count.
+    count as elements of `element_bytes` each. Counters of a static cache do not count.
     """
     import torch
 
-    size = elements = 0
+    size, elements = 0, 0.0
     seen: set[int] = set()
     for layer in cache.layers:
         for value in vars(layer).values():
@@ -36,7 +36,7 @@ def cache_storage(cache: Any, element_bytes: int = 2) -> tuple[int, int]:
                 continue
             seen.add(storage.data_ptr())
             size += storage.nbytes()
-            elements += -(-storage.nbytes() // (element_bytes if coded else value.element_size()))
+            elements += storage.nbytes() / (element_bytes if coded else value.element_size())
     return size, elements
 
 

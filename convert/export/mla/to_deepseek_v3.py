@@ -21,6 +21,7 @@ from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
 from ..written_export import bytes_in, carry_files, write_card, write_record, written_dtype
 from . import deepseek_tensors
+from .cached_elements import require_elements
 
 GROWTH = 2  # room for an export of so many times the checkpoint's elements: padded values, an untied head
 
@@ -79,6 +80,7 @@ def export_checkpoint(
 def _open(reference: str, to: str, device: str | None) -> open_model.OpenModel:
     """The MLA checkpoint `reference`. Raises ExportError for anything else."""
     opened = open_model.open_model(reference, device=device)
+    require_elements(reference, opened.config)
     if opened.donor is not None or identity.converted_method(str(opened.folder)) != "mla":
         raise ExportError(
             f"{reference} has no latent attention; {to} holds what --to mla --profile portable makes"

@@ -24,6 +24,7 @@ from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
 from ..written_export import bytes_in, carry_files, write_card, write_record, written_dtype
+from .cached_elements import require_elements
 from .own_layer import EPS, EPS_FLOAT16, ServedShape, model_class, norm_weight, served_config, served_tensors
 
 
@@ -82,6 +83,7 @@ def export_checkpoint(
 def _open(reference: str, device: str | None) -> open_model.OpenModel:
     """The MLA checkpoint `reference`. Raises ExportError for anything else."""
     opened = open_model.open_model(reference, device=device)
+    require_elements(reference, opened.config)
     if opened.donor is not None or not hasattr(opened.config, "rope_in_latent"):
         raise ExportError(
             f"{reference} is no MLA checkpoint; own holds what --to mla --profile portable makes"

@@ -67,7 +67,8 @@ class CodedLatentAttention(LatentAttention):
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, rotary width] -> output [B, T, D], weights."""
         batch, length, _ = hidden_states.shape
         query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        rows = self.code.encode(self.kv_a_proj_with_mqa(hidden_states)).unsqueeze(1)
+        written = self.kv_a_proj_with_mqa(hidden_states)
+        rows = self.code.encode(written).unsqueeze(1)
         of_queries = of_keys = position_embeddings
         if past_key_values is not None:
             rows, _ = past_key_values.update(rows, rows[..., :0], self.layer_idx)
@@ -79,7 +80,12 @@ class CodedLatentAttention(LatentAttention):
             attention_mask = self.own_mask(hidden_states, rows.shape[2])
         if self._few(length, rows.shape[2], attention_mask):
             return self.o_proj(self.read_in_blocks(query, rows, of_keys, attention_mask)), None
-        key, value = self.keys_and_values(self.code.decode(rows.squeeze(1), query.dtype))
+        latent = self.code.decode(rows.squeeze(1), query.dtype)
+        if written.requires_grad and latent.shape[1] == length:
+            latent = latent + F.pad(
+                written - written.detach(), (0, 1)
+            )  # straight-through: rounding has slope one
+        key, value = self.keys_and_values(latent)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

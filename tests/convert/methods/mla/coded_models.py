@@ -1,0 +1,67 @@
+"""Tiny donors with coded latents, made in memory, with sensitivities from one backward pass of the whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.convert.families.facts import attention_facts
+from mhconvert.convert.layer_pass.sensitivity import FIRST_TOKENS, layer_sensitivity
+from mhconvert.convert.methods.layer_sensitivity import LayerSensitivity
+from mhconvert.convert.methods.mla.coded_method import CodedMLA
+from mhconvert.convert.methods.mla.settings import MLASettings
+from tests.convert.conversions import assembled, converted_layers, token_ids
+
+
+def key_value_modules(attention: Any) -> list[Any]:
+    """The modules that make keys and values; one makes the queries too in some families."""
+    return [attention.qkv_proj] if hasattr(attention, "qkv_proj") else [attention.k_proj, attention.v_proj]
+
+
+def whole_model_sensitivities(donor: Any, ids: Tensor, seed: int = 0) -> list[LayerSensitivity]:
+    """What the pass over the layers measures, from the whole model at once."""
+    written: list[list[Tensor]] = [[] for _ in donor.model.layers]
+    facts = attention_facts(donor.config)
+    key_value, fused = (
+        2 * facts.kv_heads * facts.head_dim,
+        hasattr(donor.model.layers[0].self_attn, "qkv_proj"),
+    )
+
+    def keep(index: int) -> Any:
+        def hook(_: Any, __: Any, output: Tensor) -> None:
+            output.requires_grad_() if output.is_leaf else output.retain_grad()
+            written[index].append(output)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(keep(index))
+        for index, layer in enumerate(donor.model.layers)
+        for module in key_value_modules(layer.self_attn)
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    for row in ids:
+        likely = donor(input_ids=row[None], use_cache=False).logits[0].log_softmax(-1)
+        drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
+        likely.gather(-1, drawn).sum().backward()
+    for hook in hooks:
+        hook.remove()
+
+    def joined(outputs: list[Tensor]) -> Tensor:
+        pairs = [outputs] if fused else [outputs[::2], outputs[1::2]]
+        rows = [torch.cat([each[0] for each in parts], dim=-1) for parts in zip(*pairs, strict=True)]
+        return torch.cat([row[FIRST_TOKENS:, -key_value:] for row in rows]).double()
+
+    gradients = [[output.grad for output in outputs] for outputs in written]
+    values = [[output.detach() for output in outputs] for outputs in written]
+    return [layer_sensitivity(joined(v), joined(g)) for v, g in zip(values, gradients, strict=True)]  # type: ignore[arg-type]
+
+
+def coded(donor: Any, budget: float) -> Any:
+    """`donor` with coded latents at `budget`, fp32 and in eval mode."""
+    ids = token_ids(8, 32)
+    method = CodedMLA(donor.config, MLASettings(kv_budget=budget, kv_bits="auto"), "quick")
+    method.share_out(whole_model_sensitivities(donor, ids))
+    return assembled(donor, method, converted_layers(donor, method, ids))

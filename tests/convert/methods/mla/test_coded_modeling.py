@@ -1,0 +1,162 @@
+"""Models with coded latents: near the donor, one function with every cache, and a cache of the planned bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from mhconvert.convert.bare_process.child import cache_storage
+from mhconvert.convert.methods.mla import modeling_coded_mla
+from mhconvert.convert.methods.mla.coded_method import CodedMLA
+from mhconvert.convert.methods.mla.latent_code import row_bytes
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.errors import BudgetError, UnsupportedError
+from tests.convert.conversions import LLAMA3, YARN, donor_model, logits, relative, token_ids
+from tests.convert.methods.mla.coded_models import coded
+from tests.donors import make_config
+
+SAME = 2e-5  # fp32 rounding through two layers, relative to the logits
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return coded(donor_model(), 0.25)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"rope": LLAMA3},
+        {"rope": YARN, "kv_heads": 4},
+        {"family": "qwen2"},
+        {"family": "phi3", "pad_token_id": 1},
+        {"family": "gemma2", "sliding_window": 8},
+        {"family": "stablelm", "use_qkv_bias": True},
+        {"family": "mistral", "sliding_window": 8},
+    ],
+    ids=["llama", "llama3", "yarn-mha", "biases", "fused", "softcap-window", "partial", "window"],
+)
+def test_eight_bits_of_everything_are_the_donor(config: dict[str, Any]) -> None:
+    donor = donor_model(**config)
+    exact, half = (
+        relative(logits(coded(donor, share), token_ids(2, 30)), logits(donor, token_ids(2, 30)))
+        for share in (0.6, 0.2)
+    )
+    assert exact < 0.03  # 8 bits: an error of 0.6 % of each component's deviation, through two layers
+    assert exact < half / 2
+
+
+def test_every_way_to_read_the_cache_is_one_function(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = token_ids(2, 40)
+    whole = logits(model, ids)
+    with torch.no_grad():
+        prefill = model(input_ids=ids, past_key_values=DynamicCache()).logits
+        steps, chunks, blocks = DynamicCache(), DynamicCache(), DynamicCache()
+        stepwise = torch.cat(
+            [model(input_ids=token, past_key_values=steps).logits for token in ids.split(1, 1)], 1
+        )
+        chunked = torch.cat(
+            [model(input_ids=part, past_key_values=chunks).logits for part in ids.split(13, 1)], 1
+        )
+        monkeypatch.setattr(modeling_coded_mla, "BLOCK_TOKENS", 7)
+        in_blocks = torch.cat(
+            [model(input_ids=part, past_key_values=blocks).logits for part in ids.split(3, 1)], 1
+        )
+    for other in (prefill, stepwise, chunked, in_blocks):
+        assert relative(other, whole) < SAME
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_windows_and_softcaps_in_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = coded(donor_model(family=family, sliding_window=9), 0.25), token_ids(2, 30)
+    whole = logits(model, ids)
+    monkeypatch.setattr(modeling_coded_mla, "BLOCK_TOKENS", 5)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        stepwise = torch.cat(
+            [model(input_ids=token, past_key_values=cache).logits for token in ids.split(1, 1)], 1
+        )
+    assert relative(stepwise, whole) < SAME
+
+
+def test_a_cache_has_the_planned_bytes(model: Any) -> None:
+    cache, planned = DynamicCache(), sum(map(row_bytes, model.config.kv_code_counts))
+    with torch.no_grad():
+        model(input_ids=token_ids(3, 20), past_key_values=cache)
+    assert cache_storage(cache)[0] == 3 * 20 * planned
+    donor_bytes = 2 * 2 * 2 * 16 * 2  # layers, K and V, heads, head_dim, bf16
+    assert 0.85 * 0.25 < planned / donor_bytes <= 0.25
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
+def test_left_padding_is_not_seen(model: Any, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if blocks:
+        monkeypatch.setattr(modeling_coded_mla, "BLOCK_TOKENS", 5)
+    ids = token_ids(1, 20)
+    padded = torch.cat((torch.ones(1, 6, dtype=torch.long), ids), 1)
+    mask = torch.cat((torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 20, dtype=torch.long)), 1)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, 20:]
+    both = model.generate(
+        input_ids=torch.cat((padded, torch.cat((ids, ids[:, :6]), 1))),
+        attention_mask=torch.cat((mask, torch.ones_like(mask))),
+        **options,
+    )
+    assert both[0, 26:].tolist() == alone.tolist()
+
+
+def test_beams_crop_static_and_offloaded_caches(model: Any) -> None:
+    ids = token_ids(2, 16)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8}
+    plain = model.generate(input_ids=ids, do_sample=False, **options)
+    static = model.generate(input_ids=ids, do_sample=False, cache_implementation="static", **options)
+    assert static.tolist() == plain.tolist()
+    beams = [
+        model.generate(input_ids=ids, num_beams=3, do_sample=False, use_cache=cached, **options)
+        for cached in (True, False)
+    ]
+    assert beams[0].tolist() == beams[1].tolist()
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        cache.crop(-6)
+        again = model(input_ids=ids[:, 10:], past_key_values=cache).logits
+    assert relative(again, logits(model, ids)[:, 10:]) < SAME
+    preallocated = StaticCache(config=model.config, max_cache_len=24)
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :10], past_key_values=preallocated).logits
+        rest = model(input_ids=ids[:, 10:], past_key_values=preallocated).logits
+    assert relative(torch.cat((first, rest), 1), logits(model, ids)) < SAME
+
+
+def test_assisted_decoding_is_greedy_decoding(model: Any) -> None:
+    ids = token_ids(1, 16)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    assert (
+        model.generate(input_ids=ids, prompt_lookup_num_tokens=3, **options).tolist()
+        == model.generate(input_ids=ids, **options).tolist()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_generates(model: Any, dtype: torch.dtype) -> None:
+    half = coded(donor_model(), 0.25).to(dtype)
+    found = logits(half, token_ids(1, 20)).float()
+    # Codes are made from rounded latents, so some of them are a level apart.
+    assert relative(found, logits(model, token_ids(1, 20))) < 0.2
+
+
+def test_refusals_name_the_way_out() -> None:
+    settings = MLASettings(kv_bits="auto")
+    with pytest.raises(UnsupportedError, match=r"its keys have a norm \(head\).*--kv-bits 16"):
+        CodedMLA(make_config(family="qwen3"), settings, "quick")
+    with pytest.raises(BudgetError, match="at least 4 bytes in 2 layers, and the budget is 2"):
+        CodedMLA(make_config(), MLASettings(kv_bits="auto", kv_budget=0.01), "quick")
+    with pytest.raises(BudgetError, match="kv_bits auto does not go with profile portable"):
+        MLASettings(kv_bits="auto", profile="portable")
+    with pytest.raises(BudgetError, match="kv_bits auto does not go with kv_lora_rank"):
+        MLASettings(kv_bits="auto", kv_lora_rank=8, qk_rope_head_dim=4)

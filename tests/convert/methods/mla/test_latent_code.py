@@ -1,0 +1,117 @@
+"""The code of a token: what is packed comes back, each component is at its nearest level, sinks and outliers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mhconvert.convert.methods.mla.bit_allocation import DISTORTION
+from mhconvert.convert.methods.mla.code_levels import fitted_levels, layer_levels, normal_levels
+from mhconvert.convert.methods.mla.latent_code import SINK, WIDTHS, LatentCode, row_bytes
+
+COUNTS = [3, 2, 1, 5, 7, 4, 9, 11]
+
+
+def code(counts: list[int], sink: Tensor | None = None) -> LatentCode:
+    made = LatentCode(counts)
+    made.levels.data = torch.cat([normal_levels(width) for width in WIDTHS]).float()
+    made.sink.data = torch.full((sum(counts),), 40.0) if sink is None else sink
+    return made
+
+
+def tokens(rows: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(2, rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.lists(st.integers(0, 9), min_size=8, max_size=8).filter(any), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_bytes_hold_every_code(counts: list[int], seed: int) -> None:
+    coder = code(counts)
+    generator = torch.Generator().manual_seed(seed)
+    codes = [
+        torch.randint(0, 2**width, (3, stop - start), generator=generator).to(torch.uint8)
+        for width, start, stop in coder.ranges
+    ]
+    packed = coder._packed(codes)
+    assert packed.shape == (3, row_bytes(counts) - 1)
+    assert packed.dtype == torch.uint8
+    for found, expected in zip(coder._unpacked(packed), codes, strict=True):
+        assert torch.equal(found, expected)
+    bits = sum(width * count for width, count in zip(WIDTHS, counts, strict=True))
+    assert (
+        bits / 8 <= row_bytes(counts) - 1 < bits / 8 + 4
+    )  # each of four fields is rounded up by less than a byte
+
+
+def test_errors_are_those_of_the_best_quantisers() -> None:
+    """Of normal components; the gain of a token adds to its error less than a tenth."""
+    coder, z = code([20] * 8), tokens(4000, 160)
+    errors = (coder(z)[..., :-1] - z).square()
+    for width, start, stop in coder.ranges:
+        assert errors[..., start:stop].mean().item() == pytest.approx(DISTORTION[width], rel=0.1)
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_normal_levels_are_the_best(width: int) -> None:
+    """The error of 2^width levels for a normal variable, against the published table."""
+    samples = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16))
+    levels = normal_levels(width)
+    nearest = levels[torch.bucketize(samples, (levels[1:] + levels[:-1]) / 2)]
+    assert (samples - nearest).square().mean().item() == pytest.approx(DISTORTION[width], rel=0.05)
+
+
+def test_fitted_levels_never_do_worse() -> None:
+    samples = tokens(500, 4).flatten().double().pow(3)  # heavy tails
+    start = normal_levels(4)
+
+    def error(levels: Tensor) -> float:
+        nearest = levels[torch.bucketize(samples, (levels[1:] + levels[:-1]) / 2)]
+        return (samples - nearest).square().mean().item()
+
+    assert error(fitted_levels(samples, start)) < 0.6 * error(start)
+
+
+def test_levels_of_a_width_with_few_samples_stay_normal() -> None:
+    coder = code([1, 0, 0, 0, 0, 0, 0, 40])
+    levels = layer_levels(tokens(8, 41).flatten(0, 1) * 3, coder.ranges)
+    assert torch.equal(levels[:256], normal_levels(8))
+    assert levels[-2:].tolist() != normal_levels(1).tolist()
+
+
+def test_a_sink_is_told_from_other_tokens_and_costs_nothing_else() -> None:
+    sink = tokens(1, 42, seed=5)[0, 0] * 6
+    coder, z = code(COUNTS, sink), tokens(20, 42)
+    z[0, 0] = sink + 0.01 * z[0, 0]
+    rows, decoded = coder.encode(z), coder(z)
+    assert (rows[..., 0] >= SINK).nonzero().tolist() == [[0, 0]]
+    assert decoded[0, 0, -1] == 1
+    assert decoded[0, 1:, -1].sum() == 0
+    assert (decoded[0, 0, :-1] - (z[0, 0] - sink)).abs().max() < 0.03  # the rest has a gain of its own
+
+
+def test_an_outlier_leaves_its_neighbours_as_they_were() -> None:
+    coder, z = code(COUNTS), tokens(20, 42)
+    coder.sink.data *= 1000
+    large = z.clone()
+    large[0, 3] *= 100
+    rows, changed = coder.encode(z), coder.encode(large)
+    others = [index for index in range(20) if index != 3]
+    assert torch.equal(rows[0, others], changed[0, others])
+    decoded = coder(large)[0, 3, :-1]
+    assert ((decoded - large[0, 3]).norm() / large[0, 3].norm()).item() == pytest.approx(
+        ((coder(z)[0, 3, :-1] - z[0, 3]).norm() / z[0, 3].norm()).item(), rel=0.3
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_constants_and_half_precision(dtype: torch.dtype) -> None:
+    coder = code(COUNTS)
+    z = torch.cat((torch.zeros(1, 2, 42), torch.full((1, 2, 42), 0.5)), dim=1).to(dtype)
+    decoded = coder(z)
+    assert decoded.dtype == dtype
+    assert decoded.isfinite().all()
+    assert decoded[0, :2].abs().max() < 0.02
+    assert coder.encode(z).shape == (1, 4, row_bytes(COUNTS))
