@@ -12,7 +12,11 @@ INFO = MethodInfo(
     tag="multi-head-latent-attention",
     shrinks_cache=True,
     caches_key_scales=True,
-    sizes=(("latent width", "kv_lora_rank"), ("rotary key width", "qk_rope_head_dim")),
+    sizes=(
+        ("latent width", "kv_lora_rank"),
+        ("rotary key width", "qk_rope_head_dim"),
+        ("bytes of a code", "kv_code_bytes"),
+    ),
     forms=(
         Form("deepseek_v3", f"{EXPORT}.to_deepseek_v3"),
         Form("youtu", f"{EXPORT}.to_deepseek_v3"),

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
 
+import mhconvert
 from mhconvert.convert.bare_process.child import cache_storage
+from mhconvert.convert.checkpoint.provenance import write_config
+from mhconvert.convert.donor.donor import open_donor
 from mhconvert.convert.methods.mla import modeling_coded_mla
 from mhconvert.convert.methods.mla.coded_method import CodedMLA
 from mhconvert.convert.methods.mla.latent_code import row_bytes
 from mhconvert.convert.methods.mla.settings import MLASettings
-from mhconvert.errors import BudgetError, UnsupportedError
-from tests.convert.conversions import LLAMA3, YARN, donor_model, logits, relative, token_ids
-from tests.convert.methods.mla.coded_models import coded
-from tests.donors import make_config
+from mhconvert.errors import BudgetError, ExportError, UnsupportedError
+from tests.convert.conversions import (
+    LLAMA3,
+    YARN,
+    assembled,
+    converted_layers,
+    donor_model,
+    logits,
+    relative,
+    token_ids,
+)
+from tests.convert.methods.mla.coded_models import coded, whole_model_sensitivities
+from tests.donors import make_config, make_donor, stored_weights
 
 SAME = 2e-5  # fp32 rounding through two layers, relative to the logits
 
@@ -160,3 +174,29 @@ def test_refusals_name_the_way_out() -> None:
         MLASettings(kv_bits="auto", profile="portable")
     with pytest.raises(BudgetError, match="kv_bits auto does not go with kv_lora_rank"):
         MLASettings(kv_bits="auto", kv_lora_rank=8, qk_rope_head_dim=4)
+
+
+def test_gradients_pass_through_the_code(model: Any) -> None:
+    """Straight-through: every projection and the levels are trained; what chooses a code is not."""
+    trained, ids = coded(donor_model(), 0.25).train().requires_grad_(True), token_ids(2, 16)
+    trained(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in trained.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+        assert reached == (not name.endswith(("code.sink", "code.weight"))), name
+    assert relative(logits(trained.eval(), ids), logits(model, ids)) < SAME
+
+
+def test_an_export_refuses_codes_by_name(tmp_path: Path) -> None:
+    donor = open_donor(str(make_donor(tmp_path / "donor")))
+    method = CodedMLA(donor.config, MLASettings(kv_bits="auto"), "quick")
+    stock, ids = donor.model("cpu"), token_ids(8, 32)
+    stock.get_input_embeddings().weight.requires_grad_(True)
+    method.share_out(whole_model_sensitivities(stock, ids))
+    saved = assembled(stock, method, converted_layers(stock, method, ids))
+    folder = tmp_path / "coded"
+    folder.mkdir()
+    save_file(stored_weights(saved), folder / "model.safetensors", metadata={"format": "pt"})
+    write_config(folder, method, donor, torch.float32)
+    for form in ("own", "deepseek_v3", "youtu", "gguf"):
+        with pytest.raises(ExportError, match=r"caches coded latents .*--kv-bits 16 --profile portable"):
+            mhconvert.export(str(folder), to=form, output=str(tmp_path / f"{form}.gguf"))
