@@ -15,6 +15,7 @@ from ..convert.donor.donor import Donor, open_donor
 from ..convert.families import facts as family_facts
 from ..convert.layer_pass import cost_estimate
 from ..convert.methods import refusals
+from ..convert.methods.mla.latent_code import row_bytes
 from ..convert.methods.registry import ADAPTERS, METHODS, build_method
 from ..convert.open_model import read_config
 from ..convert.recipe.recipe import Recipe
@@ -63,13 +64,16 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     }
 
 
-def cache_elements(config: Any) -> list[int]:
-    """(layers,), the elements that one token adds to each layer's cache."""
+def cache_elements(config: Any) -> list[float]:
+    """(layers,), the elements that one token adds to each layer's cache; bytes of codes count as parts of them."""
     text = config.get_text_config()
     layers = range(text.num_hidden_layers)
     if getattr(text, "rope_frequencies", None) is not None:
         scales = text.num_key_scales
         return [text.latent_rank(i) + 2 * len(text.layer_frequencies(i)) + scales for i in layers]
+    if getattr(text, "kv_code_counts", None) is not None:
+        width = (text.dtype or torch.float32).itemsize
+        return [row_bytes(counts) / width for counts in text.kv_code_counts]
     if hasattr(text, "k_head_map"):
         return [head_dim(text) * sum(max(heads) + 1 for heads in text.head_maps(i)) for i in layers]
     if getattr(text, "kv_lora_rank", None) is not None:

@@ -166,6 +166,7 @@ def _fit_options(context: ConversionContext, layer: Layer, inputs: Tensor) -> di
 
 @torch.no_grad()
 def _round_to(module: Any, dtype: torch.dtype, where: str) -> None:
-    """Round the parameters to `dtype`: what is measured from here on are the weights as they will be written."""
-    for name, parameter in module.named_parameters():
-        parameter.copy_(cast(where + name, parameter, dtype))
+    """Round all that is stored to `dtype`: what is measured from here on are the weights as they will be written."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(cast(where + name, tensor, dtype))

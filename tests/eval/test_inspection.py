@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mhconvert import api
+from mhconvert.convert.methods.mla.coded_class import coded_config
 from mhconvert.convert.methods.mla.configuration_mla import MLALlamaConfig
 from mhconvert.errors import MhconvertError
 from mhconvert.eval.inspection import attention, cache_elements
@@ -70,3 +72,9 @@ def test_refused_by_name(tmp_path: Path) -> None:
     mla = api.inspect(str(donor))["methods"]["mla"]
     assert not mla["applies"]
     assert "sliding_window=64" in mla["reason"]
+
+
+def test_coded_latents_count_their_bytes() -> None:
+    config = coded_config(make_config())
+    config.kv_code_counts, config.dtype = [[0, 0, 0, 0, 4, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]], torch.bfloat16
+    assert cache_elements(config) == [1.5, 1.0]

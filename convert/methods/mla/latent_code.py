@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)  # bits of a component; components are sorted by width, the widest first
 FIELDS = (8, 4, 2, 1)  # bits; a width is the sum of fields, and fields of one size are packed together
-GAIN_STEPS = 8  # a factor of two; gains lie between 2^-8 and 2^7.9
+GAIN_STEPS = 8  # a factor of two; gains lie between 2^-8 and 2^7.75
+NOT_FINITE = 127  # the gain of a token that is not finite: it decodes as NaN, as the donor would spread it
 SINK = 128  # the bit of a row's first byte that says which centre the token was coded about
 LEVELS = sum(2**width for width in WIDTHS)
 
@@ -34,7 +35,7 @@ class LatentCode(nn.Module):
     position has to be known, and rows may be cropped, reordered and repeated like any tensor. What is left is divided
     by its RMS, and each component is rounded to the nearest level of its width.
 
-    Parameters:
+    Persistent buffers, as no training should move what chooses a code:
         sink: (n,).
         levels: (LEVELS,), increasing within a width, the widest first.
         weight: (n,), what a unit error of a component costs, by which the nearer centre is judged.
@@ -47,9 +48,12 @@ class LatentCode(nn.Module):
         """
         super().__init__()
         self.counts, n = list(counts), sum(counts)
-        self.sink = nn.Parameter(torch.zeros(n))
-        self.levels = nn.Parameter(torch.zeros(LEVELS))
-        self.weight = nn.Parameter(torch.ones(n))
+        self.sink: Tensor
+        self.levels: Tensor
+        self.weight: Tensor
+        self.register_buffer("sink", torch.zeros(n))
+        self.register_buffer("levels", torch.zeros(LEVELS))
+        self.register_buffer("weight", torch.ones(n))
         starts = [sum(counts[:i]) for i in range(len(counts))]
         self.ranges = [
             (width, start, start + count)
@@ -70,9 +74,10 @@ class LatentCode(nn.Module):
         nearer = ((z - sink).square() * weight).sum(-1, keepdim=True) < to_zero
         rest = torch.where(nearer, z - sink, z)
         energy = rest.square().mean(-1, keepdim=True).clamp_min(1e-12)
-        step = (energy.log2() * (GAIN_STEPS / 2)).round().clamp(-8 * GAIN_STEPS, 8 * GAIN_STEPS - 1)
+        step = (energy.log2() * (GAIN_STEPS / 2)).round().clamp(-8 * GAIN_STEPS, 8 * GAIN_STEPS - 2)
         rest = rest / torch.exp2(step / GAIN_STEPS)
-        first = (step + 8 * GAIN_STEPS).to(torch.uint8) + SINK * nearer.to(torch.uint8)
+        gain = torch.where(energy.isfinite(), step + 8 * GAIN_STEPS, NOT_FINITE).to(torch.uint8)
+        first = gain + SINK * nearer.to(torch.uint8)
         codes = [
             torch.bucketize(rest[..., start:stop].contiguous(), self._boundaries(width)).to(torch.uint8)
             for width, start, stop in self.ranges
@@ -86,7 +91,8 @@ class LatentCode(nn.Module):
         that have no bits would add.
         """
         first = rows[..., :1]
-        gain = torch.exp2((first % SINK).float() / GAIN_STEPS - 8).to(dtype)
+        step = first % SINK
+        gain = torch.exp2(step.float() / GAIN_STEPS - 8).masked_fill(step == NOT_FINITE, torch.nan).to(dtype)
         levels = self.levels.to(dtype)
         parts = [
             levels[level_offset(width) : level_offset(width) + 2**width][codes.int()]

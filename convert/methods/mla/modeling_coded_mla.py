@@ -78,7 +78,7 @@ class CodedLatentAttention(LatentAttention):
         query = rotate_half_split(query, *of_queries)
         if attention_mask is None:
             attention_mask = self.own_mask(hidden_states, rows.shape[2])
-        if self._few(length, rows.shape[2], attention_mask):
+        if not kwargs.get("output_attentions") and self._few(length, rows.shape[2], attention_mask):
             return self.o_proj(self.read_in_blocks(query, rows, of_keys, attention_mask)), None
         latent = self.code.decode(rows.squeeze(1), query.dtype)
         if written.requires_grad and latent.shape[1] == length:
@@ -121,9 +121,9 @@ class CodedLatentAttention(LatentAttention):
         return super().cache_embeddings(length, seen, like, attention_mask)
 
     def _few(self, length: int, slots: int, attention_mask: Any) -> bool:
-        """Whether a few query tokens meet a cache of more than one block, in a form that blocks can read."""
-        readable = isinstance(attention_mask, Tensor) or (attention_mask is None and length == 1)
-        return slots > BLOCK_TOKENS and length <= self.max_absorbed_tokens and readable and not self.training
+        """Whether a few query tokens meet a cache of several blocks, with a mask and weights that blocks can read."""
+        few = slots > BLOCK_TOKENS and length <= self.max_absorbed_tokens and not self.training
+        return few and self.can_absorb(length, attention_mask)
 
     def read_in_blocks(
         self, query: Tensor, rows: Tensor, of_keys: tuple[Tensor, Tensor], attention_mask: Tensor | None
@@ -159,7 +159,10 @@ class CodedLatentAttention(LatentAttention):
                 mask = attention_mask[..., start:stop]
                 lowest = torch.finfo(query.dtype).min
                 scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-            highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
+            # Finite, so that a block in which nothing is visible adds nothing, even with masks of -inf.
+            highest = torch.maximum(peak, scores.amax(-1, keepdim=True)).clamp_min(
+                torch.finfo(peak.dtype).min
+            )
             weights, kept = (scores - highest).exp(), (peak - highest).exp()
             read = weights.flatten(1, 2).to(latent.dtype) @ latent
             latent_sum = latent_sum * kept + read.view_as(latent_sum)

@@ -106,6 +106,17 @@ def test_an_outlier_leaves_its_neighbours_as_they_were() -> None:
     )
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so_and_stays_in_its_token(wrong: float) -> None:
+    coder, z = code(COUNTS), tokens(20, 42)
+    before = coder(z)
+    z[0, 3, 5] = wrong
+    decoded = coder(z)
+    assert decoded[0, 3, :-1].isnan().all()
+    others = [index for index in range(20) if index != 3]
+    assert torch.equal(decoded[0, others], before[0, others])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_zeros_constants_and_half_precision(dtype: torch.dtype) -> None:
     coder = code(COUNTS)
