@@ -137,7 +137,7 @@ def test_dry_run_writes_nothing(
         ("--kv-budget 0.001", "kv_budget"),
         ("--calibration absent.txt", "absent.txt"),
         ("--calibration-tokens 10000000", "ask for fewer with --calibration-tokens"),
-        ("--device abacus", "abacus"),
+        ("--device cuda:99", "cuda:99"),
     ],
 )
 def test_faults_leave_nothing(

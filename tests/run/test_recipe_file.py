@@ -39,7 +39,7 @@ export:
 push:
   repo: someone/model
 """
-MLA_KEYS = "kv_budget, kv_lora_rank, profile, qk_rope_head_dim"
+MLA_KEYS = "kv_bits, kv_budget, kv_lora_rank, profile, qk_rope_head_dim"
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_every_stage_is_read(file: Path) -> None:
         (
             "kv_budget",
             "kv_buget",
-            f"line 5: settings has no key 'kv_buget'; did you mean kv_budget? (it has {MLA_KEYS})",
+            f"line 5: settings has no key 'kv_buget'; did you mean kv_budget or kv_bits? (it has {MLA_KEYS})",
         ),
         ("kv_budget", "rank", f"line 5: settings has no key 'rank'; it has {MLA_KEYS}"),
         (
@@ -230,7 +230,7 @@ def test_overrides_take_stages_out_and_begin_them(file: Path) -> None:
         ("model.x=1", "--set model.x=1: model is not a mapping of settings"),
         (
             "settings.kv_buget=0.1",
-            "--set settings.kv_buget=0.1: settings has no key 'kv_buget'; did you mean kv_budget? "
+            "--set settings.kv_buget=0.1: settings has no key 'kv_buget'; did you mean kv_budget or kv_bits? "
             f"(it has {MLA_KEYS})",
         ),
         ("fit_steps=many", "--set fit_steps=many: fit_steps: 'many' is not a whole number"),

@@ -64,7 +64,10 @@ def test_defaults() -> None:
     ("change", "message"),
     [
         ({"budget": 0.5}, "recipe has no key 'budget'; it has calibration, device,"),
-        ({"settings": {"rank": 3}}, "settings has no key 'rank'; it has kv_budget, kv_lora_rank, profile,"),
+        (
+            {"settings": {"rank": 3}},
+            "settings has no key 'rank'; it has kv_bits, kv_budget, kv_lora_rank, profile,",
+        ),
         ({"calibration": {"files": []}}, "calibration has no key 'files'; it has held_out, sequence_length,"),
         ({"method": "mqa"}, "unknown method 'mqa'; choose one of mla"),
         ({"effort": "some"}, "effort: 'some' is not one of quick, default, high"),

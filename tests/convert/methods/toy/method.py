@@ -11,13 +11,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mhconvert.convert.families.facts import attention_facts
 from mhconvert.convert.methods.refusals import require
+from mhconvert.convert.methods.registry import Method
 from mhconvert.errors import BudgetError, UnsupportedError
 
 from .settings import GQASettings
 from .surgery import mean_pooled
 
 
-class GQA:
+class GQA(Method):
     """Fewer KV heads in every layer, in the donor's own class: nothing has to be shipped with a checkpoint."""
 
     replaced = ("self_attn.",)
