@@ -24,7 +24,7 @@ from ..layer_sensitivity import LayerSensitivity
 from ..refusals import require
 from ..registry import Method
 from . import modeling_coded_mla
-from .bit_allocation import allocate, expected_divergence, width_counts
+from .bit_allocation import allocate, width_counts
 from .code_basis import CodeBasis, code_basis
 from .code_levels import layer_levels
 from .coded_class import coded_class, coded_config
@@ -109,10 +109,6 @@ class CodedMLA(Method):
     def totals(self) -> dict[str, Any]:
         """Nothing changes beside cache and parameters."""
         return {}
-
-    def expected_divergence(self) -> float:
-        """Nats per token that coding is expected to add, to second order."""
-        return expected_divergence([basis.divergence for basis in self.bases], self.bits)
 
     def new_parameters(self) -> int:
         """Parameters of one layer's attention at the full width of its latent."""
