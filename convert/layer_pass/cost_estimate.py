@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from mhconvert.errors import MhconvertError
-
 from ..calibration.calibration_rows import JUDGE_TOKENS, judging_rows, row_length, token_count
 from ..donor.donor import Donor
 from ..families.facts import attention_facts
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe
+from ..recipe.written_weights import dtype_name
 from ..storage.byte_size import SLACK_BYTES
 from ..storage.dtype_cast import DTYPES
 from .layer_steps import block_steps
@@ -29,11 +28,7 @@ def output_dtype(recipe: Recipe, donor: Donor) -> torch.dtype:
     """Return the dtype of the written weights. Raises MhconvertError for one that cannot be written."""
     if recipe.dtype is None:
         return donor.dtype if donor.dtype in DTYPES.values() else torch.float32
-    name = recipe.dtype.removeprefix("torch.")
-    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
-    if name not in DTYPES:
-        raise MhconvertError(f"dtype '{recipe.dtype}' is not one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return DTYPES[dtype_name(recipe.dtype)]
 
 
 def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> dict[str, Any]:

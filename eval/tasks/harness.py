@@ -31,11 +31,9 @@ OnRows = Callable[[str, int, int], None]  # task, rows done, rows in all
 
 
 def require_available(settings: EvalSettings) -> None:
-    """Raises MhconvertError for a backend that is not installed, or a dtype that torch does not have."""
+    """Raises MhconvertError for a backend that is not installed."""
     if settings.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise MhconvertError("--backend vllm needs vllm, which is not installed here; use --backend hf")
-    if settings.dtype is not None and not isinstance(getattr(torch, settings.dtype, None), torch.dtype):
-        raise MhconvertError(f"'{settings.dtype}' is no dtype; use bfloat16, float16 or float32")
 
 
 @dataclass
