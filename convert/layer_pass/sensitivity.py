@@ -91,10 +91,8 @@ def _through_layer(
 def layer_sensitivity(values: Tensor, gradients: Tensor) -> LayerSensitivity:
     """The moments of keys and values (tokens, m) and of the gradients at them (tokens, m)."""
     sizes = gradients.square().sum(-1)
-    limit = sizes.quantile(CLIPPED)
-    gradients = gradients * (limit / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)).clamp_max(
-        1
-    ).sqrt().unsqueeze(-1)
+    shrunk = sizes.quantile(CLIPPED) / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+    gradients = gradients * shrunk.clamp_max(1).sqrt().unsqueeze(-1)
     count = len(values)
     return LayerSensitivity(values.mean(0), values.mT @ values / count, gradients.mT @ gradients / count)
 

@@ -25,6 +25,15 @@ def least_bytes(layers: int) -> int:
     return layers * row_bytes([0] * (len(WIDTHS) - 1) + [1])
 
 
+def require_bytes(layers: int, budget: int) -> None:
+    """Raise BudgetError with the least possible where `budget` bytes a token hold no code of `layers` layers."""
+    least = least_bytes(layers)
+    if budget < least:
+        raise BudgetError(
+            f"a token's codes need at least {least} bytes in {layers} layers, and the budget is {budget}"
+        )
+
+
 def allocate(spectra: Sequence[Tensor], budget: int) -> list[Tensor]:
     """Bits of every component, 0 to 8, that add as little to the model's divergence as `budget` bytes allow.
 
@@ -39,11 +48,7 @@ def allocate(spectra: Sequence[Tensor], budget: int) -> list[Tensor]:
     Raises:
         BudgetError: The budget is smaller than `least_bytes`.
     """
-    least = least_bytes(len(spectra))
-    if budget < least:
-        raise BudgetError(
-            f"a token's codes need at least {least} bytes in {len(spectra)} layers, and the budget is {budget}"
-        )
+    require_bytes(len(spectra), budget)
     highest = max(float(spectrum.max()) for spectrum in spectra)
     low, high = highest * 1e-12, max(highest, 1e-30) * 2
     for _ in range(BISECTIONS):

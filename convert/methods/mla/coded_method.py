@@ -24,7 +24,7 @@ from ..layer_sensitivity import LayerSensitivity
 from ..refusals import require
 from ..registry import Method
 from . import modeling_coded_mla
-from .bit_allocation import allocate, width_counts
+from .bit_allocation import allocate, require_bytes, width_counts
 from .code_basis import CodeBasis, code_basis
 from .code_levels import layer_levels
 from .coded_class import coded_class, coded_config
@@ -33,7 +33,7 @@ from .settings import MLASettings
 
 BUDGET_BYTES = 2  # of a donor's cache element, of which the budget is a share
 LEVEL_TOKENS = 8192  # whose components the levels are fitted to
-SINK_DISTANCE = 1e-6
+LEAST_RMS = 1e-6  # of a token's components, by which they are divided
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class CodedMLA(Method):
         layers = config.num_hidden_layers
         donor_elements = 2 * self.facts.kv_heads * self.facts.head_dim * layers
         self.budget = int(settings.kv_budget * donor_elements * BUDGET_BYTES)
-        allocate([torch.ones(1)] * layers, self.budget)  # refuses a budget below the least
+        require_bytes(layers, self.budget)
         self.config = coded_config(config)
         self.bases: list[CodeBasis] = []
         self.bits: list[Tensor] = []
@@ -150,7 +150,7 @@ class CodedMLA(Method):
             module = modeling_coded_mla.CodedLatentAttention(copy.deepcopy(self.config), index)
         sink = written[:, 0].mean(0) - mean
         rest = components[:, 1:]
-        rest = rest / rest.square().mean(-1, keepdim=True).sqrt().clamp_min(SINK_DISTANCE)
+        rest = rest / rest.square().mean(-1, keepdim=True).sqrt().clamp_min(LEAST_RMS)
         tensors = {
             "code.sink": down @ sink,
             "code.levels": layer_levels(rest.flatten(0, 1), module.code.ranges),

@@ -18,6 +18,7 @@ from transformers import MODEL_MAPPING
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  # the one that knows softcap
+from transformers.models.llama.modeling_llama import rotate_half
 
 from . import configuration_coded_mla
 from .configuration_coded_mla import CodedLatentFields
@@ -82,9 +83,8 @@ class CodedLatentAttention(LatentAttention):
             return self.o_proj(self.read_in_blocks(query, rows, of_keys, attention_mask)), None
         latent = self.code.decode(rows.squeeze(1), query.dtype)
         if written.requires_grad and latent.shape[1] == length:
-            latent = latent + F.pad(
-                written - written.detach(), (0, 1)
-            )  # straight-through: rounding has slope one
+            # Straight-through: rounding has slope one.
+            latent = latent + F.pad(written - written.detach(), (0, 1))
         key, value = self.keys_and_values(latent)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -143,10 +143,8 @@ class CodedLatentAttention(LatentAttention):
         k_mean, v_mean = self.kv_b_proj.bias.split(kv_width)
         grouped = (query * self.scaling).reshape(batch, kv_heads, -1, self.head_dim)  # B G (H/G T) d
         peak = query.new_full((batch, heads, length, 1), -torch.inf, dtype=torch.float32)
-        total, latent_sum = (
-            torch.zeros_like(peak),
-            peak.new_zeros(batch, heads, length, len(self.code.sink) + 1),
-        )
+        total = torch.zeros_like(peak)
+        latent_sum = peak.new_zeros(batch, heads, length, self.kv_b_proj.in_features)
         for start in range(0, rows.shape[2], BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, rows.shape[2])
             latent = self.code.decode(rows[:, 0, start:stop], query.dtype)
@@ -160,9 +158,8 @@ class CodedLatentAttention(LatentAttention):
                 lowest = torch.finfo(query.dtype).min
                 scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
             # Finite, so that a block in which nothing is visible adds nothing, even with masks of -inf.
-            highest = torch.maximum(peak, scores.amax(-1, keepdim=True)).clamp_min(
-                torch.finfo(peak.dtype).min
-            )
+            highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
+            highest = highest.clamp_min(torch.finfo(peak.dtype).min)
             weights, kept = (scores - highest).exp(), (peak - highest).exp()
             read = weights.flatten(1, 2).to(latent.dtype) @ latent
             latent_sum = latent_sum * kept + read.view_as(latent_sum)
@@ -176,8 +173,7 @@ def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in its half-split layout: x [B, heads, T, d]; cos, sin [B or 1, T, w]; elements from w on are left alone."""
     cos, sin, width = cos.unsqueeze(1), sin.unsqueeze(1), cos.shape[-1]
     turned, rest = x[..., :width], x[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    turned = turned * cos + rotate_half(turned) * sin
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
@@ -194,6 +190,10 @@ class CodedLatentAttentionModel(LatentAttentionModel):
         self.post_init()  # type: ignore[attr-defined]
 
 
+class CodedLatentAttentionForCausalLM(LatentAttentionForCausalLM):
+    """Mixed into the donor's causal language model: its decoder stack is `decoder_class`."""
+
+
 def __getattr__(name: str) -> Any:
     """`CodedMLA<Donor>Model` and `…ForCausalLM`, made from transformers' classes when they are asked for."""
     donor = getattr(transformers, name.removeprefix("CodedMLA"), None)
@@ -206,4 +206,4 @@ def __getattr__(name: str) -> Any:
         return globals().setdefault(name, type(name, (CodedLatentAttentionModel, donor), body))
     stack: Any = MODEL_MAPPING[donor.config_class]
     body["decoder_class"] = __getattr__(f"CodedMLA{stack.__name__}")
-    return globals().setdefault(name, type(name, (LatentAttentionForCausalLM, donor), body))
+    return globals().setdefault(name, type(name, (CodedLatentAttentionForCausalLM, donor), body))

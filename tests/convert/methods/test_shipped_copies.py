@@ -14,10 +14,12 @@ FOLDER = Path(__file__).parents[3] / "convert" / "methods"
 NAMES = {
     "dha/modeling_dha.py": ("DHA", "DecoupledHead", "configuration_dha"),
     "mla/modeling_mla.py": ("MLA", "Latent", "configuration_mla"),
+    "mla/modeling_coded_mla.py": ("CodedMLA", "CodedLatent", "configuration_coded_mla"),
     "mla/served/modeling_served.py": ("MLAServed", "ServedLatent", "configuration_served"),
     "moh/modeling_moh.py": ("MoH", "MixtureOfHead", "configuration_moh"),
     "dha/configuration_dha.py": ("DHA", "DecoupledHead", ""),
     "mla/configuration_mla.py": ("MLA", "Latent", ""),
+    "mla/configuration_coded_mla.py": ("CodedMLA", "CodedLatent", ""),
     "mla/served/configuration_served.py": ("MLAServed", "ServedLatent", ""),
     "moh/configuration_moh.py": ("MoH", "MixtureOfHead", ""),
 }
@@ -33,6 +35,8 @@ DIFFERENT = {  # same name, other function
     "configuration: Fields.latent_rank": "the served form has one rank for all layers",
     "configuration: Fields.layer_frequencies": "the served form has one series of frequencies for all layers",
     "configuration: latent_tp_plan": "the served form has other projections",
+    "modeling: Attention.component_embeddings": "codes leave out no rotary component",
+    "modeling: Attention.cache_embeddings": "codes are bytes, whose dtype the rotary embedding must not take",
     "modeling: Attention.expand_kv": "the served form is multi-query attention over the latent",
     "modeling: rotated": "pairs are neighbours in the served form and halves in the other",
     "modeling: Attention.__init__": "the layers of each method",
