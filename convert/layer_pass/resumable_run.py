@@ -126,21 +126,19 @@ class Workspace:
     ) -> list[LayerNeed] | list[LayerSensitivity]:
         """What this run's survey found of each layer: made once, the same after every resume."""
         path, tensors = self._work / NEEDS, self._work / SENSITIVITIES
+        names = [field.name for field in dataclasses.fields(LayerSensitivity)]
         if not (path.is_file() or tensors.is_file()):
-            layers = [dataclasses.asdict(layer) for layer in survey()]
-            if isinstance(next(iter(layers[0].values())), Tensor):
-                save_tensors(
-                    {f"{index}.{key}": t for index, one in enumerate(layers) for key, t in one.items()},
-                    tensors,
-                )
+            surveyed = survey()
+            if isinstance(surveyed[0], LayerSensitivity):
+                by_name = {f"{i}.{n}": getattr(one, n) for i, one in enumerate(surveyed) for n in names}
+                save_tensors(by_name, tensors)
             else:
-                write_json(path, layers)
+                write_json(path, [dataclasses.asdict(need) for need in surveyed])
         if path.is_file():
             return [LayerNeed(**need) for need in json.loads(path.read_text())]
         stored = load_file(tensors)
-        fields = [field.name for field in dataclasses.fields(LayerSensitivity)]
-        count = len(stored) // len(fields)
-        return [LayerSensitivity(*(stored[f"{i}.{name}"] for name in fields)) for i in range(count)]
+        layers = range(len(stored) // len(names))
+        return [LayerSensitivity(**{n: stored[f"{i}.{n}"] for n in names}) for i in layers]
 
     def begin(self, streams: Streams, outer: Iterable[tuple[str, Tensor]], tensors: int) -> None:
         """Start with the embedded rows, and write the tensors `outer` that belong to no layer.
