@@ -106,15 +106,22 @@ def _key_value_projections(attention: Any, config: Any) -> Iterator[Any]:
     facts = attention_facts(config)
     key_value = 2 * facts.kv_heads * facts.head_dim
     fused = hasattr(attention, "qkv_proj")
-    modules = [attention.qkv_proj] if fused else [attention.k_proj, attention.v_proj]
+    keys = attention.k_norm if facts.qk_norm is not None else getattr(attention, "k_proj", None)
+    modules = [attention.qkv_proj] if fused else [keys, attention.v_proj]
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:
         output.retain_grad()
         outputs.append(output)
 
+    def flat(x: Tensor) -> Tensor:
+        """(1, L, width), from that or from a norm's heads (1, L, G, d) or (1, G, L, d)."""
+        if x.dim() == 4 and x.shape[1] == facts.kv_heads and x.shape[2] != facts.kv_heads:
+            x = x.transpose(1, 2)
+        return x.flatten(2)
+
     def read() -> tuple[Tensor, Tensor]:
-        values, gradients = ([getattr(o, name) for o in outputs] for name in ("data", "grad"))
+        values, gradients = ([flat(getattr(o, name)) for o in outputs] for name in ("data", "grad"))
         outputs.clear()
         joined = (torch.cat(parts, dim=-1)[0, FIRST_TOKENS:, -key_value:] for parts in (values, gradients))
         keys_values, at_them = (part.cpu() for part in joined)

@@ -24,6 +24,7 @@ def coded_config(donor_config: Any) -> Any:
         kv_code_counts=[[0] * 8 for _ in range(donor_config.num_hidden_layers)],
         attention_input_bias=facts.input_bias,
         attention_output_bias=facts.output_bias,
+        qk_norm=facts.qk_norm,
         softmax_scale=facts.scale,
         attention_softcap=facts.softcap,
     )

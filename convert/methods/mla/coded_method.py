@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhconvert.errors import UnsupportedError
-
-from ...attention.projections import output_bias, projections
+from ...attention.projections import QKNorm, projections, qk_norm
 from ...attention.rotary import LayerRotary
 from ...families.facts import attention_facts
 from ..layer_sensitivity import LayerSensitivity
@@ -38,12 +36,13 @@ LEAST_RMS = 1e-6  # of a token's components, by which they are divided
 
 @dataclass(frozen=True)
 class DonorAttention:
-    """A donor layer's projections (weight, bias), float64 on the CPU: q, k and v as rows, o, and its output bias."""
+    """A donor layer's projections (weight, bias), float64 on the CPU, and the gains of its QK-norm."""
 
     q: tuple[Tensor, Tensor]
-    key_value: tuple[Tensor, Tensor]
-    o: Tensor
-    o_bias: Tensor
+    k: tuple[Tensor, Tensor]
+    v: tuple[Tensor, Tensor]
+    o: tuple[Tensor, Tensor]
+    norm: QKNorm | None
 
 
 class CodedMLA(Method):
@@ -59,11 +58,6 @@ class CodedMLA(Method):
         require(config, "mla")
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
-        if self.facts.qk_norm is not None:
-            raise UnsupportedError(
-                f"coded latents cannot hold this donor yet: its keys have a norm ({self.facts.qk_norm}), which is not "
-                "linear in the hidden state; use --kv-bits 16"
-            )
         layers = config.num_hidden_layers
         donor_elements = 2 * self.facts.kv_heads * self.facts.head_dim * layers
         self.budget = int(settings.kv_budget * donor_elements * BUDGET_BYTES)
@@ -124,9 +118,8 @@ class CodedMLA(Method):
             return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().cpu().double()
 
         q, k, v = (exact(*pair) for pair in projections(attention, self.facts))
-        key_value = torch.cat((k[0], v[0])), torch.cat((k[1], v[1]))
-        o = attention.o_proj.weight.detach().cpu().double()
-        return DonorAttention(q, key_value, o, output_bias(attention))
+        o = exact(attention.o_proj.weight, attention.o_proj.bias)
+        return DonorAttention(q, k, v, o, qk_norm(attention, self.facts))
 
     def convert(
         self,
@@ -140,9 +133,8 @@ class CodedMLA(Method):
         basis, bits = self.bases[index], self.bits[index]
         order = bits.argsort(descending=True, stable=True)[: int((bits > 0).sum())]
         down, up = basis.down[order], basis.up[:, order]
-        weight, bias = statistics.key_value
         rows = inputs[: max(1, LEVEL_TOKENS // inputs.shape[1])].double()
-        written = rows @ weight.mT + bias  # N L m
+        written = self._keys_and_values(statistics, rows)  # N L m
         mean = written[:, 1:].mean((0, 1))
         components = (written - mean) @ down.mT
         self._set(index, width_counts(bits))
@@ -155,14 +147,9 @@ class CodedMLA(Method):
             "code.sink": down @ sink,
             "code.levels": layer_levels(rest.flatten(0, 1), module.code.ranges),
             "code.weight": basis.divergence[order] / basis.divergence[order].max(),
-            "q_proj.weight": statistics.q[0],
-            "q_proj.bias": statistics.q[1],
-            "kv_a_proj_with_mqa.weight": down @ weight,
-            "kv_a_proj_with_mqa.bias": down @ (bias - mean),
+            **_projections(statistics, down, mean),
             "kv_b_proj.weight": torch.cat((up, sink.unsqueeze(1)), dim=1),
             "kv_b_proj.bias": mean,
-            "o_proj.weight": statistics.o,
-            "o_proj.bias": statistics.o_bias,
         }
         wanted = module.state_dict().keys()
         state = {
@@ -172,6 +159,17 @@ class CodedMLA(Method):
         }
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval().requires_grad_(False), self.layer_sizes(index)
+
+    def _keys_and_values(self, donor: DonorAttention, rows: Tensor) -> Tensor:
+        """[k; v] of rows (N, L, D) before RoPE, the keys normed where the donor has QK-norm: (N, L, m)."""
+        key, value = (rows @ weight.mT + bias for weight, bias in (donor.k, donor.v))
+        if donor.norm is not None:
+            heads = key.unflatten(-1, (1 if self.facts.qk_norm == "width" else self.facts.kv_heads, -1))
+            heads = heads * torch.rsqrt(
+                heads.square().mean(-1, keepdim=True) + self.donor_config.rms_norm_eps
+            )
+            key = heads.flatten(-2) * donor.norm.k.flatten()
+        return torch.cat((key, value), dim=-1)
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
         """Take over a layer that an interrupted run finished."""
@@ -196,3 +194,17 @@ class CodedMLA(Method):
 
     def _set(self, index: int, counts: list[int]) -> None:
         self.config.kv_code_counts[index] = counts
+
+
+def _projections(donor: DonorAttention, down: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    """The tensors that read a hidden state, and o_proj. Without QK-norm `down` and the donor's k and v are one matrix."""
+    weights = {"q_proj": donor.q, "o_proj": donor.o}
+    norms = {}
+    if donor.norm is None:
+        weight, bias = (torch.cat(parts) for parts in zip(donor.k, donor.v, strict=True))
+        weights["kv_a_proj_with_mqa"] = down @ weight, down @ (bias - mean)
+    else:
+        weights |= {"k_proj": donor.k, "v_proj": donor.v, "kv_a_proj_with_mqa": (down, -down @ mean)}
+        norms = {"q_norm.weight": donor.norm.q.flatten(), "k_norm.weight": donor.norm.k.flatten()}
+    pairs = ((f"{name}.{kind}", t) for name, both in weights.items() for kind, t in zip(("weight", "bias"), both))
+    return dict(pairs) | norms

@@ -16,6 +16,8 @@ class CodedLatentFields:
 
     kv_code_counts: per layer, how many components of the latent have 8, 7, …, 1 bits.
     attention_input_bias, attention_output_bias: whether q_proj and whether o_proj have biases.
+    qk_norm: "head" where the donor divides each head of its queries and keys by its RMS, "width" where it divides
+        them whole.
     softmax_scale: what scores are multiplied by; None: head_dim ** -0.5.
     attention_softcap: c where scores pass through c · tanh(score / c).
     """
@@ -23,6 +25,7 @@ class CodedLatentFields:
     kv_code_counts: list[list[int]] | None = None
     attention_input_bias: bool = False
     attention_output_bias: bool = False
+    qk_norm: str | None = None
     softmax_scale: float | None = None
     attention_softcap: float | None = None
 

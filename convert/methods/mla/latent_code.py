@@ -2,15 +2,18 @@
 
 This file is shipped inside converted checkpoints: it imports torch only.
 
-Shapes: B batch, T tokens, n components with at least one bit, R bytes of a row.
+Shapes: T tokens, n components with at least one bit, R bytes of a row.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)  # bits of a component; components are sorted by width, the widest first
 FIELDS = (8, 4, 2, 1)  # bits; a width is the sum of fields, and fields of one size are packed together
-GAIN_STEPS = 8  # a factor of two; gains lie between 2^-8 and 2^7.75
+GAIN_STEPS = 7  # a factor of two
+LEAST_GAIN = -8  # log2; the largest is 2^10, as some tokens have a hundred times the energy of others
 NOT_FINITE = 127  # the gain of a token that is not finite: it decodes as NaN, as the donor would spread it
 SINK = 128  # the bit of a row's first byte that says which centre the token was coded about
 LEVELS = sum(2**width for width in WIDTHS)
@@ -63,8 +66,8 @@ class LatentCode(nn.Module):
         self.bytes = row_bytes(self.counts)
 
     def forward(self, z: Tensor) -> Tensor:
-        """What decoding gives of z (..., n): (..., n + 1), the latent as readers of the cache see it."""
-        return self.decode(self.encode(z), z.dtype)
+        """What decoding gives of z (..., T, n): (..., T, n + 1), the latent as readers of the cache see it."""
+        return self.decode(self.encode(z), z.dtype).mT
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
@@ -74,70 +77,79 @@ class LatentCode(nn.Module):
         nearer = ((z - sink).square() * weight).sum(-1, keepdim=True) < to_zero
         rest = torch.where(nearer, z - sink, z)
         energy = rest.square().mean(-1, keepdim=True).clamp_min(1e-12)
-        step = (energy.log2() * (GAIN_STEPS / 2)).round().clamp(-8 * GAIN_STEPS, 8 * GAIN_STEPS - 2)
-        rest = rest / torch.exp2(step / GAIN_STEPS)
-        gain = torch.where(energy.isfinite(), step + 8 * GAIN_STEPS, NOT_FINITE).to(torch.uint8)
+        step = (energy.log2() * (GAIN_STEPS / 2)).round() - LEAST_GAIN * GAIN_STEPS
+        step = step.clamp(0, NOT_FINITE - 1)
+        rest = rest / torch.exp2(step / GAIN_STEPS + LEAST_GAIN)
+        gain = torch.where(energy.isfinite(), step, NOT_FINITE).to(torch.uint8)
         first = gain + SINK * nearer.to(torch.uint8)
         codes = [
             torch.bucketize(rest[..., start:stop].contiguous(), self._boundaries(width)).to(torch.uint8)
             for width, start, stop in self.ranges
         ]
-        return torch.cat((first, self._packed(codes)), dim=-1)
+        return torch.cat((first, self._packed(torch.cat(codes, dim=-1))), dim=-1)
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows (..., R) -> (..., n + 1) of `dtype`: the components about their centre, and whether that is the sink.
+        """Rows (..., T, R) -> (..., n + 1, T) of `dtype`: the components about their centre, and whether that is the sink.
 
         kv_b_proj reads the last element too, and so knows the sink's keys and values whole, with what the components
-        that have no bits would add.
+        that have no bits would add. Tokens are the last dimension, as every operation is then on long vectors.
         """
-        first = rows[..., :1]
+        columns = rows.mT.contiguous()
+        first = columns[..., :1, :]
         step = first % SINK
-        gain = torch.exp2(step.float() / GAIN_STEPS - 8).masked_fill(step == NOT_FINITE, torch.nan).to(dtype)
-        levels = self.levels.to(dtype)
-        parts = [
-            levels[level_offset(width) : level_offset(width) + 2**width][codes.int()]
-            for (width, _, _), codes in zip(self.ranges, self._unpacked(rows[..., 1:]), strict=True)
-        ]
-        return torch.cat((torch.cat(parts, dim=-1) * gain, (first >= SINK).to(dtype)), dim=-1)
+        gain = torch.exp2(step.float() / GAIN_STEPS + LEAST_GAIN).masked_fill(step == NOT_FINITE, torch.nan)
+        places = self._unpacked(columns[..., 1:, :]).int() + self._level_offsets(rows.device)
+        latent = torch.cat((self.levels.to(dtype), self.levels.new_ones(1, dtype=dtype)))
+        latent = latent.index_select(0, nn.functional.pad(places, (0, 0, 0, 1), value=LEVELS).flatten()).view(
+            *rows.shape[:-2], -1, rows.shape[-2]
+        )
+        latent[..., :-1, :] *= gain.to(dtype)
+        latent[..., -1:, :] = (first >= SINK).to(dtype)
+        return latent
 
     def _boundaries(self, width: int) -> Tensor:
         levels = self.levels[level_offset(width) : level_offset(width) + 2**width].float()
         return (levels[1:] + levels[:-1]) / 2
 
-    def _packed(self, codes: list[Tensor]) -> Tensor:
-        """Codes (..., components) of each range -> bytes."""
+    def _level_offsets(self, device: torch.device) -> Tensor:
+        """(n, 1), where each component's levels begin."""
+        offsets = [level_offset(width) for width, start, stop in self.ranges for _ in range(start, stop)]
+        return torch.tensor(offsets, dtype=torch.int32, device=device).unsqueeze(1)
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        """Codes (..., n) -> bytes (..., R - 1). Byte i of a field of k bits holds components i, i + size, i + 2 size, …"""
         packed = []
-        for field in FIELDS:
+        for field, size, users in self._fields():
             # A width's fields hold its bits from the highest: what is below this field is shifted out.
             parts = [
-                (code >> (width % field)) & (2**field - 1)
-                for (width, _, _), code in zip(self.ranges, codes, strict=True)
-                if width & field
+                (codes[..., start:stop] >> (width % field)) & (2**field - 1) for width, start, stop in users
             ]
-            if not parts:
-                continue
             values, each = torch.cat(parts, dim=-1), 8 // field
-            values = nn.functional.pad(values, (0, -values.shape[-1] % each)).unflatten(-1, (-1, each))
-            byte = values[..., 0]
+            values = nn.functional.pad(values, (0, size * each - values.shape[-1])).unflatten(
+                -1, (each, size)
+            )
+            byte = values[..., 0, :]
             for place in range(1, each):
-                byte = byte | values[..., place] << (place * field)
+                byte = byte | values[..., place, :] << (place * field)
             packed.append(byte)
         return torch.cat(packed, dim=-1)
 
-    def _unpacked(self, rows: Tensor) -> list[Tensor]:
-        """Bytes -> codes (..., components) of each range, uint8."""
-        codes: dict[int, Tensor] = {}
+    def _unpacked(self, columns: Tensor) -> Tensor:
+        """Bytes (..., R - 1, T) -> codes (..., n, T), uint8."""
+        codes = columns.new_zeros(*columns.shape[:-2], len(self.sink), columns.shape[-1])
         begin = 0
+        for field, size, users in self._fields():
+            byte, begin = columns[..., begin : begin + size, :], begin + size
+            places = [(byte >> place) & (2**field - 1) for place in range(0, 8, field)]
+            values, at = torch.cat(places, dim=-2), 0
+            for width, start, stop in users:
+                codes[..., start:stop, :] |= values[..., at : at + stop - start, :] << (width % field)
+                at += stop - start
+        return codes
+
+    def _fields(self) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
+        """(bits, bytes, ranges of the components that have it) of each kind of field that a row has."""
         for field in FIELDS:
-            users = [(width, stop - start) for width, start, stop in self.ranges if width & field]
-            count, each = sum(n for _, n in users), 8 // field
-            size = -(-count // each)
-            if not users:
-                continue
-            byte, begin = rows[..., begin : begin + size], begin + size
-            places = [(byte >> (place * field)) & (2**field - 1) for place in range(each)]
-            values = torch.stack(places, dim=-1).flatten(-2)[..., :count] if each > 1 else byte
-            for (width, _), part in zip(users, values.split([n for _, n in users], dim=-1), strict=True):
-                part = part << (width % field)
-                codes[width] = codes[width] | part if width in codes else part
-        return [codes[width] for width, _, _ in self.ranges]
+            users = [(width, start, stop) for width, start, stop in self.ranges if width & field]
+            if users:
+                yield field, -(-sum(stop - start for _, start, stop in users) * field // 8), users

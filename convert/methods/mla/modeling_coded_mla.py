@@ -25,7 +25,23 @@ from .configuration_coded_mla import CodedLatentFields
 from .latent_code import LatentCode
 from .modeling_mla import LatentAttention, LatentAttentionForCausalLM, LatentAttentionModel, SlotEmbeddings
 
-BLOCK_TOKENS = 2048  # decoded at a time while a few tokens are generated
+BLOCK_ROWS = 2048  # of the cache, decoded at a time while a few tokens are generated: what fits in a CPU's cache
+CUDA_BLOCK_ROWS = 65536  # there each operation should be large
+
+
+class ElementNorm(nn.Module):
+    """A donor's norm of its queries or keys: each of `groups` parts is divided by its RMS; a gain for each element."""
+
+    def __init__(self, width: int, groups: int, eps: float):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width]."""
+        parts = x.float().unflatten(-1, (self.groups, -1))
+        parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
+        return parts.flatten(-2).to(x.dtype) * self.weight
 
 
 class CodedLatentAttention(LatentAttention):
@@ -34,6 +50,9 @@ class CodedLatentAttention(LatentAttention):
     kv_a_proj_with_mqa takes a hidden state to the latent, whitened components; `code` makes a row of bytes of it, which
     a cache holds as its keys; kv_b_proj takes the decoded latent to the keys and values of the KV heads. Without a
     cache the same codes are made and read, so that what is evaluated is what is served.
+
+    The keys of a donor with QK-norm are not linear in the hidden state. There k_proj, v_proj and k_norm are the donor's,
+    and kv_a_proj_with_mqa reads the normed keys and the values.
 
     Attributes inherited: `own_mask`, `cache_embeddings`.
     """
@@ -52,8 +71,16 @@ class CodedLatentAttention(LatentAttention):
         self.code = LatentCode(config.layer_counts(layer_idx))
         rank, width = len(self.code.sink), config.hidden_size
         kv_width = self.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=config.attention_input_bias)
-        self.kv_a_proj_with_mqa = nn.Linear(width, rank, bias=True)
+        q_width, biased, norm = self.num_heads * self.head_dim, config.attention_input_bias, config.qk_norm
+        self.q_proj = nn.Linear(width, q_width, bias=biased)
+        self.q_norm = self.k_norm = self.k_proj = self.v_proj = None
+        if norm is not None:
+            groups = (self.num_heads, self.num_key_value_heads) if norm == "head" else (1, 1)
+            self.q_norm = ElementNorm(q_width, groups[0], config.rms_norm_eps)
+            self.k_norm = ElementNorm(kv_width, groups[1], config.rms_norm_eps)
+            self.k_proj = nn.Linear(width, kv_width, bias=biased)
+            self.v_proj = nn.Linear(width, kv_width, bias=biased)
+        self.kv_a_proj_with_mqa = nn.Linear(width if norm is None else 2 * kv_width, rank, bias=True)
         self.kv_b_proj = nn.Linear(rank + 1, 2 * kv_width, bias=True)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=config.attention_output_bias)
 
@@ -67,21 +94,27 @@ class CodedLatentAttention(LatentAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, rotary width] -> output [B, T, D], weights."""
         batch, length, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        written = self.kv_a_proj_with_mqa(hidden_states)
+        query, written = self.queries_and_latent(hidden_states)
         rows = self.code.encode(written).unsqueeze(1)
         of_queries = of_keys = position_embeddings
         if past_key_values is not None:
             rows, _ = past_key_values.update(rows, rows[..., :0], self.layer_idx)
+            if rows.dtype != torch.uint8 or rows.shape[-1] != self.code.bytes:
+                raise ValueError(
+                    f"layer {self.layer_idx} caches rows of {self.code.bytes} bytes (uint8), but this cache gave back "
+                    f"{rows.shape[-1]} elements of {rows.dtype}: it is another model's, or a kind that changes what it "
+                    "holds, such as QuantizedCache"
+                )
             if rows.shape[2] != length:
                 seen = past_key_values.get_seq_length(self.layer_idx)
                 of_queries, of_keys = self.cache_embeddings(length, seen, hidden_states, rows, attention_mask)
         query = rotate_half_split(query, *of_queries)
         if attention_mask is None:
             attention_mask = self.own_mask(hidden_states, rows.shape[2])
-        if not kwargs.get("output_attentions") and self._few(length, rows.shape[2], attention_mask):
+        in_blocks = past_key_values is not None and not kwargs.get("output_attentions")
+        if in_blocks and self._few(length, attention_mask):
             return self.o_proj(self.read_in_blocks(query, rows, of_keys, attention_mask)), None
-        latent = self.code.decode(rows.squeeze(1), query.dtype)
+        latent = self.code.decode(rows.squeeze(1), query.dtype).mT
         if written.requires_grad and latent.shape[1] == length:
             # Straight-through: rounding has slope one.
             latent = latent + F.pad(written - written.detach(), (0, 1))
@@ -104,6 +137,15 @@ class CodedLatentAttention(LatentAttention):
         )
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
+    def queries_and_latent(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states [B, T, D] -> queries before RoPE [B, H, T, d], the latent to be coded [B, T, n]."""
+        query, written = self.q_proj(hidden_states), hidden_states
+        if self.q_norm is not None:
+            assert self.k_norm is not None and self.k_proj is not None and self.v_proj is not None
+            query, key = self.q_norm(query), self.k_norm(self.k_proj(hidden_states))
+            written = torch.cat((key, self.v_proj(hidden_states)), dim=-1)
+        return query.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), self.kv_a_proj_with_mqa(written)
+
     def keys_and_values(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Decoded latent [B, S, n + 1] -> keys before RoPE and values, [B, G, S, d] each."""
         heads = self.kv_b_proj(latent).unflatten(-1, (2 * self.num_key_value_heads, self.head_dim))
@@ -120,15 +162,14 @@ class CodedLatentAttention(LatentAttention):
         like = hidden_states.new_empty(()).expand(*rows.shape)
         return super().cache_embeddings(length, seen, like, attention_mask)
 
-    def _few(self, length: int, slots: int, attention_mask: Any) -> bool:
-        """Whether a few query tokens meet a cache of several blocks, with a mask and weights that blocks can read."""
-        few = slots > BLOCK_TOKENS and length <= self.max_absorbed_tokens and not self.training
-        return few and self.can_absorb(length, attention_mask)
+    def _few(self, length: int, attention_mask: Any) -> bool:
+        """Whether there are few query tokens, with a mask and weights that blocks can read."""
+        return length <= self.max_absorbed_tokens and not self.training and self.can_absorb(length, attention_mask)
 
     def read_in_blocks(
         self, query: Tensor, rows: Tensor, of_keys: tuple[Tensor, Tensor], attention_mask: Tensor | None
     ) -> Tensor:
-        """Attention of a few tokens that decodes BLOCK_TOKENS rows at a time, with a running softmax.
+        """Attention of a few tokens that decodes a block of rows at a time, with a running softmax.
 
         Values stay latents until the end: their projection is linear, so it follows the sum over tokens.
 
@@ -141,16 +182,19 @@ class CodedLatentAttention(LatentAttention):
         kv_heads, kv_width = self.num_key_value_heads, self.num_key_value_heads * self.head_dim
         k_up, v_up = self.kv_b_proj.weight.split(kv_width)
         k_mean, v_mean = self.kv_b_proj.bias.split(kv_width)
+        k_mean = k_mean.unsqueeze(-1)
         grouped = (query * self.scaling).reshape(batch, kv_heads, -1, self.head_dim)  # B G (H/G T) d
         peak = query.new_full((batch, heads, length, 1), -torch.inf, dtype=torch.float32)
         total = torch.zeros_like(peak)
         latent_sum = peak.new_zeros(batch, heads, length, self.kv_b_proj.in_features)
-        for start in range(0, rows.shape[2], BLOCK_TOKENS):
-            stop = min(start + BLOCK_TOKENS, rows.shape[2])
-            latent = self.code.decode(rows[:, 0, start:stop], query.dtype)
-            key = F.linear(latent, k_up, k_mean).unflatten(-1, (kv_heads, self.head_dim)).transpose(1, 2)
-            key = rotate_half_split(key, *(e[:, start:stop] for e in of_keys))
-            scores = (grouped @ key.mT).view(batch, heads, length, -1).float()
+        of_columns = [embedding.mT for embedding in of_keys]
+        step = max(1, (CUDA_BLOCK_ROWS if query.is_cuda else BLOCK_ROWS) // batch)
+        for start in range(0, rows.shape[2], step):
+            stop = min(start + step, rows.shape[2])
+            latent = self.code.decode(rows[:, 0, start:stop], query.dtype)  # B n+1 S
+            key = (k_up @ latent + k_mean).unflatten(1, (kv_heads, self.head_dim))
+            key = rotate_half_columns(key, *(e[..., start:stop] for e in of_columns))
+            scores = (grouped @ key).view(batch, heads, length, -1).float()
             if self.softcap is not None:
                 scores = torch.tanh(scores / self.softcap) * self.softcap
             if attention_mask is not None:
@@ -161,7 +205,7 @@ class CodedLatentAttention(LatentAttention):
             highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
             highest = highest.clamp_min(torch.finfo(peak.dtype).min)
             weights, kept = (scores - highest).exp(), (peak - highest).exp()
-            read = weights.flatten(1, 2).to(latent.dtype) @ latent
+            read = weights.flatten(1, 2).to(latent.dtype) @ latent.mT
             latent_sum = latent_sum * kept + read.view_as(latent_sum)
             total, peak = total * kept + weights.sum(-1, keepdim=True), highest
         mean = (latent_sum / total).to(query.dtype).view(batch, kv_heads, -1, latent_sum.shape[-1])
@@ -175,6 +219,15 @@ def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned, rest = x[..., :width], x[..., width:]
     turned = turned * cos + rotate_half(turned) * sin
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def rotate_half_columns(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for tokens in the last dimension: x [B, heads, d, T]; cos, sin [B or 1, w, T]."""
+    cos, sin, width = cos.unsqueeze(1), sin.unsqueeze(1), cos.shape[-2]
+    first, second, rest = x.split([width // 2, width // 2, x.shape[-2] - width], dim=-2)
+    cos, sin = cos.chunk(2, dim=-2), sin.chunk(2, dim=-2)
+    turned = (first * cos[0]).addcmul(second, sin[0], value=-1), (second * cos[1]).addcmul(first, sin[1])
+    return torch.cat((*turned, rest) if rest.shape[-2] else turned, dim=-2)
 
 
 class CodedLatentAttentionModel(LatentAttentionModel):

@@ -16,8 +16,16 @@ from tests.convert.conversions import assembled, converted_layers, token_ids
 
 
 def key_value_modules(attention: Any) -> list[Any]:
-    """The modules that make keys and values; one makes the queries too in some families."""
-    return [attention.qkv_proj] if hasattr(attention, "qkv_proj") else [attention.k_proj, attention.v_proj]
+    """The modules that make keys and values; one makes the queries too in some families, a norm the keys in others."""
+    if hasattr(attention, "qkv_proj"):
+        return [attention.qkv_proj]
+    return [attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj, attention.v_proj]
+
+
+def token_rows(x: Tensor, kv_heads: int) -> Tensor:
+    """(1, L, width) of what such a module gives: that, or heads (1, L, G, d) or (1, G, L, d)."""
+    heads_first = x.dim() == 4 and x.shape[1] == kv_heads
+    return (x.transpose(1, 2) if heads_first else x).flatten(2)
 
 
 def whole_model_sensitivities(donor: Any, ids: Tensor, seed: int = 0) -> list[LayerSensitivity]:
@@ -54,8 +62,11 @@ def whole_model_sensitivities(donor: Any, ids: Tensor, seed: int = 0) -> list[La
         rows = [torch.cat([each[0] for each in parts], dim=-1) for parts in zip(*pairs, strict=True)]
         return torch.cat([row[FIRST_TOKENS:, -key_value:] for row in rows]).double()
 
-    gradients = [[output.grad for output in outputs] for outputs in written]
-    values = [[output.detach() for output in outputs] for outputs in written]
+    def rows(outputs: list[Tensor]) -> list[Tensor]:
+        return [token_rows(output, facts.kv_heads) for output in outputs]
+
+    gradients = [rows([output.grad for output in outputs]) for outputs in written]  # type: ignore[misc]
+    values = [rows([output.detach() for output in outputs]) for outputs in written]
     return [layer_sensitivity(joined(v), joined(g)) for v, g in zip(values, gradients, strict=True)]  # type: ignore[arg-type]
 
 

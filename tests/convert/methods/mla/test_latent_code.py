@@ -31,15 +31,17 @@ def tokens(rows: int, width: int, seed: int = 0) -> Tensor:
 def test_bytes_hold_every_code(counts: list[int], seed: int) -> None:
     coder = code(counts)
     generator = torch.Generator().manual_seed(seed)
-    codes = [
-        torch.randint(0, 2**width, (3, stop - start), generator=generator).to(torch.uint8)
-        for width, start, stop in coder.ranges
-    ]
+    codes = torch.cat(
+        [
+            torch.randint(0, 2**width, (3, stop - start), generator=generator).to(torch.uint8)
+            for width, start, stop in coder.ranges
+        ],
+        dim=-1,
+    )
     packed = coder._packed(codes)
     assert packed.shape == (3, row_bytes(counts) - 1)
     assert packed.dtype == torch.uint8
-    for found, expected in zip(coder._unpacked(packed), codes, strict=True):
-        assert torch.equal(found, expected)
+    assert torch.equal(coder._unpacked(packed.mT).mT, codes)
     bits = sum(width * count for width, count in zip(WIDTHS, counts, strict=True))
     assert (
         bits / 8 <= row_bytes(counts) - 1 < bits / 8 + 4
@@ -126,3 +128,11 @@ def test_zeros_constants_and_half_precision(dtype: torch.dtype) -> None:
     assert decoded.isfinite().all()
     assert decoded[0, :2].abs().max() < 0.02
     assert coder.encode(z).shape == (1, 4, row_bytes(COUNTS))
+
+
+@pytest.mark.parametrize("factor", [1e-2, 1.0, 1e2, 1e3])
+def test_relative_error_does_not_depend_on_the_size(factor: float) -> None:
+    """From a hundredth to a thousand times the usual size of a token."""
+    coder, z = code([20] * 8, sink=torch.full((160,), 1e6)), tokens(50, 160)
+    error = ((coder(z * factor)[..., :-1] - z * factor).norm() / (z * factor).norm()).item()
+    assert error == pytest.approx(sum(DISTORTION[1:]) ** 0.5 / 8**0.5, rel=0.1)
