@@ -206,5 +206,7 @@ def _projections(donor: DonorAttention, down: Tensor, mean: Tensor) -> dict[str,
     else:
         weights |= {"k_proj": donor.k, "v_proj": donor.v, "kv_a_proj_with_mqa": (down, -down @ mean)}
         norms = {"q_norm.weight": donor.norm.q.flatten(), "k_norm.weight": donor.norm.k.flatten()}
-    pairs = ((f"{name}.{kind}", t) for name, both in weights.items() for kind, t in zip(("weight", "bias"), both))
+    pairs = (
+        (f"{name}.{kind}", t) for name, both in weights.items() for kind, t in zip(("weight", "bias"), both)
+    )
     return dict(pairs) | norms

@@ -66,8 +66,8 @@ class LatentCode(nn.Module):
         self.bytes = row_bytes(self.counts)
 
     def forward(self, z: Tensor) -> Tensor:
-        """What decoding gives of z (..., T, n): (..., T, n + 1), the latent as readers of the cache see it."""
-        return self.decode(self.encode(z), z.dtype).mT
+        """What decoding gives of z (..., n): (..., n + 1), the latent as readers of the cache see it."""
+        return self.decode(self.encode(z), z.dtype).mT.unflatten(0, z.shape[:-1])
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
@@ -89,32 +89,27 @@ class LatentCode(nn.Module):
         return torch.cat((first, self._packed(torch.cat(codes, dim=-1))), dim=-1)
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows (..., T, R) -> (..., n + 1, T) of `dtype`: the components about their centre, and whether that is the sink.
+        """Rows (..., R) -> (n + 1, T) of `dtype`: components about their centre, and whether that is the sink.
 
         kv_b_proj reads the last element too, and so knows the sink's keys and values whole, with what the components
-        that have no bits would add. Tokens are the last dimension, as every operation is then on long vectors.
+        that have no bits would add. T tokens, all the rows in their order, are the last dimension, as every operation
+        is then on long vectors.
         """
-        columns = rows.mT.contiguous()
-        first = columns[..., :1, :]
-        step = first % SINK
+        columns = rows.flatten(0, -2).mT.contiguous()
+        places, levels = self._unpacked(columns[1:]).int(), self.levels.to(dtype)
+        latent = levels.new_empty(len(self.sink) + 1, columns.shape[1])
+        for width, start, stop in self.ranges:
+            of_width = levels[level_offset(width) : level_offset(width) + 2**width]
+            torch.index_select(of_width, 0, places[start:stop].flatten(), out=latent[start:stop].view(-1))
+        step = columns[:1] % SINK
         gain = torch.exp2(step.float() / GAIN_STEPS + LEAST_GAIN).masked_fill(step == NOT_FINITE, torch.nan)
-        places = self._unpacked(columns[..., 1:, :]).int() + self._level_offsets(rows.device)
-        latent = torch.cat((self.levels.to(dtype), self.levels.new_ones(1, dtype=dtype)))
-        latent = latent.index_select(0, nn.functional.pad(places, (0, 0, 0, 1), value=LEVELS).flatten()).view(
-            *rows.shape[:-2], -1, rows.shape[-2]
-        )
-        latent[..., :-1, :] *= gain.to(dtype)
-        latent[..., -1:, :] = (first >= SINK).to(dtype)
+        latent[:-1] *= gain.to(dtype)
+        latent[-1:] = (columns[:1] >= SINK).to(dtype)
         return latent
 
     def _boundaries(self, width: int) -> Tensor:
         levels = self.levels[level_offset(width) : level_offset(width) + 2**width].float()
         return (levels[1:] + levels[:-1]) / 2
-
-    def _level_offsets(self, device: torch.device) -> Tensor:
-        """(n, 1), where each component's levels begin."""
-        offsets = [level_offset(width) for width, start, stop in self.ranges for _ in range(start, stop)]
-        return torch.tensor(offsets, dtype=torch.int32, device=device).unsqueeze(1)
 
     def _packed(self, codes: Tensor) -> Tensor:
         """Codes (..., n) -> bytes (..., R - 1). Byte i of a field of k bits holds components i, i + size, i + 2 size, …"""
@@ -135,15 +130,15 @@ class LatentCode(nn.Module):
         return torch.cat(packed, dim=-1)
 
     def _unpacked(self, columns: Tensor) -> Tensor:
-        """Bytes (..., R - 1, T) -> codes (..., n, T), uint8."""
-        codes = columns.new_zeros(*columns.shape[:-2], len(self.sink), columns.shape[-1])
+        """Bytes (R - 1, T) -> codes (n, T), uint8."""
+        codes = columns.new_zeros(len(self.sink), columns.shape[1])
         begin = 0
         for field, size, users in self._fields():
-            byte, begin = columns[..., begin : begin + size, :], begin + size
+            byte, begin = columns[begin : begin + size], begin + size
             places = [(byte >> place) & (2**field - 1) for place in range(0, 8, field)]
-            values, at = torch.cat(places, dim=-2), 0
+            values, at = torch.cat(places), 0
             for width, start, stop in users:
-                codes[..., start:stop, :] |= values[..., at : at + stop - start, :] << (width % field)
+                codes[start:stop] |= values[at : at + stop - start] << (width % field)
                 at += stop - start
         return codes
 

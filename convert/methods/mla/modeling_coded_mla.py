@@ -25,7 +25,9 @@ from .configuration_coded_mla import CodedLatentFields
 from .latent_code import LatentCode
 from .modeling_mla import LatentAttention, LatentAttentionForCausalLM, LatentAttentionModel, SlotEmbeddings
 
-BLOCK_ROWS = 2048  # of the cache, decoded at a time while a few tokens are generated: what fits in a CPU's cache
+BLOCK_ROWS = (
+    2048  # of the cache, decoded at a time while a few tokens are generated: what fits in a CPU's cache
+)
 CUDA_BLOCK_ROWS = 65536  # there each operation should be large
 
 
@@ -114,7 +116,7 @@ class CodedLatentAttention(LatentAttention):
         in_blocks = past_key_values is not None and not kwargs.get("output_attentions")
         if in_blocks and self._few(length, attention_mask):
             return self.o_proj(self.read_in_blocks(query, rows, of_keys, attention_mask)), None
-        latent = self.code.decode(rows.squeeze(1), query.dtype).mT
+        latent = self.code.decode(rows, query.dtype).mT.unflatten(0, (batch, -1))
         if written.requires_grad and latent.shape[1] == length:
             # Straight-through: rounding has slope one.
             latent = latent + F.pad(written - written.detach(), (0, 1))
@@ -164,7 +166,11 @@ class CodedLatentAttention(LatentAttention):
 
     def _few(self, length: int, attention_mask: Any) -> bool:
         """Whether there are few query tokens, with a mask and weights that blocks can read."""
-        return length <= self.max_absorbed_tokens and not self.training and self.can_absorb(length, attention_mask)
+        return (
+            length <= self.max_absorbed_tokens
+            and not self.training
+            and self.can_absorb(length, attention_mask)
+        )
 
     def read_in_blocks(
         self, query: Tensor, rows: Tensor, of_keys: tuple[Tensor, Tensor], attention_mask: Tensor | None
@@ -182,19 +188,18 @@ class CodedLatentAttention(LatentAttention):
         kv_heads, kv_width = self.num_key_value_heads, self.num_key_value_heads * self.head_dim
         k_up, v_up = self.kv_b_proj.weight.split(kv_width)
         k_mean, v_mean = self.kv_b_proj.bias.split(kv_width)
-        k_mean = k_mean.unsqueeze(-1)
-        grouped = (query * self.scaling).reshape(batch, kv_heads, -1, self.head_dim)  # B G (H/G T) d
+        grouped = (query * self.scaling).reshape(batch, kv_heads, -1, self.head_dim).transpose(0, 1)
         peak = query.new_full((batch, heads, length, 1), -torch.inf, dtype=torch.float32)
         total = torch.zeros_like(peak)
         latent_sum = peak.new_zeros(batch, heads, length, self.kv_b_proj.in_features)
-        of_columns = [embedding.mT for embedding in of_keys]
+        of_columns = [embedding.permute(2, 0, 1).contiguous() for embedding in of_keys]
         step = max(1, (CUDA_BLOCK_ROWS if query.is_cuda else BLOCK_ROWS) // batch)
         for start in range(0, rows.shape[2], step):
             stop = min(start + step, rows.shape[2])
-            latent = self.code.decode(rows[:, 0, start:stop], query.dtype)  # B n+1 S
-            key = (k_up @ latent + k_mean).unflatten(1, (kv_heads, self.head_dim))
+            latent = self.code.decode(rows[:, 0, start:stop], query.dtype)  # n+1, B S
+            key = torch.addmm(k_mean.unsqueeze(-1), k_up, latent).view(kv_heads, self.head_dim, batch, -1)
             key = rotate_half_columns(key, *(e[..., start:stop] for e in of_columns))
-            scores = (grouped @ key).view(batch, heads, length, -1).float()
+            scores = (grouped @ key.transpose(1, 2)).transpose(0, 1).reshape(batch, heads, length, -1).float()
             if self.softcap is not None:
                 scores = torch.tanh(scores / self.softcap) * self.softcap
             if attention_mask is not None:
@@ -205,8 +210,9 @@ class CodedLatentAttention(LatentAttention):
             highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
             highest = highest.clamp_min(torch.finfo(peak.dtype).min)
             weights, kept = (scores - highest).exp(), (peak - highest).exp()
-            read = weights.flatten(1, 2).to(latent.dtype) @ latent.mT
-            latent_sum = latent_sum * kept + read.view_as(latent_sum)
+            by_sequence = latent.unflatten(1, (batch, -1)).transpose(0, 1)  # B n+1 S
+            read = by_sequence @ weights.flatten(1, 2).to(latent.dtype).mT
+            latent_sum = latent_sum * kept + read.mT.reshape(latent_sum.shape)
             total, peak = total * kept + weights.sum(-1, keepdim=True), highest
         mean = (latent_sum / total).to(query.dtype).view(batch, kv_heads, -1, latent_sum.shape[-1])
         output = mean @ v_up.view(kv_heads, self.head_dim, -1).mT + v_mean.view(kv_heads, 1, -1)
@@ -222,12 +228,14 @@ def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_half_columns(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same for tokens in the last dimension: x [B, heads, d, T]; cos, sin [B or 1, w, T]."""
-    cos, sin, width = cos.unsqueeze(1), sin.unsqueeze(1), cos.shape[-2]
-    first, second, rest = x.split([width // 2, width // 2, x.shape[-2] - width], dim=-2)
-    cos, sin = cos.chunk(2, dim=-2), sin.chunk(2, dim=-2)
-    turned = (first * cos[0]).addcmul(second, sin[0], value=-1), (second * cos[1]).addcmul(first, sin[1])
-    return torch.cat((*turned, rest) if rest.shape[-2] else turned, dim=-2)
+    """The same for tokens in the last dimension: x [heads, d, B, T]; cos, sin [w, B or 1, T]."""
+    half = len(cos) // 2
+    first, second, rest = x.split([half, half, x.shape[1] - 2 * half], dim=1)
+    turned = (
+        (first * cos[:half]).addcmul_(second, sin[:half], value=-1),
+        (second * cos[half:]).addcmul_(first, sin[half:]),
+    )
+    return torch.cat((*turned, rest), dim=1)
 
 
 class CodedLatentAttentionModel(LatentAttentionModel):
