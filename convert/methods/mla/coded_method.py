@@ -197,7 +197,7 @@ class CodedMLA(Method):
 
 
 def _projections(donor: DonorAttention, down: Tensor, mean: Tensor) -> dict[str, Tensor]:
-    """The tensors that read a hidden state, and o_proj. Without QK-norm `down` and the donor's k and v are one matrix."""
+    """The tensors that read a hidden state, and o_proj. Without QK-norm `down` is part of the donor's k and v."""
     weights = {"q_proj": donor.q, "o_proj": donor.o}
     norms = {}
     if donor.norm is None:
@@ -206,7 +206,7 @@ def _projections(donor: DonorAttention, down: Tensor, mean: Tensor) -> dict[str,
     else:
         weights |= {"k_proj": donor.k, "v_proj": donor.v, "kv_a_proj_with_mqa": (down, -down @ mean)}
         norms = {"q_norm.weight": donor.norm.q.flatten(), "k_norm.weight": donor.norm.k.flatten()}
-    pairs = (
-        (f"{name}.{kind}", t) for name, both in weights.items() for kind, t in zip(("weight", "bias"), both)
-    )
-    return dict(pairs) | norms
+    tensors = {}
+    for name, (weight, bias) in weights.items():
+        tensors |= {f"{name}.weight": weight, f"{name}.bias": bias}
+    return tensors | norms

@@ -112,7 +112,7 @@ class LatentCode(nn.Module):
         return (levels[1:] + levels[:-1]) / 2
 
     def _packed(self, codes: Tensor) -> Tensor:
-        """Codes (..., n) -> bytes (..., R - 1). Byte i of a field of k bits holds components i, i + size, i + 2 size, …"""
+        """Codes (..., n) -> bytes (..., R - 1). Byte i of a field holds components i, i + size, i + 2 size, …"""
         packed = []
         for field, size, users in self._fields():
             # A width's fields hold its bits from the highest: what is below this field is shifted out.

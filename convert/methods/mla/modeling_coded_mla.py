@@ -53,8 +53,8 @@ class CodedLatentAttention(LatentAttention):
     a cache holds as its keys; kv_b_proj takes the decoded latent to the keys and values of the KV heads. Without a
     cache the same codes are made and read, so that what is evaluated is what is served.
 
-    The keys of a donor with QK-norm are not linear in the hidden state. There k_proj, v_proj and k_norm are the donor's,
-    and kv_a_proj_with_mqa reads the normed keys and the values.
+    The keys of a donor with QK-norm are not linear in the hidden state. There k_proj, v_proj and k_norm are the
+    donor's, and kv_a_proj_with_mqa reads the normed keys and the values.
 
     Attributes inherited: `own_mask`, `cache_embeddings`.
     """
@@ -75,7 +75,6 @@ class CodedLatentAttention(LatentAttention):
         kv_width = self.num_key_value_heads * self.head_dim
         q_width, biased, norm = self.num_heads * self.head_dim, config.attention_input_bias, config.qk_norm
         self.q_proj = nn.Linear(width, q_width, bias=biased)
-        self.q_norm = self.k_norm = self.k_proj = self.v_proj = None
         if norm is not None:
             groups = (self.num_heads, self.num_key_value_heads) if norm == "head" else (1, 1)
             self.q_norm = ElementNorm(q_width, groups[0], config.rms_norm_eps)
@@ -142,8 +141,7 @@ class CodedLatentAttention(LatentAttention):
     def queries_and_latent(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """hidden_states [B, T, D] -> queries before RoPE [B, H, T, d], the latent to be coded [B, T, n]."""
         query, written = self.q_proj(hidden_states), hidden_states
-        if self.q_norm is not None:
-            assert self.k_norm is not None and self.k_proj is not None and self.v_proj is not None
+        if self.config.qk_norm is not None:
             query, key = self.q_norm(query), self.k_norm(self.k_proj(hidden_states))
             written = torch.cat((key, self.v_proj(hidden_states)), dim=-1)
         return query.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), self.kv_a_proj_with_mqa(written)

@@ -57,7 +57,7 @@ def model() -> Any:
         {"family": "gemma3_text", "sliding_window": 8},
         {"family": "olmo2"},
     ],
-    ids="llama llama3 yarn-mha biases fused softcap-window partial window norm-of-heads norm-window norm-of-all".split(),
+    ids=lambda config: "-".join(map(str, config)) or "llama",
 )
 def test_eight_bits_of_everything_are_the_donor(config: dict[str, Any]) -> None:
     donor = donor_model(**config)
@@ -196,13 +196,31 @@ def test_half_precision_generates(model: Any, dtype: torch.dtype) -> None:
 
 
 def test_refusals_name_the_way_out() -> None:
-    settings = MLASettings(kv_bits="auto")
     with pytest.raises(BudgetError, match="at least 4 bytes in 2 layers, and the budget is 2"):
         CodedMLA(make_config(), MLASettings(kv_bits="auto", kv_budget=0.01), "quick")
     with pytest.raises(BudgetError, match="kv_bits auto does not go with profile portable"):
         MLASettings(kv_bits="auto", profile="portable")
     with pytest.raises(BudgetError, match="kv_bits auto does not go with kv_lora_rank"):
         MLASettings(kv_bits="auto", kv_lora_rank=8, qk_rope_head_dim=4)
+
+
+def test_a_cache_that_holds_something_else_is_refused(model: Any) -> None:
+    """Rows of another checkpoint, or a cache that keeps numbers where codes belong."""
+    other, ids = coded(donor_model(), 0.125), token_ids(1, 8)
+    cache = DynamicCache()
+    with torch.no_grad():
+        other(input_ids=ids, past_key_values=cache)
+        with pytest.raises((ValueError, RuntimeError), match=r"bytes|[Ss]izes"):
+            model(input_ids=ids, past_key_values=cache)
+        numbers = DynamicCache()
+        for layer in range(2):
+            numbers.update(
+                torch.zeros(1, 1, 4, model.model.layers[layer].self_attn.code.bytes),
+                torch.zeros(1, 1, 4, 0),
+                layer,
+            )
+        with pytest.raises(ValueError, match=r"layer 0 caches rows of \d+ bytes \(uint8\).*float32"):
+            model(input_ids=ids, past_key_values=numbers)
 
 
 def test_gradients_pass_through_the_code(model: Any) -> None:
