@@ -99,13 +99,10 @@ class CodedLatentAttention(LatentAttention):
         rows = self.code.encode(written).unsqueeze(1)
         of_queries = of_keys = position_embeddings
         if past_key_values is not None:
+            cached = past_key_values.layers[self.layer_idx : self.layer_idx + 1]
+            self._require_rows(*(layer.keys for layer in cached if layer.is_initialized))
             rows, _ = past_key_values.update(rows, rows[..., :0], self.layer_idx)
-            if rows.dtype != torch.uint8 or rows.shape[-1] != self.code.bytes:
-                raise ValueError(
-                    f"layer {self.layer_idx} caches rows of {self.code.bytes} bytes (uint8), but this cache gave back "
-                    f"{rows.shape[-1]} elements of {rows.dtype}: it is another model's, or a kind that changes what it "
-                    "holds, such as QuantizedCache"
-                )
+            self._require_rows(rows)
             if rows.shape[2] != length:
                 seen = past_key_values.get_seq_length(self.layer_idx)
                 of_queries, of_keys = self.cache_embeddings(length, seen, hidden_states, rows, attention_mask)
@@ -137,6 +134,16 @@ class CodedLatentAttention(LatentAttention):
             **kwargs,
         )
         return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def _require_rows(self, *caches: Tensor) -> None:
+        """Raise ValueError for a cache of another model, and for a kind of cache that changes what it holds."""
+        for rows in caches:
+            if rows.dtype != torch.uint8 or (rows.numel() and rows.shape[-1] != self.code.bytes):
+                raise ValueError(
+                    f"layer {self.layer_idx} caches rows of {self.code.bytes} bytes (uint8), and this cache holds "
+                    f"{rows.shape[-1]} elements of {rows.dtype} a token: it is another model's, or of a kind that "
+                    "changes what it holds, such as QuantizedCache"
+                )
 
     def queries_and_latent(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """hidden_states [B, T, D] -> queries before RoPE [B, H, T, d], the latent to be coded [B, T, n]."""
