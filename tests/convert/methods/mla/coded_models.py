@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from mhconvert.convert.families.facts import attention_facts
-from mhconvert.convert.layer_pass.sensitivity import FIRST_TOKENS, layer_sensitivity
-from mhconvert.convert.methods.layer_sensitivity import LayerSensitivity
+from mhconvert.convert.methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensitivity
 from mhconvert.convert.methods.mla.coded_method import CodedMLA
 from mhconvert.convert.methods.mla.settings import MLASettings
 from tests.convert.conversions import assembled, converted_layers, token_ids
@@ -56,7 +55,12 @@ def whole_model_sensitivities(donor: Any, ids: Tensor, seed: int = 0) -> list[La
 
     gradients = [[output.grad for output in outputs] for outputs in written]
     values = [[output.detach() for output in outputs] for outputs in written]
-    return [layer_sensitivity(joined(v), joined(g)) for v, g in zip(values, gradients, strict=True)]  # type: ignore[arg-type]
+    found = []
+    for layer_values, layer_gradients in zip(values, gradients, strict=True):
+        moments = LayerMoments(key_value)
+        moments.add(joined(layer_values), joined(layer_gradients))  # type: ignore[arg-type]
+        found.append(moments.sensitivity())
+    return found
 
 
 def coded(donor: Any, budget: float) -> Any:
