@@ -46,7 +46,8 @@ def conversion_facts(
         "parameters": dict(sizes["parameters"]),
         **{name: sizes[name] for name in info(recipe.method).totals if name in sizes},
         "layers": layers,
-        "calibration": calibration_facts(context),
+        "calibration": calibration_facts(context)
+        | {name: text for name, text in sizes["calibration"].items() if name == "notice"},
         "recipe": recipe.to_dict(),
         "versions": versions(),
     }

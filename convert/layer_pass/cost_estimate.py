@@ -9,13 +9,14 @@ import torch
 
 from ..calibration.calibration_rows import JUDGE_TOKENS, judging_rows, row_length, token_count
 from ..donor.donor import Donor
-from ..families.facts import attention_facts
+from ..families.facts import AttentionFacts, attention_facts
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe
 from ..recipe.written_weights import dtype_name
 from ..storage.byte_size import SLACK_BYTES
 from ..storage.dtype_cast import DTYPES
 from .layer_steps import block_steps
+from .sensitivity import few_tokens, surveyed_shape
 
 RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
 # Buffers that the survey holds at its peak for each layer so far: hidden states, a concatenated copy, attention inputs,
@@ -75,8 +76,16 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
             "sources": list(recipe.calibration.sources),
             "tokens": tokens,
             "sequence_length": length,
+            **_notice(method, facts, -(-tokens // length), length),
         },
     }
+
+
+def _notice(method: Method, facts: AttentionFacts, rows: int, length: int) -> dict[str, str]:
+    """What a user should know of `rows` rows of text where a survey measures sensitivities: {"notice": …}, or {}."""
+    elements = 2 * facts.kv_heads * facts.head_dim
+    few = few_tokens(math.prod(surveyed_shape(rows, length, elements)), elements)
+    return {"notice": few} if method.surveys_sensitivity and few else {}
 
 
 def _parameters(donor: Donor, method: Method) -> tuple[int, int, int]:

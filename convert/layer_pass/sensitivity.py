@@ -7,6 +7,7 @@ layer at a time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,42 +18,87 @@ from torch import Tensor, nn
 from mhconvert.progress import Progress
 
 from ..families.facts import attention_facts
-from ..methods.layer_sensitivity import LayerSensitivity
+from ..methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensitivity
 from . import layer_steps
 from .context import ConversionContext
 
-TOKENS = 8192  # of the calibration text
+TOKENS = 8192  # of the calibration text at least, as far as it reaches
+TOKENS_PER_ELEMENT = 20  # of a layer's keys and values
+FEW_PER_ELEMENT = 2  # below it the transform fits the text that it was made from
+PASS_TOKENS = 8192  # that go through the layers at once
 ROW_TOKENS = 512
-CLIPPED = 0.98  # quantile of the gradients' norms over tokens at which they are clipped: a few would be most of the sum
-FIRST_TOKENS = 4  # of each row, which are left out of the moments: models park their attention on them
 
 
 def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
     """The sensitivity of every layer, float64 on the CPU."""
-    rows = context.rows.fit[:, :ROW_TOKENS]
-    rows = rows[: max(1, TOKENS // rows.shape[1])]
-    total = 2 * context.layers
+    facts = attention_facts(context.donor.config)
+    elements = 2 * facts.kv_heads * facts.head_dim
+    rows = surveyed_rows(context.rows.fit, elements)
+    passes = rows.split(max(1, PASS_TOKENS // rows.shape[1]))
+    moments = [LayerMoments(elements) for _ in range(context.layers)]
+    generator = torch.Generator().manual_seed(context.recipe.seed)
+    steps, total = itertools.count(1), 2 * context.layers * len(passes)
+    notice = few_tokens(rows.numel(), elements)
+    context.on_progress(Progress("survey", 0, total, notice))
+    for part in passes:
+        for _ in _one_pass(context, part, generator, moments):
+            context.on_progress(Progress("survey", next(steps), total))
+    context.donor.release()
+    context.on_progress(Progress("survey", total, total, notice))
+    return [each.sensitivity() for each in moments]
+
+
+def surveyed_rows(rows: Tensor, elements: int) -> Tensor:
+    """Those of the calibration rows (N, L) that a survey reads; the first pieces of longer rows come first."""
+    count, length = surveyed_shape(*rows.shape, elements)
+    pieces = [piece for piece in rows.split(length, dim=1) if piece.shape[1] == length]
+    return torch.cat(pieces)[:count]
+
+
+def surveyed_shape(rows: int, length: int, elements: int) -> tuple[int, int]:
+    """How many rows of how many tokens a survey reads, out of `rows` rows of `length`, which are cut where they are long.
+
+    elements: of a layer's keys and values.
+    """
+    cut = min(ROW_TOKENS, length)
+    return min(rows * (length // cut), max(1, wanted_tokens(elements) // cut)), cut
+
+
+def wanted_tokens(elements: int) -> int:
+    """How many tokens a survey reads where layers have so many elements of keys and values."""
+    return max(TOKENS, TOKENS_PER_ELEMENT * elements)
+
+
+def few_tokens(tokens: int, elements: int) -> str:
+    """A sentence for the user where a survey of so many tokens is too small for its moments, else ""."""
+    if tokens >= FEW_PER_ELEMENT * elements:
+        return ""
+    return (
+        f"{tokens:,} tokens are few for the {elements:,} elements of keys and values in a layer; "
+        f"{wanted_tokens(elements):,} are wanted (--calibration-tokens)"
+    )
+
+
+def _one_pass(
+    context: ConversionContext, rows: Tensor, generator: torch.Generator, moments: list[LayerMoments]
+) -> Iterator[None]:
+    """Count rows (N, L) in the moments of every layer; yields behind each layer, forward and then backward."""
     hidden, inputs = context.donor.embed(rows), []
     for index in range(context.layers):
-        context.on_progress(Progress("survey", index, total))
         inputs.append(hidden)
         layer = layer_steps.read_layer(context, index, rows.shape[1])
         block = layer.block(layer.attention, nn.Identity())
         hidden = layer.through(lambda x, block=block: block(x, None)[0], hidden)
-    gradient = _gradient_of_samples(context, hidden)
-    sensitivities = []
+        yield
+    gradient = _gradient_of_samples(context, hidden, generator)
     for index in reversed(range(context.layers)):
-        context.on_progress(Progress("survey", total - 1 - index, total))
-        sensitivity, gradient = _through_layer(context, index, inputs.pop(), gradient)
-        sensitivities.append(sensitivity)
-    context.donor.release()
-    context.on_progress(Progress("survey", total, total))
-    return sensitivities[::-1]
+        values, gradients, gradient = _through_layer(context, index, inputs.pop(), gradient)
+        moments[index].add(values, gradients)
+        yield
 
 
-def _gradient_of_samples(context: ConversionContext, hidden: Tensor) -> Tensor:
+def _gradient_of_samples(context: ConversionContext, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """∂ log p(tokens drawn from the donor's predictions) / ∂ hidden, (N, L, D), behind the last layer."""
-    generator = torch.Generator().manual_seed(context.recipe.seed)
     gradients = []
     for row in hidden:
         leaf = row.to(context.device).requires_grad_()
@@ -67,8 +113,8 @@ def _gradient_of_samples(context: ConversionContext, hidden: Tensor) -> Tensor:
 
 def _through_layer(
     context: ConversionContext, index: int, hidden: Tensor, gradient: Tensor
-) -> tuple[LayerSensitivity, Tensor]:
-    """One layer's sensitivity, and the gradient at its input.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer's keys and values (tokens, m), the gradients at them (tokens, m), and the gradient at its input.
 
     Args:
         hidden: (N, L, D), the layer's input; gradient: (N, L, D), at its output.
@@ -84,17 +130,8 @@ def _through_layer(
             assert leaf.grad is not None
             before.append(leaf.grad.cpu())
             written.append(read())
-    values, gradients = (torch.cat(parts).double() for parts in zip(*written, strict=True))
-    return layer_sensitivity(values, gradients), torch.cat(before)
-
-
-def layer_sensitivity(values: Tensor, gradients: Tensor) -> LayerSensitivity:
-    """The moments of keys and values (tokens, m) and of the gradients at them (tokens, m)."""
-    sizes = gradients.square().sum(-1)
-    shrunk = sizes.quantile(CLIPPED) / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
-    gradients = gradients * shrunk.clamp_max(1).sqrt().unsqueeze(-1)
-    count = len(values)
-    return LayerSensitivity(values.mean(0), values.mT @ values / count, gradients.mT @ gradients / count)
+    values, gradients = (torch.cat(parts) for parts in zip(*written, strict=True))
+    return values, gradients, torch.cat(before)
 
 
 @contextmanager

@@ -1,23 +1,60 @@
-"""What errors in one layer's keys and values cost the donor's predictions, as a survey measures it."""
+"""What errors in one layer's keys and values cost the donor's predictions, as a survey measures it. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+FIRST_TOKENS = 4  # of each row, which are left out of all moments: models park their attention on them
+CLIPPED = 0.98  # quantile of the gradients' norms over tokens at which they are clipped: a few would be most of the sum
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """Moments of one layer's keys (before RoPE) and values y [k; v], m = 2 G d elements, float64.
+    """Moments of one layer's keys (before RoPE) and values y [k; v], m = 2 G d elements.
 
     Attributes:
         mean: (m,), E[y].
-        moment: (m, m), E[y yᵀ].
+        covariance: (m, m), E[(y − mean)(y − mean)ᵀ].
         price: (m, m), E[g gᵀ], g = ∂ log p(token drawn from the model) / ∂y: the model's Fisher information, so that an
             error e of one token's y adds ½ eᵀ price e nats to the model's divergence, to second order.
+        tokens: (), how many the moments are of, int64.
     """
 
     mean: Tensor
-    moment: Tensor
+    covariance: Tensor
     price: Tensor
+    tokens: Tensor
+
+
+class LayerMoments:
+    """Gathers the sensitivity of one layer over parts of the text, in float64."""
+
+    def __init__(self, elements: int):
+        self.count = 0
+        self.mean = torch.zeros(elements, dtype=torch.float64)
+        self.covariance, self.price = (torch.zeros(elements, elements, dtype=torch.float64) for _ in range(2))
+
+    def add(self, values: Tensor, gradients: Tensor) -> None:
+        """Count keys and values (tokens, m), and the gradients at them (tokens, m)."""
+        values, priced = values.double(), _clipped(gradients.double())
+        count = len(values)
+        mean = values.mean(0)
+        centred, moved, share = values - mean, mean - self.mean, count / (self.count + count)
+        self.covariance.lerp_(centred.mT @ centred / count, share)
+        self.covariance.addr_(moved, moved, alpha=share * (1 - share))
+        self.price.lerp_(priced.mT @ priced / count, share)
+        self.mean += share * moved
+        self.count += count
+
+    def sensitivity(self) -> LayerSensitivity:
+        """What was gathered so far."""
+        return LayerSensitivity(self.mean, self.covariance, self.price, torch.tensor(self.count))
+
+
+def _clipped(gradients: Tensor) -> Tensor:
+    sizes = gradients.square().sum(-1)
+    shrunk = sizes.quantile(CLIPPED) / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+    return gradients * shrunk.clamp_max(1).sqrt().unsqueeze(-1)

@@ -15,6 +15,7 @@ from ..layer_sensitivity import LayerSensitivity
 
 RIDGE = 0.1  # of the mean price of keys or values, added to every one: prices are estimated from few tokens
 TINY = 1e-20
+RANGE_TOLERANCE = 1e-12  # of the largest eigenvalue; smaller ones are rounding
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,47 @@ def code_basis(layer: LayerSensitivity) -> CodeBasis:
     water-filling. Source: transform coding, V. K. Goyal, IEEE Signal Processing Magazine 18(5), 2001.
     """
     root, inverse = roots(_ridged(layer.price))
-    covariance = layer.moment - torch.outer(layer.mean, layer.mean)
-    values, vectors = torch.linalg.eigh(root @ covariance @ root)
+    values, vectors = torch.linalg.eigh(root @ layer.covariance @ root)
+    values = shrunk_spectrum(values, int(layer.tokens) - 1)
     values, vectors = values.flip(0).clamp_min(TINY), vectors.flip(1)
     scale = values.sqrt()
     return CodeBasis((vectors / scale).mT @ root, inverse @ vectors * scale, values / 2)
+
+
+def shrunk_spectrum(values: Tensor, samples: int) -> Tensor:
+    """What the eigenvectors of a sample's covariance have as variances in other samples, from its eigenvalues.
+
+    Of few samples the small eigenvalues are far too small: their components would get no bits, and vary in other text.
+    Eigenvalues that are zero whatever the text stay zero; there are some where m is above the hidden size.
+
+    Args:
+        values: (m,), ascending, float64.
+        samples: degrees of freedom, one less than the tokens.
+
+    Source:
+        O. Ledoit & M. Wolf, Quadratic shrinkage for large covariance matrices, Bernoulli 28 (2022), its quadratic-
+        inverse shrinkage.
+    """
+    varying = int((values > values[-1] * RANGE_TOLERANCE).sum())
+    spectrum = values[-varying:] if varying < min(samples, len(values)) else values
+    number, ratio = min(len(spectrum), samples), len(spectrum) / max(samples, 1)
+    if number < 2 or values[-1] <= 0:
+        return values
+    width = min(ratio**2, ratio**-2) ** 0.35 / len(spectrum) ** 0.35
+    inverse = 1 / spectrum[-number:].clamp_min(spectrum[-1] * RANGE_TOLERANCE)
+    apart = inverse - inverse.unsqueeze(1)
+    weight = inverse / (apart**2 + (width * inverse) ** 2) / number
+    shifted, spread = (weight * apart).sum(1), (weight * width * inverse).sum(1)
+    energy = inverse * (shifted**2 + spread**2)
+    if ratio <= 1:
+        found = 1 / (
+            (1 - ratio) ** 2 * inverse + 2 * ratio * (1 - ratio) * inverse * shifted + ratio**2 * energy
+        )
+    else:
+        unseen = spectrum.new_full((len(spectrum) - number,), 1 / ((ratio - 1) * float(inverse.mean())))
+        found = torch.cat((unseen, 1 / energy))
+    found = (found * (spectrum.sum() / found.sum())).sort().values
+    return torch.cat((values.new_zeros(len(values) - len(found)), found))
 
 
 def _ridged(price: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from mhconvert.convert import pipeline
 from mhconvert.convert.calibration import calibration_rows
 from mhconvert.convert.donor.donor import open_donor
 from mhconvert.convert.layer_pass.context import ConversionContext
-from mhconvert.convert.layer_pass.sensitivity import ROW_TOKENS, TOKENS, measure_sensitivities
+from mhconvert.convert.layer_pass import sensitivity
+from mhconvert.convert.layer_pass.sensitivity import measure_sensitivities, surveyed_rows, surveyed_shape
+from mhconvert.convert.methods import layer_sensitivity
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.eval.fidelity import Fidelity
@@ -40,15 +42,61 @@ def context_of(recipe: Recipe) -> ConversionContext:
 def test_layer_by_layer_is_the_whole_model(recipe: Build, tmp_path: Path, family: str) -> None:
     donor = str(make_donor(tmp_path / "donor", family=family, pad_token_id=1))
     context = context_of(dataclasses.replace(recipe(tmp_path / "out"), model=donor, settings=CODED))
-    rows = context.rows.fit[:, :ROW_TOKENS]
-    rows = rows[: max(1, TOKENS // rows.shape[1])]
+    rows = surveyed_rows(context.rows.fit, 64)
     whole = context.donor.model("cpu")
     whole.get_input_embeddings().weight.requires_grad_(True)  # so that gradients flow at all
     expected = whole_model_sensitivities(whole, rows, context.recipe.seed)
     for found, wanted in zip(measure_sensitivities(context), expected, strict=True):
         for field in dataclasses.fields(found):
-            one, other = getattr(found, field.name), getattr(wanted, field.name)
+            one, other = (getattr(each, field.name).double() for each in (found, wanted))
             assert (one - other).norm() < 1e-4 * other.norm(), field.name  # fp32 sums in another order
+
+
+def test_several_passes_are_one(recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the gradients that are clipped: a pass clips its own."""
+    context = context_of(dataclasses.replace(recipe(tmp_path / "out"), settings=CODED))
+    monkeypatch.setattr(layer_sensitivity, "CLIPPED", 1.0)
+    whole = measure_sensitivities(context)
+    monkeypatch.setattr(sensitivity, "PASS_TOKENS", 3 * 64)
+    for found, wanted in zip(measure_sensitivities(context), whole, strict=True):
+        for field in dataclasses.fields(found):
+            one, other = (getattr(each, field.name).double() for each in (found, wanted))
+            assert (one - other).norm() < 1e-5 * other.norm(), field.name
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "elements", "read"),
+    [
+        (128, 512, 384, (16, 512)),  # SmolLM2-135M: as many as ever
+        (128, 512, 2048, (80, 512)),  # an 8B donor with 8 KV heads of 128
+        (16, 512, 2048, (16, 512)),  # all that there is
+        (32, 2048, 2048, (80, 512)),
+        (1, 700, 64, (1, 512)),
+        (2, 64, 4096, (2, 64)),
+    ],
+)
+def test_a_survey_reads_as_much_as_its_moments_need(
+    rows: int, length: int, elements: int, read: tuple[int, int]
+) -> None:
+    assert surveyed_shape(rows, length, elements) == read
+    ids = torch.arange(rows * length).view(rows, length)
+    taken = surveyed_rows(ids, elements)
+    assert taken.shape == read
+    assert taken.unique().numel() == taken.numel()
+
+
+def test_too_little_text_is_told(recipe: Build, tmp_path: Path) -> None:
+    few = dataclasses.replace(recipe(tmp_path / "out").calibration, tokens=64)
+    asked = dataclasses.replace(recipe(tmp_path / "out"), settings=CODED, calibration=few)
+    told: list[str] = []
+    report = mhconvert.convert(asked, on_progress=lambda event: told.append(event.message))
+    notice = "64 tokens are few for the 64 elements of keys and values in a layer; 8,192 are wanted"
+    assert any(message.startswith(notice) for message in told)
+    for facts in (report, pipeline.plan(asked)):
+        assert facts["calibration"]["notice"].startswith(notice)
+    enough = dataclasses.replace(few, tokens=128)
+    plan = pipeline.plan(dataclasses.replace(asked, calibration=enough))
+    assert "notice" not in plan["calibration"]
 
 
 def test_a_layer_that_is_not_heard_gets_fewer_bytes(recipe: Build, tmp_path: Path) -> None:

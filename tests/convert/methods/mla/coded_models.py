@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from mhconvert.convert.families.facts import attention_facts
-from mhconvert.convert.layer_pass.sensitivity import FIRST_TOKENS, layer_sensitivity
-from mhconvert.convert.methods.layer_sensitivity import LayerSensitivity
+from mhconvert.convert.methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensitivity
 from mhconvert.convert.methods.mla.coded_method import CodedMLA
 from mhconvert.convert.methods.mla.settings import MLASettings
 from tests.convert.conversions import assembled, converted_layers, token_ids
@@ -62,12 +61,16 @@ def whole_model_sensitivities(donor: Any, ids: Tensor, seed: int = 0) -> list[La
         rows = [torch.cat([each[0] for each in parts], dim=-1) for parts in zip(*pairs, strict=True)]
         return torch.cat([row[FIRST_TOKENS:, -key_value:] for row in rows]).double()
 
-    def rows(outputs: list[Tensor]) -> list[Tensor]:
-        return [token_rows(output, facts.kv_heads) for output in outputs]
-
-    gradients = [rows([output.grad for output in outputs]) for outputs in written]  # type: ignore[misc]
-    values = [rows([output.detach() for output in outputs]) for outputs in written]
-    return [layer_sensitivity(joined(v), joined(g)) for v, g in zip(values, gradients, strict=True)]  # type: ignore[arg-type]
+    found = []
+    for outputs in written:
+        values, gradients = (
+            [token_rows(each, facts.kv_heads) for each in tensors]
+            for tensors in ([o.detach() for o in outputs], [o.grad for o in outputs])  # type: ignore[misc]
+        )
+        moments = LayerMoments(key_value)
+        moments.add(joined(values), joined(gradients))
+        found.append(moments.sensitivity())
+    return found
 
 
 def coded(donor: Any, budget: float) -> Any:
