@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mhconvert.convert.bare_process import reload
 from mhconvert.convert.bare_process.reload import verify
 from mhconvert.errors import CheckpointError
 from tests.donors import make_donor
@@ -23,6 +25,12 @@ class OtherConfig(LlamaConfig):
 class OtherModel(LlamaForCausalLM):
     config_class = OtherConfig
 """
+
+
+@pytest.fixture(autouse=True)
+def whole_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program itself is what is tested here, from its interpreter on."""
+    monkeypatch.setattr(reload, "subprocess", subprocess)
 
 
 @pytest.fixture(scope="module")
