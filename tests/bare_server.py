@@ -1,7 +1,7 @@
 """Bare processes without the seconds that their imports take: one process has torch and transformers, and forks.
 
 A fork runs `child.py` as `python -I` would: mhconvert was never imported, and no module of a checkpoint or of a model's
-family was. `tests/convert/bare_process` starts whole interpreters, and so does every test of the program itself.
+family was. `tests/convert/bare_process` starts whole interpreters too, and so do commands in processes of their own.
 """
 
 from __future__ import annotations

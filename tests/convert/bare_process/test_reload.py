@@ -27,7 +27,7 @@ class OtherModel(LlamaForCausalLM):
 """
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def whole_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The program itself is what is tested here, from its interpreter on."""
     monkeypatch.setattr(reload, "subprocess", subprocess)
@@ -66,6 +66,7 @@ def remote_copy(folder: Path, target: Path, extra: str) -> Path:
     return target
 
 
+@pytest.mark.usefixtures("whole_processes")
 def test_a_sound_folder(folder: Path, probe: Path) -> None:
     result = verify(folder, probe, prompt="The cache", max_new_tokens=5)
     assert result["largest_logit_difference"] < 1e-4
@@ -79,12 +80,14 @@ def test_a_sound_folder(folder: Path, probe: Path) -> None:
     assert result["seconds"] > 0
 
 
+@pytest.mark.usefixtures("whole_processes")
 def test_the_folders_own_code_runs(folder: Path, probe: Path, tmp_path: Path) -> None:
     result = verify(remote_copy(folder, tmp_path / "own", ""), probe, prompt="The cache", max_new_tokens=3)
     assert result["model_class"] == "OtherModel"
     assert result["module"] == "transformers_modules"
 
 
+@pytest.mark.usefixtures("whole_processes")
 def test_code_that_needs_mhconvert_is_found_out(folder: Path, probe: Path, tmp_path: Path) -> None:
     broken = remote_copy(folder, tmp_path / "needs", "import mhconvert.errors")
     with pytest.raises(CheckpointError, match=r"needs does not load and generate.*mhconvert"):
