@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
@@ -34,6 +34,20 @@ def data() -> Path:
     if not folder:
         pytest.skip("MHCONVERT_DATA names no folder with real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_reloads() -> Iterator[None]:
+    """Reloads in a bare process are forks of one that has transformers already; where forks are safe, on Linux."""
+    from mhconvert.convert.bare_process import reload
+    from tests.bare_server import WarmSubprocess
+
+    warm = WarmSubprocess()
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.platform == "linux":
+            patch.setattr(reload, "subprocess", warm)
+        yield
+    warm.close()
 
 
 @pytest.fixture
@@ -96,5 +110,20 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Main:
         with pytest.raises(SystemExit) as exit_:
             entry()
         return int(exit_.value.code or 0)
+
+    return run
+
+
+@pytest.fixture
+def here(main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """What `cli` does, in this process."""
+
+    def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        for name, value in ({"COLUMNS": "120"} | environment).items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        code = main(*words)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(["mhconvert", *map(str, words)], code, said.out, said.err)
 
     return run

@@ -257,10 +257,10 @@ def test_faults_of_adapters_are_one_line_too(
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
 
 
-def test_ctrl_c_leaves_nothing(cli: Cli, interrupted: Interrupted, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(here: Cli, interrupted: Interrupted, tmp_path: Path) -> None:
     big = make_donor(tmp_path / "big", layers=60)
     adapter = tmp_path / "adapter"
-    assert cli(big, "--to", "hydra", "-o", adapter, "-q").returncode == 0
+    assert here(big, "--to", "hydra", "-o", adapter, "-q").returncode == 0
     code, rest = interrupted("merging 1/", "merge", adapter, "-o", tmp_path / "out")
     assert code == 130
     assert "Traceback" not in rest

@@ -157,7 +157,7 @@ def test_faults_leave_nothing(
 
 
 def test_ctrl_c_then_resume_gives_the_same_bytes(
-    cli: Cli, interrupted: Interrupted, converted: tuple[Path, dict], words: list[str], tmp_path: Path
+    here: Cli, interrupted: Interrupted, converted: tuple[Path, dict], words: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "again"
     code, rest = interrupted("layers 3/", *words, "-o", out)
@@ -165,6 +165,6 @@ def test_ctrl_c_then_resume_gives_the_same_bytes(
     assert "--resume" in rest
     assert "Traceback" not in rest
     assert not out.exists()
-    resumed = cli(*words, "-o", out, "--resume")
+    resumed = here(*words, "-o", out, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert weights(out) == weights(converted[0])

@@ -23,9 +23,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_donor_against_its_gguf_twin(cli: Cli, donor: Path, text: Path, tmp_path: Path) -> None:
+def test_a_donor_against_its_gguf_twin(here: Cli, donor: Path, text: Path, tmp_path: Path) -> None:
     twin = make_gguf(tmp_path / "tiny.gguf", layers=2, kv_heads=2)
-    done = cli(
+    done = here(
         "eval", donor, "--against", twin, "--text", text, "--sequence-length", 64, "--sequences", 3, "--json"
     )
     assert done.returncode == 0, done.stderr
@@ -38,9 +38,9 @@ def test_a_donor_against_its_gguf_twin(cli: Cli, donor: Path, text: Path, tmp_pa
     assert second["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
 
 
-def test_generate_is_greedy_and_measures_its_cache(cli: Cli, donor: Path) -> None:
+def test_generate_is_greedy_and_measures_its_cache(cli: Cli, here: Cli, donor: Path) -> None:
     words = ("generate", donor, "The cache", "--max-new-tokens", 6)
-    first, again = cli(*words, "--json"), cli(*words)
+    first, again = here(*words, "--json"), cli(*words)
     assert first.returncode == 0, first.stderr
     result = json.loads(first.stdout)
     assert result["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4

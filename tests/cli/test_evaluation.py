@@ -27,14 +27,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_everything_in_one_command(cli: Cli, pair: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
+def test_everything_in_one_command(
+    cli: Cli, here: Cli, pair: tuple[Path, Path], text: Path, tmp_path: Path
+) -> None:
     donor, twin = pair
     pages = [tmp_path / "report.html", tmp_path / "report.md"]
     words = [
         *("eval", twin, "--against", donor, "--suite", "quick", "--text", text, "--sequence-length", 64),
         *("--sequences", 2, "--retrieval", "--device", "cpu", "--report", pages[0], "--report", pages[1]),
     ]
-    done = cli(*words, "--json", COLUMNS="160")
+    done = here(*words, "--json", COLUMNS="160")
     assert done.returncode == 0, done.stderr
     assert "tiny: mhconvert_quick" in done.stderr
     result = json.loads(done.stdout)
@@ -95,21 +97,21 @@ def test_a_checkpoint_without_tokenizer(
     assert f"the tokenizer in {donor} cannot be loaded" in capsys.readouterr().err
 
 
-def test_ctrl_c_and_again(cli: Cli, interrupted: Interrupted, tmp_path: Path) -> None:
+def test_ctrl_c_and_again(here: Cli, interrupted: Interrupted, tmp_path: Path) -> None:
     donor = make_donor(tmp_path / "tiny", layers=4, seed=3)
     words = ("eval", donor, "--suite", "quick", "--device", "cpu", "--batch-size", 1)
     code, said = interrupted("measuring", *words)
     assert code == 130
     assert "interrupted; the same command goes on after what is measured" in said
-    whole = json.loads(cli(*words, "--fresh", "--json").stdout)["tasks"]
-    done = cli(*words, "--json")
+    whole = json.loads(here(*words, "--fresh", "--json").stdout)["tasks"]
+    done = here(*words, "--json")
     assert json.loads(done.stdout)["tasks"] == whole
 
 
-def test_two_processes_under_accelerate_find_what_one_does(cli: Cli, tmp_path: Path) -> None:
+def test_two_processes_under_accelerate_find_what_one_does(here: Cli, tmp_path: Path) -> None:
     donor = make_donor(tmp_path / "tiny", seed=5)
     words = ("eval", donor, "--suite", "quick", "--device", "cpu", "--json")
-    alone = json.loads(cli(*words).stdout)
+    alone = json.loads(here(*words).stdout)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, "-m", "mhconvert.cli.main", *map(str, words), "--fresh"],

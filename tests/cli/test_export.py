@@ -24,9 +24,9 @@ def portable(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "tiny-mla"
 
 
-def test_auto_takes_deepseek_and_says_why(cli: Cli, portable: Path, tmp_path: Path) -> None:
+def test_auto_takes_deepseek_and_says_why(cli: Cli, here: Cli, portable: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    planned = cli("export", portable, "--to", "auto", "-o", out, "--dry-run", "--json")
+    planned = here("export", portable, "--to", "auto", "-o", out, "--dry-run", "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["to"] == "deepseek_v3"
     assert not out.exists()
@@ -40,11 +40,11 @@ def test_auto_takes_deepseek_and_says_why(cli: Cli, portable: Path, tmp_path: Pa
     assert found["relative_difference"] < 1e-4
     assert found["greedy_equal"]
     text = portable.parent / "text.txt"
-    judged = cli("eval", out, "--against", portable, "--text", text, "--sequence-length", 32, "--json")
+    judged = here("eval", out, "--against", portable, "--text", text, "--sequence-length", 32, "--json")
     first, second = json.loads(judged.stdout)["texts"][0]["models"]
     assert second["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
     assert second["kl"] < 1e-6
-    again = cli("export", out, "--to", "auto")
+    again = here("export", out, "--to", "auto")
     assert again.returncode == 1
     assert "is an export already" in again.stderr
 
@@ -64,7 +64,7 @@ def test_a_form_of_another_method(
 
 
 def test_what_has_nothing_to_export(
-    main: Main, capsys: pytest.CaptureFixture[str], cli: Cli, portable: Path, tmp_path: Path
+    main: Main, capsys: pytest.CaptureFixture[str], portable: Path, tmp_path: Path
 ) -> None:
     donor = portable.parent / "donor"
     assert main("export", donor, "--to", "auto", "--quiet") == 1
@@ -79,7 +79,7 @@ def test_what_has_nothing_to_export(
     assert not (tmp_path / "out").exists()
 
 
-def test_decoupled_heads_of_equal_groups(cli: Cli, portable: Path, tmp_path: Path) -> None:
+def test_decoupled_heads_of_equal_groups(here: Cli, portable: Path, tmp_path: Path) -> None:
     """Two KV heads in one layer and one in the other go to nemotron-nas; two in both are a Llama from the start."""
     donor = make_donor(tmp_path / "donor", heads=4, kv_heads=4)
     words = ("--to", "dha", "--effort", "quick", "--calibration", portable.parent / "text.txt")
@@ -88,16 +88,16 @@ def test_decoupled_heads_of_equal_groups(cli: Cli, portable: Path, tmp_path: Pat
         plan = tmp_path / f"{name}.json"
         maps = {2: [0, 0, 1, 1], 1: [0, 0, 0, 0]}
         plan.write_text(json.dumps({"layers": [{"k_map": maps[n], "v_map": maps[n]} for n in heads]}))
-        made = cli(donor, *words, *more, "--plan", plan, "-o", tmp_path / name)
+        made = here(donor, *words, *more, "--plan", plan, "-o", tmp_path / name)
         assert made.returncode == 0, made.stderr
-    done = cli("export", tmp_path / "uneven", "--to", "auto", "-o", tmp_path / "out", "--json")
+    done = here("export", tmp_path / "uneven", "--to", "auto", "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["to"], report["architecture"]) == ("nemotron-nas", "DeciLMForCausalLM")
     assert "llama" in report["why"]
     assert report["verified"]["relative_logit_error"] < 1e-5
     assert report["verified"]["cache"]["elements_per_token"] == (2 + 1) * 2 * 16
-    stock = cli("export", tmp_path / "even", "--to", "auto", "-o", tmp_path / "no")
+    stock = here("export", tmp_path / "even", "--to", "auto", "-o", tmp_path / "no")
     assert stock.returncode == 1
     assert "is of its donor's own class already: engines load it as it is" in stock.stderr
 

@@ -55,7 +55,7 @@ def test_a_checkpoint_is_healed(cli: Cli, checkpoint: Path, text: Path, tmp_path
 
 
 def test_ctrl_c_and_resume(
-    interrupted: Interrupted, cli: Cli, checkpoint: Path, text: Path, tmp_path: Path
+    interrupted: Interrupted, here: Cli, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     words = (
         "heal",
@@ -72,7 +72,7 @@ def test_ctrl_c_and_resume(
     code, said = interrupted("healing, tokens 1,", *words, "-o", tmp_path / "out")
     assert code == 130
     assert "interrupted; the same command with --resume continues after the last durable checkpoint" in said
-    done = cli(*words, "-o", tmp_path / "out", "--resume")
+    done = here(*words, "-o", tmp_path / "out", "--resume")
     assert done.returncode == 0, done.stderr
     steps = [entry["step"] for entry in read(tmp_path / "out" / "metrics.jsonl") if "loss" in entry]
     assert steps == list(range(1, 21))
@@ -104,10 +104,10 @@ def test_what_is_no_checkpoint(main: Main, donor: Path, capsys: pytest.CaptureFi
     assert "is not a checkpoint that mhconvert wrote" in json.loads(capsys.readouterr().out)["error"]
 
 
-def test_a_conversion_heals_its_result_in_place(cli: Cli, donor: Path, text: Path, tmp_path: Path) -> None:
+def test_a_conversion_heals_its_result_in_place(here: Cli, donor: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = (donor, *CONVERSION, "--calibration", text, "--sequence-length", 64, "-o", out, "--heal", "4k")
-    done = cli(*words, "--json")
+    done = here(*words, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["healing"]["trained_tokens"] == 4096
@@ -155,10 +155,10 @@ def test_an_adapter_is_not_healed_by_a_conversion(
     assert "--heal does not apply to hydra" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_a_hydra_adapter_is_trained(cli: Cli, donor: Path, text: Path, tmp_path: Path) -> None:
+def test_a_hydra_adapter_is_trained(here: Cli, donor: Path, text: Path, tmp_path: Path) -> None:
     """`--to hydra`, `heal --train hydra`, `merge`: a text is learnt, and the base is as it was."""
     adapter, trained = tmp_path / "adapter", tmp_path / "trained"
-    assert cli(donor, "--to", "hydra", "--r-par", 2, "--r-seq", 2, "-o", adapter).returncode == 0
+    assert here(donor, "--to", "hydra", "--r-par", 2, "--r-seq", 2, "-o", adapter).returncode == 0
     words = (
         "--train",
         "hydra",
@@ -173,10 +173,10 @@ def test_a_hydra_adapter_is_trained(cli: Cli, donor: Path, text: Path, tmp_path:
         trained,
         "--json",
     )
-    refused = cli("heal", adapter, *words)
+    refused = here("heal", adapter, *words)
     assert refused.returncode == 1
     assert "has nothing to learn from it: teach it the text with --loss ce" in refused.stderr
-    done = cli("heal", adapter, "--loss", "ce", *words)
+    done = here("heal", adapter, "--loss", "ce", *words)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     learnt, before = report["perplexity"]["converted"], report["before"]["perplexity"]["converted"]
@@ -185,24 +185,24 @@ def test_a_hydra_adapter_is_trained(cli: Cli, donor: Path, text: Path, tmp_path:
     names = {file.name for file in trained.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.jsonl"} <= names
     assert "model.safetensors" not in names
-    merged = cli("merge", trained, "-o", tmp_path / "merged")
+    merged = here("merge", trained, "-o", tmp_path / "merged")
     assert merged.returncode == 0, merged.stderr
-    judged = cli(
+    judged = here(
         "eval", tmp_path / "merged", "--against", donor, "--text", text, "--sequence-length", 32, "--json"
     )
     before, after = (model["perplexity"] for model in json.loads(judged.stdout)["texts"][0]["models"])
     assert after < 0.7 * before
 
 
-def test_heads_are_fused_in_two_rounds(cli: Cli, text: Path, tmp_path: Path) -> None:
+def test_heads_are_fused_in_two_rounds(here: Cli, text: Path, tmp_path: Path) -> None:
     """A conversion that leaves its heads apart, then 2 ×, then 2 ×: the three commands in docs/methods/dha.md."""
     source = make_donor(tmp_path / "donor", heads=4, kv_heads=4)
     words = (
         *("--to", "dha", "--kv-budget", 0.25, "--fusion", "trained", "--calibration", text),
         *("--calibration-tokens", 512, "--sequence-length", 32, "--device", "cpu", "--no-verify"),
     )
-    assert cli(source, *words, "-o", tmp_path / "apart", "-q").returncode == 0
-    unasked = cli(
+    assert here(source, *words, "-o", tmp_path / "apart", "-q").returncode == 0
+    unasked = here(
         "heal", tmp_path / "apart", "--tokens", "1k", "--data", text, *HEALING, "-o", tmp_path / "no"
     )
     assert unasked.returncode == 1
@@ -210,12 +210,12 @@ def test_heads_are_fused_in_two_rounds(cli: Cli, text: Path, tmp_path: Path) -> 
     begun, widths = tmp_path / "apart", []
     for name in ("half", "quarter"):
         healing = ("--tokens", "4k", "--fusion", 2, "--data", text, *HEALING)
-        done = cli("heal", begun, *healing, "-o", tmp_path / name, "--json")
+        done = here("heal", begun, *healing, "-o", tmp_path / name, "--json")
         assert done.returncode == 0, done.stderr
         begun = tmp_path / name
         widths.append(json.loads(done.stdout)["verified"]["cache"]["elements_per_token"])
     assert widths == [2 * 2 * 2 * 16, 2 * 2 * 16]  # two layers, K and V, two heads and then one
-    again = cli(
+    again = here(
         "heal", begun, "--tokens", "1k", "--fusion", 2, "--data", text, *HEALING, "-o", tmp_path / "no"
     )
     assert again.returncode == 1

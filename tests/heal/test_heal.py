@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,33 +48,52 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in read(folder / "metrics.jsonl") if "loss" in entry]
 
 
+@pytest.fixture(scope="module")
+def real(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path, float], Path]:
+    """The real checkpoint of a name, converted once on a text; only to be read."""
+    kept: dict[str, Path] = {}
+
+    def converted(name: str, text: Path, budget: float) -> Path:
+        if name not in kept:
+            kept[name] = tmp_path_factory.mktemp("real") / "ckpt"
+            recipe = Recipe(
+                model=str(data / "checkpoints" / name),
+                method="mla",
+                settings=MLASettings(kv_budget=budget),
+                effort="quick",
+                output=str(kept[name]),
+                calibration=Calibration((str(text),), tokens=2048, sequence_length=128),
+            )
+            api.convert(recipe)
+        return kept[name]
+
+    return converted
+
+
 @pytest.mark.parametrize("train", ["attention", "lora"])
 @pytest.mark.parametrize(
     ("name", "text", "budget", "factor"),
     [("stories260k-gqa", "classic-books.jsonl", 0.3, 1.35), ("poems750k-mha", "poems.jsonl", 0.15, 1.2)],
 )
 def test_a_real_checkpoint_is_healed(
-    name: str, text: str, budget: float, factor: float, train: str, data: Path, tmp_path: Path
+    name: str,
+    text: str,
+    budget: float,
+    factor: float,
+    train: str,
+    data: Path,
+    real: Callable[[str, Path, float], Path],
+    tmp_path: Path,
 ) -> None:
     """KL on rows it has not seen falls by a factor within seconds, and the folder is whole."""
-    recipe = Recipe(
-        model=str(data / "checkpoints" / name),
-        method="mla",
-        settings=MLASettings(kv_budget=budget),
-        effort="quick",
-        output=str(tmp_path / "ckpt"),
-        calibration=Calibration((str(data / "calib" / text),), tokens=2048, sequence_length=128),
-    )
-    api.convert(recipe)
-    source = {str(data / "calib" / text): 1.0}
-    settings = HealSettings(
-        tokens="60k", data=source, train=train, lr=3e-3, sequence_length=128, batch_tokens=1024
-    )
-    report = api.heal(str(tmp_path / "ckpt"), settings, output=str(tmp_path / "healed"))
+    checkpoint = real(name, data / "calib" / text, budget)
+    source, parts = {str(data / "calib" / text): 1.0}, {"batch_tokens": 512, "micro_batch": 4}
+    settings = HealSettings(tokens="36k", data=source, train=train, lr=3e-3, sequence_length=128, **parts)
+    report = api.heal(str(checkpoint), settings, output=str(tmp_path / "healed"))
     assert report["before"]["kl"] > factor * report["kl"]
-    assert report["healing"]["trained_tokens"] == 60_416
+    assert report["healing"]["trained_tokens"] == 36_352
     assert report["verified"]["cache"]["elements_per_token"] * 4 == report["kv_bytes_per_token"]["converted"]
-    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ckpt", "healed"))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "healed"))
     assert {key: value.shape for key, value in ours.items()} == {
         key: value.shape for key, value in theirs.items()
     }
@@ -81,7 +101,7 @@ def test_a_real_checkpoint_is_healed(
     attention = {key for key in ours if ".self_attn." in key and ours[key].numel()}
     assert changed == {key for key in attention if train == "attention" or key.endswith(".weight")}
     record = json.loads((tmp_path / "healed" / "mhconvert.json").read_text())
-    assert record["healed"][0]["settings"]["tokens"] == 60_000
+    assert record["healed"][0]["settings"]["tokens"] == 36_000
     assert "model.safetensors" in record["sha256"]
 
 
@@ -249,17 +269,10 @@ def test_two_processes_are_one(checkpoint: Path, text: Path, tmp_path: Path) -> 
     for processes in (1, 2):
         place = tmp_path / str(processes)
         launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-        launch += [
-            "--rdzv_backend",
-            "c10d",
-            "--rdzv_endpoint",
-            "localhost:0",
-            "-m",
-            "mhconvert.heal",
-            *words,
-        ]
+        launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        command = [sys.executable, *(launch if processes > 1 else []), "-m", "mhconvert.heal", *words]
         done = subprocess.run(
-            [sys.executable, *launch, "-o", str(place)],
+            [*command, "-o", str(place)],
             env=os.environ | alone,
             capture_output=True,
             text=True,

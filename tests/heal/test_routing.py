@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def made(donor: Path, text: Path, output: Path, **settings: Any) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def real(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], Path]:
+    """The real checkpoint of a name, converted once on a text; only to be read."""
+    kept: dict[str, Path] = {}
+
+    def converted(name: str, text: Path) -> Path:
+        if name not in kept:
+            place = tmp_path_factory.mktemp("real") / "ckpt"
+            kept[name] = made(data / "checkpoints" / name, text, place, active=0.5, shared=0.25)
+        return kept[name]
+
+    return converted
+
+
 @pytest.mark.parametrize(
     ("train", "router"), [("attention", "fixed"), ("attention", "trained"), ("lora", "fixed")]
 )
@@ -49,17 +64,25 @@ def made(donor: Path, text: Path, output: Path, **settings: Any) -> Path:
     [("stories260k-gqa", "classic-books.jsonl", 1.5), ("poems750k-mha", "poems.jsonl", 1.5)],
 )
 def test_a_real_checkpoint_is_healed(
-    name: str, source: str, factor: float, train: Any, router: Any, data: Path, tmp_path: Path
+    name: str,
+    source: str,
+    factor: float,
+    train: Any,
+    router: Any,
+    data: Path,
+    real: Callable[[str, Path], Path],
+    tmp_path: Path,
 ) -> None:
     text = data / "calib" / source
-    checkpoint = made(data / "checkpoints" / name, text, tmp_path / "ckpt", active=0.5, shared=0.25)
+    checkpoint = real(name, text)
     settings = HealSettings(
-        tokens="60k",
+        tokens="36k",
         data={str(text): 1.0},
         train=train,
         lr=3e-3,
         sequence_length=128,
-        batch_tokens=1024,
+        batch_tokens=512,
+        micro_batch=4,
         router=router,
         loss={"kl": 1.0, "balance": 0.01} if router == "trained" else {"kl": 1.0},
     )
@@ -77,7 +100,7 @@ def test_a_real_checkpoint_is_healed(
     routed = config["num_attention_heads"] - config["shared_heads"]
     assert sums == pytest.approx([count for count in routing if 0 < count < routed], abs=2e-3)
     assert all((entry["balance"] > 0) == (router == "trained") for entry in entries)
-    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ckpt", "healed"))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "healed"))
     same = {key for key in ours if torch.equal(ours[key], theirs[key])}
     scores = {key for key in ours if ".router.score." in key}
     assert scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mhconvert.convert.bare_process import reload
 from mhconvert.convert.bare_process.reload import verify
 from mhconvert.errors import CheckpointError
 from tests.donors import make_donor
@@ -23,6 +25,12 @@ class OtherConfig(LlamaConfig):
 class OtherModel(LlamaForCausalLM):
     config_class = OtherConfig
 """
+
+
+@pytest.fixture
+def whole_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program itself is what is tested here, from its interpreter on."""
+    monkeypatch.setattr(reload, "subprocess", subprocess)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +66,7 @@ def remote_copy(folder: Path, target: Path, extra: str) -> Path:
     return target
 
 
+@pytest.mark.usefixtures("whole_processes")
 def test_a_sound_folder(folder: Path, probe: Path) -> None:
     result = verify(folder, probe, prompt="The cache", max_new_tokens=5)
     assert result["largest_logit_difference"] < 1e-4
@@ -71,12 +80,14 @@ def test_a_sound_folder(folder: Path, probe: Path) -> None:
     assert result["seconds"] > 0
 
 
+@pytest.mark.usefixtures("whole_processes")
 def test_the_folders_own_code_runs(folder: Path, probe: Path, tmp_path: Path) -> None:
     result = verify(remote_copy(folder, tmp_path / "own", ""), probe, prompt="The cache", max_new_tokens=3)
     assert result["model_class"] == "OtherModel"
     assert result["module"] == "transformers_modules"
 
 
+@pytest.mark.usefixtures("whole_processes")
 def test_code_that_needs_mhconvert_is_found_out(folder: Path, probe: Path, tmp_path: Path) -> None:
     broken = remote_copy(folder, tmp_path / "needs", "import mhconvert.errors")
     with pytest.raises(CheckpointError, match=r"needs does not load and generate.*mhconvert"):

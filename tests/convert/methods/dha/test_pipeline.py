@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import OutputError
 from mhconvert.eval import inspection
+from tests.conftest import Cli
 from tests.convert.conversions import (
     assembled,
     attention_inputs,
@@ -319,17 +317,6 @@ def test_the_fit_brings_a_layer_closer(recipe: Callable[..., Recipe], tmp_path: 
     assert sum(errors[1]) < 0.95 * sum(errors[0])
 
 
-def mhconvert_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mhconvert.cli.main", *arguments],
-        cwd=cwd,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
@@ -342,16 +329,26 @@ def mhconvert_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess
     ],
 )
 def test_wrong_options_say_what_is_right(
-    donor: Path, tmp_path: Path, options: list[str], code: int, said: str
+    here: Cli,
+    donor: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    code: int,
+    said: str,
 ) -> None:
-    found = mhconvert_command(str(donor), "--to", "dha", *options, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    found = here(donor, "--to", "dha", *options)
     assert found.returncode == code
     assert said in " ".join(found.stderr.replace("│", " ").split())
     assert "Traceback" not in found.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_line_prints_a_plan_that_it_takes(donor: Path, text: Path, tmp_path: Path) -> None:
+def test_the_command_line_prints_a_plan_that_it_takes(
+    here: Cli, donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     common = [
         "--to",
         "dha",
@@ -362,17 +359,13 @@ def test_the_command_line_prints_a_plan_that_it_takes(donor: Path, text: Path, t
         "--sequence-length",
         "64",
     ]
-    plan = mhconvert_command(
-        str(donor), *common, "--kv-budget", "0.5", "--dry-run", "--survey", "--json", cwd=tmp_path
-    )
+    plan = here(donor, *common, "--kv-budget", "0.5", "--dry-run", "--survey", "--json")
     assert plan.returncode == 0, plan.stderr
     assert not list(tmp_path.iterdir())
     (tmp_path / "plan.json").write_text(plan.stdout)
-    done = mhconvert_command(
-        str(donor), *common, "--effort", "quick", "--plan", "plan.json", "--json", "-o", "out", cwd=tmp_path
-    )
+    done = here(donor, *common, "--effort", "quick", "--plan", "plan.json", "--json", "-o", "out")
     assert done.returncode == 0, done.stderr
     planned = [layer["kv_heads"] for layer in json.loads(plan.stdout)["layers"]]
     assert heads_of(json.loads(done.stdout)) == planned
-    shown = mhconvert_command(str(donor), *common, "--plan", "plan.json", "--dry-run", cwd=tmp_path)
+    shown = here(donor, *common, "--plan", "plan.json", "--dry-run")
     assert "K and V heads" in shown.stdout
