@@ -25,7 +25,7 @@ from ..refusals import require
 from ..registry import Method
 from . import modeling_coded_mla
 from .bit_allocation import allocate, require_bytes, width_counts
-from .code_basis import CodeBasis, code_basis
+from .code_basis import LayerBases
 from .code_levels import layer_levels
 from .coded_class import coded_class, coded_config
 from .latent_code import WIDTHS, row_bytes
@@ -69,7 +69,7 @@ class CodedMLA(Method):
         self.budget = int(settings.kv_budget * donor_elements * BUDGET_BYTES)
         require_bytes(layers, self.budget)
         self.config = coded_config(config)
-        self.bases: list[CodeBasis] = []
+        self.bases = LayerBases([])
         self.bits: list[Tensor] = []
 
     def kv_elements(self) -> int:
@@ -91,7 +91,7 @@ class CodedMLA(Method):
 
     def share_out(self, sensitivities: Sequence[LayerSensitivity]) -> None:
         """Give every component of every layer its bits, under one water level for the whole model."""
-        self.bases = [code_basis(layer) for layer in sensitivities]
+        self.bases = LayerBases(sensitivities)
         self.bits = allocate([basis.divergence for basis in self.bases], self.budget)
 
     def layer_sizes(self, index: int) -> dict[str, Any]:

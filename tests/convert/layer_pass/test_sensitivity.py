@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,19 @@ import mhconvert
 from mhconvert.convert import pipeline
 from mhconvert.convert.calibration import calibration_rows
 from mhconvert.convert.donor.donor import open_donor
+from mhconvert.convert.layer_pass import resumable_run, sensitivity
 from mhconvert.convert.layer_pass.context import ConversionContext
-from mhconvert.convert.layer_pass import sensitivity
-from mhconvert.convert.layer_pass.sensitivity import measure_sensitivities, surveyed_rows, surveyed_shape
+from mhconvert.convert.layer_pass.sensitivity import (
+    measure_sensitivities,
+    peak_bytes,
+    stored_bytes,
+    surveyed_rows,
+    surveyed_shape,
+)
+from mhconvert.convert.layer_pass.stored_sensitivities import StoredSensitivities, write_sensitivities
 from mhconvert.convert.methods import layer_sensitivity
+from mhconvert.convert.methods.layer_sensitivity import LayerMoments, LayerSensitivity
+from mhconvert.convert.methods.mla.code_basis import LayerBases, code_basis
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.eval.fidelity import Fidelity
@@ -83,6 +93,57 @@ def test_a_survey_reads_as_much_as_its_moments_need(
     taken = surveyed_rows(ids, elements)
     assert taken.shape == read
     assert taken.unique().numel() == taken.numel()
+
+
+def test_the_plan_counts_what_a_survey_holds_and_stores(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file to the byte, but for its names; the memory of an 8B donor by hand: 32 layers, 8 KV heads of 128."""
+    files: list[int] = []
+
+    def written(layers: Any, path: Path) -> None:
+        write_sensitivities(layers, path)
+        files.append(path.stat().st_size)
+
+    monkeypatch.setattr(resumable_run, "write_sensitivities", written)
+    asked = dataclasses.replace(recipe(tmp_path / "out"), settings=CODED)
+    mhconvert.convert(asked)
+    [size] = files
+    assert 0 < size - stored_bytes(64, 5) < 8192
+    plain = pipeline.plan(recipe(tmp_path / "out"))
+    coded = pipeline.plan(asked)
+    disk = [plan["disk_needed_bytes"] - plan["output_bytes"] for plan in (plain, coded)]
+    assert disk[1] - disk[0] >= stored_bytes(64, 5)
+    matrices = 32 * 2048**2 * 12
+    assert stored_bytes(2048, 32) == pytest.approx(matrices, rel=1e-3)
+    states = 8192 * 4096 * 4 * 35  # of one pass of five: 40,960 tokens are read
+    part = 8192 * 2048 * 8 * 6 + 4 * 2048**2 * 8
+    assert peak_bytes(2048, 32, 4096, 40960) == pytest.approx(matrices + states + part, rel=1e-3)
+    assert peak_bytes(2048, 32, 4096, 2048) < states
+
+
+def test_one_layer_is_read_at_a_time(tmp_path: Path) -> None:
+    layers = []
+    for number in range(1, 4):
+        moments = LayerMoments(6)
+        moments.add(*torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(number)))
+        layers.append(moments.sensitivity())
+    write_sensitivities(layers, tmp_path / "found.safetensors")
+    stored = StoredSensitivities(tmp_path / "found.safetensors")
+    assert len(stored) == 3
+    for found, wanted in zip(stored, layers, strict=True):
+        for field in dataclasses.fields(found):
+            assert torch.equal(getattr(found, field.name), getattr(wanted, field.name))
+    asked: list[int] = []
+
+    class Counted(list[LayerSensitivity]):
+        def __getitem__(self, index: Any) -> Any:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    bases = LayerBases(Counted(layers))
+    assert torch.equal(bases[2].down, code_basis(layers[2]).down)
+    assert asked == [2]
 
 
 def test_too_little_text_is_told(recipe: Build, tmp_path: Path) -> None:
