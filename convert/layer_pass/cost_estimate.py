@@ -70,6 +70,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "kv_bytes_per_token": {"donor": donor_elements * width, "converted": method.kv_bytes(width)},
         "parameters": {"donor": outer + layers * per_layer, "converted": converted},
         **method.totals(),
+        **({"notice": method.notice} if method.notice else {}),
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + kept + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES

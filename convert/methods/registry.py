@@ -75,6 +75,7 @@ class Method(Protocol):
 
     replaced: tuple[str, ...]
     closed_form: bool = False  # whether no fit follows `convert`
+    notice: str = ""  # a sentence for the user about the plan, if there is anything to say
     surveys_sensitivity: bool = False  # whether `share_out` takes a `LayerSensitivity` for each layer
 
     def kv_bytes(self, element_bytes: int) -> int:

@@ -25,6 +25,11 @@ def least_bytes(layers: int) -> int:
     return layers * row_bytes([0] * (len(WIDTHS) - 1) + [1])
 
 
+def most_bytes(layers: int, elements: int, width: int = WIDTHS[0]) -> int:
+    """Bytes of the largest code: all elements of every layer in `width` bits."""
+    return layers * row_bytes([elements * (width == each) for each in WIDTHS])
+
+
 def require_bytes(layers: int, budget: int) -> None:
     """Raise BudgetError with the least possible where `budget` bytes a token hold no code of `layers` layers."""
     least = least_bytes(layers)
@@ -50,7 +55,7 @@ def allocate(spectra: Sequence[Tensor], budget: int) -> list[Tensor]:
     """
     require_bytes(len(spectra), budget)
     highest = max(float(spectrum.max()) for spectrum in spectra)
-    low, high = highest * 1e-12, max(highest, 1e-30) * 2
+    low, high = highest * 1e-30, max(highest, 1e-30) * 2
     for _ in range(BISECTIONS):
         level = (low * high) ** 0.5
         fits = sum(row_bytes(width_counts(bits)) for bits in _at_level(spectra, level)) <= budget

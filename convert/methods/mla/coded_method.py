@@ -24,7 +24,7 @@ from ..layer_sensitivity import LayerSensitivity
 from ..refusals import require
 from ..registry import Method
 from . import modeling_coded_mla
-from .bit_allocation import allocate, require_bytes, width_counts
+from .bit_allocation import allocate, most_bytes, require_bytes, width_counts
 from .code_basis import LayerBases
 from .code_levels import layer_levels
 from .coded_class import coded_class, coded_config
@@ -33,6 +33,7 @@ from .settings import MLASettings
 
 BUDGET_BYTES = 2  # of a donor's cache element, of which the budget is a share
 LEVEL_TOKENS = 8192  # whose components the levels are fitted to
+EXAMPLE_WIDTH = 4
 LEAST_RMS = 1e-6  # of a token's components, by which they are divided
 
 
@@ -65,9 +66,15 @@ class CodedMLA(Method):
                 "linear in the hidden state; use --kv-bits 16"
             )
         layers = config.num_hidden_layers
-        donor_elements = 2 * self.facts.kv_heads * self.facts.head_dim * layers
-        self.budget = int(settings.kv_budget * donor_elements * BUDGET_BYTES)
+        self.elements = 2 * self.facts.kv_heads * self.facts.head_dim
+        asked = int(settings.kv_budget * self.elements * layers * BUDGET_BYTES)
+        self.budget = min(asked, most_bytes(layers, self.elements))
         require_bytes(layers, self.budget)
+        if self.budget < asked:
+            self.notice = (
+                f"the budget of {asked:,} bytes a token is cut to {self.budget:,}, which all components take with the "
+                "most bits that they may have"
+            )
         self.config = coded_config(config)
         self.bases = LayerBases([])
         self.bits: list[Tensor] = []
@@ -113,7 +120,7 @@ class CodedMLA(Method):
     def new_parameters(self) -> int:
         """Parameters of one layer's attention at the full width of its latent."""
         facts, hidden = self.facts, self.donor_config.hidden_size
-        key_value, query = 2 * facts.kv_heads * facts.head_dim, facts.heads * facts.head_dim
+        key_value, query = self.elements, facts.heads * facts.head_dim
         return 2 * hidden * query + key_value * (hidden + key_value + 4)
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> DonorAttention:
@@ -182,11 +189,13 @@ class CodedMLA(Method):
         return copy.deepcopy(self.config)
 
     def example_config(self) -> Any:
-        """A configuration of the planned size: four bits for as many components as the budget has."""
+        """A configuration of the planned size: four bits for as many components as there are bytes, or more for all."""
         layers = self.donor_config.num_hidden_layers
-        count = max(1, 2 * (self.budget // layers - 1))
+        bits = 8 * (self.budget // layers - 1)
+        width = min(WIDTHS[0], max(EXAMPLE_WIDTH, bits // self.elements))
+        count = min(self.elements, max(1, bits // width))
         for index in range(layers):
-            self._set(index, [0, 0, 0, 0, count, 0, 0, 0])
+            self._set(index, [count * (width == each) for each in WIDTHS])
         return self.finish()
 
     @property

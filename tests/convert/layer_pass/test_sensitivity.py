@@ -29,6 +29,8 @@ from mhconvert.convert.layer_pass.stored_sensitivities import StoredSensitivitie
 from mhconvert.convert.methods import layer_sensitivity
 from mhconvert.convert.methods.layer_sensitivity import LayerMoments, LayerSensitivity
 from mhconvert.convert.methods.mla.code_basis import LayerBases, code_basis
+from mhconvert.convert.methods.mla.coded_method import CodedMLA
+from mhconvert.convert.methods.mla.latent_code import row_bytes
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.eval.fidelity import Fidelity
@@ -36,7 +38,7 @@ from mhconvert.heal.layer_fit import fit
 from mhconvert.progress import ignore
 from tests.convert.methods.mla.coded_models import whole_model_sensitivities
 from tests.convert.test_pipeline import hashes, stop_after
-from tests.donors import make_donor
+from tests.donors import make_config, make_donor
 
 Build = Callable[..., Recipe]
 CODED = MLASettings(kv_bits="auto", kv_budget=0.25)
@@ -194,6 +196,26 @@ def test_a_dry_run_with_a_survey_prints_the_bits(recipe: Build, tmp_path: Path) 
     assert plan["kv_bytes_per_token"]["converted"] == sum(layer["kv_code_bytes"] for layer in plan["layers"])
     assert "layers" in pipeline.plan(asked)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_a_budget_above_the_largest_code_is_cut_to_it(recipe: Build, tmp_path: Path, share: float) -> None:
+    asked = dataclasses.replace(recipe(tmp_path / "out"), settings=CODED.at_budget(share))
+    plan = pipeline.plan(asked)
+    assert plan["kv_bytes_per_token"]["converted"] == 5 * (1 + 64)
+    assert "is cut to 325" in plan["notice"]
+    surveyed = pipeline.plan(asked, surveyed=Fidelity)
+    assert surveyed["kv_bytes_per_token"]["converted"] == 5 * (1 + 64)
+    assert "notice" not in pipeline.plan(dataclasses.replace(asked, settings=CODED))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.0625, 0.25, 0.4, 0.5, 1.0])
+def test_an_example_has_no_more_components_than_there_are(share: float) -> None:
+    method = CodedMLA(make_config(), CODED.at_budget(share), "quick")
+    counts = method.example_config().kv_code_counts
+    assert all(0 < sum(layer) <= 64 for layer in counts)
+    used = sum(map(row_bytes, counts))
+    assert 0.85 * method.budget - 2 <= used <= method.budget
 
 
 def test_an_interrupted_conversion_goes_on_with_the_same_bytes(recipe: Build, tmp_path: Path) -> None:
