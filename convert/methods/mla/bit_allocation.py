@@ -18,6 +18,7 @@ from .latent_code import WIDTHS, row_bytes
 # Mean squared error of the best scalar quantiser of 0, 1, … 8 bits for a normal variable of variance 1.
 DISTORTION = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.0006424, 0.0001646, 0.00004152)
 BISECTIONS = 60
+LEAST_LEVEL = 1e-12  # of the largest divergence; what saves less is rounding, and would spoil the gain of a token
 
 
 def least_bytes(layers: int) -> int:
@@ -55,7 +56,7 @@ def allocate(spectra: Sequence[Tensor], budget: int) -> list[Tensor]:
     """
     require_bytes(len(spectra), budget)
     highest = max(float(spectrum.max()) for spectrum in spectra)
-    low, high = highest * 1e-30, max(highest, 1e-30) * 2
+    low, high = highest * LEAST_LEVEL, max(highest, 1e-30) * 2
     for _ in range(BISECTIONS):
         level = (low * high) ** 0.5
         fits = sum(row_bytes(width_counts(bits)) for bits in _at_level(spectra, level)) <= budget

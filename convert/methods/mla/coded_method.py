@@ -72,8 +72,8 @@ class CodedMLA(Method):
         require_bytes(layers, self.budget)
         if self.budget < asked:
             self.notice = (
-                f"the budget of {asked:,} bytes a token is cut to {self.budget:,}, which all components take with the "
-                "most bits that they may have"
+                f"the budget of {asked:,} bytes a token is cut to {self.budget:,}, the most that "
+                "its components can take"
             )
         self.config = coded_config(config)
         self.bases = LayerBases([])

@@ -205,7 +205,7 @@ def test_a_budget_above_the_largest_code_is_cut_to_it(recipe: Build, tmp_path: P
     assert plan["kv_bytes_per_token"]["converted"] == 5 * (1 + 64)
     assert "is cut to 325" in plan["notice"]
     surveyed = pipeline.plan(asked, surveyed=Fidelity)
-    assert surveyed["kv_bytes_per_token"]["converted"] == 5 * (1 + 64)
+    assert 0.9 * 325 < surveyed["kv_bytes_per_token"]["converted"] <= 325  # some hardly vary: they get fewer
     assert "notice" not in pipeline.plan(dataclasses.replace(asked, settings=CODED))
 
 
