@@ -24,7 +24,7 @@ from ..layer_sensitivity import LayerSensitivity
 from ..refusals import require
 from ..registry import Method
 from . import modeling_coded_mla
-from .bit_allocation import allocate, most_bytes, require_bytes, width_counts
+from .bit_allocation import ANY, allocate, most_bytes, require_bytes, width_counts
 from .code_basis import LayerBases
 from .code_levels import layer_levels
 from .coded_class import coded_class, coded_config
@@ -68,8 +68,9 @@ class CodedMLA(Method):
         layers = config.num_hidden_layers
         self.elements = 2 * self.facts.kv_heads * self.facts.head_dim
         asked = int(settings.kv_budget * self.elements * layers * BUDGET_BYTES)
-        self.budget = min(asked, most_bytes(layers, self.elements))
-        require_bytes(layers, self.budget)
+        self.widths = ANY if settings.kv_bits == "auto" else (int(settings.kv_bits),)
+        self.budget = min(asked, most_bytes(layers, self.elements, max(self.widths)))
+        require_bytes(layers, self.budget, min(self.widths))
         if self.budget < asked:
             self.notice = (
                 f"the budget of {asked:,} bytes a token is cut to {self.budget:,}, the most that "
@@ -99,7 +100,7 @@ class CodedMLA(Method):
     def share_out(self, sensitivities: Sequence[LayerSensitivity]) -> None:
         """Give every component of every layer its bits, under one water level for the whole model."""
         self.bases = LayerBases(sensitivities)
-        self.bits = allocate([basis.divergence for basis in self.bases], self.budget)
+        self.bits = allocate([basis.divergence for basis in self.bases], self.budget, self.widths)
 
     def layer_sizes(self, index: int) -> dict[str, Any]:
         """Bytes of a token's row, the latent's width, and how many components have how many bits, once divided."""
@@ -192,7 +193,7 @@ class CodedMLA(Method):
         """A configuration of the planned size: four bits for as many components as there are bytes, or more for all."""
         layers = self.donor_config.num_hidden_layers
         bits = 8 * (self.budget // layers - 1)
-        width = min(WIDTHS[0], max(EXAMPLE_WIDTH, bits // self.elements))
+        width = min(max(self.widths), max(EXAMPLE_WIDTH, *self.widths[:1], bits // self.elements))
         count = min(self.elements, max(1, bits // width))
         for index in range(layers):
             self._set(index, [count * (width == each) for each in WIDTHS])
