@@ -52,6 +52,7 @@ class CodedMLA(Method):
 
     replaced = ("self_attn.",)
     closed_form = True
+    added_tensors = 9  # of four projections with biases and a code of three, where qkv and o were two
     surveys_sensitivity = True
     survey_shares: tuple[float, ...] = ()
 

@@ -272,6 +272,25 @@ def test_all_components_have_the_bits_that_were_asked_for(recipe: Build, tmp_pat
     assert capped["kv_bytes_per_token"]["converted"] == 5 * (1 + 32)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
+def test_headers_have_room_for_every_tensor(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """The shards' headers are reserved for a number of tensors, which is not below what is written."""
+    reserved: list[int] = []
+
+    class Counted(resumable_run.ShardWriter):
+        def __init__(self, folder: Path, limit: int, tensors: int, *state: Any):
+            reserved.append(tensors)
+            super().__init__(folder, limit, tensors, *state)
+
+    monkeypatch.setattr(resumable_run, "ShardWriter", Counted)
+    donor = str(make_donor(tmp_path / "donor", family=family, pad_token_id=1))
+    mhconvert.convert(dataclasses.replace(recipe(tmp_path / "out"), model=donor, settings=CODED))
+    written = sum(len(load_file(path)) for path in (tmp_path / "out").glob("*.safetensors"))
+    assert written <= reserved[0]
+
+
 def test_an_interrupted_conversion_goes_on_with_the_same_bytes(recipe: Build, tmp_path: Path) -> None:
     whole, parts = (
         dataclasses.replace(recipe(tmp_path / name), settings=CODED) for name in ("whole", "parts")
