@@ -27,6 +27,7 @@ from . import modeling_coded_mla
 from .bit_allocation import ANY, allocate, most_bytes, require_bytes, width_counts
 from .code_basis import LayerBases
 from .code_levels import layer_levels
+from .code_plan import planned_bits
 from .coded_class import coded_class, coded_config
 from .latent_code import WIDTHS, row_bytes
 from .settings import MLASettings
@@ -80,6 +81,8 @@ class CodedMLA(Method):
         self.config = coded_config(config)
         self.bases = LayerBases([])
         self.bits: list[Tensor] = []
+        if settings.plan is not None:
+            self.bits = planned_bits(settings.plan, layers, self.elements, self.widths, self.budget)
 
     def kv_elements(self) -> int:
         """Cache elements of two bytes per token, all layers."""
@@ -101,7 +104,8 @@ class CodedMLA(Method):
     def share_out(self, sensitivities: Sequence[LayerSensitivity]) -> None:
         """Give every component of every layer its bits, under one water level for the whole model."""
         self.bases = LayerBases(sensitivities)
-        self.bits = allocate([basis.divergence for basis in self.bases], self.budget, self.widths)
+        if self.settings.plan is None:
+            self.bits = allocate([basis.divergence for basis in self.bases], self.budget, self.widths)
 
     def layer_sizes(self, index: int) -> dict[str, Any]:
         """Bytes of a token's row, the latent's width, and how many components have how many bits, once divided."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from mhconvert.errors import BudgetError
 
 from ...validation.option import Option, Takes, default
 from ...validation.settings import Settings
+from .plan_file import read_plan
 
 Profile = Literal["quality", "portable"]
 Bits = Literal["16", "auto", "2", "3", "4", "5", "6", "7", "8"]
@@ -59,6 +60,16 @@ class MLASettings(Settings):
         ),
     ] = default("16")
 
+    plan: Annotated[
+        Any,
+        Option(
+            "Components of every layer by their bits, with coded latents: a JSON file with layers such as "
+            "{components_by_bits: {8: 4, 2: 90}}, as mhconvert.json, report.json and `--dry-run --survey --json` have "
+            "them.",
+            "FILE",
+        ),
+    ] = None
+
     @property
     def coded(self) -> bool:
         """Whether the cache holds codes instead of elements."""
@@ -71,6 +82,12 @@ class MLASettings(Settings):
             raise BudgetError(
                 f"kv_bits {self.kv_bits} does not go with {other}, which has elements of 16 bits; leave one out"
             )
+        if self.plan is not None:
+            if not self.coded:
+                raise BudgetError(
+                    "a plan says how many components have how many bits; use it with kv_bits auto"
+                )
+            self._set("plan", read_plan(self.plan))
         if (self.kv_lora_rank is None) != (self.qk_rope_head_dim is None):
             raise BudgetError("kv_lora_rank and qk_rope_head_dim go together; give both, or kv_budget alone")
 
@@ -80,6 +97,8 @@ class MLASettings(Settings):
             raise BudgetError(
                 "kv_lora_rank and qk_rope_head_dim fix the KV budget; leave them out to vary it"
             )
+        if self.plan is not None:
+            raise BudgetError("the plan fixes the KV budget; leave it out to vary it")
         return dataclasses.replace(self, kv_budget=share)
 
 

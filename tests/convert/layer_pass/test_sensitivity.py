@@ -291,6 +291,61 @@ def test_headers_have_room_for_every_tensor(
     assert written <= reserved[0]
 
 
+def test_a_plan_is_saved_edited_and_used(recipe: Build, tmp_path: Path) -> None:
+    asked = dataclasses.replace(recipe(tmp_path / "out"), settings=CODED)
+    file = tmp_path / "plan.json"
+    plan = pipeline.plan(asked, surveyed=Fidelity)
+    file.write_text(json.dumps(plan))
+    mhconvert.convert(asked)
+    same = MLASettings(kv_bits="auto", kv_budget=0.25, plan=str(file))
+    mhconvert.convert(dataclasses.replace(asked, settings=same, output=str(tmp_path / "same")))
+    names = [name for name in hashes(tmp_path / "out") if name.endswith(".safetensors")]
+    one, other = hashes(tmp_path / "out"), hashes(tmp_path / "same")
+    assert names
+    assert [one[name] for name in names] == [other[name] for name in names]
+    plan["layers"][1]["components_by_bits"] = {"8": 2, "3": 5}
+    edited = dataclasses.replace(asked, settings=dataclasses.replace(same, plan=plan["layers"]))
+    report = mhconvert.convert(dataclasses.replace(edited, output=str(tmp_path / "edited")))
+    assert report["layers"][1]["components_by_bits"] == {"8": 2, "3": 5}
+    again = load_recipe(tmp_path / "edited" / "recipe.yaml").settings
+    assert again == edited.settings
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([{"4": 8}] * 3, "the plan has 3 layers and the donor 2"),
+        ([{"4": 8}, {"9": 8}], "plan, layer 1: 9 is no number of bits; use 1, 2,"),
+        ([{"4": 8}, {"4": 60, "1": 5}], "plan, layer 1: 65 components; the donor's layers have from 1 to 64"),
+        ([{"4": 8}, {}], "plan, layer 1: 0 components"),
+        ([{"4": 8}, {"4": -1}], "plan, layer 1: -1 components of 4 bits is not a whole number from 0"),
+        ([{"4": 8}, {"4": "many"}], "plan, layer 1: 'many' components of 4 bits"),
+        ([{"8": 40}, {"8": 40}], "plan, layer 1: 82 bytes a token up to here are over the budget of 64"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(layers: list[dict[str, Any]], message: str) -> None:
+    plan = [{"components_by_bits": layer} for layer in layers]
+    with pytest.raises(BudgetError, match=f"^{message}"):
+        CodedMLA(make_config(), dataclasses.replace(CODED, plan=plan), "quick")
+
+
+def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    plan = [{"components_by_bits": {"4": 8}}]
+    for given, message in (
+        (str(tmp_path / "plan.json"), 'is not JSON with {"layers"'),
+        (str(tmp_path / "none.json"), "cannot be read: No such file"),
+        ([{"kv_heads": 3}], "plan, layer 0: it needs components_by_bits"),
+        (3, "the plan is no list of layers"),
+    ):
+        with pytest.raises(BudgetError, match=message):
+            dataclasses.replace(CODED, plan=given)
+    with pytest.raises(BudgetError, match="use it with kv_bits auto"):
+        MLASettings(plan=plan)
+    with pytest.raises(BudgetError, match="the plan fixes the KV budget"):
+        dataclasses.replace(CODED, plan=plan).at_budget(0.5)
+
+
 def test_an_interrupted_conversion_goes_on_with_the_same_bytes(recipe: Build, tmp_path: Path) -> None:
     whole, parts = (
         dataclasses.replace(recipe(tmp_path / name), settings=CODED) for name in ("whole", "parts")
