@@ -114,7 +114,7 @@ def _convert_layers(context: ConversionContext, space: Workspace) -> tuple[Metho
     for index, chosen in enumerate(space.layers):
         method.restore(index, chosen)
     if not space.streams_ready:
-        _begin(context, space)
+        _begin(context, method, space)
     context.on_progress(Progress("layers", len(space.layers), total))
     for index in range(len(space.layers), total):
         begun, streams = time.perf_counter(), space.streams
@@ -130,13 +130,13 @@ def _convert_layers(context: ConversionContext, space: Workspace) -> tuple[Metho
     return method, _measured_report(context, method, space)
 
 
-def _begin(context: ConversionContext, space: Workspace) -> None:
+def _begin(context: ConversionContext, method: Method, space: Workspace) -> None:
     """Both streams before the first layer; the tensors outside the layers are written."""
     donor, dtype = context.donor, context.dtype
     teacher = donor.embed(context.rows.all)
     streams = Streams(teacher, layer_steps.student_start(context, teacher), len(context.rows.fit))
     outer = ((name, cast(name, donor.source.read(name), dtype)) for name in donor.outer_tensor_names())
-    space.begin(streams, outer, tensors=len(donor.shapes()) + 2 * context.layers)
+    space.begin(streams, outer, tensors=len(donor.shapes()) + method.added_tensors * context.layers)
 
 
 def _layer_tensors(

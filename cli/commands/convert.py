@@ -141,5 +141,6 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
             low, high = min(widths), max(widths)
             table.add_row(label, str(low) if low == high else f"{low} to {high}, by layer")
     console.print(table)
-    if notice := plan.get("calibration", {}).get("notice"):
-        console.out(notice, highlight=False)
+    for notice in (plan.get("notice"), plan.get("calibration", {}).get("notice")):
+        if notice:
+            console.out(notice, highlight=False)

@@ -16,12 +16,16 @@ from ..recipe.written_weights import dtype_name
 from ..storage.byte_size import SLACK_BYTES
 from ..storage.dtype_cast import DTYPES
 from .layer_steps import block_steps
-from .sensitivity import few_tokens, surveyed_shape
+from .sensitivity import PASS_TOKENS, few_tokens, peak_bytes, stored_bytes, surveyed_shape
 
 RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
 # Buffers that the survey holds at its peak for each layer so far: hidden states, a concatenated copy, attention inputs,
 # attention outputs.
 SURVEY_COPIES = 4
+BASIS_SQUARES, BASIS_ROWS = (
+    10,
+    4,
+)  # float64 matrices, and rows of keys and values, that a layer's transform and levels take
 STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a temporary result
 
 
@@ -48,6 +52,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     )  # the student has the fitted rows too
     streams = 4 * config.hidden_size * (both * tokens + 2 * held)
     eval_tokens = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
+    surveyed, work, kept = _survey(method, config, -(-tokens // length), length)
     survey = SURVEY_COPIES * 4 * config.hidden_size * layers * eval_tokens if method.divisible else 0
     output_bytes = converted * width
     layer_memory = 4 * (per_layer + method.new_parameters() * 4)
@@ -65,10 +70,11 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "kv_bytes_per_token": {"donor": donor_elements * width, "converted": method.kv_bytes(width)},
         "parameters": {"donor": outer + layers * per_layer, "converted": converted},
         **method.totals(),
+        **({"notice": method.notice} if method.notice else {}),
         "output_bytes": output_bytes,
-        "disk_needed_bytes": output_bytes + 2 * streams + probe + SLACK_BYTES,
+        "disk_needed_bytes": output_bytes + 2 * streams + probe + kept + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES
-        + max(STREAM_COPIES * streams, survey)
+        + max(STREAM_COPIES * streams + work, surveyed or survey)
         + layer_memory
         + embedding
         + probe,
@@ -79,6 +85,18 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
             **_notice(method, facts, -(-tokens // length), length),
         },
     }
+
+
+def _survey(method: Method, config: Any, rows: int, length: int) -> tuple[int, int, int]:
+    """Bytes of a survey of sensitivities on `rows` rows of `length` tokens: its memory, a layer's basis, its file."""
+    if not method.surveys_sensitivity:
+        return 0, 0, 0
+    facts = attention_facts(config)
+    elements, layers = 2 * facts.kv_heads * facts.head_dim, config.num_hidden_layers
+    tokens = math.prod(surveyed_shape(rows, length, elements))
+    basis = 8 * (BASIS_SQUARES * elements**2 + BASIS_ROWS * min(rows * length, PASS_TOKENS) * elements)
+    kept = stored_bytes(elements, layers)
+    return peak_bytes(elements, layers, config.hidden_size, tokens), basis, kept
 
 
 def _notice(method: Method, facts: AttentionFacts, rows: int, length: int) -> dict[str, str]:

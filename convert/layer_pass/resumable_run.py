@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..storage.byte_size import byte_size
 from ..storage.output_folder import ResumableFolder, disk_full
 from ..storage.shard_writer import ShardWriter
 from .decoder_layer import Streams
+from .stored_sensitivities import StoredSensitivities, write_sensitivities
 
 # Files in the work folder:
 STATE = "state.json"  # what is finished
@@ -123,22 +124,18 @@ class Workspace:
 
     def needs(
         self, survey: Callable[[], list[LayerNeed] | list[LayerSensitivity]]
-    ) -> list[LayerNeed] | list[LayerSensitivity]:
+    ) -> Sequence[LayerNeed] | Sequence[LayerSensitivity]:
         """What this run's survey found of each layer: made once, the same after every resume."""
         path, tensors = self._work / NEEDS, self._work / SENSITIVITIES
-        names = [field.name for field in dataclasses.fields(LayerSensitivity)]
         if not (path.is_file() or tensors.is_file()):
             surveyed = survey()
             if isinstance(surveyed[0], LayerSensitivity):
-                by_name = {f"{i}.{n}": getattr(one, n) for i, one in enumerate(surveyed) for n in names}
-                save_tensors(by_name, tensors)
+                write_sensitivities(surveyed, tensors)  # type: ignore[arg-type]
             else:
                 write_json(path, [dataclasses.asdict(need) for need in surveyed])
         if path.is_file():
             return [LayerNeed(**need) for need in json.loads(path.read_text())]
-        stored = load_file(tensors)
-        layers = range(len(stored) // len(names))
-        return [LayerSensitivity(**{n: stored[f"{i}.{n}"] for n in names}) for i in layers]
+        return StoredSensitivities(tensors)
 
     def begin(self, streams: Streams, outer: Iterable[tuple[str, Tensor]], tensors: int) -> None:
         """Start with the embedded rows, and write the tensors `outer` that belong to no layer.

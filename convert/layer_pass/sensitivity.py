@@ -27,10 +27,14 @@ TOKENS_PER_ELEMENT = 20  # of a layer's keys and values
 FEW_PER_ELEMENT = 2  # below it the transform fits the text that it was made from
 PASS_TOKENS = 8192  # that go through the layers at once
 ROW_TOKENS = 512
+STATE_COPIES = (
+    3  # beside the layers' inputs: the gradient behind a layer, and that before it, as rows and joined
+)
+PART_COPIES, SQUARE_COPIES = 6, 4  # of keys, values and gradients, and of their products, float64
 
 
 def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
-    """The sensitivity of every layer, float64 on the CPU."""
+    """The sensitivity of every layer, on the CPU."""
     facts = attention_facts(context.donor.config)
     elements = 2 * facts.kv_heads * facts.head_dim
     rows = surveyed_rows(context.rows.fit, elements)
@@ -50,15 +54,15 @@ def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
 
 def surveyed_rows(rows: Tensor, elements: int) -> Tensor:
     """Those of the calibration rows (N, L) that a survey reads; the first pieces of longer rows come first."""
-    count, length = surveyed_shape(*rows.shape, elements)
+    count, length = surveyed_shape(len(rows), rows.shape[1], elements)
     pieces = [piece for piece in rows.split(length, dim=1) if piece.shape[1] == length]
     return torch.cat(pieces)[:count]
 
 
 def surveyed_shape(rows: int, length: int, elements: int) -> tuple[int, int]:
-    """How many rows of how many tokens a survey reads, out of `rows` rows of `length`, which are cut where they are long.
+    """How many rows of how many tokens a survey reads, out of `rows` rows of `length`.
 
-    elements: of a layer's keys and values.
+    Long rows are cut. elements: of a layer's keys and values.
     """
     cut = min(ROW_TOKENS, length)
     return min(rows * (length // cut), max(1, wanted_tokens(elements) // cut)), cut
@@ -67,6 +71,23 @@ def surveyed_shape(rows: int, length: int, elements: int) -> tuple[int, int]:
 def wanted_tokens(elements: int) -> int:
     """How many tokens a survey reads where layers have so many elements of keys and values."""
     return max(TOKENS, TOKENS_PER_ELEMENT * elements)
+
+
+def stored_bytes(elements: int, layers: int) -> int:
+    """Bytes of what a survey finds, in memory and in its file."""
+    return layers * (8 * (elements + elements**2 + 1) + 4 * elements**2)
+
+
+def peak_bytes(elements: int, layers: int, hidden: int, tokens: int) -> int:
+    """Memory of a survey of `tokens` tokens, without a layer's weights and the logits of a row.
+
+    The states at each layer's input are those of one pass, and gone when the file's bytes are made in memory.
+    """
+    tokens = min(tokens, PASS_TOKENS)
+    states = 4 * (layers + STATE_COPIES) * tokens * hidden
+    part = 8 * (PART_COPIES * tokens * elements + SQUARE_COPIES * elements**2)
+    found = stored_bytes(elements, layers)
+    return found + max(states + part, found)
 
 
 def few_tokens(tokens: int, elements: int) -> str:

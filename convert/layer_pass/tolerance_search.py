@@ -72,10 +72,11 @@ def convert_within_tolerance(
         state = state | {"tried": [*state["tried"], {"kv_budget": budget, "measured": measured}]}
         if target.met(report):
             return settled, method, report | {"tolerance": state | {"measured": measured}}
-        if budget >= 1:
+        planned = _planned_elements(context, budget)
+        if budget >= 1 or planned == _planned_elements(context, 1.0):
             raise _out_of_reach(target, measured)
         larger = step_up(state, target)
-        while larger < 1 and _planned_elements(context, larger) == _planned_elements(context, budget):
+        while larger < 1 and _planned_elements(context, larger) == planned:
             larger = round_up(larger * (1 + STEP_UP))  # where heads are few, some budgets come to the same
         message = f"budget {budget:g} measured {measured:.4g}: now {larger:g}"
         context.on_progress(Progress("search", 1, 1, message))
@@ -96,8 +97,9 @@ def find_budget(context: ConversionContext) -> dict[str, Any]:
     """
     recipe, rows = context.recipe, context.rows
     target = parse(str(recipe.tolerance))
-    goal, fits = SAFETY_FACTOR * target.allowed, layer_steps.fit_steps(recipe) > 0
-    grid = budget_curve.expressible(recipe, context.donor, GRID)
+    goal, fits = SAFETY_FACTOR * target.allowed, _fits(context)
+    grid = _different(context, budget_curve.expressible(recipe, context.donor, GRID))
+    most = grid[-1]  # larger budgets come to the same
     plain = context
     if fits:
         seen = max(1, GRID_TOKENS // rows.fit.shape[1])
@@ -106,7 +108,8 @@ def find_budget(context: ConversionContext) -> dict[str, Any]:
     measurements = _measured(plain, grid, full_recipe=not fits)
     budget = smallest_budget_within(points(measurements, target), goal)
     if fits:
-        fractions = REFINE_FRACTIONS if budget < 1 else (REFINE_FRACTIONS[1], 1.0)
+        budget = min(budget, most)
+        fractions = REFINE_FRACTIONS if budget < most else (REFINE_FRACTIONS[1], 1.0)
         refined = sorted({round_up(max(grid[0], fraction * budget)) for fraction in fractions})
         measurements += _measured(context, refined, full_recipe=True)
         budget = smallest_budget_within(points(measurements, target, full_recipe=True), goal)
@@ -114,11 +117,27 @@ def find_budget(context: ConversionContext) -> dict[str, Any]:
             refined = [round_up(budget)]
             measurements += _measured(context, refined, full_recipe=True)
             budget = smallest_budget_within(points(measurements, target, full_recipe=True), goal)
-    whole = [one["measured"] for one in measurements if one["as_asked"] and one["kv_budget"] == 1]
+    whole = [one["measured"] for one in measurements if one["as_asked"] and one["kv_budget"] >= most]
     if whole and target.beyond(whole[-1]) > target.allowed:
         raise _out_of_reach(target, whole[-1])
-    budget = round_up(max(grid[0], budget))
+    budget = round_up(min(max(grid[0], budget), most))
     return {"asked": str(target), "kv_budget": budget, "looked": measurements, "tried": []}
+
+
+def _fits(context: ConversionContext) -> bool:
+    """Whether a conversion by the recipe trains anything, so that closed forms say less than the whole."""
+    recipe = context.recipe
+    method = build_method(recipe.method, context.donor.config, recipe.at_budget(1.0).settings, recipe.effort)
+    of_layers = 0 if method.closed_form else layer_steps.fit_steps(recipe)
+    return of_layers > 0 or layer_steps.block_steps(recipe, *context.rows.fit.shape) > 0
+
+
+def _different(context: ConversionContext, budgets: Sequence[float]) -> list[float]:
+    """`budgets`, ascending, without those that come to the size of a smaller one."""
+    sizes: dict[int, float] = {}
+    for budget in budgets:
+        sizes.setdefault(_planned_elements(context, budget), budget)
+    return list(sizes.values())
 
 
 def _measured(
@@ -126,7 +145,7 @@ def _measured(
 ) -> list[dict[str, Any]]:
     """The tolerance's measure at each budget, from one pass that writes nothing."""
     target = parse(str(context.recipe.tolerance))
-    kind = "fits" if layer_steps.fit_steps(context.recipe) else "closed forms"
+    kind = "fits" if _fits(context) else "closed forms"
 
     def listen(event: Progress) -> None:
         context.on_progress(Progress("search", event.done, event.total, f"{kind} at {len(budgets)} budgets"))

@@ -13,7 +13,7 @@ CLIPPED = 0.98  # quantile of the gradients' norms over tokens at which they are
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """Moments of one layer's keys (before RoPE) and values y [k; v], m = 2 G d elements.
+    """Moments of one layer's keys (before RoPE) and values y [k; v], m = 2 G d elements; float64, the price float32.
 
     Attributes:
         mean: (m,), E[y].
@@ -30,22 +30,27 @@ class LayerSensitivity:
 
 
 class LayerMoments:
-    """Gathers the sensitivity of one layer over parts of the text, in float64."""
+    """Gathers the sensitivity of one layer over parts of the text: all in float64, the price is kept in float32.
+
+    The covariance is not: what hardly varies matters, and rounding would make it vary.
+    """
 
     def __init__(self, elements: int):
         self.count = 0
         self.mean = torch.zeros(elements, dtype=torch.float64)
-        self.covariance, self.price = (torch.zeros(elements, elements, dtype=torch.float64) for _ in range(2))
+        self.covariance = torch.zeros(elements, elements, dtype=torch.float64)
+        self.price = torch.zeros(elements, elements)
 
     def add(self, values: Tensor, gradients: Tensor) -> None:
         """Count keys and values (tokens, m), and the gradients at them (tokens, m)."""
         values, priced = values.double(), _clipped(gradients.double())
         count = len(values)
         mean = values.mean(0)
-        centred, moved, share = values - mean, mean - self.mean, count / (self.count + count)
+        centred, moved = values - mean, mean - self.mean
+        share = count / (self.count + count)
         self.covariance.lerp_(centred.mT @ centred / count, share)
         self.covariance.addr_(moved, moved, alpha=share * (1 - share))
-        self.price.lerp_(priced.mT @ priced / count, share)
+        self.price.lerp_((priced.mT @ priced / count).float(), share)
         self.mean += share * moved
         self.count += count
 

@@ -75,6 +75,8 @@ class Method(Protocol):
 
     replaced: tuple[str, ...]
     closed_form: bool = False  # whether no fit follows `convert`
+    added_tensors: int = 2  # by which a written layer has more than the donor's, at most
+    notice: str = ""  # a sentence for the user about the plan, if there is anything to say
     surveys_sensitivity: bool = False  # whether `share_out` takes a `LayerSensitivity` for each layer
 
     def kv_bytes(self, element_bytes: int) -> int:

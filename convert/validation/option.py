@@ -199,7 +199,7 @@ def settings_in(hint: Any) -> Any:
 def expected(hint: Any, also: Any = None) -> str:
     """Return a type in words: "a whole number or text"."""
     words = dict.fromkeys(_expected(hint)) | dict.fromkeys(_expected(also) if also is not None else ())
-    if "a number" in words:
+    if "a number" in words or any(word.startswith("one of") for word in words):
         words.pop("a whole number", None)
     return " or ".join(words)
 

@@ -39,7 +39,7 @@ export:
 push:
   repo: someone/model
 """
-MLA_KEYS = "kv_bits, kv_budget, kv_lora_rank, profile, qk_rope_head_dim"
+MLA_KEYS = "kv_bits, kv_budget, kv_lora_rank, plan, profile, qk_rope_head_dim"
 
 
 @pytest.fixture

@@ -17,25 +17,34 @@ from .latent_code import WIDTHS, row_bytes
 
 # Mean squared error of the best scalar quantiser of 0, 1, … 8 bits for a normal variable of variance 1.
 DISTORTION = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.0006424, 0.0001646, 0.00004152)
+ANY = tuple(sorted(WIDTHS))
 BISECTIONS = 60
+LEAST_LEVEL = (
+    1e-12  # of the largest divergence; what saves less is rounding, and would spoil the gain of a token
+)
 
 
-def least_bytes(layers: int) -> int:
-    """Bytes of the smallest code: one component of one bit a layer."""
-    return layers * row_bytes([0] * (len(WIDTHS) - 1) + [1])
+def least_bytes(layers: int, width: int = WIDTHS[-1]) -> int:
+    """Bytes of the smallest code: one component of `width` bits a layer."""
+    return most_bytes(layers, 1, width)
 
 
-def require_bytes(layers: int, budget: int) -> None:
+def most_bytes(layers: int, elements: int, width: int = WIDTHS[0]) -> int:
+    """Bytes of the largest code: all elements of every layer in `width` bits."""
+    return layers * row_bytes([elements * (width == each) for each in WIDTHS])
+
+
+def require_bytes(layers: int, budget: int, width: int = WIDTHS[-1]) -> None:
     """Raise BudgetError with the least possible where `budget` bytes a token hold no code of `layers` layers."""
-    least = least_bytes(layers)
+    least = least_bytes(layers, width)
     if budget < least:
         raise BudgetError(
             f"a token's codes need at least {least} bytes in {layers} layers, and the budget is {budget}"
         )
 
 
-def allocate(spectra: Sequence[Tensor], budget: int) -> list[Tensor]:
-    """Bits of every component, 0 to 8, that add as little to the model's divergence as `budget` bytes allow.
+def allocate(spectra: Sequence[Tensor], budget: int, widths: Sequence[int] = ANY) -> list[Tensor]:
+    """Bits of every component, 0 or one of `widths`: as little divergence of the model as `budget` bytes allow.
 
     Every component's bits are where another bit would save less than the water level, which is one for the model. A
     layer has at least one component.
@@ -43,19 +52,20 @@ def allocate(spectra: Sequence[Tensor], budget: int) -> list[Tensor]:
     Args:
         spectra: for each layer (n,), the divergence that leaving out each component adds, in nats per token.
         budget: bytes of a token's rows in all layers.
+        widths: the bits that a component may have beside none.
     Returns:
         For each layer (n,), int64.
     Raises:
         BudgetError: The budget is smaller than `least_bytes`.
     """
-    require_bytes(len(spectra), budget)
+    require_bytes(len(spectra), budget, min(widths))
     highest = max(float(spectrum.max()) for spectrum in spectra)
-    low, high = highest * 1e-12, max(highest, 1e-30) * 2
+    low, high = highest * LEAST_LEVEL, max(highest, 1e-30) * 2
     for _ in range(BISECTIONS):
         level = (low * high) ** 0.5
-        fits = sum(row_bytes(width_counts(bits)) for bits in _at_level(spectra, level)) <= budget
+        fits = sum(row_bytes(width_counts(bits)) for bits in _at_level(spectra, level, widths)) <= budget
         low, high = (low, level) if fits else (level, high)
-    return _at_level(spectra, high)
+    return _at_level(spectra, high, widths)
 
 
 def width_counts(bits: Tensor) -> list[int]:
@@ -69,11 +79,11 @@ def expected_divergence(spectra: Sequence[Tensor], bits: Sequence[Tensor]) -> fl
     return sum(float((spectrum * table[b]).sum()) for spectrum, b in zip(spectra, bits, strict=True))
 
 
-def _at_level(spectra: Sequence[Tensor], level: float) -> list[Tensor]:
-    table = torch.tensor(DISTORTION, dtype=torch.float64)
-    price = level * torch.arange(len(table), dtype=torch.float64)
-    bits = [(spectrum.unsqueeze(-1) * table + price).argmin(-1) for spectrum in spectra]
+def _at_level(spectra: Sequence[Tensor], level: float, widths: Sequence[int]) -> list[Tensor]:
+    allowed = torch.tensor([0, *sorted(widths)])
+    table = torch.tensor(DISTORTION, dtype=torch.float64)[allowed]
+    bits = [allowed[(spectrum.unsqueeze(-1) * table + level * allowed).argmin(-1)] for spectrum in spectra]
     for spectrum, chosen in zip(spectra, bits, strict=True):
         if not chosen.any():
-            chosen[spectrum.argmax()] = 1
+            chosen[spectrum.argmax()] = min(widths)
     return bits

@@ -5,7 +5,9 @@ Shapes: y [k; v] of all KV heads of a layer, m = 2 G d elements; n components.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ RANGE_TOLERANCE = 1e-12  # of the largest eigenvalue; smaller ones are rounding
 
 @dataclass(frozen=True)
 class CodeBasis:
-    """A layer's transform, its components ordered by `divergence`, the largest first.
+    """A layer's transform, float64, its components ordered by `divergence`, the largest first.
 
     Attributes:
         down: (m, m), z = down @ (y − mean), of variance 1.
@@ -39,12 +41,33 @@ def code_basis(layer: LayerSensitivity) -> CodeBasis:
     A component's error then costs its variance, whatever the others' are, which is what makes bits divide by
     water-filling. Source: transform coding, V. K. Goyal, IEEE Signal Processing Magazine 18(5), 2001.
     """
-    root, inverse = roots(_ridged(layer.price))
-    values, vectors = torch.linalg.eigh(root @ layer.covariance @ root)
+    root, inverse = roots(_ridged(layer.price.double()))
+    values, vectors = torch.linalg.eigh(root @ layer.covariance.double() @ root)
     values = shrunk_spectrum(values, int(layer.tokens) - 1)
     values, vectors = values.flip(0).clamp_min(TINY), vectors.flip(1)
     scale = values.sqrt()
     return CodeBasis((vectors / scale).mT @ root, inverse @ vectors * scale, values / 2)
+
+
+class LayerBases(Sequence[CodeBasis]):
+    """The transform of each layer, made when it is asked for: those of all layers together are as large as a model."""
+
+    def __init__(self, layers: Sequence[LayerSensitivity]):
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, index: int) -> CodeBasis: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> LayerBases: ...
+
+    def __getitem__(self, index: int | slice) -> CodeBasis | LayerBases:
+        return (
+            LayerBases(self._layers[index]) if isinstance(index, slice) else code_basis(self._layers[index])
+        )
 
 
 def shrunk_spectrum(values: Tensor, samples: int) -> Tensor:

@@ -22,15 +22,17 @@ from ..layer_sensitivity import LayerSensitivity
 from ..refusals import require
 from ..registry import Method
 from . import modeling_coded_mla
-from .bit_allocation import allocate, require_bytes, width_counts
-from .code_basis import CodeBasis, code_basis
+from .bit_allocation import ANY, allocate, most_bytes, require_bytes, width_counts
+from .code_basis import LayerBases
 from .code_levels import layer_levels
+from .code_plan import planned_bits
 from .coded_class import coded_class, coded_config
 from .latent_code import WIDTHS, row_bytes
 from .settings import MLASettings
 
 BUDGET_BYTES = 2  # of a donor's cache element, of which the budget is a share
 LEVEL_TOKENS = 8192  # whose components the levels are fitted to
+EXAMPLE_WIDTH = 4
 LEAST_RMS = 1e-6  # of a token's components, by which they are divided
 
 
@@ -50,6 +52,7 @@ class CodedMLA(Method):
 
     replaced = ("self_attn.",)
     closed_form = True
+    added_tensors = 9  # of four projections with biases and a code of three, where qkv and o were two
     surveys_sensitivity = True
     survey_shares: tuple[float, ...] = ()
 
@@ -59,12 +62,21 @@ class CodedMLA(Method):
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
         layers = config.num_hidden_layers
-        donor_elements = 2 * self.facts.kv_heads * self.facts.head_dim * layers
-        self.budget = int(settings.kv_budget * donor_elements * BUDGET_BYTES)
-        require_bytes(layers, self.budget)
+        self.elements = 2 * self.facts.kv_heads * self.facts.head_dim
+        asked = int(settings.kv_budget * self.elements * layers * BUDGET_BYTES)
+        self.widths = ANY if settings.kv_bits == "auto" else (int(settings.kv_bits),)
+        self.budget = min(asked, most_bytes(layers, self.elements, max(self.widths)))
+        require_bytes(layers, self.budget, min(self.widths))
+        if self.budget < asked:
+            self.notice = (
+                f"the budget of {asked:,} bytes a token is cut to {self.budget:,}, the most that "
+                "its components can take"
+            )
         self.config = coded_config(config)
-        self.bases: list[CodeBasis] = []
+        self.bases = LayerBases([])
         self.bits: list[Tensor] = []
+        if settings.plan is not None:
+            self.bits = planned_bits(settings.plan, layers, self.elements, self.widths, self.budget)
 
     def kv_elements(self) -> int:
         """Cache elements of two bytes per token, all layers."""
@@ -85,8 +97,9 @@ class CodedMLA(Method):
 
     def share_out(self, sensitivities: Sequence[LayerSensitivity]) -> None:
         """Give every component of every layer its bits, under one water level for the whole model."""
-        self.bases = [code_basis(layer) for layer in sensitivities]
-        self.bits = allocate([basis.divergence for basis in self.bases], self.budget)
+        self.bases = LayerBases(sensitivities)
+        if self.settings.plan is None:
+            self.bits = allocate([basis.divergence for basis in self.bases], self.budget, self.widths)
 
     def layer_sizes(self, index: int) -> dict[str, Any]:
         """Bytes of a token's row, the latent's width, and how many components have how many bits, once divided."""
@@ -107,7 +120,7 @@ class CodedMLA(Method):
     def new_parameters(self) -> int:
         """Parameters of one layer's attention at the full width of its latent."""
         facts, hidden = self.facts, self.donor_config.hidden_size
-        key_value, query = 2 * facts.kv_heads * facts.head_dim, facts.heads * facts.head_dim
+        key_value, query = self.elements, facts.heads * facts.head_dim
         return 2 * hidden * query + key_value * (hidden + key_value + 4)
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> DonorAttention:
@@ -180,11 +193,13 @@ class CodedMLA(Method):
         return copy.deepcopy(self.config)
 
     def example_config(self) -> Any:
-        """A configuration of the planned size: four bits for as many components as the budget has."""
+        """A configuration of the planned size: four bits for as many components as there are bytes, or more for all."""
         layers = self.donor_config.num_hidden_layers
-        count = max(1, 2 * (self.budget // layers - 1))
+        bits = 8 * (self.budget // layers - 1)
+        width = min(max(self.widths), max(EXAMPLE_WIDTH, *self.widths[:1], bits // self.elements))
+        count = min(self.elements, max(1, bits // width))
         for index in range(layers):
-            self._set(index, [0, 0, 0, 0, count, 0, 0, 0])
+            self._set(index, [count * (width == each) for each in WIDTHS])
         return self.finish()
 
     @property

@@ -243,7 +243,7 @@ class MLA(Method):
 
 def build(config: Any, settings: MLASettings, effort: str) -> Any:
     """The conversion that `settings` ask for: of 16-bit elements, or of codes."""
-    return (MLA if settings.kv_bits == "16" else CodedMLA)(config, settings, effort)
+    return (CodedMLA if settings.coded else MLA)(config, settings, effort)
 
 
 METHOD = build

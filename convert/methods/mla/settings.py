@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from mhconvert.errors import BudgetError
 
-from ...validation.option import Option
+from ...validation.option import Option, Takes, default
 from ...validation.settings import Settings
+from .plan_file import read_plan
 
 Profile = Literal["quality", "portable"]
-Bits = Literal["16", "auto"]
+Bits = Literal["16", "auto", "2", "3", "4", "5", "6", "7", "8"]
 RANGE = "is outside (0, 1]; it is a share of the donor's KV cache"
 
 
@@ -25,7 +26,8 @@ class MLASettings(Settings):
     kv_budget: Annotated[
         float,
         Option(
-            "Share of the donor's KV elements per token that the latent cache may hold.",
+            "Share of the donor's KV elements per token that the latent cache may hold; with coded latents (kv_bits) a "
+            "share of the bytes of its 16-bit cache.",
             "SHARE",
             gt=0,
             le=1,
@@ -48,21 +50,44 @@ class MLASettings(Settings):
     ] = "quality"
 
     kv_bits: Annotated[
-        Bits,
+        Takes[Bits, int],
         Option(
             "16: cache elements of the weights' dtype, as engines know them. auto: the cache is coded; each component "
             "of a joint latent of keys and values has the 0 to 8 bits that it is worth, and kv_budget is a share of "
-            "the bytes of a 16-bit cache."
+            "the bytes of a 16-bit cache. 2 to 8: coded too, and each component has so many bits or none.",
+            parse=str,
+            also=int,
         ),
-    ] = "16"
+    ] = default("16")
+
+    plan: Annotated[
+        Any,
+        Option(
+            "Components of every layer by their bits, with coded latents: a JSON file with layers such as "
+            "{components_by_bits: {8: 4, 2: 90}}, as mhconvert.json, report.json and `--dry-run --survey --json` have "
+            "them.",
+            "FILE",
+        ),
+    ] = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether the cache holds codes instead of elements."""
+        return self.kv_bits != "16"
 
     def check(self) -> None:
         """Raise BudgetError for one of the two widths without the other, and for a code where engines read elements."""
-        if self.kv_bits == "auto" and (self.kv_lora_rank is not None or self.profile == "portable"):
+        if self.coded and (self.kv_lora_rank is not None or self.profile == "portable"):
             other = "profile portable" if self.profile == "portable" else "kv_lora_rank and qk_rope_head_dim"
             raise BudgetError(
-                f"kv_bits auto does not go with {other}, which has elements of 16 bits; leave one out"
+                f"kv_bits {self.kv_bits} does not go with {other}, which has elements of 16 bits; leave one out"
             )
+        if self.plan is not None:
+            if not self.coded:
+                raise BudgetError(
+                    "a plan says how many components have how many bits; use it with kv_bits auto"
+                )
+            self._set("plan", read_plan(self.plan))
         if (self.kv_lora_rank is None) != (self.qk_rope_head_dim is None):
             raise BudgetError("kv_lora_rank and qk_rope_head_dim go together; give both, or kv_budget alone")
 
@@ -72,6 +97,8 @@ class MLASettings(Settings):
             raise BudgetError(
                 "kv_lora_rank and qk_rope_head_dim fix the KV budget; leave them out to vary it"
             )
+        if self.plan is not None:
+            raise BudgetError("the plan fixes the KV budget; leave it out to vary it")
         return dataclasses.replace(self, kv_budget=share)
 
 

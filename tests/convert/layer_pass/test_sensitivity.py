@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +16,31 @@ import mhconvert
 from mhconvert.convert import pipeline
 from mhconvert.convert.calibration import calibration_rows
 from mhconvert.convert.donor.donor import open_donor
+from mhconvert.convert.layer_pass import resumable_run, sensitivity
 from mhconvert.convert.layer_pass.context import ConversionContext
-from mhconvert.convert.layer_pass import sensitivity
-from mhconvert.convert.layer_pass.sensitivity import measure_sensitivities, surveyed_rows, surveyed_shape
+from mhconvert.convert.layer_pass.sensitivity import (
+    measure_sensitivities,
+    peak_bytes,
+    stored_bytes,
+    surveyed_rows,
+    surveyed_shape,
+)
+from mhconvert.convert.layer_pass.stored_sensitivities import StoredSensitivities, write_sensitivities
 from mhconvert.convert.methods import layer_sensitivity
+from mhconvert.convert.methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensitivity
+from mhconvert.convert.methods.mla.code_basis import LayerBases, code_basis
+from mhconvert.convert.methods.mla.coded_method import CodedMLA
+from mhconvert.convert.methods.mla.latent_code import row_bytes
 from mhconvert.convert.methods.mla.settings import MLASettings
-from mhconvert.convert.recipe.recipe import Recipe
+from mhconvert.convert.recipe.recipe import Recipe, load_recipe
+from mhconvert.errors import BudgetError
 from mhconvert.eval.fidelity import Fidelity
 from mhconvert.heal.layer_fit import fit
 from mhconvert.progress import ignore
+from tests.convert.conversions import token_ids
 from tests.convert.methods.mla.coded_models import whole_model_sensitivities
 from tests.convert.test_pipeline import hashes, stop_after
-from tests.donors import make_donor
+from tests.donors import make_config, make_donor, make_model
 
 Build = Callable[..., Recipe]
 CODED = MLASettings(kv_bits="auto", kv_budget=0.25)
@@ -50,6 +64,33 @@ def test_layer_by_layer_is_the_whole_model(recipe: Build, tmp_path: Path, family
         for field in dataclasses.fields(found):
             one, other = (getattr(each, field.name).double() for each in (found, wanted))
             assert (one - other).norm() < 1e-4 * other.norm(), field.name  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_small_error_costs_what_the_price_says(index: int) -> None:
+    """½ E[eᵀ F e] of a random error in one layer's keys and values is the measured KL, but for the sample.
+
+    The price is of drawn tokens, and nothing of it is clipped: 5 % of it are sampling error on 4,096 tokens.
+    """
+    donor, ids = make_model(make_config(vocab=64), std=0.05), token_ids(64, 64) % 64
+    donor.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_sensitivity, "CLIPPED", 1.0)
+        price = whole_model_sensitivities(donor, ids)[index].price
+    generator = torch.Generator().manual_seed(index)
+    errors = 0.02 * torch.randn(64, 64, 64, generator=generator)
+    errors[:, :FIRST_TOKENS] = 0  # which the price leaves out
+    attention = donor.model.layers[index].self_attn
+    parts = zip((attention.k_proj, attention.v_proj), errors.split(32, dim=-1), strict=True)
+    with torch.no_grad():
+        before = donor(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
+        hooks = [m.register_forward_hook(lambda _, __, out, e=e: out + e) for m, e in parts]
+        after = donor(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    measured = (before.exp() * (before - after)).sum(-1).sum() / errors[:, FIRST_TOKENS:, 0].numel()
+    said = 0.5 * 0.02**2 * price.double().trace()
+    assert measured == pytest.approx(float(said), rel=0.1)
 
 
 def test_several_passes_are_one(recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +124,57 @@ def test_a_survey_reads_as_much_as_its_moments_need(
     taken = surveyed_rows(ids, elements)
     assert taken.shape == read
     assert taken.unique().numel() == taken.numel()
+
+
+def test_the_plan_counts_what_a_survey_holds_and_stores(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file to the byte, but for its names; the memory of an 8B donor by hand: 32 layers, 8 KV heads of 128."""
+    files: list[int] = []
+
+    def written(layers: Any, path: Path) -> None:
+        write_sensitivities(layers, path)
+        files.append(path.stat().st_size)
+
+    monkeypatch.setattr(resumable_run, "write_sensitivities", written)
+    asked = dataclasses.replace(recipe(tmp_path / "out"), settings=CODED)
+    mhconvert.convert(asked)
+    [size] = files
+    assert 0 < size - stored_bytes(64, 5) < 8192
+    plain = pipeline.plan(recipe(tmp_path / "out"))
+    coded = pipeline.plan(asked)
+    disk = [plan["disk_needed_bytes"] - plan["output_bytes"] for plan in (plain, coded)]
+    assert disk[1] - disk[0] >= stored_bytes(64, 5)
+    matrices = 32 * 2048**2 * 12
+    assert stored_bytes(2048, 32) == pytest.approx(matrices, rel=1e-3)
+    states = 8192 * 4096 * 4 * 35  # of one pass of five: 40,960 tokens are read
+    part = 8192 * 2048 * 8 * 6 + 4 * 2048**2 * 8
+    assert peak_bytes(2048, 32, 4096, 40960) == pytest.approx(matrices + states + part, rel=1e-3)
+    assert peak_bytes(2048, 32, 4096, 2048) < states
+
+
+def test_one_layer_is_read_at_a_time(tmp_path: Path) -> None:
+    layers = []
+    for number in range(1, 4):
+        moments = LayerMoments(6)
+        moments.add(*torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(number)))
+        layers.append(moments.sensitivity())
+    write_sensitivities(layers, tmp_path / "found.safetensors")
+    stored = StoredSensitivities(tmp_path / "found.safetensors")
+    assert len(stored) == 3
+    for found, wanted in zip(stored, layers, strict=True):
+        for field in dataclasses.fields(found):
+            assert torch.equal(getattr(found, field.name), getattr(wanted, field.name))
+    asked: list[int] = []
+
+    class Counted(list[LayerSensitivity]):
+        def __getitem__(self, index: Any) -> Any:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    bases = LayerBases(Counted(layers))
+    assert torch.equal(bases[2].down, code_basis(layers[2]).down)
+    assert asked == [2]
 
 
 def test_too_little_text_is_told(recipe: Build, tmp_path: Path) -> None:
@@ -133,6 +225,125 @@ def test_a_dry_run_with_a_survey_prints_the_bits(recipe: Build, tmp_path: Path) 
     assert plan["kv_bytes_per_token"]["converted"] == sum(layer["kv_code_bytes"] for layer in plan["layers"])
     assert "layers" in pipeline.plan(asked)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_a_budget_above_the_largest_code_is_cut_to_it(recipe: Build, tmp_path: Path, share: float) -> None:
+    asked = dataclasses.replace(recipe(tmp_path / "out"), settings=CODED.at_budget(share))
+    plan = pipeline.plan(asked)
+    assert plan["kv_bytes_per_token"]["converted"] == 5 * (1 + 64)
+    assert "is cut to 325" in plan["notice"]
+    surveyed = pipeline.plan(asked, surveyed=Fidelity)
+    assert 0.9 * 325 < surveyed["kv_bytes_per_token"]["converted"] <= 325  # some hardly vary: they get fewer
+    assert "notice" not in pipeline.plan(dataclasses.replace(asked, settings=CODED))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.0625, 0.25, 0.4, 0.5, 1.0])
+def test_an_example_has_no_more_components_than_there_are(share: float) -> None:
+    method = CodedMLA(make_config(), CODED.at_budget(share), "quick")
+    counts = method.example_config().kv_code_counts
+    assert all(0 < sum(layer) <= 64 for layer in counts)
+    used = sum(map(row_bytes, counts))
+    assert 0.85 * method.budget - 2 <= used <= method.budget
+
+
+@pytest.mark.parametrize(
+    ("given", "held"), [(16, "16"), ("16", "16"), (4, "4"), ("8", "8"), ("auto", "auto")]
+)
+def test_bits_may_be_a_number_or_text(given: Any, held: str, tmp_path: Path) -> None:
+    assert MLASettings(kv_bits=given).kv_bits == held
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"donor: tiny\nmethod: mla\nsettings: {{kv_bits: {given}}}\n".replace("donor", "model"))
+    assert load_recipe(file).settings.kv_bits == held
+
+
+@pytest.mark.parametrize("given", [1, 9, 0, True, 4.5, "x"])
+def test_other_bits_are_refused(given: Any) -> None:
+    with pytest.raises(BudgetError, match=rf"kv_bits '{given}' is not one of 16, auto, 2, 3, 4, 5, 6, 7, 8$"):
+        MLASettings(kv_bits=given)
+
+
+def test_all_components_have_the_bits_that_were_asked_for(recipe: Build, tmp_path: Path) -> None:
+    four = MLASettings(kv_bits=4, kv_budget=0.125)
+    report = mhconvert.convert(dataclasses.replace(recipe(tmp_path / "out"), settings=four))
+    assert {tuple(layer["components_by_bits"]) for layer in report["layers"]} == {("4",)}
+    assert 0.95 * 80 < sum(layer["kv_code_bytes"] for layer in report["layers"]) <= 80
+    capped = pipeline.plan(dataclasses.replace(recipe(tmp_path / "o"), settings=four.at_budget(0.5)))
+    assert capped["kv_bytes_per_token"]["converted"] == 5 * (1 + 32)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
+def test_headers_have_room_for_every_tensor(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """The shards' headers are reserved for a number of tensors, which is not below what is written."""
+    reserved: list[int] = []
+
+    class Counted(resumable_run.ShardWriter):
+        def __init__(self, folder: Path, limit: int, tensors: int, *state: Any):
+            reserved.append(tensors)
+            super().__init__(folder, limit, tensors, *state)
+
+    monkeypatch.setattr(resumable_run, "ShardWriter", Counted)
+    donor = str(make_donor(tmp_path / "donor", family=family, pad_token_id=1))
+    mhconvert.convert(dataclasses.replace(recipe(tmp_path / "out"), model=donor, settings=CODED))
+    written = sum(len(load_file(path)) for path in (tmp_path / "out").glob("*.safetensors"))
+    assert written <= reserved[0]
+
+
+def test_a_plan_is_saved_edited_and_used(recipe: Build, tmp_path: Path) -> None:
+    asked = dataclasses.replace(recipe(tmp_path / "out"), settings=CODED)
+    file = tmp_path / "plan.json"
+    plan = pipeline.plan(asked, surveyed=Fidelity)
+    file.write_text(json.dumps(plan))
+    mhconvert.convert(asked)
+    same = MLASettings(kv_bits="auto", kv_budget=0.25, plan=str(file))
+    mhconvert.convert(dataclasses.replace(asked, settings=same, output=str(tmp_path / "same")))
+    names = [name for name in hashes(tmp_path / "out") if name.endswith(".safetensors")]
+    one, other = hashes(tmp_path / "out"), hashes(tmp_path / "same")
+    assert names
+    assert [one[name] for name in names] == [other[name] for name in names]
+    plan["layers"][1]["components_by_bits"] = {"8": 2, "3": 5}
+    edited = dataclasses.replace(asked, settings=dataclasses.replace(same, plan=plan["layers"]))
+    report = mhconvert.convert(dataclasses.replace(edited, output=str(tmp_path / "edited")))
+    assert report["layers"][1]["components_by_bits"] == {"8": 2, "3": 5}
+    again = load_recipe(tmp_path / "edited" / "recipe.yaml").settings
+    assert again == edited.settings
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([{"4": 8}] * 3, "the plan has 3 layers and the donor 2"),
+        ([{"4": 8}, {"9": 8}], "plan, layer 1: 9 is no number of bits; use 1, 2,"),
+        ([{"4": 8}, {"4": 60, "1": 5}], "plan, layer 1: 65 components; the donor's layers have from 1 to 64"),
+        ([{"4": 8}, {}], "plan, layer 1: 0 components"),
+        ([{"4": 8}, {"4": -1}], "plan, layer 1: -1 components of 4 bits is not a whole number from 0"),
+        ([{"4": 8}, {"4": "many"}], "plan, layer 1: 'many' components of 4 bits"),
+        ([{"8": 40}, {"8": 40}], "plan, layer 1: 82 bytes a token up to here are over the budget of 64"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(layers: list[dict[str, Any]], message: str) -> None:
+    plan = [{"components_by_bits": layer} for layer in layers]
+    with pytest.raises(BudgetError, match=f"^{message}"):
+        CodedMLA(make_config(), dataclasses.replace(CODED, plan=plan), "quick")
+
+
+def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    plan = [{"components_by_bits": {"4": 8}}]
+    for given, message in (
+        (str(tmp_path / "plan.json"), 'is not JSON with {"layers"'),
+        (str(tmp_path / "none.json"), "cannot be read: No such file"),
+        ([{"kv_heads": 3}], "plan, layer 0: it needs components_by_bits"),
+        (3, "the plan is no list of layers"),
+    ):
+        with pytest.raises(BudgetError, match=message):
+            dataclasses.replace(CODED, plan=given)
+    with pytest.raises(BudgetError, match="use it with kv_bits auto"):
+        MLASettings(plan=plan)
+    with pytest.raises(BudgetError, match="the plan fixes the KV budget"):
+        dataclasses.replace(CODED, plan=plan).at_budget(0.5)
 
 
 def test_an_interrupted_conversion_goes_on_with_the_same_bytes(recipe: Build, tmp_path: Path) -> None:

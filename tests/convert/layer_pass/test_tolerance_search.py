@@ -192,3 +192,33 @@ def test_a_dry_run_says_that_the_budget_will_be_searched(asked: Build, tmp_path:
     assert plan["kv_bytes_per_token"]["converted"] == plan["kv_bytes_per_token"]["donor"]
     assert plan["layers"] == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_are_searched_without_a_fit_and_below_the_largest(
+    asked: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budgets above what the largest code takes are not looked at twice, and no fit follows the closed form."""
+    passes: list[list[float]] = []
+
+    def counted(context: ConversionContext, recipes: list[Recipe]) -> dict[str, Any]:
+        passes.append([one.settings.kv_budget for one in recipes])
+        return trace(context, recipes)
+
+    trace = tolerance_search.budget_curve.trace
+    monkeypatch.setattr(tolerance_search.budget_curve, "trace", counted)
+    coded = asked("kl=0.02", settings=MLASettings(kv_bits="auto"), fit_steps=3, effort="default")
+    found = mhconvert.convert(coded)["tolerance"]
+    assert found["measured"] <= 0.02
+    assert passes == [[1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4]]
+    assert all(one["as_asked"] for one in found["looked"])
+
+
+def test_the_largest_code_is_tried_once(asked: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        tolerance_search, "find_budget", lambda context: too_small(context) | {"kv_budget": 0.7}
+    )
+    told: list[Progress] = []
+    coded = asked("kl=1e-12", settings=MLASettings(kv_bits="auto"))
+    with pytest.raises(BudgetError, match=r"no budget meets the tolerance kl=1e-12"):
+        mhconvert.convert(coded, on_progress=told.append)
+    assert [event.message for event in told if event.stage == "search"] == []

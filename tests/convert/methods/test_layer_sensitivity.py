@@ -54,7 +54,7 @@ def realised(layer: LayerSensitivity) -> float:
             bounds = (levels[1:] + levels[:-1]) / 2
             coded[:, chosen] = levels[torch.bucketize((components / gain)[:, chosen], bounds)] * gain
     error = centred - coded @ basis.up.mT
-    return 0.5 * float(((error @ layer.price) * error).sum(-1).mean())
+    return 0.5 * float(((error @ layer.price.double()) * error).sum(-1).mean())
 
 
 @pytest.mark.parametrize(("tokens", "part"), [(40, 0.55), (51, 0.7), (100, 0.95)])
@@ -70,7 +70,7 @@ def test_many_tokens_cost_the_same() -> None:
 
 
 def test_shrinkage_finds_the_variances_of_other_text() -> None:
-    """The eigenvectors' variances in many fresh tokens, within 30 % in the mean; unshrunk, most are 3 times too small."""
+    """The eigenvectors' variances in fresh tokens, within 30 % in the mean; unshrunk, most are 3 times too small."""
     values, vectors = torch.linalg.eigh(correlated(60, 1).mT.cov())
     fresh = correlated(50_000, 2) @ vectors
     true, found = fresh.var(0), shrunk_spectrum(values, 59)

@@ -66,7 +66,7 @@ def test_defaults() -> None:
         ({"budget": 0.5}, "recipe has no key 'budget'; it has calibration, device,"),
         (
             {"settings": {"rank": 3}},
-            "settings has no key 'rank'; it has kv_bits, kv_budget, kv_lora_rank, profile,",
+            "settings has no key 'rank'; it has kv_bits, kv_budget, kv_lora_rank, plan, profile,",
         ),
         ({"calibration": {"files": []}}, "calibration has no key 'files'; it has held_out, sequence_length,"),
         ({"method": "mqa"}, "unknown method 'mqa'; choose one of mla"),
