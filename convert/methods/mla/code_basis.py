@@ -25,11 +25,13 @@ class CodeBasis:
     """A layer's transform, float64, its components ordered by `divergence`, the largest first.
 
     Attributes:
+        mean: (m,).
         down: (m, m), z = down @ (y − mean), of variance 1.
         up: (m, m), y − mean = up @ z.
         divergence: (m,), nats per token that leaving out a component adds.
     """
 
+    mean: Tensor
     down: Tensor
     up: Tensor
     divergence: Tensor
@@ -46,7 +48,8 @@ def code_basis(layer: LayerSensitivity) -> CodeBasis:
     values = shrunk_spectrum(values, int(layer.tokens) - 1)
     values, vectors = values.flip(0).clamp_min(TINY), vectors.flip(1)
     scale = values.sqrt()
-    return CodeBasis((vectors / scale).mT @ root, inverse @ vectors * scale, values / 2)
+    down, up = (vectors / scale).mT @ root, inverse @ vectors * scale
+    return CodeBasis(layer.mean.double(), down, up, values / 2)
 
 
 class LayerBases(Sequence[CodeBasis]):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...attention.projections import QKNorm, projections, qk_norm
 from ...attention.rotary import LayerRotary
 from ...families.facts import attention_facts
-from ..layer_sensitivity import LayerSensitivity
+from ..layer_sensitivity import FIRST_TOKENS, LayerSensitivity
 from ..refusals import require
 from ..registry import Method
 from . import modeling_coded_mla
@@ -52,7 +52,7 @@ class CodedMLA(Method):
 
     replaced = ("self_attn.",)
     closed_form = True
-    added_tensors = 9  # of four projections with biases and a code of three, where qkv and o were two
+    added_tensors = 11  # of six projections with biases, two norms and a code of three, where six were
     surveys_sensitivity = True
     survey_shares: tuple[float, ...] = ()
 
@@ -145,16 +145,14 @@ class CodedMLA(Method):
         """The coded attention of layer `index`, float32 on the embeddings' device, and the bits of its components."""
         basis, bits = self.bases[index], self.bits[index]
         order = bits.argsort(descending=True, stable=True)[: int((bits > 0).sum())]
-        down, up = basis.down[order], basis.up[:, order]
+        mean, down, up = basis.mean, basis.down[order], basis.up[:, order]
         rows = inputs[: max(1, LEVEL_TOKENS // inputs.shape[1])].double()
         written = self._keys_and_values(statistics, rows)  # N L m
-        mean = written[:, 1:].mean((0, 1))
-        components = (written - mean) @ down.mT
         self._set(index, width_counts(bits))
         with torch.device("meta"):
             module = modeling_coded_mla.CodedLatentAttention(copy.deepcopy(self.config), index)
         sink = written[:, 0].mean(0) - mean
-        rest = components[:, 1:]
+        rest = (written[:, FIRST_TOKENS:] - mean) @ down.mT
         rest = rest / rest.square().mean(-1, keepdim=True).sqrt().clamp_min(LEAST_RMS)
         tensors = {
             "code.sink": down @ sink,
