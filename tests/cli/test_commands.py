@@ -324,7 +324,7 @@ def test_help_of_a_method_has_no_word_of_options_that_it_lacks(
         assert main("tiny", "--to", method, "--help") == 0
         shown[method] = " ".join(capsys.readouterr().out.split())
     assert {name for name, text in shown.items() if "--tolerance" in text} == {"mla", "dha"}
-    assert {name for name, text in shown.items() if "--plan" in text} == {"dha"}
+    assert {name for name, text in shown.items() if "--plan" in text} == {"mla", "dha"}
     assert "divide the budget over its layers; with --json a file for --plan." in shown["dha"]
     assert "divide the budget over its layers." in shown["moh"]
 
