@@ -17,7 +17,9 @@ from ...convert.methods.registry import build_method, register, settings_class
 from ...convert.open_model import OpenModel, open_model, recorded_donor
 from ...convert.storage.dtype_cast import DTYPES
 from ..inspection import cache_elements, head_dim
+from ..kv_cache import serving
 from ..report.units import size
+from ..settings import OWN_CACHE
 from . import speed
 from .memory import available_memory
 
@@ -36,6 +38,7 @@ class Options:
         static_cache: use transformers' static cache.
         compile: compile the decode step with torch.compile; implies the static cache.
         reexpand: also time the converted model without absorption.
+        kv_cache_dtype: of the converted model's cache; the donor has its own.
 
     Raises:
         MhconvertError: a setting is out of range, or a context is too short for the decode steps.
@@ -48,6 +51,7 @@ class Options:
     static_cache: bool = False
     compile: bool = False
     reexpand: bool = False
+    kv_cache_dtype: str = OWN_CACHE
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.new_tokens < 1 or not self.contexts:
@@ -56,6 +60,10 @@ class Options:
             )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise MhconvertError(f"dtype '{self.dtype}' is not one of {', '.join(DTYPES)}")
+        if self.kv_cache_dtype != OWN_CACHE and (self.static_cache or self.compile):
+            raise MhconvertError(
+                f"a KV cache of dtype {self.kv_cache_dtype} grows; leave out --static-cache and --compile"
+            )
         for load in self.loads():
             if load.prompt_tokens < 1:
                 raise MhconvertError(
@@ -76,7 +84,8 @@ def bench(
     """The timings of the checkpoint in the folder `checkpoint` and of a donor.
 
     Args:
-        against: reference of the donor; None for the one that the checkpoint was made from.
+        checkpoint: with a `kv_cache_dtype` also an unconverted donor.
+        against: reference of the donor; None for the one that the checkpoint was made from, or itself.
         device: None for CUDA if present, else the CPU.
 
     Raises:
@@ -84,11 +93,12 @@ def bench(
             too small.
     """
     place = pick_device(device)
-    if made_by(checkpoint) is None:
+    if made_by(checkpoint) is None and options.kv_cache_dtype == OWN_CACHE:
         raise MhconvertError(
             f"{checkpoint} is no folder that mhconvert wrote; convert it first, or time its shape with --random"
         )
-    against = against or recorded_donor(checkpoint)
+    if against is None:
+        against = checkpoint if made_by(checkpoint) is None else recorded_donor(checkpoint)
     on_progress(Progress("donor", 0, 1, against))
     donor, converted = (open_model(reference, device=str(place)) for reference in (against, checkpoint))
     for field in MUST_AGREE:
@@ -172,6 +182,7 @@ def _require(
     Raises:
         MhconvertError: one of them does not hold.
     """
+    serving.require(converted, options.kv_cache_dtype)
     longest = options.loads()[-1]
     for model in (donor, converted):
         model.require_length(longest.context)
@@ -198,9 +209,10 @@ def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -
         done += 1
         on_progress(Progress("speed", done, total, f"context {load.context:,}"))
 
+    asked = {"reexpand": options.reexpand, "kv_cache_dtype": options.kv_cache_dtype}
     for load in loads:
         on_progress(Progress("speed", done, total, f"context {load.context:,}, prefill"))
-        rows.append(speed.compare(donor, converted, load, reexpand=options.reexpand, on_step=count_step))
+        rows.append(speed.compare(donor, converted, load, **asked, on_step=count_step))
     return {
         "batch": options.batch,
         "new_tokens": options.new_tokens,
@@ -210,6 +222,7 @@ def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -
         "threads": torch.get_num_threads(),
         "dtype": str(donor.dtype).removeprefix("torch."),
         "cache": "static" if loads[0].static_cache else "dynamic",
+        "kv_cache_dtype": options.kv_cache_dtype,
         "compiled": options.compile,
         "rows": rows,
     }
