@@ -73,7 +73,7 @@ def open_models(
 
 
 def candidates_of(opened: Sequence[OpenModel], settings: EvalSettings) -> list[Candidate]:
-    """The models of `open_models` with the caches that they are measured with: the donor, which is the first, its own."""
+    """The models of `open_models` with the caches that they are measured with: the first, the donor, has its own."""
     asked = [OWN_CACHE, *(settings.kv_cache_dtype for _ in opened[1:])]
     return [
         Candidate(model, open_model.of_model(model), settings, dtype)

@@ -16,6 +16,7 @@ Suite = Literal["quick", "transmla", "moh", "dha", "open-llm"]
 Backend = Literal["hf", "vllm"]
 KvCacheDtype = Literal["auto", "int8", "int4", "int3", "int2", "fp8"]
 OWN_CACHE: KvCacheDtype = "auto"
+BASELINES: tuple[KvCacheDtype, ...] = ("int8", "int4", "int3", "int2")  # the donor's caches beside a curve
 
 
 def task_names(text: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ TOGETHER = {2: 4, 3: 8, 4: 2, 8: 1}
 
 
 class Coded(NamedTuple):
-    """Codes of a tensor (…, n), grouped along its last dimension into ⌈n / 32⌉ groups, the last of them perhaps shorter.
+    """Codes of a tensor (…, n) in ⌈n / 32⌉ groups along its last dimension, the last of them perhaps shorter.
 
     codes (…, bytes) uint8: whole bytes, see `pack`. steps, zeros (…, groups) float16.
     """

@@ -1,6 +1,7 @@
 """How one of the two tensors that an attention layer caches is stored: by channel, by token, or as fp8.
 
-What is read back is what is stored: no query ever sees more than the cache keeps.
+What is read is what is stored, but for one group: a token sees the newest keys, those of its own group of 32, as they
+are, as it does when tokens come one by one and the group is not full yet.
 
 Shapes: B batch, H heads, T tokens, d width. States go in and come out as (B, H, T, d).
 """
@@ -41,11 +42,8 @@ class Format(Protocol):
     def empty(self, like: Tensor) -> Stored:
         """What is stored of no tokens of states like `like`."""
 
-    def append(self, stored: Stored, states: Tensor) -> Stored:
-        """`stored` and the tokens of `states` behind it."""
-
-    def read(self, stored: Stored, like: Tensor) -> Tensor:
-        """All tokens, in the dtype and width of the states `like`."""
+    def append(self, stored: Stored, states: Tensor) -> tuple[Stored, Tensor]:
+        """`stored` with the tokens of `states` behind it, and all tokens as their attention reads them."""
 
     def length(self, stored: Stored) -> int:
         """The tokens in `stored`."""
@@ -58,7 +56,10 @@ class Format(Protocol):
 
 
 class ByChannel:
-    """32 tokens of one channel share a step. Tokens of an unfinished group are kept as they are until it is full."""
+    """32 tokens of one channel share a step. Tokens of an unfinished group are kept as they are until it is full.
+
+    Of states that begin more than one group, all tokens read the groups before the last as codes.
+    """
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -68,22 +69,20 @@ class ByChannel:
         steps = like.new_zeros(codes.shape, dtype=torch.float16)
         return Stored(codes, steps, steps.clone(), like.new_zeros(*like.shape[:2], 0, like.shape[3]))
 
-    def append(self, stored: Stored, states: Tensor) -> Stored:
+    def append(self, stored: Stored, states: Tensor) -> tuple[Stored, Tensor]:
         rest = torch.cat((stored.rest, states), dim=2)
         full = rest.shape[2] // GROUP * GROUP
-        if not full:
-            return stored._replace(rest=rest)
-        coded = encode(rest[:, :, :full].mT, self.bits)
-        pairs = zip(stored[:3], coded, strict=True)
-        # A copy, as a slice would keep the whole buffer in memory.
-        return Stored(*(torch.cat(pair, dim=-1) for pair in pairs), rest[:, :, full:].clone())
-
-    def read(self, stored: Stored, like: Tensor) -> Tensor:
-        tokens = stored.steps.shape[-1] * GROUP
-        if not tokens:
-            return stored.rest
-        coded = decode(Coded(*stored[:3]), self.bits, tokens, like.dtype).mT
-        return torch.cat((coded, stored.rest), dim=2)
+        if full:
+            pairs = zip(stored[:3], encode(rest[:, :, :full].mT, self.bits), strict=True)
+            codes, steps, zeros = (torch.cat(pair, dim=-1) for pair in pairs)
+            # A copy, as a slice would keep the whole buffer in memory.
+            after = Stored(codes, steps, zeros, rest[:, :, full:].clone())
+        else:
+            after = stored._replace(rest=rest)
+        newest = max(0, rest.shape[2] - 1) // GROUP * GROUP
+        coded = decode(Coded(*after[:3]), self.bits, after.steps.shape[-1] * GROUP, states.dtype).mT
+        coded = coded[:, :, : coded.shape[2] - full + newest]
+        return after, torch.cat((coded, rest[:, :, newest:]), dim=2)
 
     def length(self, stored: Stored) -> int:
         return stored.steps.shape[-1] * GROUP + stored.rest.shape[2]
@@ -92,8 +91,8 @@ class ByChannel:
         kept = stored.rest.shape[2] - tokens
         if kept < 0:
             raise ValueError(
-                f"{tokens} tokens cannot be removed from a coded cache of {self.length(stored)}: {GROUP} keys are coded "
-                f"together, and only the last {stored.rest.shape[2]} are not coded yet"
+                f"{tokens} tokens cannot be removed from a coded cache of {self.length(stored)}: {GROUP} keys are "
+                f"coded together, and only the last {stored.rest.shape[2]} are not coded yet"
             )
         return stored._replace(rest=stored.rest[:, :, :kept].clone())
 
@@ -117,22 +116,23 @@ class ByToken:
         coded = encode(like[:, :, :0], self.bits)
         return Stored(*coded, like.new_zeros(len(like), 0))
 
-    def append(self, stored: Stored, states: Tensor) -> Stored:
+    def append(self, stored: Stored, states: Tensor) -> tuple[Stored, Tensor]:
         pairs = zip(stored[:3], encode(states, self.bits), strict=True)
-        return Stored(*(torch.cat(pair, dim=2) for pair in pairs), stored.rest)
-
-    def read(self, stored: Stored, like: Tensor) -> Tensor:
-        return decode(Coded(*stored[:3]), self.bits, like.shape[3], like.dtype)
+        codes, steps, zeros = (torch.cat(pair, dim=2) for pair in pairs)
+        read = decode(Coded(codes, steps, zeros), self.bits, states.shape[3], states.dtype)
+        return Stored(codes, steps, zeros, stored.rest), read
 
     def length(self, stored: Stored) -> int:
         return stored.codes.shape[2]
 
     def without_last(self, stored: Stored, tokens: int) -> Stored:
         kept = self.length(stored) - tokens
-        return Stored(*(part[:, :, :kept].clone() for part in stored[:3]), stored.rest)
+        codes, steps, zeros = (part[:, :, :kept].clone() for part in stored[:3])
+        return Stored(codes, steps, zeros, stored.rest)
 
     def without_first(self, stored: Stored, tokens: int) -> Stored:
-        return Stored(*(part[:, :, tokens:].clone() for part in stored[:3]), stored.rest)
+        codes, steps, zeros = (part[:, :, tokens:].clone() for part in stored[:3])
+        return Stored(codes, steps, zeros, stored.rest)
 
 
 class Fp8(ByToken):
@@ -149,9 +149,7 @@ class Fp8(ByToken):
         codes = like.new_zeros(*like.shape[:2], 0, like.shape[3], dtype=torch.uint8)
         return Stored(codes, none, none.clone(), like.new_zeros(len(like), 0))
 
-    def append(self, stored: Stored, states: Tensor) -> Stored:
+    def append(self, stored: Stored, states: Tensor) -> tuple[Stored, Tensor]:
         finite = torch.where(states.isinf(), torch.nan, states.float()).clamp(-FP8_MAX, FP8_MAX)
-        return stored._replace(codes=torch.cat((stored.codes, finite.to(FP8).view(torch.uint8)), dim=2))
-
-    def read(self, stored: Stored, like: Tensor) -> Tensor:
-        return stored.codes.view(FP8).to(like.dtype)
+        codes = torch.cat((stored.codes, finite.to(FP8).view(torch.uint8)), dim=2)
+        return stored._replace(codes=codes), codes.view(FP8).to(states.dtype)

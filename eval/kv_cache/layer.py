@@ -46,16 +46,16 @@ class CodedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values of all tokens that a query may see, (B, H, S, d) each, as the cache stores them."""
+        """The keys and values of all tokens that a query may see, (B, H, S, d) each, as `formats` reads them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.stored_keys is not None and self.stored_values is not None
+        assert self.stored_keys is not None
+        assert self.stored_values is not None
         keys, values = self.formats
-        self.stored_keys = keys.append(self.stored_keys, key_states)
-        self.stored_values = values.append(self.stored_values, value_states)
-        read = keys.read(self.stored_keys, key_states), values.read(self.stored_values, value_states)
+        self.stored_keys, read_keys = keys.append(self.stored_keys, key_states)
+        self.stored_values, read_values = values.append(self.stored_values, value_states)
         self._drop_unseen()
-        return read
+        return read_keys, read_values
 
     def _drop_unseen(self) -> None:
         """Drop whole groups that lie before the window of the next query."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, get_args
 
 import torch
 from transformers.cache_utils import Cache
@@ -12,12 +14,15 @@ from mhconvert.errors import MhconvertError
 
 from ...convert.families.facts import layer_window
 from ...convert.open_model import OpenModel
-from ..settings import OWN_CACHE
+from ..settings import OWN_CACHE, KvCacheDtype
 from .codes import GROUP
 from .formats import ByChannel, ByToken, Format, Fp8
+from .group_pass import in_groups
 from .layer import CodedLayer
 
-WHOLE_GROUPS = 2 * GROUP  # tokens behind which no key waits for its group: what is weighed is the rate of the codes
+WHOLE_GROUPS = (
+    2 * GROUP
+)  # tokens behind which no key waits for its group: what is weighed is the rate of the codes
 KINDS = ("full_attention", "sliding_attention")  # of layers that cache the keys and values of tokens
 
 
@@ -25,6 +30,8 @@ def require(opened: OpenModel, dtype: str) -> None:
     """Raises MhconvertError where the model's cache cannot have `dtype`; before any weight is read."""
     if dtype == OWN_CACHE:
         return
+    if dtype not in get_args(KvCacheDtype):
+        raise MhconvertError(f"kv_cache_dtype '{dtype}' is not one of {', '.join(get_args(KvCacheDtype))}")
     text = opened.config.get_text_config()
     if getattr(text, "kv_code_counts", None) is not None:
         raise MhconvertError(
@@ -34,8 +41,8 @@ def require(opened: OpenModel, dtype: str) -> None:
     for kind in getattr(text, "layer_types", None) or ():
         if kind not in KINDS:
             raise MhconvertError(
-                f"{opened.reference} has layers of the kind {kind}, whose cache --kv-cache-dtype {dtype} does not code; "
-                f"it codes {' and '.join(KINDS)}"
+                f"{opened.reference} has layers of the kind {kind}, whose cache --kv-cache-dtype {dtype} does not "
+                f"code; it codes {' and '.join(KINDS)}"
             )
     if dtype == "fp8" and torch.device(opened.device).type == "mps":
         raise MhconvertError("torch has no float8 on mps; choose --kv-cache-dtype int8, or --device cpu")
@@ -71,13 +78,7 @@ def serve(model: Any, dtype: str) -> Any:
     if dtype == OWN_CACHE:
         return model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward, generate = base.forward, base.generate
-
-    @functools.wraps(forward)
-    def cached_forward(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is None:
-            kwargs |= {"past_key_values": make_cache(base.config, dtype), "use_cache": True}
-        return forward(*args, **kwargs)
+    generate = base.generate
 
     @functools.wraps(generate)
     def cached_generate(*args: Any, **kwargs: Any) -> Any:
@@ -86,5 +87,19 @@ def serve(model: Any, dtype: str) -> Any:
         return generate(*args, **kwargs)
 
     # On the instance: peft and lm-eval call these by name, past the hooks of modules.
-    base.forward, base.generate = cached_forward, cached_generate
+    base.forward, base.generate = cached_forward(base, dtype), cached_generate
     return model
+
+
+def cached_forward(model: Any, dtype: str) -> Callable[..., Any]:
+    """`model.forward` with a cache of `dtype`, a fresh one where the call brings none."""
+    forward, parameters = model.forward, list(inspect.signature(model.forward).parameters)
+
+    @functools.wraps(forward)
+    def cached(*args: Any, **kwargs: Any) -> Any:
+        kwargs |= dict(zip(parameters, args, strict=False))
+        if kwargs.get("past_key_values") is None:
+            kwargs |= {"past_key_values": make_cache(model.config, dtype), "use_cache": True}
+        return forward(**kwargs) if dtype == "fp8" else in_groups(forward, kwargs)  # fp8 has no groups
+
+    return cached

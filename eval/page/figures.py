@@ -26,8 +26,7 @@ def curves(result: Mapping[str, Any]) -> list[Block]:
         points = [
             plots.Point(model["name"], str(model["method"] or "donor"), kept, times, model["role"] in AS_MADE)
             for model, kept, measured in list(zip(result["models"], shares, text["models"], strict=True))[1:]
-            if kept is not None
-            and (times := ratio(measured.get("perplexity"), base)) is not None
+            if kept is not None and (times := ratio(measured.get("perplexity"), base)) is not None
         ]
         if plots.available():
             caption = f"{text['text']}. Filled: as made; open: healed or adapted."

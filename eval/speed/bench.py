@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,14 +56,12 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.new_tokens < 1 or not self.contexts:
-            raise MhconvertError(
-                "--batch and --new-tokens start at 1, and --contexts names one context or more"
-            )
+            raise MhconvertError("--batch and --new-tokens start at 1; --contexts names one context or more")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise MhconvertError(f"dtype '{self.dtype}' is not one of {', '.join(DTYPES)}")
         if self.kv_cache_dtype != OWN_CACHE and (self.static_cache or self.compile):
             raise MhconvertError(
-                f"a KV cache of dtype {self.kv_cache_dtype} grows; leave out --static-cache and --compile"
+                f"{self.kv_cache_dtype} caches grow; no --static-cache or --compile with them"
             )
         for load in self.loads():
             if load.prompt_tokens < 1:
@@ -81,10 +80,9 @@ class Options:
 def bench(
     checkpoint: str, against: str | None, options: Options, device: str | None, on_progress: Listener = ignore
 ) -> dict[str, Any]:
-    """The timings of the checkpoint in the folder `checkpoint` and of a donor.
+    """The timings of the checkpoint in the folder `checkpoint` and of a donor, which may be itself with another cache.
 
     Args:
-        checkpoint: with a `kv_cache_dtype` also an unconverted donor.
         against: reference of the donor; None for the one that the checkpoint was made from, or itself.
         device: None for CUDA if present, else the CPU.
 
@@ -209,10 +207,10 @@ def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -
         done += 1
         on_progress(Progress("speed", done, total, f"context {load.context:,}"))
 
-    asked = {"reexpand": options.reexpand, "kv_cache_dtype": options.kv_cache_dtype}
     for load in loads:
         on_progress(Progress("speed", done, total, f"context {load.context:,}, prefill"))
-        rows.append(speed.compare(donor, converted, load, **asked, on_step=count_step))
+        timed = partial(speed.compare, donor, converted, load, reexpand=options.reexpand)
+        rows.append(timed(kv_cache_dtype=options.kv_cache_dtype, on_step=count_step))
     return {
         "batch": options.batch,
         "new_tokens": options.new_tokens,

@@ -19,8 +19,8 @@ import torch
 from mhconvert.errors import MhconvertError, TextError
 
 from ...convert.open_model import OpenModel
-from ..result_cache import Store
 from ..kv_cache import serving
+from ..result_cache import Store
 from ..settings import OWN_CACHE, EvalSettings
 from .outcome import plain_outcome
 from .task_choice import TaskSet, TaskSpec
