@@ -56,16 +56,8 @@ def evaluate(
     store = store if store is not None else Store()
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
-        need_donor = bool(settings.text)
-        opened = open_models(
-            checkpoints,
-            against,
-            need_donor,
-            device,
-            trust_remote_code,
-            on_progress,
-            settings.kv_cache_dtype,
-        )
+        need_donor, kv = bool(settings.text), settings.kv_cache_dtype
+        opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress, kv)
         text_rows = _text_rows(settings, opened)
         candidates = candidates_of(opened, settings)
         run = Run(settings, store, fresh, on_progress)

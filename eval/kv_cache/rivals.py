@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,37 +13,79 @@ from torch import Tensor
 from mhconvert.progress import Listener, Progress
 
 from ...convert.calibration import calibration_rows
-from ...convert.open_model import OpenModel
+from ...convert.open_model import OpenModel, open_model
 from ...convert.recipe.recipe import Recipe
 from ..cache_size import measure_cache
-from ..fidelity import Fidelity
-from .serving import cached_forward
+from ..fidelity import Fidelity, text_rows
+from ..settings import OWN_CACHE
+from .serving import cached_forward, require
 
 SHARE_OF = "the bytes of the donor's cache at 16 bits an element"
 ELEMENT_BYTES = 2  # a share of bytes is of 16-bit elements, whatever dtype the donor is stored in
 
 
-def add_shares(result: dict[str, Any], coded: bool) -> None:
-    """Give every point of a curve `kv_share`, its share of the bytes of the donor's cache at 16 bits an element.
+class Beside:
+    """What a curve has beside its points: own rows to measure on, shares of bytes, and the donor's points.
 
-    coded: the points' caches hold codes, whose bytes are what they are in donors of any dtype.
+    Raises:
+        MhconvertError: the donor's cache cannot have one of the dtypes.
     """
-    elements = result["kv_elements_per_token"]
-    for point in result["points"]:
-        if coded:
-            point["kv_share"] = point["kv_bytes_per_token"] / (ELEMENT_BYTES * elements)
+
+    def __init__(
+        self, recipe: Recipe, text: Path | None, sequences: int, dtypes: Sequence[str], on_progress: Listener
+    ) -> None:
+        """
+        Args:
+            recipe: of the curve.
+            text: measured on, `sequences` rows of it; None: the held-out rows of the recipe.
+            dtypes: of the donor's caches; none: the donor is not opened.
+            on_progress: called with the progress.
+        """
+        self.recipe, self.text, self.sequences, self.on_progress = recipe, text, sequences, on_progress
+        self.dtypes = [dtype for dtype in dict.fromkeys(dtypes) if dtype != OWN_CACHE]
+        self.rows: Tensor | None = None
+        if self.dtypes:
+            trust = recipe.trust_remote_code
+            self.opened = open_model(recipe.model, device=recipe.device, trust_remote_code=trust)
+            for dtype in self.dtypes:
+                require(self.opened, dtype)
+
+    @property
+    def held_out(self) -> Callable[[Any, int], Tensor] | None:
+        """From the donor's tokenizer and the tokens of a row to rows (rows, length); None: the curve has its own."""
+        return self._draw if self.text is not None or self.dtypes else None
+
+    def _draw(self, tokenizer: Any, length: int) -> Tensor:
+        if self.text is not None:
+            self.rows = text_rows(tokenizer, self.text, length, self.sequences)
         else:
-            point["kv_share"] = point["kv_elements_per_token"] / elements
+            # The rows that the curve will draw, once more from the same seed; sampled text is sampled twice.
+            assert self.opened.donor is not None
+            device = torch.device(self.opened.device)
+            drawn = calibration_rows.draw(self.recipe, self.opened.donor, device, self.on_progress)
+            self.rows = drawn.held_out
+        return self.rows
+
+    def completed(self, result: dict[str, Any]) -> dict[str, Any]:
+        """`result` of the curve with kv_share in every point, kv_share_of, baselines and measured_on."""
+        coded = getattr(self.recipe.settings, "kv_bits", None) == "auto"
+        points = [point | {"kv_share": _share(point, result, coded)} for point in result["points"]]
+        rivals: list[dict[str, Any]] = []
+        if self.dtypes:
+            assert self.rows is not None
+            rivals = measure(self.opened, self.dtypes, self.rows, self.on_progress)
+        measured_on = str(self.text) if self.text is not None else "held-out calibration text"
+        more = {"kv_share_of": SHARE_OF, "baselines": rivals, "measured_on": measured_on}
+        return result | {"points": points} | more
 
 
-def held_out_rows(recipe: Recipe, opened: OpenModel, on_progress: Listener) -> Tensor:
-    """The rows (rows, length) that a conversion by `recipe` would be measured on.
-
-    They are drawn once more, from the recipe's seed; text sampled from the donor is sampled twice.
-    """
-    assert opened.donor is not None
-    device = torch.device(opened.device)
-    return calibration_rows.draw(recipe, opened.donor, device, on_progress).held_out
+def _share(point: dict[str, Any], result: dict[str, Any], coded: bool) -> float:
+    """A point's share of the bytes of the donor's cache at 16 bits an element. The bytes of codes are what they are in
+    donors of any dtype; elements count two bytes each."""
+    elements: float = result["kv_elements_per_token"]
+    if coded:
+        return float(point["kv_bytes_per_token"] / (ELEMENT_BYTES * elements))
+    return float(point["kv_elements_per_token"] / elements)
 
 
 def measure(
@@ -62,7 +105,7 @@ def measure(
     """
     model = opened.model()
     elements = measure_cache(model).elements_per_token
-    points = [_point(model, dtype, rows, elements, on_progress) for dtype in dict.fromkeys(dtypes)]
+    points = [_point(model, dtype, rows, elements, on_progress) for dtype in dtypes]
     return sorted(points, key=lambda point: -point["kv_share"])
 
 

@@ -115,7 +115,7 @@ def curve_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     one for each of the donor's caches in `result["baselines"]`."""
     titles = ("KV budget", "KV cache", "a token", "perplexity", "", "KL", "top-1", "layer error", "time")
     table: list[tuple[str, ...]] = [titles]
-    for point in [*result["points"], *result["baselines"]]:
+    for point in [*result["points"], *result.get("baselines", ())]:
         table.append(
             (
                 point["name"] if "name" in point else share(point["kv_budget"]),

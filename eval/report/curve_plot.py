@@ -75,7 +75,7 @@ def draw(result: dict[str, Any]) -> Any:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    lines = {result["method"].upper(): result["points"], "donor, quantised cache": result["baselines"]}
+    lines = {result["method"].upper(): result["points"], "donor, quantised cache": result.get("baselines")}
     lines = {name: sorted(line, key=lambda point: point["kv_share"]) for name, line in lines.items() if line}
     _panel(left, lines, "perplexity_ratio", "{:.2f} ×", (1, 1.2, 1.5, 2, 3, 5, 7))
     left.set_title(f"Perplexity, times the donor's {result['perplexity']:.4g}", loc="left", fontsize=10)

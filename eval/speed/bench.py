@@ -95,8 +95,7 @@ def bench(
         raise MhconvertError(
             f"{checkpoint} is no folder that mhconvert wrote; convert it first, or time its shape with --random"
         )
-    if against is None:
-        against = checkpoint if made_by(checkpoint) is None else recorded_donor(checkpoint)
+    against = against or (checkpoint if made_by(checkpoint) is None else recorded_donor(checkpoint))
     on_progress(Progress("donor", 0, 1, against))
     donor, converted = (open_model(reference, device=str(place)) for reference in (against, checkpoint))
     for field in MUST_AGREE:
@@ -199,7 +198,7 @@ def _require(
 
 def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -> dict[str, Any]:
     """The timings of both models under every load, with the settings that they depend on."""
-    loads, rows = options.loads(), []
+    loads, rows, place = options.loads(), [], donor.device
     total, done = len(loads) * options.new_tokens, 0
 
     def count_step() -> None:
@@ -214,9 +213,7 @@ def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -
     return {
         "batch": options.batch,
         "new_tokens": options.new_tokens,
-        "device": torch.cuda.get_device_name(donor.device)
-        if donor.device.type == "cuda"
-        else str(donor.device),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
         "threads": torch.get_num_threads(),
         "dtype": str(donor.dtype).removeprefix("torch."),
         "cache": "static" if loads[0].static_cache else "dynamic",

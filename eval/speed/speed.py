@@ -157,9 +157,8 @@ def compare(
         kv_cache_dtype: of the converted model's cache; the donor has its own.
         on_step: called after every timed decode step of the donor.
 
-    Returns context, donor {…}, converted {…}, ratio (decode tokens/s, converted ÷ donor) and cache_ratio (bytes,
-    converted ÷ donor); with `reexpand` also reexpanded {…} and ratio_to_reexpanded (decode tokens/s, converted ÷
-    re-expanded).
+    Returns context, donor {…}, converted {…}, ratio (decode tokens/s) and cache_ratio (bytes), converted ÷ donor; with
+    `reexpand` also reexpanded {…} and ratio_to_reexpanded (decode tokens/s, converted ÷ re-expanded).
     """
     if load.compile:
         torch.compiler.reset()  # otherwise torch.compile would make the shapes dynamic from the second context on

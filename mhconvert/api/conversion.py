@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mhconvert.convert.methods.registry import ADAPTERS
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.errors import MhconvertError
 from mhconvert.progress import Listener, ignore
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def convert(
@@ -121,8 +118,7 @@ def curve(
         budgets: shares of the donor's KV elements, instead of the recipe's own; None: 75 % … 12.5 %.
         text: a UTF-8 file to measure on, instead of the recipe's held-out rows.
         sequences: rows of that file, each as long as the calibration's.
-        baselines: dtypes of KV caches (int8, int4, int3, int2, fp8) with which the unconverted donor is measured on the
-            same rows. The whole donor is then in memory.
+        baselines: dtypes of KV caches (int8 … int2, fp8) with which the whole donor is measured on the same rows.
         on_progress: called with the progress.
 
     Returns:
@@ -138,36 +134,21 @@ def curve(
     if recipe.method in ADAPTERS:
         raise MhconvertError(f"{recipe.method} leaves the KV cache as it is, so there is no curve of it")
     from mhconvert.convert.layer_pass import budget_curve
-    from mhconvert.convert.open_model import open_model
-    from mhconvert.eval import fidelity
-    from mhconvert.eval.kv_cache import rivals, serving
+    from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.kv_cache.rivals import Beside
     from mhconvert.heal import layer_fit
 
-    tell, rows = on_progress or ignore, []
-    if baselines:
-        donor = open_model(recipe.model, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
-    for dtype in baselines:
-        serving.require(donor, dtype)
-
-    def held_out(tokenizer: Any, length: int) -> Tensor:
-        if text is not None:
-            rows.append(fidelity.text_rows(tokenizer, text, length, sequences))
-        else:
-            rows.append(rivals.held_out_rows(recipe, donor, tell))
-        return rows[0]
-
-    result = budget_curve.measure_curve(
-        recipe,
-        budgets,
-        fit=layer_fit.fit,
-        measure=fidelity.Fidelity,
-        held_out=held_out if text or baselines else None,
-        on_progress=on_progress,
+    beside = Beside(recipe, text, sequences, baselines, on_progress or ignore)
+    return beside.completed(
+        budget_curve.measure_curve(
+            recipe,
+            budgets,
+            fit=layer_fit.fit,
+            measure=Fidelity,
+            held_out=beside.held_out,
+            on_progress=on_progress,
+        )
     )
-    rivals.add_shares(result, getattr(recipe.settings, "kv_bits", None) == "auto")
-    points = rivals.measure(donor, baselines, rows[0], tell) if baselines else []
-    measured_on = str(text) if text else "held-out calibration text"
-    return result | {"kv_share_of": rivals.SHARE_OF, "baselines": points, "measured_on": measured_on}
 
 
 def heal(

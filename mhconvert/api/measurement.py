@@ -153,8 +153,7 @@ def bench(
         compile: torch.compile of the decode step, on a static cache.
         random: a method: random weights of the donor's shape and of its conversion's are timed.
         kv_budget: of that conversion.
-        kv_cache_dtype: of the checkpoint's cache, as in `EvalSettings`; the donor has its own. The checkpoint may then
-            be the donor itself.
+        kv_cache_dtype: of the checkpoint's cache, not the donor's; the checkpoint may then be the donor itself.
         dtype: None: bfloat16 on CUDA, else float32.
         device: a torch device; None: CUDA if present.
         on_progress: called with the progress.
@@ -165,15 +164,12 @@ def bench(
         cache_ratio; with reexpand also reexpanded and ratio_to_reexpanded.
 
     Raises:
-        MhconvertError: Before weights are read, for what is not converted, has another shape than its donor, is
-            shorter than a context, or does not fit into memory.
+        MhconvertError: Before weights are read: not converted, another shape, shorter than a context, too large.
     """
     from mhconvert.eval.speed import bench as timing
 
-    options = timing.Options(
-        tuple(contexts), batch, new_tokens, dtype, static_cache, compile, reexpand, kv_cache_dtype
-    )
-    tell = on_progress or ignore
+    how = (static_cache, compile, reexpand, kv_cache_dtype)
+    options, tell = timing.Options(tuple(contexts), batch, new_tokens, dtype, *how), on_progress or ignore
     if random is not None:
         return timing.bench_random(checkpoint, random, kv_budget, options, device, tell)
     return timing.bench(checkpoint, against, options, device, tell)
