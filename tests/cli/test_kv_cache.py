@@ -17,11 +17,11 @@ from mhconvert.eval.settings import EvalSettings
 from tests.conftest import Cli, Main
 from tests.donors import TEXT, make_donor
 
-CALIBRATION = ["--calibration-tokens", 512, "--sequence-length", 64, "--device", "cpu", "--effort", "quick", "--quiet"]
+CALIBRATION = [
     "--calibration-tokens",
-    "512",
+    512,
     "--sequence-length",
-    "64",
+    64,
     "--device",
     "cpu",
     "--effort",
