@@ -33,12 +33,12 @@ OnRows = Callable[[str, int, int], None]  # task, rows done, rows in all
 
 def require_available(settings: EvalSettings) -> None:
     """Raises MhconvertError for a backend that is not installed, or has no such cache."""
-    if settings.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise MhconvertError("--backend vllm needs vllm, which is not installed here; use --backend hf")
     if settings.backend == "vllm" and settings.kv_cache_dtype not in (OWN_CACHE, "fp8"):
         raise MhconvertError(
             f"vllm has no KV cache of dtype {settings.kv_cache_dtype}; choose --kv-cache-dtype fp8, or --backend hf"
         )
+    if settings.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise MhconvertError("--backend vllm needs vllm, which is not installed here; use --backend hf")
 
 
 @dataclass
