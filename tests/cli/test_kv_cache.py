@@ -238,3 +238,13 @@ def test_lm_eval_asks_the_model_with_the_cache(place: Path) -> None:
     assert own["value"] is not None
     assert coded["difference"] is not None
     assert [model["kv_cache_dtype"] for model in result["models"]] == ["auto", "int2"]
+
+
+def test_a_report_does_not_take_bytes_of_another_cache(main: Main, place: Path, convert: Convert) -> None:
+    """`report.json` has the bytes of the checkpoint's own cache."""
+    folder, page = convert("mla", method="mla", kv_budget=0.5), place / "page.md"
+    words = ["eval", folder, "--text", place / "text.txt", *ROWS[:-1], "--report", page]
+    assert main(*words) == 0
+    assert "| mla | 128 | 50 % | 512 B |" in page.read_text(encoding="utf-8")
+    assert main(*words, "--kv-cache-dtype", "int4") == 0
+    assert "| mla int4 | 40 | 15.6 % | — |" in page.read_text(encoding="utf-8")
