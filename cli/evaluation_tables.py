@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..eval.settings import OWN_CACHE
+
+CODES = "two bytes of codes count as one element of the KV cache; int8 … int2 are weighed behind whole groups of 32"
 NOISE = "≈: within two standard errors of the paired difference from the first model, that is, perhaps noise"
 
 
@@ -43,6 +46,8 @@ def _texts(result: dict[str, Any], names: list[str], console: Any) -> None:
                 part,
             )
         console.print(table)
+    if any(model.get("kv_cache_dtype", OWN_CACHE) != OWN_CACHE for model in result["models"]):
+        console.out(CODES, highlight=False)
 
 
 def _tasks(result: dict[str, Any], names: list[str], console: Any) -> None:

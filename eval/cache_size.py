@@ -8,6 +8,10 @@ from typing import Any
 import torch
 
 from ..convert.bare_process.child import cache_storage
+from .kv_cache.serving import WHOLE_GROUPS, make_cache
+from .settings import OWN_CACHE
+
+PROMPT_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,18 @@ class CacheCost:
         return self.elements / self.tokens
 
 
-def measure_cache(model: Any, *, prompt_tokens: int = 16, new_tokens: int = 4) -> CacheCost:
+def measure_cache(
+    model: Any, *, prompt_tokens: int | None = None, new_tokens: int = 4, dtype: str = OWN_CACHE
+) -> CacheCost:
     """The size of the cache that `generate` returns after an arbitrary prompt.
 
-    The cache holds prompt_tokens + new_tokens − 1 tokens, as the last generated one is not read back.
+    The cache holds prompt_tokens + new_tokens − 1 tokens, as the last generated one is not read back. By default these
+    are 19, or whole groups of a cache of another `dtype` than the model's own.
     """
+    if prompt_tokens is None:
+        prompt_tokens = PROMPT_TOKENS if dtype == OWN_CACHE else WHOLE_GROUPS + 1 - new_tokens
     vocabulary = model.config.get_text_config().vocab_size
+    coded = {"past_key_values": make_cache(model.config, dtype)} if dtype != OWN_CACHE else {}
     input_ids = (torch.arange(prompt_tokens) % vocabulary)[None].to(model.device)
     with torch.inference_mode():
         output = model.generate(
@@ -49,6 +59,7 @@ def measure_cache(model: Any, *, prompt_tokens: int = 16, new_tokens: int = 4) -
             min_new_tokens=new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
+            **coded,
         )
     cache = output.past_key_values
     size, elements = cache_storage(cache)

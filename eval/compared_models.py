@@ -15,6 +15,8 @@ from ..convert import open_model
 from ..convert.checkpoint import identity
 from ..convert.checkpoint.provenance import read_record
 from ..convert.open_model import OpenModel
+from .kv_cache import serving
+from .settings import OWN_CACHE, EvalSettings
 from .tasks.harness import Candidate
 
 
@@ -25,6 +27,7 @@ def open_models(
     device: str | None,
     trust_remote_code: bool,
     on_progress: Listener,
+    kv_cache_dtype: str = OWN_CACHE,
 ) -> list[OpenModel]:
     """The donor, where there is one, and the checkpoints, each once; no weights are read.
 
@@ -35,9 +38,11 @@ def open_models(
         device: None: under `accelerate launch` the GPU of this process, else CUDA where there is one.
         trust_remote_code: lets a checkpoint run its own code.
         on_progress: called with the progress.
+        kv_cache_dtype: of the checkpoints' caches. Where it is not their own, the donor may be among them, and a model
+            without a donor is its own.
 
     Raises:
-        MhconvertError: a model cannot be read, or the models have different vocabularies.
+        MhconvertError: a model cannot be read, has no such cache, or the models have different vocabularies.
     """
     device = _process_device(device)
     references = list(dict.fromkeys(checkpoints))
@@ -45,9 +50,13 @@ def open_models(
         try:
             against = open_model.recorded_donor(references[0])
         except MhconvertError:
-            if need_donor or len(references) > 1:
+            if kv_cache_dtype != OWN_CACHE:
+                against = references[0]
+            elif need_donor or len(references) > 1:
                 raise
-    references = ([against] if against is not None else []) + [each for each in references if each != against]
+    if kv_cache_dtype == OWN_CACHE:
+        references = [each for each in references if each != against]
+    references = ([against] if against is not None else []) + references
     models: list[OpenModel] = []
     for index, reference in enumerate(references):
         on_progress(Progress("donor" if index == 0 else "checkpoint", 0, 1, reference))
@@ -57,12 +66,23 @@ def open_models(
                 f"{reference} has {opened.vocab_size} tokens and {references[0]} has {models[0].vocab_size}; "
                 "they can be compared only over one vocabulary"
             )
+        if index > 0:
+            serving.require(opened, kv_cache_dtype)
         models.append(opened)
     return models
 
 
+def candidates_of(opened: Sequence[OpenModel], settings: EvalSettings) -> list[Candidate]:
+    """The models of `open_models` with the caches that they are measured with: the first, the donor, has its own."""
+    asked = [OWN_CACHE, *(settings.kv_cache_dtype for _ in opened[1:])]
+    return [
+        Candidate(model, open_model.of_model(model), settings, dtype)
+        for model, dtype in zip(opened, asked, strict=True)
+    ]
+
+
 def describe(candidate: Candidate) -> dict[str, Any]:
-    """name, reference, role (donor, converted, healed or adapter), method, fingerprint and dtype of a model."""
+    """name, reference, role (donor, converted, healed or adapter), method, fingerprint, dtype and kv_cache_dtype."""
     opened = candidate.opened
     role, method = "donor", identity.made_by(str(opened.folder))
     if opened.adapter is not None:
@@ -76,6 +96,7 @@ def describe(candidate: Candidate) -> dict[str, Any]:
         "method": method,
         "fingerprint": candidate.fingerprint,
         "dtype": str(candidate.dtype).removeprefix("torch."),
+        "kv_cache_dtype": candidate.kv_cache_dtype,
     }
 
 

@@ -15,10 +15,9 @@ from mhconvert.errors import MhconvertError
 from mhconvert.library_versions import versions
 from mhconvert.progress import Listener, Progress
 
-from ..convert import open_model
 from ..convert.open_model import OpenModel
 from . import fidelity, retrieval, texts
-from .compared_models import describe, open_models
+from .compared_models import candidates_of, describe, open_models
 from .result_cache import Store
 from .settings import EvalSettings
 from .tasks import harness, scores
@@ -57,10 +56,10 @@ def evaluate(
     store = store if store is not None else Store()
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
-        need_donor = bool(settings.text)
-        opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress)
+        need_donor, kv = bool(settings.text), settings.kv_cache_dtype
+        opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress, kv)
         text_rows = _text_rows(settings, opened)
-        candidates = [Candidate(model, open_model.of_model(model), settings) for model in opened]
+        candidates = candidates_of(opened, settings)
         run = Run(settings, store, fresh, on_progress)
         on_texts = _measure_texts(run, candidates, text_rows)
         outcomes, probes = _measure_models(run, candidates, tasks)
@@ -159,7 +158,7 @@ def _probe(candidate: Candidate, fresh: bool, store: Store, on_progress: Listene
     key = candidate.key() | {"probe": lengths}
     result = None if fresh else store.load(key)
     if result is None:
-        model = candidate.lm.model if candidate.lm is not None else candidate.opened.model(candidate.dtype)
+        model = candidate.lm.model if candidate.lm is not None else candidate.load(candidate.dtype)
         on_rows = _row_listener(on_progress, candidate)
         result = retrieval.probe(
             model,

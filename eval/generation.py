@@ -15,6 +15,8 @@ from mhconvert.errors import MhconvertError
 
 from ..convert.bare_process.child import cache_storage
 from ..convert.open_model import OpenModel
+from .kv_cache import serving
+from .settings import OWN_CACHE
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Options:
         chat: makes the prompt a user message in the chat template.
         temperature: 0 is greedy.
         seed: of the sampling.
+        kv_cache_dtype: of the cache.
     """
 
     max_new_tokens: int = 64
     chat: bool = False
     temperature: float = 0.0
     seed: int = 0
+    kv_cache_dtype: str = OWN_CACHE
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -59,12 +63,13 @@ def generate(
     opened: OpenModel, prompt: str, options: Options, on_text: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """See `mhconvert.api.generate`."""
+    serving.require(opened, options.kv_cache_dtype)
     tokenizer = opened.tokenizer()
     encoded = _encode(tokenizer, prompt, options.chat)
     if encoded["input_ids"].shape[1] == 0:
         raise MhconvertError("the prompt has no tokens; give some text")
     opened.require_length(encoded["input_ids"].shape[1] + options.max_new_tokens)
-    model = opened.model()
+    model = serving.serve(opened.model(), options.kv_cache_dtype)
     if on_text is not None and not options.chat:
         on_text(prompt)
     started = time.perf_counter()
@@ -78,6 +83,7 @@ def generate(
         "new_tokens": len(generated),
         "kv_bytes_per_token": cache_storage(cache)[0] / int(cache.get_seq_length()),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_cache_dtype": options.kv_cache_dtype,
         "seconds": time.perf_counter() - started,
     }
 

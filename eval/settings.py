@@ -14,6 +14,9 @@ from ..convert.validation.settings import Settings
 
 Suite = Literal["quick", "transmla", "moh", "dha", "open-llm"]
 Backend = Literal["hf", "vllm"]
+KvCacheDtype = Literal["auto", "int8", "int4", "int3", "int2", "fp8"]
+OWN_CACHE: KvCacheDtype = "auto"
+BASELINES: tuple[KvCacheDtype, ...] = ("int8", "int4", "int3", "int2")  # the donor's caches beside a curve
 
 
 def task_names(text: str) -> tuple[str, ...]:
@@ -102,6 +105,13 @@ class EvalSettings(Settings):
             words=DTYPES,
         ),
     ] = None
+    kv_cache_dtype: Annotated[
+        KvCacheDtype,
+        Option(
+            "Of the KV cache. auto: the model's own; int8 … int2: KIVI's codes, keys by channel and values by token in "
+            "groups of 32; fp8: e4m3 with scale 1."
+        ),
+    ] = OWN_CACHE
     backend: Annotated[
         Backend, Option("What runs the tasks: transformers, or vllm where it is installed.")
     ] = "hf"

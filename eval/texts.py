@@ -61,7 +61,7 @@ class _LazyModel:
 
     @cached_property
     def model(self) -> Any:
-        return self.candidate.opened.model()
+        return self.candidate.load()
 
 
 def _measure_model(
@@ -76,16 +76,20 @@ def _measure_model(
     key = {
         "fidelity": [candidate.fingerprint, donor.candidate.fingerprint],
         "device": candidate.opened.device,
+        **candidate.cache_key(),
         "rows": [[hashlib.sha256(ids.numpy().tobytes()).hexdigest(), *ids.shape] for ids in rows.values()],
     }
     result = None if fresh else store.load(key)
     if result is None:
-        model = candidate.opened.model() if candidate is not donor.candidate else donor.model
+        model = candidate.load() if candidate is not donor.candidate else donor.model
         texts = [
             fidelity.evaluate(model, donor.model, ids, partial(on_rows, f"{candidate.name}: {text}"))
             for text, ids in rows.items()
         ]
-        cache = [cache_size.measure_cache(each).elements_per_token for each in (donor.model, model)]
+        cache = [
+            cache_size.measure_cache(each, dtype=of.kv_cache_dtype).elements_per_token
+            for each, of in ((donor.model, donor.candidate), (model, candidate))
+        ]
         result = {"texts": texts, "cache": cache}
         store.save(key, result)
     return result

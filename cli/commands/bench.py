@@ -6,13 +6,14 @@ from typing import Any, TextIO
 
 import typer
 
+from ...eval.settings import OWN_CACHE
 from ..options import common, timing
-from ..options.from_settings import settings_options
+from ..options.from_settings import settings_options, values_of
 from ..output import Flags, calm_transformers, execute
 from ..progress import progress
 
 
-@settings_options(*common.method_groups(["mla"], ["kv_budget"]))
+@settings_options(*common.method_groups(["mla"], ["kv_budget"]), common.KV_CACHE)
 def command(
     checkpoint: common.Checkpoint,
     against: common.Against = None,
@@ -54,6 +55,7 @@ def command(
                 compile=compile,
                 random=to if random else None,
                 kv_budget=kv_budget,
+                **values_of(common.KV_CACHE, options),
                 dtype=dtype,
                 device=device,
                 on_progress=listener,
@@ -73,6 +75,8 @@ def show(result: dict[str, Any], console: Any) -> None:
     plural = "s" * (result["threads"] > 1)
     place = f"cpu, {result['threads']} thread{plural}" if result["device"] == "cpu" else result["device"]
     how = f"{result['cache']} cache" + (", compiled" if result["compiled"] else "")
+    if result.get("kv_cache_dtype", OWN_CACHE) != OWN_CACHE:
+        how += f", the second model's of {result['kv_cache_dtype']}"
     console.out(f"batch {result['batch']}, {result['dtype']}, {place}, {how}", highlight=False)
     names = ("context", "", "prefill tok/s", "decode tok/s", "±", "decode", "KV cache", "")
     table = Table(*(Column(name, justify="left" if name == "" else "right") for name in names))
@@ -92,6 +96,11 @@ def show(result: dict[str, Any], console: Any) -> None:
             times = row["ratio"] / row["ratio_to_reexpanded"]
             table.add_row("", "re-expanded", *_speeds(slow), f"× {number(times)}", "", "")
     console.print(table)
+    if result.get("kv_cache_dtype", OWN_CACHE) != OWN_CACHE and result["dtype"] == "float32":
+        console.out(
+            "KV caches are compared with a float32 one; of 16-bit bytes they are twice the share",
+            highlight=False,
+        )
 
 
 def _speeds(timing: dict[str, Any]) -> tuple[str, str, str]:

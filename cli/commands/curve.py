@@ -8,6 +8,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ...convert.methods.registry import CACHE_METHODS
+from ...eval.settings import BASELINES, OWN_CACHE
 from ..options import common
 from ..options.common import ANY_METHOD, CALIBRATION, method_groups, recipe_group
 from ..options.from_settings import Group, settings_options
@@ -41,6 +42,13 @@ Text = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="UTF-8 text to measure on, not held-out rows.")
 ]
 TextRows = Annotated[int, typer.Option(metavar="N", help="Rows of --text.")]
+Baselines = Annotated[
+    bool,
+    typer.Option(
+        "--baselines",
+        help=f"Measure the donor with KV caches of {', '.join(BASELINES)} too, on the same text.",
+    ),
+]
 FIELDS = (
     "profile",
     "kv_bits",
@@ -62,7 +70,7 @@ def groups() -> tuple[Group, ...]:
     )
 
 
-@settings_options(*groups())
+@settings_options(*groups(), common.KV_CACHE)
 def command(
     donor: common.Donor,
     to: common.CacheMethod,
@@ -70,13 +78,17 @@ def command(
     output: Output = None,
     text: Text = None,
     sequences: TextRows = 16,
+    baselines: Baselines = False,
     force: common.ForceFile = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
     **options: Any,
 ) -> None:
-    """Measure DONOR's conversion at several KV budgets in one pass, and draw it. Writes no checkpoint."""
+    """Measure DONOR's conversion at several KV budgets in one pass, and draw it. Writes no checkpoint.
+
+    --baselines adds the unconverted donor with quantised caches; --kv-cache-dtype adds it with one of them.
+    """
     require_applicable(to, groups(), options)
     files = list(output or ())
 
@@ -94,6 +106,7 @@ def command(
                 None if budgets is None else [float(share) for share in budgets.split(",")],
                 text=text,
                 sequences=sequences,
+                baselines=_baselines(baselines, options["kv_cache_dtype"]),
                 on_progress=listener,
             )
         for file in files:
@@ -101,6 +114,12 @@ def command(
         return result | {"files": list(map(str, files))}
 
     execute(Flags(json, quiet, debug), work, show)
+
+
+def _baselines(all_of_them: bool, one: str | None) -> list[str]:
+    """The dtypes of the donor's caches that are measured beside the curve."""
+    asked = [*(BASELINES if all_of_them else ()), *([] if one in (None, OWN_CACHE) else [one])]
+    return list(dict.fromkeys(asked))
 
 
 def show(result: dict[str, Any], console: Any) -> None:
@@ -115,6 +134,7 @@ def show(result: dict[str, Any], console: Any) -> None:
     console.out(f"{name} → {result['method'].upper()}, {how}", highlight=False)
     on = f"{result['measured_tokens']:,} predictions on {result['measured_on']}"
     console.out(f"measured on {on}; donor's perplexity {result['perplexity']:.4g}", highlight=False)
+    console.out(f"KV cache in % of {result['kv_share_of']}", highlight=False)
     head, *rows = curve_rows(result)
     table = Table(*(Column(title, justify="right") for title in head))
     for row in rows:

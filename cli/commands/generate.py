@@ -7,6 +7,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ..options import common
+from ..options.from_settings import settings_options, values_of
 from ..output import Flags, calm_transformers, execute
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")]
@@ -15,6 +16,7 @@ Chat = Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message i
 Temperature = Annotated[float, typer.Option(metavar="T", help="0: greedy; above: sampled.")]
 
 
+@settings_options(common.KV_CACHE)
 def command(
     checkpoint: common.Checkpoint,
     prompt: Prompt,
@@ -27,6 +29,7 @@ def command(
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
+    **options: Any,
 ) -> None:
     """Continue PROMPT, greedily by default. The prompt and what follows it go to stdout."""
 
@@ -45,6 +48,7 @@ def command(
             chat=chat,
             temperature=temperature,
             seed=seed,
+            **values_of(common.KV_CACHE, options),
             device=device,
             trust_remote_code=trust_remote_code,
             on_text=None if json else write,

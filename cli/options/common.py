@@ -12,6 +12,7 @@ from ...convert.methods.registry import CACHE_METHODS, METHOD_NAMES, METHODS, in
 from ...convert.recipe.recipe import Calibration, Recipe
 from ...convert.recipe.torch_device import known_device
 from ...convert.recipe.written_weights import shard_size
+from ...eval.settings import EvalSettings
 from .from_settings import Group, readable
 from .grouped_help import NAMES
 
@@ -108,6 +109,7 @@ Output = Annotated[
 
 CALIBRATION = Group("Calibration", Calibration, layers=True)
 TOLERANCE = Group("Conversion", Recipe, ("tolerance",), layers=True, cache=True)
+KV_CACHE = Group("KV cache", EvalSettings, ("kv_cache_dtype",))
 ANY_METHOD = Group("Every method", Recipe, ("seed", "trust_remote_code"))
 
 

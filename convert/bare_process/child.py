@@ -19,13 +19,19 @@ def cache_storage(cache: Any, element_bytes: int = 2) -> tuple[int, float]:
 
     Storages are counted once and in full, as a slice keeps its whole buffer in memory. Bytes of codes (uint8 tensors)
     count as elements of `element_bytes` each. Counters of a static cache do not count.
+    Tensors in a tuple that a layer holds count too.
     """
     import torch
 
     size, elements = 0, 0.0
     seen: set[int] = set()
     for layer in cache.layers:
-        for value in vars(layer).values():
+        held = [
+            part
+            for value in vars(layer).values()
+            for part in (value if isinstance(value, tuple) else (value,))
+        ]
+        for value in held:
             if not isinstance(value, torch.Tensor) or value.numel() == 0:
                 continue
             coded = value.dtype == torch.uint8

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..report.conversion_tables import healing_line
 from ..report.units import count, duration, number, share, size
+from ..settings import OWN_CACHE
 from .blocks import Block, Cell, Code, Heading, Paragraph, Table
 from .figures import curves, layers
 from .task_table import tasks
@@ -130,6 +131,8 @@ def cost(result: Result, reports: Reports) -> list[Block]:
             next((report[key][side] for report in candidates if (report or {}).get(key)), None)
             for key in ("kv_bytes_per_token", "parameters", "active_heads")
         )
+        if model.get("kv_cache_dtype", OWN_CACHE) != OWN_CACHE:
+            stored = None  # the report's bytes are of the checkpoint's own cache
         kv_elements = elements[index].get("kv_elements_per_token")
         kv_text = f"{kv_elements:,.10g}" if kv_elements is not None else ""
         rows.append([model["name"], kv_text, share(kept), size(stored), count(parameters), count(heads)])

@@ -11,6 +11,7 @@ from . import plots
 from .blocks import Block, Figure, Heading, Paragraph, Table
 from .verdict import cache_shares, ratio
 
+AS_MADE = ("converted", "donor")  # and not trained since
 NO_PLOT = "There is no plot because matplotlib is missing: pip install 'mhconvert[plot]'"
 
 
@@ -23,14 +24,12 @@ def curves(result: Mapping[str, Any]) -> list[Block]:
     for text in result["texts"]:
         base = text["models"][0].get("perplexity")
         points = [
-            plots.Point(model["name"], str(model["method"]), kept, times, model["role"] == "converted")
-            for model, kept, measured in zip(result["models"], shares, text["models"], strict=True)
-            if model["role"] != "donor"
-            and kept is not None
-            and (times := ratio(measured.get("perplexity"), base)) is not None
+            plots.Point(model["name"], str(model["method"] or "donor"), kept, times, model["role"] in AS_MADE)
+            for model, kept, measured in list(zip(result["models"], shares, text["models"], strict=True))[1:]
+            if kept is not None and (times := ratio(measured.get("perplexity"), base)) is not None
         ]
         if plots.available():
-            caption = f"{text['text']}. Filled: as converted; open: healed or adapted."
+            caption = f"{text['text']}. Filled: as made; open: healed or adapted."
             page.append(Figure(plots.budget(points, text["text"]), caption))
         ordered = sorted(points, key=lambda point: -point.kept)
         rows = [[point.name, share(point.kept), f"× {point.ratio:.3f}"] for point in ordered]

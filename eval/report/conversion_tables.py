@@ -111,19 +111,21 @@ def healing_line(report: dict[str, Any]) -> str:
 
 
 def curve_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table of a KV-budget curve: a header, then one row for each point, in the order of `result["points"]`."""
-    titles = ("KV budget", "KV cache a token", "perplexity", "", "KL", "top-1", "layer error", "time")
+    """The table of a KV-budget curve: a header, then one row for each point, in the order of `result["points"]`, and
+    one for each of the donor's caches in `result["baselines"]`."""
+    titles = ("KV budget", "KV cache", "a token", "perplexity", "", "KL", "top-1", "layer error", "time")
     table: list[tuple[str, ...]] = [titles]
-    for point in result["points"]:
+    for point in [*result["points"], *result.get("baselines", ())]:
         table.append(
             (
-                share(point["kv_budget"]),
-                size(point["kv_bytes_per_token"]),
+                point["name"] if "name" in point else share(point["kv_budget"]),
+                share(point["kv_share"]),
+                size(2 * point["kv_share"] * result["kv_elements_per_token"]),
                 number(point["perplexity"]["converted"]),
                 f"× {point['perplexity_ratio']:.3f}",
                 number(point["kl"]),
                 share(point["top1_agreement"]),
-                number(point["mean_relative_error"]),
+                number(point.get("mean_relative_error")),
                 duration(point["seconds"]),
             )
         )

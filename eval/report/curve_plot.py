@@ -14,7 +14,8 @@ from mhconvert.errors import MhconvertError, OutputError
 from .conversion_tables import json_safe
 
 PICTURES = (".svg", ".png", ".pdf")
-BLUE, GREY = "#1f5fa8", "#6b6b6b"
+BLUE, ORANGE, GREY = "#1f5fa8", "#b8541a", "#6b6b6b"
+BYTE_TICKS = (0.03125, 0.0625, 0.09375, 0.125, 0.1875, 0.25, 0.3125, 0.5, 0.75, 1)
 
 
 def check(files: Sequence[Path], force: bool) -> None:
@@ -65,19 +66,21 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def draw(result: dict[str, Any]) -> Any:
-    """A matplotlib figure of two panels: perplexity ratio to the donor, and KL, against the KV budget.
+    """A matplotlib figure of two panels: perplexity ratio to the donor, and KL, against the cache's bytes.
 
-    Both axes are logarithmic. Points that are not finite are left out.
+    One line is the conversion, the other the donor with quantised caches, where these were measured. All axes are
+    logarithmic. Points that are not finite are left out.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    points = sorted(result["points"], key=lambda point: point["kv_budget"])
-    _panel(left, points, "perplexity_ratio", "{:.2f} ×", (1, 1.2, 1.5, 2, 3, 5, 7))
+    lines = {result["method"].upper(): result["points"], "donor, quantised cache": result.get("baselines")}
+    lines = {name: sorted(line, key=lambda point: point["kv_share"]) for name, line in lines.items() if line}
+    _panel(left, lines, "perplexity_ratio", "{:.2f} ×", (1, 1.2, 1.5, 2, 3, 5, 7))
     left.set_title(f"Perplexity, times the donor's {result['perplexity']:.4g}", loc="left", fontsize=10)
     left.axhline(1, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-    _panel(right, points, "kl", "{:.2g}", (1, 2, 5))
+    _panel(right, lines, "kl", "{:.2g}", (1, 2, 5))
     right.set_title("KL from the donor, nats a token", loc="left", fontsize=10)
     steps = result["fit_steps"]
     fit = f"{steps} fit steps a layer" if steps else "closed form"
@@ -132,20 +135,30 @@ def draw_healing(entries: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def _panel(axes: Any, points: list[dict[str, Any]], key: str, label: str, ticks: tuple[float, ...]) -> None:
-    """Plot `key` of the points against their KV budget on logarithmic axes, each point labelled with its value."""
+def _panel(
+    axes: Any, lines: dict[str, list[dict[str, Any]]], key: str, label: str, ticks: tuple[float, ...]
+) -> None:
+    """Plot `key` of each line's points against their share of the bytes, each point labelled with its value."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    values = [(p["kv_budget"], p[key]) for p in points if math.isfinite(p[key]) and p[key] > 0]
-    budgets = [budget for budget, _ in values]
     axes.set(xscale="log", yscale="log")
-    axes.plot(*zip(*values, strict=True), color=BLUE, linewidth=1.6, marker="o", markersize=5, clip_on=False)
-    for point in values:
-        text = label.format(point[1])
-        axes.annotate(text, point, (5, 5), textcoords="offset points", fontsize=8, color=BLUE)
+    shares: set[float] = set()
+    for (name, points), colour, marker, below in zip(
+        lines.items(), (BLUE, ORANGE), "os", (5, -11), strict=False
+    ):
+        values = [(p["kv_share"], p[key]) for p in points if math.isfinite(p[key]) and p[key] > 0]
+        style = {"color": colour, "linewidth": 1.6, "marker": marker, "markersize": 5, "clip_on": False}
+        axes.plot([x for x, _ in values], [y for _, y in values], label=name, **style)
+        for point in values:
+            text = label.format(point[1])
+            axes.annotate(text, point, (5, below), textcoords="offset points", fontsize=8, color=colour)
+        shares |= {x for x, _ in values}
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=8)
+        shares = {tick for tick in BYTE_TICKS if min(shares) <= 1.05 * tick and tick <= 1.05 * max(shares)}
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(budgets, [f"{100 * budget:.4g}" for budget in budgets], fontsize=8)
-    axes.set_xlabel("KV cache kept, %", fontsize=9)
+    axes.set_xticks(sorted(shares), [f"{100 * tick:.4g}" for tick in sorted(shares)], fontsize=8)
+    axes.set_xlabel("KV cache, % of the bytes at 16 bits an element", fontsize=9)
     axes.margins(x=0.1, y=0.15)
     axes.yaxis.set_major_locator(LogLocator(subs=ticks))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -16,6 +16,7 @@ from mhconvert.errors import CheckpointError
 from ...convert.checkpoint.provenance import EVALUATION
 from ...convert.storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ...convert.storage.safetensors_reader import read_json
+from ..settings import OWN_CACHE
 from .units import count, number, share
 
 TASK_TYPE = "text-generation"  # the Hub's name of the evaluated task
@@ -30,14 +31,17 @@ class Evaluation:
         results: entries of `model-index`.
         rows: (quantity, base model, this model, remark).
         settings: sentences on how the results were measured.
+        conditions: of all results, beside each one's own arguments.
     """
 
     results: list[EvalResult] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     def add(self, dataset: str, metric: str, name: str, value: Any, arguments: dict[str, Any]) -> None:
         """Add a value to `results`; one that is not a finite number is left out."""
+        arguments = arguments | self.conditions
         if isinstance(value, (int, float)) and math.isfinite(value):
             self.results.append(
                 EvalResult(
@@ -87,6 +91,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         donor = next((n for n, model in enumerate(models) if model.get("role") == "donor"), None)
         pair = Pair(this, donor if donor != this else None)
         evaluation = Evaluation()
+        _add_cache(evaluation, models[this])
         for text in content.get("texts") or []:
             _add_text(evaluation, text, *pair.select(text["models"]))
         for task in content.get("tasks") or []:
@@ -99,6 +104,14 @@ def read_evaluation(folder: Path) -> Evaluation | None:
             "run mhconvert eval again, or remove the file"
         ) from error
     return evaluation
+
+
+def _add_cache(evaluation: Evaluation, model: dict[str, Any]) -> None:
+    """Say it where the model was measured with another KV cache than its own."""
+    dtype = model.get("kv_cache_dtype", OWN_CACHE)
+    if dtype != OWN_CACHE:
+        evaluation.conditions["kv_cache_dtype"] = dtype
+        evaluation.settings.append(f"This model was measured with a KV cache of dtype {dtype}.")
 
 
 def _model_position(models: list[dict[str, Any]], folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from ...convert.methods.registry import build_method, register, settings_class
 from ...convert.open_model import OpenModel, open_model, recorded_donor
 from ...convert.storage.dtype_cast import DTYPES
 from ..inspection import cache_elements, head_dim
+from ..kv_cache import serving
 from ..report.units import size
+from ..settings import OWN_CACHE
 from . import speed
 from .memory import available_memory
 
@@ -36,6 +39,7 @@ class Options:
         static_cache: use transformers' static cache.
         compile: compile the decode step with torch.compile; implies the static cache.
         reexpand: also time the converted model without absorption.
+        kv_cache_dtype: of the converted model's cache; the donor has its own.
 
     Raises:
         MhconvertError: a setting is out of range, or a context is too short for the decode steps.
@@ -48,14 +52,17 @@ class Options:
     static_cache: bool = False
     compile: bool = False
     reexpand: bool = False
+    kv_cache_dtype: str = OWN_CACHE
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.new_tokens < 1 or not self.contexts:
-            raise MhconvertError(
-                "--batch and --new-tokens start at 1, and --contexts names one context or more"
-            )
+            raise MhconvertError("--batch and --new-tokens start at 1; --contexts names one context or more")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise MhconvertError(f"dtype '{self.dtype}' is not one of {', '.join(DTYPES)}")
+        if self.kv_cache_dtype != OWN_CACHE and (self.static_cache or self.compile):
+            raise MhconvertError(
+                f"{self.kv_cache_dtype} caches grow; no --static-cache or --compile with them"
+            )
         for load in self.loads():
             if load.prompt_tokens < 1:
                 raise MhconvertError(
@@ -73,10 +80,10 @@ class Options:
 def bench(
     checkpoint: str, against: str | None, options: Options, device: str | None, on_progress: Listener = ignore
 ) -> dict[str, Any]:
-    """The timings of the checkpoint in the folder `checkpoint` and of a donor.
+    """The timings of the checkpoint in the folder `checkpoint` and of a donor, which may be itself with another cache.
 
     Args:
-        against: reference of the donor; None for the one that the checkpoint was made from.
+        against: reference of the donor; None for the one that the checkpoint was made from, or itself.
         device: None for CUDA if present, else the CPU.
 
     Raises:
@@ -84,11 +91,11 @@ def bench(
             too small.
     """
     place = pick_device(device)
-    if made_by(checkpoint) is None:
+    if made_by(checkpoint) is None and options.kv_cache_dtype == OWN_CACHE:
         raise MhconvertError(
             f"{checkpoint} is no folder that mhconvert wrote; convert it first, or time its shape with --random"
         )
-    against = against or recorded_donor(checkpoint)
+    against = against or (checkpoint if made_by(checkpoint) is None else recorded_donor(checkpoint))
     on_progress(Progress("donor", 0, 1, against))
     donor, converted = (open_model(reference, device=str(place)) for reference in (against, checkpoint))
     for field in MUST_AGREE:
@@ -172,6 +179,7 @@ def _require(
     Raises:
         MhconvertError: one of them does not hold.
     """
+    serving.require(converted, options.kv_cache_dtype)
     longest = options.loads()[-1]
     for model in (donor, converted):
         model.require_length(longest.context)
@@ -190,7 +198,7 @@ def _require(
 
 def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -> dict[str, Any]:
     """The timings of both models under every load, with the settings that they depend on."""
-    loads, rows = options.loads(), []
+    loads, rows, place = options.loads(), [], donor.device
     total, done = len(loads) * options.new_tokens, 0
 
     def count_step() -> None:
@@ -200,16 +208,16 @@ def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -
 
     for load in loads:
         on_progress(Progress("speed", done, total, f"context {load.context:,}, prefill"))
-        rows.append(speed.compare(donor, converted, load, reexpand=options.reexpand, on_step=count_step))
+        timed = partial(speed.compare, donor, converted, load, reexpand=options.reexpand)
+        rows.append(timed(kv_cache_dtype=options.kv_cache_dtype, on_step=count_step))
     return {
         "batch": options.batch,
         "new_tokens": options.new_tokens,
-        "device": torch.cuda.get_device_name(donor.device)
-        if donor.device.type == "cuda"
-        else str(donor.device),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
         "threads": torch.get_num_threads(),
         "dtype": str(donor.dtype).removeprefix("torch."),
         "cache": "static" if loads[0].static_cache else "dynamic",
+        "kv_cache_dtype": options.kv_cache_dtype,
         "compiled": options.compile,
         "rows": rows,
     }

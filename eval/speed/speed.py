@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from ...convert.bare_process.child import cache_storage
+from ..kv_cache.serving import make_cache
+from ..settings import OWN_CACHE
 
 WARM_STEPS = 2  # untimed decode steps at the start, for allocations and compilation
 PREFILLS = 3
@@ -45,6 +48,7 @@ class Run:
     Args:
         absorb: False makes latent attention expand its cache to the keys and values of all heads in every step, as
             the classes in transformers do.
+        kv_cache_dtype: of the cache.
 
     Attributes:
         prefills, steps: timings in seconds.
@@ -52,8 +56,11 @@ class Run:
         cache: of the batch.
     """
 
-    def __init__(self, model: Any, load: Load, *, absorb: bool = True) -> None:
+    def __init__(
+        self, model: Any, load: Load, *, absorb: bool = True, kv_cache_dtype: str = OWN_CACHE
+    ) -> None:
         self.model, self.load, self.absorb = model, load, absorb
+        self.kv_cache_dtype = kv_cache_dtype
         self.prefills: list[float] = []
         self.steps: list[float] = []
         self.row: Any = None
@@ -66,7 +73,8 @@ class Run:
         self.row = None
         vocabulary = self.model.config.get_text_config().vocab_size
         prompt = (torch.arange(self.load.prompt_tokens, device=self.model.device) % vocabulary)[None]
-        row = DynamicCache()
+        coded = self.kv_cache_dtype != OWN_CACHE
+        row = make_cache(self.model.config, self.kv_cache_dtype) if coded else DynamicCache()
         options = {"past_key_values": row, "use_cache": True, "logits_to_keep": 1}
         self.prefills.append(seconds(lambda: self.model(input_ids=prompt, **options), self.model.device))
         self.row = row
@@ -75,6 +83,10 @@ class Run:
     def fill(self, row: Any) -> None:
         """Fill the batch's cache with the one-row cache `row`, repeated."""
         config, load = self.model.config, self.load
+        if self.kv_cache_dtype != OWN_CACHE:
+            self.cache = copy.deepcopy(row)
+            self.cache.batch_repeat_interleave(load.batch)
+            return
         self.cache = (
             StaticCache(config=config, max_cache_len=load.context)
             if load.static_cache
@@ -134,6 +146,7 @@ def compare(
     load: Load,
     *,
     reexpand: bool = False,
+    kv_cache_dtype: str = OWN_CACHE,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The timings of two models under one load, one row of the benchmark's table.
@@ -141,22 +154,22 @@ def compare(
     Args:
         donor, converted: causal language models in eval mode.
         reexpand: also time the converted model without absorption.
+        kv_cache_dtype: of the converted model's cache; the donor has its own.
         on_step: called after every timed decode step of the donor.
 
-    Returns context, donor {…}, converted {…}, ratio (decode tokens/s, converted ÷ donor) and cache_ratio (bytes,
-    converted ÷ donor); with `reexpand` also reexpanded {…} and ratio_to_reexpanded (decode tokens/s, converted ÷
-    re-expanded).
+    Returns context, donor {…}, converted {…}, ratio (decode tokens/s) and cache_ratio (bytes), converted ÷ donor; with
+    `reexpand` also reexpanded {…} and ratio_to_reexpanded (decode tokens/s, converted ÷ re-expanded).
     """
     if load.compile:
         torch.compiler.reset()  # otherwise torch.compile would make the shapes dynamic from the second context on
-    runs = {"donor": Run(donor, load), "converted": Run(converted, load)}
+    runs = {"donor": Run(donor, load), "converted": Run(converted, load, kv_cache_dtype=kv_cache_dtype)}
     for repetition in range(PREFILLS):
         if repetition and max(run.prefills[0] for run in runs.values()) > TIME_LIMIT:
             break
         for run in runs.values():
             run.prefill()
     if reexpand:
-        runs["reexpanded"] = Run(converted, load, absorb=False)
+        runs["reexpanded"] = Run(converted, load, absorb=False, kv_cache_dtype=kv_cache_dtype)
         runs["reexpanded"].row = runs["converted"].row
     for run in runs.values():
         run.fill(run.row)

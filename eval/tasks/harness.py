@@ -19,8 +19,9 @@ import torch
 from mhconvert.errors import MhconvertError, TextError
 
 from ...convert.open_model import OpenModel
+from ..kv_cache import serving
 from ..result_cache import Store
-from ..settings import EvalSettings
+from ..settings import OWN_CACHE, EvalSettings
 from .outcome import plain_outcome
 from .task_choice import TaskSet, TaskSpec
 
@@ -31,7 +32,11 @@ OnRows = Callable[[str, int, int], None]  # task, rows done, rows in all
 
 
 def require_available(settings: EvalSettings) -> None:
-    """Raises MhconvertError for a backend that is not installed."""
+    """Raises MhconvertError for a backend that is not installed, or has no such cache."""
+    if settings.backend == "vllm" and settings.kv_cache_dtype not in (OWN_CACHE, "fp8"):
+        raise MhconvertError(
+            f"vllm has no KV cache of dtype {settings.kv_cache_dtype}; choose --kv-cache-dtype fp8, or --backend hf"
+        )
     if settings.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise MhconvertError("--backend vllm needs vllm, which is not installed here; use --backend hf")
 
@@ -44,17 +49,23 @@ class Candidate:
         opened: its config, tokenizer and files.
         fingerprint: of its files.
         settings: of the evaluation.
+        kv_cache_dtype: of its cache.
         lm: lm-eval's wrapper of the loaded model; None before it is needed.
     """
 
     opened: OpenModel
     fingerprint: str
     settings: EvalSettings
+    kv_cache_dtype: str = OWN_CACHE
     lm: Any = None
 
     @property
     def name(self) -> str:
-        """The donor's name, the name of the folder, or that of the repository on the Hub."""
+        """The donor's name, the name of the folder, or that of the repository on the Hub; then the cache's dtype."""
+        return self._name if self.kv_cache_dtype == OWN_CACHE else f"{self._name} {self.kv_cache_dtype}"
+
+    @property
+    def _name(self) -> str:
         if self.opened.donor is not None and self.opened.adapter is None:
             return self.opened.donor.name
         if self.opened.folder == Path(self.opened.reference).expanduser():
@@ -79,7 +90,16 @@ class Candidate:
             "backend": self.settings.backend,
             "max_length": self.settings.max_length,
             "device": torch.device(self.opened.device).type,
+            **self.cache_key(),
         }
+
+    def cache_key(self) -> dict[str, str]:
+        """The part of a key that says which cache the model has; {} for its own."""
+        return {} if self.kv_cache_dtype == OWN_CACHE else {"kv_cache_dtype": self.kv_cache_dtype}
+
+    def load(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The model, with its cache."""
+        return serving.serve(self.opened.model(dtype), self.kv_cache_dtype)
 
     def batch_size(self, rolling: bool) -> int | str:
         """Rows per call of the model; `rolling`: in tasks with rows of the maximal length."""
@@ -196,7 +216,7 @@ def _hf_model(candidate: Candidate) -> Any:
     tokenizer = opened.tokenizer()
     if candidate.settings.chat_template and not getattr(tokenizer, "chat_template", None):
         raise MhconvertError(f"{opened.reference} has no chat template; leave out --chat-template")
-    return ProgressLM(opened.model(candidate.dtype), tokenizer, candidate.settings.max_length)
+    return ProgressLM(candidate.load(candidate.dtype), tokenizer, candidate.settings.max_length)
 
 
 def _vllm_model(candidate: Candidate) -> Any:
@@ -209,6 +229,8 @@ def _vllm_model(candidate: Candidate) -> Any:
     folder = str(opened.folder if opened.donor is None else opened.donor.model_files())
     arguments: dict[str, Any] = {"pretrained": folder, "dtype": str(candidate.dtype).removeprefix("torch.")}
     arguments |= {"trust_remote_code": opened.donor is None or opened.trust_remote_code}
+    if candidate.kv_cache_dtype != OWN_CACHE:
+        arguments |= {"kv_cache_dtype": candidate.kv_cache_dtype}
     if candidate.settings.max_length is not None:
         arguments |= {"max_model_len": candidate.settings.max_length}
     return get_model("vllm").create_from_arg_obj(

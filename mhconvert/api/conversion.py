@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mhconvert.convert.methods.registry import ADAPTERS
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.errors import MhconvertError
-from mhconvert.progress import Listener
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mhconvert.progress import Listener, ignore
 
 
 def convert(
@@ -111,6 +108,7 @@ def curve(
     *,
     text: Path | None = None,
     sequences: int = 16,
+    baselines: Sequence[str] = (),
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """What the conversion that `recipe` describes would give at each KV budget, from one pass; writes nothing.
@@ -120,13 +118,15 @@ def curve(
         budgets: shares of the donor's KV elements, instead of the recipe's own; None: 75 % … 12.5 %.
         text: a UTF-8 file to measure on, instead of the recipe's held-out rows.
         sequences: rows of that file, each as long as the calibration's.
+        baselines: dtypes of KV caches (int8 … int2, fp8) with which the whole donor is measured on the same rows.
         on_progress: called with the progress.
 
     Returns:
         perplexity (the donor's), kv_elements_per_token, kv_bytes_per_token, calibration, measured_on, measured_tokens,
-        and points from the largest budget down: kv_budget, kv_elements_per_token, kv_bytes_per_token, kl, perplexity,
-        perplexity_ratio, top1_agreement, mean_relative_error, seconds. A point's figures are those of `convert` at
-        that budget; they are not smoothed.
+        and points from the largest budget down: kv_budget, kv_elements_per_token, kv_bytes_per_token, kv_share (of the
+        bytes of the donor's cache at 16 bits an element), kl, perplexity, perplexity_ratio, top1_agreement,
+        mean_relative_error, seconds. A point's figures are those of `convert` at that budget; they are not smoothed.
+        baselines: the donor's points, with name and kv_cache_dtype for kv_budget and mean_relative_error.
 
     Raises:
         MhconvertError: What a user can correct.
@@ -134,22 +134,21 @@ def curve(
     if recipe.method in ADAPTERS:
         raise MhconvertError(f"{recipe.method} leaves the KV cache as it is, so there is no curve of it")
     from mhconvert.convert.layer_pass import budget_curve
-    from mhconvert.eval import fidelity
+    from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.kv_cache.rivals import Beside
     from mhconvert.heal import layer_fit
 
-    def own_rows(tokenizer: Any, length: int) -> Tensor:
-        assert text is not None
-        return fidelity.text_rows(tokenizer, text, length, sequences)
-
-    result = budget_curve.measure_curve(
-        recipe,
-        budgets,
-        fit=layer_fit.fit,
-        measure=fidelity.Fidelity,
-        held_out=own_rows if text else None,
-        on_progress=on_progress,
+    beside = Beside(recipe, text, sequences, baselines, on_progress or ignore)
+    return beside.completed(
+        budget_curve.measure_curve(
+            recipe,
+            budgets,
+            fit=layer_fit.fit,
+            measure=Fidelity,
+            held_out=beside.held_out,
+            on_progress=on_progress,
+        )
     )
-    return result | {"measured_on": str(text) if text else "held-out calibration text"}
 
 
 def heal(

@@ -89,6 +89,7 @@ def generate(
     chat: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
+    kv_cache_dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
@@ -102,12 +103,14 @@ def generate(
         chat: put the prompt into the model's chat template.
         temperature: 0: greedy; above: sampled.
         seed: of sampling.
+        kv_cache_dtype: of the cache, as in `EvalSettings`.
         device: a torch device; None: CUDA if present.
         trust_remote_code: let the model run its own code.
         on_text: called with the prompt (not with `chat`) and then with the text as it appears.
 
     Returns:
-        checkpoint, prompt, text, prompt_tokens, new_tokens, dtype, kv_bytes_per_token (measured on the cache), seconds.
+        checkpoint, prompt, text, prompt_tokens, new_tokens, dtype, kv_cache_dtype, kv_bytes_per_token (measured on the
+        cache), seconds.
 
     Raises:
         MhconvertError: What a user can correct.
@@ -116,7 +119,7 @@ def generate(
     from mhconvert.eval import generation
 
     opened = open_model.open_model(checkpoint, device=device, trust_remote_code=trust_remote_code)
-    options = generation.Options(max_new_tokens, chat, temperature, seed)
+    options = generation.Options(max_new_tokens, chat, temperature, seed, kv_cache_dtype)
     return {"checkpoint": checkpoint} | generation.generate(opened, prompt, options, on_text)
 
 
@@ -132,6 +135,7 @@ def bench(
     compile: bool = False,
     random: str | None = None,
     kv_budget: float | None = None,
+    kv_cache_dtype: str = "auto",
     dtype: str | None = None,
     device: str | None = None,
     on_progress: Listener | None = None,
@@ -149,6 +153,7 @@ def bench(
         compile: torch.compile of the decode step, on a static cache.
         random: a method: random weights of the donor's shape and of its conversion's are timed.
         kv_budget: of that conversion.
+        kv_cache_dtype: of the checkpoint's cache, not the donor's; the checkpoint may then be the donor itself.
         dtype: None: bfloat16 on CUDA, else float32.
         device: a torch device; None: CUDA if present.
         on_progress: called with the progress.
@@ -159,13 +164,12 @@ def bench(
         cache_ratio; with reexpand also reexpanded and ratio_to_reexpanded.
 
     Raises:
-        MhconvertError: Before weights are read, for what is not converted, has another shape than its donor, is
-            shorter than a context, or does not fit into memory.
+        MhconvertError: Before weights are read: not converted, another shape, shorter than a context, too large.
     """
     from mhconvert.eval.speed import bench as timing
 
-    options = timing.Options(tuple(contexts), batch, new_tokens, dtype, static_cache, compile, reexpand)
-    tell = on_progress or ignore
+    how = (static_cache, compile, reexpand, kv_cache_dtype)
+    options, tell = timing.Options(tuple(contexts), batch, new_tokens, dtype, *how), on_progress or ignore
     if random is not None:
         return timing.bench_random(checkpoint, random, kv_budget, options, device, tell)
     return timing.bench(checkpoint, against, options, device, tell)

@@ -20,6 +20,7 @@ RESULT = CURVE | {
     "points": [
         {
             "kv_budget": 0.3125,
+            "kv_share": 0.3125,
             "kv_bytes_per_token": 14400,
             "kl": 0.8118,
             "perplexity": {"donor": 18.56, "converted": 40.43},
@@ -49,14 +50,14 @@ def test_defaults(main: Main, calls: list) -> None:
     recipe, budgets, options = calls[0]
     assert recipe == Recipe("tiny", "mla")
     assert budgets is None  # those that the donor can have
-    assert (options["text"], options["sequences"]) == (None, 16)
+    assert (options["text"], options["sequences"], options["baselines"]) == (None, 16, [])
 
 
 def test_every_option_reaches_the_call(main: Main, calls: list, tmp_path: Path) -> None:
     words = (
         "curve tiny --to mla --budgets 0.5,0.25 --profile portable --effort quick --fit-steps 3 --calibration a.txt"
         " --calibration-tokens 99 --sequence-length 64 --seed 5 --dtype bfloat16 --device cpu --trust-remote-code"
-        " --text own.txt --sequences 3"
+        " --text own.txt --sequences 3 --baselines --kv-cache-dtype fp8"
     )
     assert main(*words.split()) == 0
     recipe, budgets, options = calls[0]
@@ -74,6 +75,7 @@ def test_every_option_reaches_the_call(main: Main, calls: list, tmp_path: Path) 
     )
     assert budgets == [0.5, 0.25]
     assert (options["text"], options["sequences"]) == (Path("own.txt"), 3)
+    assert options["baselines"] == ["int8", "int4", "int3", "int2", "fp8"]
 
 
 def test_the_table_and_the_files(
@@ -98,6 +100,7 @@ def test_the_table_and_the_files(
     [
         ("curve tiny --to mla --budgets 0.5,much", "'0.5,much' is no list of shares such as 0.75,0.5,0.25"),
         ("curve tiny --to mla --budgets ,", "is no list of shares"),
+        ("curve tiny --to mla --kv-cache-dtype int5", "is not one of auto, int8, int4, int3, int2, fp8"),
         ("curve tiny", "--to"),
         ("curve tiny --to mla --kv-budget 0.5", "--kv-budget"),
         ("tiny --to mla --tolerance fine", "neither kl=NATS nor ppl=RATIO"),

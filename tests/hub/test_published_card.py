@@ -85,6 +85,16 @@ def test_the_evaluation_is_in_the_index_and_in_a_table(folder: Path) -> None:
     assert "Measured with `mhconvert eval`. wiki.test.raw: 16 rows of 1,024 tokens." in card
 
 
+def test_another_kv_cache_is_said_with_the_figures(folder: Path) -> None:
+    donor, own = EVALUATION["models"]
+    models = [donor | {"kv_cache_dtype": "auto"}, own | {"kv_cache_dtype": "int4"}]
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION | {"models": models}))
+    card = published_card(folder, REPO)
+    (result,) = head_of(card)["model-index"][0]["results"]
+    assert result["dataset"]["args"]["kv_cache_dtype"] == "int4"
+    assert "This model was measured with a KV cache of dtype int4. wiki.test.raw: 16 rows" in card
+
+
 def test_a_card_that_has_been_published_is_brought_up_to_date(folder: Path) -> None:
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     (folder / "README.md").write_text(published_card(folder, REPO))

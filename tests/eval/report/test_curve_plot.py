@@ -25,11 +25,32 @@ CURVE: dict[str, Any] = {
     "calibration": {"tokens": 4096},
     "measured_tokens": 2044,
     "measured_on": "held-out calibration text",
+    "kv_share_of": "the bytes of the donor's cache at 16 bits an element",
+    "kv_elements_per_token": 23040,
     "points": [
-        {"kv_budget": budget, "perplexity_ratio": ratio, "kl": kl}
+        {"kv_budget": budget, "kv_share": budget, "perplexity_ratio": ratio, "kl": kl}
         for budget, ratio, kl in zip(BUDGETS, RATIOS, DIVERGENCES, strict=True)
     ],
 }
+
+
+def test_the_donor_with_coded_caches_is_a_line_of_its_own() -> None:
+    rivals = [
+        {"name": f"donor {name}", "kv_share": share, "perplexity_ratio": ratio, "kl": kl}
+        for name, share, ratio, kl in (("int8", 0.5625, 1.0, 1e-4), ("int2", 0.1875, 1.7, 0.5))
+    ]
+    left, right = curve_plot.draw(CURVE | {"baselines": rivals}).axes
+    for axes, key in ((left, "perplexity_ratio"), (right, "kl")):
+        of_donor = next(line for line in axes.lines if line.get_label() == "donor, quantised cache")
+        assert [tuple(point) for point in of_donor.get_xydata()] == [
+            (rival["kv_share"], rival[key]) for rival in reversed(rivals)
+        ]
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            "MLA",
+            "donor, quantised cache",
+        ]
+        assert axes.get_xlabel() == "KV cache, % of the bytes at 16 bits an element"
 
 
 def test_the_points_are_the_measured_ones() -> None:

@@ -44,6 +44,7 @@ def test_a_result_has_a_row_for_every_context(pair: tuple[str, str]) -> None:
         "threads": torch.get_num_threads(),
         "dtype": "float32",
         "cache": "dynamic",
+        "kv_cache_dtype": "auto",
         "compiled": False,
     }
     assert [row["context"] for row in rows] == [24, 32]

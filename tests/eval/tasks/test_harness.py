@@ -149,6 +149,11 @@ def test_batch_and_dtype(donor: Path) -> None:
     ("options", "message"),
     [
         ({"backend": "vllm"}, "--backend vllm needs vllm, which is not installed here"),
+        (
+            {"backend": "vllm", "kv_cache_dtype": "int4"},
+            "vllm has no KV cache of dtype int4; choose --kv-cache-dtype",
+        ),
+        ({"kv_cache_dtype": "int5"}, "'int5' is not one of auto, int8, int4, int3, int2, fp8"),
         ({"backend": "jax"}, "'jax' is not one of hf, vllm"),
         ({"limit": 0}, "limit=0 is too small"),
         ({"dtype": "float99"}, "dtype 'float99' is not one of float32, bfloat16, float16"),
