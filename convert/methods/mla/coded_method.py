@@ -219,7 +219,7 @@ def _projections(donor: DonorAttention, down: Tensor, mean: Tensor) -> dict[str,
     else:
         weights |= {"k_proj": donor.k, "v_proj": donor.v, "kv_a_proj_with_mqa": (down, -down @ mean)}
         norms = {"q_norm.weight": donor.norm.q.flatten(), "k_norm.weight": donor.norm.k.flatten()}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (weight, bias) in weights.items():
         tensors |= {f"{name}.weight": weight, f"{name}.bias": bias}
     return tensors | norms

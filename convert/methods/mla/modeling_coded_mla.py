@@ -99,7 +99,7 @@ class CodedLatentAttention(LatentAttention):
         rows = self.code.encode(written).unsqueeze(1)
         of_queries = of_keys = position_embeddings
         if past_key_values is not None:
-            cached = past_key_values.layers[self.layer_idx : self.layer_idx + 1]
+            cached: list[Any] = past_key_values.layers[self.layer_idx : self.layer_idx + 1]
             self._require_rows(*(layer.keys for layer in cached if layer.is_initialized))
             rows, _ = past_key_values.update(rows, rows[..., :0], self.layer_idx)
             self._require_rows(rows)
