@@ -14,11 +14,15 @@ import os
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 
 from .latent_code import GAIN_STEPS, LEAST_GAIN, NOT_FINITE, SINK, LatentCode, level_offset
+
+try:  # in here transformers does not ask for it before it loads a checkpoint from the Hub
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 TILE, CHUNK = 64, 32  # tokens and components that a program decodes at once; half the tokens in fp32
 COLUMNS = 128  # of pairs, at most: two accumulators of TILE x COLUMNS
@@ -191,12 +195,6 @@ def packed_keys(kv_b_proj: nn.Linear, order: Tensor, groups: int, heads: int, pa
     return weight, bias
 
 
-def same_strides(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as they are, or copied, if the kernel could not read them by one set of strides with elements in a row."""
-    plain = cos.stride() == sin.stride() and cos.stride(-1) == 1
-    return (cos, sin) if plain else (cos.contiguous(), sin.contiguous())
-
-
 def processors(like: Tensor) -> int:
     """How many programs the device runs at once; a few where Triton interprets, so that parts are joined there too."""
     return torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 16
@@ -224,7 +222,7 @@ def latent_mean(
     programs, (table, gains) = -(-queries // m), tables(code, query)
     order = pair_order(head_dim, of_keys[0].shape[-1], query.device)
     k_up, k_mean = packed_keys(layer.kv_b_proj, order, groups, each, table.shape[1], columns)
-    cos, sin = (e.expand(batch, -1, -1) for e in same_strides(*of_keys))
+    cos, sin = (e.contiguous().expand(batch, -1, -1) for e in of_keys)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     kind, mask_strides, masks = "none", [0, 0, 0], query
     if mask is not None:
