@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one threa
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 os.environ |= {"TQDM_DISABLE": "1", "MHCONVERT_EVAL_CACHE": tempfile.mkdtemp(prefix="mhconvert-eval-")}
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on a CPU; read when triton is imported
 
 import pytest
 import torch

@@ -7,7 +7,9 @@ Shapes: B batch, T query tokens, S cached tokens, H query heads, G KV heads, d h
 D hidden_size.
 """
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -190,9 +192,26 @@ class CodedLatentAttention(LatentAttention):
             [B, T, H d].
         """
         batch, heads, length, _ = query.shape
+        kv_heads = self.num_key_value_heads
+        mean = self.latent_mean(query, rows, of_keys, attention_mask).to(query.dtype)
+        v_up, v_mean = self.kv_b_proj.weight.chunk(2)[1], self.kv_b_proj.bias.chunk(2)[1]
+        mean = mean.view(batch, kv_heads, -1, mean.shape[-1])
+        output = mean @ v_up.view(kv_heads, self.head_dim, -1).mT + v_mean.view(kv_heads, 1, -1)
+        return output.view(batch, heads, length, -1).transpose(1, 2).flatten(2)
+
+    def latent_mean(
+        self, query: Tensor, rows: Tensor, of_keys: tuple[Tensor, Tensor], attention_mask: Tensor | None
+    ) -> Tensor:
+        """The decoded latents, weighted for each query: [B, H, T, n + 1], fp32. Arguments as of `read_in_blocks`."""
+        asked = not torch.compiler.is_compiling() and os.environ.get("MHCONVERT_TRITON") == "1"
+        if asked and find_spec("triton") is not None:
+            from .coded_kernel import can_read, latent_mean  # of triton, which a checkpoint does without
+
+            if can_read(query, of_keys, self.kv_b_proj):
+                return latent_mean(self, query, rows, of_keys, attention_mask)
+        batch, heads, length, _ = query.shape
         kv_heads, kv_width = self.num_key_value_heads, self.num_key_value_heads * self.head_dim
-        k_up, v_up = self.kv_b_proj.weight.split(kv_width)
-        k_mean, v_mean = self.kv_b_proj.bias.split(kv_width)
+        k_up, k_mean = self.kv_b_proj.weight[:kv_width], self.kv_b_proj.bias[:kv_width]
         grouped = (query * self.scaling).reshape(batch, kv_heads, -1, self.head_dim).transpose(0, 1)
         peak = query.new_full((batch, heads, length, 1), -torch.inf, dtype=torch.float32)
         total = torch.zeros_like(peak)
@@ -219,9 +238,7 @@ class CodedLatentAttention(LatentAttention):
             read = by_sequence @ weights.flatten(1, 2).to(latent.dtype).mT
             latent_sum = latent_sum * kept + read.mT.reshape(latent_sum.shape)
             total, peak = total * kept + weights.sum(-1, keepdim=True), highest
-        mean = (latent_sum / total).to(query.dtype).view(batch, kv_heads, -1, latent_sum.shape[-1])
-        output = mean @ v_up.view(kv_heads, self.head_dim, -1).mT + v_mean.view(kv_heads, 1, -1)
-        return output.view(batch, heads, length, -1).transpose(1, 2).flatten(2)
+        return latent_sum / total
 
 
 def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
