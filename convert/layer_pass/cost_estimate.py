@@ -93,7 +93,7 @@ def _survey(method: Method, config: Any, rows: int, length: int) -> tuple[int, i
         return 0, 0, 0
     facts = attention_facts(config)
     elements, layers = 2 * facts.kv_heads * facts.head_dim, config.num_hidden_layers
-    tokens = math.prod(surveyed_shape(rows, length, elements))
+    tokens = math.prod(surveyed_shape(rows, length))
     basis = 8 * (BASIS_SQUARES * elements**2 + BASIS_ROWS * min(rows * length, PASS_TOKENS) * elements)
     kept = stored_bytes(elements, layers)
     return peak_bytes(elements, layers, config.hidden_size, tokens), basis, kept
@@ -102,7 +102,7 @@ def _survey(method: Method, config: Any, rows: int, length: int) -> tuple[int, i
 def _notice(method: Method, facts: AttentionFacts, rows: int, length: int) -> dict[str, str]:
     """What a user should know of `rows` rows of text where a survey measures sensitivities: {"notice": …}, or {}."""
     elements = 2 * facts.kv_heads * facts.head_dim
-    few = few_tokens(math.prod(surveyed_shape(rows, length, elements)), elements)
+    few = few_tokens(math.prod(surveyed_shape(rows, length)), elements)
     return {"notice": few} if method.surveys_sensitivity and few else {}
 
 

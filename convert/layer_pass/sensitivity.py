@@ -22,8 +22,7 @@ from ..methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensiti
 from . import layer_steps
 from .context import ConversionContext
 
-TOKENS = 8192  # of the calibration text at least, as far as it reaches
-TOKENS_PER_ELEMENT = 20  # of a layer's keys and values
+WANTED_PER_ELEMENT = 20  # tokens for each element of a layer's keys and values, which few_tokens names
 FEW_PER_ELEMENT = 2  # below it the transform fits the text that it was made from
 PASS_TOKENS = 8192  # that go through the layers at once
 ROW_TOKENS = 512
@@ -37,7 +36,7 @@ def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
     """The sensitivity of every layer, on the CPU."""
     facts = attention_facts(context.donor.config)
     elements = 2 * facts.kv_heads * facts.head_dim
-    rows = surveyed_rows(context.rows.fit, elements)
+    rows = surveyed_rows(context.rows.fit)
     passes = rows.split(max(1, PASS_TOKENS // rows.shape[1]))
     moments = [LayerMoments(elements) for _ in range(context.layers)]
     generator = torch.Generator().manual_seed(context.recipe.seed)
@@ -52,25 +51,16 @@ def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
     return [each.sensitivity() for each in moments]
 
 
-def surveyed_rows(rows: Tensor, elements: int) -> Tensor:
-    """Those of the calibration rows (N, L) that a survey reads; the first pieces of longer rows come first."""
-    count, length = surveyed_shape(len(rows), rows.shape[1], elements)
-    pieces = [piece for piece in rows.split(length, dim=1) if piece.shape[1] == length]
-    return torch.cat(pieces)[:count]
+def surveyed_rows(rows: Tensor) -> Tensor:
+    """The calibration rows (N, L) as a survey reads them: longer ones in pieces, the first pieces of all rows first."""
+    length = surveyed_shape(len(rows), rows.shape[1])[1]
+    return torch.cat([piece for piece in rows.split(length, dim=1) if piece.shape[1] == length])
 
 
-def surveyed_shape(rows: int, length: int, elements: int) -> tuple[int, int]:
-    """How many rows of how many tokens a survey reads, out of `rows` rows of `length`.
-
-    Long rows are cut. elements: of a layer's keys and values.
-    """
+def surveyed_shape(rows: int, length: int) -> tuple[int, int]:
+    """How many rows of how many tokens a survey makes of `rows` rows of `length`: long rows are cut."""
     cut = min(ROW_TOKENS, length)
-    return min(rows * (length // cut), max(1, wanted_tokens(elements) // cut)), cut
-
-
-def wanted_tokens(elements: int) -> int:
-    """How many tokens a survey reads where layers have so many elements of keys and values."""
-    return max(TOKENS, TOKENS_PER_ELEMENT * elements)
+    return rows * (length // cut), cut
 
 
 def stored_bytes(elements: int, layers: int) -> int:
@@ -96,7 +86,7 @@ def few_tokens(tokens: int, elements: int) -> str:
         return ""
     return (
         f"{tokens:,} tokens are few for the {elements:,} elements of keys and values in a layer; "
-        f"{wanted_tokens(elements):,} are wanted (--calibration-tokens)"
+        f"{WANTED_PER_ELEMENT * elements:,} are wanted (--calibration-tokens)"
     )
 
 
