@@ -17,6 +17,7 @@ from ...convert.checkpoint.identity import made_by
 from ...convert.methods.registry import build_method, register, settings_class
 from ...convert.open_model import OpenModel, open_model, recorded_donor
 from ...convert.storage.dtype_cast import DTYPES
+from ...convert.validation.option import declared
 from ..inspection import cache_elements, head_dim
 from ..kv_cache import serving
 from ..report.units import size
@@ -117,22 +118,26 @@ def bench_random(
     options: Options,
     device: str | None,
     on_progress: Listener = ignore,
+    kv_bits: str | int | None = None,
 ) -> dict[str, Any]:
     """The timings of randomly initialised models in the shape of a donor and of its conversion.
 
     Args:
         reference: the donor, of which only the config is read.
-        kv_budget: None for the method's default.
+        kv_budget, kv_bits: None for the method's defaults.
         device: None for CUDA if present, else the CPU.
 
     Raises:
-        MhconvertError: `reference` is a converted model, or memory is too small.
+        MhconvertError: `reference` is a converted model, the method has no kv_bits, or memory is too small.
     """
     place = pick_device(device)
     donor = open_model(reference, device=str(place))
     if donor.donor is None:
         raise MhconvertError(f"{reference} is converted already; --random takes the donor's shape")
-    settings = settings_class(method)()
+    kind = settings_class(method)
+    if kv_bits is not None and "kv_bits" not in declared(kind):
+        raise MhconvertError(f"kv_bits does not apply to {method}; leave it out")
+    settings = kind() if kv_bits is None else kind(kv_bits=kv_bits)
     if kv_budget is not None:
         settings = settings.at_budget(kv_budget)
     converter = build_method(method, donor.config, settings, "quick")
