@@ -24,6 +24,7 @@ from ..report.units import size
 from ..settings import OWN_CACHE
 from . import speed
 from .memory import available_memory
+from .random_models import parameters, random_model
 
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -145,7 +146,7 @@ def bench_random(
     converted = OpenModel(f"{reference} ({method})", converter.example_config(), str(place), None)
     dtype = _dtype(options, place)
     _require(donor, converted, options, dtype, place)
-    models = [_random_model(model.config, dtype, place) for model in (donor, converted)]
+    models = [random_model(model.config, dtype, place) for model in (donor, converted)]
     inputs = {"checkpoint": None, "against": reference, "random": method}
     return inputs | _time(models[0], models[1], options, on_progress)
 
@@ -172,7 +173,7 @@ def memory_needed(
     scores = 4 * text.num_attention_heads
     decoding = sum(map(sum, caches)) + max(map(max, caches)) + scores
     decoding += reexpand * (sum(caches[1]) + expanded)
-    weights = _parameters(donor) + _parameters(converted)
+    weights = parameters(donor) + parameters(converted)
     return width * (weights + load.context * prefill), width * load.context * decoding
 
 
@@ -230,25 +231,3 @@ def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -
 
 def _dtype(options: Options, device: torch.device) -> torch.dtype:
     return DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-
-
-def _parameters(config: Any) -> int:
-    """The number of parameters of a model with this config."""
-    with torch.device("meta"):
-        return _model(config, torch.float32).num_parameters()
-
-
-def _random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    torch.manual_seed(0)
-    with device:
-        return _model(config, dtype).eval().requires_grad_(False)
-
-
-def _model(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    from ...convert.donor.tensor_layout import attention_implementation
-
-    return AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=attention_implementation(config)
-    )

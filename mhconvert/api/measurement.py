@@ -147,8 +147,7 @@ def bench(
         checkpoint: a converted checkpoint, or a donor with `random`.
         against: the donor; None: the one named in `mhconvert.json`.
         contexts: cached tokens a row when the last timed step is done.
-        batch: rows, copies of one, whose prefill is what is timed.
-        new_tokens: timed steps.
+        batch, new_tokens: rows, copies of one, whose prefill is what is timed; timed steps.
         reexpand: time the checkpoint without absorption too.
         static_cache: decode with a cache of fixed size.
         compile: torch.compile of the decode step, on a static cache.

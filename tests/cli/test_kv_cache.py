@@ -96,11 +96,12 @@ def test_a_curve_beside_its_rivals(cli: Cli, place: Path) -> None:
     assert "donor, quantised cache" in files[1].read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("bits", ["auto", "8"])
 def test_shares_of_coded_latents_are_of_16_bits_too(
-    main: Main, capsys: pytest.CaptureFixture[str], place: Path
+    main: Main, capsys: pytest.CaptureFixture[str], place: Path, bits: str
 ) -> None:
     """The donor is stored in float32, whose bytes are twice those that the budget is a share of."""
-    words = ["curve", place / "tiny", "--to", "mla", "--kv-bits", "auto", "--budgets", "0.25", "--json"]
+    words = ["curve", place / "tiny", "--to", "mla", "--kv-bits", bits, "--budgets", "0.25", "--json"]
     words += ["--text", place / "text.txt", "--sequences", 2, "--kv-cache-dtype", "fp8"]
     result = printed(main, capsys, *words, "--calibration", place / "text.txt", *CALIBRATION)
     [point], [rival] = result["points"], result["baselines"]
