@@ -11,7 +11,7 @@ DEMO := demo/smollm2-135m-mla
 .PHONY: demo bench test lint format figures docs clean
 
 demo: .venv/installed
-	$(BIN)/mhconvert smollm2-135m --to mla --effort quick --calibration-tokens 4096 -o $(DEMO) --force
+	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.125 --effort quick --calibration-tokens 8192 -o $(DEMO) --force
 	@echo
 	@echo '$$ mhconvert generate $(DEMO) --chat "What is the capital of France?"'
 	@$(BIN)/mhconvert generate $(DEMO) --chat "What is the capital of France?" --max-new-tokens 40
@@ -21,7 +21,7 @@ demo: .venv/installed
 	@echo '$(DEMO).html shows the same in a browser'
 
 bench: .venv/installed
-	$(BIN)/mhconvert bench smollm2-135m --random --kv-budget 0.3125 --reexpand
+	$(BIN)/mhconvert bench smollm2-135m --random --kv-bits 16 --kv-budget 0.3125 --reexpand
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile

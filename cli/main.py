@@ -43,6 +43,8 @@ HELP = """Rewrite the attention of a pretrained language model so that its KV ca
   mhconvert heal ./my-model-mla --tokens 20M train it to predict as its donor does
   mhconvert llama3.2-1b --to hydra           an adapter for it that peft trains
   mhconvert merge ./adapter -o OUT           an adapter and its base as a plain checkpoint
+  mhconvert ./my-model --to mla --profile portable
+                                             a latent of 16-bit elements, as serving kernels read them
   mhconvert export ./my-model-mla --to auto  a form that stock engines load, proven by logits
   mhconvert push ./my-model-mla USER/REPO    publish it on the Hugging Face Hub
   mhconvert run smollm2-135m-mla             a whole run by one file: convert, heal, evaluate, export, push

@@ -24,6 +24,7 @@ from .donor.aliases import ALIASES
 from .donor.donor import Donor, open_donor
 from .donor.reference import HUB_ID, load_tokenizer
 from .methods.registry import register
+from .recipe.recorded import as_recorded
 from .storage.folder_kind import is_adapter
 from .storage.safetensors_reader import require_finite
 
@@ -164,7 +165,7 @@ def written(recipe: Recipe) -> str | None:
     """The folder that the conversion `recipe` has written, if it has and nothing has healed it."""
     folder = recipe.output_folder(open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code).name)
     record = read_record(folder)
-    made = record.get("recipe") == json.loads(json.dumps(recipe.to_dict()))
+    made = as_recorded(record.get("recipe")) == json.loads(json.dumps(recipe.to_dict()))
     return str(folder) if made and not record.get("healed") else None
 
 

@@ -10,7 +10,7 @@ import mhconvert
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.1875, 0.125])
     parser.add_argument("--tokens", type=int, default=None, help="calibration tokens")
     parser.add_argument("--length", type=int, default=None, help="tokens of a calibration row")
     args = parser.parse_args()

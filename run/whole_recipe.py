@@ -9,7 +9,7 @@ from typing import Any
 
 from ..convert.methods.registry import METHOD_NAMES
 from ..convert.recipe.recipe import STAGES, Recipe
-from ..convert.validation import yaml_file
+from ..convert.recipe.recorded import read_recipe
 from ..convert.validation.field_types import changed_fields
 from ..convert.validation.from_values import Reading
 from ..convert.validation.settings import json_types
@@ -95,5 +95,5 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunRecipe:
     Raises:
         RecipeError: With file, line and key, or the override, for each fault.
     """
-    document = given.apply(yaml_file.read(path), overrides)
+    document = given.apply(read_recipe(path), overrides)
     return RunRecipe.from_dict(document.values, document.origins)

@@ -276,7 +276,7 @@ def make_checkpoint(path: Path) -> Path:
     recipe = Recipe(
         model=str(make_donor(path.parent / "donor")),
         method="mla",
-        settings=MLASettings(kv_budget=0.4),
+        settings=MLASettings(kv_budget=0.4, kv_bits="16"),
         effort="quick",
         output=str(path),
         calibration=Calibration(tokens=512, sequence_length=64, held_out=2),

@@ -13,7 +13,7 @@ from ..output import Flags, calm_transformers, execute
 from ..progress import progress
 
 
-@settings_options(*common.method_groups(["mla"], ["kv_budget"]), common.KV_CACHE)
+@settings_options(*common.method_groups(["mla"], ["kv_budget", "kv_bits"]), common.KV_CACHE)
 def command(
     checkpoint: common.Checkpoint,
     against: common.Against = None,
@@ -33,9 +33,11 @@ def command(
     **options: Any,
 ) -> None:
     """Time prefill and decode of a converted checkpoint and of its donor, in turns."""
-    lengths, kv_budget = _numbers(contexts), options["kv_budget"]
-    if kv_budget is not None and not random:
-        raise typer.BadParameter("--kv-budget goes with --random; a checkpoint has its own")
+    lengths, of_shape = _numbers(contexts), {name: options[name] for name in ("kv_budget", "kv_bits")}
+    for name, value in of_shape.items():
+        if value is not None and not random:
+            flag = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{flag} goes with --random; a checkpoint has its own")
     if random and against is not None:
         raise typer.BadParameter("--against does not go with --random, which times CKPT's own shape")
 
@@ -54,7 +56,7 @@ def command(
                 static_cache=static_cache,
                 compile=compile,
                 random=to if random else None,
-                kv_budget=kv_budget,
+                **of_shape,
                 **values_of(common.KV_CACHE, options),
                 dtype=dtype,
                 device=device,

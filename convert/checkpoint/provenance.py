@@ -15,11 +15,11 @@ from mhconvert.library_versions import versions
 from ..donor.donor import Donor
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe, save_recipe
+from ..recipe.recorded import RECORD, SAVED
 from ..storage.atomic_files import sha256, write_json
 from ..storage.safetensors_reader import read_json
 
-PROVENANCE = "mhconvert.json"
-RECIPE = "recipe.yaml"
+PROVENANCE, RECIPE = RECORD, SAVED
 EVALUATION = "evaluation.json"  # written by `mhconvert eval --record`, for the card on the Hub
 
 

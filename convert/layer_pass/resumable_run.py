@@ -20,6 +20,7 @@ from ..checkpoint.provenance import RECIPE
 from ..methods.budget_division import LayerNeed
 from ..methods.layer_sensitivity import LayerSensitivity
 from ..recipe.recipe import Recipe
+from ..recipe.recorded import as_recorded
 from ..storage.atomic_files import save_tensors, write_json
 from ..storage.byte_size import byte_size
 from ..storage.output_folder import ResumableFolder, disk_full
@@ -212,8 +213,9 @@ class Workspace:
         """Continue from `state`.
 
         Raises OutputError where it was written by another recipe or with other versions."""
-        if state["recipe"] != self._result_recipe():
-            keys = [k for k, v in self._result_recipe().items() if state["recipe"].get(k) != v]
+        begun = as_recorded(state["recipe"])
+        if begun != self._result_recipe():
+            keys = [k for k, v in self._result_recipe().items() if begun.get(k) != v]
             raise OutputError(
                 f"{self.partial} was started with another {keys[0]}; --resume needs the same command, --force "
                 "starts over"

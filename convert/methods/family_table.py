@@ -12,12 +12,13 @@ from .refusals import OTHER_FIELDS, QK_NORM_FIELDS, refusals
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts")
 NOTES = """\
-exact: at full rank, or with all heads, the converted model is its donor (mla/test_families_exact.py and
-dha/test_identity.py; moh, to the bit: moh/test_modeling.py, all in tests/convert/methods); below it every family is
-approximate. mla, exact + n: the cache also holds n numbers 1/RMS of a token's keys (G: one a KV head), which count
-against the budget, so that a budget of 1 is a little short of full rank. RoPE types default, linear, llama3 and yarn
-are carried over; dynamic and longrope are refused in every family. hydra: a new adapter changes nothing, and one that
-is merged computes what it computed beside its base; its targets are linear modules, which experts are not."""
+exact: at full rank (mla with kv_bits 16), or with all heads, the converted model is its donor
+(mla/test_families_exact.py and dha/test_identity.py; moh, to the bit: moh/test_modeling.py, all in
+tests/convert/methods); below it every family is approximate. mla, exact + n: the cache also holds n numbers 1/RMS of
+a token's keys (G: one a KV head), which count against the budget, so that a budget of 1 is a little short of full
+rank. RoPE types default, linear, llama3 and yarn are carried over; dynamic and longrope are refused in every family.
+hydra: a new adapter changes nothing, and one that is merged computes what it computed beside its base; its targets
+are linear modules, which experts are not."""
 
 
 def family_table() -> list[dict[str, Any]]:

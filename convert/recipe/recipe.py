@@ -13,7 +13,6 @@ from mhconvert.errors import MhconvertError
 
 from ..methods.registry import ADAPTERS, CACHE_METHODS, METHOD_NAMES, settings_class
 from ..storage.byte_size import DEFAULT_SHARD_SIZE
-from ..validation import yaml_file
 from ..validation.field_types import changed_fields
 from ..validation.from_values import Reading
 from ..validation.option import Option, Takes, default
@@ -21,6 +20,7 @@ from ..validation.settings import Settings
 from ..validation.yaml_file import NOWHERE, Origins
 from .calibration_settings import Calibration as Calibration
 from .heal_settings import SEED, HealSettings
+from .recorded import read_recipe
 from .tolerance import checked
 from .torch_device import known_device
 from .written_weights import DTYPES, known_dtype, shard_size
@@ -203,7 +203,7 @@ class Recipe(Settings):
 
 def load_recipe(path: Path) -> Recipe:
     """Return the conversion in a YAML file. Raises RecipeError with the line of the fault."""
-    document = yaml_file.read(path)
+    document = read_recipe(path)
     return Recipe.from_dict(document.values, document.origins)
 
 

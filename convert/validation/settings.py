@@ -16,9 +16,11 @@ class Settings:
 
     Args:
         fault: Class attribute: the error that is raised; its message names every field that does not fit.
+        earlier: Class attribute: fields that records of earlier versions lack, with what was done then.
     """
 
     fault: ClassVar[type[MhconvertError]] = MhconvertError
+    earlier: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         kind: Any = type(self)

@@ -68,7 +68,7 @@ class Beside:
 
     def completed(self, result: dict[str, Any]) -> dict[str, Any]:
         """`result` of the curve with kv_share in every point, kv_share_of, baselines and measured_on."""
-        coded = getattr(self.recipe.settings, "kv_bits", None) == "auto"
+        coded = getattr(self.recipe.settings, "coded", False)
         points = [point | {"kv_share": _share(point, result, coded)} for point in result["points"]]
         rivals: list[dict[str, Any]] = []
         if self.dtypes:

@@ -17,12 +17,14 @@ from ...convert.checkpoint.identity import made_by
 from ...convert.methods.registry import build_method, register, settings_class
 from ...convert.open_model import OpenModel, open_model, recorded_donor
 from ...convert.storage.dtype_cast import DTYPES
+from ...convert.validation.option import declared
 from ..inspection import cache_elements, head_dim
 from ..kv_cache import serving
 from ..report.units import size
 from ..settings import OWN_CACHE
 from . import speed
 from .memory import available_memory
+from .random_models import parameters, random_model
 
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -117,22 +119,26 @@ def bench_random(
     options: Options,
     device: str | None,
     on_progress: Listener = ignore,
+    kv_bits: str | int | None = None,
 ) -> dict[str, Any]:
     """The timings of randomly initialised models in the shape of a donor and of its conversion.
 
     Args:
         reference: the donor, of which only the config is read.
-        kv_budget: None for the method's default.
+        kv_budget, kv_bits: None for the method's defaults.
         device: None for CUDA if present, else the CPU.
 
     Raises:
-        MhconvertError: `reference` is a converted model, or memory is too small.
+        MhconvertError: `reference` is a converted model, the method has no kv_bits, or memory is too small.
     """
     place = pick_device(device)
     donor = open_model(reference, device=str(place))
     if donor.donor is None:
         raise MhconvertError(f"{reference} is converted already; --random takes the donor's shape")
-    settings = settings_class(method)()
+    kind = settings_class(method)
+    if kv_bits is not None and "kv_bits" not in declared(kind):
+        raise MhconvertError(f"kv_bits does not apply to {method}; leave it out")
+    settings = kind() if kv_bits is None else kind(kv_bits=kv_bits)
     if kv_budget is not None:
         settings = settings.at_budget(kv_budget)
     converter = build_method(method, donor.config, settings, "quick")
@@ -140,7 +146,7 @@ def bench_random(
     converted = OpenModel(f"{reference} ({method})", converter.example_config(), str(place), None)
     dtype = _dtype(options, place)
     _require(donor, converted, options, dtype, place)
-    models = [_random_model(model.config, dtype, place) for model in (donor, converted)]
+    models = [random_model(model.config, dtype, place) for model in (donor, converted)]
     inputs = {"checkpoint": None, "against": reference, "random": method}
     return inputs | _time(models[0], models[1], options, on_progress)
 
@@ -167,7 +173,7 @@ def memory_needed(
     scores = 4 * text.num_attention_heads
     decoding = sum(map(sum, caches)) + max(map(max, caches)) + scores
     decoding += reexpand * (sum(caches[1]) + expanded)
-    weights = _parameters(donor) + _parameters(converted)
+    weights = parameters(donor) + parameters(converted)
     return width * (weights + load.context * prefill), width * load.context * decoding
 
 
@@ -225,25 +231,3 @@ def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -
 
 def _dtype(options: Options, device: torch.device) -> torch.dtype:
     return DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-
-
-def _parameters(config: Any) -> int:
-    """The number of parameters of a model with this config."""
-    with torch.device("meta"):
-        return _model(config, torch.float32).num_parameters()
-
-
-def _random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    torch.manual_seed(0)
-    with device:
-        return _model(config, dtype).eval().requires_grad_(False)
-
-
-def _model(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    from ...convert.donor.tensor_layout import attention_implementation
-
-    return AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=attention_implementation(config)
-    )

@@ -135,6 +135,7 @@ def bench(
     compile: bool = False,
     random: str | None = None,
     kv_budget: float | None = None,
+    kv_bits: str | int | None = None,
     kv_cache_dtype: str = "auto",
     dtype: str | None = None,
     device: str | None = None,
@@ -146,13 +147,12 @@ def bench(
         checkpoint: a converted checkpoint, or a donor with `random`.
         against: the donor; None: the one named in `mhconvert.json`.
         contexts: cached tokens a row when the last timed step is done.
-        batch: rows, copies of one, whose prefill is what is timed.
-        new_tokens: timed steps.
+        batch, new_tokens: rows, copies of one, whose prefill is what is timed; timed steps.
         reexpand: time the checkpoint without absorption too.
         static_cache: decode with a cache of fixed size.
         compile: torch.compile of the decode step, on a static cache.
         random: a method: random weights of the donor's shape and of its conversion's are timed.
-        kv_budget: of that conversion.
+        kv_budget, kv_bits: of that conversion.
         kv_cache_dtype: of the checkpoint's cache, not the donor's; the checkpoint may then be the donor itself.
         dtype: None: bfloat16 on CUDA, else float32.
         device: a torch device; None: CUDA if present.
@@ -171,5 +171,5 @@ def bench(
     how = (static_cache, compile, reexpand, kv_cache_dtype)
     options, tell = timing.Options(tuple(contexts), batch, new_tokens, dtype, *how), on_progress or ignore
     if random is not None:
-        return timing.bench_random(checkpoint, random, kv_budget, options, device, tell)
+        return timing.bench_random(checkpoint, random, kv_budget, options, device, tell, kv_bits)
     return timing.bench(checkpoint, against, options, device, tell)

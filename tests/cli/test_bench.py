@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_every_option_reaches_the_library(main: Main, calls: list[dict[str, Any]]) -> None:
     words = "bench latent --against donor --contexts 64,128 --batch 3 --new-tokens 5 --reexpand --compile"
     assert main(*words.split(), "--static-cache", "--dtype", "bfloat16", "--device", "cpu", "-q") == 0
-    assert main("bench", "donor", "--random", "--kv-budget", "0.25", "-q") == 0
+    assert main("bench", "donor", "--random", "--kv-bits", "16", "--kv-budget", "0.25", "-q") == 0
     for call in calls:
         assert callable(call.pop("on_progress"))
     assert calls[0] == {
@@ -72,13 +72,15 @@ def test_every_option_reaches_the_library(main: Main, calls: list[dict[str, Any]
         "compile": True,
         "random": None,
         "kv_budget": None,
+        "kv_bits": None,
         "dtype": "bfloat16",
         "device": "cpu",
     }
-    assert {key: calls[1][key] for key in ("contexts", "batch", "random", "kv_budget")} == {
+    assert {key: calls[1][key] for key in ("contexts", "batch", "random", "kv_bits", "kv_budget")} == {
         "contexts": [512, 2048, 8192],
         "batch": 8,
         "random": "mla",
+        "kv_bits": "16",
         "kv_budget": 0.25,
     }
 
@@ -103,6 +105,8 @@ def test_the_table(main: Main, calls: list[dict[str, Any]], capsys: pytest.Captu
     [
         ("latent --contexts 2k", "'2k' is not a list of whole numbers"),
         ("latent --kv-budget 0.5", "--kv-budget goes with --random"),
+        ("latent --kv-bits 16", "--kv-bits goes with --random"),
+        ("donor --random --kv-bits 9", "'9' is not one of 16, auto, 2, 3, 4, 5, 6, 7, 8"),
         ("donor --random --against other", "--against does not go with --random"),
         ("donor --random --to moa", "'moa' is not a method"),
         ("latent --dtype int8", "int8"),

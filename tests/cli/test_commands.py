@@ -68,6 +68,7 @@ def test_defaults(main: Main, calls: list) -> None:
     assert main("tiny", "--to", "mla") == 0
     recipe, options = calls[0]
     assert recipe == Recipe(model="tiny", method="mla")
+    assert recipe.settings.kv_bits == "auto"
     assert (options["resume"], options["force"]) == (False, False)
 
 
@@ -92,6 +93,7 @@ def test_every_option_reaches_the_recipe(main: Main, calls: list) -> None:
         "qk_rope_head_dim": 8,
         "profile": "portable",
     }
+    assert settings["kv_bits"] == "16"
     assert plain == {
         "model": "tiny",
         "method": "mla",
@@ -327,6 +329,8 @@ def test_help_of_a_method_has_no_word_of_options_that_it_lacks(
     assert {name for name, text in shown.items() if "--plan" in text} == {"mla", "dha"}
     assert "divide the budget over its layers; with --json a file for --plan." in shown["dha"]
     assert "divide the budget over its layers." in shown["moh"]
+    assert "auto: the cache is coded;" in shown["mla"]
+    assert "[default: auto]" in shown["mla"]
 
 
 def test_bad_settings_are_a_fault_with_the_range(

@@ -33,7 +33,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(donor: Path, text: Path) -> list[str]:
     """A conversion of the tiny donor, without -o."""
     options = "--calibration-tokens 1024 --sequence-length 64 --device cpu --fit-steps 4"
-    return [str(donor), "--to", "mla", "--calibration", str(text), *options.split()]
+    return [str(donor), "--to", "mla", "--kv-bits", "16", "--calibration", str(text), *options.split()]
 
 
 @pytest.fixture(scope="module")

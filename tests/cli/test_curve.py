@@ -134,7 +134,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     text = folder / "text.txt"
     text.write_text("".join(f"{n} boats came home; {n * n} were counted.\n" for n in range(300)))
     options = "--calibration-tokens 512 --sequence-length 64 --device cpu --effort quick"
-    return [str(donor), "--to", "mla", "--calibration", str(text), *options.split()]
+    return [str(donor), "--to", "mla", "--kv-bits", "16", "--calibration", str(text), *options.split()]
 
 
 def test_a_tolerance_from_words_to_a_folder(

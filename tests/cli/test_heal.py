@@ -18,7 +18,18 @@ from tests.conftest import Cli, Interrupted, Main
 from tests.donors import TEXT, make_checkpoint, make_donor
 
 HEALING = ("--sequence-length", 32, "--batch-tokens", 256, "--held-out", 2, "--epochs", 99, "--device", "cpu")
-CONVERSION = ("--to", "mla", "--effort", "quick", "--kv-budget", 0.4, "--calibration-tokens", 512)
+CONVERSION = (
+    "--to",
+    "mla",
+    "--kv-bits",
+    16,
+    "--effort",
+    "quick",
+    "--kv-budget",
+    0.4,
+    "--calibration-tokens",
+    512,
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +134,7 @@ def test_a_recipe_with_healing(
     recipe = Recipe(
         model=str(donor),
         method="mla",
-        settings=MLASettings(kv_budget=0.4),
+        settings=MLASettings(kv_budget=0.4, kv_bits="16"),
         effort="quick",
         output=str(tmp_path / "out"),
         calibration=Calibration((str(text),), tokens=512, sequence_length=64, held_out=2),

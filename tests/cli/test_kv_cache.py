@@ -75,7 +75,7 @@ def printed(main: Main, capsys: pytest.CaptureFixture[str], *words: object) -> d
 def test_a_curve_beside_its_rivals(cli: Cli, place: Path) -> None:
     files = [place / "curve.json", place / "curve.svg"]
     done = cli(
-        *("curve", place / "tiny", "--to", "mla", "--budgets", "0.5,0.25", "--baselines"),
+        *("curve", place / "tiny", "--to", "mla", "--kv-bits", 16, "--budgets", "0.5,0.25", "--baselines"),
         *("--calibration", place / "text.txt", *CALIBRATION, "-o", files[0], "-o", files[1]),
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -96,11 +96,12 @@ def test_a_curve_beside_its_rivals(cli: Cli, place: Path) -> None:
     assert "donor, quantised cache" in files[1].read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("bits", ["auto", "8"])
 def test_shares_of_coded_latents_are_of_16_bits_too(
-    main: Main, capsys: pytest.CaptureFixture[str], place: Path
+    main: Main, capsys: pytest.CaptureFixture[str], place: Path, bits: str
 ) -> None:
     """The donor is stored in float32, whose bytes are twice those that the budget is a share of."""
-    words = ["curve", place / "tiny", "--to", "mla", "--kv-bits", "auto", "--budgets", "0.25", "--json"]
+    words = ["curve", place / "tiny", "--to", "mla", "--kv-bits", bits, "--budgets", "0.25", "--json"]
     words += ["--text", place / "text.txt", "--sequences", 2, "--kv-cache-dtype", "fp8"]
     result = printed(main, capsys, *words, "--calibration", place / "text.txt", *CALIBRATION)
     [point], [rival] = result["points"], result["baselines"]
@@ -130,7 +131,7 @@ def test_the_donor_beside_itself(
 @pytest.mark.parametrize(
     ("name", "settings", "share"),
     [
-        ("mla", {"method": "mla", "kv_budget": 0.5}, 5 / 16),
+        ("mla", {"method": "mla", "kv_bits": 16, "kv_budget": 0.5}, 5 / 16),
         ("dha", {"method": "dha", "kv_budget": 0.5}, 5 / 16),
         ("moh", {"method": "moh"}, 5 / 16),
         ("hydra", {"method": "hydra"}, 5 / 16),
@@ -183,7 +184,7 @@ def test_bench_times_the_donor_against_itself(
     assert result["against"] == result["checkpoint"] == str(place / "tiny")
     assert row["donor"]["cache_bytes"] == 2 * 64 * 256 * 4
     assert row["cache_ratio"] == 3 / 32  # of float32
-    latent = convert("mla", method="mla", kv_budget=0.5)
+    latent = convert("mla", method="mla", kv_bits=16, kv_budget=0.5)
     assert main("bench", latent, *words, "--reexpand") == 0
     assert "of 16-bit bytes they are twice the share" in capsys.readouterr().out
     assert main("bench", latent, *words, "--static-cache") == 1
@@ -242,7 +243,7 @@ def test_lm_eval_asks_the_model_with_the_cache(place: Path) -> None:
 
 def test_a_report_does_not_take_bytes_of_another_cache(main: Main, place: Path, convert: Convert) -> None:
     """`report.json` has the bytes of the checkpoint's own cache."""
-    folder, page = convert("mla", method="mla", kv_budget=0.5), place / "page.md"
+    folder, page = convert("mla", method="mla", kv_bits=16, kv_budget=0.5), place / "page.md"
     words = ["eval", folder, "--text", place / "text.txt", *ROWS[:-1], "--report", page]
     assert main(*words) == 0
     assert "| mla | 128 | 50 % | 512 B |" in page.read_text(encoding="utf-8")

@@ -56,7 +56,7 @@ def test_validate_names_every_faulty_file(bad: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout == (
-        "smollm2-135m-mla: valid: convert smollm2-135m with mla (kv_budget=0.3125), evaluate quick\n"
+        "smollm2-135m-mla: valid: convert smollm2-135m with mla (kv_budget=0.3125, kv_bits=16), evaluate quick\n"
     )
     assert done.stderr.splitlines() == [
         f"mhconvert: {FAULT}",
@@ -85,7 +85,8 @@ def test_validate_with_overrides(recipes: Words) -> None:
     code, out, _err = recipes("validate", "llama3-8b-mla", "--set", "heal.tokens=1B", "--set", "eval=null")
     assert code == 0
     assert out == (
-        "llama3-8b-mla: valid: convert llama3-8b with mla (kv_budget=0.28125), heal on 1,000,000,000 tokens\n"
+        "llama3-8b-mla: valid: convert llama3-8b with mla (kv_budget=0.28125, kv_bits=16), heal on 1,000,000,000 "
+        "tokens\n"
     )
 
 

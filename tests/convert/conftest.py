@@ -38,7 +38,7 @@ def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
     def build(output: Path, **changes: Any) -> Recipe:
         settings = {
             "method": "mla",
-            "settings": MLASettings(kv_budget=0.5),
+            "settings": MLASettings(kv_budget=0.5, kv_bits="16"),
             "calibration": Calibration((str(text),), tokens=1024, sequence_length=64, held_out=2),
             "fit_steps": 3,
             "verify": False,

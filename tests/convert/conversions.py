@@ -77,7 +77,7 @@ def converted(
     donor: Any, settings: MLASettings | DHASettings | MoHSettings | None = None, seed: int = 1
 ) -> Any:
     """`donor` converted by the method of `settings` (MLA), fp32 and in eval mode, calibrated on four random rows."""
-    settings = settings or MLASettings()
+    settings = settings or MLASettings(kv_bits="16")
     kind = {MLASettings: MLA, DHASettings: DHA, MoHSettings: MoH}[type(settings)]
     method = kind(donor.config, settings, "quick")
     return assembled(donor, method, converted_layers(donor, method, token_ids(4, 32, seed)))

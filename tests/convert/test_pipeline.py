@@ -66,7 +66,7 @@ def test_the_donors_other_tensors_are_unchanged(
 
 
 def test_a_full_budget_is_the_donor(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    whole = recipe(tmp_path / "out", settings=MLASettings(kv_budget=1.0), fit_steps=0)
+    whole = recipe(tmp_path / "out", settings=MLASettings(kv_budget=1.0, kv_bits="16"), fit_steps=0)
     report = mhconvert.convert(whole)
     assert report["kl"] < 1e-6
     assert report["top1_agreement"] == 1
@@ -75,9 +75,9 @@ def test_a_full_budget_is_the_donor(recipe: Callable[..., Recipe], tmp_path: Pat
 
 def test_divergence_falls_as_the_budget_grows(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     divergences = [
-        mhconvert.convert(recipe(tmp_path / str(share), settings=MLASettings(kv_budget=share), fit_steps=0))[
-            "kl"
-        ]
+        mhconvert.convert(
+            recipe(tmp_path / str(share), settings=MLASettings(share, kv_bits="16"), fit_steps=0)
+        )["kl"]
         for share in (0.125, 0.5, 0.875)
     ]
     assert divergences == sorted(divergences, reverse=True)
@@ -154,7 +154,8 @@ def test_a_nan_weight_leaves_nothing(text: Path, tmp_path: Path) -> None:
     weights["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     part = Calibration((str(text),), tokens=512, sequence_length=64)
-    bad = Recipe(str(folder), "mla", output=str(tmp_path / "out"), calibration=part, fit_steps=0)
+    plain = MLASettings(kv_bits="16")
+    bad = Recipe(str(folder), "mla", plain, output=str(tmp_path / "out"), calibration=part, fit_steps=0)
     with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
         mhconvert.convert(bad)
     assert not (tmp_path / "out").exists()
@@ -230,7 +231,14 @@ def test_a_layer_without_output_stays_without(text: Path, tmp_path: Path) -> Non
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     part = Calibration((str(text),), tokens=512, sequence_length=64)
     report = mhconvert.convert(
-        Recipe(str(folder), "mla", output=str(tmp_path / "out"), calibration=part, fit_steps=3)
+        Recipe(
+            str(folder),
+            "mla",
+            MLASettings(kv_bits="16"),
+            output=str(tmp_path / "out"),
+            calibration=part,
+            fit_steps=3,
+        )
     )
     assert report["layers"][1]["relative_error"] == 0
     assert report["verified"]["relative_logit_error"] < 1e-5
@@ -239,7 +247,9 @@ def test_a_layer_without_output_stays_without(text: Path, tmp_path: Path) -> Non
 def test_missing_text_is_seen_before_the_weights(donor: Path, tmp_path: Path) -> None:
     absent = str(tmp_path / "absent.txt")
     with pytest.raises(TextError, match=r"absent\.txt cannot be read: there is no such file"):
-        pipeline.plan(Recipe(str(donor), "mla", calibration=Calibration((absent,))))
+        pipeline.plan(
+            Recipe(str(donor), "mla", MLASettings(kv_bits="16"), calibration=Calibration((absent,)))
+        )
 
 
 def test_an_absurd_error_stops_with_the_layer(
@@ -256,7 +266,7 @@ def test_high_effort_mends_what_the_layers_before_have_changed(
 ) -> None:
     """The whole block's fit on the student's stream, on the same text and behind the same steps, comes nearer to the
     donor; random layers that follow each other have little to mend."""
-    options = {"fit_steps": 30, "settings": MLASettings(kv_budget=0.25)}
+    options = {"fit_steps": 30, "settings": MLASettings(kv_budget=0.25, kv_bits="16")}
     tokens = Calibration(recipe(tmp_path).calibration.sources, tokens=8192, sequence_length=64, held_out=8)
     found = []
     for rounds in (0, 1):

@@ -14,7 +14,7 @@ from tests.convert.conversions import converted, donor_model
 def pair(budget: float = 0.4, seed: int = 0) -> tuple[Any, Any]:
     """(student, teacher) with random weights, in float32."""
     donor = donor_model(seed=seed)
-    return converted(donor, MLASettings(kv_budget=budget)), donor
+    return converted(donor, MLASettings(kv_budget=budget, kv_bits="16")), donor
 
 
 def rows(count: int, length: int, seed: int = 0, cut: tuple[int, ...] = ()) -> Rows:

@@ -59,7 +59,7 @@ def real(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str,
             recipe = Recipe(
                 model=str(data / "checkpoints" / name),
                 method="mla",
-                settings=MLASettings(kv_budget=budget),
+                settings=MLASettings(kv_budget=budget, kv_bits="16"),
                 effort="quick",
                 output=str(kept[name]),
                 calibration=Calibration((str(text),), tokens=2048, sequence_length=128),

@@ -23,7 +23,7 @@ def problem(budget: float, layer: int = 1) -> Problem:
     inputs = attention_inputs(donor, token_ids(24, 32, seed=5))[layer]
     with torch.no_grad():
         targets = donor.model.layers[layer].self_attn(inputs, embeddings, None)[0]
-    model = converted(donor, MLASettings(kv_budget=budget)).requires_grad_(False)
+    model = converted(donor, MLASettings(kv_budget=budget, kv_bits="16")).requires_grad_(False)
     return model.model.layers[layer].self_attn, inputs, targets, embeddings
 
 

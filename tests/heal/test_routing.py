@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mhconvert import api
+from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
@@ -138,6 +139,7 @@ def test_a_balance_needs_heads_that_are_routed(tmp_path: Path, text: Path) -> No
         Recipe(
             str(donor),
             "mla",
+            MLASettings(kv_bits="16"),
             effort="quick",
             verify=False,
             output=str(tmp_path / "ckpt"),

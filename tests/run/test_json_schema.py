@@ -46,11 +46,13 @@ def test_descriptions_and_bounds_are_the_declarations() -> None:
     properties = schema()["$defs"]["MLASettings"]["properties"]
     assert properties["kv_budget"] == {
         "type": "number",
-        "description": "Share of the donor's KV elements per token that the latent cache may hold.",
+        "description": "Share of the bytes of the donor's 16-bit KV cache that the latent cache may have; with kv_bits "
+        "16 of the donor's KV elements per token.",
         "exclusiveMinimum": 0,
         "maximum": 1,
         "default": 0.5,
     }
+    assert properties["kv_bits"]["default"] == "auto"
     assert properties["profile"]["enum"] == ["quality", "portable"]
     assert properties["kv_lora_rank"]["description"].startswith("Width of the latent")
     described = schema()["$defs"]["EvalSettings"]["properties"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mhconvert.errors import BudgetError
 
@@ -22,12 +22,13 @@ class MLASettings(Settings):
     """The size of the latent cache, and how it may differ from layer to layer."""
 
     fault = BudgetError
+    earlier: ClassVar[dict[str, Any]] = {"kv_bits": "16", "plan": None}
 
     kv_budget: Annotated[
         float,
         Option(
-            "Share of the donor's KV elements per token that the latent cache may hold; with coded latents (kv_bits) a "
-            "share of the bytes of its 16-bit cache.",
+            "Share of the bytes of the donor's 16-bit KV cache that the latent cache may have; with kv_bits 16 of the "
+            "donor's KV elements per token.",
             "SHARE",
             gt=0,
             le=1,
@@ -52,13 +53,13 @@ class MLASettings(Settings):
     kv_bits: Annotated[
         Takes[Bits, int],
         Option(
-            "16: cache elements of the weights' dtype, as engines know them. auto: the cache is coded; each component "
-            "of a joint latent of keys and values has the 0 to 8 bits that it is worth, and kv_budget is a share of "
-            "the bytes of a 16-bit cache. 2 to 8: coded too, and each component has so many bits or none.",
+            "auto: the cache is coded; each component of a joint latent of keys and values has the 0 to 8 bits that it "
+            "is worth. 16 with profile portable or explicit widths. 2 to 8: coded too, and each component has so many "
+            "bits or none. 16: cache elements of the weights' dtype, as engines know them.",
             parse=str,
             also=int,
         ),
-    ] = default("16")
+    ] = default("auto")
 
     plan: Annotated[
         Any,
@@ -76,11 +77,17 @@ class MLASettings(Settings):
         return self.kv_bits != "16"
 
     def check(self) -> None:
-        """Raise BudgetError for one of the two widths without the other, and for a code where engines read elements."""
-        if self.coded and (self.kv_lora_rank is not None or self.profile == "portable"):
-            other = "profile portable" if self.profile == "portable" else "kv_lora_rank and qk_rope_head_dim"
+        """`kv_bits` auto is 16 where engines read elements or widths are given, so that a saved recipe says which.
+
+        Raises BudgetError for one of the two widths without the other, and for a code or its plan in those places.
+        """
+        fixed = self._of_elements()
+        if fixed is not None and self.kv_bits == "auto":
+            self._set("kv_bits", "16")
+        wrong = f"kv_bits {self.kv_bits}" if self.coded else "a plan" if self.plan is not None else None
+        if fixed is not None and wrong is not None:
             raise BudgetError(
-                f"kv_bits {self.kv_bits} does not go with {other}, which has elements of 16 bits; leave one out"
+                f"{wrong} does not go with {fixed}, which has elements of 16 bits; leave one out"
             )
         if self.plan is not None:
             if not self.coded:
@@ -90,6 +97,12 @@ class MLASettings(Settings):
             self._set("plan", read_plan(self.plan))
         if (self.kv_lora_rank is None) != (self.qk_rope_head_dim is None):
             raise BudgetError("kv_lora_rank and qk_rope_head_dim go together; give both, or kv_budget alone")
+
+    def _of_elements(self) -> str | None:
+        """The choice that only elements of 16 bits can meet, in words, or None."""
+        if self.profile == "portable":
+            return "profile portable"
+        return None if self.kv_lora_rank is None else "kv_lora_rank and qk_rope_head_dim"
 
     def at_budget(self, share: float) -> MLASettings:
         """The same choices at another budget. Raises BudgetError where explicit sizes have fixed it."""

@@ -99,7 +99,7 @@ def test_an_own_text_is_what_eval_measures(recipe: Build, text: Path, tmp_path: 
         ({}, (0.5, 1.5), r"kv_budget=1\.5 is outside \(0, 1\]"),
         ({}, (0.5, 0.01), r"the nearest that it can: 0\.0469 \(3 elements\), 0\.25 \(16 elements\)"),
         ({"settings": MLASettings(kv_lora_rank=8, qk_rope_head_dim=8)}, (0.5,), "leave them out to vary it"),
-        ({"settings": MLASettings(), "tolerance": "kl=1"}, (0.5,), "leave the tolerance out"),
+        ({"settings": MLASettings(kv_bits="16"), "tolerance": "kl=1"}, (0.5,), "leave the tolerance out"),
         ({"settings": MLASettings(profile="portable")}, (0.5,), "cannot express head_dim=16"),
     ],
 )

@@ -13,7 +13,8 @@ PROGRAM = """
 import json, sys, mhconvert
 donor, text, out = sys.argv[1:]
 part = mhconvert.Calibration((text,), tokens=512, sequence_length=64, held_out=2)
-recipe = mhconvert.Recipe(donor, "mla", output=out, calibration=part, effort="quick", verify=False, device="cpu")
+plain = {"calibration": part, "effort": "quick", "verify": False, "device": "cpu"}
+recipe = mhconvert.Recipe(donor, "mla", mhconvert.MLASettings(kv_bits="16"), output=out, **plain)
 print(json.dumps(mhconvert.convert(recipe)["peak_rss_bytes"]))
 """
 

@@ -11,6 +11,7 @@ import pytest
 
 import mhconvert
 from mhconvert.convert.bare_process import reload
+from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import MhconvertError, OutputError, ReloadKilledError
 from mhconvert.progress import Progress
@@ -29,7 +30,13 @@ def recipe(donor: Path) -> Callable[..., Recipe]:
     part = Calibration((str(text),), tokens=512, sequence_length=64, held_out=2)
 
     def build(output: Path, **changes: Any) -> Recipe:
-        settings: dict[str, Any] = {"calibration": part, "fit_steps": 0, "verify": False, "device": "cpu"}
+        settings: dict[str, Any] = {
+            "settings": MLASettings(kv_bits="16"),
+            "calibration": part,
+            "fit_steps": 0,
+            "verify": False,
+            "device": "cpu",
+        }
         return Recipe(str(donor), "mla", output=str(output), **(settings | changes))
 
     return build

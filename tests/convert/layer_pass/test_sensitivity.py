@@ -332,7 +332,7 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
         with pytest.raises(BudgetError, match=message):
             dataclasses.replace(CODED, plan=given)
     with pytest.raises(BudgetError, match="use it with kv_bits auto"):
-        MLASettings(plan=plan)
+        MLASettings(kv_bits="16", plan=plan)
     with pytest.raises(BudgetError, match="the plan fixes the KV budget"):
         dataclasses.replace(CODED, plan=plan).at_budget(0.5)
 

@@ -77,7 +77,7 @@ def test_a_need_is_what_the_model_with_that_layer_converted_says(
         assert list(need.errors) == sorted(need.errors, reverse=True)
     ids = rows.fit[-calibration_rows.JUDGES :]
     converted = dataclasses.replace(
-        asked, settings=MLASettings(kv_budget=survey.PROBE_BUDGET), effort="quick", fit_steps=0
+        asked, settings=MLASettings(kv_budget=survey.PROBE_BUDGET, kv_bits="16"), effort="quick", fit_steps=0
     )
     mhconvert.convert(converted)
     mhconvert.convert(dataclasses.replace(converted, settings=whole, output=str(tmp_path / "whole")))
@@ -114,7 +114,7 @@ def test_a_resume_has_the_same_survey(recipe: Build, tmp_path: Path, monkeypatch
     [
         {"effort": "quick"},
         {"settings": MLASettings(kv_lora_rank=16, qk_rope_head_dim=16)},
-        {"settings": MLASettings(kv_budget=1.0)},
+        {"settings": MLASettings(kv_budget=1.0, kv_bits="16")},
     ],
 )
 def test_no_survey_where_layers_are_alike(
@@ -134,7 +134,7 @@ def test_heads_too_small_for_the_usual_shares(
     recipe: Build, tmp_path: Path, family: str, heads: int, width: int, budget: float
 ) -> None:
     donor = make_donor(tmp_path / "donor", family=family, heads=4, kv_heads=heads, head_dim=width, layers=2)
-    settings = MLASettings(kv_budget=budget)
+    settings = MLASettings(kv_budget=budget, kv_bits="16")
     asked = dataclasses.replace(recipe(tmp_path / "out", settings=settings, fit_steps=0), model=str(donor))
     report = mhconvert.convert(asked)
     counts = [layer["kv_elements"]["converted"] for layer in report["layers"]]

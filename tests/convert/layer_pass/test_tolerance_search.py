@@ -93,7 +93,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def asked(recipe: Build, small: str, tmp_path: Path) -> Build:
     def build(tolerance: str, **changes: Any) -> Recipe:
-        plain = {"settings": MLASettings(), "effort": "quick", "fit_steps": 0, "tolerance": tolerance}
+        plain = {
+            "settings": MLASettings(kv_bits="16"),
+            "effort": "quick",
+            "fit_steps": 0,
+            "tolerance": tolerance,
+        }
         return dataclasses.replace(recipe(tmp_path / "out", **plain | changes), model=small)
 
     return build

@@ -33,7 +33,11 @@ def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], **c
 
 def recipe_for(donor: Path, text: Path, **changes: Any) -> Recipe:
     calibration = Calibration((str(text),), tokens=512, sequence_length=64, held_out=2)
-    settings = {"settings": MLASettings(kv_budget=0.5), "calibration": calibration, "fit_steps": 0}
+    settings = {
+        "settings": MLASettings(kv_budget=0.5, kv_bits="16"),
+        "calibration": calibration,
+        "fit_steps": 0,
+    }
     plain = {"verify": False, "device": "cpu", "output": str(donor.parent / "out")}
     return Recipe(str(donor), "mla", **(settings | plain | changes))
 

@@ -70,18 +70,28 @@ def test_random_weights_of_a_shape(budget: float | None, tmp_path: Path) -> None
     make_config(family="mistral", sliding_window=None, kv_heads=1).save_pretrained(
         tmp_path
     )  # no weights at all
-    result = api.bench(str(tmp_path), random="mla", kv_budget=budget, **QUICK)
+    result = api.bench(str(tmp_path), random="mla", kv_bits=16, kv_budget=budget, **QUICK)
     assert (result["checkpoint"], result["random"]) == (None, "mla")
     assert result["rows"][0]["cache_ratio"] == (budget or 0.5)
     with pytest.raises(BudgetError, match="outside"):
-        api.bench(str(tmp_path), random="mla", kv_budget=2.0, **QUICK)
+        api.bench(str(tmp_path), random="mla", kv_bits=16, kv_budget=2.0, **QUICK)
+
+
+def test_random_weights_are_coded_unless_kv_bits_say_otherwise(tmp_path: Path) -> None:
+    make_config().save_pretrained(tmp_path)
+    [row] = api.bench(str(tmp_path), random="mla", kv_budget=0.25, **QUICK | {"contexts": (24,)})["rows"]
+    assert (
+        0 < row["cache_ratio"] <= 0.125
+    )  # of a float32 cache, whose bytes are twice those that the budget is of
+    with pytest.raises(MhconvertError, match="kv_bits does not apply to dha; leave it out"):
+        api.bench(str(tmp_path), random="dha", kv_bits=16, **QUICK)
 
 
 def test_a_donor_that_is_read_eagerly(tmp_path: Path) -> None:
     """Gemma 2's soft-caps have no fused kernel."""
     donor = make_donor(tmp_path / "gemma2", family="gemma2", kv_heads=2, query_pre_attn_scalar=16)
     options = bench.Options(contexts=(24,), batch=2, new_tokens=2)
-    [row] = bench.bench_random(str(donor), "mla", 0.5, options, "cpu")["rows"]
+    [row] = bench.bench_random(str(donor), "mla", 0.5, options, "cpu", kv_bits=16)["rows"]
     assert row["converted"]["cache_bytes"] * 2 == row["donor"]["cache_bytes"]
 
 

@@ -125,7 +125,7 @@ def test_left_padding_and_the_cache(plain: Path, tmp_path: Path) -> None:
     assert relative(rest, whole[:, 8:]) < 1e-5
 
 
-QUALITY = MLASettings(kv_budget=0.5)
+QUALITY = MLASettings(kv_budget=0.5, kv_bits="16")
 
 
 @pytest.mark.parametrize(

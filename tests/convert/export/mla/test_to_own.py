@@ -146,7 +146,7 @@ def test_refusals(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path / "stock")
     with pytest.raises(ExportError, match="is no MLA checkpoint; own holds what --to mla --profile portable"):
         to_own.export_checkpoint(str(tmp_path / "stock"), str(tmp_path / "out"))
-    converted(donor_model(family="gemma2"), MLASettings()).save_pretrained(tmp_path / "gemma")
+    converted(donor_model(family="gemma2"), MLASettings(kv_bits="16")).save_pretrained(tmp_path / "gemma")
     make_tokenizer().save_pretrained(tmp_path / "gemma")
     with pytest.raises(ExportError, match="own cannot hold this checkpoint"):
         to_own.export_checkpoint(str(tmp_path / "gemma"), str(tmp_path / "out"))

@@ -38,7 +38,7 @@ def geometry(groups: int, head_dim: int) -> Any:
 def test_the_budget_is_a_whole_number_of_elements(
     groups: int, head_dim: int, share: float, elements: int
 ) -> None:
-    budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=share))
+    budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=share, kv_bits="16"))
     assert budget.elements == elements
     assert budget.donor_elements == 2 * groups * head_dim
     assert (budget.kv_lora_rank, budget.qk_rope_head_dim) == (None, None)
@@ -49,7 +49,7 @@ def test_the_budget_is_a_whole_number_of_elements(
 @given(kv_heads, head_dims, budgets, efforts)
 def test_every_choice_fits_the_layer(groups: int, head_dim: int, share: float, effort: str) -> None:
     assume(round(share * 2 * groups * head_dim) >= 3)
-    budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=share))
+    budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=share, kv_bits="16"))
     choices = budget.component_choices(effort)
     assert choices == sorted(set(choices))
     assert len(choices) >= 1
@@ -62,7 +62,7 @@ def test_every_choice_fits_the_layer(groups: int, head_dim: int, share: float, e
 @quick
 @given(kv_heads, head_dims, efforts)
 def test_the_whole_budget_keeps_every_component(groups: int, head_dim: int, effort: str) -> None:
-    budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=1.0))
+    budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=1.0, kv_bits="16"))
     assert budget.component_choices(effort) == [budget.all_components]
 
 
@@ -104,13 +104,15 @@ def test_the_nearest_portable_budgets_are_listed() -> None:
 def test_a_refusal_names_budgets_that_are_possible(groups: int, head_dim: int, profile: Profile) -> None:
     donor = 2 * groups * head_dim
     with pytest.raises(BudgetError, match=rf"leaves 1 of the donor's {donor} KV elements") as caught:
-        layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=1 / donor, profile=profile))
+        layer_budget(
+            geometry(groups, head_dim), MLASettings(kv_budget=1 / donor, profile=profile, kv_bits="16")
+        )
     listed = str(caught.value).rsplit("it can: ", 1)[1]
     found = re.findall(r"([\d.]+) \((\d+) elements\)", listed)
     assert len(found) == 3
     for share, elements in found:
         budget = layer_budget(
-            geometry(groups, head_dim), MLASettings(kv_budget=float(share), profile=profile)
+            geometry(groups, head_dim), MLASettings(kv_budget=float(share), profile=profile, kv_bits="16")
         )
         assert budget.elements == int(elements)
 

@@ -198,10 +198,16 @@ def test_half_precision_generates(model: Any, dtype: torch.dtype) -> None:
 def test_refusals_name_the_way_out() -> None:
     with pytest.raises(BudgetError, match="at least 4 bytes in 2 layers, and the budget is 2"):
         CodedMLA(make_config(), MLASettings(kv_bits="auto", kv_budget=0.01), "quick")
-    with pytest.raises(BudgetError, match="kv_bits auto does not go with profile portable"):
-        MLASettings(kv_bits="auto", profile="portable")
-    with pytest.raises(BudgetError, match="kv_bits auto does not go with kv_lora_rank"):
-        MLASettings(kv_bits="auto", kv_lora_rank=8, qk_rope_head_dim=4)
+    with pytest.raises(BudgetError, match="kv_bits 8 does not go with profile portable"):
+        MLASettings(kv_bits="8", profile="portable")
+    with pytest.raises(BudgetError, match="kv_bits 2 does not go with kv_lora_rank and qk_rope_head_dim"):
+        MLASettings(kv_bits=2, kv_lora_rank=8, qk_rope_head_dim=4)
+    plan = [{"components_by_bits": {"4": 8}}]
+    for bits in ("auto", "4"):
+        with pytest.raises(
+            BudgetError, match="does not go with profile portable, which has elements of 16 bits"
+        ):
+            MLASettings(kv_bits=bits, profile="portable", plan=plan)  # type: ignore[arg-type]
 
 
 def test_a_cache_that_holds_something_else_is_refused(model: Any) -> None:

@@ -38,7 +38,7 @@ from tests.convert.conversions import (
 )
 
 FLOAT32, FLOAT64 = 1e-5, 1e-9
-ALL = MLASettings(kv_budget=1.0)
+ALL = MLASettings(kv_budget=1.0, kv_bits="16")
 
 
 def expect_identity(donor: Any) -> None:

@@ -164,7 +164,7 @@ def test_the_cache_is_latent_and_rotary_key_alone() -> None:
 
 @pytest.mark.parametrize(("profile", "kind"), [("quality", list), ("portable", int)])
 def test_the_profile_decides_the_kind_of_rank(profile: Any, kind: type) -> None:
-    model = converted(donor_model(head_dim=64), MLASettings(kv_budget=0.5, profile=profile))
+    model = converted(donor_model(head_dim=64), MLASettings(kv_budget=0.5, profile=profile, kv_bits="16"))
     assert isinstance(model.config.kv_lora_rank, kind)
     sizes = {model.config.latent_rank(n) + 2 * len(model.config.layer_frequencies(n)) for n in range(2)}
     assert sizes == {128}

@@ -35,7 +35,7 @@ def written(folder: Path, settings: MLASettings, **config: Any) -> Any:
 @pytest.mark.parametrize(
     ("settings", "config"),
     [
-        (MLASettings(kv_budget=0.5), {"rope": YARN}),
+        (MLASettings(kv_budget=0.5, kv_bits="16"), {"rope": YARN}),
         (
             MLASettings(kv_budget=0.4, profile="portable"),
             {"family": "mistral", "sliding_window": None, "tied": False, "head_dim": 64},
@@ -69,7 +69,7 @@ def test_the_reloaded_logits_are_the_same_bits(
 
 def test_the_decoder_alone_loads_too(tmp_path: Path) -> None:
     folder, ids = tmp_path / "converted", token_ids(2, 12)
-    model = written(folder, MLASettings(kv_budget=0.5))
+    model = written(folder, MLASettings(kv_budget=0.5, kv_bits="16"))
     program = (
         "import sys, torch; sys.modules['mhconvert'] = None\n"
         "from transformers import AutoModel\n"

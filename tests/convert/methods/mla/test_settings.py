@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from mhconvert.convert.methods.mla.coded_method import CodedMLA
 from mhconvert.convert.methods.mla.method import MLA
 from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.methods.registry import build_method
 from mhconvert.errors import BudgetError, UnsupportedError
 from tests.donors import make_config
 
@@ -33,7 +35,26 @@ def test_refusals(choice: dict[str, Any], message: str) -> None:
 def test_the_ends_of_the_range_are_allowed() -> None:
     assert MLASettings(kv_budget=1).kv_budget == 1
     assert MLASettings(kv_budget=1e-9).kv_budget == 1e-9
-    assert MLASettings() == MLASettings(kv_budget=0.5, profile="quality")
+    assert MLASettings() == MLASettings(kv_budget=0.5, profile="quality", kv_bits="auto")
+
+
+def test_the_cache_is_coded_unless_elements_are_asked_for() -> None:
+    assert MLASettings().kv_bits == "auto"
+    assert MLASettings().coded
+    for choice in ({"profile": "portable"}, {"kv_lora_rank": 8, "qk_rope_head_dim": 8}, {"kv_bits": 16}):
+        settings = MLASettings(**choice)  # type: ignore[arg-type]
+        assert settings.kv_bits == "16"
+        assert not settings.coded
+    assert MLASettings(kv_bits="auto", profile="portable") == MLASettings(kv_bits="16", profile="portable")
+    assert MLASettings(profile="portable").at_budget(0.25).kv_bits == "16"
+
+
+@pytest.mark.parametrize(
+    ("choice", "kind"),
+    [({}, CodedMLA), ({"kv_bits": 4}, CodedMLA), ({"kv_bits": 16}, MLA), ({"profile": "portable"}, MLA)],
+)
+def test_the_settings_decide_what_is_built(choice: dict[str, Any], kind: type) -> None:
+    assert type(build_method("mla", make_config(head_dim=64), MLASettings(**choice), "quick")) is kind
 
 
 def test_settings_are_frozen() -> None:
@@ -56,12 +77,12 @@ def test_the_method_refuses_before_it_reads_weights(
     choice: dict[str, Any], error: type, message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        MLA(make_config(), MLASettings(**choice), "quick")
+        MLA(make_config(), MLASettings(**choice, kv_bits="16"), "quick")
 
 
 def test_the_method_refuses_a_donor_it_cannot_carry_over() -> None:
     with pytest.raises(UnsupportedError, match=r"clip_qkv=8\.0 is not supported"):
-        MLA(make_config(family="olmo", clip_qkv=8.0), MLASettings(), "quick")
+        MLA(make_config(family="olmo", clip_qkv=8.0), MLASettings(kv_bits="16"), "quick")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +110,7 @@ def test_portable_keeps_the_donors_biases_and_adds_none() -> None:
 @pytest.mark.parametrize("effort", ["quick", "default", "high"])
 @pytest.mark.parametrize("profile", ["quality", "portable"])
 def test_the_plan_counts_the_cache_that_is_granted(effort: str, profile: Any) -> None:
-    method = MLA(make_config(layers=3, head_dim=64), MLASettings(kv_budget=0.4, profile=profile), effort)
+    method = MLA(make_config(layers=3, head_dim=64), MLASettings(0.4, profile=profile, kv_bits="16"), effort)
     assert method.kv_elements() == 3 * round(0.4 * 256)
     sizes = method.layer_sizes(0)
     divided = profile == "quality" and effort != "quick"  # by a survey, later

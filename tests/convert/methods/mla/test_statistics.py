@@ -110,7 +110,7 @@ def test_counting_keys_by_attention_saves_the_sink(seed: int, kv_heads: int) -> 
     attended = observed(donor, fit)
     tokens = fit.flatten(0, 1).double()
     uniform = replace(attended, key_moment=attended.query_moment, key_mean=tokens.mean(0))
-    method = MLA(donor.config, MLASettings(kv_budget=0.375), "quick")
+    method = MLA(donor.config, MLASettings(kv_budget=0.375, kv_bits="16"), "quick")
     attention, embeddings, errors = donor.model.layers[0].self_attn, rotary_of(donor, LENGTH), []
     donor.set_attn_implementation("sdpa")
     with torch.no_grad():
