@@ -1,4 +1,4 @@
-"""The quality curve: perplexity and KL against the share of the KV cache that is kept, from the data of benchmarks/."""
+"""The quality curve: perplexity and KL against the bytes of the KV cache, from the data of benchmarks/."""
 
 from __future__ import annotations
 
@@ -42,12 +42,15 @@ def series(figures: Figures) -> list[Series]:
     def mla(effort: str) -> list[Point]:
         return chosen("mla", lambda row: row["effort"] == effort and row.get("profile") != "portable")
 
+    def coded(donor: bool) -> list[Point]:
+        return chosen("coded", lambda row: row["model"].startswith("donor") == donor)
+
     return [
-        Series("MLA, effort quick", "#7fb2e5", "o-", mla("quick")),
-        Series("MLA, default effort", "#2f7ed8", "o-", mla("default")),
-        Series("MLA, effort high", "#123f7a", "o", mla("high")),
+        Series("MLA, coded latents", "#c0262d", "o-", coded(donor=False)),
+        Series("donor, quantised cache (KIVI, 8 to 2 bits)", "#444444", "x--", coded(donor=True)),
+        Series("MLA, 16 bits", "#2f7ed8", "o-", mla("default")),
         Series(
-            "MLA, healed on 200k tokens",
+            "MLA, 16 bits, healed on 200k tokens",
             "#2e9e5b",
             "D",
             chosen("healing", lambda row: "then end to end" in row["stage"]),
@@ -80,8 +83,8 @@ def draw(figures: Figures, file: Path) -> None:
         picture = Figure(figsize=(9, 4.6), layout="constrained", facecolor="white")
         left, right = picture.subplots(1, 2)
         panels = (
-            (left, 1, "Perplexity, times the donor's", (1, 1.2, 1.5, 2, 3, 5, 10, 20)),
-            (right, 2, "KL divergence from the donor, nats a token", (0.03, 0.1, 0.2, 0.5, 1, 2)),
+            (left, 1, "Perplexity, times the donor's", (1, 1.2, 1.5, 2, 3, 5, 10)),
+            (right, 2, "KL divergence from the donor, nats a token", (1e-4, 0.001, 0.01, 0.1, 1)),
         )
         for axes, index, title, ticks in panels:
             for one in series(figures):
@@ -89,10 +92,11 @@ def draw(figures: Figures, file: Path) -> None:
                 if points:
                     axes.plot(*zip(*points, strict=True), one.style, color=one.colour, label=one.label, ms=5)
             axes.set_title(title, loc="left", fontsize=10)
-            axes.set_xlabel("KV cache kept")
+            axes.set_xlabel("bytes of the KV cache, as a share of 16 bits an element")
             axes.set_xscale("log")
             axes.set_yscale("log")
-            axes.set_xticks((12.5, 25, 50, 100), labels=("12.5 %", "25 %", "50 %", "100 %"))
+            shares = (6.25, 12.5, 25, 50, 100)
+            axes.set_xticks(shares, labels=[f"{share:g} %" for share in shares])
             axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
             axes.grid(color="#dddddd", linewidth=0.6)
