@@ -26,7 +26,7 @@ def require_applicable(method: str, groups: Sequence[Group], options: Values) ->
     sizes = [name for name in SIZES if options.get(name) is not None]
     if "kv_budget" in sizes and len(sizes) > 1:
         raise typer.BadParameter("give --kv-budget, or --kv-lora-rank and --qk-rope-head-dim, but not both")
-    if "kv_budget" in sizes and options.get("plan") is not None:
+    if method == "dha" and "kv_budget" in sizes and options.get("plan") is not None:
         raise typer.BadParameter("give --kv-budget, or the heads of every layer by --plan, but not both")
     if sizes and options.get("tolerance") is not None:
         raise typer.BadParameter("give --tolerance, or a budget or sizes, but not both")

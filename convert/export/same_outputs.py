@@ -57,7 +57,7 @@ def expect(model: Any, tokenizer: Any, seed: int, tell: Listener) -> Expected:
             _record_largest(largest, index, layer.self_attn)
         )
         for index, layer in enumerate(model.model.layers)
-        if hasattr(layer.self_attn, "kv_a_proj_with_mqa")
+        if hasattr(layer.self_attn, "kv_lora_rank")
     ]
     try:
         logits = []

@@ -111,11 +111,12 @@ class CodedLatentAttention(LatentAttention):
         query = rotate_half_split(query, *of_queries)
         if attention_mask is None:
             attention_mask = self.own_mask(hidden_states, rows.shape[2])
-        in_blocks = past_key_values is not None and not kwargs.get("output_attentions")
+        learns = written.requires_grad  # blocks have no straight-through gradient
+        in_blocks = past_key_values is not None and not learns and not kwargs.get("output_attentions")
         if in_blocks and self._few(length, attention_mask):
             return self.o_proj(self.read_in_blocks(query, rows, of_keys, attention_mask)), None
         latent = self.code.decode(rows, query.dtype).mT.unflatten(0, (batch, -1))
-        if written.requires_grad and latent.shape[1] == length:
+        if learns and latent.shape[1] == length:
             # Straight-through: rounding has slope one.
             latent = latent + F.pad(written - written.detach(), (0, 1))
         key, value = self.keys_and_values(latent)

@@ -242,6 +242,18 @@ def test_gradients_pass_through_the_code(model: Any) -> None:
     assert relative(logits(trained.eval(), ids), logits(model, ids)) < SAME
 
 
+def test_a_short_padded_batch_has_the_same_gradient_with_a_cache(model: Any) -> None:
+    trained, ids = coded(donor_model(), 0.25).requires_grad_(True), token_ids(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    gradients = []
+    for use_cache in (True, False):
+        trained.zero_grad()
+        trained(input_ids=ids, attention_mask=mask, labels=ids, use_cache=use_cache).loss.backward()
+        gradients.append(trained.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.grad.clone())
+    assert relative(*gradients) < 1e-4
+
+
 def test_an_export_refuses_codes_by_name(tmp_path: Path) -> None:
     donor = open_donor(str(make_donor(tmp_path / "donor")))
     method = CodedMLA(donor.config, MLASettings(kv_bits="auto"), "quick")
