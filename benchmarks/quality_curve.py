@@ -47,7 +47,7 @@ def series(figures: Figures) -> list[Series]:
 
     return [
         Series("MLA, coded latents", "#c0262d", "o-", coded(donor=False)),
-        Series("donor, quantised cache (KIVI, 8 to 2 bits)", "#444444", "x--", coded(donor=True)),
+        Series("donor, quantised cache", "#444444", "x--", coded(donor=True)),
         Series("MLA, 16 bits", "#2f7ed8", "o-", mla("default")),
         Series(
             "MLA, 16 bits, healed on 200k tokens",
@@ -102,7 +102,7 @@ def draw(figures: Figures, file: Path) -> None:
             axes.grid(color="#dddddd", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         handles, labels = left.get_legend_handles_labels()
-        picture.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        picture.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         file.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None, "Creator": None, "Description": fingerprint(figures)}
         picture.savefig(file, metadata=metadata)

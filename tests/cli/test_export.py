@@ -112,6 +112,20 @@ def test_routed_heads_have_their_own_class_alone(
     assert "routes its heads, which no stock class does" in capsys.readouterr().err
 
 
+def test_a_coded_checkpoint_verifies_and_is_not_exported(here: Cli, portable: Path, tmp_path: Path) -> None:
+    place, out = portable.parent, tmp_path / "coded"
+    words = ("--to", "mla", "--kv-budget", 0.25, "--effort", "quick", "--calibration", place / "text.txt")
+    more = ("--calibration-tokens", 256, "--sequence-length", 32, "--device", "cpu", "--quiet", "--no-verify")
+    done = here(place / "donor", *words, *more, "-o", out)
+    assert done.returncode == 0, done.stderr
+    checked = here("verify", out, "--json")
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout)["relative_difference"] < 1e-4
+    refused = here("export", out, "--to", "auto", "-o", tmp_path / "no")
+    assert refused.returncode == 1
+    assert "coded latents" in refused.stderr
+
+
 def test_verify_against_another_model(main: Main, capsys: pytest.CaptureFixture[str], portable: Path) -> None:
     donor = portable.parent / "donor"
     assert main("verify", portable, "--against", donor, "--json") == 0
