@@ -11,7 +11,7 @@ DEMO := demo/smollm2-135m-mla
 .PHONY: demo bench test lint format figures docs clean
 
 demo: .venv/installed
-	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.125 --effort quick --calibration-tokens 8192 -o $(DEMO) --force
+	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.25 --effort quick --calibration-tokens 8192 -o $(DEMO) --force
 	@echo
 	@echo '$$ mhconvert generate $(DEMO) --chat "What is the capital of France?"'
 	@$(BIN)/mhconvert generate $(DEMO) --chat "What is the capital of France?" --max-new-tokens 40
