@@ -24,10 +24,9 @@ def require_applicable(method: str, groups: Sequence[Group], options: Values) ->
         for flag in said([dataclasses.replace(group, only=others)], options):
             raise typer.BadParameter(f"{flag} does not apply to {method}")
     sizes = [name for name in SIZES if options.get(name) is not None]
-    if "kv_budget" in sizes and len(sizes) > 1:
-        raise typer.BadParameter("give --kv-budget, or --kv-lora-rank and --qk-rope-head-dim, but not both")
-    if method == "dha" and "kv_budget" in sizes and options.get("plan") is not None:
-        raise typer.BadParameter("give --kv-budget, or the heads of every layer by --plan, but not both")
+    for name, words in settings_class(method).instead_of_budget.items():
+        if "kv_budget" in sizes and options.get(name) is not None:
+            raise typer.BadParameter(f"give --kv-budget, or {words}, but not both")
     if sizes and options.get("tolerance") is not None:
         raise typer.BadParameter("give --tolerance, or a budget or sizes, but not both")
 

@@ -103,6 +103,11 @@ class AttentionFacts:
     qk_norm: str | None
 
     @property
+    def kv_elements(self) -> int:
+        """Elements of a token's keys and values in one layer, 2 G d."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
     def key_scales(self) -> int:
         """How many numbers 1 / RMS the keys of a token have: one per KV head, one, or none."""
         return {None: 0, "head": self.kv_heads, "width": 1}[self.qk_norm]

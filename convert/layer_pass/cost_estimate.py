@@ -9,7 +9,7 @@ import torch
 
 from ..calibration.calibration_rows import JUDGE_TOKENS, judging_rows, row_length, token_count
 from ..donor.donor import Donor
-from ..families.facts import AttentionFacts, attention_facts
+from ..families.facts import attention_facts
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe
 from ..recipe.written_weights import dtype_name
@@ -22,10 +22,8 @@ RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
 # Buffers that the survey holds at its peak for each layer so far: hidden states, a concatenated copy, attention inputs,
 # attention outputs.
 SURVEY_COPIES = 4
-BASIS_SQUARES, BASIS_ROWS = (
-    10,
-    4,
-)  # float64 matrices, and rows of keys and values, that a layer's transform and levels take
+# Float64 matrices, and rows of keys and values, that a layer's transform and levels take.
+BASIS_SQUARES, BASIS_ROWS = 10, 4
 STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a temporary result
 
 
@@ -40,8 +38,8 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     """The plan behind `--dry-run`: geometry, KV arithmetic, parameters, disk and memory needed."""
     config, dtype = donor.config, output_dtype(recipe, donor)
     layers, width = config.num_hidden_layers, dtype.itemsize
-    facts = attention_facts(config)
-    donor_elements = 2 * facts.kv_heads * facts.head_dim * layers
+    elements = attention_facts(config).kv_elements
+    donor_elements = elements * layers
     outer, per_layer, attention = _parameters(donor, method)
     converted = outer + layers * (per_layer - attention + method.new_parameters())
     tokens = token_count(recipe, device)
@@ -52,7 +50,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     )  # the student has the fitted rows too
     streams = 4 * config.hidden_size * (both * tokens + 2 * held)
     eval_tokens = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
-    surveyed, work, kept = _survey(method, config, -(-tokens // length), length)
+    surveyed, work, kept = _survey(method, config, elements, -(-tokens // length), length)
     survey = SURVEY_COPIES * 4 * config.hidden_size * layers * eval_tokens if method.divisible else 0
     output_bytes = converted * width
     layer_memory = 4 * (per_layer + method.new_parameters() * 4)
@@ -82,26 +80,24 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
             "sources": list(recipe.calibration.sources),
             "tokens": tokens,
             "sequence_length": length,
-            **_notice(method, facts, -(-tokens // length), length),
+            **_notice(method, elements, -(-tokens // length), length),
         },
     }
 
 
-def _survey(method: Method, config: Any, rows: int, length: int) -> tuple[int, int, int]:
+def _survey(method: Method, config: Any, elements: int, rows: int, length: int) -> tuple[int, int, int]:
     """Bytes of a survey of sensitivities on `rows` rows of `length` tokens: its memory, a layer's basis, its file."""
     if not method.surveys_sensitivity:
         return 0, 0, 0
-    facts = attention_facts(config)
-    elements, layers = 2 * facts.kv_heads * facts.head_dim, config.num_hidden_layers
+    layers = config.num_hidden_layers
     tokens = math.prod(surveyed_shape(rows, length))
     basis = 8 * (BASIS_SQUARES * elements**2 + BASIS_ROWS * min(rows * length, PASS_TOKENS) * elements)
     kept = stored_bytes(elements, layers)
     return peak_bytes(elements, layers, config.hidden_size, tokens), basis, kept
 
 
-def _notice(method: Method, facts: AttentionFacts, rows: int, length: int) -> dict[str, str]:
+def _notice(method: Method, elements: int, rows: int, length: int) -> dict[str, str]:
     """What a user should know of `rows` rows of text where a survey measures sensitivities: {"notice": …}, or {}."""
-    elements = 2 * facts.kv_heads * facts.head_dim
     few = few_tokens(math.prod(surveyed_shape(rows, length)), elements)
     return {"notice": few} if method.surveys_sensitivity and few else {}
 

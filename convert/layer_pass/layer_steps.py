@@ -56,6 +56,11 @@ def fit_steps(recipe: Recipe) -> int:
     return FIT_STEPS[recipe.effort] if recipe.fit_steps is None else recipe.fit_steps
 
 
+def layer_fit_steps(recipe: Recipe, method: Method) -> int:
+    """Return the optimiser steps per layer of a conversion by `method`; 0 where its closed form is all there is."""
+    return 0 if method.closed_form else fit_steps(recipe)
+
+
 def block_steps(recipe: Recipe, rows: int, length: int) -> int:
     """Return the optimiser steps of the whole block's fit on `rows` rows of `length` tokens; 0 for none."""
     rounds = BLOCK_ROUNDS[recipe.effort] if fit_steps(recipe) else 0
@@ -108,7 +113,7 @@ def convert_attention(
     """The new attention, closed form and fit, rounded as it will be written; and what was chosen for it."""
     text = (targets.inputs, targets.targets, layer.position_embeddings)
     attention, chosen = method.convert(targets.statistics, layer.index, *text)
-    steps = 0 if method.closed_form else fit_steps(context.recipe)
+    steps = layer_fit_steps(context.recipe, method)
     if steps:
         context.fit(attention, *text, steps=steps, **_fit_options(context, layer, targets.inputs))
     _round_to(attention, context.dtype, f"layer {layer.index}: self_attn.")

@@ -26,16 +26,14 @@ WANTED_PER_ELEMENT = 20  # tokens for each element of a layer's keys and values,
 FEW_PER_ELEMENT = 2  # below it the transform fits the text that it was made from
 PASS_TOKENS = 8192  # that go through the layers at once
 ROW_TOKENS = 512
-STATE_COPIES = (
-    3  # beside the layers' inputs: the gradient behind a layer, and that before it, as rows and joined
-)
+# Beside the layers' inputs: the gradient behind a layer, and that before it, as rows and joined.
+STATE_COPIES = 3
 PART_COPIES, SQUARE_COPIES = 6, 4  # of keys, values and gradients, and of their products, float64
 
 
 def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
     """The sensitivity of every layer, on the CPU."""
-    facts = attention_facts(context.donor.config)
-    elements = 2 * facts.kv_heads * facts.head_dim
+    elements = attention_facts(context.donor.config).kv_elements
     rows = surveyed_rows(context.rows.fit)
     passes = rows.split(max(1, PASS_TOKENS // rows.shape[1]))
     moments = [LayerMoments(elements) for _ in range(context.layers)]
@@ -152,7 +150,6 @@ def _key_value_projections(attention: Any, config: Any) -> Iterator[Any]:
     Both are (L − FIRST_TOKENS, m), float32 on the CPU.
     """
     facts = attention_facts(config)
-    key_value = 2 * facts.kv_heads * facts.head_dim
     fused = hasattr(attention, "qkv_proj")
     keys = attention.k_norm if facts.qk_norm is not None else getattr(attention, "k_proj", None)
     modules = [attention.qkv_proj] if fused else [keys, attention.v_proj]
@@ -171,7 +168,9 @@ def _key_value_projections(attention: Any, config: Any) -> Iterator[Any]:
     def read() -> tuple[Tensor, Tensor]:
         values, gradients = ([flat(getattr(o, name)) for o in outputs] for name in ("data", "grad"))
         outputs.clear()
-        joined = (torch.cat(parts, dim=-1)[0, FIRST_TOKENS:, -key_value:] for parts in (values, gradients))
+        joined = (
+            torch.cat(parts, dim=-1)[0, FIRST_TOKENS:, -facts.kv_elements :] for parts in (values, gradients)
+        )
         keys_values, at_them = (part.cpu() for part in joined)
         return keys_values, at_them
 

@@ -128,7 +128,7 @@ def _fits(context: ConversionContext) -> bool:
     """Whether a conversion by the recipe trains anything, so that closed forms say less than the whole."""
     recipe = context.recipe
     method = build_method(recipe.method, context.donor.config, recipe.at_budget(1.0).settings, recipe.effort)
-    of_layers = 0 if method.closed_form else layer_steps.fit_steps(recipe)
+    of_layers = layer_steps.layer_fit_steps(recipe, method)
     return of_layers > 0 or layer_steps.block_steps(recipe, *context.rows.fit.shape) > 0
 
 

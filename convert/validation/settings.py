@@ -16,10 +16,12 @@ class Settings:
 
     Args:
         fault: Class attribute: the error that is raised; its message names every field that does not fit.
+        instead_of_budget: Class attribute: fields that do not go with kv_budget, and in words what is given by them.
         earlier: Class attribute: fields that records of earlier versions lack, with what was done then.
     """
 
     fault: ClassVar[type[MhconvertError]] = MhconvertError
+    instead_of_budget: ClassVar[dict[str, str]] = {}
     earlier: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:

@@ -20,9 +20,8 @@ from .formats import ByChannel, ByToken, Format, Fp8
 from .group_pass import in_groups
 from .layer import CodedLayer
 
-WHOLE_GROUPS = (
-    2 * GROUP
-)  # tokens behind which no key waits for its group: what is weighed is the rate of the codes
+# Tokens behind which no key waits for its group: what is weighed is the rate of the codes.
+WHOLE_GROUPS = 2 * GROUP
 KINDS = ("full_attention", "sliding_attention")  # of layers that cache the keys and values of tokens
 
 

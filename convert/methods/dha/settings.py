@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mhconvert.errors import BudgetError
 
 from ...validation.option import Option
 from ...validation.settings import Settings
+from ..plan_file import read_layers
 
 Fusion = Literal["closed", "trained"]
 PLANNED = (
@@ -31,6 +30,7 @@ class DHASettings(Settings):
     """How many K heads and V heads each layer keeps, and how heads are fused."""
 
     fault = BudgetError
+    instead_of_budget: ClassVar[dict[str, str]] = {"plan": "the heads of every layer by --plan"}
 
     kv_budget: Annotated[
         float,
@@ -104,7 +104,7 @@ class DHASettings(Settings):
         for name in DECIDED_BY_A_PLAN:
             if getattr(self, name) != getattr(DHASettings, name):
                 raise BudgetError(f"a plan decides the heads of every layer; leave out {name} or the plan")
-        layers = _read_plan(Path(self.plan)) if isinstance(self.plan, (str, Path)) else self.plan
+        layers = read_layers(self.plan)
         if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, dict) for layer in layers):
             raise BudgetError(
                 f"plan {self.plan} is no list of layers such as {{k_heads: 2, v_heads: 1}}, and no file with one"
@@ -116,16 +116,6 @@ class DHASettings(Settings):
         if self.plan is not None:
             raise BudgetError("the plan fixes the KV budget; leave it out to vary it")
         return dataclasses.replace(self, kv_budget=share)
-
-
-def _read_plan(path: Path) -> Any:
-    """The layers in a plan file: {"layers": [{"kv_heads": 3}, …]}."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["layers"]
-    except OSError as error:
-        raise BudgetError(f"plan {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BudgetError(f'plan {path} is not JSON with {{"layers": […]}}') from error
 
 
 SETTINGS = DHASettings

@@ -19,9 +19,8 @@ from .latent_code import WIDTHS, row_bytes
 DISTORTION = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.0006424, 0.0001646, 0.00004152)
 ANY = tuple(sorted(WIDTHS))
 BISECTIONS = 60
-LEAST_LEVEL = (
-    1e-12  # of the largest divergence; what saves less is rounding, and would spoil the gain of a token
-)
+# Of the largest divergence; what saves less is rounding, and would spoil the gain of a token.
+LEAST_LEVEL = 1e-12
 
 
 def least_bytes(layers: int, width: int = WIDTHS[-1]) -> int:

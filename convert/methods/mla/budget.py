@@ -88,7 +88,7 @@ def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
     """
     facts = attention_facts(config)
     head_dim, scales = facts.head_dim, facts.key_scales
-    donor = 2 * facts.kv_heads * head_dim
+    donor = facts.kv_elements
     if settings.kv_lora_rank is not None and settings.qk_rope_head_dim is not None:
         budget = _explicit(settings.kv_lora_rank, settings.qk_rope_head_dim, facts)
         if settings.profile == "portable" and settings.qk_rope_head_dim != portable_rope(head_dim):

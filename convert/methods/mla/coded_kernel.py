@@ -154,7 +154,7 @@ def field_table(code: LatentCode) -> Tensor:
     n, begin = len(code.sink), 1
     padded = -(-(n + 1) // CHUNK) * CHUNK
     table, used = [[0] * padded for _ in range(SLOTS.value + 1)], [0] * n
-    for field, size, users in code._fields():
+    for field, size, users in code.fields:
         places = ((width, i) for width, start, stop in users for i in range(start, stop))
         for at, (width, i) in enumerate(places):
             byte, right, left = begin + at % size, at // size * field, width % field

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention.projections import QKNorm, projections, qk_norm
@@ -62,7 +63,7 @@ class CodedMLA(Method):
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
         layers = config.num_hidden_layers
-        self.elements = 2 * self.facts.kv_heads * self.facts.head_dim
+        self.elements = self.facts.kv_elements
         asked = int(settings.kv_budget * self.elements * layers * BUDGET_BYTES)
         self.widths = ANY if settings.kv_bits == "auto" else (int(settings.kv_bits),)
         self.budget = min(asked, most_bytes(layers, self.elements, max(self.widths)))
@@ -80,7 +81,7 @@ class CodedMLA(Method):
 
     def kv_elements(self) -> int:
         """Cache elements of two bytes per token, all layers."""
-        return -(-sum(self.layer_bytes() or [self.budget]) // BUDGET_BYTES)
+        return -(-self.kv_bytes(BUDGET_BYTES) // BUDGET_BYTES)
 
     def kv_bytes(self, element_bytes: int) -> int:
         """Bytes per token, all layers: codes have the same size in every dtype."""
@@ -175,11 +176,9 @@ class CodedMLA(Method):
         """[k; v] of rows (N, L, D) before RoPE, the keys normed where the donor has QK-norm: (N, L, m)."""
         key, value = (rows @ weight.mT + bias for weight, bias in (donor.k, donor.v))
         if donor.norm is not None:
-            heads = key.unflatten(-1, (1 if self.facts.qk_norm == "width" else self.facts.kv_heads, -1))
-            heads = heads * torch.rsqrt(
-                heads.square().mean(-1, keepdim=True) + self.donor_config.rms_norm_eps
-            )
-            key = heads.flatten(-2) * donor.norm.k.flatten()
+            heads = key.unflatten(-1, (self.facts.key_scales, -1))
+            normed = F.rms_norm(heads, heads.shape[-1:], eps=self.donor_config.rms_norm_eps)
+            key = normed.flatten(-2) * donor.norm.k.flatten()
         return torch.cat((key, value), dim=-1)
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:

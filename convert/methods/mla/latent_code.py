@@ -5,8 +5,6 @@ This file is shipped inside converted checkpoints: it imports torch only.
 Shapes: T tokens, n components with at least one bit, R bytes of a row.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +62,13 @@ class LatentCode(nn.Module):
             if count
         ]
         self.bytes = row_bytes(self.counts)
+        # (bits, bytes, ranges of the components that have it) of each kind of field that a row has.
+        self.fields: list[tuple[int, int, list[tuple[int, int, int]]]] = []
+        for field in FIELDS:
+            users = [(width, start, stop) for width, start, stop in self.ranges if width & field]
+            if users:
+                size = -(-sum(stop - start for _, start, stop in users) * field // 8)
+                self.fields.append((field, size, users))
 
     def forward(self, z: Tensor) -> Tensor:
         """What decoding gives of z (..., n): (..., n + 1), the latent as readers of the cache see it."""
@@ -114,7 +119,7 @@ class LatentCode(nn.Module):
     def _packed(self, codes: Tensor) -> Tensor:
         """Codes (..., n) -> bytes (..., R - 1). Byte i of a field holds components i, i + size, i + 2 size, …"""
         packed = []
-        for field, size, users in self._fields():
+        for field, size, users in self.fields:
             # A width's fields hold its bits from the highest: what is below this field is shifted out.
             parts = [
                 (codes[..., start:stop] >> (width % field)) & (2**field - 1) for width, start, stop in users
@@ -133,7 +138,7 @@ class LatentCode(nn.Module):
         """Bytes (R - 1, T) -> codes (n, T), uint8."""
         codes = columns.new_zeros(len(self.sink), columns.shape[1])
         begin = 0
-        for field, size, users in self._fields():
+        for field, size, users in self.fields:
             byte, begin = columns[begin : begin + size], begin + size
             places = [(byte >> place) & (2**field - 1) for place in range(0, 8, field)]
             values, at = torch.cat(places), 0
@@ -141,10 +146,3 @@ class LatentCode(nn.Module):
                 codes[start:stop] |= values[at : at + stop - start] << (width % field)
                 at += stop - start
         return codes
-
-    def _fields(self) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
-        """(bits, bytes, ranges of the components that have it) of each kind of field that a row has."""
-        for field in FIELDS:
-            users = [(width, start, stop) for width, start, stop in self.ranges if width & field]
-            if users:
-                yield field, -(-sum(stop - start for _, start, stop in users) * field // 8), users

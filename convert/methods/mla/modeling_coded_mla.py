@@ -27,9 +27,8 @@ from .configuration_coded_mla import CodedLatentFields
 from .latent_code import LatentCode
 from .modeling_mla import LatentAttention, LatentAttentionForCausalLM, LatentAttentionModel, SlotEmbeddings
 
-BLOCK_ROWS = (
-    2048  # of the cache, decoded at a time while a few tokens are generated: what fits in a CPU's cache
-)
+# Rows of the cache that are decoded at a time while a few tokens are generated: what fits in a CPU's cache.
+BLOCK_ROWS = 2048
 CUDA_BLOCK_ROWS = 65536  # there each operation should be large
 
 
@@ -44,8 +43,7 @@ class ElementNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width]."""
         parts = x.float().unflatten(-1, (self.groups, -1))
-        parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
-        return parts.flatten(-2).to(x.dtype) * self.weight
+        return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2).to(x.dtype) * self.weight
 
 
 class CodedLatentAttention(LatentAttention):

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from mhconvert.errors import BudgetError
 
+from ..plan_file import read_layers
+
 
 def read_plan(plan: Any) -> list[Any]:
     """The layers of a plan: a file with {"layers": […]}, or the list itself. Raises BudgetError for anything else."""
-    if isinstance(plan, (str, Path)):
-        try:
-            plan = json.loads(Path(plan).read_text(encoding="utf-8"))["layers"]
-        except OSError as error:
-            raise BudgetError(f"plan {plan} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise BudgetError(f'plan {plan} is not JSON with {{"layers": […]}}') from error
+    plan = read_layers(plan)
     key = "components_by_bits"
     if not isinstance(plan, (list, tuple)) or not all(isinstance(layer, dict) for layer in plan):
         raise BudgetError("the plan is no list of layers such as {components_by_bits: {8: 4, 2: 90}}")

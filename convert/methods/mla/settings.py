@@ -22,6 +22,9 @@ class MLASettings(Settings):
     """The size of the latent cache, and how it may differ from layer to layer."""
 
     fault = BudgetError
+    instead_of_budget: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("kv_lora_rank", "qk_rope_head_dim"), "--kv-lora-rank and --qk-rope-head-dim"
+    )
     earlier: ClassVar[dict[str, Any]] = {"kv_bits": "16", "plan": None}
 
     kv_budget: Annotated[

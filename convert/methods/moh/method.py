@@ -46,7 +46,7 @@ class MoH(Method):
 
     def kv_elements(self) -> int:
         """Cache elements per token, all layers: as many as the donor's, since any head may read any token."""
-        return 2 * self.facts.kv_heads * self.facts.head_dim * self.donor_config.num_hidden_layers
+        return self.facts.kv_elements * self.donor_config.num_hidden_layers
 
     @property
     def divisible(self) -> bool:
