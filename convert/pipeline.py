@@ -133,8 +133,8 @@ def _convert_layers(context: ConversionContext, space: Workspace) -> tuple[Metho
 def _begin(context: ConversionContext, method: Method, space: Workspace) -> None:
     """Both streams before the first layer; the tensors outside the layers are written."""
     donor, dtype = context.donor, context.dtype
-    teacher = donor.embed(context.rows.all)
-    streams = Streams(teacher, layer_steps.student_start(context, teacher), len(context.rows.fit))
+    teacher, fitted = layer_steps.teacher_start(context, method)
+    streams = Streams(teacher, layer_steps.student_start(context, teacher, fitted), fitted)
     outer = ((name, cast(name, donor.source.read(name), dtype)) for name in donor.outer_tensor_names())
     space.begin(streams, outer, tensors=len(donor.shapes()) + method.added_tensors * context.layers)
 

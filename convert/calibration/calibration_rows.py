@@ -41,11 +41,6 @@ class Rows:
     fit: Tensor
     held_out: Tensor
 
-    @property
-    def all(self) -> Tensor:
-        """`fit` and `held_out` in one tensor, in this order."""
-        return torch.cat((self.fit, self.held_out))
-
 
 def token_count(recipe: Recipe, device: torch.device) -> int:
     """The number of calibration tokens: the recipe's, or the default for its source, device and effort."""

@@ -142,9 +142,9 @@ def trace(context: ConversionContext, recipes: Sequence[Recipe]) -> dict[str, An
     donor, rows, total = context.donor, context.rows, context.layers
     contexts = [context.with_recipe(recipe) for recipe in recipes]
     methods = [each.planned_method() for each in contexts]
-    teacher = donor.embed(rows.all)
+    teacher, fitted = layer_steps.teacher_start(context, methods[0])
     students = [
-        Student(each, method, Streams(teacher, layer_steps.student_start(each, teacher), len(rows.fit)))
+        Student(each, method, Streams(teacher, layer_steps.student_start(each, teacher, fitted), fitted))
         for each, method in zip(contexts, methods, strict=True)
     ]
     context.on_progress(Progress("layers", 0, total))
@@ -152,7 +152,7 @@ def trace(context: ConversionContext, recipes: Sequence[Recipe]) -> dict[str, An
         _pass_layer(context, index, students)
         context.on_progress(Progress("layers", index + 1, total))
     hidden = [student.streams.student_held for student in students]
-    results = conversion_report.held_out_fidelity(context, teacher[len(rows.fit) :], hidden)
+    results = conversion_report.held_out_fidelity(context, teacher[fitted:], hidden)
     donor.release()
     elements = sum(layer["kv_elements"]["donor"] for layer in students[0].layers)
     return {

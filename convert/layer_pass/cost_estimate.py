@@ -15,7 +15,7 @@ from ..recipe.recipe import Recipe
 from ..recipe.written_weights import dtype_name
 from ..storage.byte_size import SLACK_BYTES
 from ..storage.dtype_cast import DTYPES
-from .layer_steps import block_steps
+from .layer_steps import block_steps, layer_rows
 from .sensitivity import PASS_TOKENS, few_tokens, peak_bytes, stored_bytes, surveyed_shape
 
 RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
@@ -45,12 +45,12 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     tokens = token_count(recipe, device)
     length = row_length(recipe, config)
     held = recipe.calibration.held_out * length
-    both = (
-        2 if block_steps(recipe, -(-tokens // length), length) else 1
-    )  # the student has the fitted rows too
-    streams = 4 * config.hidden_size * (both * tokens + 2 * held)
+    rows = -(-tokens // length)
+    both = 2 if block_steps(recipe, rows, length) else 1  # the student has the fitted rows too
+    fitted = layer_rows(recipe, method, rows, length) * length
+    streams = 4 * config.hidden_size * (both * fitted + 2 * held)
     eval_tokens = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
-    surveyed, work, kept = _survey(method, config, elements, -(-tokens // length), length)
+    surveyed, work, kept = _survey(method, config, elements, rows, length)
     survey = SURVEY_COPIES * 4 * config.hidden_size * layers * eval_tokens if method.divisible else 0
     output_bytes = converted * width
     layer_memory = 4 * (per_layer + method.new_parameters() * 4)
@@ -80,7 +80,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
             "sources": list(recipe.calibration.sources),
             "tokens": tokens,
             "sequence_length": length,
-            **_notice(method, elements, -(-tokens // length), length),
+            **_notice(method, elements, rows, length),
         },
     }
 

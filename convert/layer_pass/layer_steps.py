@@ -67,11 +67,24 @@ def block_steps(recipe: Recipe, rows: int, length: int) -> int:
     return rounds * max(1, rows * length // FIT_TOKENS)
 
 
-def student_start(context: ConversionContext, teacher: Tensor) -> Tensor:
+def layer_rows(recipe: Recipe, method: Method, rows: int, length: int) -> int:
+    """Return how many of `rows` calibration rows of `length` tokens go through the layers."""
+    if method.layer_tokens is None or block_steps(recipe, rows, length):
+        return rows
+    return min(rows, max(1, method.layer_tokens // length))
+
+
+def teacher_start(context: ConversionContext, method: Method) -> tuple[Tensor, int]:
+    """The teacher's stream before the first layer, and how many of its rows are for fitting."""
+    fit = context.rows.fit
+    fitted = layer_rows(context.recipe, method, *fit.shape)
+    return context.donor.embed(torch.cat((fit[:fitted], context.rows.held_out))), fitted
+
+
+def student_start(context: ConversionContext, teacher: Tensor, fitted: int) -> Tensor:
     """The student's stream before the first layer, from the embedded rows: all of them where blocks are fitted, else
     the held-out ones; rounded as the embedding will be written."""
-    fitted = context.rows.fit
-    rows = teacher if block_steps(context.recipe, *fitted.shape) else teacher[len(fitted) :]
+    rows = teacher if block_steps(context.recipe, *context.rows.fit.shape) else teacher[fitted:]
     return rows.clone().to(context.dtype).float()
 
 

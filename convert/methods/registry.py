@@ -75,6 +75,7 @@ class Method(Protocol):
 
     replaced: tuple[str, ...]
     closed_form: bool = False  # whether no fit follows `convert`
+    layer_tokens: int | None = None  # of calibration text that a layer is converted from; None: all of it
     added_tensors: int = 2  # by which a written layer has more than the donor's, at most
     notice: str = ""  # a sentence for the user about the plan, if there is anything to say
     surveys_sensitivity: bool = False  # whether `share_out` takes a `LayerSensitivity` for each layer

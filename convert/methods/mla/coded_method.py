@@ -53,6 +53,7 @@ class CodedMLA(Method):
 
     replaced = ("self_attn.",)
     closed_form = True
+    layer_tokens = LEVEL_TOKENS
     added_tensors = 11  # of six projections with biases, two norms and a code of three, where six were
     surveys_sensitivity = True
     survey_shares: tuple[float, ...] = ()

@@ -37,6 +37,7 @@ from mhconvert.errors import BudgetError
 from mhconvert.eval.fidelity import Fidelity
 from mhconvert.heal.layer_fit import fit
 from mhconvert.progress import ignore
+from tests.convert.conftest import LAYERS
 from tests.convert.conversions import token_ids
 from tests.convert.methods.mla.coded_models import whole_model_sensitivities
 from tests.convert.test_pipeline import hashes, stop_after
@@ -204,6 +205,20 @@ def test_the_report_has_the_bytes_of_the_cache_object(recipe: Build, tmp_path: P
     files = {"latent_code.py", "modeling_coded_mla.py", "modeling_mla.py", "configuration_coded_mla.py"}
     files |= {"coded_kernel.py"}
     assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("effort, rows", [("default", 2), ("high", 16)])
+def test_layers_are_converted_from_no_more_text_than_their_levels_need(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, effort: str, rows: int
+) -> None:
+    """The survey has read all of it; where blocks are fitted, the layers read it too."""
+    seen, stock = [], CodedMLA.convert
+    monkeypatch.setattr(
+        CodedMLA, "convert", lambda self, *a: seen.append(tuple(a[2].shape[:2])) or stock(self, *a)
+    )
+    monkeypatch.setattr(CodedMLA, "layer_tokens", 150)
+    mhconvert.convert(dataclasses.replace(recipe(tmp_path / "out"), settings=CODED, effort=effort))
+    assert seen == [(rows, 64)] * LAYERS
 
 
 def test_a_dry_run_with_a_survey_prints_the_bits(recipe: Build, tmp_path: Path) -> None:
