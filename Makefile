@@ -11,10 +11,10 @@ DEMO := demo/smollm2-135m-mla
 .PHONY: demo bench test lint format figures docs clean
 
 demo: .venv/installed
-	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.25 --effort quick --calibration-tokens 8192 -o $(DEMO) --force
+	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.125 --effort quick --calibration-tokens 8192 -o $(DEMO) --force
 	@echo
-	@echo '$$ mhconvert generate $(DEMO) --chat "What is the capital of France?"'
-	@$(BIN)/mhconvert generate $(DEMO) --chat "What is the capital of France?" --max-new-tokens 40
+	@echo '$$ mhconvert generate $(DEMO) --chat "How do plants make food?"'
+	@$(BIN)/mhconvert generate $(DEMO) --chat "How do plants make food?" --max-new-tokens 40
 	@echo
 	@echo '$$ mhconvert eval $(DEMO) --suite quick'
 	@$(BIN)/mhconvert eval $(DEMO) --suite quick --quiet --report $(DEMO).html
