@@ -95,6 +95,11 @@ def attention(config: Any) -> dict[str, Any]:
         facts["kv_lora_rank"] = _one_or_all([text.latent_rank(i) for i in layers])
         facts["qk_rope_head_dim"] = _one_or_all([2 * len(text.layer_frequencies(i)) for i in layers])
         facts["qk_nope_head_dim"], facts["v_head_dim"] = text.qk_nope_head_dim, text.v_head_dim
+    elif getattr(text, "kv_code_counts", None) is not None:
+        facts["kind"], facts["head_dim"] = "coded latents (MLA)", head_dim(text)
+        facts["num_key_value_heads"] = _kv_heads(text)
+        facts["kv_lora_rank"] = _one_or_all([sum(counts) for counts in text.kv_code_counts])
+        facts["kv_code_bytes"] = _one_or_all([row_bytes(counts) for counts in text.kv_code_counts])
     elif hasattr(text, "shared_heads"):
         layers = range(text.num_hidden_layers)
         facts["kind"], facts["head_dim"] = "mixture of heads (MoH)", head_dim(text)

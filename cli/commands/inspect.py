@@ -41,7 +41,8 @@ def show(facts: dict[str, Any], console: Any) -> None:
         if value is not None:
             table.add_row(name, _short(value))
     table.add_section()
-    table.add_row("KV elements a token", count(facts["kv"]["elements_per_token"]))
+    if "kv_code_bytes" not in facts["attention"]:
+        table.add_row("KV elements a token", count(facts["kv"]["elements_per_token"]))
     table.add_row("KV bytes a token", count(facts["kv"]["bytes_per_token"]))
     for length, held in facts["kv"]["bytes"].items():
         table.add_row(f"KV cache at {int(length):,} tokens", size(held))

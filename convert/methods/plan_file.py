@@ -1,4 +1,4 @@
-"""Reads the layers of a user's plan from a file; imports no torch."""
+"""Reads the layers of a user's plan, from a file or as they are; imports no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,27 @@ from typing import Any
 from mhconvert.errors import BudgetError
 
 
-def read_layers(plan: Any) -> Any:
-    """The layers in a plan file: {"layers": […]}; what is no path comes back as it is. Raises BudgetError."""
-    if not isinstance(plan, (str, Path)):
-        return plan
+def read_layers(plan: Any, example: str) -> list[dict[str, Any]]:
+    """The layers of a plan: of a file with {"layers": […]}, or of a list.
+
+    Raises:
+        BudgetError: the file cannot be read, or the layers are no list of mappings such as `example`.
+    """
+    layers = _of_file(plan) if isinstance(plan, (str, Path)) else plan
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, dict) for layer in layers):
+        raise BudgetError(f"{name_of(plan)} is no list of layers such as {example}, and no file with one")
+    return list(layers)
+
+
+def name_of(plan: Any) -> str:
+    """A plan as errors name it: by its file, if it has one."""
+    return f"plan {plan}" if isinstance(plan, (str, Path)) else "plan"
+
+
+def _of_file(path: str | Path) -> Any:
     try:
-        return json.loads(Path(plan).read_text(encoding="utf-8"))["layers"]
+        return json.loads(Path(path).read_text(encoding="utf-8"))["layers"]
     except OSError as error:
-        raise BudgetError(f"plan {plan} cannot be read: {error.strerror}") from error
+        raise BudgetError(f"plan {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BudgetError(f'plan {plan} is not JSON with {{"layers": […]}}') from error
+        raise BudgetError(f'plan {path} is not JSON with {{"layers": […]}}') from error

@@ -217,4 +217,4 @@ def _expected(hint: Any) -> Iterator[str]:
         yield f"a mapping of names to {'numbers' if arguments[1] is float else 'values'}"
     else:
         plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        yield plain.get(hint, "a mapping of settings")
+        yield "a path or a list" if hint is Any else plain.get(hint, "a mapping of settings")

@@ -78,3 +78,6 @@ def test_coded_latents_count_their_bytes() -> None:
     config = coded_config(make_config())
     config.kv_code_counts, config.dtype = [[0, 0, 0, 0, 4, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]], torch.bfloat16
     assert cache_elements(config) == [1.5, 1.0]
+    facts = attention(config)
+    assert facts["kind"] == "coded latents (MLA)"
+    assert (facts["kv_lora_rank"], facts["kv_code_bytes"]) == ([4, 1], [3, 2])

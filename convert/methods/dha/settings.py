@@ -104,11 +104,7 @@ class DHASettings(Settings):
         for name in DECIDED_BY_A_PLAN:
             if getattr(self, name) != getattr(DHASettings, name):
                 raise BudgetError(f"a plan decides the heads of every layer; leave out {name} or the plan")
-        layers = read_layers(self.plan)
-        if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, dict) for layer in layers):
-            raise BudgetError(
-                f"plan {self.plan} is no list of layers such as {{k_heads: 2, v_heads: 1}}, and no file with one"
-            )
+        layers = read_layers(self.plan, "{k_heads: 2, v_heads: 1}")
         self._set("plan", [{name: layer[name] for name in PLANNED if name in layer} for layer in layers])
 
     def at_budget(self, share: float) -> DHASettings:

@@ -68,7 +68,7 @@ class CodedMLA(Method):
         asked = int(settings.kv_budget * self.elements * layers * BUDGET_BYTES)
         self.widths = ANY if settings.kv_bits == "auto" else (int(settings.kv_bits),)
         self.budget = min(asked, most_bytes(layers, self.elements, max(self.widths)))
-        require_bytes(layers, self.budget, min(self.widths))
+        require_bytes(layers, self.budget, min(self.widths), f"kv_budget={settings.kv_budget:g}")
         if self.budget < asked:
             self.notice = (
                 f"the budget of {asked:,} bytes a token is cut to {self.budget:,}, the most that "

@@ -6,18 +6,18 @@ from typing import Any
 
 from mhconvert.errors import BudgetError
 
-from ..plan_file import read_layers
+from ..plan_file import name_of, read_layers
+
+KEY = "components_by_bits"
+EXAMPLE = "{8: 4, 2: 90}"
 
 
-def read_plan(plan: Any) -> list[Any]:
+def read_plan(plan: Any) -> list[dict[str, Any]]:
     """The layers of a plan: a file with {"layers": […]}, or the list itself. Raises BudgetError for anything else."""
-    plan = read_layers(plan)
-    key = "components_by_bits"
-    if not isinstance(plan, (list, tuple)) or not all(isinstance(layer, dict) for layer in plan):
-        raise BudgetError("the plan is no list of layers such as {components_by_bits: {8: 4, 2: 90}}")
-    for index, layer in enumerate(plan):
-        if not isinstance(layer.get(key), dict):
+    layers = read_layers(plan, f"{{{KEY}: {EXAMPLE}}}")
+    for index, layer in enumerate(layers):
+        if not isinstance(layer.get(KEY), dict):
             raise BudgetError(
-                f"plan, layer {index}: it needs {key}, such as {{8: 4, 2: 90}}; it is {layer!r}"
+                f"{name_of(plan)}, layer {index}: it needs {KEY}, such as {EXAMPLE}; it is {layer!r}"
             )
-    return [{key: {str(width): count for width, count in layer[key].items()}} for layer in plan]
+    return [{KEY: {str(width): count for width, count in layer[KEY].items()}} for layer in layers]

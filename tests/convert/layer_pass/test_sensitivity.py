@@ -207,7 +207,7 @@ def test_the_report_has_the_bytes_of_the_cache_object(recipe: Build, tmp_path: P
     assert files <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
-@pytest.mark.parametrize("effort, rows", [("default", 2), ("high", 16)])
+@pytest.mark.parametrize(("effort", "rows"), [("default", 2), ("high", 16)])
 def test_layers_are_converted_from_no_more_text_than_their_levels_need(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, effort: str, rows: int
 ) -> None:
@@ -337,12 +337,14 @@ def test_a_plan_that_does_not_fit_is_refused(layers: list[dict[str, Any]], messa
 
 def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "kv.json").write_text('{"layers": [{"kv_heads": 3}]}')
     plan = [{"components_by_bits": {"4": 8}}]
     for given, message in (
         (str(tmp_path / "plan.json"), 'is not JSON with {"layers"'),
         (str(tmp_path / "none.json"), "cannot be read: No such file"),
         ([{"kv_heads": 3}], "plan, layer 0: it needs components_by_bits"),
-        (3, "the plan is no list of layers"),
+        (3, "plan is no list of layers such as {components_by_bits: {8: 4, 2: 90}}, and no file"),
+        (str(tmp_path / "kv.json"), r"plan .*kv\.json, layer 0: it needs components_by_bits"),
     ):
         with pytest.raises(BudgetError, match=message):
             dataclasses.replace(CODED, plan=given)

@@ -106,7 +106,7 @@ def test_impossible_budgets_say_what_is_possible(settings: DHASettings, kv_heads
         ({"uniform": "false"}, "uniform='false' is neither"),
         ({"regroup": "no"}, "regroup='no' is neither"),
         ({"min_heads": None}, "min_heads=None"),
-        ({"plan": 5}, "plan 5 is no list"),
+        ({"plan": 5}, "plan is no list"),
         ({"fusion": "both"}, "not one of closed, trained"),
     ],
 )

@@ -17,8 +17,11 @@ from mhconvert.convert.methods.mla.bit_allocation import (
     width_counts,
 )
 from mhconvert.convert.methods.mla.code_basis import code_basis
+from mhconvert.convert.methods.mla.coded_method import CodedMLA
 from mhconvert.convert.methods.mla.latent_code import WIDTHS, row_bytes
+from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.errors import BudgetError
+from tests.donors import make_config
 
 
 def spent(bits: list[torch.Tensor]) -> int:
@@ -87,7 +90,7 @@ def test_one_width_for_the_components_that_have_bits(width: int) -> None:
     assert joined[chosen].min() > joined[~chosen].max()
     least = 2 * row_bytes([int(each == width) for each in WIDTHS])
     with pytest.raises(
-        BudgetError, match=rf"at least {least} bytes in 2 layers, and the budget is {least - 1}"
+        BudgetError, match=rf"at least {least} bytes in 2 layers, and the budget gives {least - 1}"
     ):
         allocate(spectra, least - 1, (width,))
 
@@ -96,7 +99,7 @@ def test_a_budget_below_the_least_is_refused_with_the_least() -> None:
     spectra = [torch.ones(4, dtype=torch.float64)] * 5
     assert least_bytes(5) == 10
     assert spent(allocate(spectra, 10)) == 10
-    with pytest.raises(BudgetError, match=r"at least 10 bytes in 5 layers, and the budget is 9"):
+    with pytest.raises(BudgetError, match=r"at least 10 bytes in 5 layers, and the budget gives 9"):
         allocate(spectra, 9)
 
 
@@ -114,3 +117,8 @@ def test_the_basis_decorrelates_and_its_components_cost_what_they_say() -> None:
     whole = 0.5 * torch.trace(price @ covariance)
     assert whole < basis.divergence.sum() < 1.5 * whole
     assert (basis.divergence.diff() <= 0).all()
+
+
+def test_a_budget_is_named_as_the_user_gave_it() -> None:
+    with pytest.raises(BudgetError, match=r"at least 4 bytes in 2 layers, and kv_budget=0\.001 gives 0"):
+        CodedMLA(make_config(), MLASettings(kv_budget=0.001), "quick")
