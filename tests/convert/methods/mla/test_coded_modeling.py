@@ -128,7 +128,7 @@ def test_left_padding_is_not_seen(model: Any, blocks: bool, monkeypatch: pytest.
     assert both[0, 26:].tolist() == alone.tolist()
 
 
-def test_beams_crop_static_and_offloaded_caches(model: Any) -> None:
+def test_beams_crop_and_static_caches(model: Any) -> None:
     ids = token_ids(2, 16)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8}
     plain = model.generate(input_ids=ids, do_sample=False, **options)
