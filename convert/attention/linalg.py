@@ -59,6 +59,25 @@ def realified(matrix: Tensor) -> Tensor:
     )
 
 
+def spreading_rotation(size: int) -> Tensor:
+    """An orthogonal matrix (size, size), float64, whose entries are about equally large: a Hadamard matrix, as far as
+    `size` is a power of two, times a discrete cosine transform.
+
+    Elements of very different variance come out of it with nearly one variance, and outliers are divided among all.
+    Rounded with one step, balanced elements (`balance`) then lose least.
+
+    Source: QuaRot, arXiv 2404.00456, section 3, which turns keys and values so before rounding them.
+    """
+    power = size & -size
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < power:
+        hadamard = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=torch.float64), hadamard) / 2**0.5
+    rest = torch.arange(size // power, dtype=torch.float64)
+    cosine = torch.cos(torch.pi / len(rest) * torch.outer(rest, rest + 0.5)) * (2 / len(rest)) ** 0.5
+    cosine[0] /= 2**0.5
+    return torch.kron(hadamard, cosine)
+
+
 def interleaved(rows: Tensor) -> Tensor:
     """Rows (..., 2a, b) from half-split order r0 r1 … i0 i1 … to interleaved order r0 i0 r1 i1 …"""
     return rows.unflatten(-2, (2, -1)).transpose(-3, -2).flatten(-3, -2)

@@ -220,6 +220,7 @@ class MLA(Method):
             choice.value_weight,
             bias,
             self.config.rope_in_latent,
+            spread=self.settings.profile == "portable",
         )
 
     def _set(self, index: int, rank: int, frequencies: list[int]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...attention.linalg import balance, low_rank
+from ...attention.linalg import balance, low_rank, spreading_rotation
 from ...attention.weights import AttentionWeights, LayerStatistics
 from .rotary_components import RotaryBasis, SplitLayer, split_layer
 
@@ -56,6 +56,7 @@ def convert_layer(
     value_weight: float,
     output_bias: bool = True,
     rope_in_latent: bool = False,
+    spread: bool = False,
 ) -> LatentWeights:
     """The latent attention nearest to `weights` that has R = kept.sum() rotary components and a latent of `rank`.
 
@@ -74,6 +75,8 @@ def convert_layer(
         value_weight: of a relative error of the values against one of the scores.
         output_bias: whether o_proj may have a bias.
         rope_in_latent: whether kv_b_proj reads the rotary key beside the latent.
+        spread: whether the latent is turned so that all its elements vary alike, which caches that round elements in
+            blocks with one scale, as llama.cpp's, lose least by.
     """
     split = split_layer(weights, statistics, basis, kept)
     price = value_weight * basis.score_energy
@@ -87,12 +90,17 @@ def convert_layer(
     query_map = split.query_map
     scale = _balance(cached, kv_b, query_map @ weights.q, rank)
     query_map = torch.cat((query_map[:, :head_dim], query_map[:, head_dim:] / scale[rank:, None]), dim=1)
+    cached, kv_b = cached * scale[:, None], kv_b / scale[: kv_b.shape[1]]
+    if spread:
+        turn = spreading_rotation(rank)
+        cached = torch.cat((turn @ cached[:rank], cached[rank:]))
+        kv_b = torch.cat((kv_b[:, :rank] @ turn.mT, kv_b[:, rank:]), dim=1)
     return LatentWeights(
         frequencies=split.frequencies,
         query_map=query_map,
         q_proj=(query_map @ weights.q).flatten(0, 1),
-        kv_a_proj_with_mqa=cached * scale[:, None],
-        kv_b_proj=kv_b / scale[: kv_b.shape[1]],
+        kv_a_proj_with_mqa=cached,
+        kv_b_proj=kv_b,
         o_proj=weights.o.flatten(1),
         o_bias=torch.einsum("Dhd,hd->D", weights.o, missing),
     )

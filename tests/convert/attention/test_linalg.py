@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mhconvert.convert.attention.linalg import complex_pca, interleaved, low_rank, realified, roots
+from mhconvert.convert.attention.linalg import (
+    complex_pca,
+    interleaved,
+    low_rank,
+    realified,
+    roots,
+    spreading_rotation,
+)
 
 EXACT = 1e-9
 sizes, seeds = st.integers(1, 12), st.integers(0, 50)
@@ -116,3 +123,12 @@ def test_realified_does_to_halves_what_the_matrix_does(
 def test_interleaved_puts_the_parts_of_a_number_side_by_side() -> None:
     rows = torch.tensor([[1.0], [2.0], [3.0], [10.0], [20.0], [30.0]]).expand(2, 6, 1)
     assert interleaved(rows)[1, :, 0].tolist() == [1, 10, 2, 20, 3, 30]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 12, 64, 448])
+def test_a_spreading_rotation_is_orthogonal_and_leaves_no_entry_large(size: int) -> None:
+    turn = spreading_rotation(size)
+    assert (turn @ turn.mT - torch.eye(size)).abs().max() < EXACT
+    assert turn.abs().max() <= (2 / size) ** 0.5 + EXACT
+    if size & (size - 1) == 0:
+        assert torch.allclose(turn.abs(), torch.full_like(turn, size**-0.5))

@@ -47,6 +47,11 @@ def surgery(
     return convert_layer(weights, statistics, basis, kept, rank, 0.01, **options)  # type: ignore[arg-type]
 
 
+def read_rows(latent: LatentWeights, rank: int) -> Tensor:
+    """(H 2d, D): what kv_b_proj reads of the latent, without the rotary key."""
+    return latent.kv_b_proj[:, :rank] @ latent.kv_a_proj_with_mqa[:rank]
+
+
 def output_error(latent: LatentWeights, weights: AttentionWeights, moment: Tensor) -> float:
     """E‖W_o (v − v̂)‖² over tokens with second moment `moment`, all heads."""
     exact = torch.einsum("Dhd,hde->hDe", weights.o, weights.v[weights.group])
@@ -250,6 +255,26 @@ def test_values_read_from_the_rotary_key_lose_less(kv_heads: int, seed: int) -> 
         assert latent.kv_a_proj_with_mqa.shape[0] == 4 + 6
         assert latent.kv_b_proj.shape[1] == 4 + 6 * together
     assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_spread_latent_is_the_same_function_whose_elements_vary_alike(groups: int, told: bool) -> None:
+    weights, statistics = random_weights(groups), random_statistics()
+    plain, spread = (
+        surgery(weights, statistics, 3, 8, rope_in_latent=told, spread=turned) for turned in (False, True)
+    )
+    for found, expected in ((spread.q_proj, plain.q_proj), (read_rows(spread, 8), read_rows(plain, 8))):
+        close(found, expected)
+    assert torch.equal(spread.kv_a_proj_with_mqa[8:], plain.kv_a_proj_with_mqa[8:])
+    assert torch.equal(spread.kv_b_proj[:, 8:], plain.kv_b_proj[:, 8:])
+    variances = []
+    for latent in (plain, spread):
+        rows = latent.kv_a_proj_with_mqa[:8]
+        covariance = statistics.key_moment - torch.outer(statistics.key_mean, statistics.key_mean)
+        variances.append((rows @ covariance * rows).sum(1))
+    assert variances[1].sum() == pytest.approx(variances[0].sum().item(), rel=EXACT)
+    assert variances[1].max() / variances[1].min() < (variances[0].max() / variances[0].min()) ** 0.7
 
 
 @pytest.mark.parametrize("told", [False, True])
