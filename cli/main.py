@@ -28,6 +28,7 @@ from .commands import (
     run,
 )
 from .options.grouped_help import GroupedCommand
+from .process_faults import mend_streams
 
 HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
 
@@ -121,6 +122,7 @@ def _misspelt(words: list[str]) -> str | None:
 
 def main() -> None:
     """The entry point of the `mhconvert` script."""
+    mend_streams()
     words = sys.argv[1:]
     given = arguments(words)
     meant = _misspelt(words) if given != words else None

@@ -22,6 +22,8 @@ import typer
 
 from mhconvert.errors import MhconvertError
 
+from .process_faults import Terminated, sigterm_raises
+
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
@@ -53,10 +55,12 @@ def execute(
     """
     _calm(flags)
     try:
-        with _guarded_stdout() as stdout:
+        with sigterm_raises(), _guarded_stdout() as stdout:
             result = work(stdout)
         _print(flags, result, show)
         found = faults(result)
+    except Terminated as error:
+        _fail(flags, interrupted.replace("interrupted", "terminated", 1), error, 143)
     except KeyboardInterrupt as error:
         _fail(flags, interrupted, error, 130)
     except MhconvertError as error:
@@ -94,7 +98,7 @@ def _print(flags: Flags, result: dict[str, Any], show: Show) -> None:
     if flags.json:
         from ..eval.report.conversion_tables import json_safe
 
-        print(json.dumps(json_safe(result), ensure_ascii=False, allow_nan=False), flush=True)
+        print(_json(json_safe(result)), flush=True)
         return
     from rich.console import Console
 
@@ -107,8 +111,14 @@ def _fail(flags: Flags, message: str, error: BaseException, code: int) -> NoRetu
         traceback.print_exception(error)
     print(f"mhconvert: {message}", file=sys.stderr, flush=True)
     if flags.json:
-        print(json.dumps({"error": message}, ensure_ascii=False), flush=True)
+        print(_json({"error": message}), flush=True)
     raise typer.Exit(code)
+
+
+def _json(value: dict[str, Any]) -> str:
+    """One line of JSON, escaped where stdout cannot show every character."""
+    shown = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    return json.dumps(value, ensure_ascii=not shown, allow_nan=False)
 
 
 @contextmanager

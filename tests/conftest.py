@@ -76,10 +76,10 @@ def cli() -> Cli:
 
 @pytest.fixture(scope="session")
 def interrupted() -> Interrupted:
-    """Runs `mhconvert WORD ...` and sends Ctrl-C at the first progress line that begins with `line`; its exit code and
-    what it said on stderr afterwards."""
+    """Runs `mhconvert WORD ...` and sends Ctrl-C, or another signal, at the first progress line that begins with
+    `line`; its exit code and what it said on stderr afterwards."""
 
-    def run(line: str, *words: object) -> tuple[int, str]:
+    def run(line: str, *words: object, by: int = signal.SIGINT) -> tuple[int, str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "mhconvert.cli.main", *map(str, words)],
             stdout=subprocess.PIPE,
@@ -92,7 +92,7 @@ def interrupted() -> Interrupted:
         assert process.stderr is not None
         for said in process.stderr:
             if said.startswith(line):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(by)
                 break
         _, rest = process.communicate(timeout=120)
         return process.returncode, rest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -156,13 +157,23 @@ def test_faults_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_then_resume_gives_the_same_bytes(
-    here: Cli, interrupted: Interrupted, converted: tuple[Path, dict], words: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("by", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_then_resume_gives_the_same_bytes(
+    here: Cli,
+    interrupted: Interrupted,
+    converted: tuple[Path, dict],
+    words: list[str],
+    tmp_path: Path,
+    by: int,
+    code: int,
+    said: str,
 ) -> None:
     out = tmp_path / "again"
-    code, rest = interrupted("layers 3/", *words, "-o", out)
-    assert code == 130
-    assert "--resume" in rest
+    found, rest = interrupted("layers 3/", *words, "-o", out, by=by)
+    assert found == code
+    assert f"mhconvert: {said}; the same command with --resume" in rest
     assert "Traceback" not in rest
     assert not out.exists()
     resumed = here(*words, "-o", out, "--resume")
