@@ -75,26 +75,19 @@ def convert_layer(
         value_weight: of a relative error of the values against one of the scores.
         output_bias: whether o_proj may have a bias.
         rope_in_latent: whether kv_b_proj reads the rotary key beside the latent.
-        spread: whether the latent is turned so that all its elements vary alike, which caches that round elements in
-            blocks with one scale, as llama.cpp's, lose least by.
+        spread: whether the latent is turned so that all its elements vary alike.
     """
     split = split_layer(weights, statistics, basis, kept)
     price = value_weight * basis.score_energy
     reader, cached = _factorise(weights, statistics, split, rank, price, output_bias, rope_in_latent)
     missing = _missing_values(weights, statistics, split, reader, cached, output_bias)
 
-    group, keys, head_dim = weights.group, len(split.key_rows), weights.q.shape[1]
-    key_up = (split.key_maps @ reader[:keys])[group]  # H d r
-    value_up = reader[keys:].unflatten(0, (-1, head_dim))[group]  # H d r
-    kv_b = torch.cat((key_up, value_up), dim=1).flatten(0, 1)
-    query_map = split.query_map
+    kv_b, query_map, head_dim = _read_by_heads(weights, split, reader), split.query_map, weights.q.shape[1]
     scale = _balance(cached, kv_b, query_map @ weights.q, rank)
     query_map = torch.cat((query_map[:, :head_dim], query_map[:, head_dim:] / scale[rank:, None]), dim=1)
     cached, kv_b = cached * scale[:, None], kv_b / scale[: kv_b.shape[1]]
     if spread:
-        turn = spreading_rotation(rank)
-        cached = torch.cat((turn @ cached[:rank], cached[rank:]))
-        kv_b = torch.cat((kv_b[:, :rank] @ turn.mT, kv_b[:, rank:]), dim=1)
+        cached, kv_b = _spread(cached, kv_b, rank)
     return LatentWeights(
         frequencies=split.frequencies,
         query_map=query_map,
@@ -103,6 +96,26 @@ def convert_layer(
         kv_b_proj=kv_b,
         o_proj=weights.o.flatten(1),
         o_bias=torch.einsum("Dhd,hd->D", weights.o, missing),
+    )
+
+
+def _read_by_heads(weights: AttentionWeights, split: SplitLayer, reader: Tensor) -> Tensor:
+    """(H 2d, r) or (H 2d, r + 2R): for each query head the keys without RoPE and the values, read by `reader`."""
+    keys, head_dim = len(split.key_rows), weights.q.shape[1]
+    key_up = (split.key_maps @ reader[:keys])[weights.group]  # H d r
+    value_up = reader[keys:].unflatten(0, (-1, head_dim))[weights.group]  # H d r
+    return torch.cat((key_up, value_up), dim=1).flatten(0, 1)
+
+
+def _spread(cached: Tensor, kv_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`cached` and `kv_b` for a latent that is turned so that all its elements vary alike; the function stays the same.
+
+    An engine whose quantised cache rounds blocks of elements with one scale then loses least.
+    """
+    turn = spreading_rotation(rank)
+    return (
+        torch.cat((turn @ cached[:rank], cached[rank:])),
+        torch.cat((kv_b[:, :rank] @ turn.mT, kv_b[:, rank:]), dim=1),
     )
 
 
