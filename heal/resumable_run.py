@@ -17,7 +17,7 @@ from mhconvert.errors import HealError, MhconvertError, OutputError, ReloadKille
 
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import save_tensors, write_json
-from ..convert.storage.output_folder import LOCK, ResumableFolder, disk_full
+from ..convert.storage.output_folder import ResumableFolder, disk_full
 from .packed_rows import HealText, Rows
 
 # Files in the work folder:
@@ -53,7 +53,7 @@ class HealSpace:
         force: bool,
         main: bool,
     ):
-        self._folder = ResumableFolder(output, STATE)
+        self._folder = ResumableFolder(output, "heal", STATE)
         self.partial, self.work = self._folder.folder, self._folder.work
         self._settings, self._source, self._shape, self._needed = settings, source, shape, needed
         self._resume, self._force, self._main = resume, force, main
@@ -66,17 +66,11 @@ class HealSpace:
             self._new = not self.partial.exists()
             self._folder.enter(
                 self._needed,
-                ours=self._is_healing,
                 finished=lambda state: f"a checkpoint after step {state['step'] if state else 0}",
                 resume=self._resume,
                 force=self._force,
             )
         return self
-
-    def _is_healing(self) -> bool:
-        """Whether the folder is from an interrupted healing: it has a state or text, or is empty so far."""
-        names = {path.name for path in self.work.iterdir()} if self.work.is_dir() else {""}
-        return bool(names & {STATE, TEXT}) or names <= {LOCK, TEXT + ".new"}
 
     def load(self) -> None:
         """Read the state in every process.

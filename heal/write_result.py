@@ -19,6 +19,7 @@ from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import write_json
 from ..convert.storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ..convert.storage.dtype_cast import cast
+from ..convert.storage.ownership import MARK
 from ..convert.storage.safetensors_reader import INDEX, SafetensorsSource, read_json
 from ..convert.storage.shard_writer import ShardWriter
 from . import fusion
@@ -78,7 +79,7 @@ def write_checkpoint(space: HealSpace, model: Any, source: SafetensorsSource | N
         REWRITTEN if source is not None else (REPORT, provenance.PROVENANCE, provenance.EVALUATION, *PICTURES)
     )
     for file in sorted(path for path in Path(checkpoint).iterdir() if path.is_file()):
-        if file.name not in not_copied and file.suffix != ".safetensors":
+        if file.name not in (*not_copied, MARK) and file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)
     if source is not None:
         changed = fusion.config_fields(model.config)

@@ -17,6 +17,7 @@ from ..methods.registry import Method
 from ..recipe.recipe import Recipe, save_recipe
 from ..recipe.recorded import RECORD, SAVED
 from ..storage.atomic_files import sha256, write_json
+from ..storage.ownership import MARK
 from ..storage.safetensors_reader import read_json
 
 PROVENANCE, RECIPE = RECORD, SAVED
@@ -88,6 +89,6 @@ def read_record(folder: Path, *, strict: bool = False) -> dict[str, Any]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """file name -> SHA-256, for every file in `folder` except mhconvert.json, which records them."""
-    files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name != PROVENANCE)
-    return {file.name: sha256(file) for file in files}
+    """file name -> SHA-256, for every file in `folder` except mhconvert.json, which records them, and the mark."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file())
+    return {file.name: sha256(file) for file in files if file.name not in (PROVENANCE, MARK)}

@@ -16,7 +16,6 @@ from mhconvert.errors import MhconvertError, OutputError, ReloadKilledError
 from mhconvert.library_versions import versions
 
 from ..calibration.calibration_rows import Rows
-from ..checkpoint.provenance import RECIPE
 from ..methods.budget_division import LayerNeed
 from ..methods.layer_sensitivity import LayerSensitivity
 from ..recipe.recipe import Recipe
@@ -59,7 +58,7 @@ class Workspace:
             resume: go on with an interrupted run of the same recipe.
             force: start over where there is an interrupted run.
         """
-        self._folder = ResumableFolder(output, STATE)
+        self._folder = ResumableFolder(output, "convert", STATE)
         self.partial, self._work = self._folder.folder, self._folder.work
         self._recipe, self._needed = recipe, needed
         self._resume, self._force = resume, force
@@ -91,7 +90,6 @@ class Workspace:
     def __enter__(self) -> Workspace:
         self._folder.enter(
             self._needed,
-            ours=lambda: self._work.is_dir() or (self.partial / RECIPE).is_file(),
             finished=lambda state: f"{len(state['layers']) if state else 0} layers finished",
             resume=self._resume,
             force=self._force,

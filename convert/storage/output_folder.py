@@ -7,15 +7,13 @@ that start over after an interruption, `ResumableFolder` for runs that can resum
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -23,9 +21,11 @@ from mhconvert.errors import OutputError
 
 from .byte_size import shown_size
 from .folder_kind import KINDS
+from .output_lock import OutputLock
+from .ownership import MARK, is_blank, kind_of, mark
+from .publishing import publish, recover
 
 WORK = "work"  # subfolder of OUT.partial, deleted before OUT.partial is renamed
-LOCK = "lock"  # file in WORK that is locked during a run
 
 DISK_FULL = ("No space left", "PytorchStreamWriter failed", "unexpected pos")  # the last two from torch.save
 
@@ -37,54 +37,66 @@ class PartialFolder:
         output: OUT, the final folder.
         folder: OUT.partial.
         work: subfolder for files that are not part of the result.
+        kind: of the run, which no other kind resumes.
     """
 
-    def __init__(self, output: Path):
-        self.output = output
+    def __init__(self, output: Path, kind: str):
+        self.output, self.kind = output, kind
         self.folder = output.with_name(output.name + ".partial")
         self.work = self.folder / WORK
         self._new_parents: list[Path] = []
-        self._lock: IO[str] | None = None
+        self._lock = OutputLock(output)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is anything of this name."""
+        return os.path.lexists(self.folder)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether mhconvert made the folder, for whatever kind of run."""
+        marked = kind_of(self.folder) is not None and not self.work.is_symlink()
+        return marked or is_blank(self.folder)
 
     def make(self) -> None:
-        """Create the folder with its parents, and lock it.
+        """Lock OUT, and create the folder with its parents where it is not there.
 
         Raises:
             OutputError: it cannot be created, or another run has locked it.
         """
         self._new_parents = [folder for folder in self.folder.absolute().parents if not folder.exists()]
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.work / LOCK, "w")  # noqa: SIM115
-        except OSError as error:
-            raise OutputError(f"{self.folder} cannot be made: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            if not self._lock.acquire():
+                raise OutputError(f"another run is writing {self.folder}; wait for it, or choose another -o")
+            self.folder.mkdir(exist_ok=True)
+            if is_blank(self.folder):
+                mark(self.folder, self.kind)
+            self.work.mkdir(exist_ok=True)
         except OSError as error:
             self.unlock()
-            raise OutputError(
-                f"another run is writing {self.folder}; wait for it, or choose another -o"
-            ) from error
+            raise OutputError(f"{self.folder} cannot be made: {error.strerror}") from error
 
     def unlock(self) -> None:
         """Release the lock, if this run has it."""
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.release()
 
     def empty(self, *kept: str) -> None:
-        """Delete everything except the lock and the `kept` files of the work folder."""
+        """Delete everything except the `kept` files of the work folder; from here the folder is of this kind of run."""
         for path in (*self.folder.iterdir(), *self.work.iterdir()):
-            if path.name not in (WORK, LOCK, *kept):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name not in (WORK, MARK, *kept):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        mark(self.folder, self.kind)
 
     def publish(self) -> None:
         """Delete the work folder and rename OUT.partial to OUT."""
         shutil.rmtree(self.work)
-        replace_folder(self.folder, self.output)
+        publish(self.folder, self.output)
 
     def discard(self) -> None:
         """Delete the folder, and the parents that `make` created."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.unlock()
         with suppress(OSError):  # another program may have written files there
             for folder in self._new_parents:
                 folder.rmdir()
@@ -93,8 +105,8 @@ class PartialFolder:
 class ResumableFolder(PartialFolder):
     """The folder of a run that can be resumed, with a JSON file in `work` that records what is finished."""
 
-    def __init__(self, output: Path, state_name: str):
-        super().__init__(output)
+    def __init__(self, output: Path, kind: str, state_name: str):
+        super().__init__(output, kind)
         self.state_file = self.work / state_name
 
     def state(self) -> dict[str, Any] | None:
@@ -105,7 +117,6 @@ class ResumableFolder(PartialFolder):
         self,
         needed: int,
         *,
-        ours: Callable[[], bool],
         finished: Callable[[dict[str, Any] | None], str],
         resume: bool,
         force: bool,
@@ -114,22 +125,25 @@ class ResumableFolder(PartialFolder):
 
         Args:
             needed: bytes that a new run writes.
-            ours: whether an existing folder is from an interrupted run.
             finished: state -> what is finished, for an error message.
 
         Raises:
             OutputError: the folder is not from mhconvert, is locked, or has an interrupted run and neither `resume`
-                nor `force` is set; or the disk is too small.
+                nor `force` is set, or one of another kind to resume; or the disk is too small.
         """
-        existed = self.folder.exists()
+        existed = self.exists
         if not existed:
             check_space(self.folder, needed)
-        elif not ours():
+        elif not self.is_ours:
             raise OutputError(
                 f"{self.folder} is not the work of mhconvert; move it away, or choose another -o"
             )
         self.make()
         try:
+            if existed and kind_of(self.folder) != self.kind and not force:
+                raise OutputError(
+                    f"{self.folder} holds an interrupted run of another command; --force starts over"
+                )
             if existed and not resume and not force:
                 raise OutputError(
                     f"{self.folder} holds an interrupted run ({finished(self.state())}); --resume continues it, "
@@ -160,9 +174,9 @@ def whole_folder(output: Path, needed: int, *, force: bool) -> Iterator[Path]:
     Raises:
         OutputError: the disk is too small, or OUT.partial exists.
     """
-    partial = PartialFolder(output)
-    if partial.folder.exists() and not (force and partial.work.is_dir()):
-        hint = "--force starts over" if partial.work.is_dir() else "it is not the work of mhconvert"
+    partial = PartialFolder(output, "write")
+    if partial.exists and not (force and partial.is_ours):
+        hint = "--force starts over" if partial.is_ours else "it is not the work of mhconvert"
         raise OutputError(f"{partial.folder} is there already: {hint}; move it away, or choose another -o")
     check_space(partial.folder, needed)
     partial.make()
@@ -181,17 +195,6 @@ def whole_folder(output: Path, needed: int, *, force: bool) -> Iterator[Path]:
         partial.unlock()
 
 
-def replace_folder(partial: Path, output: Path) -> None:
-    """Rename `partial` to `output`; an existing `output` is moved aside first and deleted last."""
-    if not os.path.lexists(output):
-        os.replace(partial, output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-    os.replace(output, old / output.name)
-    os.replace(partial, output)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def check_free(output: Path, force: bool, *read: Path | None) -> None:
     """Check that `output` may be written.
 
@@ -202,6 +205,7 @@ def check_free(output: Path, force: bool, *read: Path | None) -> None:
     Raises:
         OutputError: `output` exists and may not be replaced.
     """
+    recover(output)
     if os.path.lexists(output) and not force:
         raise OutputError(f"{output} exists; choose another folder with -o, or replace it with --force")
     if os.path.lexists(output) and not output.is_dir():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mhconvert.convert.storage.output_folder import check_free, check_space, replace_folder
+from mhconvert.convert.storage.output_folder import check_free, check_space
 from mhconvert.errors import OutputError
 
 
@@ -50,26 +50,3 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**10, 10**10 - 900, 900))  # type: ignore[attr-defined]
     with pytest.raises(OutputError, match=r"has 900\.00 B free and the conversion needs 1\.25 MB"):
         check_space(place, 1_250_000)
-
-
-def test_the_finished_folder_takes_the_place_of_the_old(tmp_path: Path) -> None:
-    partial, output = tmp_path / "out.partial", tmp_path / "out"
-    for folder, text in ((partial, "new"), (output, "old"), (tmp_path / "out.old", "somebody's")):
-        folder.mkdir()
-        (folder / "file").write_text(text)
-    replace_folder(partial, output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
-    assert (output / "file").read_text() == "new"
-    assert (tmp_path / "out.old" / "file").read_text() == "somebody's"
-
-
-def test_a_link_is_replaced_and_what_it_points_at_stays(tmp_path: Path) -> None:
-    partial, real, output = tmp_path / "out.partial", tmp_path / "real", tmp_path / "out"
-    partial.mkdir()
-    real.mkdir()
-    (real / "file").touch()
-    output.symlink_to(real)
-    replace_folder(partial, output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "real"]
-    assert not output.is_symlink()
-    assert (real / "file").exists()
