@@ -130,13 +130,9 @@ def _pieces(source: str, tokenizer: Any, length: int, chance: random.Random, cha
     Args:
         characters: read at most about so many from a dataset.
     """
-    template = getattr(tokenizer, "chat_template", None)
-
-    def chat(messages: list[dict[str, Any]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
+    chat = documents.chat_format(tokenizer)
     texts: list[tuple[str, bool]] = []  # (piece, whether it ends its document)
-    for batch in documents.read(source, chat=chat if template else None, characters=characters):
+    for batch in documents.read(source, chat=chat, characters=characters):
         for document in batch:
             cut = list(_cut(document, PIECE_ROWS * length * CHARACTERS_A_TOKEN))
             texts += [(text, number + 1 == len(cut)) for number, text in enumerate(cut)]

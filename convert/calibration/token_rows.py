@@ -27,7 +27,8 @@ def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, 
         CalibrationError: the text is too short.
         TextError: a text is missing or unreadable.
     """
-    texts = [file for source in sources for file in documents.read(source)]
+    chat = documents.chat_format(tokenizer)
+    texts = [file for source in sources for file in documents.read(source, chat=chat)]
     prefix = start_of_text(tokenizer)
     streams = [
         _token_rows("\n\n".join(text), tokenizer, prefix, length, random.Random(f"{seed} {number}"))

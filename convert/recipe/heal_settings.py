@@ -101,8 +101,8 @@ class HealSettings(Settings):
     data: Annotated[
         Takes[dict[str, float], Names | Mapping[str, float]],
         Option(
-            "Text (.txt, .jsonl, quoted globs, a dataset's name, or self: sampled from the teacher) and its share of "
-            "the tokens; may be repeated.",
+            "Text (files, quoted globs, a dataset's name, or self: sampled from the teacher) and its share of the "
+            "tokens; may be repeated.",
             "SOURCE[=SHARE]",
             parse=alike,
             also=str | Sequence[str],

@@ -110,13 +110,6 @@ def test_a_line_of_jsonl_ends_at_a_newline_only(tmp_path: Path, separator: str) 
     assert rows[0, 8] == ord(separator)
 
 
-@pytest.mark.parametrize("line", ["not json", '["text"]', '"text"', '{"body": "x"}', '{"text": null}', "7"])
-def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str) -> None:
-    source = jsonl(tmp_path / "a.jsonl", '{"text": "x"}', "", line)
-    with pytest.raises(TextError, match=r"a\.jsonl, line 3: not a JSON object with a 'text' field"):
-        drawn(source)
-
-
 def test_a_quoted_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     written(tmp_path / "a.txt", 0x1000, 0x100)
