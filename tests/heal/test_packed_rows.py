@@ -154,3 +154,34 @@ def test_a_share_of_less_than_a_row_is_left_out(tmp_path: Path) -> None:
     file = documents(tmp_path / "a.jsonl", 60)
     wanted = HealSettings(tokens=1, data={str(file): 1000, "self": 1}, held_out=2)
     assert len(prepare(wanted, make_tokenizer(), 16, 20, no_sampling).order) == 20
+
+
+def test_what_the_template_refuses_is_an_error_or_skipped(tmp_path: Path) -> None:
+    """Without the bad record, or with it and `skip_bad`, the rows are the same."""
+    tokenizer: Any = make_tokenizer()
+    refusal = "{{ raise_exception('System role not supported') }}"
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}"
+        + refusal
+        + "{% endif %}<|bos|>"
+        + ("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    )
+    chats = [[{"role": "user", "content": f"How cold is it on day {day}?"}] for day in range(30)]
+
+    def rows(turns: list[list[dict[str, str]]], **chosen: Any) -> Any:
+        file = tmp_path / "chat.jsonl"
+        file.write_text("\n".join(json.dumps({"messages": each}) for each in turns), encoding="utf-8")
+        wanted = HealSettings(tokens=1, data={str(file): 1}, held_out=1, **chosen)
+        return prepare(wanted, tokenizer, 16, 8, no_sampling)
+
+    bad = [*chats[:4], [{"role": "system", "content": "Be brief."}, *chats[4]], *chats[4:]]
+    with pytest.raises(
+        TextError, match=r"chat\.jsonl, line 5: the chat template refuses it: System role not supported"
+    ):
+        rows(bad)
+    good, left = rows(chats), rows(bad, skip_bad=True)
+    assert left.train.ids.equal(good.train.ids)
+    assert left.held_out.ids.equal(good.held_out.ids)
+    assert (good.skipped, left.skipped) == ({}, {str(tmp_path / "chat.jsonl"): 1})
+    with pytest.raises(HealError, match=r"chat\.jsonl, without 29 records that were skipped, has "):
+        rows([chats[0], *[bad[4]] * 29], skip_bad=True)
