@@ -15,7 +15,7 @@ from torch import Tensor
 from mhconvert.errors import HealError
 
 from ..convert.calibration import documents
-from ..convert.calibration.token_rows import CHARACTERS_A_TOKEN, start_of_text
+from ..convert.calibration.token_rows import CHARACTERS_A_TOKEN, require_embedded, start_of_text
 from ..convert.recipe.heal_settings import HealSettings
 
 PIECE_ROWS = 4  # longer documents are cut into pieces of this many rows, which are shuffled separately
@@ -74,17 +74,21 @@ class HealText:
         }
 
 
-def prepare(settings: HealSettings, tokenizer: Any, length: int, rows: int, sample: Sample) -> HealText:
+def prepare(
+    settings: HealSettings, tokenizer: Any, vocab_size: int, length: int, rows: int, sample: Sample
+) -> HealText:
     """The training rows and the held-out rows of all sources.
 
     Args:
+        vocab_size: rows of the smaller embedding of student and teacher.
         length: tokens per row.
         rows: to train on, repetitions included.
         sample: for the source "self".
 
     Raises:
         HealError: a source is too short; the message says how much text it has.
-        TextError: a text is missing or unreadable, or a record has none and `skip_bad` is not set.
+        TextError: a text is missing or unreadable, a record has none and `skip_bad` is not set, or a token has no
+            embedding.
     """
     shares = {name: share for name, share in settings.data.items() if share}
     held_out = _divide(settings.held_out, shares)
@@ -110,6 +114,7 @@ def prepare(settings: HealSettings, tokenizer: Any, length: int, rows: int, samp
             evaluation_rows = pack(pieces, length, held_out[source])
             train_rows = pack(pieces, length, wanted[source])
             skipped |= {source: len(bad)} if bad else {}
+            require_embedded(torch.cat((evaluation_rows.ids, train_rows.ids)), tokenizer, vocab_size)
         if len(evaluation_rows) < held_out[source] or len(train_rows) * settings.epochs < wanted[source]:
             _raise_too_short(source, len(train_rows) * length, wanted[source] * length, settings, skipped)
         train.append(train_rows)

@@ -142,7 +142,7 @@ class _Healing:
             def sample(count: int) -> torch.Tensor:
                 return sampled_rows(teacher.model, tokenizer, count, length, settings.seed, self.on_progress)
 
-            text = packed_rows.prepare(settings, tokenizer, length, rows, sample)
+            text = packed_rows.prepare(settings, tokenizer, self.vocab_size, length, rows, sample)
             if skipped := sum(text.skipped.values()):
                 self.on_progress(Progress("text", 1, 1, f"{skipped:,} records without text were skipped"))
             self.space.write_text(text)
