@@ -44,10 +44,11 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = path.read_bytes()
         if content.startswith(PARQUET):
-            return _rows(path)
+            yield from _rows(path)
+            return
         content = _unpacked(content)
         _require_text(content)
-        return _text_records(path, _decoded(content))
+        yield from _text_records(path, _decoded(content))
     except ImportError as error:
         raise TextError(
             f"text file {path} cannot be read without {error.name}: pip install {error.name}"

@@ -88,6 +88,17 @@ def test_parquet(tmp_path: Path) -> None:
         read_file(file)
 
 
+def test_damaged_parquet(tmp_path: Path) -> None:
+    """The pages, while the footer is whole."""
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": TEXTS}), file)
+    content = bytearray(file.read_bytes())
+    content[4:40] = b"\xff" * 36
+    file.write_bytes(content)
+    with pytest.raises(TextError, match=r"text file .*a\.parquet cannot be read: "):
+        read_file(file)
+
+
 def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
