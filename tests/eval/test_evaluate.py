@@ -101,7 +101,7 @@ def test_texts_are_read_as_calibration_text_is(pair: tuple[Path, Path], tmp_path
     tokenizer.save_pretrained(donor)
     plain.write_text("a <t319> b " * 200, encoding="utf-8")
     with pytest.raises(MhconvertError, match=r"\('<t319>'\), and the model's embedding has 320 rows"):
-        api.evaluate(str(donor), on(plain, ROWS), device="cpu")
+        api.evaluate(str(donor), on(plain, ROWS), against=str(donor), device="cpu")
 
 
 @pytest.fixture(scope="module")
