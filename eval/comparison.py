@@ -15,6 +15,7 @@ from mhconvert.errors import MhconvertError
 from mhconvert.library_versions import versions
 from mhconvert.progress import Listener, Progress
 
+from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
 from . import fidelity, retrieval, texts
 from .compared_models import candidates_of, describe, open_models
@@ -135,12 +136,14 @@ def _text_rows(settings: EvalSettings, opened: list[OpenModel]) -> dict[str, Ten
     """Token ids of each text (sequences, sequence_length), by the file's name, with the first model's tokenizer.
 
     Raises:
-        MhconvertError: a text is too short, or a model reads fewer tokens than a row has.
+        MhconvertError: a text is too short, a token has no embedding, or a model reads fewer tokens than a row has.
     """
     shape = (settings.sequence_length, settings.sequences)
     rows = {
         text.name: fidelity.text_rows(opened[0].tokenizer(), text, *shape) for text in settings.text_files
     }
+    for ids in rows.values():
+        require_embedded(ids, opened[0].tokenizer(), opened[0].vocab_size)
     for model in opened if rows else []:
         model.require_length(settings.sequence_length)
     return rows

@@ -15,6 +15,8 @@ import torch
 
 from mhconvert.errors import MhconvertError
 
+from ..convert.calibration import documents
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -102,16 +104,15 @@ def compare_rows(
 def text_rows(tokenizer: Any, text: Path, sequence_length: int, sequences: int) -> Tensor:
     """The first tokens of the file as rows (sequences, sequence_length) int64, without special tokens or overlap.
 
+    The file is plain text, or has documents as calibration text does, which are joined by empty lines.
+
     Raises MhconvertError when the text is unreadable or too short.
     """
     if sequence_length < 2 or sequences < 1:
         raise MhconvertError(
             f"sequence length {sequence_length} and {sequences} sequences make no prediction; use at least 2 and 1"
         )
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MhconvertError(f"text file {text} cannot be read: {error}") from error
+    content = "\n\n".join(documents.read_file(text, chat=documents.chat_format(tokenizer)))
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     needed = sequence_length * sequences
     if len(ids) < needed:

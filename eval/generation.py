@@ -14,6 +14,7 @@ from transformers import TextStreamer
 from mhconvert.errors import MhconvertError
 
 from ..convert.bare_process.child import cache_storage
+from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
 from .kv_cache import serving
 from .settings import OWN_CACHE
@@ -68,6 +69,7 @@ def generate(
     encoded = _encode(tokenizer, prompt, options.chat)
     if encoded["input_ids"].shape[1] == 0:
         raise MhconvertError("the prompt has no tokens; give some text")
+    require_embedded(encoded["input_ids"], tokenizer, opened.vocab_size)
     opened.require_length(encoded["input_ids"].shape[1] + options.max_new_tokens)
     model = serving.serve(opened.model(), options.kv_cache_dtype)
     if on_text is not None and not options.chat:
@@ -94,11 +96,18 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
             "this model has no chat template; leave --chat away to continue the prompt as text"
         )
     if chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        prompt = _in_template(tokenizer, prompt)
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def _in_template(tokenizer: Any, prompt: str) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program, which raises errors of many classes
+        reason = " ".join(str(error).split())
+        raise MhconvertError(f"the chat template refuses the prompt: {reason}; leave --chat away") from error
 
 
 def _generate(model: Any, encoded: dict[str, torch.Tensor], options: Options, streamer: Any) -> Any:

@@ -56,7 +56,7 @@ class EvalSettings(Settings):
     text: Annotated[
         Takes[tuple[str, ...], Names],
         Option(
-            "UTF-8 text: perplexity, KL and top-1 agreement; may be repeated.",
+            "Text, JSON lines or Parquet: perplexity, KL and top-1 agreement; may be repeated.",
             "FILE",
             parse=one_name,
             also=str,

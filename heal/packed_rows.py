@@ -15,7 +15,7 @@ from torch import Tensor
 from mhconvert.errors import HealError
 
 from ..convert.calibration import documents
-from ..convert.calibration.token_rows import CHARACTERS_A_TOKEN, start_of_text
+from ..convert.calibration.token_rows import CHARACTERS_A_TOKEN, require_embedded, start_of_text
 from ..convert.recipe.heal_settings import HealSettings
 
 PIECE_ROWS = 4  # longer documents are cut into pieces of this many rows, which are shuffled separately
@@ -55,24 +55,40 @@ class HealText:
     Attributes:
         order: indices into `train`, in the order of training.
         tokens: source -> tokens in its whole rows, as far as it was read.
+        skipped: source -> records without text, with `skip_bad`.
     """
 
     train: Rows
     held_out: Rows
     order: Tensor
     tokens: dict[str, int]
+    skipped: dict[str, int]
+
+    def facts(self, rows: int) -> dict[str, Any]:
+        """What a report says of the text when the first `rows` rows of `order` are trained on."""
+        return {
+            "predictions": int(self.train[self.order[:rows]].predicted().sum()),
+            "held_out_tokens": self.held_out.ids.numel(),
+            "text_tokens": self.tokens,
+            "skipped_records": self.skipped,
+        }
 
 
-def prepare(settings: HealSettings, tokenizer: Any, length: int, rows: int, sample: Sample) -> HealText:
+def prepare(
+    settings: HealSettings, tokenizer: Any, vocab_size: int, length: int, rows: int, sample: Sample
+) -> HealText:
     """The training rows and the held-out rows of all sources.
 
     Args:
+        vocab_size: rows of the smaller embedding of student and teacher.
         length: tokens per row.
         rows: to train on, repetitions included.
         sample: for the source "self".
 
     Raises:
         HealError: a source is too short; the message says how much text it has.
+        TextError: a text is missing or unreadable, a record has none and `skip_bad` is not set, or a token has no
+            embedding.
     """
     shares = {name: share for name, share in settings.data.items() if share}
     held_out = _divide(settings.held_out, shares)
@@ -80,7 +96,7 @@ def prepare(settings: HealSettings, tokenizer: Any, length: int, rows: int, samp
     train: list[Rows] = []
     evaluation: list[Rows] = []
     orders: list[list[int]] = []
-    tokens, first = {}, 0
+    tokens, skipped, first = dict[str, int](), dict[str, int](), 0
     for number, source in enumerate(shares):
         if not wanted[source] + held_out[source]:
             continue  # its share is less than a row
@@ -93,17 +109,21 @@ def prepare(settings: HealSettings, tokenizer: Any, length: int, rows: int, samp
             evaluation_rows, train_rows = both[: held_out[source]], both[held_out[source] :]
         else:
             characters = int((wanted[source] + held_out[source]) * length * CHARACTERS_A_TOKEN * SPARE)
-            pieces = _pieces(source, tokenizer, length, random.Random(seed), characters)
+            bad: list[str] | None = [] if settings.skip_bad else None
+            pieces = _pieces(source, tokenizer, length, random.Random(seed), characters, bad)
             evaluation_rows = pack(pieces, length, held_out[source])
             train_rows = pack(pieces, length, wanted[source])
+            skipped |= {source: len(bad)} if bad else {}
+            require_embedded(torch.cat((evaluation_rows.ids, train_rows.ids)), tokenizer, vocab_size)
         if len(evaluation_rows) < held_out[source] or len(train_rows) * settings.epochs < wanted[source]:
-            _raise_too_short(source, len(train_rows) * length, wanted[source] * length, settings)
+            _raise_too_short(source, len(train_rows) * length, wanted[source] * length, settings, skipped)
         train.append(train_rows)
         evaluation.append(evaluation_rows)
         orders.append([first + index for index in _epochs(len(train_rows), wanted[source], seed)])
         tokens[source] = len(train_rows) * length
         first += len(train_rows)
-    return HealText(_concatenate(train), _concatenate(evaluation), torch.tensor(_interleave(orders)), tokens)
+    order = torch.tensor(_interleave(orders))
+    return HealText(_concatenate(train), _concatenate(evaluation), order, tokens, skipped)
 
 
 def pack(pieces: Pieces, length: int, rows: int) -> Rows:
@@ -124,19 +144,19 @@ def pack(pieces: Pieces, length: int, rows: int) -> Rows:
     return Rows(id_rows, torch.where(continues, raw - raw[:, :1], raw))
 
 
-def _pieces(source: str, tokenizer: Any, length: int, chance: random.Random, characters: int) -> Pieces:
+def _pieces(
+    source: str, tokenizer: Any, length: int, chance: random.Random, characters: int, bad: list[str] | None
+) -> Pieces:
     """The token ids of the pieces of a source, in random order, with start and end tokens.
 
     Args:
         characters: read at most about so many from a dataset.
+        bad: takes why each record without text has none; None: it is an error.
     """
-    template = getattr(tokenizer, "chat_template", None)
-
-    def chat(messages: list[dict[str, Any]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
+    chat = documents.chat_format(tokenizer)
     texts: list[tuple[str, bool]] = []  # (piece, whether it ends its document)
-    for batch in documents.read(source, chat=chat if template else None, characters=characters):
+    on_bad = None if bad is None else bad.append
+    for batch in documents.read(source, chat=chat, characters=characters, on_bad=on_bad):
         for document in batch:
             cut = list(_cut(document, PIECE_ROWS * length * CHARACTERS_A_TOKEN))
             texts += [(text, number + 1 == len(cut)) for number, text in enumerate(cut)]
@@ -192,7 +212,9 @@ def _concatenate(parts: list[Rows]) -> Rows:
     return Rows(torch.cat([part.ids for part in parts]), torch.cat([part.positions for part in parts]))
 
 
-def _raise_too_short(source: str, available: int, wanted: int, settings: HealSettings) -> None:
+def _raise_too_short(
+    source: str, available: int, wanted: int, settings: HealSettings, skipped: dict[str, int]
+) -> None:
     """Raises HealError for a source with too few tokens."""
     epochs = -(-wanted // available) if available else 0
     advice = (
@@ -200,9 +222,10 @@ def _raise_too_short(source: str, available: int, wanted: int, settings: HealSet
         if available and epochs > settings.epochs
         else ""
     )
+    without = f", without {skipped[source]:,} records that were skipped," if source in skipped else ""
     raise HealError(
-        f"{source} has {available:,} tokens to train on (in whole rows, the held-out ones apart) and {wanted:,} are "
-        f"asked for: add text, ask for fewer tokens{advice}"
+        f"{source}{without} has {available:,} tokens to train on (in whole rows, the held-out ones apart) and "
+        f"{wanted:,} are asked for: add text, ask for fewer tokens{advice}"
     )
 
 

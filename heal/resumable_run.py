@@ -123,7 +123,8 @@ class HealSpace:
             "held_positions": text.held_out.positions,
             "order": text.order,
         }
-        save_tensors(tensors, self.work / TEXT, {"tokens": json.dumps(text.tokens)})
+        facts = {"tokens": json.dumps(text.tokens), "skipped": json.dumps(text.skipped)}
+        save_tensors(tensors, self.work / TEXT, facts)
 
     @property
     def has_text(self) -> bool:
@@ -135,10 +136,11 @@ class HealSpace:
 
         tensors = load_file(self.work / TEXT)
         with safe_open(self.work / TEXT, framework="pt") as file:
-            tokens = json.loads(file.metadata()["tokens"])
+            facts = {"skipped": "{}"} | file.metadata()  # versions before 0.3.0 skipped nothing
+        tokens, skipped = json.loads(facts["tokens"]), json.loads(facts["skipped"])
         train = Rows(tensors["ids"], tensors["positions"])
         held_out = Rows(tensors["held_ids"], tensors["held_positions"])
-        return HealText(train, held_out, tensors["order"], tokens)
+        return HealText(train, held_out, tensors["order"], tokens, skipped)
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the training checkpoint after `step`."""

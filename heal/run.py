@@ -142,7 +142,10 @@ class _Healing:
             def sample(count: int) -> torch.Tensor:
                 return sampled_rows(teacher.model, tokenizer, count, length, settings.seed, self.on_progress)
 
-            self.space.write_text(packed_rows.prepare(settings, tokenizer, length, rows, sample))
+            text = packed_rows.prepare(settings, tokenizer, self.vocab_size, length, rows, sample)
+            if skipped := sum(text.skipped.values()):
+                self.on_progress(Progress("text", 1, 1, f"{skipped:,} records without text were skipped"))
+            self.space.write_text(text)
             self.space.start()
         self.accelerator.wait_for_everyone()
         return self.space.read_text()
@@ -234,7 +237,6 @@ class _Healing:
     def _training_report(self, text: packed_rows.HealText, metrics: Metrics) -> dict[str, Any]:
         """The section "healing" of the report."""
         speeds = [entry["tokens_per_second"] for entry in metrics.entries if "tokens_per_second" in entry]
-        trained = text.train[text.order[: self.steps.rows]]
         return {
             "settings": dataclasses.asdict(self.settings),
             "teacher": self.teacher.reference,
@@ -242,9 +244,7 @@ class _Healing:
             "steps": self.steps.steps,
             "step_tokens": self.steps.step_tokens,
             "trained_tokens": self.steps.rows * self.steps.length,
-            "predictions": int(trained.predicted().sum()),
-            "held_out_tokens": text.held_out.ids.numel(),
-            "text_tokens": text.tokens,
+            **text.facts(self.steps.rows),
             "tokens_per_second": speeds[-1] if speeds else None,
             "seconds": self.space.earlier_seconds + time.perf_counter() - self.begun,
         }

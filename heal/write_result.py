@@ -15,6 +15,8 @@ from mhconvert.library_versions import versions
 from ..convert.bare_process import reload
 from ..convert.bare_process.reload import verify
 from ..convert.checkpoint import provenance
+from ..convert.donor.carried_files import carry_files
+from ..convert.donor.hub_download import NAMED_TEMPLATES
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import write_json
 from ..convert.storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
@@ -81,6 +83,7 @@ def write_checkpoint(space: HealSpace, model: Any, source: SafetensorsSource | N
     for file in sorted(path for path in Path(checkpoint).iterdir() if path.is_file()):
         if file.name not in (*not_copied, MARK) and file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)
+    carry_files(Path(checkpoint), folder, NAMED_TEMPLATES)
     if source is not None:
         changed = fusion.config_fields(model.config)
         write_json(folder / "config.json", read_json(folder / "config.json") | changed)

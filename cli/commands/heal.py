@@ -22,7 +22,19 @@ Output = Annotated[
 TensorBoard = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Also write a TensorBoard log there.")
 ]
-WHAT = ("tokens", "layer_tokens", "lm_tokens", "data", "teacher", "train", "rank", "loss", "fusion", "router")
+WHAT = (
+    "tokens",
+    "layer_tokens",
+    "lm_tokens",
+    "data",
+    "skip_bad",
+    "teacher",
+    "train",
+    "rank",
+    "loss",
+    "fusion",
+    "router",
+)
 GROUPS = (
     Group("What trains, on what", HealSettings, WHAT),
     Group("How", HealSettings, [name for name in declared(HealSettings) if name not in WHAT]),

@@ -15,8 +15,9 @@ from mhconvert.errors import AdapterError
 from mhconvert.progress import Listener, Progress, ignore
 
 from ..checkpoint import provenance
-from ..donor import hub_download
+from ..donor.carried_files import carry_files
 from ..donor.donor import Donor
+from ..donor.hub_download import TEXT_FILES
 from ..methods.hydra.branches import merged_bias, merged_weight
 from ..storage import shard_writer
 from ..storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
@@ -69,7 +70,7 @@ def merge_adapter(
             writer.add(name, cast(name, tensor, dtypes[name]))
             tell(Progress("merge", done, len(source.names())))
         writer.finish()
-        _write_rest(folder, adapter, donor, asked or donor.dtype, report)
+        _write_rest(folder, adapter, donor, asked or donor.dtype, report, trust_remote_code)
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
 
@@ -127,15 +128,16 @@ def _dtype(wanted: str | None) -> torch.dtype | None:
 
 
 def _write_rest(
-    folder: Path, adapter: AdapterFolder, donor: Donor, dtype: torch.dtype, report: dict[str, Any]
+    folder: Path,
+    adapter: AdapterFolder,
+    donor: Donor,
+    dtype: torch.dtype,
+    report: dict[str, Any],
+    code: bool,
 ) -> None:
-    """Write configuration, tokenizer (the adapter's, where it has one), card and provenance."""
-    config = copy.deepcopy(donor.config)
-    config.dtype = dtype
-    config.architectures = [type(donor.skeleton()).__name__]
+    """Write configuration, tokenizer (the adapter's, where it has one; `code`: with its code), card and provenance."""
     donor.copy_files(folder)
-    for file in sorted({f for pattern in hub_download.TEXT_FILES for f in adapter.folder.glob(pattern)}):
-        (folder / file.name).write_bytes(file.read_bytes())
-    config.save_pretrained(folder)
+    carry_files(adapter.folder, folder, *TEXT_FILES, code=code)
+    provenance.write_model_config(folder, copy.deepcopy(donor.config), type(donor.skeleton()), dtype)
     card.write(folder, Path(report["output"]).name, donor, card.about_merged(report), library="transformers")
     provenance.record(folder, donor, merged=report)

@@ -15,7 +15,7 @@ from ..donor.donor import Donor
 from ..recipe.calibration_settings import SHORTEST_ROW
 from ..recipe.recipe import Recipe
 from .documents import check_sources
-from .token_rows import sampled_rows, text_rows
+from .token_rows import require_embedded, sampled_rows, text_rows
 
 DEFAULT_ROW = 512  # tokens
 JUDGES, JUDGE_TOKENS = 4, 2048  # the most rows, and tokens in all, on which a survey measures layers
@@ -94,8 +94,8 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
     """The rows that `recipe` asks for, from text files, datasets, or sampled from the donor.
 
     Raises:
-        CalibrationError: there is too little text, or the tokenizer gives ids outside the donor's vocabulary.
-        TextError: a text is missing or unreadable.
+        CalibrationError: there is too little text.
+        TextError: a text is missing or unreadable, or has a token that the donor has no embedding for.
     """
     calibration, length = recipe.calibration, row_length(recipe, donor.config)
     fit_rows = -(-token_count(recipe, device) // length)  # rounded up
@@ -107,8 +107,5 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
         ids = sampled_rows(model, tokenizer, rows, length, recipe.seed, on_progress)
     else:
         ids = text_rows(calibration.sources, tokenizer, rows, length, recipe.seed)
-    if int(ids.max()) >= donor.config.vocab_size:
-        raise CalibrationError(
-            f"the tokenizer gives token {int(ids.max())} and the donor's vocabulary has {donor.config.vocab_size}"
-        )
+    require_embedded(ids, tokenizer, donor.config.vocab_size)
     return Rows(ids[:fit_rows], ids[fit_rows:])

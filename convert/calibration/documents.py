@@ -5,32 +5,39 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mhconvert.errors import TextError
 
-TEXT_SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
+from .text_files import TEXT_SUFFIXES, records
+
 DATASET_DOCUMENTS = 2000  # read from a streamed dataset by default
 
 Chat = Callable[[list[dict[str, Any]]], str]  # messages -> text, by the tokenizer's chat template
+OnBad = Callable[[str], None]  # takes where a record is and why it has no text
 
 
-def read(source: str, *, chat: Chat | None = None, characters: int | None = None) -> list[list[str]]:
+def read(
+    source: str, *, chat: Chat | None = None, characters: int | None = None, on_bad: OnBad | None = None
+) -> list[list[str]]:
     """The documents of each file that `source` matches, or of the dataset with that name.
 
     Args:
         source: a file, a glob pattern, or a dataset as `name` or `name:config`.
         chat: formats records that have `messages` instead of `text`; None if there is no chat template.
         characters: to read from a dataset; None for DATASET_DOCUMENTS documents.
+        on_bad: called with the reason for each record that has no text, which is skipped; None: it is an error.
 
     Raises:
         TextError: a text is missing or unreadable.
     """
     paths = files(source)
-    return [_read_file(path, chat) for path in paths] if paths else [_read_dataset(source, chat, characters)]
+    if not paths:
+        return [_read_dataset(source, chat, characters, on_bad)]
+    return [read_file(path, chat=chat, on_bad=on_bad) for path in paths]
 
 
 def check_sources(sources: tuple[str, ...]) -> None:
@@ -59,55 +66,108 @@ def files(source: str) -> list[Path]:
         if not paths:
             raise TextError(f"no text file matches '{source}'")
         return paths
-    if path.is_file() or path.suffix in TEXT_SUFFIXES:
+    if path.is_file() or path.suffix.lower() in TEXT_SUFFIXES:
         return [path]
     if path.is_dir():
         raise TextError(f"'{source}' is a folder; name its files, for example '{source}/*.jsonl'")
     return []
 
 
-def _read_file(path: Path, chat: Chat | None) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise TextError(f"text file {path} cannot be read: {reason}") from error
-    if path.suffix != ".jsonl":
-        return [content]
-    documents = []
-    lines = content.split("\n")  # splitlines() would also split at other characters
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+def read_file(path: Path, *, chat: Chat | None = None, on_bad: OnBad | None = None) -> list[str]:
+    """The documents of one file; arguments and errors as of `read`."""
+    return list(_documents(records(path), f"text file {path}", chat, on_bad))
+
+
+def chat_format(tokenizer: Any) -> Chat | None:
+    """The tokenizer's chat template as a function; None if it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def _documents(
+    numbered: Iterable[tuple[str, Any]], source: str, chat: Chat | None, on_bad: OnBad | None
+) -> Iterator[str]:
+    """The document of each (place, record); a record without one goes to `on_bad`, or raises TextError."""
+    for place, record in numbered:
         try:
-            documents.append(_text(json.loads(line), chat))
-        except (ValueError, KeyError, TypeError) as error:
-            wanted = "a 'text' field" if chat is None else "a 'text' or 'messages' field"
-            raise TextError(f"text file {path}, line {number}: not a JSON object with {wanted}") from error
-    return documents
+            document = _document(record, chat)
+        except TextError as error:
+            reason = f"{source}, {place}: {error}"
+            if on_bad is None:
+                raise TextError(reason) from error
+            on_bad(reason)
+        else:
+            yield document
 
 
-def _text(record: dict[str, Any], chat: Chat | None) -> str:
-    """The text of one record; raises KeyError or TypeError if it has none."""
-    if chat is not None and "text" not in record:
-        return chat(record["messages"])
-    text = record["text"]
-    if not isinstance(text, str):
-        raise TypeError("text is no string")
-    return text
+def _document(record: Any, chat: Chat | None) -> str:
+    """The text of one record; raises TextError with the reason if it has none."""
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, dict):
+        raise TextError("not a JSON object with a 'text' or 'messages' field")
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    if record.get("messages") is None:
+        found = (
+            f"'text' is {json.dumps(record['text'])[:40]}" if "text" in record else f"it has {_names(record)}"
+        )
+        raise TextError(f"no text in a 'text' or 'messages' field; {found}")
+    if chat is None:
+        raise TextError("it has 'messages', and there is no chat template that makes text of them")
+    messages = _messages(record["messages"])
+    try:
+        return chat(messages)
+    except Exception as error:  # a template is a program, which raises errors of many classes
+        raise TextError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
 
 
-def _read_dataset(name: str, chat: Chat | None, characters: int | None) -> list[str]:
+def _names(record: dict[str, Any]) -> str:
+    return ", ".join(repr(name) for name in record) or "no fields"
+
+
+def _messages(given: Any) -> list[dict[str, Any]]:
+    """Messages without empty fields, with plain text for contents that are lists of texts.
+
+    Templates of text models print a list or a null as Python does.
+
+    Raises:
+        TextError: they are no list of messages, or one of them has no content.
+    """
+    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+        raise TextError("its 'messages' is not a list of messages")
+    messages = [{name: value for name, value in message.items() if value is not None} for message in given]
+    for number, message in enumerate(messages, start=1):
+        if isinstance(content := message.get("content"), list):
+            message["content"] = "\n".join(_part(part, number) for part in content)
+        elif not message.keys() - {"role", "name"}:
+            raise TextError(f"message {number} has no content")
+    return messages
+
+
+def _part(part: Any, number: int) -> str:
+    """The text of a part of message `number`; raises TextError for an image or another medium."""
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else None
+    raise TextError(f"message {number} has a part that is not text ({kind or type(part).__name__})")
+
+
+def _read_dataset(name: str, chat: Chat | None, characters: int | None, on_bad: OnBad | None) -> list[str]:
     """The first documents of the train split of a streamed dataset."""
     import datasets
 
     identifier, _, config = name.partition(":")
     try:
         stream = datasets.load_dataset(identifier, config or None, split="train", streaming=True)
-        texts = (_text(row, chat) for row in stream)
+        rows = ((f"row {number}", row) for number, row in enumerate(stream, start=1))
+        texts = _documents(rows, f"dataset {name}", chat, on_bad)
         if characters is None:
             return list(islice(texts, DATASET_DOCUMENTS))
         return list(_take_characters(texts, characters))
+    except TextError:
+        raise
     except Exception as error:  # datasets raises errors of many classes
         reason = " ".join(str(error).split())[:200]
         raise TextError(f"'{name}' is neither a file nor a dataset that can be read: {reason}") from error

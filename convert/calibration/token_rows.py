@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.errors import CalibrationError
+from mhconvert.errors import CalibrationError, TextError
 from mhconvert.progress import Listener, Progress
 
 from . import documents
@@ -27,7 +27,8 @@ def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, 
         CalibrationError: the text is too short.
         TextError: a text is missing or unreadable.
     """
-    texts = [file for source in sources for file in documents.read(source)]
+    chat = documents.chat_format(tokenizer)
+    texts = [file for source in sources for file in documents.read(source, chat=chat)]
     prefix = start_of_text(tokenizer)
     streams = [
         _token_rows("\n\n".join(text), tokenizer, prefix, length, random.Random(f"{seed} {number}"))
@@ -59,7 +60,8 @@ def sampled_rows(
     """
     prefix = start_of_text(tokenizer)
     generator = torch.Generator().manual_seed(seed)
-    ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    ordinary = torch.tensor(sorted(set(range(known)) - set(tokenizer.all_special_ids)))
     starts = ordinary[torch.randint(len(ordinary), (rows, 1), generator=generator)]
     starts = torch.cat((torch.tensor(prefix, dtype=torch.long).expand(rows, -1), starts), dim=1)
     batches = []
@@ -89,6 +91,17 @@ def start_of_text(tokenizer: Any) -> list[int]:
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+def require_embedded(ids: Tensor, tokenizer: Any, vocab_size: int) -> None:
+    """Raises TextError for an id of the tokenizer that the model's embedding, of `vocab_size` rows, does not have."""
+    largest = int(ids.max()) if ids.numel() else 0
+    if largest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise TextError(
+            f"the text has token {largest} ({token!r}), and the model's embedding has {vocab_size} rows, none for it: "
+            "leave it out of the text, or add rows to the model with resize_token_embeddings"
+        )
 
 
 def _token_rows(

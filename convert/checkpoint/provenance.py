@@ -13,6 +13,7 @@ from mhconvert.errors import CheckpointError
 from mhconvert.library_versions import versions
 
 from ..donor.donor import Donor
+from ..donor.hub_download import NAMED_TEMPLATES
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe, save_recipe
 from ..recipe.recorded import RECORD, SAVED
@@ -33,9 +34,10 @@ def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype)
 
 
 def write_model_config(folder: Path, config: Any, model: Any, dtype: torch.dtype) -> None:
-    """Write config.json; for a model class of mhconvert with `auto_map` and the files that define the class."""
+    """Write config.json; `auto_map`, and the files that it points to, for a model class of mhconvert alone."""
     config.dtype = dtype
     config.architectures = [model.__name__]
+    vars(config).pop("auto_map", None)  # the donor's, whose code no result needs
     files, siblings = list[Path](), list[Path]()
     if needs_remote_code(model):
         files = [Path(inspect.getfile(kind)) for kind in (type(config), model)]
@@ -90,5 +92,6 @@ def read_record(folder: Path, *, strict: bool = False) -> dict[str, Any]:
 
 def hashes(folder: Path) -> dict[str, str]:
     """file name -> SHA-256, for every file in `folder` except mhconvert.json, which records them, and the mark."""
-    files = (file for file in sorted(folder.iterdir()) if file.is_file())
-    return {file.name: sha256(file) for file in files if file.name not in (PROVENANCE, MARK)}
+    files = sorted((*folder.iterdir(), *folder.glob(NAMED_TEMPLATES)))
+    names = {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
+    return {name: sha256(file) for name, file in names.items() if name not in (PROVENANCE, MARK)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +17,8 @@ from mhconvert.progress import Listener, ignore
 
 from ..families.facts import Family, family_of
 from ..storage.safetensors_reader import TensorSource
-from . import hub_download
 from . import reference as references
+from .carried_files import carry_files
 from .expert_tensors import by_transformers_names
 from .tensor_layout import LM_HEAD, TensorLayout, attention_implementation, meta_model
 
@@ -125,14 +124,12 @@ class Donor:
         return self._resolved.generation_config()
 
     def copy_files(self, out: Path) -> None:
-        """Copy tokenizer, chat template, generation settings and licence to `out`, unchanged."""
+        """Copy tokenizer, chat templates, processor, generation settings and licence to `out`; see `carry_files`."""
         if self._resolved.header is not None:
             self.tokenizer().save_pretrained(out)
             self.generation_config().save_pretrained(out)
             return
-        patterns = (*hub_download.CARRIED_FILES, *(hub_download.TOKENIZER_CODE if self._trust else ()))
-        for file in sorted({f for pattern in patterns for f in self.folder.glob(pattern) if f.is_file()}):
-            shutil.copyfile(file, out / file.name)
+        carry_files(self.folder, out, code=self._trust)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """name -> shape of every tensor that the config requires, without a tied lm_head."""

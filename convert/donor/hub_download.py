@@ -14,7 +14,8 @@ from mhconvert.errors import CheckpointError
 
 from ..storage.safetensors_reader import no_weights
 
-TEXT_FILES = (  # tokenizer, chat template and generation settings
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates beside the default one
+TEXT_FILES = (  # tokenizer, chat templates, processor and generation settings
     "tokenizer*.json",
     "tokenizer*.model*",
     "special_tokens_map.json",
@@ -25,6 +26,8 @@ TEXT_FILES = (  # tokenizer, chat template and generation settings
     "tekken.json",
     "*.tiktoken",
     "chat_template*",
+    NAMED_TEMPLATES,
+    "*processor_config.json",
     "generation_config.json",
 )
 # Copied byte for byte from the donor to the converted checkpoint.

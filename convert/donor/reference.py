@@ -209,7 +209,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             checkpoint would need that code too.
     """
     settings = folder / "tokenizer_config.json"
-    if not trust_remote_code and settings.is_file() and "auto_map" in read_json(settings):
+    auto_map = read_json(settings).get("auto_map", {}) if settings.is_file() else {}
+    if not trust_remote_code and (isinstance(auto_map, list) or "AutoTokenizer" in auto_map):
         raise UnsupportedError(
             f"the tokenizer in {folder} runs code of its own (auto_map); --trust-remote-code allows it"
         )

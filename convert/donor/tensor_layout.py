@@ -20,8 +20,9 @@ STALE_BUFFER = "rotary_emb.inv_freq"  # stored in old checkpoints; derived from 
 
 
 def attention_implementation(config: Any) -> str:
-    """The attention implementation of transformers for this model: sdpa, or eager for a softcap, which sdpa lacks."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    """The attention implementation of transformers for this model: sdpa, or eager for what sdpa does not compute."""
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    return "eager" if softcap or config.model_type == "gpt_oss" else "sdpa"  # gpt-oss has sinks
 
 
 def meta_model(config: Any) -> Any:

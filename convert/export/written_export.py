@@ -1,8 +1,7 @@
-"""What every whole-model export holds beside its weights and configuration: carried files, card and provenance."""
+"""What every whole-model export holds beside its weights and configuration: card and provenance."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from mhconvert.library_versions import versions
 
 from ..checkpoint import provenance
 from ..checkpoint.card_front_matter import front_matter
-from ..donor import hub_download
 from ..storage.atomic_files import write_json
 from ..storage.dtype_cast import torch_dtype
 from ..storage.safetensors_reader import SafetensorsSource
@@ -33,20 +31,6 @@ def written_dtype(wanted: str | None, source: SafetensorsSource) -> torch.dtype:
 def bytes_in(source: SafetensorsSource, dtype: torch.dtype) -> int:
     """The bytes of all tensors of `source` if each were stored in `dtype`."""
     return dtype.itemsize * sum(source.nbytes(name) // source.dtype(name).itemsize for name in source.names())
-
-
-def carry_files(source: Path, target: Path, *more: str) -> None:
-    """Copy tokenizer, chat template, generation settings and licence of `source`, byte for byte.
-
-    Args:
-        source: the folder to copy from.
-        target: the folder to copy into.
-        more: patterns of further files to copy.
-    """
-    patterns = (*hub_download.CARRIED_FILES, *more)
-    files = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
-    for file in files:
-        shutil.copyfile(file, target / file.name)
 
 
 def write_card(

@@ -21,6 +21,7 @@ class Family:
         fused_qkv: whether q, k and v are one matrix.
         base: the attribute of the causal model that holds the other parts.
         layers, embedding, final_norm, rotary: attributes of `base`.
+        refused: what its attention has that no conversion rewrites; None: it is converted. Adapters take both kinds.
     """
 
     model_type: str
@@ -37,9 +38,13 @@ class Family:
     embedding: str = "embed_tokens"
     final_norm: str = "norm"
     rotary: str = "rotary_emb"
+    refused: str | None = None
 
 
 BIASES: Any = {"input_bias": "attention_bias", "output_bias": "attention_bias"}
+PAIRS = "its RoPE turns neighbouring elements of a head together, and conversions rewrite a RoPE of halves"
+NO_ROPE = "some of its layers have no RoPE, and a converted attention has one in every layer"
+SINKS = "its softmax has learned sinks (self_attn.sinks), which a converted attention does not have"
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
@@ -65,6 +70,13 @@ FAMILIES: dict[str, Family] = {
         Family("starcoder2", input_bias="use_bias", output_bias="use_bias", window=True),
         Family("arcee", **BIASES),
         Family("seed_oss", input_bias="attention_bias", output_bias="attention_out_bias"),
+        Family("smollm3", **BIASES, window=True, refused=NO_ROPE),
+        Family("cohere", **BIASES, refused=PAIRS),
+        Family("cohere2", **BIASES, window=True, refused=f"{PAIRS}; {NO_ROPE}"),
+        Family("glm", input_bias="attention_bias", partial_rotary=True, refused=PAIRS),
+        Family("glm4", input_bias="attention_bias", partial_rotary=True, refused=PAIRS),
+        Family("ernie4_5", input_bias="use_bias", output_bias="use_bias", refused=PAIRS),
+        Family("gpt_oss", **BIASES, window=True, refused=SINKS),
     )
 }
 
@@ -73,7 +85,7 @@ def family_of(config: Any) -> Family:
     """The family of `config`. Raises UnsupportedError naming its model_type and the supported ones."""
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
+        known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.refused is None))
         raise UnsupportedError(f"model type '{model_type}' is not supported; the supported ones are {known}")
     return FAMILIES[model_type]
 

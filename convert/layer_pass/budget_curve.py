@@ -23,6 +23,7 @@ from mhconvert.progress import Listener, Progress, ignore
 
 from ..bare_process.child import peak_memory
 from ..calibration import calibration_rows
+from ..calibration.token_rows import require_embedded
 from ..donor.donor import Donor, open_donor
 from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
@@ -114,6 +115,8 @@ def _rows(
     measured = (
         held_out(donor.tokenizer(), length) if held_out else None
     )  # a text too short is refused before drawing
+    if measured is not None:
+        require_embedded(measured, donor.tokenizer(), donor.config.vocab_size)
     rows = calibration_rows.draw(recipe, donor, device, on_progress)
     return rows if measured is None else calibration_rows.Rows(rows.fit, measured)
 

@@ -16,7 +16,9 @@ def register_classes(converted_class: Callable[[Any], Any]) -> None:
     Args:
         converted_class: from a donor's configuration class to the causal language model that holds its conversion.
     """
-    for model_type in FAMILIES:
-        model = converted_class(CONFIG_MAPPING[model_type])
+    for family in FAMILIES.values():
+        if family.refused is not None:
+            continue
+        model = converted_class(CONFIG_MAPPING[family.model_type])
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)

@@ -18,7 +18,7 @@ tests/convert/methods); below it every family is approximate. mla, exact + n: th
 a token's keys (G: one a KV head), which count against the budget, so that a budget of 1 is a little short of full
 rank. RoPE types default, linear, llama3 and yarn are carried over; dynamic and longrope are refused in every family.
 hydra: a new adapter changes nothing, and one that is merged computes what it computed beside its base; its targets
-are linear modules, which experts are not."""
+are linear modules, which experts are not. Families that only hydra takes open, are measured and merge with adapters."""
 
 
 def family_table() -> list[dict[str, Any]]:

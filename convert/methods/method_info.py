@@ -7,7 +7,7 @@ from typing import Literal
 
 # Names of checks in methods/refusals.py that a donor's configuration has to pass.
 MODEL_CHECKS = ("multimodal", "not_causal", "unknown_family", "quantised")
-ATTENTION_CHECKS = (*MODEL_CHECKS, "head_counts", "qk_norm_kind", "attention_kind", "window", "rope")
+ATTENTION_CHECKS = (*MODEL_CHECKS, "attention_kind", "head_counts", "qk_norm_kind", "window", "rope")
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _normed_keys(config: Any) -> str | None:
 
 def _attention_kind(config: Any) -> str | None:
     name = next((n for n in OTHER_FIELDS if getattr(config, n, None)), None)
-    return name and f"{name}={getattr(config, name)} is not supported"
+    return family_of(config).refused or (name and f"{name}={getattr(config, name)} is not supported")
 
 
 def _head_counts(config: Any) -> str | None:

@@ -27,8 +27,8 @@ class Calibration(Settings):
     sources: Annotated[
         Takes[tuple[str, ...], Names],
         Option(
-            "Text to calibrate on: files (.txt, .jsonl with a `text` field, quoted globs) or datasets, may be "
-            "repeated; self: sampled from the donor.",
+            "Text to calibrate on: files (text, JSON lines or Parquet with `text` or `messages`, quoted globs) or "
+            "datasets, may be repeated; self: sampled from the donor.",
             "FILE|DATASET|self",
             parse=one_source,
             also=str,

@@ -23,7 +23,7 @@ SEED = Option(
     "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
 )
 # Between a run and its resume.
-MAY_CHANGE = ("lr", "micro_batch", "save_tokens", "device", "gradient_checkpointing")
+MAY_CHANGE = ("skip_bad", "lr", "micro_batch", "save_tokens", "device", "gradient_checkpointing")
 
 
 def loss_terms(text: str) -> dict[str, float]:
@@ -101,14 +101,21 @@ class HealSettings(Settings):
     data: Annotated[
         Takes[dict[str, float], Names | Mapping[str, float]],
         Option(
-            "Text (.txt, .jsonl, quoted globs, a dataset's name, or self: sampled from the teacher) and its share of "
-            "the tokens; may be repeated.",
+            "Text (files, quoted globs, a dataset's name, or self: sampled from the teacher) and its share of the "
+            "tokens; may be repeated.",
             "SOURCE[=SHARE]",
             parse=alike,
             also=str | Sequence[str],
             repeat=True,
         ),
     ] = default(field(default_factory=lambda: {"self": 1.0}))
+    skip_bad: Annotated[
+        bool,
+        Option(
+            "Skip and count records without text, and conversations that the chat template refuses; otherwise they are "
+            "errors."
+        ),
+    ] = False
     teacher: Annotated[
         Takes[str | None, str | PurePath | None],
         Option("Model of the same tokenizer to learn from.", "DONOR", default="the donor of the checkpoint"),

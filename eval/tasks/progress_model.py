@@ -8,6 +8,27 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from mhconvert.errors import MhconvertError
+
+from ...convert.calibration.token_rows import require_embedded
+
+
+def prefix_token(tokenizer: Any, config: Any) -> int:
+    """The token that stands before a text: begin or end of text, by tokenizer or config, or else a line break.
+
+    Raises:
+        MhconvertError: there is none with a row in the model's embedding.
+    """
+    ends = [value for of in (tokenizer, config) for value in (of.bos_token_id, of.eos_token_id)]
+    first = [value[0] if isinstance(value, list) else value for value in ends if value not in (None, [])]
+    for token in (*first, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]):
+        if 0 <= token < config.vocab_size:
+            return int(token)
+    raise MhconvertError(
+        "lm-eval puts a token before a text, and this tokenizer has none for it: neither bos nor eos nor a line break; "
+        'name one in tokenizer_config.json, for example "bos_token"'
+    )
+
 
 class ProgressLM(HFLM):
     """An `HFLM` that reports the rows of the current task; under `accelerate launch` it runs on several GPUs.
@@ -20,7 +41,13 @@ class ProgressLM(HFLM):
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int | None = None) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
+        config = model.config.get_text_config()
+        prefix = prefix_token(tokenizer, config)
+        self._rows = config.vocab_size
+        pad = tokenizer.pad_token_id
+        if pad is None or pad >= self._rows:  # lm-eval would add a token, which the model cannot read
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prefix)
+        super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length, prefix_token_id=prefix)
         self.on_rows: Callable[[int, int], None] = lambda done, total: None
         self._done, self._total, self._counted = 0, 0, False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -47,7 +74,16 @@ class ProgressLM(HFLM):
             self._total += len(requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+        """As of HFLM; None for the end-of-text token of a tokenizer that has none."""
+        return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
+    def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
+        require_embedded(context, self.tokenizer, self._rows)
+        return super()._model_generate(context, *arguments, **options)
+
     def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+        require_embedded(inps, self.tokenizer, self._rows)
         logits = super()._model_call(inps, attn_mask, labels)
         self._done += len(inps)
         self.on_rows(min(self._done, self._total), self._total)

@@ -65,6 +65,31 @@ def test_a_checkpoint_is_healed(cli: Cli, checkpoint: Path, text: Path, tmp_path
     assert shown.returncode == 0, shown.stderr
 
 
+def test_records_without_text_are_skipped_and_counted(here: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    records = [{"text": TEXT}] * 20 + [{"text": None}, {"body": "x"}] + [{"text": TEXT}] * 20
+    file = tmp_path / "some.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    words = (
+        "heal",
+        checkpoint,
+        "--tokens",
+        256,
+        "--data",
+        file,
+        *HEALING,
+        "-o",
+        tmp_path / "out",
+        "--no-verify",
+    )
+    refused = here(*words)
+    assert refused.returncode == 1
+    assert "some.jsonl, line 21: no text in a 'text' or 'messages' field; 'text' is null" in refused.stderr
+    done = here(*words, "--skip-bad", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["healing"]["skipped_records"] == {str(file): 2}
+    assert "reading text · 2 records without text were skipped" in done.stderr
+
+
 def test_ctrl_c_and_resume(
     interrupted: Interrupted, here: Cli, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -140,7 +165,13 @@ def test_a_recipe_with_healing(
         calibration=Calibration((str(text),), tokens=512, sequence_length=64, held_out=2),
         verify=False,
         heal=HealSettings(
-            tokens=512, data={str(text): 1.0}, sequence_length=32, batch_tokens=256, held_out=2, epochs=99
+            tokens=512,
+            data={str(text): 1.0},
+            sequence_length=32,
+            batch_tokens=256,
+            held_out=2,
+            epochs=99,
+            skip_bad=True,
         ),
     )
     save_recipe(recipe, tmp_path / "recipe.yaml")

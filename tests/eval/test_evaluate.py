@@ -86,6 +86,24 @@ def test_another_vocabulary_cannot_be_compared(pair: tuple[Path, Path], text: Pa
         api.evaluate(str(small), on(text, ROWS), against=str(pair[0]))
 
 
+def test_texts_are_read_as_calibration_text_is(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """JSON lines are their documents; a token that no model has is named."""
+    documents = ["Water boils at 100 degrees. " * 20, "Nobody counted the boats. " * 20]
+    plain, lines = tmp_path / "plain.txt", tmp_path / "lines.jsonl"
+    plain.write_text("\n\n".join(documents), encoding="utf-8")
+    lines.write_text("\n".join(json.dumps({"text": each}) for each in documents), encoding="utf-8")
+    rows = [text_rows(make_tokenizer(), file, LENGTH, ROWS) for file in (plain, lines)]
+    assert rows[0].equal(rows[1])
+    donor = tmp_path / "donor"
+    shutil.copytree(pair[0], donor)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<t{number}>" for number in range(320)])
+    tokenizer.save_pretrained(donor)
+    plain.write_text("a <t319> b " * 200, encoding="utf-8")
+    with pytest.raises(MhconvertError, match=r"\('<t319>'\), and the model's embedding has 320 rows"):
+        api.evaluate(str(donor), on(plain, ROWS), against=str(donor), device="cpu")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(folder: Path) -> Path:
     converted(donor_model()).save_pretrained(folder / "converted")

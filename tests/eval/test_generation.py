@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from mhconvert import api
-from mhconvert.errors import MhconvertError
+from mhconvert.errors import MhconvertError, TextError
 from tests.donors import make_donor
 
 
@@ -43,6 +44,20 @@ def test_chat_wraps_the_prompt(donor: str, tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(MhconvertError, match="no chat template"):
         api.generate(str(mute), "hello", chat=True, device="cpu")
+
+
+def test_what_the_model_or_the_template_cannot_take(tmp_path: Path) -> None:
+    folder = make_donor(tmp_path / "more", layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<t{number}>" for number in range(320)])
+    tokenizer.chat_template = "{{ raise_exception('no user\\nhere') }}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(TextError, match=r"\('<t319>'\), and the model's embedding has 320 rows, none for it"):
+        api.generate(str(folder), "a <t319> b", device="cpu")
+    with pytest.raises(
+        MhconvertError, match="the chat template refuses the prompt: no user here; leave --chat away"
+    ):
+        api.generate(str(folder), "a", chat=True, device="cpu")
 
 
 @pytest.mark.parametrize(

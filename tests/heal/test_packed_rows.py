@@ -54,7 +54,9 @@ def test_the_first_token_of_a_text_is_not_predicted_from_the_text_before_it() ->
 
 def test_documents_end_with_the_end_token_and_are_read_once(tmp_path: Path) -> None:
     tokenizer, file = make_tokenizer(), documents(tmp_path / "a.jsonl", 40)
-    text = prepare(HealSettings(tokens=1, data={str(file): 1}, held_out=2), tokenizer, 16, 20, no_sampling)
+    text = prepare(
+        HealSettings(tokens=1, data={str(file): 1}, held_out=2), tokenizer, 320, 16, 20, no_sampling
+    )
     starts = (text.train.positions == 0) & (torch.arange(16) > 0)
     before = text.train.ids.roll(1, dims=1)[starts]
     assert starts.sum() >= 5
@@ -68,7 +70,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(tmp_path: Pa
 
     def ids(seed: int) -> torch.Tensor:
         wanted = HealSettings(tokens=1, data={str(file): 1}, seed=seed)
-        text = prepare(wanted, make_tokenizer(), 16, 20, no_sampling)
+        text = prepare(wanted, make_tokenizer(), 320, 16, 20, no_sampling)
         return text.train.ids[text.order]
 
     assert torch.equal(ids(3), ids(3))
@@ -83,7 +85,7 @@ def test_shares_of_a_mixture(tmp_path: Path) -> None:
         documents(tmp_path / "b.jsonl", 200, mark="b"),
     )
     wanted = HealSettings(tokens=1, data={str(one): 3, str(other): 1}, held_out=4)
-    text = prepare(wanted, tokenizer, 16, 40, no_sampling)
+    text = prepare(wanted, tokenizer, 320, 16, 40, no_sampling)
     of_other = torch.tensor(["b" in tokenizer.decode(row) for row in text.train.ids[text.order]])
     assert of_other.sum() == 10
     assert [int(part.sum()) for part in of_other.split(20)] == [5, 5]
@@ -93,7 +95,7 @@ def test_shares_of_a_mixture(tmp_path: Path) -> None:
 def test_epochs_read_all_rows_before_any_again(tmp_path: Path) -> None:
     file = documents(tmp_path / "a.jsonl", 5)
     wanted = HealSettings(tokens=1, data={str(file): 1}, epochs=9, held_out=1)
-    text = prepare(wanted, make_tokenizer(), 16, 60, no_sampling)
+    text = prepare(wanted, make_tokenizer(), 320, 16, 60, no_sampling)
     there = len(text.train)
     assert 6 < there < 30
     turns = text.order.split(there)
@@ -106,10 +108,10 @@ def test_text_that_is_too_short_says_how_much_there_is(tmp_path: Path) -> None:
     file = documents(tmp_path / "a.jsonl", 20)
     wanted = HealSettings(tokens=1, data={str(file): 1}, held_out=1)
     often = HealSettings(tokens=1, data={str(file): 1}, held_out=1, epochs=99)
-    there = 16 * len(prepare(often, make_tokenizer(), 16, 60, no_sampling).train)
+    there = 16 * len(prepare(often, make_tokenizer(), 320, 16, 60, no_sampling).train)
     message = rf"has {there:,} tokens to train on .* and 960 are asked for.*--epochs \d"
     with pytest.raises(HealError, match=message):
-        prepare(wanted, make_tokenizer(), 16, 60, no_sampling)
+        prepare(wanted, make_tokenizer(), 320, 16, 60, no_sampling)
 
 
 def test_sampled_rows_are_one_text_each() -> None:
@@ -119,7 +121,7 @@ def test_sampled_rows_are_one_text_each() -> None:
         asked.append(rows)
         return torch.arange(rows * 8).view(rows, 8)
 
-    text = prepare(HealSettings(tokens=1, held_out=2, epochs=2), make_tokenizer(), 8, 10, sample)
+    text = prepare(HealSettings(tokens=1, held_out=2, epochs=2), make_tokenizer(), 320, 8, 10, sample)
     assert asked == [2 + 5]
     assert text.held_out.ids.tolist() == torch.arange(16).view(2, 8).tolist()
     assert text.train.predicted().all()
@@ -134,8 +136,18 @@ def test_chats_go_through_the_template(tmp_path: Path) -> None:
     ]
     file = tmp_path / "chat.jsonl"
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(9)), encoding="utf-8")
-    text = prepare(HealSettings(tokens=1, data={str(file): 1}, held_out=1), tokenizer, 16, 4, no_sampling)
+    text = prepare(
+        HealSettings(tokens=1, data={str(file): 1}, held_out=1), tokenizer, 320, 16, 4, no_sampling
+    )
     assert tokenizer.decode(text.held_out.ids[0]).startswith("<|bos|>user\nHow cold?<|eos|>")
+
+
+def test_a_token_that_the_models_have_no_row_for(tmp_path: Path) -> None:
+    file = documents(tmp_path / "a.jsonl", 40)
+    wanted = HealSettings(tokens=1, data={str(file): 1}, held_out=1)
+    largest = int(prepare(wanted, make_tokenizer(), 320, 16, 4, no_sampling).train.ids.max())
+    with pytest.raises(TextError, match=rf"the text has token {largest} .* embedding has {largest} rows"):
+        prepare(wanted, make_tokenizer(), largest, 16, 4, no_sampling)
 
 
 def test_files_that_are_not_there_are_named_before_anything_is_read(tmp_path: Path) -> None:
@@ -153,4 +165,35 @@ def test_a_file_in_two_sources_is_refused(tmp_path: Path) -> None:
 def test_a_share_of_less_than_a_row_is_left_out(tmp_path: Path) -> None:
     file = documents(tmp_path / "a.jsonl", 60)
     wanted = HealSettings(tokens=1, data={str(file): 1000, "self": 1}, held_out=2)
-    assert len(prepare(wanted, make_tokenizer(), 16, 20, no_sampling).order) == 20
+    assert len(prepare(wanted, make_tokenizer(), 320, 16, 20, no_sampling).order) == 20
+
+
+def test_what_the_template_refuses_is_an_error_or_skipped(tmp_path: Path) -> None:
+    """Without the bad record, or with it and `skip_bad`, the rows are the same."""
+    tokenizer: Any = make_tokenizer()
+    refusal = "{{ raise_exception('System role not supported') }}"
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}"
+        + refusal
+        + "{% endif %}<|bos|>"
+        + ("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    )
+    chats = [[{"role": "user", "content": f"How cold is it on day {day}?"}] for day in range(30)]
+
+    def rows(turns: list[list[dict[str, str]]], **chosen: Any) -> Any:
+        file = tmp_path / "chat.jsonl"
+        file.write_text("\n".join(json.dumps({"messages": each}) for each in turns), encoding="utf-8")
+        wanted = HealSettings(tokens=1, data={str(file): 1}, held_out=1, **chosen)
+        return prepare(wanted, tokenizer, 320, 16, 8, no_sampling)
+
+    bad = [*chats[:4], [{"role": "system", "content": "Be brief."}, *chats[4]], *chats[4:]]
+    with pytest.raises(
+        TextError, match=r"chat\.jsonl, line 5: the chat template refuses it: System role not supported"
+    ):
+        rows(bad)
+    good, left = rows(chats), rows(bad, skip_bad=True)
+    assert left.train.ids.equal(good.train.ids)
+    assert left.held_out.ids.equal(good.held_out.ids)
+    assert (good.skipped, left.skipped) == ({}, {str(tmp_path / "chat.jsonl"): 1})
+    with pytest.raises(HealError, match=r"chat\.jsonl, without 29 records that were skipped, has "):
+        rows([chats[0], *[bad[4]] * 29], skip_bad=True)

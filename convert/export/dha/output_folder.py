@@ -15,13 +15,13 @@ from mhconvert.errors import OutputError
 from mhconvert.progress import Listener, Progress
 
 from ... import open_model
-from ...donor import hub_download
+from ...donor.carried_files import carry_files
 from ...storage.atomic_files import write_json
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.shard_writer import ShardWriter
 from .. import same_outputs
-from ..written_export import carry_files, write_card, write_record
+from ..written_export import write_card, write_record
 from .head_groups import GroupPlan, cached_heads, regrouped
 from .source_checkpoint import DHACheckpoint
 
@@ -131,7 +131,7 @@ def write(
         write_json(folder / "config.json", target.values)
         for file in target.code:
             shutil.copyfile(file, folder / file.name)
-        carry_files(checkpoint.folder, folder, *hub_download.TOKENIZER_CODE)
+        carry_files(checkpoint.folder, folder, code=True)
         about = _about(checkpoint, report, target.note)
         write_card(folder, place.name, about, report, checkpoint.donor, "loads it")
         if expected is not None:

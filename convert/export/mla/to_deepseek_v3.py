@@ -14,12 +14,13 @@ from mhconvert.progress import Listener, Progress, ignore
 from ... import open_model
 from ...checkpoint import identity
 from ...checkpoint.provenance import read_record
+from ...donor.carried_files import carry_files
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
-from ..written_export import bytes_in, carry_files, write_card, write_record, written_dtype
+from ..written_export import bytes_in, write_card, write_record, written_dtype
 from . import deepseek_tensors
 from .cached_elements import require_elements
 
@@ -133,7 +134,7 @@ def _write_rest(
         report: of the export.
     """
     deepseek_tensors.write_config(plan, partial)
-    carry_files(folder, partial)
+    carry_files(folder, partial, code=True)
     donor = read_record(folder).get("donor") or {}
     about = (
         f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported "

@@ -17,13 +17,14 @@ from mhconvert.progress import Listener, Progress, ignore
 from ... import open_model
 from ...checkpoint import provenance
 from ...checkpoint.provenance import read_record
+from ...donor.carried_files import carry_files
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
 from ...storage.dtype_cast import cast
 from ...storage.output_folder import check_free, whole_folder
 from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
-from ..written_export import bytes_in, carry_files, write_card, write_record, written_dtype
+from ..written_export import bytes_in, write_card, write_record, written_dtype
 from .cached_elements import require_elements
 from .own_layer import EPS, EPS_FLOAT16, ServedShape, model_class, norm_weight, served_config, served_tensors
 
@@ -186,7 +187,7 @@ def _write_rest(
         report: of the export.
     """
     model = model_class(served)
-    carry_files(folder, partial)
+    carry_files(folder, partial, code=True)
     provenance.write_model_config(partial, served, model, dtype)
     donor = read_record(folder).get("donor") or {}
     about = (

@@ -13,7 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhconvert.convert.calibration.token_rows import CHARACTERS_A_TOKEN, sampled_rows, text_rows
+from mhconvert.convert.calibration.token_rows import (
+    CHARACTERS_A_TOKEN,
+    require_embedded,
+    sampled_rows,
+    text_rows,
+)
 from mhconvert.errors import CalibrationError, TextError
 from mhconvert.progress import Progress, ignore
 from tests.convert.conversions import donor_model
@@ -110,13 +115,6 @@ def test_a_line_of_jsonl_ends_at_a_newline_only(tmp_path: Path, separator: str) 
     assert rows[0, 8] == ord(separator)
 
 
-@pytest.mark.parametrize("line", ["not json", '["text"]', '"text"', '{"body": "x"}', '{"text": null}', "7"])
-def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str) -> None:
-    source = jsonl(tmp_path / "a.jsonl", '{"text": "x"}', "", line)
-    with pytest.raises(TextError, match=r"a\.jsonl, line 3: not a JSON object with a 'text' field"):
-        drawn(source)
-
-
 def test_a_quoted_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     written(tmp_path / "a.txt", 0x1000, 0x100)
@@ -181,6 +179,28 @@ def test_sampled_rows_are_the_same_for_a_seed_and_in_range() -> None:
     assert torch.equal(sampled(), rows)
     assert not torch.equal(sampled(seed=1), rows)
     assert (rows[:, 0] > 1).all()  # an ordinary token begins, none of the special ones
+
+
+def test_sampled_rows_begin_with_tokens_that_the_model_has() -> None:
+    """A tokenizer that somebody added many tokens to, and no rows to the embedding."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<t{number}>" for number in range(3000)])
+    rows = sampled_rows(donor_model(), tokenizer, 40, 9, 0, ignore)
+    assert rows.max() < 320
+    assert rows[:, 0].unique().numel() > 20
+
+
+def test_a_token_without_an_embedding_is_named() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<tool>", "</tool>"])
+    first = len(tokenizer) - 2
+    require_embedded(torch.tensor([[first - 1, 0]]), tokenizer, first)
+    require_embedded(torch.tensor([], dtype=torch.long), tokenizer, first)
+    message = (
+        rf"the text has token {first} \('<tool>'\), and the model's embedding has {first} rows, none for it"
+    )
+    with pytest.raises(TextError, match=message):
+        require_embedded(torch.tensor([[3, first]]), tokenizer, first)
 
 
 def test_sampling_touches_no_global_random_state() -> None:

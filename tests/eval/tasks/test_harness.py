@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from mhconvert import api
 from mhconvert.convert.open_model import of_model, open_model
@@ -17,8 +18,9 @@ from mhconvert.eval.result_cache import Store
 from mhconvert.eval.settings import EvalSettings
 from mhconvert.eval.tasks import harness
 from mhconvert.eval.tasks.harness import Candidate
+from mhconvert.eval.tasks.progress_model import prefix_token
 from mhconvert.eval.tasks.task_choice import resolve
-from tests.donors import make_donor
+from tests.donors import make_donor, make_tokenizer
 
 QUICK = EvalSettings(suite="quick")
 
@@ -67,6 +69,50 @@ def test_figures_are_those_of_lm_eval_itself(donor: Path, store: Store, tmp_path
     samples = sorted(theirs["samples"]["mhconvert_quick"], key=lambda sample: sample["doc_id"])
     assert ours["samples"]["mhconvert_quick"]["acc,none"] == [sample["acc"] for sample in samples]
     assert 0 < expected["acc,none"] < 1  # a model that always or never was right would prove nothing
+
+
+def test_a_token_before_a_text(donor: Path, tmp_path: Path) -> None:
+    """The begin or end of text, by tokenizer or config, as lm-eval has it; else a line break, or words."""
+    config, tokenizer = LlamaConfig(vocab_size=320, bos_token_id=7, eos_token_id=[8, 9]), make_tokenizer()
+    assert prefix_token(tokenizer, config) == 0
+    tokenizer.bos_token = None
+    assert prefix_token(tokenizer, config) == 1
+    tokenizer.eos_token = None
+    assert prefix_token(tokenizer, config) == 7
+    config.bos_token_id = 320  # has no row in the embedding
+    assert prefix_token(tokenizer, config) == 8
+    config.eos_token_id = None
+    (line_break,) = tokenizer("\n")["input_ids"]
+    assert prefix_token(tokenizer, config) == line_break
+    config.vocab_size = line_break
+    with pytest.raises(MhconvertError, match="neither bos nor eos nor a line break"):
+        prefix_token(tokenizer, config)
+
+
+def test_a_tokenizer_without_special_tokens(tmp_path: Path, store: Store) -> None:
+    """Questions are padded and end, though nothing names a token for it, and a new one would have no row."""
+    from lm_eval.api.instance import Instance
+
+    folder = make_donor(tmp_path / "plain", layers=1, bos_token_id=None, eos_token_id=None)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<t{number}>" for number in range(320)])
+    for name in ("bos_token", "eos_token", "pad_token"):
+        setattr(tokenizer, name, None)
+    tokenizer.save_pretrained(folder)
+    each = candidate(folder, limit=2)
+    (quick,) = evaluate(each, store, tmp_path / "tasks")
+    assert len(quick["samples"]["mhconvert_quick"]["acc,none"]) == 2
+
+    def continued(*questions: str) -> list[str]:
+        options = {"until": ["never"], "max_gen_toks": 3}
+        requests = [Instance("generate_until", {}, (question, options), 0) for question in questions]
+        return each.lm.generate_until(requests, disable_tqdm=True)  # type: ignore[no-any-return]
+
+    together = continued("a", "a much longer question")
+    assert together == [continued("a")[0], continued("a much longer question")[0]]
+    assert all(together)
+    with pytest.raises(TextError, match=r"\('<t319>'\), and the model's embedding has 320 rows"):
+        continued("<t319>")
 
 
 def test_a_stored_result_needs_no_model(

@@ -90,7 +90,8 @@ def by_steps(model: Any, ids: Tensor, prefill: int) -> Tensor:
 
 
 def test_every_family_has_a_variant() -> None:
-    assert {variant.split("-")[0] for variant in VARIANTS} == set(FAMILIES)
+    converted_families = {name for name, family in FAMILIES.items() if family.refused is None}
+    assert {variant.split("-")[0] for variant in VARIANTS} == converted_families
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

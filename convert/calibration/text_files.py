@@ -1,0 +1,124 @@
+"""Reads a text file into records, in a format known by its content: text, JSON, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mhconvert.errors import TextError
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
+TEXT_SUFFIXES = (".txt", ".raw", ".md", ".parquet", *JSON_SUFFIXES, *PACKED_SUFFIXES)
+PARQUET = b"PAR1"
+UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\x00": lzma.decompress,
+}
+REFUSED = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"%PDF": "a PDF",
+    b"ARROW1": "an Arrow file",
+}
+DAMAGED = (EOFError, ValueError, zlib.error, lzma.LZMAError)
+
+
+def records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record) of every record in the file.
+
+    A record is a document of its own if it is a string, otherwise what JSON or Parquet has there, None for a line that
+    is not JSON. A place is "line 3", "item 3" of a list or "row 3" of a table, and "" for a file of plain text.
+
+    Raises:
+        TextError: the file cannot be read, or is of a format that is not understood.
+    """
+    try:
+        content = path.read_bytes()
+        if content.startswith(PARQUET):
+            yield from _rows(path)
+            return
+        content = _unpacked(content)
+        _require_text(content)
+        yield from _text_records(path, _decoded(content))
+    except ImportError as error:
+        raise TextError(
+            f"text file {path} cannot be read without {error.name}: pip install {error.name}"
+        ) from error
+    except OSError as error:
+        raise TextError(f"text file {path} cannot be read: {error.strerror or error}") from error
+    except DAMAGED as error:
+        raise TextError(f"text file {path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _unpacked(content: bytes) -> bytes:
+    """The content, unpacked if it is compressed."""
+    unpack = next((unpack for magic, unpack in UNPACK.items() if content.startswith(magic)), bytes)
+    return unpack(content)
+
+
+def _require_text(content: bytes) -> None:
+    """Raises ValueError for a known format that is not text."""
+    for magic, name in REFUSED.items():
+        if content.startswith(magic):
+            raise ValueError(f"it is {name}; give text, JSON lines or Parquet, plain or as .gz")
+
+
+def _decoded(content: bytes) -> str:
+    """The text with line breaks "\\n" and without a byte order mark; raises ValueError if it is not UTF-8 or UTF-16."""
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
+    if "\0" in text:
+        raise ValueError("it is not text: it has zero bytes")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _text_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """The records of JSON or JSON lines, or the whole text as one where neither its name nor its content is JSON."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in PACKED_SUFFIXES]
+    stated = bool(suffixes) and suffixes[-1] in JSON_SUFFIXES
+    whole = _json(text)
+    if isinstance(whole, list) and (stated or all(isinstance(item, dict) for item in whole)):
+        return ((f"item {number}", item) for number, item in enumerate(whole, start=1))
+    if isinstance(whole, dict) and stated:
+        return iter([("line 1", whole)])
+    lines = text.split("\n")  # splitlines() would also split at other characters
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not stated and not (numbered and isinstance(_json(numbered[0][1]), dict)):
+        return iter([("", text)])
+    return ((f"line {number}", _object(line)) for number, line in numbered)
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    """The JSON object of a line; None if it is none."""
+    value = _json(line)
+    return value if isinstance(value, dict) else None
+
+
+def _json(text: str) -> Any:
+    """The value of a JSON text; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a Parquet file, of which only the columns of documents are read."""
+    from pyarrow import parquet
+
+    table = parquet.ParquetFile(path)
+    columns = [name for name in ("text", "messages") if name in table.schema_arrow.names]
+    rows = (row for batch in table.iter_batches(columns=columns or None) for row in batch.to_pylist())
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))

@@ -1,0 +1,54 @@
+"""The files beside weights and config that a result takes over: tokenizer, chat templates, processor, licence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..storage.atomic_files import write_json
+from ..storage.safetensors_reader import read_json
+from .hub_download import CARRIED_FILES, TOKENIZER_CODE
+
+
+def carry_files(source: Path, target: Path, *patterns: str, code: bool = False) -> None:
+    """Copy the files that match, byte for byte but for `auto_map` entries whose code does not come along.
+
+    Args:
+        source: the folder to copy from.
+        target: the folder to copy into.
+        patterns: relative to `source`; by default CARRIED_FILES.
+        code: copy the code of the tokenizer too.
+    """
+    patterns = (*(patterns or CARRIED_FILES), *(TOKENIZER_CODE if code else ()))
+    files = {
+        file.relative_to(source) for pattern in patterns for file in source.glob(pattern) if file.is_file()
+    }
+    for file in sorted(files):
+        (target / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / file, target / file)
+    for file in sorted(file for file in files if file.name.endswith("_config.json")):
+        _drop_code(target / file, code)
+
+
+def _drop_code(file: Path, code: bool) -> None:
+    """Remove from a JSON file the entries of `auto_map` whose code is not beside it.
+
+    With `code` the entries for code of another repository ("org/name--module.Class") stay.
+    """
+    settings = read_json(file)
+    if "auto_map" not in settings:
+        return
+    auto_map = settings.pop("auto_map")
+    named = auto_map if isinstance(auto_map, dict) else {"AutoTokenizer": auto_map}  # an old form
+    kept = {auto: value for auto, value in named.items() if _there(value, file.parent, code)}
+    if kept == auto_map:
+        return
+    write_json(file, settings | ({"auto_map": kept} if kept else {}))
+
+
+def _there(value: Any, folder: Path, code: bool) -> bool:
+    """Whether the code of an `auto_map` entry (a class or a list of classes and nulls) may be loaded from `folder`."""
+    classes = [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
+    modules = [name.rpartition(".")[0].replace(".", "/") for name in classes]
+    return code and all("--" in module or (folder / f"{module}.py").is_file() for module in modules)
