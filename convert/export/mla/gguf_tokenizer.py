@@ -12,7 +12,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from mhconvert.errors import ExportError
 
-from ...donor.gguf_config import PRE_TOKENIZERS
+from ...donor.gguf_tokenizer import PRE_TOKENIZERS
 
 BYTES_A_PIECE = 64  # disk space reserved for each token and each merge
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mhconvert.convert.donor.gguf_config import PRE_TOKENIZERS, gguf_tokenizer
 from mhconvert.convert.donor.gguf_reader import read_gguf_header
+from mhconvert.convert.donor.gguf_tokenizer import PRE_TOKENIZERS, gguf_tokenizer
 from mhconvert.convert.export.mla import gguf_writer
 from mhconvert.convert.export.mla.gguf_tensors import balanced
 from mhconvert.convert.export.mla.gguf_tokenizer import KNOWN
