@@ -20,6 +20,7 @@ FIELDS: dict[str, str | None] = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.layer_norm_epsilon": "layer_norm_eps",
+    "attention.sliding_window": "sliding_window",
     "attention.clamp_kqv": "clip_qkv",
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -33,15 +34,16 @@ FIELDS: dict[str, str | None] = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 REQUIRED = ("context_length", "block_count", "embedding_length", "attention.head_count")
-# Flag of the config -> the tensor whose presence it says.
+# Flag of the config -> a tensor, and whether the flag says that the file has it.
 FLAGS = {
-    "attention_bias": "blk.0.attn_q.bias",
-    "qkv_bias": "blk.0.attn_q.bias",
-    "use_qkv_bias": "blk.0.attn_q.bias",
-    "use_bias": "blk.0.attn_q.bias",
-    "attention_out_bias": "blk.0.attn_output.bias",
-    "mlp_bias": "blk.0.ffn_up.bias",
-    "qk_layernorm": "blk.0.attn_q_norm.weight",
+    "attention_bias": ("blk.0.attn_q.bias", True),
+    "qkv_bias": ("blk.0.attn_q.bias", True),
+    "use_qkv_bias": ("blk.0.attn_q.bias", True),
+    "use_bias": ("blk.0.attn_q.bias", True),
+    "attention_out_bias": ("blk.0.attn_output.bias", True),
+    "mlp_bias": ("blk.0.ffn_up.bias", True),
+    "qk_layernorm": ("blk.0.attn_q_norm.weight", True),
+    "use_parallel_residual": ("blk.0.ffn_norm.weight", False),
 }
 
 
@@ -59,6 +61,7 @@ class Architecture:
         required: hyperparameters beside REQUIRED without which the model is not known.
         fixed: fields of the config that no file states.
         largest: how many layers the size has whose scores are not divided by √head_dim.
+        local_base: where windowed layers have RoPE of their own, unscaled: the hyperparameter of its base, its default.
         renamed: part of a name in transformers -> in the names that gguf knows.
     """
 
@@ -71,32 +74,38 @@ class Architecture:
     required: tuple[str, ...] = ("feed_forward_length",)
     fixed: dict[str, Any] = field(default_factory=dict)
     largest: int | None = None
+    local_base: tuple[str, float] | None = None
     renamed: dict[str, str] = field(default_factory=dict)
 
 
-_LOCAL_EXPERTS: dict[str, str | None] = {"expert_count": "num_local_experts"}
-_WINDOW: dict[str, str | None] = {"attention.sliding_window": "sliding_window"}
-_WINDOWED = ("feed_forward_length", "attention.sliding_window")
+_LAYER_NORM, _WINDOW, _LENGTH = (
+    "attention.layer_norm_epsilon",
+    "attention.sliding_window",
+    "feed_forward_length",
+)
 _EXPERTS = ("expert_count", "expert_used_count")
 _MOE = (*_EXPERTS, "expert_feed_forward_length")
+_LOCAL_EXPERTS: dict[str, str | None] = {"expert_count": "num_local_experts"}
+_CONTEXT: dict[str, str | None] = {"rope.scaling.original_context_length": "original_max_position_embeddings"}
+_GEMMA: dict[str, Any] = {"norm_offset": 1.0, "required": (_LENGTH, _WINDOW)}
 
 ARCHITECTURES = (
-    # Mistral is a llama here: the same computation, and llama.cpp states no window.
     Architecture(
-        "llama", "mixtral", needs="expert_count", interleaved=True, fields=_LOCAL_EXPERTS, required=_EXPERTS
+        "llama", "mixtral", "expert_count", interleaved=True, fields=_LOCAL_EXPERTS, required=_EXPERTS
     ),
-    Architecture("llama", "llama", interleaved=True),
+    Architecture("llama", "llama", interleaved=True),  # Mistral too: llama.cpp states no window of it
     Architecture("qwen2", "qwen2"),
     Architecture("qwen2moe", "qwen2_moe", required=_MOE),
     Architecture("qwen3", "qwen3"),
     Architecture("qwen3moe", "qwen3_moe", required=_MOE, fixed={"norm_topk_prob": True}),
     Architecture("gemma", "gemma", norm_offset=1.0),
-    Architecture("gemma2", "gemma2", norm_offset=1.0, fields=_WINDOW, required=_WINDOWED, largest=46),
-    Architecture("gemma3", "gemma3_text", norm_offset=1.0, fields=_WINDOW, required=_WINDOWED, largest=62),
-    Architecture("phi3", "phi3", fields=_WINDOW),
-    Architecture("olmo", "olmo", interleaved=True, fields={"attention.layer_norm_epsilon": None}),
+    Architecture("gemma2", "gemma2", **_GEMMA, largest=46),
+    Architecture("gemma3", "gemma3_text", **_GEMMA, largest=62, local_base=("rope.freq_base_swa", 10000.0)),
+    Architecture("phi3", "phi3", fields=_CONTEXT),
+    Architecture("olmo", "olmo", interleaved=True, fields={_LAYER_NORM: None}),
+    Architecture("olmo2", "olmo3", _WINDOW, local_base=("rope.freq_base", 10000.0)),
     Architecture("olmo2", "olmo2"),
     Architecture("stablelm", "stablelm"),
-    Architecture("starcoder2", "starcoder2", fields={"attention.layer_norm_epsilon": "norm_epsilon"}),
+    Architecture("starcoder2", "starcoder2", fields={_LAYER_NORM: "norm_epsilon"}),
     Architecture("granite", "granite", interleaved=True),
 )

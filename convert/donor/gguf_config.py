@@ -13,7 +13,7 @@ from mhconvert.errors import CheckpointError, UnsupportedError
 from ..families.facts import FAMILIES
 from .gguf_architectures import ARCHITECTURES, FIELDS, FLAGS, REQUIRED, Architecture
 from .gguf_reader import GGUFHeader, require_dequantisable
-from .gguf_rope import BASE, rope_parameters
+from .gguf_rope import rope_parameters
 
 SPECIAL_IDS = ("bos", "eos", "padding", "unknown")
 ENDS = ("eos", "eot", "eom")  # tokens that end an answer: of the text, of a turn, of a message
@@ -46,7 +46,7 @@ def gguf_config(header: GGUFHeader) -> Any:
     try:
         fields = _stated(header, row, kind())
         head_dim = _head_dim(header, row)
-        if hasattr(kind(), "head_dim"):
+        if hasattr(kind(), "head_dim") or head_dim != fields["hidden_size"] // fields["num_attention_heads"]:
             fields["head_dim"] = head_dim
         config: Any = kind(
             **fields,
@@ -81,8 +81,8 @@ def _stated(header: GGUFHeader, row: Architecture, default: Any) -> dict[str, An
                 f"{header.path} states {header.architecture}.{key} = {value}, for which {row.model_type} has no place"
             )
         fields[field] = value
-    fields |= {flag: tensor in header.tensors for flag, tensor in FLAGS.items() if hasattr(default, flag)}
-    return fields
+    flags = {flag: (tensor in header.tensors) == present for flag, (tensor, present) in FLAGS.items()}
+    return fields | {flag: value for flag, value in flags.items() if hasattr(default, flag)}
 
 
 def _head_dim(header: GGUFHeader, row: Architecture) -> int:
@@ -94,16 +94,21 @@ def _head_dim(header: GGUFHeader, row: Architecture) -> int:
 
 
 def _attention(header: GGUFHeader, row: Architecture, head_dim: int) -> dict[str, Any]:
-    """RoPE, and the scale of the scores where the config has it."""
+    """RoPE, and where the config has them the scale of the scores and the kinds of the layers."""
     rope = rope_parameters(header, head_dim)
-    if row.largest is None:
-        return {"rope_parameters": rope}
-    hidden, heads = (header.hyperparameter(key) for key in ("embedding_length", "attention.head_count"))
-    scalar = hidden // heads if header.hyperparameter("block_count") == row.largest else head_dim
-    if row.model_type == "gemma3_text":  # its local layers have a RoPE of their own
-        theta = float(header.hyperparameter("rope.freq_base_swa", BASE))
-        rope = {"sliding_attention": {"rope_type": "default", "rope_theta": theta}, "full_attention": rope}
-    return {"query_pre_attn_scalar": scalar, "rope_parameters": rope}
+    fields: dict[str, Any] = {"rope_parameters": rope}
+    if row.local_base is not None:
+        local = {"rope_type": "default", "rope_theta": float(header.hyperparameter(*row.local_base))}
+        fields["rope_parameters"] = {"sliding_attention": local, "full_attention": rope}
+    pattern = header.hyperparameter("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        kinds = ("full_attention", "sliding_attention")
+        fields["layer_types"] = [kinds[bool(windowed)] for windowed in pattern]
+    if row.largest is not None:
+        hidden, heads = (header.hyperparameter(key) for key in ("embedding_length", "attention.head_count"))
+        largest = header.hyperparameter("block_count") == row.largest
+        fields["query_pre_attn_scalar"] = hidden // heads if largest else head_dim
+    return fields
 
 
 def gguf_generation_config(header: GGUFHeader) -> GenerationConfig:

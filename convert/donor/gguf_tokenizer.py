@@ -4,80 +4,77 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from mhconvert.errors import UnsupportedError
 
 from .gguf_config import special_ids
+from .gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from .gguf_reader import GGUFHeader
 
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens that the tokenizer must not split
 
 
-def _split(pattern: str) -> list[Any]:
-    return [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-
-
-_GPT2 = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_LLAMA3_STEPS = _split(_LLAMA3)
-# Pre-tokenizers by their name in `tokenizer.ggml.pre`, as in the published tokenizers.
-PRE_TOKENIZERS: dict[str, list[Any]] = {
-    "gpt-2": _GPT2,
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), *_GPT2],
-    "llama-bpe": _LLAMA3_STEPS,
-    "llama3": _LLAMA3_STEPS,
-    "llama-v3": _LLAMA3_STEPS,
-    "qwen2": _split(_QWEN2),
-}
-NFC = ("qwen2",)  # their published tokenizers compose accents first
-LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-
-
 def gguf_tokenizer(header: GGUFHeader) -> Any:
-    """The tokenizer of the file, with its chat template.
+    """The tokenizer of the file, with its chat templates.
 
     Raises:
         UnsupportedError: its type is unknown.
     """
     algorithm, pre = header.metadata.get("tokenizer.ggml.model"), header.metadata.get("tokenizer.ggml.pre")
-    if algorithm == "llama":  # SentencePiece, which transformers rebuilds exactly
-        return AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
-    if algorithm != "gpt2" or pre not in PRE_TOKENIZERS:
+    tokens = header.metadata.get("tokenizer.ggml.tokens", [])
+    special = {name: tokens[index] for name, index in special_ids(header).items() if index is not None}
+    if algorithm == "llama":  # SentencePiece, whose merges transformers derives from the scores
+        fast = PreTrainedTokenizerFast.from_pretrained(header.path.parent, gguf_file=header.path.name)
+        if header.metadata.get("tokenizer.ggml.add_space_prefix") is False:
+            _remove_prefix(fast.backend_tokenizer)
+    elif algorithm == "gpt2" and pre in PRE_TOKENIZERS:
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=_byte_level(header, tokens, PRE_TOKENIZERS[pre], special),
+            bos_token=special.get("bos"),
+            eos_token=special.get("eos"),
+            pad_token=special.get("padding"),
+            unk_token=special.get("unknown"),
+            clean_up_tokenization_spaces=False,
+        )
+    else:
         known = ", ".join(PRE_TOKENIZERS)
         raise UnsupportedError(
             f"{header.path} has tokenizer '{algorithm}' with pre-tokenizer '{pre}'; known are llama, "
             f"and gpt2 with {known}; use the model's safetensors folder"
         )
-    tokens = header.metadata["tokenizer.ggml.tokens"]
-    special = {name: tokens[index] for name, index in special_ids(header).items() if index is not None}
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level(header, tokens, pre, special.get("bos")),
-        bos_token=special.get("bos"),
-        eos_token=special.get("eos"),
-        pad_token=special.get("padding"),
-        unk_token=special.get("unknown"),
-        model_max_length=int(header.hyperparameter("context_length")),
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = header.metadata.get("tokenizer.chat_template")
+    fast.model_max_length = int(header.hyperparameter("context_length"))
+    fast.chat_template = _chat_templates(header)
     return fast
 
 
-def _byte_level(header: GGUFHeader, tokens: list[str], pre: str, bos: str | None) -> Tokenizer:
+def _chat_templates(header: GGUFHeader) -> str | dict[str, str] | None:
+    """The file's template, or where it names several, name -> template."""
+    default = header.metadata.get("tokenizer.chat_template")
+    names = header.metadata.get("tokenizer.chat_templates", [])
+    named = {name: header.metadata.get(f"tokenizer.chat_template.{name}") for name in names}
+    more = {name: template for name, template in named.items() if template is not None}
+    return {"default": default, **more} if default is not None and more else default
+
+
+def _remove_prefix(tokenizer: Tokenizer) -> None:
+    """Let no space be put before a text, which transformers does even where the file forbids it."""
+    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace):  # Gemma's has none
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+
+
+def _byte_level(
+    header: GGUFHeader, tokens: list[str], known: PreTokenizer, special: dict[str, str]
+) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in header.metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_NAMES))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
-    if pre in NFC:
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=known.ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(known.steps)
+    if known.composed:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     types = header.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
@@ -88,8 +85,19 @@ def _byte_level(header: GGUFHeader, tokens: list[str], pre: str, bos: str | None
     tokenizer.add_tokens(
         [AddedToken(token, normalized=False) for token, kind in typed if kind == USER_DEFINED]
     )
-    if bos and header.metadata.get("tokenizer.ggml.add_bos_token", pre in LLAMA3_NAMES):
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
-        )
+    _add_ends(tokenizer, header, known, special)
     return tokenizer
+
+
+def _add_ends(tokenizer: Tokenizer, header: GGUFHeader, known: PreTokenizer, special: dict[str, str]) -> None:
+    """Let texts start with bos and end with eos, as the file or else its pre-tokenizer says."""
+    starts = header.metadata.get("tokenizer.ggml.add_bos_token", known.starts) and "bos" in special
+    ends = header.metadata.get("tokenizer.ggml.add_eos_token", False) and "eos" in special
+    before, after = ([special[name]] * on for name, on in (("bos", starts), ("eos", ends)))
+    if starts or ends:
+        single = [*before, "$A", *after]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single,
+            pair=[*single, *(f"{piece}:1" for piece in (*before, "$B", *after))],
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*before, *after}],
+        )

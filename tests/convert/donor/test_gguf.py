@@ -37,29 +37,6 @@ def test_gguf_equals_the_loader_of_transformers(tmp_path, quantization, tied, kv
         assert source.nbytes(name) == read.numel() * 4
 
 
-def test_gemma3_gguf_equals_the_loader_of_transformers(tmp_path):
-    shape = {"architecture": "gemma3", "family": "gemma3_text", "sliding_window": 12, "layers": 7}
-    rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-    rope["full_attention"] = {"rope_type": "default", "rope_theta": 5e5}
-    file = make_gguf(tmp_path / "tiny.gguf", quantization="Q8_0", head_dim=32, rope_parameters=rope, **shape)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
-    donor = open_donor(str(file))
-    weights = theirs.state_dict()
-    assert set(donor.source.names()) == set(weights) - {"lm_head.weight"}
-    assert all(torch.equal(donor.source.read(name), weights[name]) for name in donor.source.names())
-    names = (
-        "layer_types",
-        "rope_parameters",
-        "sliding_window",
-        "head_dim",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    assert all(getattr(donor.config, name) == getattr(theirs.config, name) for name in names)
-    assert donor.config.layer_types.index("full_attention") == 5
-    assert donor.config.query_pre_attn_scalar == 32
-
-
 def test_gguf_metadata_equals_the_reader_of_gguf(tmp_path):
     import gguf
 
