@@ -149,24 +149,31 @@ def make_gguf(
     pre: str = "gpt-2",
     facts: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
+    part: int = 0,
     **config: Any,
 ) -> Path:
     """Write a GGUF file at `path` as llama.cpp's converters do and return it; `config` goes to `make_config`.
 
     Matrices are stored in `quantization`, vectors in F32. Row lengths must divide by 32 for the quantised types.
     architecture (of the family unless given), pre (the pre-tokenizer's name), facts (numbers and text) and tensors go
-    into the file as they are.
+    into the file as they are. part: how many tensors are in each part of a split file, whose parts lie beside `path`.
     """
     import gguf
 
     settings = make_config(**config)
     model = make_model(settings, seed=seed, std=std)
     family = settings.model_type
-    writer = gguf.GGUFWriter(str(path), architecture or GGUF_ARCHITECTURES.get(family, family))
+    name = architecture or GGUF_ARCHITECTURES.get(family, family)
+    writer = gguf.GGUFWriter(str(path), name, split_max_tensors=part)
     _write_gguf_facts(writer, settings)
     _write_gguf_tokenizer(writer, settings, pre)
     for key, value in (facts or {}).items():
-        add = {str: writer.add_string, float: writer.add_float32, list: writer.add_array}
+        add = {
+            str: writer.add_string,
+            float: writer.add_float32,
+            bool: writer.add_bool,
+            list: writer.add_array,
+        }
         add.get(type(value), writer.add_uint32)(key, value)
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, array)

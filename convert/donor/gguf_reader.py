@@ -26,7 +26,7 @@ ALIGNMENT = 32
 SCALAR_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 BLOCK = 1 << 22  # elements dequantised at a time, which bounds the memory besides the tensor itself
-SPLIT_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
+SPLIT_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,33 +80,41 @@ class GGUFHeader:
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
 
+def split_parts(path: Path) -> list[Path]:
+    """The files of the model in `path`, of which it may be any: all parts of a split file, else itself alone."""
+    name = SPLIT_NAME.fullmatch(path.name)
+    if name is None:
+        return [path]
+    count = int(name["count"])
+    return [
+        path.with_name(f"{name['stem']}-{n:05d}-of-{count:05d}{path.suffix}") for n in range(1, count + 1)
+    ]
+
+
 def read_gguf_header(path: Path) -> GGUFHeader:
     """The header of a GGUF file, or of all parts of a split one, of which `path` may be any.
 
     Raises:
         CheckpointError: it is damaged, truncated or not a GGUF file, or a part is missing.
     """
-    header = _read_file(path)
-    count = int(header.metadata.get("split.count", 1))
-    if count < 2:
-        return header
-    name = SPLIT_NAME.fullmatch(path.name)
-    if name is None:
+    given = _read_file(path)
+    count = int(given.metadata.get("split.count", 1))
+    paths = split_parts(path) if count > 1 else [path]
+    if len(paths) != count:
         raise CheckpointError(
-            f"{path} is one of {count} parts; name them as they were published, …-00001-of-{count:05d}.gguf"
+            f"{path} is one of {count} parts; name all as published, …-00001-of-{count:05d}.gguf"
         )
-    paths = [
-        path.with_name(f"{name['stem']}-{n:05d}-of-{count:05d}{path.suffix}") for n in range(1, count + 1)
-    ]
     for number, part in enumerate(paths, 1):
         if not part.is_file():
-            raise CheckpointError(f"part {number} of {count} is missing beside {path}: {part.name}")
-    parts = [_read_file(part) for part in paths]
+            raise CheckpointError(
+                f"part {number} of {count} of {path} is missing: {part.name}; download it too"
+            )
+    parts = [given if part == path else _read_file(part) for part in paths]
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     stated = parts[0].metadata.get("split.tensors.count", len(tensors))
     if stated != len(tensors):
         raise CheckpointError(
-            f"{path} and its parts hold {len(tensors)} tensors of {stated}; download them again"
+            f"the parts of {path} hold {len(tensors)} tensors of {stated}; download them again"
         )
     return GGUFHeader(paths[0], parts[0].metadata, tensors)
 

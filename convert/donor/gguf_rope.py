@@ -46,7 +46,7 @@ def rope_parameters(header: GGUFHeader, head_dim: int) -> dict[str, Any]:
         return rope | {"rope_type": "linear", "factor": float(header.hyperparameter("rope.scaling.factor"))}
     if scaling == "yarn":
         return rope | _yarn(header)
-    if scaling not in ("none", "longrope"):
+    if scaling != "none":
         raise _not_in_full(header, f"scales RoPE by '{scaling}'")
     if DIVISORS in header.tensors:
         rope |= _llama3(header, rope["rope_theta"], rotated)

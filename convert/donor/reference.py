@@ -24,7 +24,7 @@ from ..storage.safetensors_reader import SafetensorsSource, TensorSource, read_j
 from . import hub_download, wheel_download
 from .aliases import ALIASES, WHEEL_MODELS, near_matches
 from .gguf_config import gguf_config, gguf_generation_config
-from .gguf_reader import GGUFHeader, read_gguf_header
+from .gguf_reader import SPLIT_NAME, GGUFHeader, read_gguf_header
 from .gguf_source import GGUFSource
 from .gguf_tokenizer import gguf_tokenizer
 
@@ -157,7 +157,8 @@ def _from_file(reference: str, path: Path) -> ResolvedReference:
         raise CheckpointError(
             f"{path} is a file but not a .gguf; give the folder that holds config.json instead"
         )
-    return _from_gguf(reference, path, name=path.stem.lower())
+    name = SPLIT_NAME.fullmatch(path.name)
+    return _from_gguf(reference, path, name=(name["stem"] if name else path.stem).lower())
 
 
 def _from_gguf(reference: str, path: Path, name: str, **origin: Any) -> ResolvedReference:

@@ -5,17 +5,18 @@ import os
 import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mhconvert.convert.donor import wheel_download
+from mhconvert.convert.donor import gguf_reader, wheel_download
 from mhconvert.convert.donor.aliases import WHEEL_MODELS
 from mhconvert.convert.donor.donor import open_donor
-from mhconvert.convert.donor.gguf_reader import read_gguf_header
+from mhconvert.convert.donor.gguf_reader import GGUFTensor, dequantise, read_gguf_header
 from mhconvert.convert.donor.gguf_source import GGUFSource
-from mhconvert.convert.donor.gguf_tokenizer import gguf_tokenizer
+from mhconvert.convert.open_model import of_model, open_model
 from mhconvert.errors import CheckpointError, UnsupportedError
 from tests.donors import TEXT, make_donor, make_gguf, make_tokenizer
 
@@ -38,8 +39,6 @@ def test_gguf_equals_the_loader_of_transformers(tmp_path, quantization, tied, kv
 
 
 def test_gguf_metadata_equals_the_reader_of_gguf(tmp_path):
-    import gguf
-
     file = make_gguf(tmp_path / "tiny.gguf", quantization="Q4_1")
     header, theirs = read_gguf_header(file), gguf.GGUFReader(file)
     for key, field in theirs.fields.items():
@@ -96,6 +95,74 @@ def test_gguf_of_another_architecture(tmp_path):
         GGUFSource(read_gguf_header(file))
 
 
+def test_split_gguf_is_the_whole_one(tmp_path):
+    whole = open_donor(str(make_gguf(tmp_path / "tiny.gguf")))
+    make_gguf(tmp_path / "parts.gguf", part=9)
+    files = sorted(tmp_path.glob("parts-*"))
+    assert [file.name for file in files] == [f"parts-{n:05d}-of-00003.gguf" for n in (1, 2, 3)]
+    for file in files:  # any part will do
+        donor = open_donor(str(file))
+        assert (donor.name, donor.location) == ("parts", str(files[0]))
+        assert donor.config.to_dict() == whole.config.to_dict()
+        assert sorted(donor.source.names()) == sorted(whole.source.names())
+        assert all(torch.equal(donor.source.read(n), whole.source.read(n)) for n in whole.source.names())
+        assert donor.tokenizer()("at 95 degrees").input_ids == whole.tokenizer()("at 95 degrees").input_ids
+    fingerprint = of_model(open_model(str(files[0])))
+    with files[2].open("r+b") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"\0\0\0\0")
+    assert of_model(open_model(str(files[1]))) != fingerprint
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=r"part 2 of 3 of .* is missing: parts-00002-of-00003\.gguf"):
+        open_donor(str(files[0]))
+    files[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(CheckpointError, match=r"is one of 3 parts; name all as published, .*00001-of-00003"):
+        open_donor(str(tmp_path / "renamed.gguf"))
+
+
+FORMATS = sorted({*gguf.quants._type_traits, gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16})
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_every_format_that_gguf_dequantises(tmp_path, kind):
+    """Random bytes in blocks give the same numbers, NaN included, block by block as all at once."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (64, 4 * size), dtype=np.uint8)
+    entry = GGUFTensor("w", (64, 4 * block), kind, 3, tmp_path / "raw")
+    (tmp_path / "raw").write_bytes(b"xyz" + raw.tobytes())
+    plain = {"F32": "<f4", "F16": "<f2"}.get(kind.name)
+    whole = raw.view(plain).astype(np.float32) if plain else gguf.dequantize(raw, kind)
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(gguf_reader, "BLOCK", 8 * block)
+        read = dequantise(entry)
+    np.testing.assert_array_equal(read.numpy(), whole.reshape(64, 4 * block))
+
+
+def test_a_format_that_gguf_cannot_dequantise(tmp_path):
+    file = make_gguf(tmp_path / "tiny.gguf", tensors={"extra.weight": np.zeros(8)})
+    with pytest.raises(UnsupportedError, match=r"stores extra\.weight as F64, which cannot be read"):
+        open_donor(str(file))
+
+
+def test_gguf_without_a_fact_names_it(tmp_path):
+    file = make_gguf(tmp_path / "tiny.gguf", facts={"llama.expert_count": 8})
+    with pytest.raises(CheckpointError, match=r"lacks a fact about its model \('llama\.expert_used_count'\)"):
+        open_donor(str(file))
+
+
+def test_gguf_with_a_fact_that_its_model_cannot_have(tmp_path):
+    file = make_gguf(tmp_path / "tiny.gguf", facts={"llama.attn_logit_softcapping": 30.0})
+    with pytest.raises(
+        UnsupportedError, match=r"states llama\.attn_logit_softcapping = 30\.0, for which llama has no place"
+    ):
+        open_donor(str(file))
+
+
+def test_surplus_tensor_keeps_its_name(tmp_path):
+    file = make_gguf(tmp_path / "tiny.gguf", tensors={"blk.0.attn_sinks.weight": np.zeros(4, np.float32)})
+    assert "blk.0.attn_sinks.weight" in GGUFSource(read_gguf_header(file)).names()
+
+
 def test_gguf_files_are_made_from_its_metadata(tmp_path):
     file, out = make_gguf(tmp_path / "tiny.gguf"), tmp_path / "out"
     out.mkdir()
@@ -110,13 +177,6 @@ def test_gguf_files_are_made_from_its_metadata(tmp_path):
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 1
     assert (donor.name, donor.dtype) == ("tiny", torch.float32)
     assert getattr(donor.config, "quantization_config", None) is None
-
-
-def test_smollm_cuts_digits_apart_before_anything_else(tmp_path):
-    file = make_gguf(tmp_path / "tiny.gguf", pre="smollm")
-    tokenizer = open_donor(str(file)).tokenizer()
-    pieces = [text for text, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("at  42")]
-    assert pieces == ["at", "ĠĠ", "4", "2"]  # plain GPT-2 would give "Ġ", "Ġ42"
 
 
 def test_gguf_llama3_scaling_is_recognised(tmp_path):
@@ -139,53 +199,49 @@ def test_gguf_linear_scaling(tmp_path):
     assert donor.config.rope_parameters == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 
-def test_gguf_scaling_that_is_not_stated_in_full(tmp_path):
-    file = make_gguf(tmp_path / "tiny.gguf", facts={"llama.rope.scaling.type": "yarn"})
+def test_gguf_yarn(tmp_path):
+    facts = {f"qwen2.rope.scaling.{key}": value for key, value in YARN_FACTS.items()}
+    donor = open_donor(str(make_gguf(tmp_path / "tiny.gguf", family="qwen2", facts=facts)))
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0}
+    assert donor.config.rope_parameters == {"rope_theta": 10000.0} | yarn
+    source = open_donor(str(make_donor(tmp_path / "source", family="qwen2", rope=yarn)))
+    assert torch.equal(donor.rotary("cpu").inv_freq, source.rotary("cpu").inv_freq)
+
+
+YARN_FACTS = {"type": "yarn", "factor": 4.0, "original_context_length": 128, "yarn_beta_fast": 16.0}
+
+
+def test_gguf_longrope(tmp_path):
+    short, long = (np.linspace(1, top, 8, dtype=np.float32) for top in (1.5, 8))
+    tensors = {"rope_factors_short.weight": short, "rope_factors_long.weight": long}
+    facts = {"phi3.rope.scaling.original_context_length": 64, "phi3.rope.scaling.attn_factor": 1.25}
+    file = make_gguf(tmp_path / "tiny.gguf", family="phi3", facts=facts, tensors=tensors, pad_token_id=1)
+    donor = open_donor(str(file))
+    assert donor.config.rope_parameters == {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "short_factor": short.tolist(),
+        "long_factor": long.tolist(),
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.25,
+    }
+    assert donor.config.original_max_position_embeddings == 64
+    assert not {"rope_factors_short.weight", "rope_factors_long.weight"} & set(donor.source.names())
+    rotary = donor.rotary("cpu")
+    plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+    cos, _ = rotary(torch.zeros(1), torch.tensor([[5]]))
+    expected = torch.cos(5 * plain / torch.tensor(short)) * 1.25
+    torch.testing.assert_close(cos[0, 0, :8], expected)
+
+
+@pytest.mark.parametrize("scaling", ["yarn", "longrope", "dynamic"])
+def test_gguf_scaling_that_is_not_stated_in_full(tmp_path, scaling):
+    file = make_gguf(tmp_path / "tiny.gguf", facts={"llama.rope.scaling.type": scaling})
     with pytest.raises(
-        UnsupportedError, match=r"scales RoPE by 'yarn', .* use the model's safetensors folder"
+        UnsupportedError, match=rf"scales RoPE by '{scaling}', .* use the model's safetensors folder"
     ):
         open_donor(str(file))
-
-
-def test_gguf_with_an_unknown_tokenizer(tmp_path):
-    donor = open_donor(str(make_gguf(tmp_path / "tiny.gguf", pre="viking")))
-    with pytest.raises(
-        UnsupportedError, match="with pre-tokenizer 'viking'; known are llama, and gpt2 with gpt-2"
-    ):
-        donor.tokenizer()
-
-
-def test_sentencepiece_vocabulary(tmp_path):
-    """Pieces merge by score, text starts with a space and <s>, and what is in no piece falls back to bytes."""
-    import gguf
-
-    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + list("▁hi") + ["▁h", "▁hi"]
-    writer = gguf.GGUFWriter(str(tmp_path / "spm.gguf"), "llama")
-    _write_sizes(writer)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *pieces])
-    writer.add_token_scores([0.0] * (3 + 256) + [-5.0, -6.0, -7.0, -1.0, -2.0])
-    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 5)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    tokenizer = gguf_tokenizer(read_gguf_header(tmp_path / "spm.gguf"))
-    assert tokenizer("hi").input_ids == [1, 3 + 256 + 4]
-    assert tokenizer("hi hié").input_ids == [1, 263, 263, 3 + 0xC3, 3 + 0xA9]
-    assert tokenizer.decode(tokenizer("hi hié").input_ids, skip_special_tokens=True) == "hi hié"
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
-
-
-def _write_sizes(writer) -> None:
-    writer.add_context_length(64)
-    writer.add_embedding_length(8)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(8)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-6)
 
 
 def real_gguf() -> Path:
