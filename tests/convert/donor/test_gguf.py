@@ -124,16 +124,16 @@ FORMATS = sorted({*gguf.quants._type_traits, gguf.GGMLQuantizationType.F32, gguf
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
-def test_every_format_that_gguf_dequantises(tmp_path, kind):
+def test_every_format_that_gguf_dequantises(tmp_path, monkeypatch, kind):
     """Random bytes in blocks give the same numbers, NaN included, block by block as all at once."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(0).integers(0, 256, (64, 4 * size), dtype=np.uint8)
     entry = GGUFTensor("w", (64, 4 * block), kind, 3, tmp_path / "raw")
     (tmp_path / "raw").write_bytes(b"xyz" + raw.tobytes())
     plain = {"F32": "<f4", "F16": "<f2"}.get(kind.name)
-    whole = raw.view(plain).astype(np.float32) if plain else gguf.dequantize(raw, kind)
-    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        patch.setattr(gguf_reader, "BLOCK", 8 * block)
+    monkeypatch.setattr(gguf_reader, "BLOCK", 8 * block)
+    with np.errstate(all="ignore"):
+        whole = raw.view(plain).astype(np.float32) if plain else gguf.dequantize(raw, kind)
         read = dequantise(entry)
     np.testing.assert_array_equal(read.numpy(), whole.reshape(64, 4 * block))
 

@@ -119,8 +119,8 @@ def test_text_ends_as_the_file_says(tmp_path: Path) -> None:
 
 def test_several_chat_templates(tmp_path: Path) -> None:
     facts: dict[str, Any] = {
-        "tokenizer.chat_templates": ["tool_use"],
-        "tokenizer.chat_template.tool_use": "{{ tools }}",
+        "tokenizer.chat_templates": ["rag"],
+        "tokenizer.chat_template.rag": "{{ text }}",
     }
     donor = open_donor(str(make_gguf(tmp_path / "tiny.gguf", facts=facts)))
     assert donor.tokenizer().chat_template == {"default": CHAT_TEMPLATE, "rag": "{{ text }}"}
