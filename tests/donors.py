@@ -198,7 +198,7 @@ GGUF_ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "olmo3": "olmo2",
 }
-PERMUTED = ("llama", "mistral", "mixtral", "olmo", "granite")
+PERMUTED = ("llama", "mistral", "mixtral", "olmo", "granite", "granitemoe", "arcee")
 
 
 def gguf_arrays(model: Any) -> dict[str, np.ndarray]:
@@ -221,6 +221,7 @@ def gguf_arrays(model: Any) -> dict[str, np.ndarray]:
             array = _interleave(array, config.num_attention_heads)
         if family in PERMUTED and ".k_proj." in name:
             array = _interleave(array, config.num_key_value_heads)
+        name = name.replace("block_sparse_moe.router", "mlp.gate").replace("block_sparse_moe", "mlp")
         if name.endswith("experts.gate_up_proj"):
             for part, half in zip(("gate_proj", "up_proj"), np.split(array, 2, axis=1), strict=True):
                 arrays[f"{known.get_name(name.replace('gate_up_proj', part))}.weight"] = half
@@ -264,7 +265,7 @@ GGUF_FACTS = {
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
 WINDOW_STATED = ("gemma2", "gemma3_text", "phi3", "olmo3")
-ROTATED_STATED = ("llama", "mistral", "mixtral", "granite", "phi3", "stablelm")
+ROTATED_STATED = ("llama", "mistral", "mixtral", "granite", "granitemoe", "arcee", "phi3", "stablelm")
 HEAD_DIM_STATED = ("qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text")
 
 

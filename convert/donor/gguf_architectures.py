@@ -11,7 +11,7 @@ from typing import Any
 # Hyperparameter of a file -> field of the config, where the config's class has it. Not GGUF_CONFIG_MAPPING of
 # transformers: it lacks gemma, mixtral, olmo, olmo2 and granite, and of the others head_dim (qwen3), softcaps, windows,
 # RoPE scaling and partial rotation, so that defaults of the class would silently be another model's.
-FIELDS: dict[str, str | None] = {
+FIELDS: dict[str, str] = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -57,7 +57,7 @@ class Architecture:
         needs: a hyperparameter that this row's files state; the first row that fits a file is its row.
         interleaved: whether the rows of q and k are in llama.cpp's interleaved RoPE order.
         norm_offset: the stored weight of a norm minus transformers'.
-        fields: as FIELDS, and in place of it; None for what the class has as a constant.
+        fields: as FIELDS, and in place of it.
         required: hyperparameters beside REQUIRED without which the model is not known.
         fixed: fields of the config that no file states.
         largest: how many layers the size has whose scores are not divided by √head_dim.
@@ -70,7 +70,7 @@ class Architecture:
     needs: str | None = None
     interleaved: bool = False
     norm_offset: float = 0.0
-    fields: dict[str, str | None] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
     required: tuple[str, ...] = ("feed_forward_length",)
     fixed: dict[str, Any] = field(default_factory=dict)
     largest: int | None = None
@@ -78,20 +78,21 @@ class Architecture:
     renamed: dict[str, str] = field(default_factory=dict)
 
 
-_LAYER_NORM, _WINDOW, _LENGTH = (
-    "attention.layer_norm_epsilon",
-    "attention.sliding_window",
-    "feed_forward_length",
-)
+_WINDOW, _LENGTH, _SCALE = "attention.sliding_window", "feed_forward_length", "attention.scale"
 _EXPERTS = ("expert_count", "expert_used_count")
-_MOE = (*_EXPERTS, "expert_feed_forward_length")
-_LOCAL_EXPERTS: dict[str, str | None] = {"expert_count": "num_local_experts"}
-_CONTEXT: dict[str, str | None] = {"rope.scaling.original_context_length": "original_max_position_embeddings"}
+_MOE = (*_EXPERTS, "expert_feed_forward_length")  # feed_forward_length is then of layers without experts
+_LOCAL_EXPERTS: dict[str, str] = {"expert_count": "num_local_experts"}
+_CONTEXT: dict[str, str] = {"rope.scaling.original_context_length": "original_max_position_embeddings"}
 _GEMMA: dict[str, Any] = {"norm_offset": 1.0, "required": (_LENGTH, _WINDOW)}
 
 ARCHITECTURES = (
     Architecture(
-        "llama", "mixtral", "expert_count", interleaved=True, fields=_LOCAL_EXPERTS, required=_EXPERTS
+        "llama",
+        "mixtral",
+        "expert_count",
+        interleaved=True,
+        fields=_LOCAL_EXPERTS,
+        required=(_LENGTH, *_EXPERTS),
     ),
     Architecture("llama", "llama", interleaved=True),  # Mistral too: llama.cpp states no window of it
     Architecture("qwen2", "qwen2"),
@@ -102,10 +103,20 @@ ARCHITECTURES = (
     Architecture("gemma2", "gemma2", **_GEMMA, largest=46),
     Architecture("gemma3", "gemma3_text", **_GEMMA, largest=62, local_base=("rope.freq_base_swa", 10000.0)),
     Architecture("phi3", "phi3", fields=_CONTEXT),
-    Architecture("olmo", "olmo", interleaved=True, fields={_LAYER_NORM: None}),
+    Architecture("olmo", "olmo", interleaved=True),
     Architecture("olmo2", "olmo3", _WINDOW, local_base=("rope.freq_base", 10000.0)),
     Architecture("olmo2", "olmo2"),
+    Architecture("olmoe", "olmoe", required=(_LENGTH, *_EXPERTS)),
     Architecture("stablelm", "stablelm"),
-    Architecture("starcoder2", "starcoder2", fields={_LAYER_NORM: "norm_epsilon"}),
-    Architecture("granite", "granite", interleaved=True),
+    Architecture("starcoder2", "starcoder2", fields={"attention.layer_norm_epsilon": "norm_epsilon"}),
+    Architecture("granite", "granite", interleaved=True, required=(_LENGTH, _SCALE)),
+    Architecture(
+        "granitemoe",
+        "granitemoe",
+        interleaved=True,
+        fields=_LOCAL_EXPERTS,
+        required=(_LENGTH, *_EXPERTS, _SCALE),
+        renamed={".block_sparse_moe.router": ".mlp.gate", ".block_sparse_moe.": ".mlp."},
+    ),
+    Architecture("arcee", "arcee", interleaved=True),
 )

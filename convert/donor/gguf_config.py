@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -35,7 +36,7 @@ def gguf_config(header: GGUFHeader) -> Any:
     """The transformers config of `header`'s model, with dtype float32, to which its tensors are dequantised.
 
     Raises:
-        CheckpointError: the metadata lacks a value that the config needs.
+        CheckpointError: the metadata lacks a value that the config needs, or has one that no config can have.
         UnsupportedError: the architecture or a quantisation cannot be read, a value has no place in the config, or the
             file does not state its RoPE scaling in full.
     """
@@ -57,10 +58,11 @@ def gguf_config(header: GGUFHeader) -> Any:
             eos_token_id=ids["eos"],
             pad_token_id=ids["padding"],
         )
-    except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{header.path} lacks a fact about its model ({error}); use another file"
-        ) from error
+    except KeyError as error:
+        raise CheckpointError(f"{header.path} does not state {error}; use another file") from error
+    except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{header.path} describes no {row.model_type} model: {reason}") from error
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.model_type]]
     config.dtype = torch.float32
     return config
@@ -68,17 +70,22 @@ def gguf_config(header: GGUFHeader) -> Any:
 
 def _stated(header: GGUFHeader, row: Architecture, default: Any) -> dict[str, Any]:
     """The fields of the config that the file states, by value or by the presence of a tensor."""
-    for key in (*REQUIRED, *row.required):
+    known = FIELDS | row.fields
+    eps = [key for key, field in known.items() if key.endswith("_epsilon") and hasattr(default, field)]
+    for key in (*REQUIRED, *row.required, *eps):
         if header.hyperparameter(key) is None:
             raise KeyError(f"{header.architecture}.{key}")
-    fields = dict(row.fixed)
-    for key, field in (FIELDS | row.fields).items():
+    fields = row.fixed | {"num_key_value_heads": header.hyperparameter("attention.head_count")}
+    for key, field in known.items():
         value = header.hyperparameter(key)
-        if not value or field is None:
+        if not value or (
+            key.endswith("_epsilon") and key not in eps
+        ):  # of a norm that the model does not have
             continue
-        if not hasattr(default, field):
+        if not hasattr(default, field) or isinstance(value, list):
             raise UnsupportedError(
-                f"{header.path} states {header.architecture}.{key} = {value}, for which {row.model_type} has no place"
+                f"{header.path} states {header.architecture}.{key} = {value}, for which {row.model_type} has no place; "
+                "use the model's safetensors folder"
             )
         fields[field] = value
     flags = {flag: (tensor in header.tensors) == present for flag, (tensor, present) in FLAGS.items()}
@@ -89,8 +96,11 @@ def _head_dim(header: GGUFHeader, row: Architecture) -> int:
     stated = header.hyperparameter("attention.key_length")
     if stated is None and not FAMILIES[row.model_type].partial_rotary:
         stated = header.hyperparameter("rope.dimension_count")
-    hidden, heads = (header.hyperparameter(key) for key in ("embedding_length", "attention.head_count"))
-    return int(stated or hidden // heads)
+    return int(stated or _hidden_a_head(header))
+
+
+def _hidden_a_head(header: GGUFHeader) -> int:
+    return int(header.hyperparameter("embedding_length") // header.hyperparameter("attention.head_count"))
 
 
 def _attention(header: GGUFHeader, row: Architecture, head_dim: int) -> dict[str, Any]:
@@ -105,9 +115,8 @@ def _attention(header: GGUFHeader, row: Architecture, head_dim: int) -> dict[str
         kinds = ("full_attention", "sliding_attention")
         fields["layer_types"] = [kinds[bool(windowed)] for windowed in pattern]
     if row.largest is not None:
-        hidden, heads = (header.hyperparameter(key) for key in ("embedding_length", "attention.head_count"))
         largest = header.hyperparameter("block_count") == row.largest
-        fields["query_pre_attn_scalar"] = hidden // heads if largest else head_dim
+        fields["query_pre_attn_scalar"] = _hidden_a_head(header) if largest else head_dim
     return fields
 
 

@@ -70,11 +70,6 @@ class GGUFHeader:
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture"))
 
-    @property
-    def num_key_value_heads(self) -> int:
-        heads = self.hyperparameter("attention.head_count")
-        return int(self.hyperparameter("attention.head_count_kv", heads))
-
     def hyperparameter(self, key: str, default: Any = None) -> Any:
         """A metadata value of the file's architecture: "block_count" is read from `llama.block_count`."""
         return self.metadata.get(f"{self.architecture}.{key}", default)

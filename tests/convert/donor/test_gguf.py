@@ -146,15 +146,34 @@ def test_a_format_that_gguf_cannot_dequantise(tmp_path):
 
 def test_gguf_without_a_fact_names_it(tmp_path):
     file = make_gguf(tmp_path / "tiny.gguf", facts={"llama.expert_count": 8})
-    with pytest.raises(CheckpointError, match=r"lacks a fact about its model \('llama\.expert_used_count'\)"):
+    with pytest.raises(
+        CheckpointError, match=r"tiny\.gguf does not state 'llama\.expert_used_count'; use another"
+    ):
         open_donor(str(file))
 
 
-def test_gguf_with_a_fact_that_its_model_cannot_have(tmp_path):
-    file = make_gguf(tmp_path / "tiny.gguf", facts={"llama.attn_logit_softcapping": 30.0})
-    with pytest.raises(
-        UnsupportedError, match=r"states llama\.attn_logit_softcapping = 30\.0, for which llama has no place"
-    ):
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        (
+            {"llama.attn_logit_softcapping": 30.0},
+            r"llama\.attn_logit_softcapping = 30\.0, for which llama has no place",
+        ),
+        (
+            {"llama.attention.head_count_kv": [1, 2]},
+            r"llama\.attention\.head_count_kv = \[1, 2\], for which llama has no place",
+        ),
+    ],
+)
+def test_gguf_with_a_fact_that_its_model_cannot_have(tmp_path, facts, words):
+    file = make_gguf(tmp_path / "tiny.gguf", facts=facts)
+    with pytest.raises(UnsupportedError, match=f"states {words}"):
+        open_donor(str(file))
+
+
+def test_gguf_with_a_fact_that_no_model_can_have(tmp_path):
+    file = make_gguf(tmp_path / "tiny.gguf", facts={"llama.context_length": "long"})
+    with pytest.raises(CheckpointError, match=r"describes no llama model: .*max_position_embeddings"):
         open_donor(str(file))
 
 

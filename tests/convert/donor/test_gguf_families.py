@@ -21,6 +21,12 @@ LOCAL_ROPE: dict[str, Any] = {
     }
 }
 BASE = {"rope_type": "default", "rope_theta": 5e5}
+SCALES: dict[str, Any] = {
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.2,
+    "logits_scaling": 8.0,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama with biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
@@ -42,16 +48,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": dict.fromkeys(LOCAL_ROPE["rope_parameters"], BASE),
         "layer_types": ["full_attention", "sliding_attention"],
     },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "stablelm": {"rope": {"partial_rotary_factor": 0.25}, "use_qkv_bias": True},
     "stablelm in parallel": {"family": "stablelm", "use_parallel_residual": True},
     "starcoder2": {"use_bias": True},
     "starcoder2 without biases": {"family": "starcoder2", "use_bias": False},
-    "granite": {
-        "attention_multiplier": 0.3,
-        "embedding_multiplier": 12.0,
-        "residual_multiplier": 0.2,
-        "logits_scaling": 8.0,
-    },
+    "granite": SCALES,
+    "granitemoe": SCALES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "arcee": {},
 }
 # Their loader reads these, given the sizes that it takes from the class instead of the file (head_dim, the width of an
 # expert) and apart from what else it does so with (a set of fields). It lacks gemma, mixtral, olmo, olmo2 and granite.
