@@ -43,13 +43,13 @@ def gguf_config(header: GGUFHeader) -> Any:
     row = architecture_of(header)
     require_dequantisable(header)
     ids = special_ids(header)
-    kind = CONFIG_MAPPING[row.model_type]
+    kind: Any = CONFIG_MAPPING[row.model_type]
     try:
         fields = _stated(header, row, kind())
         head_dim = _head_dim(header, row)
         if hasattr(kind(), "head_dim") or head_dim != fields["hidden_size"] // fields["num_attention_heads"]:
             fields["head_dim"] = head_dim
-        config: Any = kind(
+        config = kind(
             **fields,
             **_attention(header, row, head_dim),
             vocab_size=header.tensors["token_embd.weight"].shape[0],

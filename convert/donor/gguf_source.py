@@ -34,17 +34,16 @@ class GGUFSource:
         self.header = header
         self._config = gguf_config(header) if config is None else config
         self._architecture = architecture_of(header)
-        shapes = {name: tuple(weight.shape) for name, weight in meta_model(self._config).state_dict().items()}
+        self._shapes = {name: tuple(w.shape) for name, w in meta_model(self._config).state_dict().items()}
         stored = {name: entry for name, entry in header.tensors.items() if name not in ROPE_TENSORS}
-        self._pieces: dict[str, list[GGUFTensor]] = {}
-        for name, parts in _stored_names(
-            self._architecture, self._config.num_hidden_layers, list(shapes)
-        ).items():
-            if all(part in stored for part in parts):
-                self._pieces[name] = [stored.pop(part) for part in parts]
+        known = _stored_names(self._architecture, self._config.num_hidden_layers, list(self._shapes))
+        self._pieces = {
+            name: [stored.pop(part) for part in parts]
+            for name, parts in known.items()
+            if all(part in stored for part in parts)
+        }
         # What no module has a place for keeps its name, and `TensorLayout` says so.
         self._pieces |= {name: [entry] for name, entry in stored.items()}
-        self._shapes = shapes
 
     def names(self) -> list[str]:
         return list(self._pieces)
@@ -55,8 +54,8 @@ class GGUFSource:
             experts, rows, *rest = first.shape
             return (experts, (1 + len(more)) * rows, *rest)
         expected = self._shapes.get(name, first.shape)
-        # llama.cpp drops axes of length 1 (the gate of a shared expert)
-        return expected if math.prod(expected) == math.prod(first.shape) else first.shape
+        # llama.cpp drops axes of length 1 (of the gate of a shared expert).
+        return expected if _long_axes(expected) == _long_axes(first.shape) else first.shape
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
@@ -84,6 +83,10 @@ class GGUFSource:
         return self._pieces[name]
 
 
+def _long_axes(shape: tuple[int, ...]) -> list[int]:
+    return [length for length in shape if length != 1]
+
+
 def _stored_names(architecture: Architecture, layers: int, names: list[str]) -> dict[str, list[str]]:
     """Tensor in transformers -> its tensors in the file, for all that gguf's own map knows."""
     arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
@@ -96,13 +99,12 @@ def _stored_names(architecture: Architecture, layers: int, names: list[str]) -> 
             suffix = f".{end}"
         for ours, theirs in architecture.renamed.items():
             module = module.replace(ours, theirs)
-        modules = [module]
-        for fused, parts in FUSED.items():
-            if module.endswith(fused):
-                modules = [module.removesuffix(fused) + part for part in parts]
+        fused = next((end for end in FUSED if module.endswith(end)), None)
+        modules = [module.removesuffix(fused) + part for part in FUSED[fused]] if fused else [module]
         found = [known.get_name(each) for each in modules]
-        stored[name] = [f"{each}{suffix}" for each in found if each is not None]
-    return {name: parts for name, parts in stored.items() if parts}
+        if None not in found:
+            stored[name] = [f"{each}{suffix}" for each in found]
+    return stored
 
 
 def _half_split(weight: Tensor, heads: int) -> Tensor:
