@@ -222,6 +222,9 @@ def gguf_arrays(model: Any) -> dict[str, np.ndarray]:
         if family in PERMUTED and ".k_proj." in name:
             array = _interleave(array, config.num_key_value_heads)
         name = name.replace("block_sparse_moe.router", "mlp.gate").replace("block_sparse_moe", "mlp")
+        if name == "lm_head.weight":
+            arrays["output.weight"] = array
+            continue
         if name.endswith("experts.gate_up_proj"):
             for part, half in zip(("gate_proj", "up_proj"), np.split(array, 2, axis=1), strict=True):
                 arrays[f"{known.get_name(name.replace('gate_up_proj', part))}.weight"] = half
@@ -273,19 +276,22 @@ def _write_gguf_facts(writer: Any, config: Any) -> None:
     for field, method in GGUF_FACTS.items():
         if getattr(config, field, None) is not None:
             getattr(writer, f"add_{method}")(getattr(config, field))
-    family, head_dim = config.model_type, config.hidden_size // config.num_attention_heads
+    family, even = config.model_type, config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", even)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     if family not in ("gemma", "gemma2"):
         writer.add_rope_freq_base(rope["rope_theta"])
     if family == "olmo":
         writer.add_layer_norm_eps(1e-5)
-    if family in HEAD_DIM_STATED:
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
+    if family in HEAD_DIM_STATED or head_dim != even:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     if family in ROTATED_STATED:
         writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1.0) * head_dim))
     if family in WINDOW_STATED:
         writer.add_sliding_window(config.sliding_window or 0)
+    if family == "gemma2" and config.final_logit_softcapping is None:
+        writer.add_final_logit_softcapping(0.0)
     if family == "olmo3":
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
 

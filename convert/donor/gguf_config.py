@@ -78,16 +78,13 @@ def _stated(header: GGUFHeader, row: Architecture, default: Any) -> dict[str, An
     fields = row.fixed | {"num_key_value_heads": header.hyperparameter("attention.head_count")}
     for key, field in known.items():
         value = header.hyperparameter(key)
-        if not value or (
-            key.endswith("_epsilon") and key not in eps
-        ):  # of a norm that the model does not have
-            continue
-        if not hasattr(default, field) or isinstance(value, list):
+        if value is not None and hasattr(default, field) and not isinstance(value, list):
+            fields[field] = value or None  # 0 says that the model has none
+        elif value and not key.endswith("_epsilon"):  # a norm that the model does not have needs none
             raise UnsupportedError(
                 f"{header.path} states {header.architecture}.{key} = {value}, for which {row.model_type} has no place; "
                 "use the model's safetensors folder"
             )
-        fields[field] = value
     flags = {flag: (tensor in header.tensors) == present for flag, (tensor, present) in FLAGS.items()}
     return fields | {flag: value for flag, value in flags.items() if hasattr(default, flag)}
 
@@ -123,15 +120,13 @@ def _attention(header: GGUFHeader, row: Architecture, head_dim: int) -> dict[str
 def gguf_generation_config(header: GGUFHeader) -> GenerationConfig:
     """Generation settings with the start, end and padding tokens of the file."""
     ids = special_ids(header)
-    ends = list(
-        dict.fromkeys(
-            end
-            for end in (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS)
-            if end is not None
-        )
+    ends = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
+    eos = list(dict.fromkeys(end for end in ends if end is not None))
+    return GenerationConfig(
+        bos_token_id=ids["bos"],
+        eos_token_id=eos if len(eos) > 1 else next(iter(eos), None),
+        pad_token_id=ids["padding"],
     )
-    eos = ends if len(ends) > 1 else ids["eos"]
-    return GenerationConfig(bos_token_id=ids["bos"], eos_token_id=eos, pad_token_id=ids["padding"])
 
 
 def special_ids(header: GGUFHeader) -> dict[str, int | None]:

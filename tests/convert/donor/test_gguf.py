@@ -198,6 +198,13 @@ def test_gguf_files_are_made_from_its_metadata(tmp_path):
     assert getattr(donor.config, "quantization_config", None) is None
 
 
+def test_every_token_that_ends_an_answer(tmp_path):
+    facts = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 1}
+    donor = open_donor(str(make_gguf(tmp_path / "tiny.gguf", facts=facts)))
+    assert donor.generation_config().eos_token_id == [1, 5]
+    assert (donor.config.eos_token_id, donor.tokenizer().eos_token_id) == (1, 1)
+
+
 def test_gguf_llama3_scaling_is_recognised(tmp_path):
     divisors = torch.tensor([1.0] * 4 + [2.0, 8.0, 8.0, 8.0])
     with pytest.raises(UnsupportedError, match="carries RoPE factors"):

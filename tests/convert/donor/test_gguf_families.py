@@ -30,6 +30,7 @@ SCALES: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama with biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama with wide heads": {"family": "llama", "head_dim": 32},
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {},
@@ -37,7 +38,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "qwen3_moe": EXPERTS | {"head_dim": 32, "norm_topk_prob": True},
     "gemma": {"head_dim": 32, "tied": True},
+    "gemma with a head": {"family": "gemma", "head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 12, "query_pre_attn_scalar": 32, "tied": True},
+    "gemma2 without a final cap": {
+        "family": "gemma2",
+        "head_dim": 32,
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 32,
+        "tied": True,
+        "final_logit_softcapping": None,
+    },
     "gemma3_text": LOCAL_ROPE
     | {"head_dim": 32, "sliding_window": 12, "query_pre_attn_scalar": 32, "layers": 6},
     "phi3": {"rope": {"partial_rotary_factor": 0.5}, "sliding_window": 12, "pad_token_id": 1},
