@@ -222,9 +222,6 @@ def gguf_arrays(model: Any) -> dict[str, np.ndarray]:
         if family in PERMUTED and ".k_proj." in name:
             array = _interleave(array, config.num_key_value_heads)
         name = name.replace("block_sparse_moe.router", "mlp.gate").replace("block_sparse_moe", "mlp")
-        if name == "lm_head.weight":
-            arrays["output.weight"] = array
-            continue
         if name.endswith("experts.gate_up_proj"):
             for part, half in zip(("gate_proj", "up_proj"), np.split(array, 2, axis=1), strict=True):
                 arrays[f"{known.get_name(name.replace('gate_up_proj', part))}.weight"] = half
@@ -290,8 +287,6 @@ def _write_gguf_facts(writer: Any, config: Any) -> None:
         writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1.0) * head_dim))
     if family in WINDOW_STATED:
         writer.add_sliding_window(config.sliding_window or 0)
-    if family == "gemma2" and config.final_logit_softcapping is None:
-        writer.add_final_logit_softcapping(0.0)
     if family == "olmo3":
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
 

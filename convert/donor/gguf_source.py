@@ -21,8 +21,6 @@ from .tensor_layout import meta_model
 # A tensor of transformers that a file has in two: its module -> theirs, joined along the rows of each expert.
 FUSED = {".experts.gate_up_proj": (".experts.gate_proj", ".experts.up_proj")}
 
-HEAD = {"lm_head": "output"}  # gguf's map lacks Gemma's, which a file may have all the same
-
 
 class GGUFSource:
     """A TensorSource of the weights of a GGUF file, in float32 and in transformers' row order.
@@ -103,7 +101,7 @@ def _stored_names(architecture: Architecture, layers: int, names: list[str]) -> 
             module = module.replace(ours, theirs)
         fused = next((end for end in FUSED if module.endswith(end)), None)
         modules = [module.removesuffix(fused) + part for part in FUSED[fused]] if fused else [module]
-        found = [known.get_name(each) or HEAD.get(each) for each in modules]
+        found = [known.get_name(each) for each in modules]
         if None not in found:
             stored[name] = [f"{each}{suffix}" for each in found]
     return stored
