@@ -270,26 +270,25 @@ def test_gguf_scaling_that_is_not_stated_in_full(tmp_path, scaling):
         open_donor(str(file))
 
 
-def real_gguf() -> Path:
-    """The embedded SmolLM2, where MHCONVERT_TEST_GGUF points at it or an earlier run left it in the cache."""
-    cached = wheel_download.cache_folder() / Path(WHEEL_MODELS["smollm2-135m"].member).name
-    return Path(os.environ.get("MHCONVERT_TEST_GGUF", cached))
+SMOLLM2 = wheel_download.cache_folder() / Path(WHEEL_MODELS["smollm2-135m"].member).name
+# Real files: those that the variable lists, else the embedded SmolLM2 where an earlier run left it in the cache.
+REAL = [Path(name) for name in os.environ.get("MHCONVERT_TEST_GGUF", str(SMOLLM2)).split(os.pathsep)]
 
 
-@pytest.mark.skipif(
-    not real_gguf().is_file(), reason="the SmolLM2 GGUF is not in the cache (make demo puts it there)"
-)
-def test_real_smollm2_equals_the_loader_of_transformers():
-    path = real_gguf()
-    theirs = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).state_dict()
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_real_file_equals_the_loader_of_transformers(path):
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not in the cache (make demo puts SmolLM2 there)")
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    weights = theirs.state_dict()
     donor = open_donor(str(path))
-    assert set(donor.source.names()) == set(theirs) - {"lm_head.weight"}
-    assert all(torch.equal(donor.source.read(name), theirs[name]) for name in donor.source.names())
+    tied = {"lm_head.weight"} if donor.config.tie_word_embeddings else set()
+    assert set(donor.source.names()) == set(weights) - tied
+    assert all(torch.equal(donor.source.read(name), weights[name]) for name in donor.source.names())
     tokenizer = donor.tokenizer()
     text = "It's 1234 o'clock,  42 times.\n\n  def f(x):\n\treturn x <|im_start|>user\nhi<|im_end|>\n héllo 日本語 🙂"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert tokenizer.convert_ids_to_tokens(tokenizer("  42").input_ids) == ["ĠĠ", "4", "2"]
-    assert (tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)) == ("<|im_start|>", "<|im_end|>", 49152)
-    assert donor.generation_config().eos_token_id == tokenizer.eos_token_id == 2
+    assert tokenizer.convert_ids_to_tokens(tokenizer("  42").input_ids)[-2:] == ["4", "2"]
+    assert "<|im_start|>" in tokenizer.tokenize(text)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert donor.generation_config().eos_token_id == tokenizer.eos_token_id

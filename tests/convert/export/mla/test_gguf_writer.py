@@ -455,7 +455,7 @@ def _llama(file: Path, ids: list[int], texts: list[str]) -> tuple[np.ndarray | N
     assert LLAMA
     logits = file.with_suffix(".npy")
     wanted = {"file": str(file), "ids": ids, "texts": texts, "logits": str(logits)}
-    child = Path(__file__).with_name("llama_child.py")
+    child = Path(__file__).parents[1] / "llama_child.py"
     run = subprocess.run([LLAMA, child, json.dumps(wanted)], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     return (np.load(logits) if ids else None), json.loads(run.stdout.splitlines()[-1])
