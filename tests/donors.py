@@ -270,9 +270,12 @@ HEAD_DIM_STATED = ("qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text")
 
 
 def _write_gguf_facts(writer: Any, config: Any) -> None:
-    for field, method in GGUF_FACTS.items():
-        if getattr(config, field, None) is not None:
-            getattr(writer, f"add_{method}")(getattr(config, field))
+    values = {
+        method: getattr(config, field, None) for field, method in GGUF_FACTS.items() if hasattr(config, field)
+    }
+    for method, value in values.items():
+        if value is not None:
+            getattr(writer, f"add_{method}")(value)
     family, even = config.model_type, config.hidden_size // config.num_attention_heads
     head_dim = getattr(config, "head_dim", even)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)

@@ -52,7 +52,7 @@ class GGUFSource:
         first, *more = self._stored(name)
         if more:
             experts, rows, *rest = first.shape
-            return (experts, (1 + len(more)) * rows, *rest)
+            return (experts, rows + sum(piece.shape[1] for piece in more), *rest)
         expected = self._shapes.get(name, first.shape)
         # llama.cpp drops axes of length 1 (of the gate of a shared expert).
         return expected if _long_axes(expected) == _long_axes(first.shape) else first.shape
