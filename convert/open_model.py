@@ -22,6 +22,7 @@ from .checkpoint.provenance import read_record
 from .donor import hub_download
 from .donor.aliases import ALIASES
 from .donor.donor import Donor, open_donor
+from .donor.gguf_reader import split_parts
 from .donor.reference import HUB_ID, load_tokenizer
 from .methods.registry import register
 from .recipe.recorded import as_recorded
@@ -193,7 +194,7 @@ def of_model(opened: OpenModel) -> str:
     if opened.donor is None:
         return of_folder(opened.folder)
     place = opened.donor.model_files()
-    base = of_folder(place) if place.is_dir() else of_files([place])
+    base = of_folder(place) if place.is_dir() else of_files(split_parts(place))
     if opened.adapter is None:
         return base
     return hashlib.sha256(f"{of_folder(opened.adapter.folder)} on {base}".encode()).hexdigest()

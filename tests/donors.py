@@ -145,49 +145,44 @@ def make_gguf(
     quantization: str = "F32",
     seed: int = 0,
     std: float = 0.15,
-    architecture: str = "llama",
+    architecture: str | None = None,
     pre: str = "gpt-2",
     facts: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
+    part: int = 0,
     **config: Any,
 ) -> Path:
-    """Write a GGUF file at `path` and return it: a llama, or with family="gemma3_text" and its architecture a Gemma 3.
+    """Write a GGUF file at `path` as llama.cpp's converters do and return it; `config` goes to `make_config`.
 
-    Matrices are stored in `quantization`, vectors in F32; a llama's q and k rows are permuted as llama.cpp stores
-    them, a Gemma's norms hold 1 + weight.
-    Row lengths must divide by 32 for the quantised types. architecture, pre (the pre-tokenizer's
-    name), facts (whole numbers and text) and tensors go into the file as they are.
+    Matrices are stored in `quantization`, vectors in F32. Row lengths must divide by 32 for the quantised types.
+    architecture (of the family unless given), pre (the pre-tokenizer's name), facts (numbers and text) and tensors go
+    into the file as they are. part: how many tensors are in each part of a split file, whose parts lie beside `path`.
     """
     import gguf
 
     settings = make_config(**config)
     model = make_model(settings, seed=seed, std=std)
-    writer = gguf.GGUFWriter(str(path), architecture)
-    _write_gguf_facts(writer, settings, pre)
+    family = settings.model_type
+    name = architecture or GGUF_ARCHITECTURES.get(family, family)
+    writer = gguf.GGUFWriter(str(path), name, split_max_tensors=part)
+    _write_gguf_facts(writer, settings)
+    _write_gguf_tokenizer(writer, settings, pre)
     for key, value in (facts or {}).items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+        add = {
+            str: writer.add_string,
+            float: writer.add_float32,
+            bool: writer.add_bool,
+            list: writer.add_array,
+        }
+        add.get(type(value), writer.add_uint32)(key, value)
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, array)
     kind = gguf.GGMLQuantizationType[quantization]
-    more = GEMMA3_GGUF_NAMES if settings.model_type == "gemma3_text" else ()
-
-    def stored_name(name: str) -> str:
-        return gguf_name(name, more)
-
-    for name, weight in stored_weights(model).items():
-        array = weight.numpy()
-        if settings.model_type == "gemma3_text":
-            array = array + np.float32(1) if name.endswith("norm.weight") else array
-        elif ".q_proj." in name:
-            array = _interleave(array, settings.num_attention_heads)
-        elif ".k_proj." in name:
-            array = _interleave(array, settings.num_key_value_heads)
+    for name, array in gguf_arrays(model).items():
         if array.ndim > 1 and quantization not in ("F32", "F16"):
-            writer.add_tensor(stored_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(
-                stored_name(name), array.astype(np.float16) if kind == 1 and array.ndim > 1 else array
-            )
+            writer.add_tensor(name, array.astype(np.float16) if kind == 1 and array.ndim > 1 else array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -195,37 +190,47 @@ def make_gguf(
     return Path(path)
 
 
-GGUF_NAMES = (
-    ("model.embed_tokens", "token_embd"),
-    ("model.norm", "output_norm"),
-    ("lm_head", "output"),
-    ("model.layers", "blk"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-)
+GGUF_ARCHITECTURES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
+}
+PERMUTED = ("llama", "mistral", "mixtral", "olmo", "granite", "granitemoe", "arcee")
 
 
-GEMMA3_GGUF_NAMES = (
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("post_attention_layernorm", "post_attention_norm"),
-    ("pre_feedforward_layernorm", "ffn_norm"),
-    ("post_feedforward_layernorm", "post_ffw_norm"),
-)
+def gguf_arrays(model: Any) -> dict[str, np.ndarray]:
+    """llama.cpp's name -> array of each tensor of `model`.
 
+    q and k are permuted, 1 is added to Gemma's norms, experts' gate and up are apart, axes of length 1 are dropped.
+    """
+    import gguf
 
-def gguf_name(name: str, more: tuple[tuple[str, str], ...] = ()) -> str:
-    """llama.cpp's name for the transformers tensor `name`; `more` pairs win over the llama's."""
-    for ours, theirs in sorted((dict(GGUF_NAMES) | dict(more)).items(), key=lambda pair: -len(pair[0])):
-        name = name.replace(ours, theirs)
-    return name
+    config, family = model.config, model.config.model_type
+    name_of = GGUF_ARCHITECTURES.get(family, family)
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == name_of)
+    known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    arrays = {}
+    for name, weight in stored_weights(model).items():
+        array = weight.numpy()
+        if family.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + np.float32(1)
+        if family in PERMUTED and ".q_proj." in name:
+            array = _interleave(array, config.num_attention_heads)
+        if family in PERMUTED and ".k_proj." in name:
+            array = _interleave(array, config.num_key_value_heads)
+        name = name.replace("block_sparse_moe.router", "mlp.gate").replace("block_sparse_moe", "mlp")
+        if name.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), np.split(array, 2, axis=1), strict=True):
+                arrays[f"{known.get_name(name.replace('gate_up_proj', part))}.weight"] = half
+            continue
+        theirs = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, name
+        suffix = "" if theirs.endswith((".weight", ".bias")) else ".weight"
+        arrays[theirs + suffix] = array.squeeze()
+    return arrays
 
 
 def _interleave(array: np.ndarray, heads: int) -> np.ndarray:
@@ -234,22 +239,62 @@ def _interleave(array: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
 
 
-def _write_gguf_facts(writer: Any, config: Any, pre: str) -> None:
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+# Field of a config -> GGUFWriter's method that llama.cpp's converters call with it.
+GGUF_FACTS = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "head_count",
+    "num_key_value_heads": "head_count_kv",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "layer_norm_rms_eps",
+    "layer_norm_eps": "layer_norm_eps",
+    "norm_epsilon": "layer_norm_eps",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention_multiplier": "attention_scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+    "clip_qkv": "clamp_kqv",
+    "num_experts": "expert_count",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
+WINDOW_STATED = ("gemma2", "gemma3_text", "phi3", "olmo3")
+ROTATED_STATED = ("llama", "mistral", "mixtral", "granite", "granitemoe", "arcee", "phi3", "stablelm")
+HEAD_DIM_STATED = ("qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text")
+
+
+def _write_gguf_facts(writer: Any, config: Any) -> None:
+    values = {
+        method: getattr(config, field, None) for field, method in GGUF_FACTS.items() if hasattr(config, field)
+    }
+    for method, value in values.items():
+        if value is not None:
+            getattr(writer, f"add_{method}")(value)
+    family, even = config.model_type, config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", even)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    if config.model_type == "gemma3_text":
-        writer.add_key_length(config.head_dim)
-        writer.add_sliding_window(config.sliding_window)
-    else:
-        writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    if family not in ("gemma", "gemma2"):
+        writer.add_rope_freq_base(rope["rope_theta"])
+    if family == "olmo":
+        writer.add_layer_norm_eps(1e-5)
+    if family in HEAD_DIM_STATED or head_dim != even:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if family in ROTATED_STATED:
+        writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1.0) * head_dim))
+    if family in WINDOW_STATED:
+        writer.add_sliding_window(config.sliding_window or 0)
+    if family == "olmo3":
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+
+
+def _write_gguf_tokenizer(writer: Any, config: Any, pre: str) -> None:
     tokenizer = json.loads(make_tokenizer(config.vocab_size).backend_tokenizer.to_str())
     vocab = tokenizer["model"]["vocab"]
     tokens = [token for token, _ in sorted(vocab.items(), key=lambda item: item[1])]

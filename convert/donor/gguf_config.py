@@ -1,212 +1,134 @@
-"""Config, tokenizer and generation settings of a GGUF model, from its metadata."""
+"""Config and generation settings of a GGUF model, from its metadata."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    AutoTokenizer,
-    Gemma3TextConfig,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mhconvert.errors import CheckpointError, UnsupportedError
 
-from .gguf_reader import ROPE_FACTORS, GGUFHeader, dequantise, require_readable
+from ..families.facts import FAMILIES
+from .gguf_architectures import ARCHITECTURES, FIELDS, FLAGS, REQUIRED, Architecture
+from .gguf_reader import GGUFHeader, require_dequantisable
+from .gguf_rope import rope_parameters
 
 SPECIAL_IDS = ("bos", "eos", "padding", "unknown")
-CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens that the tokenizer must not split
+ENDS = ("eos", "eot", "eom")  # tokens that end an answer: of the text, of a turn, of a message
 
-_GPT2 = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3_STEPS = [
-    pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-]
-# Pre-tokenizers by their name in `tokenizer.ggml.pre`, as in the published tokenizers.
-PRE_TOKENIZERS: dict[str, list[Any]] = {
-    "gpt-2": _GPT2,
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), *_GPT2],
-    "llama-bpe": _LLAMA3_STEPS,
-    "llama3": _LLAMA3_STEPS,
-    "llama-v3": _LLAMA3_STEPS,
-}
-LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+def architecture_of(header: GGUFHeader) -> Architecture:
+    """The row of `header`'s architecture; raises UnsupportedError with those that can be read where there is none."""
+    for row in ARCHITECTURES:
+        if row.name == header.architecture and (row.needs is None or header.hyperparameter(row.needs)):
+            return row
+    known = ", ".join(dict.fromkeys(row.name for row in ARCHITECTURES))
+    raise UnsupportedError(
+        f"{header.path} has GGUF architecture '{header.architecture}'; GGUF donors can be: {known} "
+        "(other families from safetensors)"
+    )
 
 
 def gguf_config(header: GGUFHeader) -> Any:
     """The transformers config of `header`'s model, with dtype float32, to which its tensors are dequantised.
 
     Raises:
-        CheckpointError: the metadata lacks a value that the config needs.
-        UnsupportedError: the file cannot be read, or does not state its RoPE scaling in full.
+        CheckpointError: the metadata lacks a value that the config needs, or has one that no config can have.
+        UnsupportedError: the architecture or a quantisation cannot be read, a value has no place in the config, or the
+            file does not state its RoPE scaling in full.
     """
-    require_readable(header)
+    row = architecture_of(header)
+    require_dequantisable(header)
     ids = special_ids(header)
+    kind: Any = CONFIG_MAPPING[row.model_type]
     try:
-        hidden, heads = (
-            int(header.hyperparameter("embedding_length")),
-            int(header.hyperparameter("attention.head_count")),
+        fields = _stated(header, row, kind())
+        head_dim = _head_dim(header, row)
+        if hasattr(kind(), "head_dim") or head_dim != fields["hidden_size"] // fields["num_attention_heads"]:
+            fields["head_dim"] = head_dim
+        config = kind(
+            **fields,
+            **_attention(header, row, head_dim),
+            vocab_size=header.tensors["token_embd.weight"].shape[0],
+            tie_word_embeddings="output.weight" not in header.tensors,
+            bos_token_id=ids["bos"],
+            eos_token_id=ids["eos"],
+            pad_token_id=ids["padding"],
         )
-        head_dim = int(
-            header.hyperparameter(
-                "attention.key_length", header.hyperparameter("rope.dimension_count", hidden // heads)
-            )
-        )
-        common: dict[str, Any] = {
-            "hidden_size": hidden,
-            "num_attention_heads": heads,
-            "num_key_value_heads": header.num_key_value_heads,
-            "head_dim": head_dim,
-            "num_hidden_layers": int(header.hyperparameter("block_count")),
-            "intermediate_size": int(header.hyperparameter("feed_forward_length")),
-            "vocab_size": header.tensors["token_embd.weight"].shape[0],
-            "max_position_embeddings": int(header.hyperparameter("context_length")),
-            "rms_norm_eps": float(header.hyperparameter("attention.layer_norm_rms_epsilon")),
-            "attention_bias": "blk.0.attn_q.bias" in header.tensors,
-            "tie_word_embeddings": "output.weight" not in header.tensors,
-            "bos_token_id": ids["bos"],
-            "eos_token_id": ids["eos"],
-            "pad_token_id": ids["padding"],
-        }
-        config: Any
-        if header.architecture == "gemma3":
-            config = _gemma3_config(header, common)
-        else:
-            config = LlamaConfig(**common, rope_parameters=_rope(header, head_dim))
-    except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{header.path} lacks a fact about its model ({error}); use another file"
-        ) from error
-    config.architectures = ["LlamaForCausalLM" if header.architecture == "llama" else "Gemma3ForCausalLM"]
+    except KeyError as error:
+        raise CheckpointError(f"{header.path} does not state {error}; use another file") from error
+    except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{header.path} describes no {row.model_type} model: {reason}") from error
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.model_type]]
     config.dtype = torch.float32
     return config
 
 
-GEMMA3_27B_LAYERS = 62  # the only size whose scores are not divided by √head_dim
+def _stated(header: GGUFHeader, row: Architecture, default: Any) -> dict[str, Any]:
+    """The fields of the config that the file states, by value or by the presence of a tensor."""
+    known = FIELDS | row.fields
+    eps = [key for key, field in known.items() if key.endswith("_epsilon") and hasattr(default, field)]
+    for key in (*REQUIRED, *row.required, *eps):
+        if header.hyperparameter(key) is None:
+            raise KeyError(f"{header.architecture}.{key}")
+    fields = row.fixed | {"num_key_value_heads": header.hyperparameter("attention.head_count")}
+    for key, field in known.items():
+        value = header.hyperparameter(key)
+        if value is not None and hasattr(default, field) and not isinstance(value, list):
+            fields[field] = value or None  # 0 says that the model has none
+        elif value and not key.endswith("_epsilon"):  # a norm that the model does not have needs none
+            raise UnsupportedError(
+                f"{header.path} states {header.architecture}.{key} = {value}, for which {row.model_type} has no place; "
+                "use the model's safetensors folder"
+            )
+    flags = {flag: (tensor in header.tensors) == present for flag, (tensor, present) in FLAGS.items()}
+    return fields | {flag: value for flag, value in flags.items() if hasattr(default, flag)}
 
 
-def _gemma3_config(header: GGUFHeader, common: dict[str, Any]) -> Gemma3TextConfig:
-    """The config of a Gemma 3 model: every sixth layer has full attention, the others are local with their own RoPE."""
-    hidden, heads, head_dim = (common[key] for key in ("hidden_size", "num_attention_heads", "head_dim"))
-    largest = common["num_hidden_layers"] == GEMMA3_27B_LAYERS
-    local = {
-        "rope_type": "default",
-        "rope_theta": float(header.hyperparameter("rope.freq_base_swa", 10000.0)),
-    }
-    return Gemma3TextConfig(
-        **common,
-        query_pre_attn_scalar=hidden // heads if largest else head_dim,
-        sliding_window=int(header.hyperparameter("attention.sliding_window")),
-        rope_parameters={"sliding_attention": local, "full_attention": _rope(header, head_dim)},
-    )
+def _head_dim(header: GGUFHeader, row: Architecture) -> int:
+    stated = header.hyperparameter("attention.key_length")
+    if stated is None and not FAMILIES[row.model_type].partial_rotary:
+        stated = header.hyperparameter("rope.dimension_count")
+    return int(stated or _hidden_a_head(header))
+
+
+def _hidden_a_head(header: GGUFHeader) -> int:
+    return int(header.hyperparameter("embedding_length") // header.hyperparameter("attention.head_count"))
+
+
+def _attention(header: GGUFHeader, row: Architecture, head_dim: int) -> dict[str, Any]:
+    """RoPE, and where the config has them the scale of the scores and the kinds of the layers."""
+    rope = rope_parameters(header, head_dim)
+    fields: dict[str, Any] = {"rope_parameters": rope}
+    if row.local_base is not None:
+        local = {"rope_type": "default", "rope_theta": float(header.hyperparameter(*row.local_base))}
+        fields["rope_parameters"] = {"sliding_attention": local, "full_attention": rope}
+    pattern = header.hyperparameter("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        kinds = ("full_attention", "sliding_attention")
+        fields["layer_types"] = [kinds[bool(windowed)] for windowed in pattern]
+    if row.largest is not None:
+        largest = header.hyperparameter("block_count") == row.largest
+        fields["query_pre_attn_scalar"] = _hidden_a_head(header) if largest else head_dim
+    return fields
 
 
 def gguf_generation_config(header: GGUFHeader) -> GenerationConfig:
     """Generation settings with the start, end and padding tokens of the file."""
     ids = special_ids(header)
-    return GenerationConfig(bos_token_id=ids["bos"], eos_token_id=ids["eos"], pad_token_id=ids["padding"])
+    ends = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
+    eos = list(dict.fromkeys(end for end in ends if end is not None))
+    return GenerationConfig(
+        bos_token_id=ids["bos"],
+        eos_token_id=eos if len(eos) > 1 else next(iter(eos), None),
+        pad_token_id=ids["padding"],
+    )
 
 
 def special_ids(header: GGUFHeader) -> dict[str, int | None]:
     """The token id of each name in `SPECIAL_IDS`, None where the file has none."""
     return {name: header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in SPECIAL_IDS}
-
-
-def gguf_tokenizer(header: GGUFHeader) -> Any:
-    """The tokenizer of the file, with its chat template.
-
-    Raises:
-        UnsupportedError: its type is unknown.
-    """
-    algorithm, pre = header.metadata.get("tokenizer.ggml.model"), header.metadata.get("tokenizer.ggml.pre")
-    if algorithm == "llama":  # SentencePiece, which transformers rebuilds exactly
-        return AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
-    if algorithm != "gpt2" or pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise UnsupportedError(
-            f"{header.path} has tokenizer '{algorithm}' with pre-tokenizer '{pre}'; known are llama, "
-            f"and gpt2 with {known}; use the model's safetensors folder"
-        )
-    tokens = header.metadata["tokenizer.ggml.tokens"]
-    special = {name: tokens[index] for name, index in special_ids(header).items() if index is not None}
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level(header, tokens, pre, special.get("bos")),
-        bos_token=special.get("bos"),
-        eos_token=special.get("eos"),
-        pad_token=special.get("padding"),
-        unk_token=special.get("unknown"),
-        model_max_length=int(header.hyperparameter("context_length")),
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = header.metadata.get("tokenizer.chat_template")
-    return fast
-
-
-def _byte_level(header: GGUFHeader, tokens: list[str], pre: str, bos: str | None) -> Tokenizer:
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in header.metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_NAMES))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
-    tokenizer.decoder = decoders.ByteLevel()
-    types = header.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    typed = list(zip(tokens, types, strict=True))
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token, kind in typed if kind == CONTROL]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(token, normalized=False) for token, kind in typed if kind == USER_DEFINED]
-    )
-    if bos and header.metadata.get("tokenizer.ggml.add_bos_token", pre in LLAMA3_NAMES):
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
-        )
-    return tokenizer
-
-
-def _rope(header: GGUFHeader, head_dim: int) -> dict[str, Any]:
-    rope: dict[str, Any] = {
-        "rope_type": "default",
-        "rope_theta": float(header.hyperparameter("rope.freq_base", 10000.0)),
-    }
-    rotated = int(header.hyperparameter("rope.dimension_count", head_dim))
-    if rotated != head_dim:
-        rope["partial_rotary_factor"] = rotated / head_dim
-    scaling = header.hyperparameter("rope.scaling.type", "none")
-    if scaling == "linear":
-        return rope | {"rope_type": "linear", "factor": float(header.hyperparameter("rope.scaling.factor"))}
-    if scaling != "none":
-        raise UnsupportedError(
-            f"{header.path} scales RoPE by '{scaling}', which GGUF does not state in full; "
-            "use the model's safetensors folder"
-        )
-    if ROPE_FACTORS in header.tensors:
-        rope |= _llama3_scaling(header, rope["rope_theta"], head_dim)
-    return rope
-
-
-def _llama3_scaling(header: GGUFHeader, theta: float, head_dim: int) -> dict[str, Any]:
-    """The `llama3` RoPE parameters that reproduce the file's divisors of the rotary frequencies.
-
-    Raises:
-        UnsupportedError: no factor reproduces the divisors with Llama 3's other parameters.
-    """
-    divisors = dequantise(header.path, header.tensors[ROPE_FACTORS])
-    known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    factor = float(divisors.max())
-    wavelengths = 2 * torch.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    smooth = ((8192 / wavelengths - 1.0) / 3.0).clamp(0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if expected.shape != divisors.shape or not torch.allclose(expected, divisors.double(), rtol=1e-4):
-        raise UnsupportedError(
-            f"{header.path} carries RoPE factors (rope_freqs) other than Llama 3's; "
-            "use the model's safetensors folder"
-        )
-    return {"rope_type": "llama3", "factor": factor, **known}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,8 +17,7 @@ from torch import Tensor
 
 from mhconvert.errors import CheckpointError, UnsupportedError
 
-from ..storage.safetensors_reader import read_bytes, require_finite
-from .gguf_names import ARCHITECTURES
+from ..storage.safetensors_reader import read_bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -26,9 +26,7 @@ ALIGNMENT = 32
 SCALAR_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 BLOCK = 1 << 22  # elements dequantised at a time, which bounds the memory besides the tensor itself
-ROPE_FACTORS = (
-    "rope_freqs.weight"  # divisors of the rotary frequencies; read into the config, not as a weight
-)
+SPLIT_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,14 @@ class GGUFTensor:
         name: in llama.cpp.
         shape: rows first; the file has it reversed.
         quantization: the format of the values.
-        offset: in bytes from the start of the file.
+        offset: in bytes from the start of `file`.
     """
 
     name: str
     shape: tuple[int, ...]
     quantization: GGMLQuantizationType
     offset: int
+    file: Path
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +57,7 @@ class GGUFHeader:
     """The header of a GGUF file.
 
     Attributes:
+        path: of a split file, its first part.
         metadata: key -> Python value; arrays are lists.
         tensors: name in llama.cpp -> entry.
     """
@@ -70,22 +70,51 @@ class GGUFHeader:
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture"))
 
-    @property
-    def num_key_value_heads(self) -> int:
-        heads = self.hyperparameter("attention.head_count")
-        return int(self.hyperparameter("attention.head_count_kv", heads))
-
     def hyperparameter(self, key: str, default: Any = None) -> Any:
         """A metadata value of the file's architecture: "block_count" is read from `llama.block_count`."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
 
+def split_parts(path: Path) -> list[Path]:
+    """The files of the model in `path`, of which it may be any: all parts of a split file, else itself alone."""
+    name = SPLIT_NAME.fullmatch(path.name)
+    if name is None:
+        return [path]
+    count = int(name["count"])
+    return [
+        path.with_name(f"{name['stem']}-{n:05d}-of-{count:05d}{path.suffix}") for n in range(1, count + 1)
+    ]
+
+
 def read_gguf_header(path: Path) -> GGUFHeader:
-    """The header of a GGUF file.
+    """The header of a GGUF file, or of all parts of a split one, of which `path` may be any.
 
     Raises:
-        CheckpointError: it is damaged, truncated or not a GGUF file.
+        CheckpointError: it is damaged, truncated or not a GGUF file, or a part is missing.
     """
+    given = _read_file(path)
+    count = int(given.metadata.get("split.count", 1))
+    paths = split_parts(path) if count > 1 else [path]
+    if len(paths) != count:
+        raise CheckpointError(
+            f"{path} is one of {count} parts; name all as published, …-00001-of-{count:05d}.gguf"
+        )
+    for number, part in enumerate(paths, 1):
+        if not part.is_file():
+            raise CheckpointError(
+                f"part {number} of {count} of {path} is missing: {part.name}; download it too"
+            )
+    parts = [given if part == path else _read_file(part) for part in paths]
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    stated = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if stated != len(tensors):
+        raise CheckpointError(
+            f"the parts of {path} hold {len(tensors)} tensors of {stated}; download them again"
+        )
+    return GGUFHeader(paths[0], parts[0].metadata, tensors)
+
+
+def _read_file(path: Path) -> GGUFHeader:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -96,14 +125,14 @@ def read_gguf_header(path: Path) -> GGUFHeader:
                 raise CheckpointError(f"{path} is GGUF version {version}; 2 and 3 (little-endian) are read")
             reader = _Reader(stream, size)
             metadata = {reader.string(): reader.value(reader.scalar(UINT32)) for _ in range(metadata_count)}
-            entries = [reader.tensor() for _ in range(tensor_count)]
+            entries = [reader.tensor(path) for _ in range(tensor_count)]
             alignment = int(metadata.get("general.alignment", ALIGNMENT))
             start = -(-stream.tell() // alignment) * alignment
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (struct.error, ValueError, KeyError, EOFError, ArithmeticError) as error:
         raise CheckpointError(f"{path} is truncated or not a valid GGUF file ({error})") from error
-    tensors = {t.name: GGUFTensor(t.name, t.shape, t.quantization, start + t.offset) for t in entries}
+    tensors = {t.name: replace(t, offset=start + t.offset) for t in entries}
     end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
     if end > size:
         raise CheckpointError(f"{path} is truncated: {size} bytes of {end}; download it again")
@@ -142,87 +171,29 @@ class _Reader:
         layout = np.dtype(SCALAR_TYPES[item]).newbyteorder("<")
         return np.frombuffer(self.take(count * layout.itemsize), dtype=layout).tolist()
 
-    def tensor(self) -> GGUFTensor:
+    def tensor(self, file: Path) -> GGUFTensor:
         """A tensor's entry, with the offset relative to the start of the tensor data."""
         name = self.string()
         shape = tuple(self.scalar(UINT64) for _ in range(self.scalar(UINT32)))
         quantization = GGMLQuantizationType(self.scalar(UINT32))
-        return GGUFTensor(name, shape[::-1], quantization, self.scalar(UINT64))
+        return GGUFTensor(name, shape[::-1], quantization, self.scalar(UINT64), file)
 
 
-class GGUFSource:
-    """A TensorSource of the weights of a GGUF file, in float32 and in transformers' row order.
-
-    Raises:
-        CheckpointError: as `read_gguf_header` does.
-        UnsupportedError: as `require_readable` does.
-    """
-
-    def __init__(self, path: Path, header: GGUFHeader | None = None) -> None:
-        self.path = Path(path)
-        self.header = header or read_gguf_header(self.path)
-        require_readable(self.header)
-        self._architecture = ARCHITECTURES[self.header.architecture]
-        stored = (tensor for tensor in self.header.tensors.values() if tensor.name != ROPE_FACTORS)
-        self._tensors = {self._architecture.hub_name(tensor.name): tensor for tensor in stored}
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._entry(name).shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.float32
-
-    def nbytes(self, name: str) -> int:
-        return 4 * math.prod(self.shape(name))
-
-    def read(self, name: str) -> Tensor:
-        tensor = dequantise(self.path, self._entry(name))
-        require_finite(tensor, name, self.path)
-        if name.endswith("norm.weight"):
-            tensor -= self._architecture.norm_offset
-        if self._architecture.interleaved:
-            if name.endswith((".q_proj.weight", ".q_proj.bias")):
-                return _half_split(tensor, self.header.hyperparameter("attention.head_count"))
-            if name.endswith((".k_proj.weight", ".k_proj.bias")):
-                return _half_split(tensor, self.header.num_key_value_heads)
-        return tensor
-
-    def _entry(self, name: str) -> GGUFTensor:
-        if name not in self._tensors:
-            raise CheckpointError(f"tensor {name} is not in {self.path}")
-        return self._tensors[name]
-
-
-def require_readable(header: GGUFHeader) -> None:
-    """Raises UnsupportedError if the architecture or a quantisation of the file is not supported, or it is split."""
-    if header.architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UnsupportedError(
-            f"{header.path} has GGUF architecture '{header.architecture}'; GGUF donors can be: {known} "
-            "(other families from safetensors)"
-        )
-    if header.metadata.get("split.count", 1) > 1:
-        parts = header.metadata["split.count"]
-        raise UnsupportedError(f"{header.path} is one of {parts} parts; merge them first")
-    if header.hyperparameter("expert_count", 0):
-        raise UnsupportedError(f"{header.path} is a mixture of experts, which is not supported as GGUF")
-    for tensor in header.tensors.values():
+def require_dequantisable(header: GGUFHeader) -> None:
+    """Raises UnsupportedError if a tensor is stored in a format that `gguf` cannot dequantise."""
+    for quantization, name in {t.quantization: t.name for t in header.tensors.values()}.items():
         try:
-            block = np.zeros(GGML_QUANT_SIZES[tensor.quantization][1], dtype=np.uint8)
-            _dequantise_blocks(block, tensor.quantization)
+            _dequantise_blocks(np.zeros(GGML_QUANT_SIZES[quantization][1], dtype=np.uint8), quantization)
         except (NotImplementedError, KeyError) as error:
             raise UnsupportedError(
-                f"{header.path} stores {tensor.name} as {tensor.quantization.name}, which cannot be read; "
+                f"{header.path} stores {name} as {quantization.name}, which cannot be read; "
                 "use an F16, Q8_0 or K-quant file"
             ) from error
 
 
-def dequantise(path: Path, tensor: GGUFTensor) -> Tensor:
+def dequantise(tensor: GGUFTensor) -> Tensor:
     """A stored tensor in float32, as `gguf.quants.dequantize` computes it, but block by block to save memory."""
-    raw = read_bytes(path, tensor.offset, tensor.nbytes).numpy()
+    raw = read_bytes(tensor.file, tensor.offset, tensor.nbytes).numpy()
     values = torch.empty(tensor.shape, dtype=torch.float32)
     flat = values.view(-1).numpy()
     block, size = GGML_QUANT_SIZES[tensor.quantization]
@@ -240,9 +211,3 @@ def _dequantise_blocks(raw: np.ndarray, quantization: GGMLQuantizationType) -> n
     if quantization == GGMLQuantizationType.F16:
         return raw.view("<f2").astype(np.float32)
     return dequantize(raw, quantization).reshape(-1)
-
-
-def _half_split(weight: Tensor, heads: int) -> Tensor:
-    """The rows of each head in transformers' order (r0 r1 … i0 i1 …), from llama.cpp's (r0 i0 r1 i1 …)."""
-    rows = weight.shape[0] // heads // 2
-    return weight.view(heads, rows, 2, -1).transpose(1, 2).reshape(weight.shape)

@@ -23,8 +23,10 @@ from ..storage.folder_kind import is_adapter
 from ..storage.safetensors_reader import SafetensorsSource, TensorSource, read_json
 from . import hub_download, wheel_download
 from .aliases import ALIASES, WHEEL_MODELS, near_matches
-from .gguf_config import gguf_config, gguf_generation_config, gguf_tokenizer
-from .gguf_reader import GGUFHeader, GGUFSource, read_gguf_header
+from .gguf_config import gguf_config, gguf_generation_config
+from .gguf_reader import SPLIT_NAME, GGUFHeader, read_gguf_header
+from .gguf_source import GGUFSource
+from .gguf_tokenizer import gguf_tokenizer
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
@@ -70,7 +72,7 @@ class ResolvedReference:
     def open_source(self) -> TensorSource:
         """The weights, downloaded if necessary."""
         if self.header is not None:
-            return GGUFSource(self.header.path, self.header)
+            return GGUFSource(self.header, self.config)
         return SafetensorsSource(self.model_files())
 
     def tokenizer(self, trust_remote_code: bool) -> Any:
@@ -155,7 +157,8 @@ def _from_file(reference: str, path: Path) -> ResolvedReference:
         raise CheckpointError(
             f"{path} is a file but not a .gguf; give the folder that holds config.json instead"
         )
-    return _from_gguf(reference, path, name=path.stem.lower())
+    name = SPLIT_NAME.fullmatch(path.name)
+    return _from_gguf(reference, path, name=(name["stem"] if name else path.stem).lower())
 
 
 def _from_gguf(reference: str, path: Path, name: str, **origin: Any) -> ResolvedReference:

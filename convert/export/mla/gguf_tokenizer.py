@@ -8,50 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from mhconvert.errors import ExportError
 
-from ...donor.gguf_config import PRE_TOKENIZERS
+from ...donor.gguf_pre_tokenizers import PRE_TOKENIZERS
 
 BYTES_A_PIECE = 64  # disk space reserved for each token and each merge
-
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_QWEN2 = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
-_QWEN35 = (
-    rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
-)
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-)
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}?"
-    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-)
-
-
-def _split(regex: str) -> list[Any]:
-    return [
-        pre_tokenizers.Split(Regex(regex), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-
-
-# llama.cpp's name, the published tokenizer's steps, and whether a word that is a token skips the merges.
-KNOWN: tuple[tuple[str, list[Any], bool], ...] = (
-    ("gpt-2", PRE_TOKENIZERS["gpt-2"], False),
-    ("smollm", PRE_TOKENIZERS["smollm"], False),
-    ("llama-bpe", PRE_TOKENIZERS["llama-bpe"], True),
-    ("smaug-bpe", PRE_TOKENIZERS["llama-bpe"], False),
-    ("qwen2", _split(_QWEN2), False),
-    ("qwen35", _split(_QWEN35), False),
-    ("tekken", _split(_TEKKEN), True),
-    ("gpt-4o", _split(_GPT4O), False),
-)
 
 
 @dataclass(frozen=True)
@@ -153,11 +116,11 @@ def _tokens(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[T
 
 def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
     ours, ignores = _steps(content["pre_tokenizer"]), bool(content["model"].get("ignore_merges"))
-    for name, steps, ignore in KNOWN:
-        state = json.loads(pre_tokenizers.Sequence(steps).__getstate__())
-        if (ours, ignores) == (_steps(state), ignore):
+    for name, known in PRE_TOKENIZERS.items():
+        state = json.loads(pre_tokenizers.Sequence(known.steps).__getstate__())
+        if (ours, ignores) == (_steps(state), known.ignore_merges):
             return name
-    names = ", ".join(name for name, _, _ in KNOWN)
+    names = ", ".join(PRE_TOKENIZERS)
     shown = " then ".join(" ".join(step) for step in ours) or "nothing"
     raise ExportError(
         f"the tokenizer of {folder} cuts text by {shown} (ignore_merges={ignores}), which is none of llama.cpp's "
@@ -167,7 +130,7 @@ def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
 
 def _steps(state: dict[str, Any] | None) -> list[tuple[str, ...]]:
     """What of a pre-tokenizer decides where text is cut. A Split that removes what lies between its matches does what
-    one does that isolates them, where the matches leave nothing out, as those of KNOWN do."""
+    one does that isolates them, where the matches leave nothing out, as those of PRE_TOKENIZERS do."""
     if state is None:
         return []
     if state["type"] == "Sequence":

@@ -160,10 +160,11 @@ def test_unknown_tensor_is_named(tmp_path):
 PEAK = """
 import resource, sys
 from pathlib import Path
-from mhconvert.convert.donor.gguf_reader import GGUFSource
+from mhconvert.convert.donor.gguf_reader import read_gguf_header
+from mhconvert.convert.donor.gguf_source import GGUFSource
 from mhconvert.convert.storage.safetensors_reader import SafetensorsSource
 place = Path(sys.argv[1])
-source = GGUFSource(place) if place.suffix == ".gguf" else SafetensorsSource(place)
+source = GGUFSource(read_gguf_header(place)) if place.suffix == ".gguf" else SafetensorsSource(place)
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in source.names():
     source.read(name)

@@ -17,15 +17,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mhconvert.convert.donor.gguf_config import PRE_TOKENIZERS, gguf_tokenizer
+from mhconvert.convert.donor.gguf_pre_tokenizers import PRE_TOKENIZERS
 from mhconvert.convert.donor.gguf_reader import read_gguf_header
+from mhconvert.convert.donor.gguf_tokenizer import gguf_tokenizer
 from mhconvert.convert.export.mla import gguf_writer
 from mhconvert.convert.export.mla.gguf_tensors import balanced
-from mhconvert.convert.export.mla.gguf_tokenizer import KNOWN
 from mhconvert.errors import CheckpointError, ExportError, OutputError
 from tests.convert.export import deepseek2
 from tests.donors import CHAT_TEMPLATE, TEXT
 
+WRITTEN = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "qwen35", "tekken", "gpt-4o")
 IDS = torch.randint(0, 320, (48,), generator=torch.Generator().manual_seed(7)).tolist()
 TEXTS = [
     TEXT,
@@ -242,16 +243,15 @@ def test_tokenizer(dense: Path, tmp_path: Path) -> None:
     assert deepseek2.fact(file, ".tokenizer.chat_template") == CHAT_TEMPLATE
 
 
-@pytest.mark.parametrize("pre", [name for name, _, _ in KNOWN])
+@pytest.mark.parametrize("pre", WRITTEN)
 def test_pre_tokenizers_have_their_names(dense: Path, tmp_path: Path, pre: str) -> None:
     tokenizer = _save_tokenizer(dense, pre)
     file = tmp_path / "tiny.gguf"
     gguf_writer.write(dense, file, "q8_0")
     assert deepseek2.fact(file, ".tokenizer.ggml.pre") == pre
     assert deepseek2.fact(file, ".tokenizer.ggml.add_bos_token") is True
-    if pre in PRE_TOKENIZERS:
-        again = gguf_tokenizer(read_gguf_header(file))
-        assert [again(text).input_ids for text in TEXTS] == [tokenizer(text).input_ids for text in TEXTS]
+    again = gguf_tokenizer(read_gguf_header(file))
+    assert [again(text).input_ids for text in TEXTS] == [tokenizer(text).input_ids for text in TEXTS]
 
 
 def test_split_by_removal_of_nothing_is_the_same(dense: Path, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_what_llama_cpp_does_not_do_of_a_tokenizer_is_said(dense: Path, tmp_path
         (lambda t: setattr(t, "normalizer", normalizers.Lowercase()), "it normalises text by Lowercase"),
         (
             lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()),
-            r"cuts text by Whitespace \(ignore_merges=False\), which is none of llama\.cpp's .* gpt-2, smollm",
+            r"cuts text by Whitespace \(ignore_merges=False\), which is none of llama\.cpp's .* gpt-2, olmo, smollm",
         ),
         (
             lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
@@ -441,7 +441,7 @@ def test_llama_cpp_computes_what_transformers_computes(
 
 
 @needs_llama
-@pytest.mark.parametrize("pre", [name for name, _, _ in KNOWN])
+@pytest.mark.parametrize("pre", WRITTEN)
 def test_llama_cpp_makes_the_same_tokens(dense: Path, tmp_path: Path, pre: str) -> None:
     tokenizer = _save_tokenizer(dense, pre)
     gguf_writer.write(dense, tmp_path / "tiny.gguf", "q8_0")
@@ -455,7 +455,7 @@ def _llama(file: Path, ids: list[int], texts: list[str]) -> tuple[np.ndarray | N
     assert LLAMA
     logits = file.with_suffix(".npy")
     wanted = {"file": str(file), "ids": ids, "texts": texts, "logits": str(logits)}
-    child = Path(__file__).with_name("llama_child.py")
+    child = Path(__file__).parents[1] / "llama_child.py"
     run = subprocess.run([LLAMA, child, json.dumps(wanted)], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     return (np.load(logits) if ids else None), json.loads(run.stdout.splitlines()[-1])
@@ -474,9 +474,9 @@ def _relative(made: np.ndarray, expected: np.ndarray) -> float:
 
 def _save_tokenizer(folder: Path, pre: str) -> Any:
     """A tokenizer trained on TEXT that cuts as `pre` does and starts a text with <|bos|>, saved in `folder`."""
-    steps, ignores = next((steps, ignores) for name, steps, ignores in KNOWN if name == pre)
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignores))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    known = PRE_TOKENIZERS[pre]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=known.ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(known.steps)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
