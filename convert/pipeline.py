@@ -134,7 +134,7 @@ def _begin(context: ConversionContext, method: Method, space: Workspace) -> None
     """Both streams before the first layer; the tensors outside the layers are written."""
     donor, dtype = context.donor, context.dtype
     teacher, fitted = layer_steps.teacher_start(context, method)
-    streams = Streams(teacher, layer_steps.student_start(context, teacher, fitted), fitted)
+    streams = Streams(teacher, layer_steps.student_start(context, fitted), fitted)
     outer = ((name, cast(name, donor.source.read(name), dtype)) for name in donor.outer_tensor_names())
     space.begin(streams, outer, tensors=len(donor.shapes()) + method.added_tensors * context.layers)
 

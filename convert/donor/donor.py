@@ -172,9 +172,11 @@ class Donor:
         stock = getattr(self.layout.base, self.family.rotary)
         return type(stock)(self.config).to(device)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """The embeddings (B, T, hidden_size) of `input_ids` (B, T), in float32 on the same device."""
+    def embed(self, input_ids: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
+        """The embeddings (B, T, hidden_size) of `input_ids` (B, T), in float32 on the same device; `rounded_to` as of
+        `head`."""
         rows = F.embedding(input_ids.cpu(), self._read_outer(self.layout.embedding))
+        rows = rows if rounded_to is None else rows.to(rounded_to)
         return rows.to(device=input_ids.device, dtype=torch.float32) * self.layout.embedding_scale
 
     def head(self, hidden: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:

@@ -147,7 +147,7 @@ def trace(context: ConversionContext, recipes: Sequence[Recipe]) -> dict[str, An
     methods = [each.planned_method() for each in contexts]
     teacher, fitted = layer_steps.teacher_start(context, methods[0])
     students = [
-        Student(each, method, Streams(teacher, layer_steps.student_start(each, teacher, fitted), fitted))
+        Student(each, method, Streams(teacher, layer_steps.student_start(each, fitted), fitted))
         for each, method in zip(contexts, methods, strict=True)
     ]
     context.on_progress(Progress("layers", 0, total))

@@ -81,11 +81,12 @@ def teacher_start(context: ConversionContext, method: Method) -> tuple[Tensor, i
     return context.donor.embed(torch.cat((fit[:fitted], context.rows.held_out))), fitted
 
 
-def student_start(context: ConversionContext, teacher: Tensor, fitted: int) -> Tensor:
-    """The student's stream before the first layer, from the embedded rows: all of them where blocks are fitted, else
-    the held-out ones; rounded as the embedding will be written."""
-    rows = teacher if block_steps(context.recipe, *context.rows.fit.shape) else teacher[fitted:]
-    return rows.clone().to(context.dtype).float()
+def student_start(context: ConversionContext, fitted: int) -> Tensor:
+    """The student's stream before the first layer: the teacher's rows where blocks are fitted, else the held-out ones;
+    with the embedding as it will be written."""
+    fit, held_out = context.rows.fit, context.rows.held_out
+    blocks = block_steps(context.recipe, *fit.shape)
+    return context.donor.embed(torch.cat((fit[:fitted], held_out)) if blocks else held_out, context.dtype)
 
 
 def read_layer(context: ConversionContext, index: int, length: int) -> Layer:
