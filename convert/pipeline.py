@@ -173,7 +173,7 @@ def _complete_folder(
     provenance.write_config(space.partial, method, context.donor, context.dtype)
     context.on_progress(Progress("verify", 0, 1))
     if context.recipe.verify:
-        conversion_report.add_reload(report, space.partial, space.probe)
+        conversion_report.add_reload(report, space.partial, space.probe, context.recipe.trust_remote_code)
 
 
 def plan(

@@ -224,10 +224,12 @@ class _Healing:
         report |= {"healing": self._training_report(lesson.text, metrics), "versions": versions()}
         if self.settings.fusion and self.source is not None:
             write_result.record_heads(report, model, self.source)
-        write_result.write_checkpoint(space, model, self.source, asked.checkpoint)
+        write_result.write_checkpoint(
+            space, model, self.source, asked.checkpoint, code=asked.trust_remote_code
+        )
         if asked.verify and not self.adapter:
             self.on_progress(Progress("verify", 0, 1))
-            report |= write_result.verify_reload(space, model, lesson.text.held_out)
+            report |= write_result.verify_reload(space, model, lesson.text.held_out, asked.trust_remote_code)
         report["peak_rss_bytes"] = peak_rss(report)
         finish(space.partial, report)
         write_result.write_record(space.partial, asked.checkpoint, self.settings)

@@ -21,6 +21,7 @@ from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import write_json
 from ..convert.storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ..convert.storage.dtype_cast import cast
+from ..convert.storage.linked_files import require_inside
 from ..convert.storage.ownership import MARK
 from ..convert.storage.safetensors_reader import INDEX, SafetensorsSource, read_json
 from ..convert.storage.shard_writer import ShardWriter
@@ -70,23 +71,32 @@ def record_heads(report: dict[str, Any], model: Any, source: SafetensorsSource) 
     report["parameters"]["converted"] = sum(parameter.numel() for parameter in model.parameters())
 
 
-def write_checkpoint(space: HealSpace, model: Any, source: SafetensorsSource | None, checkpoint: str) -> None:
+def write_checkpoint(
+    space: HealSpace, model: Any, source: SafetensorsSource | None, checkpoint: str, *, code: bool
+) -> None:
     """Write the model's weights and copy the checkpoint's other files, except report, card and record.
 
     Args:
         source: the checkpoint's tensors; None for an adapter.
+        code: copy the Python files of the checkpoint too; else the package's own are written, which it was opened by.
     """
     folder, state = space.partial, model.state_dict()
     not_copied = (
         REWRITTEN if source is not None else (REPORT, provenance.PROVENANCE, provenance.EVALUATION, *PICTURES)
     )
+    kinds = (".safetensors",) if code else (".safetensors", ".py")
     for file in sorted(path for path in Path(checkpoint).iterdir() if path.is_file()):
-        if file.name not in (*not_copied, MARK) and file.suffix != ".safetensors":
+        if file.name not in (*not_copied, MARK) and file.suffix not in kinds:
+            require_inside(Path(checkpoint), file)
             shutil.copyfile(file, folder / file.name)
     carry_files(Path(checkpoint), folder, NAMED_TEMPLATES)
     if source is not None:
-        changed = fusion.config_fields(model.config)
-        write_json(folder / "config.json", read_json(folder / "config.json") | changed)
+        values = read_json(folder / "config.json") | fusion.config_fields(model.config)
+        if not code:
+            values.pop("auto_map", None)
+            auto_map = provenance.write_code(folder, type(model.config), type(model))
+            values |= {"auto_map": auto_map} if auto_map else {}
+        write_json(folder / "config.json", values)
     for stale in folder.glob("*.safetensors"):  # of an interrupted run
         stale.unlink()
     if source is None:
@@ -103,8 +113,8 @@ def write_checkpoint(space: HealSpace, model: Any, source: SafetensorsSource | N
     writer.finish()
 
 
-def verify_reload(space: HealSpace, model: Any, held_out: Rows) -> dict[str, Any]:
-    """Reload the folder in a bare process and compare its logits with the model's.
+def verify_reload(space: HealSpace, model: Any, held_out: Rows, trusted: bool) -> dict[str, Any]:
+    """Reload the folder in a bare process and compare its logits with the model's; `trusted`: with code of its own.
 
     Returns the entries "verified" and "sample" of the report.
     """
@@ -113,7 +123,9 @@ def verify_reload(space: HealSpace, model: Any, held_out: Rows) -> dict[str, Any
     with torch.inference_mode():
         logits = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
     reload.write_probe(probe, ids, logits)
-    verified = verify(space.partial, probe, prompt=reload.PROMPT, threads=torch.get_num_threads())
+    verified = verify(
+        space.partial, probe, prompt=reload.PROMPT, threads=torch.get_num_threads(), trusted=trusted
+    )
     sample = {"prompt": verified["sample"]["prompt"], "converted": verified["sample"]["text"]}
     return {"verified": verified, "sample": sample}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.donor.hub_download import TOKENIZER_CODE
+from ..convert.storage.linked_files import is_inside
 from ..convert.storage.safetensors_reader import read_json
 
 PUBLISHED = (
@@ -26,7 +27,6 @@ CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "pre
 RELATIVE_IMPORT = re.compile(
     r"^[ \t]*from[ \t]+\.([\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n#]*)", re.MULTILINE
 )
-BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # name of a file in the Hub's local cache
 
 
 def split_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -51,11 +51,8 @@ def _is_withheld(path: Path) -> bool:
 def _is_inside(folder: Path, file: Path) -> bool:
     """Whether the file's target is a publishable file in the folder, or a blob of the Hub's local cache."""
     root, target = folder.resolve(), file.resolve()
-    if not target.is_file():
-        return False
-    if target.is_relative_to(root):
-        return not _is_withheld(target.relative_to(root))
-    return target.parent.name == "blobs" and bool(BLOB.fullmatch(target.name))
+    withheld = target.is_relative_to(root) and _is_withheld(target.relative_to(root))
+    return is_inside(folder, file) and not withheld
 
 
 def _remote_code(folder: Path) -> set[Path]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mhconvert.errors import CheckpointError, ReloadKilledError
 
 from . import child as bare_child
+from .known_code import require_known_code
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def verify(
     tolerance: float = TOLERANCE,
     threads: int | None = None,
     python: str | None = None,
+    trusted: bool = False,
 ) -> dict[str, Any]:
     """What `folder` computes with plain transformers: it loads, reproduces the logits of `probe`, and generates.
 
@@ -50,6 +52,7 @@ def verify(
         tolerance: the largest logit difference that is allowed, in standard deviations of the probe's logits.
         threads: of torch in the process; None: its default.
         python: the interpreter of another environment, with torch and some transformers; None: this one.
+        trusted: whether code in the folder that this package does not ship may run.
 
     Returns:
         largest_logit_difference, relative_logit_error, logit_spread; sample {prompt, text}; cache {type, tokens, bytes,
@@ -59,7 +62,10 @@ def verify(
     Raises:
         CheckpointError: The folder does not load, or its logits differ by more.
         ReloadKilledError: The process was killed.
+        UnsupportedError: There is code that is not trusted.
     """
+    if not trusted:
+        require_known_code(folder)
     resident = _resident()
     options = {"prompt": prompt, "max_new_tokens": max_new_tokens, "threads": threads}
     result = _run_child(folder, probe, options, python or sys.executable)

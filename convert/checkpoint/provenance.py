@@ -38,18 +38,23 @@ def write_model_config(folder: Path, config: Any, model: Any, dtype: torch.dtype
     config.dtype = dtype
     config.architectures = [model.__name__]
     vars(config).pop("auto_map", None)  # the donor's, whose code no result needs
-    files, siblings = list[Path](), list[Path]()
-    if needs_remote_code(model):
-        files = [Path(inspect.getfile(kind)) for kind in (type(config), model)]
-        siblings = [Path(name) for name in get_relative_import_files(files[1])]
-        config.auto_map = {
-            "AutoConfig": f"{files[0].stem}.{type(config).__name__}",
-            "AutoModel": f"{files[1].stem}.{model.decoder_class.__name__}",
-            "AutoModelForCausalLM": f"{files[1].stem}.{model.__name__}",
-        }
+    if auto_map := write_code(folder, type(config), model):
+        config.auto_map = auto_map
     config.save_pretrained(folder)
-    for file in {*files, *siblings}:
+
+
+def write_code(folder: Path, config: Any, model: Any) -> dict[str, str]:
+    """Write the files that define the classes `config` and `model`; returns their `auto_map`, {} for stock classes."""
+    if not needs_remote_code(model):
+        return {}
+    files = [Path(inspect.getfile(kind)) for kind in (config, model)]
+    for file in {*files, *(Path(name) for name in get_relative_import_files(files[1]))}:
         (folder / file.name).write_bytes(file.read_bytes())
+    return {
+        "AutoConfig": f"{files[0].stem}.{config.__name__}",
+        "AutoModel": f"{files[1].stem}.{model.decoder_class.__name__}",
+        "AutoModelForCausalLM": f"{files[1].stem}.{model.__name__}",
+    }
 
 
 def needs_remote_code(model_class: Any) -> bool:

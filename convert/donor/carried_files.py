@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.atomic_files import write_json
+from ..storage.linked_files import require_inside
 from ..storage.safetensors_reader import read_json
 from .hub_download import CARRIED_FILES, TOKENIZER_CODE
 
@@ -19,12 +20,16 @@ def carry_files(source: Path, target: Path, *patterns: str, code: bool = False) 
         target: the folder to copy into.
         patterns: relative to `source`; by default CARRIED_FILES.
         code: copy the code of the tokenizer too.
+
+    Raises:
+        CheckpointError: one of them is a link out of `source`.
     """
     patterns = (*(patterns or CARRIED_FILES), *(TOKENIZER_CODE if code else ()))
     files = {
         file.relative_to(source) for pattern in patterns for file in source.glob(pattern) if file.is_file()
     }
     for file in sorted(files):
+        require_inside(source, source / file)
         (target / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / file, target / file)
     for file in sorted(file for file in files if file.name.endswith("_config.json")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import torch
 
-from mhconvert.errors import CheckpointError, ExportError, ProofError, UnsupportedError
+from mhconvert.errors import CheckpointError, ExportError, ProofError
 from mhconvert.progress import Listener, Progress, ignore
 
 from .. import open_model
+from ..bare_process.known_code import require_known_code
 from ..bare_process.reload import verify, write_probe
 from ..checkpoint import identity
 from ..checkpoint.provenance import read_record
@@ -57,7 +57,7 @@ def verify_folder(
     begun, tell = time.perf_counter(), on_progress or ignore
     folder = _model_folder(reference)
     if not trust_remote_code:
-        _require_known_code(folder)
+        require_known_code(folder)
     twin = against or _twin(reference, folder)
     tell(Progress("donor", 0, 1, twin))
     opened = open_model.open_model(twin, trust_remote_code=trust_remote_code)
@@ -110,24 +110,6 @@ def _measure(folder: Path, expected: same_outputs.Expected, python: str | None) 
         "greedy_equal": reloaded["sample"]["text"] == expected.text,
         "relative_difference": reloaded["largest_logit_difference"] / reloaded["logit_spread"],
     }
-
-
-def _require_known_code(folder: Path) -> None:
-    """Raises UnsupportedError for Python files in the folder that this package does not ship, byte for byte."""
-    package = Path(__file__).parent.parent
-    for name in ("config.json", "tokenizer_config.json"):
-        named = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
-        if "--" in json.dumps(named):  # transformers' form for code of another repository
-            raise UnsupportedError(
-                f"{folder / name} names code of another repository, and verify would run it; "
-                "--trust-remote-code allows it"
-            )
-    for file in sorted(folder.rglob("*.py")):
-        if not any(own.read_bytes() == file.read_bytes() for own in package.rglob(file.name)):
-            raise UnsupportedError(
-                f"{file} is code that this version of mhconvert does not ship, and verify would run it; "
-                "--trust-remote-code allows it"
-            )
 
 
 def _require_one_vocabulary(folder: Path, vocab_size: int, twin: str) -> None:

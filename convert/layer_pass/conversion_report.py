@@ -90,9 +90,9 @@ def held_out_fidelity(
     return [{key: result[key] for key in ("perplexity", "kl", "top1_agreement")} for result in results]
 
 
-def add_reload(report: dict[str, Any], folder: Path, probe: Path) -> None:
+def add_reload(report: dict[str, Any], folder: Path, probe: Path, trusted: bool) -> None:
     """Reload `folder` in a bare process; the cache that `generate` leaves there is the one that is reported."""
-    result = verify(folder, probe, prompt=PROMPT, threads=torch.get_num_threads())
+    result = verify(folder, probe, prompt=PROMPT, threads=torch.get_num_threads(), trusted=trusted)
     report["verified"] = result
     report["parameters"]["converted"] = result["parameters"]
     report["sample"] = {"prompt": result["sample"]["prompt"], "converted": result["sample"]["text"]}

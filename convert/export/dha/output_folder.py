@@ -131,7 +131,7 @@ def write(
         write_json(folder / "config.json", target.values)
         for file in target.code:
             shutil.copyfile(file, folder / file.name)
-        carry_files(checkpoint.folder, folder, code=True)
+        carry_files(checkpoint.folder, folder)
         about = _about(checkpoint, report, target.note)
         write_card(folder, place.name, about, report, checkpoint.donor, "loads it")
         if expected is not None:

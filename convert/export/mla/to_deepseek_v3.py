@@ -134,7 +134,7 @@ def _write_rest(
         report: of the export.
     """
     deepseek_tensors.write_config(plan, partial)
-    carry_files(folder, partial, code=True)
+    carry_files(folder, partial)
     donor = read_record(folder).get("donor") or {}
     about = (
         f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported "

@@ -187,7 +187,7 @@ def _write_rest(
         report: of the export.
     """
     model = model_class(served)
-    carry_files(folder, partial, code=True)
+    carry_files(folder, partial)
     provenance.write_model_config(partial, served, model, dtype)
     donor = read_record(folder).get("donor") or {}
     about = (

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mhconvert.convert.bare_process import reload
 from mhconvert.convert.bare_process.reload import verify
-from mhconvert.errors import CheckpointError
+from mhconvert.errors import CheckpointError, UnsupportedError
 from tests.donors import make_donor
 
 REMOTE = """
@@ -82,7 +82,10 @@ def test_a_sound_folder(folder: Path, probe: Path) -> None:
 
 @pytest.mark.usefixtures("whole_processes")
 def test_the_folders_own_code_runs(folder: Path, probe: Path, tmp_path: Path) -> None:
-    result = verify(remote_copy(folder, tmp_path / "own", ""), probe, prompt="The cache", max_new_tokens=3)
+    own = remote_copy(folder, tmp_path / "own", "")
+    with pytest.raises(UnsupportedError, match="--trust-remote-code allows it"):
+        verify(own, probe, prompt="The cache")
+    result = verify(own, probe, prompt="The cache", max_new_tokens=3, trusted=True)
     assert result["model_class"] == "OtherModel"
     assert result["module"] == "transformers_modules"
 
@@ -91,7 +94,7 @@ def test_the_folders_own_code_runs(folder: Path, probe: Path, tmp_path: Path) ->
 def test_code_that_needs_mhconvert_is_found_out(folder: Path, probe: Path, tmp_path: Path) -> None:
     broken = remote_copy(folder, tmp_path / "needs", "import mhconvert.errors")
     with pytest.raises(CheckpointError, match=r"needs does not load and generate.*mhconvert"):
-        verify(broken, probe, prompt="x")
+        verify(broken, probe, prompt="x", trusted=True)
 
 
 def test_other_weights_are_found_out(folder: Path, probe: Path, tmp_path: Path) -> None:

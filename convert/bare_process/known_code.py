@@ -1,0 +1,35 @@
+"""The one code that runs without --trust-remote-code: what this package ships."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mhconvert.errors import UnsupportedError
+
+from ..storage.safetensors_reader import read_json
+
+NAMING_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+
+
+def require_known_code(folder: Path) -> None:
+    """Raises UnsupportedError where loading `folder` with trust could run code that this package does not ship, byte
+    for byte: a Python file in it, code of another repository, or a link to a folder that may hold either."""
+    package, way_out = Path(__file__).parent.parent, "--trust-remote-code allows it"
+    for name in NAMING_CODE:
+        named = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
+        if "--" in json.dumps(named):  # transformers' form for code of another repository
+            raise UnsupportedError(
+                f"{folder / name} names code of another repository, and its check would run it; {way_out}"
+            )
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and path.is_dir():
+            raise UnsupportedError(f"{path} is a link to a folder, which may hold code; {way_out}")
+        if path.suffix == ".py" and not _is_shipped(path, package):
+            raise UnsupportedError(
+                f"{path} is code that this version of mhconvert does not ship, and the check would run it; {way_out}"
+            )
+
+
+def _is_shipped(file: Path, package: Path) -> bool:
+    return any(own.read_bytes() == file.read_bytes() for own in package.rglob(file.name))

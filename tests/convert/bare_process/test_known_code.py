@@ -1,0 +1,93 @@
+"""No code but the package's own runs in the process that checks a folder, unless it is trusted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mhconvert import api
+from mhconvert.convert.bare_process.known_code import require_known_code
+from mhconvert.convert.methods.mla import modeling_mla
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
+from mhconvert.errors import CheckpointError, UnsupportedError
+from tests.donors import TEXT, make_donor
+
+
+def other_repository(folder: Path) -> None:
+    (folder / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "org/evil--modeling_x.M"}}')
+
+
+def file_of_its_own(folder: Path) -> None:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "modeling_x.py").write_text("")
+
+
+def changed_file(folder: Path) -> None:
+    file = folder / Path(modeling_mla.__file__).name
+    file.write_text(file.read_text() + "\n")
+
+
+def linked_folder(folder: Path) -> None:
+    (folder / "code").symlink_to(folder.parent)
+
+
+@pytest.mark.parametrize("plant", [other_repository, file_of_its_own, changed_file, linked_folder])
+def test_code_that_is_not_ours_is_named(tmp_path: Path, plant: Callable[[Path], None]) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(modeling_mla.__file__, folder)
+    (folder / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_mla.M"}}')
+    require_known_code(folder)
+    plant(folder)
+    with pytest.raises(UnsupportedError, match="--trust-remote-code allows it"):
+        require_known_code(folder)
+
+
+def test_healing_runs_no_code_of_the_checkpoint(tmp_path: Path) -> None:
+    """A line that was added to its modeling file, code of another repository, and a file beside it."""
+    text, donor, out = tmp_path / "text.txt", make_donor(tmp_path / "donor"), tmp_path / "out"
+    text.write_text(TEXT * 20)
+    few = Calibration((str(text),), tokens=128, sequence_length=32, held_out=2)
+    settings = MLASettings(kv_bits="16")
+    api.convert(
+        Recipe(str(donor), "mla", settings, output=str(out), calibration=few, effort="quick", verify=False)
+    )
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    modeling, config = out / "modeling_mla.py", out / "config.json"
+    original = modeling.read_text()
+    modeling.write_text(original + evil)
+    (out / "evil.py").write_text(evil)
+    values = json.loads(config.read_text())
+    before = values["auto_map"] | {}
+    values["auto_map"] = dict.fromkeys(values["auto_map"], "org/evil--modeling_x.M")
+    config.write_text(json.dumps(values))
+    heal = HealSettings(tokens=64, data={str(text): 1}, sequence_length=32, batch_tokens=64, held_out=2)
+    report = api.heal(str(out), heal, output=str(tmp_path / "healed"))
+    assert report["verified"]["largest_logit_difference"] < 1e-3
+    assert not (tmp_path / "ran").exists()
+    assert (tmp_path / "healed" / "modeling_mla.py").read_text() == original
+    assert not (tmp_path / "healed" / "evil.py").exists()
+    assert json.loads((tmp_path / "healed" / "config.json").read_text())["auto_map"] == before
+
+
+def test_a_link_out_of_the_donor_is_not_copied(tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("hf_secret")
+    donor = make_donor(tmp_path / "donor")
+    (donor / "LICENSE").unlink()
+    (donor / "LICENSE").symlink_to(secret)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20)
+    few = Calibration((str(text),), tokens=128, sequence_length=32, held_out=2)
+    asked = Recipe(
+        str(donor), "mla", output=str(tmp_path / "out"), calibration=few, effort="quick", verify=False
+    )
+    with pytest.raises(CheckpointError, match=r"LICENSE is a link to .*token, outside of its folder"):
+        api.convert(asked)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["donor", "text.txt", "token"]
