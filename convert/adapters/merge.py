@@ -134,8 +134,7 @@ def _write_rest(
     config.dtype = dtype
     config.architectures = [type(donor.skeleton()).__name__]
     donor.copy_files(folder)
-    for file in sorted({f for pattern in hub_download.TEXT_FILES for f in adapter.folder.glob(pattern)}):
-        (folder / file.name).write_bytes(file.read_bytes())
+    hub_download.carry_files(adapter.folder, folder, hub_download.TEXT_FILES)
     config.save_pretrained(folder)
     card.write(folder, Path(report["output"]).name, donor, card.about_merged(report), library="transformers")
     provenance.record(folder, donor, merged=report)

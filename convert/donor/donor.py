@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -131,8 +130,7 @@ class Donor:
             self.generation_config().save_pretrained(out)
             return
         patterns = (*hub_download.CARRIED_FILES, *(hub_download.TOKENIZER_CODE if self._trust else ()))
-        for file in sorted({f for pattern in patterns for f in self.folder.glob(pattern) if f.is_file()}):
-            shutil.copyfile(file, out / file.name)
+        hub_download.carry_files(self.folder, out, patterns)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """name -> shape of every tensor that the config requires, without a tied lm_head."""

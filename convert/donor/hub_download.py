@@ -5,15 +5,19 @@ HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are read by huggingface_hub.
 
 from __future__ import annotations
 
+import glob
+import shutil
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, hf_hub_url, snapshot_download
 
 from mhconvert.errors import CheckpointError
 
-from ..storage.safetensors_reader import no_weights
+from ..storage.safetensors_reader import INDEX, WEIGHTS, no_weights, read_weight_map, weights_present
 
+CHAT_TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
 TEXT_FILES = (  # tokenizer, chat template and generation settings
     "tokenizer*.json",
     "tokenizer*.model*",
@@ -24,14 +28,13 @@ TEXT_FILES = (  # tokenizer, chat template and generation settings
     "merges.txt",
     "tekken.json",
     "*.tiktoken",
-    "chat_template*",
+    *CHAT_TEMPLATES,
     "generation_config.json",
 )
 # Copied byte for byte from the donor to the converted checkpoint.
 CARRIED_FILES = (*TEXT_FILES, "LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
 TOKENIZER_CODE = ("tokenization*.py",)  # run and copied only with trust_remote_code
 CONFIG_FILES = ["config.json", "README.md", "mhconvert.json", *CARRIED_FILES, *TOKENIZER_CODE]
-WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 PROBE_SECONDS = 5.0
 # The errors of httpx or requests, depending on the version of huggingface_hub.
 TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (getattr(errors, "HTTPError", OSError), OSError)
@@ -58,20 +61,32 @@ def download_weights(reference: str, *, revision: str) -> Path:
         CheckpointError: the repository has no safetensors or cannot be downloaded.
     """
     repo = reference.partition("@")[0]
-    folder = _download(repo, revision, WEIGHT_FILES)
-    if not any(folder.glob("*.safetensors")):
+    folder = _download(repo, revision, [WEIGHTS, INDEX])
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        shards = sorted(set(read_weight_map(folder).values()))
+        folder = _download(repo, revision, [glob.escape(file) for file in shards])
+    elif not (folder / WEIGHTS).is_file():
         raise CheckpointError(_incomplete(repo, folder))
     return folder
+
+
+def carry_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of `source` that match one of the patterns to the same places in `target`, byte for byte."""
+    files = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
+    for file in files:
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
 
 
 def unavailable(repo: str) -> str | None:
     """The reason why `repo` cannot be downloaded; None if it is cached or the Hub answers within PROBE_SECONDS."""
     try:
-        patterns = [*CONFIG_FILES, *WEIGHT_FILES]
+        patterns = [*CONFIG_FILES, WEIGHTS, INDEX]
         cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
+        if (cached / "config.json").is_file() and weights_present(cached):
             return None
-    except LOOKUP_ERRORS:
+    except (*LOOKUP_ERRORS, CheckpointError):
         pass
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and it is not in the local cache"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,7 @@ def carry_files(source: Path, target: Path, *more: str) -> None:
         target: the folder to copy into.
         more: patterns of further files to copy.
     """
-    patterns = (*hub_download.CARRIED_FILES, *more)
-    files = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
-    for file in files:
-        shutil.copyfile(file, target / file.name)
+    hub_download.carry_files(source, target, (*hub_download.CARRIED_FILES, *more))
 
 
 def write_card(
