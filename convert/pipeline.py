@@ -68,7 +68,7 @@ def convert_checkpoint(
     donor, method = _resolve(recipe, on_progress)
     output = recipe.output_folder(donor.name)
     output_folder.check_free(output, force, donor.folder)
-    _ = donor.source  # downloads the weights, and checks every name and shape
+    donor.open_weights(on_progress)
     needed = cost_estimate.plan(recipe, donor, method, device)["disk_needed_bytes"]
     with Workspace(output, recipe, needed, resume=resume, force=force) as space:
         rows = space.rows(lambda: calibration_rows.draw(recipe, donor, device, on_progress))

@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from mhconvert.progress import Listener, ignore
+from mhconvert.progress import Listener, Progress, ignore
 
 from ..families.facts import Family, family_of
 from ..storage.safetensors_reader import TensorSource
 from . import hub_download
 from . import reference as references
-from .expert_tensors import by_transformers_names
 from .tensor_layout import LM_HEAD, TensorLayout, attention_implementation, meta_model
+from .tensor_names import TransformersNames
 
+SHOWN = 3  # names in a notice
 HEAD_BLOCK = 1 << 14  # rows of the output embedding that are cast to float32 at a time
 
 
@@ -47,7 +48,6 @@ class Donor:
         reference: as given by the user.
         name: used in the default output folder `./<name>-<method>`.
         hub_id: None if unknown.
-        notice: a sentence for the user about the origin of the weights, if there is anything to say.
         licence: its id; None if unknown.
         config: of transformers.
         folder: of its files.
@@ -57,7 +57,8 @@ class Donor:
         self._resolved = resolved
         self._trust = trust_remote_code
         self.reference, self.name, self.hub_id = resolved.reference, resolved.name, resolved.hub_id
-        self.notice, self.folder, self.licence = resolved.notice, resolved.folder, resolved.licence
+        self.folder, self.licence = resolved.folder, resolved.licence
+        self._notices = list(resolved.notices)
         self.config: Any = resolved.config
         self.config._attn_implementation = attention_implementation(self.config)
         self._outer_tensors: dict[str, Tensor] = {}
@@ -72,24 +73,52 @@ class Donor:
         """The modules and tensor names that the config requires; raises UnsupportedError as `family` does."""
         return TensorLayout(self.config, self.family)
 
+    @property
+    def notice(self) -> str | None:
+        """Sentences for the user about the weights, if there is anything to say; more of them once `source` is read."""
+        return "; ".join(self._notices) or None
+
     @cached_property
-    def source(self) -> TensorSource:
+    def source(self) -> TransformersNames:
         """The weights under transformers' names, downloaded if necessary and checked against the config.
 
+        Two different tensors for a head and an embedding that the config ties stay two, as transformers loads them.
+
         Raises:
-            CheckpointError: a tensor is missing, unexpected or of another shape.
+            CheckpointError: a tensor is missing or of another shape, or would change what the config describes.
             UnsupportedError: the family is not supported, or a tensor has a dtype that is not in STORED_DTYPES.
         """
         layout = self.layout  # rejects an unsupported family before anything is downloaded
-        source = by_transformers_names(self._resolved.open_source(), self.config.model_type)
-        layout.check(source, self._resolved.weights_path)
+        source = TransformersNames(self._resolved.open_source(), layout)
+        if layout.stores_two_embeddings(source):
+            self.config.tie_word_embeddings = False
+            self.layout = layout = TensorLayout(self.config, self.family)
+            self._notices.append(
+                f"{LM_HEAD} differs from the embedding, so that they are not tied as the config says"
+            )
+        in_file = self._resolved.header is not None
+        aside = layout.check(source, self._resolved.weights_path, surplus=not in_file)
+        if aside:
+            more = f" and {len(aside) - SHOWN} more" if len(aside) > SHOWN else ""
+            names = ", ".join(aside[:SHOWN]) + more
+            self._notices.append(f"left aside, as {type(layout.model).__name__} has no place for it: {names}")
         return source
 
-    @cached_property
+    def open_weights(self, tell: Listener) -> None:
+        """Download and check the weights, and tell what there is to say of them. Raises as `source` does."""
+        known = len(self._notices)
+        _ = self.source
+        if self._notices[known:]:
+            tell(Progress("donor", 1, 1, "; ".join(self._notices[known:])))
+
+    @property
     def published(self) -> TensorSource:
         """The weights under their published names, with one tensor per expert in mixtures of experts."""
-        _ = self.source  # downloads and checks them
-        return self._resolved.open_source()
+        return self.source.stored
+
+    def published_names(self) -> dict[str, str]:
+        """Published name -> the tensor of `source` that it is, or is a part of; without those that are left aside."""
+        return {stored: name for stored, name in self.source.places.items() if name in self.layout.shapes}
 
     @property
     def location(self) -> str:
@@ -201,8 +230,9 @@ class Donor:
 
     def model(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Any:
         """The whole model in memory, for sampling, evaluation and generation."""
+        source = self.source  # first, as it settles whether head and embedding are tied
         model, layout = self.skeleton(), self.layout
-        weights = {name: self.source.read(name).to(device=device, dtype=dtype) for name in layout.shapes}
+        weights = {name: source.read(name).to(device=device, dtype=dtype) for name in layout.shapes}
         weights.setdefault(LM_HEAD, weights[layout.output])
         model.load_state_dict(weights, strict=True, assign=True)
         setattr(getattr(model, self.family.base), self.family.rotary, self.rotary(device))

@@ -38,7 +38,7 @@ class ResolvedReference:
         name: used in the default output folder.
         folder: of config and tokenizer, and of the weights unless they are on the Hub.
         hub_id: None if unknown.
-        notice: a sentence for the user about the origin of the weights, if there is anything to say.
+        notices: sentences for the user about the origin of the weights.
         licence: its id; None if unknown.
         header: of a GGUF file.
         hub_reference: `org/name[@revision]` of a model on the Hub.
@@ -49,7 +49,7 @@ class ResolvedReference:
     folder: Path
     config: Any
     hub_id: str | None = None
-    notice: str | None = None
+    notices: tuple[str, ...] = ()
     licence: str | None = None
     header: GGUFHeader | None = None
     hub_reference: str | None = None
@@ -134,7 +134,7 @@ def _from_alias(alias: str, on_progress: Listener) -> ResolvedReference:
         f"{embedded.requirement} instead, whose weights differ a little from the published ones"
     )
     return _from_gguf(
-        alias, path, name=alias, hub_id=embedded.hub_id, notice=notice, licence=embedded.licence
+        alias, path, name=alias, hub_id=embedded.hub_id, notices=(notice,), licence=embedded.licence
     )
 
 
