@@ -103,7 +103,9 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)
     method = build_method(recipe.method, donor.config, largest.settings, recipe.effort)
     calibration_rows.check(recipe, donor.config)
-    cost_estimate.output_dtype(recipe, donor)
+    dtype = cost_estimate.output_dtype(recipe, donor)
+    twin = build_method(recipe.method, donor.config, largest.settings, recipe.effort)  # an example changes it
+    provenance.try_config(twin.example_config(), twin.model_class, donor, dtype)
     return donor, method
 
 

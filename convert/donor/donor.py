@@ -149,8 +149,13 @@ class Donor:
         return self._resolved.tokenizer(self._trust)
 
     def generation_config(self) -> GenerationConfig:
-        """The generation settings, from their file or from the config; raises CheckpointError for an invalid file."""
+        """The token ids of the generation settings; raises CheckpointError for a file that cannot be read."""
         return self._resolved.generation_config()
+
+    @property
+    def generation_file(self) -> Path | None:
+        """The donor's generation_config.json, which is carried as it is; None where there is none."""
+        return self._resolved.generation_file
 
     def copy_files(self, out: Path) -> None:
         """Copy tokenizer, chat template, generation settings and licence to `out`, unchanged."""
