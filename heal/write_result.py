@@ -15,7 +15,6 @@ from mhconvert.library_versions import versions
 from ..convert.bare_process import reload
 from ..convert.bare_process.reload import verify
 from ..convert.checkpoint import provenance
-from ..convert.donor.hub_download import CHAT_TEMPLATES, carry_files
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import write_json
 from ..convert.storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
@@ -81,7 +80,6 @@ def write_checkpoint(space: HealSpace, model: Any, source: SafetensorsSource | N
     for file in sorted(path for path in Path(checkpoint).iterdir() if path.is_file()):
         if file.name not in not_copied and file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)
-    carry_files(Path(checkpoint), folder, CHAT_TEMPLATES)
     if source is not None:
         changed = fusion.config_fields(model.config)
         write_json(folder / "config.json", read_json(folder / "config.json") | changed)

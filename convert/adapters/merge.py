@@ -25,7 +25,7 @@ from ..storage.dtype_cast import cast, torch_dtype
 from ..storage.output_folder import whole_folder
 from . import card
 from .saved_adapter import AdapterFolder, open_adapter, open_base, output_folder
-from .shape_check import require_fit
+from .shape_check import require_fit, require_vocabulary
 
 
 def merge_adapter(
@@ -46,10 +46,11 @@ def merge_adapter(
     donor = open_base(adapter, tell, trust_remote_code=trust_remote_code)
     asked = _dtype(dtype)
     place = output_folder(output, "merged", adapter, donor, force)
+    require_vocabulary(adapter, donor)
     _require_untied(adapter, donor)
     require_fit(adapter, donor)
     donor.open_weights(tell)
-    source, names = donor.published, donor.published_names()
+    source, names = donor.source.stored, donor.published_names()
     _require_published(adapter, donor, names)
     dtypes = {stored: asked or source.dtype(stored) for stored in names}
     report: dict[str, Any] = {
@@ -87,7 +88,9 @@ def _tensors(
     """
     for stored, name in names.items():
         tensor = (
-            adapter.read(adapter.replaced[name]) if name in adapter.replaced else donor.published.read(stored)
+            adapter.read(adapter.replaced[name])
+            if name in adapter.replaced
+            else donor.source.stored.read(stored)
         )
         module, _, kind = name.rpartition(".")
         if module in adapter.modules and kind in ("weight", "bias"):
@@ -139,7 +142,8 @@ def _write_rest(
     config.dtype = dtype
     config.architectures = [type(donor.skeleton()).__name__]
     donor.copy_files(folder)
-    hub_download.carry_files(adapter.folder, folder, hub_download.TEXT_FILES)
+    for file in sorted({f for pattern in hub_download.TEXT_FILES for f in adapter.folder.glob(pattern)}):
+        (folder / file.name).write_bytes(file.read_bytes())
     config.save_pretrained(folder)
     card.write(folder, Path(report["output"]).name, donor, card.about_merged(report), library="transformers")
     provenance.record(folder, donor, merged=report)

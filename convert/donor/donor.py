@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +17,13 @@ from transformers import GenerationConfig
 from mhconvert.progress import Listener, Progress, ignore
 
 from ..families.facts import Family, family_of
-from ..storage.safetensors_reader import TensorSource
 from . import hub_download
 from . import reference as references
-from .tensor_layout import LM_HEAD, TensorLayout, attention_implementation, meta_model
+from .checked_weights import open_checked
+from .tensor_layout import TensorLayout, attention_implementation, meta_model
 from .tensor_names import TransformersNames
+from .whole_model import whole_model
 
-SHOWN = 3  # names in a notice
 HEAD_BLOCK = 1 << 14  # rows of the output embedding that are cast to float32 at a time
 
 
@@ -51,6 +52,7 @@ class Donor:
         licence: its id; None if unknown.
         config: of transformers.
         folder: of its files.
+        generation_file: its generation_config.json, which is carried as it is; None where there is none.
     """
 
     def __init__(self, resolved: references.ResolvedReference, *, trust_remote_code: bool = False) -> None:
@@ -58,6 +60,7 @@ class Donor:
         self._trust = trust_remote_code
         self.reference, self.name, self.hub_id = resolved.reference, resolved.name, resolved.hub_id
         self.folder, self.licence = resolved.folder, resolved.licence
+        self.generation_file = resolved.generation_file
         self._notices = list(resolved.notices)
         self.config: Any = resolved.config
         self.config._attn_implementation = attention_implementation(self.config)
@@ -82,42 +85,21 @@ class Donor:
     def source(self) -> TransformersNames:
         """The weights under transformers' names, downloaded if necessary and checked against the config.
 
-        Two different tensors for a head and an embedding that the config ties stay two, as transformers loads them.
-
         Raises:
             CheckpointError: a tensor is missing or of another shape, or would change what the config describes.
             UnsupportedError: the family is not supported, or a tensor has a dtype that is not in STORED_DTYPES.
         """
-        layout = self.layout  # rejects an unsupported family before anything is downloaded
-        source = TransformersNames(self._resolved.open_source(), layout)
-        if layout.stores_two_embeddings(source):
-            self.config.tie_word_embeddings = False
-            self.layout = layout = TensorLayout(self.config, self.family)
-            self._notices.append(
-                f"{LM_HEAD} differs from the embedding, so that they are not tied as the config says"
-            )
-        in_file = self._resolved.header is not None
-        aside = layout.check(source, self._resolved.weights_path, surplus=not in_file)
-        if aside:
-            more = f" and {len(aside) - SHOWN} more" if len(aside) > SHOWN else ""
-            names = ", ".join(aside[:SHOWN]) + more
-            self._notices.append(f"left aside, as {type(layout.model).__name__} has no place for it: {names}")
+        source, self.layout, notices = open_checked(self._resolved, self.config, self.family)
+        self._notices += notices
         return source
 
     def open_weights(self, tell: Listener) -> None:
         """Download and check the weights, and tell what there is to say of them. Raises as `source` does."""
-        known = len(self._notices)
-        _ = self.source
-        if self._notices[known:]:
-            tell(Progress("donor", 1, 1, "; ".join(self._notices[known:])))
-
-    @property
-    def published(self) -> TensorSource:
-        """The weights under their published names, with one tensor per expert in mixtures of experts."""
-        return self.source.stored
+        if self.source and self.notice:
+            tell(Progress("donor", 1, 1, self.notice))
 
     def published_names(self) -> dict[str, str]:
-        """Published name -> the tensor of `source` that it is, or is a part of; without those that are left aside."""
+        """Name in `source.stored` -> the tensor of `source` that it is, or is a part of; without what is left aside."""
         return {stored: name for stored, name in self.source.places.items() if name in self.layout.shapes}
 
     @property
@@ -152,11 +134,6 @@ class Donor:
         """The token ids of the generation settings; raises CheckpointError for a file that cannot be read."""
         return self._resolved.generation_config()
 
-    @property
-    def generation_file(self) -> Path | None:
-        """The donor's generation_config.json, which is carried as it is; None where there is none."""
-        return self._resolved.generation_file
-
     def copy_files(self, out: Path) -> None:
         """Copy tokenizer, chat template, generation settings and licence to `out`, unchanged."""
         if self._resolved.header is not None:
@@ -164,7 +141,8 @@ class Donor:
             self.generation_config().save_pretrained(out)
             return
         patterns = (*hub_download.CARRIED_FILES, *(hub_download.TOKENIZER_CODE if self._trust else ()))
-        hub_download.carry_files(self.folder, out, patterns)
+        for file in sorted({f for pattern in patterns for f in self.folder.glob(pattern) if f.is_file()}):
+            shutil.copyfile(file, out / file.name)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """name -> shape of every tensor that the config requires, without a tied lm_head."""
@@ -235,18 +213,8 @@ class Donor:
 
     def model(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Any:
         """The whole model in memory, for sampling, evaluation and generation."""
-        source = self.source  # first, as it settles whether head and embedding are tied
-        model, layout = self.skeleton(), self.layout
-        weights = {name: source.read(name).to(device=device, dtype=dtype) for name in layout.shapes}
-        weights.setdefault(LM_HEAD, weights[layout.output])
-        model.load_state_dict(weights, strict=True, assign=True)
-        setattr(getattr(model, self.family.base), self.family.rotary, self.rotary(device))
-        for module in model.modules():  # buffers that are derived from the config
-            if hasattr(module, "scalar_embed_scale"):
-                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
-        model.tie_weights()
-        model.generation_config = self.generation_config()
-        return model.eval().requires_grad_(False)
+        weights = self.source, self.layout  # in this order: the source settles what is tied
+        return whole_model(*weights, self.rotary(device), self.generation_config(), device, dtype)
 
     def _final_norm(self, stored: torch.dtype, device: torch.device | str) -> nn.Module:
         name = self.family.final_norm

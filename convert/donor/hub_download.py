@@ -6,9 +6,7 @@ HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are read by huggingface_hub.
 from __future__ import annotations
 
 import glob
-import shutil
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, hf_hub_url, snapshot_download
@@ -17,8 +15,8 @@ from mhconvert.errors import CheckpointError
 
 from ..storage.safetensors_reader import INDEX, WEIGHTS, no_weights, read_weight_map, weights_present
 
-CHAT_TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
-TEXT_FILES = (  # tokenizer, chat template and generation settings
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates beside the default one
+TEXT_FILES = (  # tokenizer, chat templates, processor and generation settings
     "tokenizer*.json",
     "tokenizer*.model*",
     "special_tokens_map.json",
@@ -28,7 +26,9 @@ TEXT_FILES = (  # tokenizer, chat template and generation settings
     "merges.txt",
     "tekken.json",
     "*.tiktoken",
-    *CHAT_TEMPLATES,
+    "chat_template*",
+    NAMED_TEMPLATES,
+    "*processor_config.json",
     "generation_config.json",
 )
 # Copied byte for byte from the donor to the converted checkpoint.
@@ -39,6 +39,7 @@ PROBE_SECONDS = 5.0
 # The errors of httpx or requests, depending on the version of huggingface_hub.
 TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (getattr(errors, "HTTPError", OSError), OSError)
 LOOKUP_ERRORS: tuple[type[BaseException], ...] = (*TRANSPORT_ERRORS, ValueError)
+CACHE_ERRORS: tuple[type[BaseException], ...] = (*LOOKUP_ERRORS, CheckpointError)
 
 
 def download_config(reference: str) -> Path:
@@ -70,15 +71,6 @@ def download_weights(reference: str, *, revision: str) -> Path:
     return folder
 
 
-def carry_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy the files of `source` that match one of the patterns to the same places in `target`, byte for byte."""
-    files = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
-    for file in files:
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place)
-
-
 def unavailable(repo: str) -> str | None:
     """The reason why `repo` cannot be downloaded; None if it is cached or the Hub answers within PROBE_SECONDS."""
     try:
@@ -86,7 +78,7 @@ def unavailable(repo: str) -> str | None:
         cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
         if (cached / "config.json").is_file() and weights_present(cached):
             return None
-    except (*LOOKUP_ERRORS, CheckpointError):
+    except CACHE_ERRORS:
         pass
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and it is not in the local cache"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ def carry_files(source: Path, target: Path, *more: str) -> None:
         target: the folder to copy into.
         more: patterns of further files to copy.
     """
-    hub_download.carry_files(source, target, (*hub_download.CARRIED_FILES, *more))
+    patterns = (*hub_download.CARRIED_FILES, *more)
+    files = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
+    for file in files:
+        shutil.copyfile(file, target / file.name)
 
 
 def write_card(

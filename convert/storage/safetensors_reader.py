@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 FINITE_BLOCK = 1 << 24  # elements checked at a time, which bounds the memory
 
-SAFETENSORS_DTYPES: dict[str, torch.dtype] = _TYPES
+SAFETENSORS_DTYPES = {name: dtype for name, dtype in _TYPES.items() if isinstance(dtype, torch.dtype)}
 
 
 class TensorSource(Protocol):

@@ -268,6 +268,11 @@ def test_a_quantised_base(saved: Saved, biased_donor: Path, tmp_path: Path) -> N
     other = make_donor(tmp_path / "awq")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        weights | {"model.layers.0.mlp.up_proj.qweight": torch.ones(8, 8, dtype=torch.int32)},
+        other / "model.safetensors",
+    )
     with pytest.raises(
         UnsupportedError, match=r"awq cannot take an adapter in: its weights are quantised \(AWQ\)"
     ):

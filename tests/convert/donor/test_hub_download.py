@@ -85,14 +85,13 @@ def test_one_file_of_weights_is_preferred_to_shards_as_in_transformers(server, p
     assert [name for name in server.downloads() if name.endswith(".safetensors")] == ["model.safetensors"]
 
 
-def test_additional_chat_templates_come_along(server, published, tmp_path):
+def test_additional_chat_templates_are_fetched(server, published):
     template = published / "additional_chat_templates" / "tool_use.jinja"
     template.parent.mkdir()
     template.write_text("{{ tools }}")
-    out = tmp_path / "out"
-    out.mkdir()
-    open_donor(TINY).copy_files(out)
-    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+    assert (
+        open_donor(TINY).folder / "additional_chat_templates" / "tool_use.jinja"
+    ).read_text() == "{{ tools }}"
 
 
 def test_the_demo_donor_comes_from_the_hub_where_it_can(server, published):
