@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from mhconvert.device import pick_device
 from mhconvert.errors import CheckpointError, MhconvertError
 
+from .bare_process.child import keep_token_ids
 from .checkpoint.fingerprint import of_files, of_folder
 from .checkpoint.identity import converted_method, exported
 from .checkpoint.provenance import read_record
@@ -85,6 +86,7 @@ class OpenModel:
                 raise CheckpointError(f"{self.reference} does not fit its config: tensor {name} is {fault}")
         for name, weight in model.named_parameters():
             require_finite(weight.detach(), name, self.folder)
+        keep_token_ids(model)
         return model.to(self.device).eval()
 
     def _with_adapter(self, base: Any, trainable: bool) -> Any:

@@ -68,7 +68,7 @@ def convert_checkpoint(
     donor, method = _resolve(recipe, on_progress)
     output = recipe.output_folder(donor.name)
     output_folder.check_free(output, force, donor.folder)
-    _ = donor.source  # downloads the weights, and checks every name and shape
+    donor.open_weights(on_progress)
     needed = cost_estimate.plan(recipe, donor, method, device)["disk_needed_bytes"]
     with Workspace(output, recipe, needed, resume=resume, force=force) as space:
         rows = space.rows(lambda: calibration_rows.draw(recipe, donor, device, on_progress))
@@ -103,7 +103,9 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)
     method = build_method(recipe.method, donor.config, largest.settings, recipe.effort)
     calibration_rows.check(recipe, donor.config)
-    cost_estimate.output_dtype(recipe, donor)
+    dtype = cost_estimate.output_dtype(recipe, donor)
+    twin = build_method(recipe.method, donor.config, largest.settings, recipe.effort)  # an example changes it
+    provenance.try_config(twin.example_config(), twin.model_class, donor, dtype)
     return donor, method
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..storage.dtype_cast import cast, torch_dtype
 from ..storage.output_folder import whole_folder
 from . import card
 from .saved_adapter import AdapterFolder, open_adapter, open_base, output_folder
-from .shape_check import require_fit
+from .shape_check import require_fit, require_vocabulary
 
 
 def merge_adapter(
@@ -46,11 +47,13 @@ def merge_adapter(
     donor = open_base(adapter, tell, trust_remote_code=trust_remote_code)
     asked = _dtype(dtype)
     place = output_folder(output, "merged", adapter, donor, force)
+    require_vocabulary(adapter, donor)
     _require_untied(adapter, donor)
     require_fit(adapter, donor)
-    source = donor.published
-    _require_published(adapter, donor)
-    dtypes = {name: asked or source.dtype(name) for name in source.names()}
+    donor.open_weights(tell)
+    source, names = donor.source.stored, donor.published_names()
+    _require_published(adapter, donor, names)
+    dtypes = {stored: asked or source.dtype(stored) for stored in names}
     report: dict[str, Any] = {
         "adapter": reference,
         "base": adapter.base,
@@ -60,15 +63,15 @@ def merge_adapter(
         "modules": sorted(adapter.modules),
         "replaced": sorted(adapter.replaced),
         "output_bytes": sum(
-            source.nbytes(name) // source.dtype(name).itemsize * dtypes[name].itemsize
-            for name in source.names()
+            source.nbytes(stored) // source.dtype(stored).itemsize * dtype.itemsize
+            for stored, dtype in dtypes.items()
         ),
     }
     with whole_folder(place, report["output_bytes"] + SLACK_BYTES, force=force) as folder:
-        writer = shard_writer.ShardWriter(folder, limit, len(source.names()))
-        for done, (name, tensor) in enumerate(_tensors(adapter, donor, dtypes), 1):
+        writer = shard_writer.ShardWriter(folder, limit, len(names))
+        for done, (name, tensor) in enumerate(_tensors(adapter, donor, names, dtypes), 1):
             writer.add(name, cast(name, tensor, dtypes[name]))
-            tell(Progress("merge", done, len(source.names())))
+            tell(Progress("merge", done, len(names)))
         writer.finish()
         _write_rest(folder, adapter, donor, asked or donor.dtype, report, trust_remote_code)
     tell(Progress("done", 1, 1, str(place)))
@@ -76,19 +79,23 @@ def merge_adapter(
 
 
 def _tensors(
-    adapter: AdapterFolder, donor: Donor, dtypes: dict[str, torch.dtype]
+    adapter: AdapterFolder, donor: Donor, names: dict[str, str], dtypes: dict[str, torch.dtype]
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the base model as it is published, those that the adapter changes with their change.
 
     A changed tensor is rounded to its stored dtype, or to the one that it is written in where that is wider.
+
+    names: published name -> transformers'.
     """
-    for name in donor.published.names():
+    for stored, name in names.items():
         tensor = (
-            adapter.read(adapter.replaced[name]) if name in adapter.replaced else donor.published.read(name)
+            adapter.read(adapter.replaced[name])
+            if name in adapter.replaced
+            else donor.source.stored.read(stored)
         )
         module, _, kind = name.rpartition(".")
         if module in adapter.modules and kind in ("weight", "bias"):
-            own = tensor.to(torch.promote_types(tensor.dtype, dtypes[name]))
+            own = tensor.to(torch.promote_types(tensor.dtype, dtypes[stored]))
             change = merged_weight if kind == "weight" else merged_bias
             tensor = change(own, [adapter.branches(module)])
             added = adapter.added_bias(module) if kind == "bias" else None
@@ -98,7 +105,7 @@ def _tensors(
                 raise AdapterError(
                     f"{adapter.file}: merging it makes {name} infinite; the adapter has diverged{narrow}"
                 )
-        yield name, tensor
+        yield stored, tensor
 
 
 def _require_untied(adapter: AdapterFolder, donor: Donor) -> None:
@@ -112,14 +119,15 @@ def _require_untied(adapter: AdapterFolder, donor: Donor) -> None:
             )
 
 
-def _require_published(adapter: AdapterFolder, donor: Donor) -> None:
-    """Raises AdapterError for a changed tensor that the base model stores under another name than transformers."""
-    changed = {f"{module}.weight" for module in adapter.modules} | set(adapter.replaced)
-    for name in sorted(changed - set(donor.published.names())):
-        raise AdapterError(
-            f"{adapter.file} changes {name}, which {donor.reference} stores under another name, as mixtures of experts "
-            "do; merge it in Python: PeftModel.merge_and_unload"
-        )
+def _require_published(adapter: AdapterFolder, donor: Donor, names: dict[str, str]) -> None:
+    """Raises AdapterError for a changed tensor that the base model stores in several, as `names` has them."""
+    parts = Counter(names.values())
+    for name in sorted({f"{module}.weight" for module in adapter.modules} | set(adapter.replaced)):
+        if parts[name] != 1:
+            raise AdapterError(
+                f"{adapter.file} changes {name}, which {donor.reference} stores in {parts[name]} tensors, as mixtures "
+                "of experts do; merge it in Python: PeftModel.merge_and_unload"
+            )
 
 
 def _dtype(wanted: str | None) -> torch.dtype | None:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from mhconvert.errors import AdapterError
 
 from ..donor.donor import Donor
-from ..donor.tensor_layout import STORED_DTYPES
+from ..donor.tensor_layout import LM_HEAD, STORED_DTYPES
 from ..storage.folder_kind import ADAPTER_CONFIG
 from .lora_rules import lora_rank
 from .saved_adapter import LORA_BIAS, LORA_PAIR, PAIRS, PREFIX, AdapterFolder
@@ -20,6 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def require_fit(adapter: AdapterFolder, donor: Donor) -> None:
     """Raises AdapterError naming the tensor that is missing, misshapen, or without a place in `donor`."""
+    require_vocabulary(adapter, donor)
     shapes = donor.shapes()
     for key, stored in adapter.stored.items():
         if stored.dtype not in STORED_DTYPES:
@@ -36,6 +37,18 @@ def require_fit(adapter: AdapterFolder, donor: Donor) -> None:
             )
     for module in dict.fromkeys((*adapter.modules, *_targeted(adapter.config, shapes))):
         _require_matrices(adapter, module, shapes)
+
+
+def require_vocabulary(adapter: AdapterFolder, donor: Donor) -> None:
+    """Raises AdapterError for an embedding or a head of more tokens than `donor` has."""
+    for name in (donor.layout.embedding, LM_HEAD):
+        rows = adapter.stored[adapter.replaced[name]].shape[0] if name in adapter.replaced else 0
+        if rows > donor.config.vocab_size:
+            raise AdapterError(
+                f"{adapter.file} holds {name} with {rows} tokens, and {adapter.base} has {donor.config.vocab_size}: "
+                "tokens were added for the adapter. Name a base that has them with --base, or merge in Python: "
+                f"base.resize_token_embeddings({rows}), then PeftModel.from_pretrained and merge_and_unload"
+            )
 
 
 def _targeted(config: Any, shapes: Shapes) -> list[str]:

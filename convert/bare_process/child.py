@@ -46,6 +46,16 @@ def cache_storage(cache: Any, element_bytes: int = 2) -> tuple[int, float]:
     return size, elements
 
 
+def keep_token_ids(model: Any) -> None:
+    """Reduce the model's generation settings to its token ids, so that the arguments of a call decide all else."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+
+
 def peak_memory() -> int:
     """The peak resident size of this process in bytes: VmHWM if /proc exists, else from getrusage.
 
@@ -146,6 +156,7 @@ def main(folder: str, probe: str, options: dict[str, Any]) -> dict[str, Any]:
         folder, trust_remote_code=True, dtype=torch.float32
     )
     model.eval()
+    keep_token_ids(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     with torch.inference_mode():
         result: dict[str, Any] = _compare(model, probe)

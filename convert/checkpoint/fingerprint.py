@@ -11,6 +11,7 @@ from mhconvert.errors import CheckpointError
 
 from ..donor.hub_download import TEXT_FILES
 from ..storage.atomic_files import sha256
+from ..storage.safetensors_reader import INDEX, read_weight_map
 
 MODEL_FILES = (
     *("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
@@ -24,11 +25,13 @@ def of_folder(folder: Path) -> str:
     Raises:
         CheckpointError: the folder has no model files, or one cannot be read.
     """
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    model_files = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)]
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    model_files = {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)}
+    if INDEX in model_files:
+        model_files |= set(read_weight_map(folder).values())  # which may lie in folders inside
     if not model_files:
         raise CheckpointError(f"{folder} has no model files")
-    return of_files(folder / name for name in model_files)
+    return of_files(folder / name for name in sorted(model_files))
 
 
 def of_files(paths: Iterable[Path]) -> str:

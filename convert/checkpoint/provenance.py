@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from mhconvert.errors import CheckpointError
@@ -31,6 +34,31 @@ def write_config(folder: Path, method: Method, donor: Donor, dtype: torch.dtype)
     write_model_config(folder, method.finish(), method.model_class, dtype)
     if not (folder / "generation_config.json").is_file():
         donor.generation_config().save_pretrained(folder)
+
+
+def try_config(example: Any, model: Any, donor: Donor, dtype: torch.dtype) -> None:
+    """Write and reload the config of a converted model in a temporary folder, and read its generation settings.
+
+    Args:
+        example: a config of the planned size.
+        model: the class of the converted model.
+
+    Raises:
+        CheckpointError: transformers would write or read one of them only with an error.
+    """
+    with tempfile.TemporaryDirectory(prefix="mhconvert-") as place:
+        folder, tried = Path(place), "config.json"
+        try:
+            write_model_config(folder, example, model, dtype)
+            type(example).from_pretrained(folder)
+            if donor.generation_file is not None:
+                tried = donor.generation_file.name
+                GenerationConfig.from_pretrained(donor.folder)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+            raise CheckpointError(
+                f"the converted model would not load with the {tried} of {donor.folder}: "
+                f"{' '.join(str(error).split())[:300].rstrip('.')}; correct that file"
+            ) from error
 
 
 def write_model_config(folder: Path, config: Any, model: Any, dtype: torch.dtype) -> None:

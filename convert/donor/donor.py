@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from mhconvert.progress import Listener, ignore
+from mhconvert.progress import Listener, Progress, ignore
 
 from ..families.facts import Family, family_of
-from ..storage.safetensors_reader import TensorSource
 from . import reference as references
 from .carried_files import carry_files
-from .expert_tensors import by_transformers_names
-from .tensor_layout import LM_HEAD, TensorLayout, attention_implementation, meta_model
+from .checked_weights import open_checked
+from .tensor_layout import TensorLayout, attention_implementation, meta_model
+from .tensor_names import TransformersNames
+from .whole_model import whole_model
 
 HEAD_BLOCK = 1 << 14  # rows of the output embedding that are cast to float32 at a time
 
@@ -47,17 +48,19 @@ class Donor:
         reference: as given by the user.
         name: used in the default output folder `./<name>-<method>`.
         hub_id: None if unknown.
-        notice: a sentence for the user about the origin of the weights, if there is anything to say.
         licence: its id; None if unknown.
         config: of transformers.
         folder: of its files.
+        generation_file: its generation_config.json, which is carried as it is; None where there is none.
     """
 
     def __init__(self, resolved: references.ResolvedReference, *, trust_remote_code: bool = False) -> None:
         self._resolved = resolved
         self._trust = trust_remote_code
         self.reference, self.name, self.hub_id = resolved.reference, resolved.name, resolved.hub_id
-        self.notice, self.folder, self.licence = resolved.notice, resolved.folder, resolved.licence
+        self.folder, self.licence = resolved.folder, resolved.licence
+        self.generation_file = resolved.generation_file
+        self._notices = list(resolved.notices)
         self.config: Any = resolved.config
         self.config._attn_implementation = attention_implementation(self.config)
         self._outer_tensors: dict[str, Tensor] = {}
@@ -72,24 +75,31 @@ class Donor:
         """The modules and tensor names that the config requires; raises UnsupportedError as `family` does."""
         return TensorLayout(self.config, self.family)
 
+    @property
+    def notice(self) -> str | None:
+        """Sentences for the user about the weights, if there is anything to say; more of them once `source` is read."""
+        return "; ".join(self._notices) or None
+
     @cached_property
-    def source(self) -> TensorSource:
+    def source(self) -> TransformersNames:
         """The weights under transformers' names, downloaded if necessary and checked against the config.
 
         Raises:
-            CheckpointError: a tensor is missing, unexpected or of another shape.
+            CheckpointError: a tensor is missing or of another shape, or would change what the config describes.
             UnsupportedError: the family is not supported, or a tensor has a dtype that is not in STORED_DTYPES.
         """
-        layout = self.layout  # rejects an unsupported family before anything is downloaded
-        source = by_transformers_names(self._resolved.open_source(), self.config.model_type)
-        layout.check(source, self._resolved.weights_path)
+        source, self.layout, notices = open_checked(self._resolved, self.config, self.family)
+        self._notices += notices
         return source
 
-    @cached_property
-    def published(self) -> TensorSource:
-        """The weights under their published names, with one tensor per expert in mixtures of experts."""
-        _ = self.source  # downloads and checks them
-        return self._resolved.open_source()
+    def open_weights(self, tell: Listener) -> None:
+        """Download and check the weights, and tell what there is to say of them. Raises as `source` does."""
+        if self.source and self.notice:
+            tell(Progress("donor", 1, 1, self.notice))
+
+    def published_names(self) -> dict[str, str]:
+        """Name in `source.stored` -> the tensor of `source` that it is, or is a part of; without what is left aside."""
+        return {stored: name for stored, name in self.source.places.items() if name in self.layout.shapes}
 
     @property
     def location(self) -> str:
@@ -120,7 +130,7 @@ class Donor:
         return self._resolved.tokenizer(self._trust)
 
     def generation_config(self) -> GenerationConfig:
-        """The generation settings, from their file or from the config; raises CheckpointError for an invalid file."""
+        """The token ids of the generation settings; raises CheckpointError for a file that cannot be read."""
         return self._resolved.generation_config()
 
     def copy_files(self, out: Path) -> None:
@@ -202,17 +212,8 @@ class Donor:
 
     def model(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Any:
         """The whole model in memory, for sampling, evaluation and generation."""
-        model, layout = self.skeleton(), self.layout
-        weights = {name: self.source.read(name).to(device=device, dtype=dtype) for name in layout.shapes}
-        weights.setdefault(LM_HEAD, weights[layout.output])
-        model.load_state_dict(weights, strict=True, assign=True)
-        setattr(getattr(model, self.family.base), self.family.rotary, self.rotary(device))
-        for module in model.modules():  # buffers that are derived from the config
-            if hasattr(module, "scalar_embed_scale"):
-                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
-        model.tie_weights()
-        model.generation_config = self.generation_config()
-        return model.eval().requires_grad_(False)
+        weights = self.source, self.layout  # in this order: the source settles what is tied
+        return whole_model(*weights, self.rotary(device), self.generation_config(), device, dtype)
 
     def _final_norm(self, stored: torch.dtype, device: torch.device | str) -> nn.Module:
         name = self.family.final_norm

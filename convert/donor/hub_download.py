@@ -5,6 +5,7 @@ HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are read by huggingface_hub.
 
 from __future__ import annotations
 
+import glob
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, hf_h
 
 from mhconvert.errors import CheckpointError
 
-from ..storage.safetensors_reader import no_weights
+from ..storage.safetensors_reader import INDEX, WEIGHTS, no_weights, read_weight_map, weights_present
 
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates beside the default one
 TEXT_FILES = (  # tokenizer, chat templates, processor and generation settings
@@ -34,11 +35,11 @@ TEXT_FILES = (  # tokenizer, chat templates, processor and generation settings
 CARRIED_FILES = (*TEXT_FILES, "LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
 TOKENIZER_CODE = ("tokenization*.py",)  # run and copied only with trust_remote_code
 CONFIG_FILES = ["config.json", "README.md", "mhconvert.json", *CARRIED_FILES, *TOKENIZER_CODE]
-WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 PROBE_SECONDS = 5.0
 # The errors of httpx or requests, depending on the version of huggingface_hub.
 TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (getattr(errors, "HTTPError", OSError), OSError)
 LOOKUP_ERRORS: tuple[type[BaseException], ...] = (*TRANSPORT_ERRORS, ValueError)
+CACHE_ERRORS: tuple[type[BaseException], ...] = (*LOOKUP_ERRORS, CheckpointError)
 
 
 def download_config(reference: str) -> Path:
@@ -61,8 +62,11 @@ def download_weights(reference: str, *, revision: str) -> Path:
         CheckpointError: the repository has no safetensors or cannot be downloaded.
     """
     repo = reference.partition("@")[0]
-    folder = _download(repo, revision, WEIGHT_FILES)
-    if not any(folder.glob("*.safetensors")):
+    folder = _download(repo, revision, [WEIGHTS, INDEX])
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        shards = sorted(set(read_weight_map(folder).values()))
+        folder = _download(repo, revision, [glob.escape(file) for file in shards])
+    elif not (folder / WEIGHTS).is_file():
         raise CheckpointError(_incomplete(repo, folder))
     return folder
 
@@ -70,11 +74,11 @@ def download_weights(reference: str, *, revision: str) -> Path:
 def unavailable(repo: str) -> str | None:
     """The reason why `repo` cannot be downloaded; None if it is cached or the Hub answers within PROBE_SECONDS."""
     try:
-        patterns = [*CONFIG_FILES, *WEIGHT_FILES]
+        patterns = [*CONFIG_FILES, WEIGHTS, INDEX]
         cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
+        if (cached / "config.json").is_file() and weights_present(cached):
             return None
-    except LOOKUP_ERRORS:
+    except CACHE_ERRORS:
         pass
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and it is not in the local cache"

@@ -11,23 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from mhconvert.errors import CheckpointError, UnsupportedError
 from mhconvert.progress import Listener
 
-from ..families.facts import FAMILIES
-from ..methods.registry import METHODS
-from ..storage.folder_kind import is_adapter
 from ..storage.safetensors_reader import SafetensorsSource, TensorSource, read_json
 from . import hub_download, wheel_download
 from .aliases import ALIASES, WHEEL_MODELS, near_matches
+from .config_file import read_config
 from .gguf_config import gguf_config, gguf_generation_config
 from .gguf_reader import SPLIT_NAME, GGUFHeader, read_gguf_header
 from .gguf_source import GGUFSource
 from .gguf_tokenizer import gguf_tokenizer
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -40,7 +38,7 @@ class ResolvedReference:
         name: used in the default output folder.
         folder: of config and tokenizer, and of the weights unless they are on the Hub.
         hub_id: None if unknown.
-        notice: a sentence for the user about the origin of the weights, if there is anything to say.
+        notices: sentences for the user about the origin of the weights.
         licence: its id; None if unknown.
         header: of a GGUF file.
         hub_reference: `org/name[@revision]` of a model on the Hub.
@@ -51,7 +49,7 @@ class ResolvedReference:
     folder: Path
     config: Any
     hub_id: str | None = None
-    notice: str | None = None
+    notices: tuple[str, ...] = ()
     licence: str | None = None
     header: GGUFHeader | None = None
     hub_reference: str | None = None
@@ -60,6 +58,12 @@ class ResolvedReference:
     def weights_path(self) -> Path:
         """The GGUF file or the folder, for error messages about tensors."""
         return self.header.path if self.header else self.folder
+
+    @property
+    def generation_file(self) -> Path | None:
+        """The folder's generation_config.json; None where there is none."""
+        file = self.folder / "generation_config.json"
+        return file if self.header is None and file.is_file() else None
 
     def model_files(self) -> Path:
         """The GGUF file, or the folder of config and weights, which are downloaded if necessary."""
@@ -86,13 +90,15 @@ class ResolvedReference:
         return gguf_tokenizer(self.header)
 
     def generation_config(self) -> GenerationConfig:
-        """The generation settings, from their file or from the config; raises CheckpointError for an invalid file."""
+        """The token ids alone of the generation settings, from their file or from the config.
+
+        Raises CheckpointError for a file that cannot be read.
+        """
         if self.header is not None:
             return gguf_generation_config(self.header)
-        if (self.folder / "generation_config.json").is_file():
-            read_json(self.folder / "generation_config.json")
-            return GenerationConfig.from_pretrained(self.folder)
-        return GenerationConfig.from_model_config(self.config)
+        file = self.generation_file
+        stated = read_json(file) if file is not None else self.config.to_dict()
+        return GenerationConfig(**{name: stated.get(name) for name in TOKEN_IDS})
 
 
 def resolve(reference: str, *, on_progress: Listener) -> ResolvedReference:
@@ -109,7 +115,7 @@ def resolve(reference: str, *, on_progress: Listener) -> ResolvedReference:
         return _from_alias(reference, on_progress)
     if reference and path.is_dir():
         return _from_folder(reference, path, name=path.resolve().name.lower())
-    if path.suffix == ".gguf" or path.is_file():
+    if path.suffix.lower() == ".gguf" or path.is_file():
         return _from_file(reference, path)
     if HUB_ID.fullmatch(reference):
         return _from_hub(reference, reference, name=reference.split("@")[0].split("/")[1].lower())
@@ -136,7 +142,7 @@ def _from_alias(alias: str, on_progress: Listener) -> ResolvedReference:
         f"{embedded.requirement} instead, whose weights differ a little from the published ones"
     )
     return _from_gguf(
-        alias, path, name=alias, hub_id=embedded.hub_id, notice=notice, licence=embedded.licence
+        alias, path, name=alias, hub_id=embedded.hub_id, notices=(notice,), licence=embedded.licence
     )
 
 
@@ -147,13 +153,14 @@ def _from_hub(reference: str, hub_reference: str, name: str) -> ResolvedReferenc
 
 
 def _from_folder(reference: str, folder: Path, name: str) -> ResolvedReference:
-    return ResolvedReference(reference, name, folder, read_config(folder), licence=_licence(folder))
+    config, notices = read_config(folder)
+    return ResolvedReference(reference, name, folder, config, notices=notices, licence=_licence(folder))
 
 
 def _from_file(reference: str, path: Path) -> ResolvedReference:
     if not path.is_file():
         raise CheckpointError(f"file {path} does not exist")
-    if path.suffix != ".gguf":
+    if path.suffix.lower() != ".gguf":
         raise CheckpointError(
             f"{path} is a file but not a .gguf; give the folder that holds config.json instead"
         )
@@ -165,42 +172,6 @@ def _from_gguf(reference: str, path: Path, name: str, **origin: Any) -> Resolved
     header = read_gguf_header(path)
     origin.setdefault("licence", header.metadata.get("general.license"))
     return ResolvedReference(reference, name, path.parent, gguf_config(header), header=header, **origin)
-
-
-def read_config(folder: Path) -> Any:
-    """The transformers config of a model folder, read without running code from it.
-
-    Raises:
-        CheckpointError: config.json is missing or invalid.
-        UnsupportedError: the model type is unknown, or the model is already converted.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        if is_adapter(folder):
-            raise CheckpointError(
-                f"{folder} is an adapter, not a model; make one of it: mhconvert merge {folder}"
-            )
-        ggufs = sorted(folder.glob("*.gguf"))
-        hint = f"; to use its GGUF give the file itself: {ggufs[0]}" if ggufs else ": not a model folder"
-        raise CheckpointError(f"{folder} has no config.json{hint}")
-    model_type = read_json(file).get("model_type")
-    if model_type is None:
-        raise CheckpointError(f"{file} names no model_type; it is not a transformers model")
-    if str(model_type).split("_")[0] in METHODS:
-        raise UnsupportedError(
-            f"{folder} is already converted ({model_type}); convert the donor it was made from"
-        )
-    if model_type not in CONFIG_MAPPING:
-        known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedError(
-            f"model type '{model_type}' of {folder} is not supported; the supported ones are {known}"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"{file} is not a valid {model_type} config: {' '.join(str(error).split())}"
-        ) from error
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -1,7 +1,8 @@
-"""The tensors that a donor's config requires, and the check that its checkpoint has exactly these."""
+"""The tensors that a donor's config requires, and the check that its checkpoint has them."""
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from ..storage.safetensors_reader import TensorSource
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LM_HEAD = "lm_head.weight"
-STALE_BUFFER = "rotary_emb.inv_freq"  # stored in old checkpoints; derived from the config
+# Stored tensors that no output depends on: what follows from the config (rotary tables, position ids, causal masks),
+# scales of a quantised KV cache, and modules that draft tokens.
+UNUSED = re.compile(
+    r"rotary_emb\.\w+$|(^|\.)position_ids$|\.(self_)?attn\.(masked_)?bias$"
+    r"|\.(q|k|v|kv|prob)_(scale|zero_point)$|\.[kv]_proj\.output_scale$"
+    r"|(^|\.)(mtp|nextn|medusa|eagle)\w*\."
+)
 
 
 def attention_implementation(config: Any) -> str:
@@ -72,20 +79,30 @@ class TensorLayout:
         embedding = getattr(self.base, self.family.embedding)
         return float(getattr(embedding, "scalar_embed_scale", 1.0))
 
-    def check(self, source: TensorSource, path: Path) -> None:
-        """Check names, shapes and dtypes of the tensors in `source`.
+    def stores_two_embeddings(self, source: TensorSource) -> bool:
+        """Whether the config ties head and embedding, and `source` has two different tensors for them."""
+        both = {self.embedding, LM_HEAD} <= set(source.names())
+        if not (both and self.config.tie_word_embeddings):
+            return False
+        head, embedding = source.read(LM_HEAD), source.read(self.embedding)
+        return head.shape != embedding.shape or not torch.equal(head, embedding)
+
+    def check(self, source: TensorSource, path: Path, *, surplus: bool = True) -> list[str]:
+        """Check names, shapes and dtypes of the tensors in `source`; returns the names that are left aside.
 
         Args:
             path: folder or file for error messages.
+            surplus: whether tensors may be left aside; otherwise each has to have a place.
 
         Raises:
-            CheckpointError: a tensor is missing, unexpected or of another shape.
+            CheckpointError: a tensor is missing, of another shape, or has no place and would change what is computed.
             UnsupportedError: a tensor has a dtype that is not in STORED_DTYPES.
         """
-        stored = set(source.names())
+        stored = source.names()
+        missing = self.shapes.keys() - set(stored)
         for name, shape in self.shapes.items():
-            if name not in stored:
-                raise CheckpointError(f"tensor {name} is missing from {path}; download the checkpoint again")
+            if name in missing:
+                raise CheckpointError(f"tensor {name} is missing from {path}; {self._way_out(name, stored)}")
             if source.shape(name) != shape:
                 raise CheckpointError(
                     f"tensor {name} in {path} has shape {list(source.shape(name))}, "
@@ -96,15 +113,38 @@ class TensorLayout:
                 raise UnsupportedError(
                     f"tensor {name} in {path} is stored as {dtype}; use the plain bf16 or fp16 donor"
                 )
-        surplus = sorted(name for name in stored - set(self.shapes) if not name.endswith(STALE_BUFFER))
-        if surplus == [LM_HEAD] and _equal(source, LM_HEAD, self.embedding):
-            return
-        if surplus:
-            raise CheckpointError(
-                f"tensor {surplus[0]} in {path} has no place in {type(self.model).__name__} "
-                "as its config describes it"
+        aside = []
+        for name in stored:
+            if name in self.shapes or (name == LM_HEAD and self.config.tie_word_embeddings):
+                continue
+            if not (surplus and self._is_unused(name)):
+                raise CheckpointError(
+                    f"tensor {name} in {path} has no place in {type(self.model).__name__} as its config describes "
+                    "it, and would change what the model computes: correct config.json, or remove the tensor"
+                )
+            aside.append(name)
+        return aside
+
+    def _is_unused(self, name: str) -> bool:
+        """Whether what the model computes does not depend on a stored tensor that its class has no place for."""
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        if UNUSED.search(name) or any(re.search(pattern, name) for pattern in ignored):
+            return True
+        parts = name.split(".")
+        if not hasattr(self.model, parts[0]) and hasattr(self.base, parts[0]):  # named without the prefix
+            parts.insert(0, self.family.base)
+        if parts[:2] == [self.family.base, self.family.layers] and parts[2].isdigit():
+            return int(parts[2]) >= len(self.layers)
+        return not hasattr(self.model, parts[0])
+
+    def _way_out(self, name: str, stored: list[str]) -> str:
+        """What to do about the missing tensor `name`, given the names of the stored ones."""
+        if name == LM_HEAD:
+            return 'if its head is the embedding, set "tie_word_embeddings": true in config.json'
+        longer = next((other for other in stored if other.endswith(f".{name}")), None)
+        if longer is not None:
+            prefix = longer.removesuffix(name)
+            return (
+                f"it is there as {longer}, which transformers does not find: remove '{prefix}' from the names"
             )
-
-
-def _equal(source: TensorSource, left: str, right: str) -> bool:
-    return source.shape(left) == source.shape(right) and torch.equal(source.read(left), source.read(right))
+        return "download the checkpoint again"

@@ -90,7 +90,7 @@ def _quantised(config: Any) -> str | None:
     name = QUANTISED.get(str(method), str(method))
     return (
         f"its weights are quantised ({name}); use the plain (bf16 or fp16) donor it was made from, "
-        "convert that, and quantise the result"
+        "convert that, and quantise the result (where they are plain all the same, give its downloaded folder)"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import _TYPES
 from torch import Tensor
 
 from mhconvert.errors import CheckpointError
@@ -18,20 +19,7 @@ INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 FINITE_BLOCK = 1 << 24  # elements checked at a time, which bounds the memory
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+SAFETENSORS_DTYPES = {name: dtype for name, dtype in _TYPES.items() if isinstance(dtype, torch.dtype)}
 
 
 class TensorSource(Protocol):
@@ -80,7 +68,7 @@ class SafetensorsSource:
         if (self.folder / WEIGHTS).is_file():
             self._tensors = read_header(self.folder / WEIGHTS)
         elif (self.folder / INDEX).is_file():
-            self._tensors = self._from_index(self.folder / INDEX)
+            self._tensors = self._from_index(read_weight_map(self.folder))
         else:
             raise CheckpointError(no_weights(self.folder, [file.name for file in self.folder.iterdir()]))
 
@@ -104,36 +92,52 @@ class SafetensorsSource:
             raise CheckpointError(f"tensor {name} is not in {self.folder}")
         return self._tensors[name]
 
-    def _from_index(self, index: Path) -> dict[str, StoredTensor]:
+    def _from_index(self, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
         """name -> location of every tensor in the index."""
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map; download the checkpoint again")
         shards: dict[str, dict[str, StoredTensor]] = {}
         tensors = {}
         for name, file in weight_map.items():
             if file not in shards:
-                shards[file] = read_header(self._shard_path(index, file))
+                if not (self.folder / file).is_file():
+                    raise CheckpointError(
+                        f"shard {file} named in {self.folder / INDEX} is missing; download the checkpoint again"
+                    )
+                shards[file] = read_header(self.folder / file)
             if name not in shards[file]:
-                raise CheckpointError(f"{index} places tensor {name} in {file}, which does not have it")
+                raise CheckpointError(
+                    f"{self.folder / INDEX} places tensor {name} in {file}, which does not have it"
+                )
             tensors[name] = shards[file][name]
         return tensors
 
-    def _shard_path(self, index: Path, file: Any) -> Path:
-        """The path of a shard; raises CheckpointError if it is missing or outside the folder."""
-        path = PurePosixPath(str(file))
-        if (
-            path.is_absolute()
-            or ".." in path.parts
-            or "\\" in str(file)
-            or not str(file).endswith(".safetensors")
-        ):
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """tensor name -> its shard, a path relative to `folder`, as the folder's index has it.
+
+    Raises:
+        CheckpointError: the index has no weight_map, or names what is not a safetensors file inside the folder.
+    """
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download the checkpoint again")
+    for file in map(str, weight_map.values()):
+        path = PurePosixPath(file)
+        inside = not path.is_absolute() and ".." not in path.parts and "\\" not in file
+        if not inside or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index} points at '{file}', which is not a safetensors file inside its folder"
             )
-        if not (self.folder / path).is_file():
-            raise CheckpointError(f"shard {file} named in {index} is missing; download the checkpoint again")
-        return self.folder / path
+    return {name: str(file) for name, file in weight_map.items()}
+
+
+def weights_present(folder: Path) -> bool:
+    """Whether all files of the weights that transformers would read are in `folder`."""
+    if (folder / WEIGHTS).is_file():
+        return True
+    return (folder / INDEX).is_file() and all(
+        (folder / file).is_file() for file in set(read_weight_map(folder).values())
+    )
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -240,7 +244,7 @@ def no_weights(place: str | Path, files: list[str]) -> str:
             f"{place} holds pickled weights only ({pickles[0]}); mhconvert reads safetensors or GGUF: "
             "load it once with transformers where you trust it, and save_pretrained writes safetensors"
         )
-    ggufs = sorted(name for name in files if name.endswith(".gguf"))
+    ggufs = sorted(name for name in files if name.lower().endswith(".gguf"))
     if ggufs:
         return f"{place} holds no safetensors; to use its GGUF, give that file itself: {ggufs[0]}"
     return f"{place} holds no weights: neither {WEIGHTS} nor {INDEX}"

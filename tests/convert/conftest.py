@@ -37,6 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
     def build(output: Path, **changes: Any) -> Recipe:
         settings = {
+            "model": str(donor),
             "method": "mla",
             "settings": MLASettings(kv_budget=0.5, kv_bits="16"),
             "calibration": Calibration((str(text),), tokens=1024, sequence_length=64, held_out=2),
@@ -44,7 +45,7 @@ def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
             "verify": False,
             "device": "cpu",
         }
-        return Recipe(str(donor), output=str(output), **(settings | changes))
+        return Recipe(output=str(output), **(settings | changes))
 
     return build
 

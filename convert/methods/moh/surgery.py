@@ -45,11 +45,11 @@ class RoutingStatistics:
     def add(self, x: Tensor, energies: Tensor, squared_norms: Tensor) -> None:
         """Add N tokens: x (N, D), energies (N, U), squared query norms (N, U), of any dtype and device."""
         whole = torch.cat((x.float(), x.new_ones(len(x), 1).float()), dim=1)
-        e = energies.double().clamp_min(TINY).log()
-        size = squared_norms.double().clamp_min(TINY).log() / 2
+        e = energies.cpu().double().clamp_min(TINY).log()  # not every device has float64
+        size = squared_norms.cpu().double().clamp_min(TINY).log() / 2
         self.moment += (whole.mT @ whole).cpu().double()
-        self.cross += (whole.mT @ e.to(whole.dtype)).cpu().double()
-        self.norms += torch.stack((size.sum(0), size.square().sum(0), (size * e).sum(0))).cpu()
+        self.cross += (whole.mT @ e.to(whole.dtype).to(whole.device)).cpu().double()
+        self.norms += torch.stack((size.sum(0), size.square().sum(0), (size * e).sum(0)))
         self.count += len(x)
 
     @property

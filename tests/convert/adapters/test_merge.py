@@ -143,13 +143,17 @@ def test_experts_keep_their_published_names(tmp_path: Path, saved: Saved) -> Non
     assert found.keys() == stored.keys()
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens()).logits
     assert relative(logits, model(tokens()).logits) <= 1e-5
-    router = {"model.layers.0.mlp.gate.weight": load_file(base / "model.safetensors")[GATE]}
-    damaged(
-        folder, lambda t: t.update({f"base_model.model.{name}": weight for name, weight in router.items()})
-    )
-    with pytest.raises(
-        AdapterError, match=r"changes model.layers.0.mlp.gate.weight, which .*moe stores under another"
-    ):
+    changed = {
+        "model.layers.0.mlp.gate.weight": 2 * stored[GATE],  # stored whole, under another name
+        "model.layers.0.mlp.experts.gate_up_proj": torch.ones(2, 256, 64),  # two tensors of each expert
+    }
+    names = list(changed)
+    damaged(folder, lambda t: t.update({f"base_model.model.{names[0]}": changed[names[0]]}))
+    mhconvert.merge(str(folder), str(tmp_path / "router"))
+    assert torch.equal(load_file(tmp_path / "router" / "model.safetensors")[GATE], changed[names[0]])
+    damaged(folder, lambda t: t.update({f"base_model.model.{names[1]}": changed[names[1]]}))
+    words = r"changes model.layers.0.mlp.experts.gate_up_proj, which .*moe stores in 4 tensors"
+    with pytest.raises(AdapterError, match=words):
         mhconvert.merge(str(folder), str(tmp_path / "again"))
 
 
@@ -264,6 +268,11 @@ def test_a_quantised_base(saved: Saved, biased_donor: Path, tmp_path: Path) -> N
     other = make_donor(tmp_path / "awq")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        weights | {"model.layers.0.mlp.up_proj.qweight": torch.ones(8, 8, dtype=torch.int32)},
+        other / "model.safetensors",
+    )
     with pytest.raises(
         UnsupportedError, match=r"awq cannot take an adapter in: its weights are quantised \(AWQ\)"
     ):

@@ -149,3 +149,11 @@ def test_a_revision_beside_a_folder(saved: Saved, biased_donor: Path, tmp_path: 
     rewrite(folder, base_model_name_or_path="none/such", revision="v2")
     with pytest.raises(MhconvertError, match="none/such@v2|none/such"):
         mhconvert.merge(str(folder), str(tmp_path / "again"))
+
+
+def test_an_adapter_with_added_tokens(saved: Saved, tmp_path: Path) -> None:
+    folder, _ = saved()
+    damage(folder, lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(328, 64)}))
+    words = r"with 328 tokens, and \S+ has 320: tokens were added .* base.resize_token_embeddings\(328\)"
+    with pytest.raises(AdapterError, match=words):
+        mhconvert.merge(str(folder), str(tmp_path / "out"))

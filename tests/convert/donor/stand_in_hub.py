@@ -24,9 +24,9 @@ class StandInHub:
         self.endpoint = ""
 
     def downloads(self) -> list[str]:
-        """Names of the files that were fetched, in order."""
+        """Paths in their repository of the files that were fetched, in order."""
         return [
-            path.rsplit("/", 1)[1]
+            path.split("/resolve/")[1].split("/", 1)[1]
             for path in self.requests
             if path.startswith("GET ") and "/resolve/" in path
         ]
@@ -65,15 +65,17 @@ def stand_in_hub() -> Iterator[StandInHub]:
             return self.send(200, "", file.read_bytes(), with_body)
 
         def api(self, folder: Path, rest: list[str], repo: str, with_body: bool) -> None:
-            files = sorted(folder.iterdir())
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            names = [file.relative_to(folder).as_posix() for file in files]
             if rest[:1] == ["tree"]:
                 rows = [
-                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": blob(f)} for f in files
+                    {"type": "file", "path": name, "size": f.stat().st_size, "oid": blob(f)}
+                    for name, f in zip(names, files, strict=True)
                 ]
                 return self.send(200, "", json.dumps(rows).encode(), with_body)
             if rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT):
                 return self.send(404, "RevisionNotFound", b"{}", with_body)
-            facts = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
+            facts = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
             return self.send(200, "", json.dumps(facts).encode(), with_body)
 
         def send(self, status: int, code: str, body: bytes, with_body: bool) -> None:

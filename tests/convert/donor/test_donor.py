@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mhconvert.convert.donor.donor import open_donor
@@ -151,12 +152,6 @@ EMBEDDING = "model.embed_tokens.weight"
             CheckpointError,
             "has shape [63], but its config asks for [64]",
         ),
-        (lambda w: w.update(extra=torch.ones(1)), CheckpointError, "tensor extra in"),
-        (
-            lambda w: w.update({"lm_head.weight": w[EMBEDDING] + 1}),
-            CheckpointError,
-            "tensor lm_head.weight in",
-        ),
         (
             lambda w: w.update({NORM: w[NORM].to(torch.float8_e4m3fn)}),
             UnsupportedError,
@@ -171,13 +166,53 @@ def test_weights_that_do_not_fit_the_config(tmp_path, change, kind, words):
     assert words in message(error)
 
 
-def test_copies_that_follow_from_other_tensors_are_ignored(tmp_path):
-    stale = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    folder = changed_weights(tmp_path, lambda w: w.update(stale | {"lm_head.weight": w[EMBEDDING].clone()}))
-    donor = open_donor(str(folder))
-    names = donor.outer_tensor_names() + donor.layer_tensor_names(0)
-    assert set(donor.source.names()) > set(names)
-    assert not {"lm_head.weight", *stale} & set(names)
+UNUSED: dict[str, Tensor] = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    "model.rotary_emb.original_inv_freq": torch.ones(8),
+    "model.layers.1.self_attn.k_scale": torch.ones(1),
+    "model.layers.1.self_attn.v_proj.output_scale": torch.ones(1),
+    "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+    "model.layers.0.self_attn.masked_bias": torch.tensor(-1e9),
+    "v_head.summary.weight": torch.ones(1, 64),
+    "score.weight": torch.ones(2, 64, dtype=torch.float8_e4m3fn),
+    "mtp.layers.0.self_attn.q_proj.weight": torch.ones(64, 64),
+    "model.mtp_block.norm.weight": torch.ones(64),
+    "model.layers.2.self_attn.q_proj.bias": torch.ones(64),  # behind the last of two layers
+}
+
+
+def test_tensors_that_no_output_depends_on_are_left_aside_and_named(tmp_path):
+    expected = open_donor(str(make_donor(tmp_path / "plain"))).model("cpu")(IDS).logits
+    donor = open_donor(str(changed_weights(tmp_path / "more", lambda w: w.update(UNUSED))))
+    told = []
+    donor.open_weights(told.append)
+    assert torch.equal(donor.model("cpu")(IDS).logits, expected)
+    names = donor.outer_tensor_names() + donor.layer_tensor_names(0) + donor.layer_tensor_names(1)
+    assert not set(UNUSED) & set(names)
+    assert set(donor.published_names().values()) == set(names)
+    [event] = told
+    assert event.message.startswith("left aside, as LlamaForCausalLM has no place for it: ")
+    assert event.message.endswith(f" and {len(UNUSED) - 3} more")
+    assert sum(name in event.message for name in UNUSED) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.0.mlp.up_proj.weight_scale",
+        "model.embed_positions.weight",
+        "lm_head.bias",
+        "layers.0.mlp.up_proj.bias",
+    ],
+)
+def test_surplus_tensors_that_would_change_what_is_computed(tmp_path, name):
+    donor = open_donor(str(changed_weights(tmp_path, lambda w: w.update({name: torch.ones(64)}))))
+    with pytest.raises(CheckpointError) as error:
+        _ = donor.source
+    assert f"tensor {name} in" in message(error)
+    assert "would change what the model computes: correct config.json, or remove the tensor" in message(error)
 
 
 def test_nan_surfaces_with_the_layer_that_holds_it(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from huggingface_hub import constants, hf_hub_download
 
+from mhconvert.convert.checkpoint.fingerprint import of_folder
 from mhconvert.convert.donor import hub_download
 from mhconvert.convert.donor.donor import open_donor
 from mhconvert.errors import CheckpointError, UnsupportedError
@@ -55,6 +56,42 @@ def test_weights_are_fetched_when_they_are_needed_and_nothing_else_is(server, pu
     later = server.downloads()[len(first) :]
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert sorted(later) == [*shards, "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize(
+    "place", ["model.safetensors-0000{}-of-00002.safetensors", "weights [fp32]/part{}.safetensors"]
+)
+def test_shards_are_fetched_by_the_names_in_the_index(server, published, place):
+    index = published / "model.safetensors.index.json"
+    text = index.read_text()
+    shards = [place.format(number) for number in (1, 2)]
+    for number, shard in enumerate(shards, 1):
+        (published / shard).parent.mkdir(exist_ok=True)
+        (published / f"model-0000{number}-of-00002.safetensors").rename(published / shard)
+        text = text.replace(f"model-0000{number}-of-00002.safetensors", shard)
+    index.write_text(text)
+    donor, local = open_donor(TINY), open_donor(str(published))
+    assert torch.equal(donor.source.read("model.norm.weight"), local.source.read("model.norm.weight"))
+    assert sorted(name for name in server.downloads() if name.endswith(".safetensors")) == shards
+    assert hub_download.unavailable(TINY) is None
+    before, shard = of_folder(published), published / shards[1]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    assert of_folder(published) != before
+
+
+def test_one_file_of_weights_is_preferred_to_shards_as_in_transformers(server, published):
+    make_donor(published)
+    assert open_donor(TINY).source.names()
+    assert [name for name in server.downloads() if name.endswith(".safetensors")] == ["model.safetensors"]
+
+
+def test_additional_chat_templates_are_fetched(server, published):
+    template = published / "additional_chat_templates" / "tool_use.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ tools }}")
+    assert (
+        open_donor(TINY).folder / "additional_chat_templates" / "tool_use.jinja"
+    ).read_text() == "{{ tools }}"
 
 
 def test_the_demo_donor_comes_from_the_hub_where_it_can(server, published):

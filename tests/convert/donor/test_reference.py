@@ -4,6 +4,7 @@ import pytest
 
 from mhconvert.convert.donor.donor import open_donor
 from mhconvert.errors import CheckpointError, UnsupportedError
+from tests.donors import make_gguf
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,13 @@ def test_model_types_unknown_to_transformers(tmp_path):
         UnsupportedError, match=r"model type 'my_llm' .* the supported ones are arcee, .*llama, .*mistral"
     ):
         open_donor(str(tmp_path), trust_remote_code=True)
+
+
+def test_a_gguf_file_is_known_by_its_suffix_in_any_case(tmp_path):
+    file = make_gguf(tmp_path / "TINY.GGUF")
+    assert (
+        open_donor(str(file)).source.names()
+        == open_donor(str(make_gguf(tmp_path / "tiny.gguf"))).source.names()
+    )
+    with pytest.raises(CheckpointError, match=r"to use its GGUF give the file itself: .*TINY\.GGUF"):
+        open_donor(str(tmp_path))

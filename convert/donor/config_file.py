@@ -1,0 +1,95 @@
+"""A donor's config.json: read without running code, freed of what its trainer left there, and refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from mhconvert.errors import CheckpointError, UnsupportedError
+
+from ..families.facts import FAMILIES
+from ..methods.registry import METHODS
+from ..storage.folder_kind import is_adapter
+from ..storage.safetensors_reader import SafetensorsSource, read_json, weights_present
+from .tensor_layout import STORED_DTYPES
+
+# How somebody ran the model, not what it is; each with its default in transformers.
+RUNTIME_SWITCHES = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+    "return_dict": True,
+    "use_cache": True,
+    "torchscript": False,
+    "chunk_size_feed_forward": 0,
+}
+
+
+def read_config(folder: Path) -> tuple[Any, tuple[str, ...]]:
+    """The transformers config of a model folder, and sentences for the user about it.
+
+    RUNTIME_SWITCHES have transformers' defaults. A `quantization_config` beside plain weights, which asks transformers
+    to quantise them on loading, is left aside.
+
+    Raises:
+        CheckpointError: config.json is missing or invalid.
+        UnsupportedError: the model type is unknown, or the model is already converted.
+    """
+    file = folder / "config.json"
+    model_type = _model_type(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{file} is not a valid {model_type} config: {' '.join(str(error).split())}"
+        ) from error
+    for name, value in RUNTIME_SWITCHES.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    vocabulary, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
+    if vocabulary and padding is not None and padding >= vocabulary:
+        raise CheckpointError(
+            f"{file} has pad_token_id={padding}, and with vocab_size={vocabulary} the last token is "
+            f"{vocabulary - 1}, so that no model can be built; set pad_token_id to null, or to another token's id"
+        )
+    if getattr(config, "quantization_config", None) and _has_plain_weights(folder):
+        del config.quantization_config
+        return config, ("left aside: the quantization_config in its config.json, as its weights are plain",)
+    return config, ()
+
+
+def _model_type(folder: Path) -> str:
+    """The model_type in the folder's config.json. Raises as `read_config` does."""
+    file = folder / "config.json"
+    if not file.is_file():
+        if is_adapter(folder):
+            raise CheckpointError(
+                f"{folder} is an adapter, not a model; make one of it: mhconvert merge {folder}"
+            )
+        ggufs = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+        hint = f"; to use its GGUF give the file itself: {ggufs[0]}" if ggufs else ": not a model folder"
+        raise CheckpointError(f"{folder} has no config.json{hint}")
+    model_type = read_json(file).get("model_type")
+    if model_type is None:
+        raise CheckpointError(f"{file} names no model_type; it is not a transformers model")
+    if str(model_type).split("_")[0] in METHODS:
+        raise UnsupportedError(
+            f"{folder} is already converted ({model_type}); convert the donor it was made from"
+        )
+    if model_type not in CONFIG_MAPPING:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedError(
+            f"model type '{model_type}' of {folder} is not supported; the supported ones are {known}"
+        )
+    return str(model_type)
+
+
+def _has_plain_weights(folder: Path) -> bool:
+    """Whether the weights in `folder`, where they are at hand, are all floating-point numbers of 16 bits or more."""
+    if not weights_present(folder):
+        return False
+    source = SafetensorsSource(folder)
+    return all(source.dtype(name) in STORED_DTYPES for name in source.names())

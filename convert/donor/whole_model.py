@@ -1,0 +1,37 @@
+"""A donor's whole model in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from ..storage.safetensors_reader import TensorSource
+from .tensor_layout import LM_HEAD, TensorLayout, meta_model
+
+
+def whole_model(
+    source: TensorSource,
+    layout: TensorLayout,
+    rotary: nn.Module,
+    generation: GenerationConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Any:
+    """The model of `layout` with the weights of `source` in `dtype`, in eval mode without gradients.
+
+    rotary: its rotary embedding, on `device`.
+    """
+    model, family = meta_model(layout.config), layout.family
+    weights = {name: source.read(name).to(device=device, dtype=dtype) for name in layout.shapes}
+    weights.setdefault(LM_HEAD, weights[layout.output])
+    model.load_state_dict(weights, strict=True, assign=True)
+    setattr(getattr(model, family.base), family.rotary, rotary)
+    for module in model.modules():  # buffers that are derived from the config
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
+    model.tie_weights()
+    model.generation_config = generation
+    return model.eval().requires_grad_(False)
