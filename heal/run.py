@@ -211,7 +211,7 @@ class _Healing:
         self, model: Any, before: dict[str, Any], lesson: Lesson, metrics: Metrics, finish: Finish
     ) -> dict[str, Any]:
         """Write the result, check it in a new process, and rename OUT.partial to OUT; returns the report."""
-        asked, space = self.asked, self.space
+        asked, space, trusted = self.asked, self.space, self.asked.trust_remote_code
         if self.settings.fusion:
             fusion.fuse(model, self.settings.fusion)
         if self.source is not None:
@@ -224,12 +224,10 @@ class _Healing:
         report |= {"healing": self._training_report(lesson.text, metrics), "versions": versions()}
         if self.settings.fusion and self.source is not None:
             write_result.record_heads(report, model, self.source)
-        write_result.write_checkpoint(
-            space, model, self.source, asked.checkpoint, code=asked.trust_remote_code
-        )
+        write_result.write_checkpoint(space, model, self.source, asked.checkpoint, code=trusted)
         if asked.verify and not self.adapter:
             self.on_progress(Progress("verify", 0, 1))
-            report |= write_result.verify_reload(space, model, lesson.text.held_out, asked.trust_remote_code)
+            report |= write_result.verify_reload(space, model, lesson.text.held_out, trusted)
         report["peak_rss_bytes"] = peak_rss(report)
         finish(space.partial, report)
         write_result.write_record(space.partial, asked.checkpoint, self.settings)

@@ -22,7 +22,8 @@ from ..methods.hydra.branches import Branches
 from ..methods.refusals import refusals
 from ..storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ..storage.output_folder import check_free
-from ..storage.safetensors_reader import StoredTensor, read_header, read_json, read_tensor
+from ..storage.safetensors_header import StoredTensor, read_header
+from ..storage.safetensors_reader import read_json, read_tensor
 from .lora_rules import lora_scale, require_plain
 
 WEIGHTS = "adapter_model.safetensors"

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import _TYPES
 from torch import Tensor
 
 from mhconvert.errors import CheckpointError
 
+from .safetensors_header import StoredTensor, read_header
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 FINITE_BLOCK = 1 << 24  # elements checked at a time, which bounds the memory
-
-SAFETENSORS_DTYPES = {name: dtype for name, dtype in _TYPES.items() if isinstance(dtype, torch.dtype)}
 
 
 class TensorSource(Protocol):
@@ -42,17 +38,6 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU, in new memory; raises CheckpointError for NaN or infinite values."""
         ...
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """The location of a tensor: `nbytes` bytes of `file` from `offset`."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class SafetensorsSource:
@@ -138,46 +123,6 @@ def weights_present(folder: Path) -> bool:
     return (folder / INDEX).is_file() and all(
         (folder / file).is_file() for file in set(read_weight_map(folder).values())
     )
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """name -> location of the tensors in one safetensors file.
-
-    Raises:
-        CheckpointError: it is truncated or not a safetensors file.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            if start == b"version ":
-                raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run 'git lfs pull'")
-            if len(start) < 8 or length > min(HEADER_LIMIT, size - 8):
-                raise CheckpointError(f"{file} is truncated or not a safetensors file ({size} bytes)")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        entries = {name: _stored_tensor(file, entry, 8 + length) for name, entry in header.items()}
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is not a valid safetensors file ({error})") from error
-    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
-    if end > size:
-        raise CheckpointError(f"{file} is truncated: {size} bytes of {end}; download it again")
-    return entries
-
-
-def _stored_tensor(file: Path, entry: dict[str, Any], base: int) -> StoredTensor:
-    """The location of a tensor from its entry in the header; `base` is the offset of the tensor data in the file."""
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(n) for n in entry["shape"])
-    if entry["dtype"] not in SAFETENSORS_DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is unknown")
-    dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-    if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"offsets {begin}:{end} do not fit shape {list(shape)}")
-    return StoredTensor(file, base + begin, end - begin, shape, dtype)
 
 
 def read_tensor(name: str, entry: StoredTensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .atomic_files import write_json
-from .safetensors_reader import INDEX, SAFETENSORS_DTYPES, WEIGHTS
+from .safetensors_header import SAFETENSORS_DTYPES
+from .safetensors_reader import INDEX, WEIGHTS
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 HEADER_BYTES_A_TENSOR = 256  # reserved for the header of a shard, whose tensors are not known in advance

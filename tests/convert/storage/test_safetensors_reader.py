@@ -79,6 +79,34 @@ def test_header_that_contradicts_itself(tmp_path, facts):
         SafetensorsSource(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "size"),
+    [
+        ({"a": [0, 8], "b": [0, 8]}, 8),
+        ({"a": [0, 8], "b": [4, 12]}, 12),
+        ({"a": [4, 12]}, 12),
+        ({"a": [0, 8], "b": [12, 20]}, 20),
+        ({"a": [0, 8]}, 12),
+    ],
+    ids=["twice", "overlapping", "shifted", "hole", "surplus"],
+)
+def test_tensors_tile_the_file(tmp_path, offsets, size):
+    header = json.dumps(
+        {name: {"dtype": "F32", "shape": [2], "data_offsets": place} for name, place in offsets.items()}
+    ).encode()
+    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * size)
+    with pytest.raises(CheckpointError, match=r"is not a valid safetensors file \((invalid|incomplete)"):
+        SafetensorsSource(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[2.0], [True, 2], ["2"]])
+def test_shapes_are_whole_numbers(tmp_path, shape):
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}).encode()
+    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+    with pytest.raises(CheckpointError, match="is not a valid safetensors file"):
+        SafetensorsSource(tmp_path)
+
+
 def test_git_lfs_pointer(tmp_path):
     (tmp_path / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(CheckpointError, match="is a Git LFS pointer, not the weights; run 'git lfs pull'"):
