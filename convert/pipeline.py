@@ -100,6 +100,7 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     byte_size(recipe.max_shard_size)
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=on_progress)
     on_progress(Progress("donor", 1, 1, donor.notice or donor.name))
+    donor.check_files()
     largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)
     method = build_method(recipe.method, donor.config, largest.settings, recipe.effort)
     calibration_rows.check(recipe, donor.config)

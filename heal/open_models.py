@@ -18,6 +18,7 @@ from ..convert.bare_process.reload import PROMPT
 from ..convert.checkpoint import identity
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage import folder_kind, output_folder
+from ..convert.storage.linked_files import own_files
 from ..convert.storage.safetensors_reader import SafetensorsSource
 from . import fusion, packed_rows, routing, schedule
 from .metrics import require_tensorboard
@@ -111,9 +112,10 @@ def _require_adapter_settings(method: str, settings: HealSettings) -> None:
 
 def check_output(asked: Run, student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:
     """Raises OutputError unless the output may be written: not over a model that is read, except with --force over
-    the checkpoint itself.
+    the checkpoint itself. CheckpointError as `own_files` does.
     """
     checkpoint = Path(asked.checkpoint)
+    own_files(checkpoint)
     read = [model.donor.folder for model in (student, teacher) if model.donor is not None]
     read += [Path(teacher.reference)]
     with suppress(MhconvertError):  # a donor that is not recorded here cannot be overwritten

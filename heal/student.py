@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mhconvert.errors import HealError
 
-from ..convert.donor.donor import final_logits
+from ..convert.donor.whole_model import final_logits
 from ..convert.recipe.heal_settings import HealSettings
 from .layer_fit import tensor_scale
 from .losses import Predictions, chunked_loss, hidden_error

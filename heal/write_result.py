@@ -21,7 +21,7 @@ from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import write_json
 from ..convert.storage.byte_size import DEFAULT_SHARD_SIZE, byte_size
 from ..convert.storage.dtype_cast import cast
-from ..convert.storage.linked_files import require_inside
+from ..convert.storage.linked_files import own_files
 from ..convert.storage.ownership import MARK
 from ..convert.storage.safetensors_reader import INDEX, SafetensorsSource, read_json
 from ..convert.storage.shard_writer import ShardWriter
@@ -85,9 +85,8 @@ def write_checkpoint(
         REWRITTEN if source is not None else (REPORT, provenance.PROVENANCE, provenance.EVALUATION, *PICTURES)
     )
     kinds = (".safetensors",) if code else (".safetensors", ".py")
-    for file in sorted(path for path in Path(checkpoint).iterdir() if path.is_file()):
+    for file in own_files(Path(checkpoint)):
         if file.name not in (*not_copied, MARK) and file.suffix not in kinds:
-            require_inside(Path(checkpoint), file)
             shutil.copyfile(file, folder / file.name)
     carry_files(Path(checkpoint), folder, NAMED_TEMPLATES)
     if source is not None:

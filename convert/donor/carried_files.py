@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.atomic_files import write_json
-from ..storage.linked_files import require_inside
+from ..storage.linked_files import require_own
 from ..storage.safetensors_reader import read_json
 from .hub_download import CARRIED_FILES, TOKENIZER_CODE
 
@@ -22,18 +22,23 @@ def carry_files(source: Path, target: Path, *patterns: str, code: bool = False) 
         code: copy the code of the tokenizer too.
 
     Raises:
-        CheckpointError: one of them is a link out of `source`.
+        CheckpointError: one of them is a link out of `source`; see `require_own`.
     """
-    patterns = (*(patterns or CARRIED_FILES), *(TOKENIZER_CODE if code else ()))
-    files = {
-        file.relative_to(source) for pattern in patterns for file in source.glob(pattern) if file.is_file()
-    }
-    for file in sorted(files):
-        require_inside(source, source / file)
+    files = carried(source, *patterns, code=code)
+    for file in files:
         (target / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / file, target / file)
-    for file in sorted(file for file in files if file.name.endswith("_config.json")):
+    for file in (file for file in files if file.name.endswith("_config.json")):
         _drop_code(target / file, code)
+
+
+def carried(source: Path, *patterns: str, code: bool = False) -> list[Path]:
+    """What `carry_files` copies, relative to `source`. Raises as it does."""
+    patterns = (*(patterns or CARRIED_FILES), *(TOKENIZER_CODE if code else ()))
+    files = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
+    for file in files:
+        require_own(source, file)
+    return [file.relative_to(source) for file in files]
 
 
 def _drop_code(file: Path, code: bool) -> None:

@@ -17,11 +17,11 @@ from mhconvert.progress import Listener, Progress, ignore
 
 from ..families.facts import Family, family_of
 from . import reference as references
-from .carried_files import carry_files
+from .carried_files import carried, carry_files
 from .checked_weights import open_checked
 from .tensor_layout import TensorLayout, attention_implementation, meta_model
 from .tensor_names import TransformersNames
-from .whole_model import whole_model
+from .whole_model import final_logits, whole_model
 
 HEAD_BLOCK = 1 << 14  # rows of the output embedding that are cast to float32 at a time
 
@@ -141,6 +141,11 @@ class Donor:
             return
         carry_files(self.folder, out, code=self._trust)
 
+    def check_files(self) -> None:
+        """Raises CheckpointError for what `copy_files` would refuse."""
+        if self._resolved.header is None:
+            carried(self.folder, code=self._trust)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """name -> shape of every tensor that the config requires, without a tied lm_head."""
         return dict(self.layout.shapes)
@@ -240,10 +245,3 @@ class Donor:
         if name not in self._outer_tensors:
             self._outer_tensors[name] = self.source.read(name)
         return self._outer_tensors[name]
-
-
-def final_logits(config: Any, logits: Tensor) -> Tensor:
-    """The logits after the scaling of Granite and the softcap of Gemma 2, if the config has them."""
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -52,6 +52,7 @@ class TransformersNames:
             self._parts[layout.embedding] = self._parts.pop(LM_HEAD)
         self.places: dict[str, str] = {}
         for name, parts in self._parts.items():
+            _require_one(name, parts)
             experts = max(map(len, parts.values()))
             for each in parts.values():
                 if len(each) != experts:
@@ -116,6 +117,14 @@ class TransformersNames:
         if name not in self._parts:
             raise CheckpointError(f"tensor {name} is not in the checkpoint")
         return [stored for each in self._parts[name].values() for stored in each]
+
+
+def _require_one(name: str, parts: dict[str, list[str]]) -> None:
+    """Raises CheckpointError where a tensor is stored whole more than once, or whole and in parts."""
+    whole = parts.get("", [])
+    if len(whole) > 1 or (whole and len(parts) > 1):
+        stored = ", ".join(stored for each in parts.values() for stored in each)
+        raise CheckpointError(f"the tensor {name} is stored more than once: {stored}; remove all but one")
 
 
 def _numbers(name: str) -> list[int]:

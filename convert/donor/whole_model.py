@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..storage.safetensors_reader import TensorSource
@@ -35,3 +35,10 @@ def whole_model(
     model.tie_weights()
     model.generation_config = generation
     return model.eval().requires_grad_(False)
+
+
+def final_logits(config: Any, logits: Tensor) -> Tensor:
+    """The logits after the scaling of Granite and the softcap of Gemma 2, if the config has them."""
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

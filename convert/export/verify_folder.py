@@ -64,7 +64,7 @@ def verify_folder(
     _require_one_vocabulary(folder, opened.vocab_size, twin)
     expected = same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell)
     tell(Progress("verify", 0, 1))
-    measured = _measure(folder, expected, python)
+    measured = _measure(folder, expected, python, trust_remote_code)
     limit = tolerance if tolerance is not None else _tolerance(folder) if against is None else None
     if limit is not None and not measured["relative_difference"] <= limit:
         raise ProofError(
@@ -88,7 +88,9 @@ def _model_folder(reference: str) -> Path:
     return folder
 
 
-def _measure(folder: Path, expected: same_outputs.Expected, python: str | None) -> dict[str, Any]:
+def _measure(
+    folder: Path, expected: same_outputs.Expected, python: str | None, trusted: bool
+) -> dict[str, Any]:
     """What `folder` computes in a bare process of the interpreter `python`, beside what is expected.
 
     Returns:
@@ -105,6 +107,7 @@ def _measure(folder: Path, expected: same_outputs.Expected, python: str | None) 
             tolerance=FREE,
             threads=torch.get_num_threads(),
             python=python,
+            trusted=trusted,
         )
     return reloaded | {
         "greedy_equal": reloaded["sample"]["text"] == expected.text,

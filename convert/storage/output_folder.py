@@ -25,6 +25,8 @@ from .output_lock import OutputLock
 from .ownership import MARK, is_blank, kind_of, mark
 from .publishing import publish, recover
 
+PARTIAL = ".partial"
+LONGEST_NAME = 255 - len(PARTIAL)  # bytes
 WORK = "work"  # subfolder of OUT.partial, deleted before OUT.partial is renamed
 
 DISK_FULL = ("No space left", "PytorchStreamWriter failed", "unexpected pos")  # the last two from torch.save
@@ -42,7 +44,7 @@ class PartialFolder:
 
     def __init__(self, output: Path, kind: str):
         self.output, self.kind = output, kind
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = output.with_name(output.name + PARTIAL)
         self.work = self.folder / WORK
         self._new_parents: list[Path] = []
         self._lock = OutputLock(output)
@@ -205,13 +207,17 @@ def check_free(output: Path, force: bool, *read: Path | None) -> None:
     Raises:
         OutputError: `output` exists and may not be replaced.
     """
+    if not output.name or output.name == ".." or output.is_mount():
+        raise OutputError(f"'{output}' cannot be replaced as a whole; name a folder of its own with -o")
+    if len(os.fsencode(output.name)) > LONGEST_NAME:
+        raise OutputError(
+            f"the name of {output} is too long: it may have {LONGEST_NAME} bytes; choose another with -o"
+        )
     recover(output)
     if os.path.lexists(output) and not force:
         raise OutputError(f"{output} exists; choose another folder with -o, or replace it with --force")
     if os.path.lexists(output) and not output.is_dir():
         raise OutputError(f"{output} is no folder; choose another name with -o")
-    if not output.name or output.name == ".." or output.is_mount():
-        raise OutputError(f"'{output}' cannot be replaced as a whole; name a folder of its own with -o")
     if any(folder and folder.resolve().is_relative_to(output.resolve()) for folder in read):
         raise OutputError(
             f"{output} is read by this command, or holds what is; choose another folder with -o"

@@ -4,6 +4,7 @@ later run can tell which of the two it should have."""
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from .output_lock import OutputLock
 from .ownership import is_blank, kind_of, mark, unmark
 
 ASIDE = "replaced"  # kind of the folder in which an output is kept that is being replaced
+LONG_NAME = 200  # bytes; longer names stand as their hash
 
 
 def publish(partial: Path, output: Path) -> None:
@@ -23,7 +25,7 @@ def publish(partial: Path, output: Path) -> None:
     flush(partial)
     aside = None
     if os.path.lexists(output):
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+        aside = Path(tempfile.mkdtemp(prefix=_aside_prefix(output), dir=output.parent))
         mark(aside, ASIDE)
         os.replace(output, aside / output.name)
     os.replace(partial, output)
@@ -40,16 +42,26 @@ def recover(output: Path) -> None:
     """
     left = [
         found
-        for found in output.parent.glob(f".{glob.escape(output.name)}.old-*")
+        for found in output.parent.glob(f"{glob.escape(_aside_prefix(output))}*")
         if kind_of(found) == ASIDE or is_blank(found)
     ]
     if not left or not (lock := OutputLock(output)).acquire():
         return
-    for found in left:
-        if os.path.lexists(found / output.name) and not os.path.lexists(output):
-            os.replace(found / output.name, output)
-        _remove_aside(found)
-    lock.release()
+    try:
+        for found in left:
+            if os.path.lexists(found / output.name) and not os.path.lexists(output):
+                os.replace(found / output.name, output)
+            _remove_aside(found)
+    finally:
+        lock.release()
+
+
+def _aside_prefix(output: Path) -> str:
+    """How the names begin of folders in which `output` is kept; the bytes that a name may have are room for it."""
+    name = output.name
+    if len(os.fsencode(name)) > LONG_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f".{name}.old-"
 
 
 def flush(folder: Path) -> None:

@@ -137,11 +137,14 @@ def test_verify_against_another_model(main: Main, capsys: pytest.CaptureFixture[
     (donor / "modeling_own.py").write_text("raise SystemExit('this was run')")
     assert main("verify", donor, "--against", portable) == 1
     assert "modeling_own.py is code that this version of mhconvert does not ship" in capsys.readouterr().err
+    (donor / "modeling_own.py").write_text("# changed, and trusted")
+    assert main("verify", donor, "--against", portable, "--trust-remote-code") == 0
     (donor / "modeling_own.py").unlink()
+    capsys.readouterr()
     config = (donor / "config.json").read_text()
     (donor / "config.json").write_text(
         json.dumps(json.loads(config) | {"auto_map": {"AutoConfig": "a/b--c.D"}})
     )
     assert main("verify", donor, "--against", portable) == 1
-    assert "config.json names code of another repository" in capsys.readouterr().err
+    assert "config.json names code outside of its folder (a/b--c.D)" in capsys.readouterr().err
     (donor / "config.json").write_text(config)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import mhconvert
 from mhconvert.convert.methods.hydra.settings import HydraSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe
 from mhconvert.convert.storage import safetensors_reader
+from mhconvert.convert.storage.safetensors_reader import WEIGHTS
 from mhconvert.errors import AdapterError, MhconvertError, OutputError, UnsupportedError
 from tests.convert.methods.hydra.adapted import layers, tokens
 from tests.donors import make_donor, make_gguf
@@ -172,5 +174,6 @@ def test_a_quantised_donor(tmp_path: Path) -> None:
     donor = make_donor(tmp_path / "tiny")
     config = json.loads((donor / "config.json").read_text())
     (donor / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    save_file({"model.layers.0.mlp.up_proj.qweight": torch.ones(4, 4, dtype=torch.int32)}, donor / WEIGHTS)
     with pytest.raises(UnsupportedError, match=r"quantised \(GPTQ\)"):
         mhconvert.convert(recipe(donor, tmp_path / "out"))

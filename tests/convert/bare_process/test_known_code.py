@@ -23,6 +23,14 @@ def other_repository(folder: Path) -> None:
     (folder / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "org/evil--modeling_x.M"}}')
 
 
+def path_of_its_own(folder: Path) -> None:
+    (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "/tmp/evil/mod.Cls"}}')
+
+
+def old_form(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"auto_map": ["org/evil--tok.T", null]}')
+
+
 def file_of_its_own(folder: Path) -> None:
     (folder / "deep").mkdir()
     (folder / "deep" / "modeling_x.py").write_text("")
@@ -37,7 +45,9 @@ def linked_folder(folder: Path) -> None:
     (folder / "code").symlink_to(folder.parent)
 
 
-@pytest.mark.parametrize("plant", [other_repository, file_of_its_own, changed_file, linked_folder])
+@pytest.mark.parametrize(
+    "plant", [other_repository, path_of_its_own, old_form, file_of_its_own, changed_file, linked_folder]
+)
 def test_code_that_is_not_ours_is_named(tmp_path: Path, plant: Callable[[Path], None]) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
@@ -88,6 +98,22 @@ def test_a_link_out_of_the_donor_is_not_copied(tmp_path: Path) -> None:
     asked = Recipe(
         str(donor), "mla", output=str(tmp_path / "out"), calibration=few, effort="quick", verify=False
     )
-    with pytest.raises(CheckpointError, match=r"LICENSE is a link to .*token, outside of its folder"):
+    with pytest.raises(CheckpointError, match=r"LICENSE is a link to .*token, which is no file of a model"):
         api.convert(asked)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["donor", "text.txt", "token"]
+
+
+def test_a_donor_put_together_of_links_is_ordinary(tmp_path: Path) -> None:
+    donor, linked, out = make_donor(tmp_path / "donor"), tmp_path / "linked", tmp_path / "out"
+    linked.mkdir()
+    for file in donor.iterdir():
+        (linked / file.name).symlink_to(file)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20)
+    few = Calibration((str(text),), tokens=128, sequence_length=32, held_out=2)
+    settings = MLASettings(kv_bits="16")
+    api.convert(
+        Recipe(str(linked), "mla", settings, output=str(out), calibration=few, effort="quick", verify=False)
+    )
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert (out / "LICENSE").read_bytes() == (donor / "LICENSE").read_bytes()

@@ -55,6 +55,17 @@ def test_an_expert_that_lacks_a_tensor_is_named(tmp_path: Path) -> None:
         _ = open_donor(str(folder)).source
 
 
+def test_a_tensor_that_is_stored_twice_is_named(tmp_path: Path) -> None:
+    folder = make_donor(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    again = "model.layers.0.mlp.up_proj.weight"
+    write_weights(folder, weights | {again.removeprefix("model."): torch.zeros_like(weights[again])})
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(again)} is stored more than once: .*remove all but"
+    ):
+        _ = open_donor(str(folder)).source
+
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHANGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "names without the prefix": lambda w: {name.removeprefix("model."): t for name, t in w.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ def test_an_output_that_exists(tmp_path: Path) -> None:
     for name in ("file", "link"):
         with pytest.raises(OutputError, match=r"is no folder"):
             check_free(tmp_path / name, force=True)
-    for place in (Path("."), Path(".."), Path("/")):
+    for place, force in product((Path("."), Path(".."), Path("/")), (False, True)):
         with pytest.raises(OutputError, match=r"cannot be replaced as a whole"):
-            check_free(place, force=True)
+            check_free(place, force=force)
 
 
 def test_the_donor_is_never_replaced(tmp_path: Path) -> None:

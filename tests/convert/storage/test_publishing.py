@@ -149,3 +149,13 @@ def test_a_lock_is_for_one_and_leaves_no_file(tmp_path: Path) -> None:
     assert second.acquire()
     second.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_name_is_replaced_and_one_too_long_is_refused(tmp_path: Path) -> None:
+    longest = tmp_path / ("n" * 247)
+    for text in ("old", "new"):
+        write(longest, text)
+    assert content(longest) == {"new"}
+    assert list(tmp_path.iterdir()) == [longest]
+    with pytest.raises(OutputError, match="is too long: it may have 247 bytes"):
+        write(tmp_path / ("é" * 124), "new")
