@@ -22,6 +22,18 @@ def json_safe(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _cache_row(report: dict[str, Any]) -> tuple[str, str, str, str]:
+    """The bytes of the cache. A budget of codes is a share of 16 bits, which a donor in float32 has twice."""
+    donor, converted = (report["kv_bytes_per_token"].get(key) for key in ("donor", "converted"))
+    part = ""
+    if donor and converted:
+        part = share(converted / donor) + " of the donor's"
+        coded = any("kv_code_bytes" in layer for layer in report.get("layers") or ())
+        if coded and report.get("dtype") == "float32":
+            part += f" float32, {share(2 * converted / donor)} of 16 bits"
+    return "KV cache a token", size(donor), size(converted), part + ", measured"
+
+
 def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The rows (quantity, donor, converted, remark) of a conversion's table, without a header.
 
@@ -42,11 +54,8 @@ def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         measure, limit = tolerance["asked"].split("=")
         budget = f"at budget {share(tolerance['kv_budget'])}, on held-out text"
         table.append((f"tolerance {measure} ≤ {limit}", "", number(tolerance["measured"]), budget))
-    cache = report.get("kv_bytes_per_token") or {}
-    if cache:
-        donor, converted = cache.get("donor"), cache.get("converted")
-        part = share(converted / donor) + " of the donor's" if donor and converted else ""
-        table.append(("KV cache a token", size(donor), size(converted), part + ", measured"))
+    if report.get("kv_bytes_per_token"):
+        table.append(_cache_row(report))
     elements = report.get("kv_elements_per_token") or {}
     if elements:
         part = share(elements["converted"] / elements["donor"]) + " of the donor's, measured"

@@ -33,6 +33,15 @@ FULL = {
 }
 
 
+def test_the_share_of_codes_is_of_sixteen_bits_too() -> None:
+    coded = {"kv_bytes_per_token": {"donor": 46080, "converted": 2880}, "layers": [{"kv_code_bytes": 96}]}
+    expected = ("KV cache a token", "45 KiB", "2.812 KiB")
+    [row] = conversion_rows(coded | {"dtype": "float32"})
+    assert row == (*expected, "6.25 % of the donor's float32, 12.5 % of 16 bits, measured")
+    [row] = conversion_rows(coded | {"dtype": "bfloat16"})
+    assert row == (*expected, "6.25 % of the donor's, measured")
+
+
 def test_a_tolerance_has_a_row_of_its_own() -> None:
     found = {"asked": "ppl=1.3", "kv_budget": 0.312, "measured": 1.25, "looked": [], "tried": []}
     row = ("tolerance ppl ≤ 1.3", "", "1.25", "at budget 31.2 %, on held-out text")
