@@ -167,7 +167,7 @@ def test_a_missing_plot_is_stale_and_drawn_to_the_same_bytes(tree: Path) -> None
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("mal", "no figure 'mal'; there are coded, cost, dha"),
+        ("mal", "no figure 'mal'; there are coded, coded_texts, cost, dha"),
         ("mla:effort=slow", "no row with effort=slow; effort is one of default, high, quick"),
         ("mla:columns=kv_share|ppl", "no column 'ppl'; there are kv_share"),
         ("mla:effort=high,kv_share=75", "no row of mla is left"),
