@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from ..convert.donor.hub_download import TOKENIZER_CODE
+from ..convert.storage.auto_map import classes, is_elsewhere, module_file
 from ..convert.storage.linked_files import is_inside
 from ..convert.storage.safetensors_reader import read_json
 
@@ -74,11 +74,5 @@ def _auto_map_modules(folder: Path) -> Iterator[Path]:
     """The modules in `auto_map` of every config, without those of other repositories."""
     for name in CONFIGS:
         if (folder / name).is_file():
-            auto_map: Any = read_json(folder / name).get("auto_map")
-            values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
-            for value in values:
-                for item in value if isinstance(value, list) else [value]:
-                    if (
-                        isinstance(item, str) and "--" not in item
-                    ):  # "repo--module.Class" is another repository's
-                        yield Path(item.rpartition(".")[0].replace(".", "/") + ".py")
+            named = classes(read_json(folder / name).get("auto_map"))
+            yield from (module_file(each) for each in named if not is_elsewhere(each))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mhconvert.errors import UnsupportedError
 
+from ..storage.auto_map import classes
 from ..storage.safetensors_reader import read_json
 
 OWN_CLASS = re.compile(r"\w+(\.\w+)+")  # module.Class of a file in the folder: no path, no other repository
@@ -21,7 +20,7 @@ def require_known_code(folder: Path) -> None:
     package, way_out = Path(__file__).parent.parent, "--trust-remote-code allows it"
     for name in NAMING_CODE:
         named = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
-        for value in _strings(named):
+        for value in classes(named):
             if not OWN_CLASS.fullmatch(value):
                 raise UnsupportedError(
                     f"{folder / name} names code outside of its folder ({value}), and the check would run it; "
@@ -34,15 +33,6 @@ def require_known_code(folder: Path) -> None:
             raise UnsupportedError(
                 f"{path} is code that this version of mhconvert does not ship, and the check would run it; {way_out}"
             )
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in a value of JSON, without the names of fields."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
 
 
 def _is_shipped(file: Path, package: Path) -> bool:

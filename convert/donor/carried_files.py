@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.atomic_files import write_json
+from ..storage.auto_map import classes, is_elsewhere, module_file
 from ..storage.linked_files import require_own
 from ..storage.safetensors_reader import read_json
 from .hub_download import CARRIED_FILES, TOKENIZER_CODE
@@ -59,6 +60,6 @@ def _drop_code(file: Path, code: bool) -> None:
 
 def _there(value: Any, folder: Path, code: bool) -> bool:
     """Whether the code of an `auto_map` entry (a class or a list of classes and nulls) may be loaded from `folder`."""
-    classes = [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
-    modules = [name.rpartition(".")[0].replace(".", "/") for name in classes]
-    return code and all("--" in module or (folder / f"{module}.py").is_file() for module in modules)
+    return code and all(
+        is_elsewhere(name) or (folder / module_file(name)).is_file() for name in classes(value)
+    )
