@@ -99,14 +99,6 @@ def _qk_norm_kind(config: Any) -> str | None:
     return name and f"{name}=True: this norm of queries and keys is not supported"
 
 
-def _normed_keys(config: Any) -> str | None:
-    kind = attention_facts(config).qk_norm
-    return kind and (
-        "its keys are divided by their RMS before their product with the queries, which the fused head of several keys "
-        "does not have"
-    )
-
-
 def _attention_kind(config: Any) -> str | None:
     name = next((n for n in OTHER_FIELDS if getattr(config, n, None)), None)
     return family_of(config).refused or (name and f"{name}={getattr(config, name)} is not supported")
@@ -153,5 +145,4 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     "attention_kind": _attention_kind,
     "window": _window,
     "rope": _rope,
-    "normed_keys": _normed_keys,
 }

@@ -22,6 +22,8 @@ class DecoupledHeadFields:
     attention_input_bias: whether the projections that read the hidden state have biases.
     softmax_scale: what scores are multiplied by; None: head_dim ** -0.5.
     attention_softcap: c where scores pass through c · tanh(score / c).
+    qk_norm: "head" where the donor divides each head of its queries and keys by its RMS, "width" where it divides all
+    heads by one; then every layer has all K heads of the donor.
     """
 
     k_head_map: list[list[int]] | None = None
@@ -32,6 +34,7 @@ class DecoupledHeadFields:
     attention_input_bias: bool = False
     softmax_scale: float | None = None
     attention_softcap: float | None = None
+    qk_norm: str | None = None
 
     def validate_head_maps(self) -> None:
         """Raises ValueError for a map that does not fit the model."""

@@ -34,6 +34,7 @@ def decoupled_config(donor_config: Any, output_bias: bool) -> Any:
         attention_input_bias=facts.input_bias,
         softmax_scale=facts.scale,
         attention_softcap=facts.softcap,
+        qk_norm=facts.qk_norm,
     )
     config._attn_implementation = "sdpa" if facts.softcap is None else "eager"
     return config

@@ -131,3 +131,8 @@ def _neighbours(a: Cluster, b: Cluster, same_sizes: bool) -> list[tuple[Cluster,
 
 def _union(a: Cluster, b: Cluster) -> Cluster:
     return tuple(sorted(a + b))
+
+
+def clusters(head_map: Sequence[int]) -> list[Cluster]:
+    """The query heads of each fused head, in the fused heads' order."""
+    return [tuple(h for h, n in enumerate(head_map) if n == one) for one in range(max(head_map) + 1)]

@@ -14,17 +14,17 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from mhconvert.errors import UnsupportedError
 
 from ...attention.linalg import relative_error
-from ...attention.projections import attention_weights, output_bias, rotary_order
+from ...attention.projections import attention_weights, output_bias
 from ...attention.rotary import LayerRotary
 from ...attention.statistics import observe
 from ...families.facts import attention_facts, family_of
 from ..budget_division import LayerNeed, divide
 from ..refusals import require
 from ..registry import Method
-from . import modeling_dha
+from .assembly import assemble
 from .budget import HeadBudget, head_budget
 from .converted_class import converted_class, decoupled_config
-from .grouping import EXACT_HEADS, Cluster
+from .grouping import EXACT_HEADS, Cluster, clusters
 from .heads import Heads
 from .observed import Observed
 from .settings import DHASettings
@@ -46,6 +46,11 @@ class DHA(Method):
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
         fused_qkv = family_of(config).fused_qkv
+        if settings.uniform and self.facts.qk_norm:
+            raise UnsupportedError(
+                "a uniform plan fuses K heads too, and this donor's keys are divided by their RMS, which a fused head "
+                "does not have; leave out uniform, and V heads alone are fused"
+            )
         if settings.uniform and fused_qkv:
             raise UnsupportedError(
                 f"a uniform plan cannot be a {config.model_type} model yet: its q, k and v are one matrix; "
@@ -95,8 +100,9 @@ class DHA(Method):
         facts, hidden = self.facts, self.donor_config.hidden_size
         kept = math.ceil(sum(self.heads) / len(self.heads))
         width = facts.heads * facts.head_dim
+        normed = {None: 0, "head": 2, "width": facts.heads + facts.kv_heads}[facts.qk_norm] * facts.head_dim
         read = (hidden + facts.input_bias) * (width + kept * facts.head_dim)
-        return read + width * hidden + self._biased * hidden
+        return read + width * hidden + self._biased * hidden + normed
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
         """The weights of a donor's attention, and their statistics on the calibration text `inputs` (N, L, D)."""
@@ -105,7 +111,7 @@ class DHA(Method):
         )
         weights = attention_weights(attention, self.facts)
         heads = Heads(weights, statistics, self.facts.scale * rotary.attention_scaling**2, self._biased)
-        return Observed(heads, output_bias(attention))
+        return Observed(heads, output_bias(attention), self._norms(attention))
 
     def convert(
         self,
@@ -177,13 +183,13 @@ class DHA(Method):
         """The (key clusters, value clusters) to compare: those of least cost by closed form, cheapest first."""
         fixed = self.budget.fixed[index] if self.budget.fixed else None
         if fixed is not None and fixed.k_map is not None and fixed.v_map is not None:
-            return [(_clusters(fixed.k_map), _clusters(fixed.v_map))]
-        regroup = self.settings.regroup
-        options = [regroup] if regroup is not None else [True]
-        if regroup is None and self.facts.heads > max(EXACT_HEADS, self.facts.kv_heads):
-            options = [False, True]
+            return [(clusters(fixed.k_map), clusters(fixed.v_map))]
+        if self.facts.qk_norm:
+            own = clusters(seen.heads.group)
+            counts = [v_heads for _, v_heads in self.budget.splits(index, self.heads[index])]
+            return [(own, seen.split("v", count, again)) for count in counts for again in self._regroups()]
         candidates = []
-        for again in options:
+        for again in self._regroups():
             for k_heads, v_heads in self.budget.splits(index, self.heads[index]):
                 if self.settings.uniform:
                     if not again and self.facts.kv_heads % k_heads:
@@ -195,6 +201,25 @@ class DHA(Method):
                 candidates.append((lost, keys, values))
         candidates.sort(key=lambda one: one[0])
         return [(keys, values) for _, keys, values in candidates[: CANDIDATES[self.effort]]]
+
+    def _regroups(self) -> list[bool]:
+        """Whether query heads of one KV head may part; both where what measures better decides."""
+        if self.settings.regroup is not None:
+            return [self.settings.regroup]
+        return [False, True] if self.facts.heads > max(EXACT_HEADS, self.facts.kv_heads) else [True]
+
+    def _module(self, fused: FusedWeights, seen: Observed, index: int, device: torch.device) -> Any:
+        """The attention module of layer `index` with the tensors of `fused`, and its maps in the configuration."""
+        self._set(index, fused.k_map, fused.v_map)
+        return assemble(fused, seen, self.config, self.facts, index, device)
+
+    def _norms(self, attention: Any) -> tuple[nn.Module, nn.Module] | None:
+        if self.facts.qk_norm is None:
+            return None
+        q_norm, k_norm = (
+            copy.deepcopy(norm).to("cpu", torch.float32) for norm in (attention.q_norm, attention.k_norm)
+        )
+        return q_norm, k_norm
 
     def _unfused(self, seen: Observed, index: int, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
         """The layer whose heads training will fuse, into the clusters of least cost by closed form."""
@@ -216,32 +241,6 @@ class DHA(Method):
         """Write the head maps of layer `index` into the configuration."""
         self.config.k_head_map[index] = list(k_map)
         self.config.v_head_map[index] = list(v_map)
-
-    def _module(self, fused: FusedWeights, seen: Observed, index: int, device: torch.device) -> Any:
-        """The attention module of layer `index` with the tensors of `fused`, float32 on `device`, in eval mode."""
-        self._set(index, fused.k_map, fused.v_map)
-        with torch.device("meta"):
-            module = modeling_dha.DecoupledHeadAttention(copy.deepcopy(self.config), index)
-        rows = rotary_order(self.facts).argsort()  # back to the donor's order
-        weights = fused.weights
-        tensors = {"o_proj.weight": weights.o.flatten(1)}
-        if self._biased:
-            tensors["o_proj.bias"] = fused.o_bias + seen.output_bias
-        readers = {"q_proj": weights.q[:, rows], "k_proj": weights.k[:, rows], "v_proj": weights.v}
-        for name, heads in readers.items():
-            matrix = heads.flatten(0, 1)
-            if self.facts.input_bias:
-                tensors[f"{name}.bias"] = matrix[:, -1]
-                matrix = matrix[:, :-1]
-            tensors[f"{name}.weight"] = matrix
-        state = {name: t.to(device, torch.float32).contiguous() for name, t in tensors.items()}
-        module.load_state_dict(state, strict=True, assign=True)
-        return module.eval().requires_grad_(False)
-
-
-def _clusters(head_map: Sequence[int]) -> list[Cluster]:
-    """The query heads of each fused head, in the fused heads' order."""
-    return [tuple(h for h, n in enumerate(head_map) if n == one) for one in range(max(head_map) + 1)]
 
 
 METHOD = DHA

@@ -71,15 +71,21 @@ class DecoupledHeadAttention(nn.Module):
     The cache holds K keys and V values a token, and nothing else. Cache classes want one number of heads for both,
     so where K and V differ, the heads lie beside each other in c = gcd(K, V) wider ones. A few query tokens meet the
     cached heads as they are; more of them copy each head for its readers, as kernels want it.
+
+    A donor with QK-norm lends its norms: its K heads are all there, in their order, and only V heads are fused.
     """
 
     is_causal = True
     max_grouped_tokens = 32
 
-    def __init__(self, config: Any, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int, norms: tuple[nn.Module, nn.Module] | None = None):
+        """norms: the donor's of queries and keys, where config.qk_norm says that it has them."""
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.qk_norm = config.qk_norm
+        if norms is not None:
+            self.q_norm, self.k_norm = norms
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         k_map, v_map = config.head_maps(layer_idx)
         self.keys, self.values = HeadGroups(k_map), HeadGroups(v_map)
@@ -108,8 +114,13 @@ class DecoupledHeadAttention(nn.Module):
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, d] -> output [B, T, D], weights."""
         batch, length, _ = hidden_states.shape
         heads = (batch, length, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.qk_norm == "width":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(heads), key.view(heads)
+        if self.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
@@ -226,7 +237,9 @@ class DecoupledHeadModel:
     def __init__(self, config: DecoupledHeadFields):
         super().__init__(config)  # type: ignore[call-arg]
         for layer_idx, layer in enumerate(self.layers):  # type: ignore[attr-defined]
-            layer.self_attn = DecoupledHeadAttention(config, layer_idx)
+            own = layer.self_attn
+            norms = (own.q_norm, own.k_norm) if config.qk_norm else None
+            layer.self_attn = DecoupledHeadAttention(config, layer_idx, norms)
         self.post_init()  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .grouping import Cluster, best_clusters
 from .heads import Heads
@@ -17,12 +17,14 @@ class Observed:
     Attributes:
         heads: weights and second moments.
         output_bias: (D,), of o_proj; zeros where it has none.
+        norms: the donor's norms of queries and keys, float32 on the CPU; None where it has none.
         costs: computed costs, by kind and cluster.
         clusters: computed clusters, by kind, number, and whether query heads of one KV head may part, and of one size.
     """
 
     heads: Heads
     output_bias: Tensor
+    norms: tuple[nn.Module, nn.Module] | None = None
     costs: dict[tuple[str, Cluster], float] = field(default_factory=dict)
     clusters: dict[tuple[str, int, bool], list[Cluster]] = field(default_factory=dict)
 

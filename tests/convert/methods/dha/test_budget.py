@@ -189,10 +189,55 @@ def test_a_plan_that_is_not_there() -> None:
         DHASettings(plan="nowhere.json")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"kv_budget": 0.5},
+            r"\(4 K and 1 V each; .*not fused\); .*: 0.625 \(4 K and 1 V\), 0.75 \(4 K and 2 V\)",
+        ),
+        ({"kv_budget": 0.75, "max_heads": 2}, "its 4 K heads stay as they are, which max_heads=2"),
+        ({"kv_budget": 0.75, "head_multiple": 3}, "its 4 K heads stay as they are, which head_multiple=3"),
+        ({"plan": [{"kv_heads": 4}] * 2}, "layer 0: kv_heads=4 is not a number from 5 to 8"),
+        ({"plan": [{"k_heads": 4, "v_heads": 1}, {"k_heads": 3, "v_heads": 1}]}, "layer 1: .*k_heads: 4"),
+        ({"plan": [{"k_map": [0, 1, 3, 2], "v_map": [0] * 4}] * 2}, r"k_map: \[0, 1, 2, 3\]"),
+    ],
+)
+def test_normed_keys_are_not_fused_and_what_would_is_refused(
+    tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    if "plan" in settings:
+        file = tmp_path / "plan.json"
+        file.write_text(json.dumps({"layers": settings["plan"]}))
+        settings = {"plan": str(file)}
+    config = make_config(family="qwen3", heads=4, kv_heads=4)
+    with pytest.raises(BudgetError, match=said):
+        head_budget(config, DHASettings(**settings), attention_facts(config))
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "olmo2"])
-def test_normed_keys_are_refused_with_the_reason(family: str) -> None:
+def test_a_uniform_plan_of_a_donor_with_normed_keys_is_refused(family: str) -> None:
     with pytest.raises(UnsupportedError, match="divided by their RMS"):
-        DHA(make_config(family=family), DHASettings(), "default")
+        DHA(make_config(family=family), DHASettings(uniform=True), "default")
+
+
+@given(share=st.floats(0.5, 1), kv_heads=st.sampled_from([2, 3, 4, 8]), layers=st.integers(1, 6))
+def test_budgets_of_normed_keys_count_every_k_head(share: float, kv_heads: int, layers: int) -> None:
+    config = make_config(
+        family="qwen3", heads=kv_heads, kv_heads=kv_heads, layers=layers, hidden=16 * kv_heads
+    )
+    least = (kv_heads + 1) / (2 * kv_heads)
+    try:
+        found = head_budget(config, DHASettings(share), attention_facts(config))
+    except BudgetError:
+        assert share < least
+        return
+    assert share >= least - 1e-9
+    heads = found.spread()
+    assert sum(heads) == int(share * 2 * kv_heads * layers + 1e-9)
+    assert [found.splits(index, count) for index, count in enumerate(heads)] == [
+        [(kv_heads, count - kv_heads)] for count in heads
+    ]
 
 
 def test_a_uniform_plan_of_a_donor_with_fused_projections_is_refused() -> None:

@@ -25,11 +25,9 @@ from tests.donors import make_config
 
 FLOAT32 = 2e-5
 WHOLE = DHASettings(kv_budget=1.0)
-NORMED = ("qwen3", "gemma3_text", "olmo2", "olmo3", "olmoe")
-PLAIN = [variant for variant in VARIANTS if not variant.startswith(NORMED)]
 
 
-@pytest.mark.parametrize("variant", PLAIN)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_all_heads_are_the_donor_of_every_family(variant: str) -> None:
     donor = donor_of(variant)
     model, ids = converted(donor, WHOLE), token_ids(2, 40, seed=7)
@@ -205,3 +203,22 @@ def test_gradients_reach_every_parameter() -> None:
     model, ids = mapped(donor_model(heads=4, kv_heads=4), *MAPS[0]).train(), token_ids(2, 16)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe"])
+def test_keys_with_a_norm_stay_and_values_that_repeat_each_other_are_fused_without_loss(variant: str) -> None:
+    """The second half of the donor's V heads is a linear map of the first; o_proj can hold the map."""
+    donor = donor_of(variant, heads=8, kv_heads=4)
+    width, generator = donor.model.layers[0].self_attn.head_dim, torch.Generator().manual_seed(3)
+    for layer in donor.model.layers:
+        heads = layer.self_attn.v_proj.weight.data.unflatten(0, (4, width))
+        heads[2:] = torch.randn(width, width, generator=generator) @ heads[:2]
+    model, ids = converted(donor, DHASettings(kv_budget=0.75)), token_ids(2, 40, seed=7)
+    expected = logits(donor, ids)
+    for before, after in zip(donor.model.layers, model.model.layers, strict=True):
+        heads = after.self_attn.keys.count, after.self_attn.values.count
+        assert heads == (4, 2) and after.self_attn.keys.head_map == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert torch.equal(after.self_attn.k_proj.weight, before.self_attn.k_proj.weight)
+        assert torch.equal(after.self_attn.k_norm.weight, before.self_attn.k_norm.weight)
+    assert relative(logits(model, ids), expected) < FLOAT32
+    assert relative(by_steps(model, ids, 20), expected) < FLOAT32

@@ -1,6 +1,6 @@
 """What the package knows of the method without importing it."""
 
-from mhconvert.convert.methods.registry import ATTENTION_CHECKS, MethodInfo
+from mhconvert.convert.methods.registry import MethodInfo
 
 INFO = MethodInfo(
     name="gqa",
@@ -9,7 +9,6 @@ INFO = MethodInfo(
     help="neighbouring K and V heads averaged",
     kind="layers",
     tag="grouped-query-attention",
-    checks=(*ATTENTION_CHECKS, "normed_keys"),
     shrinks_cache=True,
     sizes=(("KV heads", "num_key_value_heads"),),
 )
