@@ -184,8 +184,11 @@ def _with_heads(attention: Any, kept: dict[str, list[int]]) -> Any:
             else tensor
         )
         state[name] = heads.clone()
+    norms = (attention.q_norm, attention.k_norm) if attention.qk_norm else None
+    for name, norm in zip(("q_norm", "k_norm"), norms or (), strict=False):
+        state |= {f"{name}.{part}": tensor for part, tensor in norm.state_dict().items()}
     with torch.device("meta"):
-        smaller = type(attention)(attention.config, attention.layer_idx)
+        smaller = type(attention)(attention.config, attention.layer_idx, norms)
     smaller.load_state_dict(state, strict=True, assign=True)
     return smaller.train(attention.training)
 

@@ -1,8 +1,10 @@
-"""The one code that runs without --trust-remote-code: what this package ships."""
+"""The one code that runs without --trust-remote-code: what a version of this package ships or has shipped."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from functools import cache
 from pathlib import Path
 
 from mhconvert.errors import UnsupportedError
@@ -15,9 +17,9 @@ NAMING_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", 
 
 
 def require_known_code(folder: Path) -> None:
-    """Raises UnsupportedError where loading `folder` with trust could run code that this package does not ship, byte
-    for byte: a Python file in it, code of another repository, or a link to a folder that may hold either."""
-    package, way_out = Path(__file__).parent.parent, "--trust-remote-code allows it"
+    """Raises UnsupportedError where loading `folder` with trust could run code that no version of this package ships,
+    byte for byte: a Python file in it, code of another repository, or a link to a folder that may hold either."""
+    way_out = "--trust-remote-code allows it"
     for name in NAMING_CODE:
         named = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
         for value in classes(named):
@@ -29,11 +31,18 @@ def require_known_code(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and path.is_dir():
             raise UnsupportedError(f"{path} is a link to a folder, which may hold code; {way_out}")
-        if path.suffix == ".py" and not _is_shipped(path, package):
+        if (
+            path.suffix == ".py"
+            and (hashlib.sha256(path.read_bytes()).hexdigest(), path.name) not in released()
+        ):
             raise UnsupportedError(
-                f"{path} is code that this version of mhconvert does not ship, and the check would run it; {way_out}"
+                f"{path} is code that no version of mhconvert up to this one ships, and the check would run it; "
+                f"{way_out}"
             )
 
 
-def _is_shipped(file: Path, package: Path) -> bool:
-    return any(own.read_bytes() == file.read_bytes() for own in package.rglob(file.name))
+@cache
+def released() -> frozenset[tuple[str, str]]:
+    """(SHA-256, name) of each file of code that checkpoints of this and of earlier versions hold."""
+    lines = (Path(__file__).parent / "released_code.sha256").read_text(encoding="ascii").splitlines()
+    return frozenset((digest, name) for digest, name in map(str.split, lines))

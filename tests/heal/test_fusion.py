@@ -21,6 +21,7 @@ from tests.convert.conversions import converted, donor_model, logits, relative, 
 from tests.donors import make_donor
 
 PENDING = DHASettings(0.25, fusion="trained")
+NORMED = DHASettings(0.625, fusion="trained")  # all K heads, a quarter of the V heads
 VARIANTS: dict[str, dict[str, Any]] = {
     "multi-head": {"heads": 4, "kv_heads": 4},
     "grouped": {"heads": 8, "kv_heads": 4, "head_dim": 16},
@@ -32,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "pad_token_id": 1,
         "rope": {"partial_rotary_factor": 0.5},
     },
+    "normed": {"family": "qwen3", "heads": 4, "kv_heads": 4},
+    "normed width": {"family": "olmo2", "heads": 8, "kv_heads": 4},
 }
 
 
@@ -40,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_the_start_is_the_donor_and_a_round_leaves_fewer_heads(variant: str, most: int) -> None:
     """Check 3: ω = δ, for scalars and for each element; check 8: the heads' turns alone change nothing."""
     donor = donor_model(**VARIANTS[variant])
-    model, ids = converted(donor, PENDING), token_ids(2, 20)
+    model, ids = converted(donor, NORMED if "normed" in variant else PENDING), token_ids(2, 20)
     expected = logits(donor, ids)
     assert relative(logits(model, ids), expected) < 2e-5
     fusion.prepare(model, most)
@@ -60,7 +63,8 @@ def stirred(model: Any, seed: int = 3) -> None:
 @pytest.mark.parametrize("most", [2, 4])
 def test_equal_mixtures_are_fused_without_loss(variant: str, most: int) -> None:
     """Check 10: L = 0 where all ω of a group are equal, and then one head for each is the same model."""
-    model, ids = converted(donor_model(**VARIANTS[variant]), PENDING), token_ids(2, 20)
+    settings = NORMED if "normed" in variant else PENDING
+    model, ids = converted(donor_model(**VARIANTS[variant]), settings), token_ids(2, 20)
     fusion.prepare(model, most)
     stirred(model)
     student = fusion.FusingStudent(model, 320)

@@ -73,13 +73,20 @@ def group(maps: HeadMaps, size: int) -> GroupPlan:
 
 
 def plan_layers(
-    maps: Sequence[HeadMaps], *, uniform: bool, duplicate: bool, head_bytes: int, donor_heads: int, to: str
+    maps: Sequence[HeadMaps],
+    *,
+    uniform: bool,
+    duplicate: bool,
+    head_bytes: int,
+    donor_heads: int,
+    way_out: str,
 ) -> list[GroupPlan]:
     """Every layer as grouped queries.
 
     Args:
         uniform: as many KV heads in all layers; otherwise as few as each can have.
         duplicate: whether heads may be cached more than once where it cannot be done without.
+        way_out: what a user can do instead, for the message of a refusal.
         head_bytes: bytes of one head in the cache, per token.
         donor_heads: K and V heads of one layer of the donor.
     Raises:
@@ -95,7 +102,7 @@ def plan_layers(
         raise ExportError(
             f"layer {index}: {_why(maps[index], plans[index])}. --duplicate caches {after - before} heads, all layers "
             f"together, more than once: {before * head_bytes} -> {after * head_bytes} KV bytes per token (the donor: "
-            f"{donor_heads * len(maps) * head_bytes}); {_way_out(to)}"
+            f"{donor_heads * len(maps) * head_bytes}); {way_out}"
         )
     return plans
 
@@ -147,10 +154,3 @@ def _why(maps: HeadMaps, plan: GroupPlan) -> str:
         f"its {len(plan.order)} query heads read {k_heads} K and {v_heads} V heads in {len(sizes)} pairs, by groups of "
         f"{', '.join(map(str, sizes))}; stock attention has as many K as V heads, each read by a group of one size"
     )
-
-
-def _way_out(to: str) -> str:
-    """What a user can do instead, for the same message."""
-    if to == "llama":
-        return "or export --to nemotron-nas, where layers may differ; or convert again with --uniform"
-    return "or convert again with --uniform, or with a plan whose layers have one k_map and v_map of equal groups"

@@ -56,6 +56,7 @@ def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:
     """The export in a stock class. Raises ExportError where none holds the checkpoint."""
     config = _stock_config(checkpoint)
     plans = plan(checkpoint, duplicate, uniform=True, to=TO)
+    _require_norm_in_place(checkpoint, plans)
     config.num_key_value_heads = plans[0].groups
     architecture = _class(config)
     config.architectures = [architecture]
@@ -81,8 +82,17 @@ def plan(checkpoint: DHACheckpoint, duplicate: bool, *, uniform: bool, to: str) 
         duplicate=duplicate,
         head_bytes=checkpoint.head_bytes,
         donor_heads=2 * attention_facts(checkpoint.donor_config).kv_heads,
-        to=to,
+        way_out=_way_out(checkpoint, to),
     )
+
+
+def _way_out(checkpoint: DHACheckpoint, to: str) -> str:
+    """What a user can do where heads do not come out as equal groups."""
+    if attention_facts(checkpoint.donor_config).qk_norm:
+        return "or serve it with trust_remote_code=True"
+    if to == TO:
+        return "or export --to nemotron-nas, where layers may differ; or convert again with --uniform"
+    return "or convert again with --uniform, or with a plan whose layers have one k_map and v_map of equal groups"
 
 
 def biases(config: Any) -> tuple[str, ...]:
@@ -110,6 +120,18 @@ def llama_config(checkpoint: DHACheckpoint, to: str) -> LlamaConfig:
     config = LlamaConfig(**{name: values[name] for name in known} | {"head_dim": facts.head_dim})
     config.attention_bias = facts.input_bias or checkpoint.output_bias is not None
     return config
+
+
+def _require_norm_in_place(checkpoint: DHACheckpoint, plans: list[GroupPlan]) -> None:
+    """Raises ExportError where heads are moved or copied that one norm divides all together."""
+    facts = attention_facts(checkpoint.donor_config)
+    own = (tuple(range(facts.heads)), tuple(range(facts.kv_heads)))
+    moved = next((index for index, plan in enumerate(plans) if (plan.order, plan.k_heads) != own), None)
+    if facts.qk_norm == "width" and moved is not None:
+        raise ExportError(
+            f"{TO} cannot hold {checkpoint.reference}: layer {moved} needs copies of K heads, and the donor's norm "
+            "divides all K heads by one RMS; serve it with trust_remote_code=True"
+        )
 
 
 def _class(config: Any) -> str:

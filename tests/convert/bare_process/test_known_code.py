@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,14 +10,38 @@ from pathlib import Path
 
 import pytest
 
+import mhconvert
 from mhconvert import api
-from mhconvert.convert.bare_process.known_code import require_known_code
+from mhconvert.convert.bare_process.known_code import released, require_known_code
+from mhconvert.convert.methods.dha import configuration_dha
 from mhconvert.convert.methods.mla import modeling_mla
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import CheckpointError, UnsupportedError
 from tests.donors import TEXT, make_donor
+
+
+def test_what_is_shipped_is_released() -> None:
+    """Whoever changes a shipped file adds its line (sha256sum) to released_code.sha256 and leaves the old ones."""
+    package = Path(mhconvert.__file__).parent / "convert"
+    shipped = [path for path in package.rglob("*.py") if "file is shipped inside" in path.read_text()]
+    assert len(shipped) == 15
+    for path in shipped:
+        assert (hashlib.sha256(path.read_bytes()).hexdigest(), path.name) in released(), path
+
+
+def test_a_file_of_an_earlier_version_is_known_by_its_name(tmp_path: Path) -> None:
+    """configuration_dha.py of version 0.2.0, which knew no QK-norm."""
+    now = Path(configuration_dha.__file__).read_text()
+    start, end = now.index('    qk_norm: "head"'), now.index('    """\n\n    k_head_map')
+    earlier = (now[:start] + now[end:]).replace("    qk_norm: str | None = None\n", "")
+    file = tmp_path / "configuration_dha.py"
+    file.write_text(earlier)
+    require_known_code(tmp_path)
+    file.rename(tmp_path / "modeling_dha.py")
+    with pytest.raises(UnsupportedError, match="no version of mhconvert"):
+        require_known_code(tmp_path)
 
 
 def other_repository(folder: Path) -> None:

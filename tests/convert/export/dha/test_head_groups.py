@@ -84,7 +84,7 @@ def test_the_regrouped_layer_computes_the_same_at_every_size(maps: tuple[list[in
 @quick
 @given(equal_groups())
 def test_equal_groups_need_no_copies(maps: tuple[list[int], list[int]]) -> None:
-    (plan,) = plan_layers([maps], uniform=True, duplicate=False, head_bytes=1, donor_heads=8, to="llama")
+    (plan,) = plan_layers([maps], uniform=True, duplicate=False, head_bytes=1, donor_heads=8, way_out="")
     assert (plan.duplicated, plan.groups) == (0, max(maps[0]) + 1)
     assert sorted(plan.order) == list(range(len(maps[0])))
     assert sorted(plan.k_heads) == sorted(plan.v_heads) == list(range(plan.groups))
@@ -99,7 +99,7 @@ def test_a_refusal_is_right(maps: tuple[list[int], list[int]]) -> None:
     ]
     possible = partitions[0] == partitions[1] and len({len(heads) for heads in partitions[0]}) == 1
     try:
-        plan_layers([maps], uniform=False, duplicate=False, head_bytes=1, donor_heads=8, to="nemotron-nas")
+        plan_layers([maps], uniform=False, duplicate=False, head_bytes=1, donor_heads=8, way_out="")
         refused = False
     except ExportError:
         refused = True
@@ -113,9 +113,7 @@ def test_copies_are_as_few_as_can_be(maps: tuple[list[int], list[int]]) -> None:
     heads = len(maps[0])
     counts = [list(zip(*maps, strict=True)).count(pair) for pair in set(zip(*maps, strict=True))]
     fewest = min(heads // size for size in range(1, heads + 1) if all(count % size == 0 for count in counts))
-    (plan,) = plan_layers(
-        [maps], uniform=False, duplicate=True, head_bytes=1, donor_heads=8, to="nemotron-nas"
-    )
+    (plan,) = plan_layers([maps], uniform=False, duplicate=True, head_bytes=1, donor_heads=8, way_out="")
     assert plan.groups == fewest
     assert plan.duplicated == 2 * fewest - len(set(maps[0])) - len(set(maps[1]))
     assert plan.group_size * plan.groups == heads
@@ -124,8 +122,8 @@ def test_copies_are_as_few_as_can_be(maps: tuple[list[int], list[int]]) -> None:
 @quick
 @given(st.lists(head_maps(heads=6), min_size=1, max_size=4))
 def test_a_uniform_plan_has_one_number_of_heads(layers: list[tuple[list[int], list[int]]]) -> None:
-    plans = plan_layers(layers, uniform=True, duplicate=True, head_bytes=1, donor_heads=8, to="llama")
-    apart = plan_layers(layers, uniform=False, duplicate=True, head_bytes=1, donor_heads=8, to="nemotron-nas")
+    plans = plan_layers(layers, uniform=True, duplicate=True, head_bytes=1, donor_heads=8, way_out="")
+    apart = plan_layers(layers, uniform=False, duplicate=True, head_bytes=1, donor_heads=8, way_out="")
     assert len({plan.groups for plan in plans}) == 1
     assert plans[0].group_size == math.gcd(*(plan.group_size for plan in apart))
     for maps, plan in zip(layers, plans, strict=True):
@@ -145,8 +143,8 @@ def test_a_layer_in_order_stays_as_it_is() -> None:
             [([0, 0, 1, 1], [0, 0, 1, 1]), ([0, 0, 1, 1], [0, 0, 0, 0])],
             False,
             r"layer 1: its 4 query heads read 2 K and 1 V heads in 2 pairs, by groups of 2, 2; .*--duplicate caches 1 "
-            r"heads, all layers together, more than once: 70 -> 80 KV bytes per token \(the donor: 160\); or convert "
-            r"again with --uniform",
+            r"heads, all layers together, more than once: 70 -> 80 KV bytes per token \(the donor: 160\); or "
+            r"serve it as it is",
         ),
         (
             [([0, 0, 0, 1], [0, 0, 0, 1])],
@@ -158,13 +156,13 @@ def test_a_layer_in_order_stays_as_it_is() -> None:
             [([0, 0, 0, 0], [0, 0, 0, 0]), ([0, 0, 1, 1], [0, 0, 1, 1])],
             True,
             r"layer 0: it has 1 KV head, and other layers force groups of 2 query heads, which are 2; .* caches 2 "
-            r"heads.*: 60 -> 80 KV bytes per token \(the donor: 160\); or export --to nemotron-nas",
+            r"heads.*: 60 -> 80 KV bytes per token \(the donor: 160\); or serve it as it is",
         ),
     ],
 )
 def test_refusals_say_what_it_would_cost(
     layers: list[tuple[list[int], list[int]]], uniform: bool, said: str
 ) -> None:
-    to = "llama" if uniform else "nemotron-nas"
+    way_out = "or serve it as it is"
     with pytest.raises(ExportError, match=said):
-        plan_layers(layers, uniform=uniform, duplicate=False, head_bytes=10, donor_heads=8, to=to)
+        plan_layers(layers, uniform=uniform, duplicate=False, head_bytes=10, donor_heads=8, way_out=way_out)

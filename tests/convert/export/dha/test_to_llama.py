@@ -114,6 +114,32 @@ def test_copies_of_heads_where_they_are_wanted(tmp_path: Path) -> None:
     require_same(checkpoint, tmp_path / "out", report)
 
 
+NORMED = [([0, 0, 1, 1], [0, 0, 0, 0]), ([0, 0, 1, 1], [0, 0, 1, 1])]
+SPLIT = [([0, 0, 1, 1], [0, 1, 0, 1])] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "maps", "groups"), [("qwen3", NORMED, 2), ("qwen3", SPLIT, 4), ("olmo2", NORMED, 2)]
+)
+def test_normed_keys_keep_their_class(
+    tmp_path: Path, family: str, maps: list[tuple[list[int], list[int]]], groups: int
+) -> None:
+    checkpoint = make_dha(tmp_path, maps, family=family, kv_heads=2, attention_bias=True)
+    with pytest.raises(ExportError, match="or serve it with trust_remote_code=True"):
+        to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
+    report = to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"), duplicate=True)
+    assert report["num_key_value_heads"] == groups
+    require_same(checkpoint, tmp_path / "out", report)
+
+
+def test_a_norm_over_all_heads_takes_no_copies(tmp_path: Path) -> None:
+    checkpoint = make_dha(tmp_path, SPLIT, family="olmo2", kv_heads=2, attention_bias=True)
+    with pytest.raises(
+        ExportError, match="layer 0 needs copies of K heads, and the donor's norm divides all"
+    ):
+        to_llama.export_checkpoint(str(checkpoint), str(tmp_path / "out"), duplicate=True)
+
+
 @pytest.mark.parametrize(
     ("donor", "said"),
     [

@@ -217,7 +217,8 @@ def test_keys_with_a_norm_stay_and_values_that_repeat_each_other_are_fused_witho
     expected = logits(donor, ids)
     for before, after in zip(donor.model.layers, model.model.layers, strict=True):
         heads = after.self_attn.keys.count, after.self_attn.values.count
-        assert heads == (4, 2) and after.self_attn.keys.head_map == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert heads == (4, 2)
+        assert after.self_attn.keys.head_map == [0, 0, 1, 1, 2, 2, 3, 3]
         assert torch.equal(after.self_attn.k_proj.weight, before.self_attn.k_proj.weight)
         assert torch.equal(after.self_attn.k_norm.weight, before.self_attn.k_norm.weight)
     assert relative(logits(model, ids), expected) < FLOAT32
