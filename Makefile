@@ -1,4 +1,5 @@
 # make demo: convert a real model and show the result.  make bench: its shape's speed.  make test / make lint: what CI runs.
+# make fuzz: damaged inputs of every kind for an hour.  make faults: each command killed at every change of a file.
 # make figures: tables and plots of README and docs from benchmarks/*.json.
 # make docs: the documentation into site/.
 # Needs python3 >= 3.11 and nothing else; everything is installed into .venv.
@@ -8,7 +9,7 @@ BIN := .venv/bin
 SOURCES := mhconvert convert cli eval heal hub run tests benchmarks docs examples
 DEMO := demo/smollm2-135m-mla
 
-.PHONY: demo bench test lint format figures docs clean
+.PHONY: demo bench test fuzz faults lint format figures docs clean
 
 demo: .venv/installed
 	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.125 --effort quick --calibration-tokens 8192 -o $(DEMO) --force
@@ -25,6 +26,12 @@ bench: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+fuzz: .venv/installed-dev
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz
+
+faults: .venv/installed-dev
+	MHCONVERT_KILLS=all $(BIN)/python -m pytest -n auto tests/faults
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
