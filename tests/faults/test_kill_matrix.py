@@ -25,7 +25,7 @@ from tests.donors import TEXT, make_donor
 
 KILLED = 9
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "shutil.rmtree")
-KILLS = os.environ.get("MHCONVERT_KILLS", "3")
+KILLS = os.environ.get("MHCONVERT_KILLS", "2")
 
 Command = Callable[[Path, bool], Any]  # OUT, and whether to go on with an interrupted run
 
