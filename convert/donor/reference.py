@@ -170,7 +170,8 @@ def _from_file(reference: str, path: Path) -> ResolvedReference:
 
 def _from_gguf(reference: str, path: Path, name: str, **origin: Any) -> ResolvedReference:
     header = read_gguf_header(path)
-    origin.setdefault("licence", header.metadata.get("general.license"))
+    licence = header.metadata.get("general.license")
+    origin.setdefault("licence", licence if isinstance(licence, str) else None)
     return ResolvedReference(reference, name, path.parent, gguf_config(header), header=header, **origin)
 
 

@@ -125,6 +125,13 @@ def weights_present(folder: Path) -> bool:
     )
 
 
+def weight_names(folder: Path) -> list[str]:
+    """The names of the tensors in `folder`, by its index where there is one. Raises as `SafetensorsSource` does."""
+    if (folder / WEIGHTS).is_file():
+        return list(read_header(folder / WEIGHTS))
+    return list(read_weight_map(folder))
+
+
 def read_tensor(name: str, entry: StoredTensor) -> Tensor:
     """The tensor in new memory; raises CheckpointError for NaN or infinite values."""
     raw = read_bytes(entry.file, entry.offset, entry.nbytes)
