@@ -36,4 +36,4 @@ def require_known_code(folder: Path) -> None:
 
 
 def _is_shipped(file: Path, package: Path) -> bool:
-    return any(own.read_bytes() == file.read_bytes() for own in package.rglob(file.name))
+    return file.is_file() and any(own.read_bytes() == file.read_bytes() for own in package.rglob(file.name))

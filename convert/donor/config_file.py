@@ -13,6 +13,7 @@ from mhconvert.errors import CheckpointError, UnsupportedError
 from ..families.facts import FAMILIES
 from ..methods.registry import METHODS
 from ..storage.folder_kind import is_adapter
+from ..storage.regular_file import require_regular
 from ..storage.safetensors_reader import SafetensorsSource, read_json, weights_present
 from .config_ranges import require_config
 from .tensor_layout import STORED_DTYPES
@@ -68,6 +69,7 @@ def read_config(folder: Path) -> tuple[Any, tuple[str, ...]]:
 def _stated(folder: Path) -> dict[str, Any]:
     """What the folder's config.json says, with a model_type that transformers knows. Raises as `read_config` does."""
     file = folder / "config.json"
+    require_regular(file)
     if not file.is_file():
         if is_adapter(folder):
             raise CheckpointError(
