@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 
 from mhconvert.errors import AdapterError, UnsupportedError
 
-from ..methods.hydra.config import LARGEST_RANK
+from ..methods.hydra.settings import LARGEST_RANK
 from ..validation.field_types import changed_fields, is_number, require_expression
 
 # Fields of a LoRA config that choose modules, ranks and scales, or concern training only.
