@@ -22,13 +22,14 @@ from .checkpoint.identity import converted_method, exported
 from .checkpoint.provenance import read_record
 from .donor import hub_download
 from .donor.aliases import ALIASES
+from .donor.config_ranges import require_config
 from .donor.donor import Donor, open_donor
 from .donor.gguf_reader import split_parts
 from .donor.reference import HUB_ID, load_tokenizer
 from .methods.registry import register
 from .recipe.recorded import as_recorded
 from .storage.folder_kind import is_adapter
-from .storage.safetensors_reader import require_finite
+from .storage.safetensors_reader import read_json, require_finite
 
 if TYPE_CHECKING:
     from .adapters.saved_adapter import AdapterFolder
@@ -124,12 +125,13 @@ def checkpoint_folder(reference: str, *, weights: bool = True) -> Path | None:
 
 
 def _auto_config(folder: Path | str) -> Any:
-    """The config of a folder by transformers. Raises CheckpointError naming the file."""
+    """The config of a folder by transformers, once its numbers are in range. Raises CheckpointError naming the file."""
     from transformers import AutoConfig
 
+    require_config(read_json(Path(folder) / "config.json"), Path(folder))
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder}/config.json does not load: {_first_line(error)}") from error
 
 

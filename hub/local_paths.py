@@ -15,6 +15,7 @@ import yaml
 from mhconvert.errors import CheckpointError
 
 from ..convert.donor.hub_download import TEXT_FILES
+from ..convert.storage.bounded_yaml import load_yaml
 from .published_files import CONFIGS
 
 TEXTS = (".json", ".yaml", ".yml", ".md", ".html", ".svg", ".jsonl")
@@ -85,8 +86,8 @@ class LocalPaths:
 def _parse(name: str, text: str) -> Any:
     """The value of a JSON or YAML text; None if it is invalid."""
     try:
-        return json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+        return json.loads(text) if name.endswith(".json") else load_yaml(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
         return None
 
 

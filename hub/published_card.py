@@ -15,6 +15,7 @@ from mhconvert.errors import CheckpointError
 from ..convert.checkpoint.card_front_matter import front_matter, render_front_matter
 from ..convert.checkpoint.provenance import read_record
 from ..convert.donor.reference import HUB_ID
+from ..convert.storage.bounded_yaml import load_yaml
 from ..convert.storage.folder_kind import is_adapter
 from ..convert.storage.safetensors_reader import read_json
 from ..eval.report.model_card import CARD, usage
@@ -69,7 +70,7 @@ def _split_card(text: str, file: Path) -> tuple[ModelCardData, str]:
     """(front matter, body) of a card; raises CheckpointError if the front matter is invalid."""
     match = HEAD.match(text)
     try:
-        front = (yaml.safe_load(match["yaml"]) or {}) if match else {}
+        front = (load_yaml(match["yaml"]) or {}) if match else {}
         if not isinstance(front, dict):
             raise ValueError("not a mapping")
         json.dumps(front, allow_nan=False, default=str)  # the Hub refuses NaN

@@ -10,7 +10,8 @@ import yaml
 
 from mhconvert.errors import RecipeError
 
-from ..convert.validation.yaml_file import Document, Keys, Loader, Origins
+from ..convert.storage.bounded_yaml import PlainLoader
+from ..convert.validation.yaml_file import Document, Keys, Origins
 
 
 def apply(document: Document, overrides: Sequence[str]) -> Document:
@@ -48,7 +49,7 @@ def parsed(text: str) -> tuple[Keys, Any]:
     if not written.strip():
         raise RecipeError(f"--set {text} has no value; null is the value of what is to be left out")
     try:
-        return keys, yaml.load(written, Loader)
+        return keys, yaml.load(written, PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise RecipeError(f"--set {text} cannot be read: {problem}") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from mhconvert.errors import RecipeError
 
+from ..convert.storage.regular_file import require_regular
 from ..convert.validation import yaml_file
 from .whole_recipe import RunRecipe
 
@@ -40,6 +41,8 @@ def find(name_or_path: str) -> Path:
         RecipeError: There is neither; the message has the names that are similar.
     """
     path = Path(name_or_path).expanduser()
+    if not path.is_dir():  # of the name of one that ships
+        require_regular(path, RecipeError)
     if path.is_file():
         return path
     name = name_or_path.removeprefix("recipes/").removesuffix(SUFFIX)

@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 
 from mhconvert.errors import AdapterError, UnsupportedError
 
+from ..methods.hydra.settings import LARGEST_RANK
 from ..validation.field_types import changed_fields, is_number, require_expression
 
 # Fields of a LoRA config that choose modules, ranks and scales, or concern training only.
@@ -56,6 +57,10 @@ def require_plain(config: LoraConfig, folder: Path) -> None:
     for name, value in numbers.items():
         if not is_number(value):
             raise AdapterError(f"{folder}: {name}={value!r} is not a number")
+        if name.startswith("r") and not (isinstance(value, int) and 1 <= value <= LARGEST_RANK):
+            raise AdapterError(
+                f"{folder}: {name}={value!r} is not a rank: a whole number from 1 to {LARGEST_RANK}"
+            )
     for name in ("target_modules", "exclude_modules"):
         if isinstance(expression := getattr(config, name), str):
             require_expression(expression, name)

@@ -22,6 +22,7 @@ from ..methods.hydra.branches import Branches
 from ..methods.refusals import refusals
 from ..storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ..storage.output_folder import check_free
+from ..storage.regular_file import require_regular
 from ..storage.safetensors_header import StoredTensor, read_header
 from ..storage.safetensors_reader import read_json, read_tensor
 from .lora_rules import lora_scale, require_plain
@@ -61,6 +62,7 @@ class AdapterFolder:
     @cached_property
     def stored(self) -> dict[str, StoredTensor]:
         """The header entry of each tensor, by its key. Raises CheckpointError where there is no safetensors file."""
+        require_regular(self.file)
         if not self.file.is_file():
             pickled = (self.folder / "adapter_model.bin").is_file()
             hint = (
@@ -106,6 +108,7 @@ def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
         UnsupportedError: for one of a kind that cannot be merged.
     """
     folder = Path(reference).expanduser()
+    require_regular(folder / ADAPTER_CONFIG)
     if not is_adapter(folder):
         kind = (
             "is a model, not an adapter" if (folder / "config.json").is_file() else f"has no {ADAPTER_CONFIG}"

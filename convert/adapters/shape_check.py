@@ -13,14 +13,20 @@ from ..donor.donor import Donor
 from ..donor.tensor_layout import LM_HEAD, STORED_DTYPES
 from ..storage.folder_kind import ADAPTER_CONFIG
 from .lora_rules import lora_rank
+from .pattern_time import require_quick
 from .saved_adapter import LORA_BIAS, LORA_PAIR, PAIRS, PREFIX, AdapterFolder
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def require_fit(adapter: AdapterFolder, donor: Donor) -> None:
-    """Raises AdapterError naming the tensor that is missing, misshapen, or without a place in `donor`."""
+    """Raises AdapterError naming the tensor that is missing, misshapen, or without a place in `donor`.
+
+    It is also raised for an expression that does not match in time; see `require_quick`.
+    """
     require_vocabulary(adapter, donor)
+    modules = [name for name, _ in donor.layout.model.named_modules()]
+    require_quick(adapter.config, adapter.folder, [*modules, *adapter.modules, *adapter.replaced])
     shapes = donor.shapes()
     for key, stored in adapter.stored.items():
         if stored.dtype not in STORED_DTYPES:

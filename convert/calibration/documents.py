@@ -12,6 +12,7 @@ from typing import Any
 
 from mhconvert.errors import TextError
 
+from ..storage.regular_file import require_regular
 from .text_files import TEXT_SUFFIXES, records
 
 DATASET_DOCUMENTS = 2000  # read from a streamed dataset by default
@@ -66,6 +67,8 @@ def files(source: str) -> list[Path]:
         if not paths:
             raise TextError(f"no text file matches '{source}'")
         return paths
+    if not path.is_dir():
+        require_regular(path, TextError)
     if path.is_file() or path.suffix.lower() in TEXT_SUFFIXES:
         return [path]
     if path.is_dir():

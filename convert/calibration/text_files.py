@@ -14,6 +14,8 @@ from typing import Any
 
 from mhconvert.errors import TextError
 
+from ..storage.regular_file import require_regular
+
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
 TEXT_SUFFIXES = (".txt", ".raw", ".md", ".parquet", *JSON_SUFFIXES, *PACKED_SUFFIXES)
@@ -41,6 +43,7 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         TextError: the file cannot be read, or is of a format that is not understood.
     """
+    require_regular(path, TextError)
     try:
         content = path.read_bytes()
         if content.startswith(PARQUET):

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from ..storage.bounded_yaml import load_yaml
+
 
 def front_matter(
     *,
@@ -48,6 +50,6 @@ def _parse_licence(text: str) -> Any:
     if not text.startswith("["):
         return text
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError:
         return text

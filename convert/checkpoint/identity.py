@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 
+from mhconvert.errors import CheckpointError
+
 from ..methods.registry import METHODS
 from ..storage.folder_kind import is_adapter
+from ..storage.safetensors_reader import read_json
 from .provenance import read_record
 
 
 def converted_method(reference: str) -> str | None:
     """The method whose model class the folder `reference` has; None for other classes."""
     try:
-        config = json.loads((Path(reference) / "config.json").read_text(encoding="utf-8"))
-        method = str(config.get("model_type", "")).split("_")[0]
-    except (OSError, ValueError, AttributeError):
+        method = str(read_json(Path(reference) / "config.json").get("model_type", "")).split("_")[0]
+    except CheckpointError:
         return None
     return method if method in METHODS else None
 

@@ -13,7 +13,9 @@ from mhconvert.errors import CheckpointError, UnsupportedError
 from ..families.facts import FAMILIES
 from ..methods.registry import METHODS
 from ..storage.folder_kind import is_adapter
+from ..storage.regular_file import require_regular
 from ..storage.safetensors_reader import SafetensorsSource, read_json, weights_present
+from .config_ranges import require_config
 from .tensor_layout import STORED_DTYPES
 
 # How somebody ran the model, not what it is; each with its default in transformers.
@@ -35,11 +37,14 @@ def read_config(folder: Path) -> tuple[Any, tuple[str, ...]]:
     to quantise them on loading, is left aside.
 
     Raises:
-        CheckpointError: config.json is missing or invalid.
+        CheckpointError: config.json is missing or invalid, a number in it is out of range, or it has more layers than
+            the weights.
         UnsupportedError: the model type is unknown, or the model is already converted.
     """
     file = folder / "config.json"
-    model_type = _model_type(folder)
+    values = _stated(folder)
+    model_type = values["model_type"]
+    require_config(values, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
@@ -61,9 +66,10 @@ def read_config(folder: Path) -> tuple[Any, tuple[str, ...]]:
     return config, ()
 
 
-def _model_type(folder: Path) -> str:
-    """The model_type in the folder's config.json. Raises as `read_config` does."""
+def _stated(folder: Path) -> dict[str, Any]:
+    """What the folder's config.json says, with a model_type that transformers knows. Raises as `read_config` does."""
     file = folder / "config.json"
+    require_regular(file)
     if not file.is_file():
         if is_adapter(folder):
             raise CheckpointError(
@@ -72,19 +78,20 @@ def _model_type(folder: Path) -> str:
         ggufs = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
         hint = f"; to use its GGUF give the file itself: {ggufs[0]}" if ggufs else ": not a model folder"
         raise CheckpointError(f"{folder} has no config.json{hint}")
-    model_type = read_json(file).get("model_type")
+    values = read_json(file)
+    model_type = values.get("model_type")
     if model_type is None:
         raise CheckpointError(f"{file} names no model_type; it is not a transformers model")
     if str(model_type).split("_")[0] in METHODS:
         raise UnsupportedError(
             f"{folder} is already converted ({model_type}); convert the donor it was made from"
         )
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedError(
             f"model type '{model_type}' of {folder} is not supported; the supported ones are {known}"
         )
-    return str(model_type)
+    return values
 
 
 def _has_plain_weights(folder: Path) -> bool:

@@ -12,9 +12,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mhconvert.errors import CheckpointError, UnsupportedError
 
 from ..families.facts import FAMILIES
+from .config_ranges import require_layers, require_ranges
 from .gguf_architectures import ARCHITECTURES, FIELDS, FLAGS, REQUIRED, Architecture
 from .gguf_reader import GGUFHeader, require_dequantisable
-from .gguf_rope import rope_parameters
+from .gguf_rope import ROPE_KEYS, rope_parameters
 
 SPECIAL_IDS = ("bos", "eos", "padding", "unknown")
 ENDS = ("eos", "eot", "eom")  # tokens that end an answer: of the text, of a turn, of a message
@@ -36,31 +37,29 @@ def gguf_config(header: GGUFHeader) -> Any:
     """The transformers config of `header`'s model, with dtype float32, to which its tensors are dequantised.
 
     Raises:
-        CheckpointError: the metadata lacks a value that the config needs, or has one that no config can have.
+        CheckpointError: the metadata lacks a value that the config needs, or has one that no config can have, such as
+            more layers than tensors.
         UnsupportedError: the architecture or a quantisation cannot be read, a value has no place in the config, or the
             file does not state its RoPE scaling in full.
     """
     row = architecture_of(header)
     require_dequantisable(header)
-    ids = special_ids(header)
     kind: Any = CONFIG_MAPPING[row.model_type]
     try:
-        fields = _stated(header, row, kind())
+        fields = _stated(header, row, kind()) | _vocabulary(header)
+        names = _names(header, row)
+        require_ranges(fields, header.path, names)
+        require_layers(fields["num_hidden_layers"], header.tensors, header.path)
         head_dim = _head_dim(header, row)
+        require_ranges({"head_dim": head_dim}, header.path, names)
         if hasattr(kind(), "head_dim") or head_dim != fields["hidden_size"] // fields["num_attention_heads"]:
             fields["head_dim"] = head_dim
-        config = kind(
-            **fields,
-            **_attention(header, row, head_dim),
-            vocab_size=header.tensors["token_embd.weight"].shape[0],
-            tie_word_embeddings="output.weight" not in header.tensors,
-            bos_token_id=ids["bos"],
-            eos_token_id=ids["eos"],
-            pad_token_id=ids["padding"],
-        )
+        fields |= _attention(header, row, head_dim)
+        require_ranges(fields, header.path, names)
+        config = kind(**fields)
     except KeyError as error:
         raise CheckpointError(f"{header.path} does not state {error}; use another file") from error
-    except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{header.path} describes no {row.model_type} model: {reason}") from error
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.model_type]]
@@ -72,14 +71,15 @@ def _stated(header: GGUFHeader, row: Architecture, default: Any) -> dict[str, An
     """The fields of the config that the file states, by value or by the presence of a tensor."""
     known = FIELDS | row.fields
     eps = [key for key, field in known.items() if key.endswith("_epsilon") and hasattr(default, field)]
-    for key in (*REQUIRED, *row.required, *eps):
+    needed = (*REQUIRED, *row.required, *eps)
+    for key in needed:
         if header.hyperparameter(key) is None:
             raise KeyError(f"{header.architecture}.{key}")
     fields = row.fixed | {"num_key_value_heads": header.hyperparameter("attention.head_count")}
     for key, field in known.items():
         value = header.hyperparameter(key)
         if value is not None and hasattr(default, field) and not isinstance(value, list):
-            fields[field] = value or None  # 0 says that the model has none
+            fields[field] = value if value or key in needed else None  # 0 says that the model has none
         elif value and not key.endswith("_epsilon"):  # a norm that the model does not have needs none
             raise UnsupportedError(
                 f"{header.path} states {header.architecture}.{key} = {value}, for which {row.model_type} has no place; "
@@ -87,6 +87,28 @@ def _stated(header: GGUFHeader, row: Architecture, default: Any) -> dict[str, An
             )
     flags = {flag: (tensor in header.tensors) == present for flag, (tensor, present) in FLAGS.items()}
     return fields | {flag: value for flag, value in flags.items() if hasattr(default, flag)}
+
+
+def _vocabulary(header: GGUFHeader) -> dict[str, Any]:
+    ids = special_ids(header)
+    return {
+        "vocab_size": header.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ids["eos"],
+        "pad_token_id": ids["padding"],
+    }
+
+
+def _names(header: GGUFHeader, row: Architecture) -> dict[str, str]:
+    """Field of the config -> key of the file that states it."""
+    keys = {field: key for key, field in (FIELDS | row.fields).items()}
+    stated = header.hyperparameter("attention.key_length") is not None
+    keys["head_dim"] = "attention.key_length" if stated else "rope.dimension_count"
+    keys |= {f"rope_parameters.{field}": key for field, key in ROPE_KEYS.items()}
+    ids = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    tokens = {f"{field}_token_id": f"tokenizer.ggml.{name}_token_id" for field, name in ids.items()}
+    return {field: f"{header.architecture}.{key}" for field, key in keys.items()} | tokens
 
 
 def _head_dim(header: GGUFHeader, row: Architecture) -> int:

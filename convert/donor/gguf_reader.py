@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,39 +16,15 @@ from torch import Tensor
 
 from mhconvert.errors import CheckpointError, UnsupportedError
 
+from ..storage.regular_file import require_regular
 from ..storage.safetensors_reader import read_bytes
+from .gguf_entries import EntryReader, GGUFTensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
-# Value type in GGUF -> `struct` code.
-SCALAR_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 BLOCK = 1 << 22  # elements dequantised at a time, which bounds the memory besides the tensor itself
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class GGUFTensor:
-    """The entry of a stored tensor.
-
-    Attributes:
-        name: in llama.cpp.
-        shape: rows first; the file has it reversed.
-        quantization: the format of the values.
-        offset: in bytes from the start of `file`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    quantization: GGMLQuantizationType
-    offset: int
-    file: Path
-
-    @property
-    def nbytes(self) -> int:
-        block, size = GGML_QUANT_SIZES[self.quantization]
-        return math.prod(self.shape) * size // block
 
 
 @dataclass(frozen=True)
@@ -93,7 +68,9 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         CheckpointError: it is damaged, truncated or not a GGUF file, or a part is missing.
     """
     given = _read_file(path)
-    count = int(given.metadata.get("split.count", 1))
+    count = given.metadata.get("split.count", 1)
+    if not isinstance(count, int) or count < 0:
+        raise CheckpointError(f"{path}: split.count={count} is not a number of parts")
     paths = split_parts(path) if count > 1 else [path]
     if len(paths) != count:
         raise CheckpointError(
@@ -106,7 +83,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             )
     parts = [given if part == path else _read_file(part) for part in paths]
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
-    stated = parts[0].metadata.get("split.tensors.count", len(tensors))
+    stated = parts[0].metadata.get("split.tensors.count", sum(len(part.tensors) for part in parts))
     if stated != len(tensors):
         raise CheckpointError(
             f"the parts of {path} hold {len(tensors)} tensors of {stated}; download them again"
@@ -115,6 +92,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
 
 
 def _read_file(path: Path) -> GGUFHeader:
+    require_regular(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -123,60 +101,48 @@ def _read_file(path: Path) -> GGUFHeader:
             version, tensor_count, metadata_count = struct.unpack("<IQQ", stream.read(20))
             if version not in VERSIONS:
                 raise CheckpointError(f"{path} is GGUF version {version}; 2 and 3 (little-endian) are read")
-            reader = _Reader(stream, size)
-            metadata = {reader.string(): reader.value(reader.scalar(UINT32)) for _ in range(metadata_count)}
-            entries = [reader.tensor(path) for _ in range(tensor_count)]
-            alignment = int(metadata.get("general.alignment", ALIGNMENT))
+            reader = EntryReader(stream, size)
+            metadata = reader.metadata(metadata_count)
+            entries = reader.tensors(tensor_count, path)
+            alignment = metadata.get("general.alignment", ALIGNMENT)
+            if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+                raise ValueError(f"general.alignment={alignment} is no power of two")
             start = -(-stream.tell() // alignment) * alignment
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (struct.error, ValueError, KeyError, EOFError, ArithmeticError) as error:
+    except RecursionError as error:
+        raise CheckpointError(
+            f"{path} is not a valid GGUF file (its metadata is nested too deeply)"
+        ) from error
+    except (struct.error, ValueError, KeyError, EOFError) as error:
         raise CheckpointError(f"{path} is truncated or not a valid GGUF file ({error})") from error
-    tensors = {t.name: replace(t, offset=start + t.offset) for t in entries}
-    end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
-    if end > size:
-        raise CheckpointError(f"{path} is truncated: {size} bytes of {end}; download it again")
+    tensors = {name: replace(entry, offset=start + entry.offset) for name, entry in entries.items()}
+    _require_tiled(list(tensors.values()), start, size, alignment)
     return GGUFHeader(path, metadata, tensors)
 
 
-class _Reader:
-    """Reads a GGUF header value by value; raises EOFError for a length beyond the end of the file."""
+def _require_tiled(tensors: list[GGUFTensor], start: int, size: int, alignment: int) -> None:
+    """Raises CheckpointError unless the tensors lie behind one another from `start`, apart by their alignment alone.
 
-    def __init__(self, stream: BinaryIO, size: int) -> None:
-        self.stream, self.size = stream, size
-
-    def take(self, count: int) -> bytes:
-        if count > self.size or len(data := self.stream.read(count)) < count:
-            raise EOFError("the file ends inside its metadata")
-        return data
-
-    def scalar(self, value_type: int) -> Any:
-        layout = "<" + SCALAR_TYPES[value_type]
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
-
-    def string(self) -> str:
-        return self.take(self.scalar(UINT64)).decode("utf-8", errors="replace")
-
-    def value(self, value_type: int) -> Any:
-        """A value of this type; arrays become lists."""
-        if value_type == STRING:
-            return self.string()
-        if value_type != ARRAY:
-            number = self.scalar(value_type)
-            # The shortest decimal that rounds to the 32-bit float: 1e-05, not 9.999999747378752e-06.
-            return float(str(np.float32(number))) if SCALAR_TYPES[value_type] == "f" else number
-        item, count = self.scalar(UINT32), self.scalar(UINT64)
-        if item in (STRING, ARRAY):
-            return [self.value(item) for _ in range(count)]
-        layout = np.dtype(SCALAR_TYPES[item]).newbyteorder("<")
-        return np.frombuffer(self.take(count * layout.itemsize), dtype=layout).tolist()
-
-    def tensor(self, file: Path) -> GGUFTensor:
-        """A tensor's entry, with the offset relative to the start of the tensor data."""
-        name = self.string()
-        shape = tuple(self.scalar(UINT64) for _ in range(self.scalar(UINT32)))
-        quantization = GGMLQuantizationType(self.scalar(UINT32))
-        return GGUFTensor(name, shape[::-1], quantization, self.scalar(UINT64), file)
+    size: of the file, which ends with the last of them. llama.cpp reads no other file.
+    """
+    end, before = start, None
+    for tensor in sorted(tensors, key=lambda each: (each.offset, each.nbytes)):
+        aligned = -(-end // alignment) * alignment
+        if tensor.offset != aligned:
+            neighbour = f"tensor {before}" if before else "its header"
+            how = "overlaps" if tensor.offset < end else "is not directly behind"
+            raise CheckpointError(
+                f"tensor {tensor.name} in {tensor.file} {how} {neighbour}: it begins at byte {tensor.offset}, not at "
+                f"{aligned}; download it again"
+            )
+        end, before = tensor.offset + tensor.nbytes, tensor.name
+        if end > size:
+            raise CheckpointError(
+                f"{tensor.file} is truncated: {size} bytes, and tensor {tensor.name} ends at {end}; download it again"
+            )
+    if tensors and size - end >= alignment:
+        raise CheckpointError(f"{tensors[0].file} has {size - end} bytes behind its last tensor, {before}")
 
 
 def require_dequantisable(header: GGUFHeader) -> None:

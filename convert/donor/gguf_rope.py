@@ -24,6 +24,11 @@ YARN = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
+# Parameter -> the hyperparameter that states it, for messages.
+ROPE_KEYS = {field: key for key, field in YARN.items()} | {
+    "rope_theta": "rope.freq_base",
+    "factor": "rope.scaling.factor",
+}
 
 
 def rope_parameters(header: GGUFHeader, head_dim: int) -> dict[str, Any]:
@@ -37,6 +42,8 @@ def rope_parameters(header: GGUFHeader, head_dim: int) -> dict[str, Any]:
         "rope_theta": float(header.hyperparameter("rope.freq_base", BASE)),
     }
     rotated = int(header.hyperparameter("rope.dimension_count", head_dim))
+    if not 0 < rotated <= head_dim:
+        raise ValueError(f"rope.dimension_count is {rotated}, and a head has {head_dim} elements")
     if rotated != head_dim:
         rope["partial_rotary_factor"] = rotated / head_dim
     scaling = header.hyperparameter("rope.scaling.type", "none")

@@ -14,7 +14,8 @@ from mhconvert.errors import CheckpointError
 from ..storage.safetensors_reader import require_finite
 from .gguf_architectures import Architecture
 from .gguf_config import architecture_of, gguf_config
-from .gguf_reader import GGUFHeader, GGUFTensor, dequantise
+from .gguf_entries import GGUFTensor
+from .gguf_reader import GGUFHeader, dequantise
 from .gguf_rope import ROPE_TENSORS
 from .tensor_layout import meta_model
 

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mhconvert.errors import UnsupportedError
+from mhconvert.errors import CheckpointError, MhconvertError, UnsupportedError
 
 from .gguf_config import special_ids
 from .gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
@@ -20,8 +20,21 @@ def gguf_tokenizer(header: GGUFHeader) -> Any:
     """The tokenizer of the file, with its chat templates.
 
     Raises:
+        CheckpointError: the file's tokens, merges or ids do not make one.
         UnsupportedError: its type is unknown.
     """
+    try:
+        return _tokenizer(header)
+    except MhconvertError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the tokenizer in {header.path} cannot be made: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _tokenizer(header: GGUFHeader) -> Any:
     algorithm, pre = header.metadata.get("tokenizer.ggml.model"), header.metadata.get("tokenizer.ggml.pre")
     tokens = header.metadata.get("tokenizer.ggml.tokens", [])
     special = {name: tokens[index] for name, index in special_ids(header).items() if index is not None}

@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from mhconvert.errors import CheckpointError, UnsupportedError
 from mhconvert.progress import Listener
 
+from ..storage.bounded_yaml import load_yaml
+from ..storage.regular_file import require_regular
 from ..storage.safetensors_reader import SafetensorsSource, TensorSource, read_json
 from . import hub_download, wheel_download
 from .aliases import ALIASES, WHEEL_MODELS, near_matches
@@ -113,6 +115,8 @@ def resolve(reference: str, *, on_progress: Listener) -> ResolvedReference:
     path = Path(reference).expanduser()
     if reference in ALIASES:
         return _from_alias(reference, on_progress)
+    if not path.is_dir():
+        require_regular(path)
     if reference and path.is_dir():
         return _from_folder(reference, path, name=path.resolve().name.lower())
     if path.suffix.lower() == ".gguf" or path.is_file():
@@ -170,7 +174,8 @@ def _from_file(reference: str, path: Path) -> ResolvedReference:
 
 def _from_gguf(reference: str, path: Path, name: str, **origin: Any) -> ResolvedReference:
     header = read_gguf_header(path)
-    origin.setdefault("licence", header.metadata.get("general.license"))
+    licence = header.metadata.get("general.license")
+    origin.setdefault("licence", licence if isinstance(licence, str) else None)
     return ResolvedReference(reference, name, path.parent, gguf_config(header), header=header, **origin)
 
 
@@ -183,6 +188,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             checkpoint would need that code too.
     """
     settings = folder / "tokenizer_config.json"
+    require_regular(settings)
     auto_map = read_json(settings).get("auto_map", {}) if settings.is_file() else {}
     if not trust_remote_code and (isinstance(auto_map, list) or "AutoTokenizer" in auto_map):
         raise UnsupportedError(
@@ -190,7 +196,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
 
@@ -202,7 +208,7 @@ def _licence(folder: Path) -> str | None:
         return None
     parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
     try:
-        metadata = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+        metadata = load_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
     except yaml.YAMLError:
         return None
     stated = metadata.get("license") if isinstance(metadata, dict) else None

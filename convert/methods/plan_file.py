@@ -8,6 +8,8 @@ from typing import Any
 
 from mhconvert.errors import BudgetError
 
+from ..storage.regular_file import require_regular
+
 
 def read_layers(plan: Any, example: str) -> list[dict[str, Any]]:
     """The layers of a plan: of a file with {"layers": […]}, or of a list.
@@ -27,6 +29,7 @@ def name_of(plan: Any) -> str:
 
 
 def _of_file(path: str | Path) -> Any:
+    require_regular(Path(path), BudgetError)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))["layers"]
     except OSError as error:

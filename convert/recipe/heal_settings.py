@@ -180,7 +180,7 @@ class HealSettings(Settings):
     weight_decay: Annotated[
         float, Option("Decay of matrices; norms and biases never decay.", "W", ge=0, lt=1)
     ] = 0.0
-    clip: Annotated[float, Option("Largest norm of the gradient.", "NORM", gt=0)] = 1.0
+    clip: Annotated[float, Option("Largest norm of the gradient.", "NORM", gt=0, le=1e30)] = 1.0
     sequence_length: Annotated[
         int | None, Option("Tokens a row.", "N", ge=8, default="1024, or what the model reads")
     ] = None

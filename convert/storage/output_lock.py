@@ -20,7 +20,9 @@ class OutputLock:
         """Whether no other run has the lock. Raises OSError where the file cannot be made."""
         while True:
             stream = open(  # noqa: SIM115
-                os.open(self.file, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "w", encoding="utf-8"
+                os.open(self.file, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600),
+                "w",
+                encoding="utf-8",
             )
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

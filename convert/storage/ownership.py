@@ -24,7 +24,9 @@ def kind_of(folder: Path) -> str | None:
     try:
         if folder.is_symlink():
             return None
-        with open(os.open(folder / MARK, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as file:
+        with open(
+            os.open(folder / MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8"
+        ) as file:
             found = json.load(file)
     except (OSError, ValueError):
         return None

@@ -14,6 +14,8 @@ from safetensors.torch import _TYPES
 
 from mhconvert.errors import CheckpointError
 
+from .regular_file import require_regular
+
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 
 SAFETENSORS_DTYPES = {name: dtype for name, dtype in _TYPES.items() if isinstance(dtype, torch.dtype)}
@@ -36,6 +38,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: it is truncated or not a safetensors file.
     """
+    require_regular(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -50,6 +53,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         entries = {name: _stored_tensor(file, entry, 8 + length) for name, entry in header.items()}
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{file} is not a valid safetensors file (nested too deeply)") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a valid safetensors file ({error})") from error
     end = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mhconvert.errors import CheckpointError
 
+from .regular_file import require_regular
 from .safetensors_header import StoredTensor, read_header
 
 WEIGHTS = "model.safetensors"
@@ -50,6 +51,7 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        _require_files(self.folder)
         if (self.folder / WEIGHTS).is_file():
             self._tensors = read_header(self.folder / WEIGHTS)
         elif (self.folder / INDEX).is_file():
@@ -117,12 +119,29 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def weights_present(folder: Path) -> bool:
-    """Whether all files of the weights that transformers would read are in `folder`."""
+    """Whether all files of the weights that transformers would read are in `folder`.
+
+    Raises:
+        CheckpointError: one of them is a pipe, a device or a folder, or the index is damaged.
+    """
+    _require_files(folder)
     if (folder / WEIGHTS).is_file():
         return True
     return (folder / INDEX).is_file() and all(
         (folder / file).is_file() for file in set(read_weight_map(folder).values())
     )
+
+
+def _require_files(folder: Path) -> None:
+    for name in (WEIGHTS, INDEX):
+        require_regular(folder / name)
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The names of the tensors in `folder`, by its index where there is one. Raises as `SafetensorsSource` does."""
+    if (folder / WEIGHTS).is_file():
+        return list(read_header(folder / WEIGHTS))
+    return list(read_weight_map(folder))
 
 
 def read_tensor(name: str, entry: StoredTensor) -> Tensor:
@@ -172,8 +191,11 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read or does not contain an object.
     """
+    require_regular(file)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise CheckpointError(f"{file} cannot be read: its JSON is nested too deeply") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):

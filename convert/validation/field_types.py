@@ -9,6 +9,8 @@ from typing import Any
 
 from mhconvert.errors import AdapterError
 
+SHOWN = 60  # characters of an expression in a message
+
 
 def changed_fields(choices: Any) -> list[str]:
     """The fields of a dataclass instance whose value is not their default, in order."""
@@ -22,13 +24,18 @@ def changed_fields(choices: Any) -> list[str]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite int or float; a bool is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite int or float, as a float too; a bool is not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def require_expression(pattern: str, name: str) -> None:
     """Raises AdapterError where `pattern`, of the field `name`, is no regular expression."""
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise AdapterError(f"{name} '{pattern}' is no regular expression: {error}") from error
+    except (re.error, RecursionError, OverflowError) as error:
+        raise AdapterError(f"{name} '{pattern[:SHOWN]}' is no regular expression: {error}") from error

@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from mhconvert.errors import MhconvertError, RecipeError
+
+from ..storage.bounded_yaml import PlainLoader
+from ..storage.regular_file import require_regular
 
 Keys = tuple[str, ...]  # from the outermost mapping inwards; an entry of a list by its number
 
@@ -46,16 +49,6 @@ class Origins:
 NOWHERE = Origins()
 
 
-class Loader(yaml.SafeLoader):
-    """YAML without binary values and sets, which no setting has."""
-
-    yaml_constructors: ClassVar = {
-        tag: make
-        for tag, make in yaml.SafeLoader.yaml_constructors.items()
-        if tag not in ("tag:yaml.org,2002:binary", "tag:yaml.org,2002:set")
-    }
-
-
 @dataclass(frozen=True)
 class Document:
     """The values of a YAML file, and where they stand."""
@@ -71,7 +64,8 @@ def read(path: Path) -> Document:
         RecipeError: With the line: the file cannot be read, is not a mapping, or gives a key twice.
     """
     try:
-        loader = Loader(path.read_text(encoding="utf-8"))
+        require_regular(path, RecipeError)
+        loader = PlainLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         places = dict(_places(node, path)) if isinstance(node, yaml.MappingNode) else {}
         values = loader.construct_document(node) if node is not None else None
@@ -81,7 +75,9 @@ def read(path: Path) -> Document:
         raise RecipeError(f"{path} cannot be read: it is not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise RecipeError(_reason(error, path)) from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a date that there is not
+    except RecursionError as error:
+        raise RecipeError(f"{path} cannot be read: it is nested too deeply") from error
+    except ValueError as error:  # a date that there is not
         raise RecipeError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a mapping of settings")

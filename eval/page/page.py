@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from mhconvert.errors import OutputError
+from mhconvert.errors import CheckpointError, OutputError
 
 from ...convert.checkpoint.provenance import RECIPE
+from ...convert.storage.safetensors_reader import read_json
 from ..report.model_card import REPORT
 from .blocks import to_html, to_markdown
 from .content import blocks
@@ -55,8 +55,8 @@ def sources(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], str | N
     for model in result["models"][1:]:
         folder = Path(model["reference"])
         try:
-            reports.append(json.loads((folder / REPORT).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            reports.append(read_json(folder / REPORT))
+        except CheckpointError:
             reports.append({})
         file = folder / RECIPE
         if recipe is None and file.is_file():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mhconvert.errors import ExportError
 
+from ...donor.config_ranges import require_ranges
 from ...storage.safetensors_reader import SafetensorsSource, read_json
 
 LATENT_EPS = 1e-6  # of the latent's norm in transformers; llama.cpp has one eps for all norms
@@ -62,6 +63,7 @@ class DenseCheckpoint:
 def open_dense(folder: Path) -> DenseCheckpoint:
     """The checkpoint in `folder`. Raises ExportError naming the feature that deepseek2 does not have."""
     config = read_json(folder / "config.json")
+    require_ranges(config, folder / "config.json")
     reason = _refusal(config)
     if reason is not None:
         raise ExportError(f"{folder} cannot be a deepseek2 GGUF: {reason}")

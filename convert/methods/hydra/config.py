@@ -15,10 +15,10 @@ from mhconvert.version import __version__
 
 from ...validation.field_types import is_number, require_expression
 from . import card
+from .settings import LARGEST_RANK
 
 BIASES = ("none", "all", "hydra_only")
 RANKS = ("r_par", "r_seq")
-LARGEST_RANK = 1 << 16  # no linear layer is as wide in both directions
 
 
 @dataclass

@@ -10,6 +10,9 @@ from mhconvert.errors import AdapterError
 from ...validation.option import Names, Option, Takes, default
 from ...validation.settings import Settings
 
+LARGEST_RANK = 1 << 16  # no linear layer is as wide in both directions
+LARGEST_SCALE = 1e30
+
 
 def module_names(text: str) -> tuple[str, ...]:
     """("o_proj", "down_proj") from "o_proj,down_proj". Raises AdapterError for an empty name."""
@@ -26,10 +29,16 @@ class HydraSettings(Settings):
     fault = AdapterError
 
     r_par: Annotated[
-        int, Option("Rank of the branch that reads a module's input; 0: no such branch.", "N")
+        int,
+        Option(
+            "Rank of the branch that reads a module's input; 0: no such branch.", "N", ge=0, le=LARGEST_RANK
+        ),
     ] = 8
     r_seq: Annotated[
-        int, Option("Rank of the branch that reads a module's output; 0: no such branch.", "N")
+        int,
+        Option(
+            "Rank of the branch that reads a module's output; 0: no such branch.", "N", ge=0, le=LARGEST_RANK
+        ),
     ] = 8
     targets: Annotated[
         Takes[tuple[str, ...] | None, Names | None],
@@ -41,12 +50,23 @@ class HydraSettings(Settings):
             default="by model type, those that write to the residual stream: o_proj,down_proj",
         ),
     ] = default(None)
-    scale: Annotated[float, Option("What both branches are multiplied by.", "S")] = 1.0
+    scale: Annotated[
+        float,
+        Option(
+            "What both branches are multiplied by.",
+            "S",
+            ge=-LARGEST_SCALE,
+            le=LARGEST_SCALE,
+            range_hint="is not a finite number, or beyond 1e30",
+        ),
+    ] = 1.0
     dropout: Annotated[
         float,
         Option(
             "Dropout between a branch's matrices in training, where the model is then not what merging gives.",
             "P",
+            ge=0,
+            lt=1,
         ),
     ] = 0.0
 

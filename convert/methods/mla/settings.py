@@ -39,10 +39,12 @@ class MLASettings(Settings):
         ),
     ] = 0.5
     kv_lora_rank: Annotated[
-        int | None, Option("Width of the latent, together with qk_rope_head_dim instead of kv_budget.", "N")
+        int | None,
+        Option("Width of the latent, together with qk_rope_head_dim instead of kv_budget.", "N", ge=1),
     ] = None
     qk_rope_head_dim: Annotated[
-        int | None, Option("Width of the rotary key, together with kv_lora_rank instead of kv_budget.", "N")
+        int | None,
+        Option("Width of the rotary key, together with kv_lora_rank instead of kv_budget.", "N", ge=2),
     ] = None
     profile: Annotated[
         Profile,

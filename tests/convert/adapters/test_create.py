@@ -174,6 +174,6 @@ def test_a_quantised_donor(tmp_path: Path) -> None:
     donor = make_donor(tmp_path / "tiny")
     config = json.loads((donor / "config.json").read_text())
     (donor / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    save_file({"model.layers.0.mlp.up_proj.qweight": torch.ones(4, 4, dtype=torch.int32)}, donor / WEIGHTS)
+    save_file({"model.layers.1.mlp.up_proj.qweight": torch.ones(4, 4, dtype=torch.int32)}, donor / WEIGHTS)
     with pytest.raises(UnsupportedError, match=r"quantised \(GPTQ\)"):
         mhconvert.convert(recipe(donor, tmp_path / "out"))

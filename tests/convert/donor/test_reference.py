@@ -43,7 +43,7 @@ def test_a_file_that_is_no_gguf(tmp_path):
         ({"config.json": "{"}, "config.json cannot be read"),
         ({"config.json": "[]"}, "config.json does not hold a JSON object"),
         ({"config.json": "{}"}, "names no model_type"),
-        ({"config.json": '{"model_type": "llama", "hidden_size": "big"}'}, "is not a valid llama config"),
+        ({"config.json": '{"model_type": "llama", "attention_bias": "no"}'}, "is not a valid llama config"),
     ],
 )
 def test_folders_that_are_no_model(tmp_path, files, words):
