@@ -177,9 +177,9 @@ class Workspace:
         """Free the streams' memory when all layers are done."""
         self._streams = None
 
-    def publish(self) -> None:
-        """Rename OUT.partial to OUT."""
-        self._folder.publish()
+    def publish(self, *, finished: bool) -> None:
+        """Rename OUT.partial to OUT; `finished` as `publishing.publish` has it."""
+        self._folder.publish(finished=finished)
 
     def _commit(self) -> None:
         """Write tensors, streams and state; from here an interrupted run continues."""

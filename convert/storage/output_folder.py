@@ -90,10 +90,10 @@ class PartialFolder:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         mark(self.folder, self.kind)
 
-    def publish(self) -> None:
-        """Delete the work folder and rename OUT.partial to OUT."""
+    def publish(self, *, finished: bool = True) -> None:
+        """Delete the work folder and rename OUT.partial to OUT; `finished` as `publishing.publish` has it."""
         shutil.rmtree(self.work)
-        publish(self.folder, self.output)
+        publish(self.folder, self.output, finished=finished)
 
     def discard(self) -> None:
         """Delete the folder, and the parents that `make` created."""
@@ -158,9 +158,9 @@ class ResumableFolder(PartialFolder):
             self.unlock()
             raise
 
-    def publish(self) -> None:
+    def publish(self, *, finished: bool = True) -> None:
         self.state_file.unlink()  # first: a partly deleted work folder must not be resumed
-        super().publish()
+        super().publish(finished=finished)
 
 
 @contextmanager
@@ -223,7 +223,7 @@ def check_free(output: Path, force: bool, *read: Path | None) -> None:
             f"{output} is read by this command, or holds what is; choose another folder with -o"
         )
     has_files = os.path.lexists(output) and any(output.iterdir())
-    if has_files and not any((output / name).is_file() for name in KINDS):
+    if has_files and not any((output / name).is_file() for name in KINDS) and kind_of(output) is None:
         raise OutputError(f"{output} is no checkpoint, and --force replaces nothing else; choose another -o")
 
 
