@@ -28,7 +28,7 @@ from .donor.reference import HUB_ID, load_tokenizer
 from .methods.registry import register
 from .recipe.recorded import as_recorded
 from .storage.folder_kind import is_adapter
-from .storage.safetensors_reader import read_json, require_finite
+from .storage.safetensors_reader import SafetensorsSource, read_json, require_finite
 
 if TYPE_CHECKING:
     from .adapters.saved_adapter import AdapterFolder
@@ -71,6 +71,7 @@ class OpenModel:
             return self._with_adapter(self.donor.model(torch.device(self.device), dtype), trainable).eval()
         from transformers import AutoModelForCausalLM
 
+        SafetensorsSource(self.folder)  # whose errors name the file
         try:
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder,
