@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -22,6 +23,7 @@ import typer
 
 from mhconvert.errors import MhconvertError
 
+from .plain_text import one_line, plain_values
 from .process_faults import Terminated, sigterm_raises
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
@@ -64,15 +66,14 @@ def execute(
     except KeyboardInterrupt as error:
         _fail(flags, interrupted, error, 130)
     except MhconvertError as error:
-        _fail(flags, " ".join(str(error).split()), error, 1)
+        _fail(flags, str(error), error, 1)
     except BrokenPipeError:  # the reader of stdout has gone; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise typer.Exit(1) from None
     except Exception as error:
-        hint = "" if flags.debug else " (--debug shows where)"
-        _fail(flags, f"{type(error).__name__}: {' '.join(str(error).split())}{hint}", error, 1)
+        _fail(flags, _unforeseen(error, flags.debug), error, 1)
     for fault in found:
-        print(f"mhconvert: {fault}", file=sys.stderr, flush=True)
+        print(f"mhconvert: {one_line(fault)}", file=sys.stderr, flush=True)
     raise typer.Exit(1 if found else 0)
 
 
@@ -102,13 +103,25 @@ def _print(flags: Flags, result: dict[str, Any], show: Show) -> None:
         return
     from rich.console import Console
 
-    show(result, Console(width=None if sys.stdout.isatty() else 120))
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
+    show(plain_values(result), console)
     sys.stdout.flush()
+
+
+def _unforeseen(error: Exception, debug: bool) -> str:
+    """What is known of an error that nobody has put into words: the command, the step, what is left, what to do."""
+    from ..convert.storage.disk_space import out_of_space
+
+    words = out_of_space(error) or f"{type(error).__name__}: {error}"
+    told = "; ".join([words, *getattr(error, "__notes__", [])])
+    hint = "" if debug else "; --debug shows where: please report it with that"
+    return f"'{shlex.join(sys.argv[1:])}' failed: {told}{hint}"
 
 
 def _fail(flags: Flags, message: str, error: BaseException, code: int) -> NoReturn:
     if flags.debug:
         traceback.print_exception(error)
+    message = one_line(message)
     print(f"mhconvert: {message}", file=sys.stderr, flush=True)
     if flags.json:
         print(_json({"error": message}), flush=True)

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from mhconvert.errors import MhconvertError
 from mhconvert.progress import Listener, Progress, ignore
 
 from ..eval.report.units import duration
+from .plain_text import plain
 
 NAMES = {
     "donor": "opening the donor",
@@ -39,7 +41,27 @@ EACH = ("layers", "blocks")  # stages of which every step has a line of its own;
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Listener]:
-    """Yield a listener that shows the progress it is told, for as long as the context lasts."""
+    """Yield a listener that shows the progress it is told, for as long as the context lasts.
+
+    An error that nobody foresaw gets a note of what was being done.
+    """
+    told: list[Progress] = []
+    with _shown(quiet) as show:
+
+        def listener(event: Progress) -> None:
+            told[:] = [event]
+            show(event)
+
+        try:
+            yield listener
+        except Exception as error:
+            if told and not isinstance(error, MhconvertError):
+                error.add_note(f"while: {describe(told[0], None)}")
+            raise
+
+
+@contextmanager
+def _shown(quiet: bool) -> Iterator[Listener]:
     if quiet:
         yield ignore
     elif sys.stderr.isatty():
@@ -100,7 +122,7 @@ def describe(event: Progress, left: float | None) -> str:
         parts.append(event.message)
     if left is not None:
         parts.append(f"{duration(left)} left")
-    return " · ".join(parts)
+    return plain(" · ".join(parts))
 
 
 @contextmanager
@@ -123,7 +145,7 @@ def _live() -> Iterator[Listener]:
                 bars.update(tasks[stage], completed=bars.tasks[tasks[stage]].total)
             if event.stage == "done":
                 if event.message:
-                    bars.console.print(escape(event.message), highlight=False)
+                    bars.console.print(escape(plain(event.message)), highlight=False)
                 return
             if event.stage not in tasks:
                 tasks[event.stage] = bars.add_task(NAMES.get(event.stage, event.stage), note="")

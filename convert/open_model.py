@@ -29,7 +29,7 @@ from .donor.reference import HUB_ID, load_tokenizer
 from .methods.registry import register
 from .recipe.recorded import as_recorded
 from .storage.folder_kind import is_adapter
-from .storage.safetensors_reader import read_json, require_finite
+from .storage.safetensors_reader import SafetensorsSource, read_json, require_finite
 
 if TYPE_CHECKING:
     from .adapters.saved_adapter import AdapterFolder
@@ -72,6 +72,7 @@ class OpenModel:
             return self._with_adapter(self.donor.model(torch.device(self.device), dtype), trainable).eval()
         from transformers import AutoModelForCausalLM
 
+        SafetensorsSource(self.folder)  # whose errors name the file
         try:
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder,
@@ -166,12 +167,33 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
     return OpenModel(reference, donor.config, place, donor, trust_remote_code)
 
 
+def output_folder(recipe: Recipe) -> Path:
+    """The folder that the conversion `recipe` writes, its default by the donor's name."""
+    return recipe.output_folder(open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code).name)
+
+
+def is_result(folder: Path, recipe: Recipe) -> bool:
+    """Whether the conversion `recipe` made what is in `folder`, healed or not."""
+    made = as_recorded(read_record(folder).get("recipe"))
+    if not isinstance(made, dict):
+        return False
+    if recipe.tolerance is not None:  # the search found the budget
+        budget = made.get("settings", {}).get("kv_budget")
+        recipe = recipe.at_budget(budget) if budget else recipe
+    return bool(made == json.loads(json.dumps(recipe.to_dict())))
+
+
 def written(recipe: Recipe) -> str | None:
     """The folder that the conversion `recipe` has written, if it has and nothing has healed it."""
-    folder = recipe.output_folder(open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code).name)
-    record = read_record(folder)
-    made = as_recorded(record.get("recipe")) == json.loads(json.dumps(recipe.to_dict()))
-    return str(folder) if made and not record.get("healed") else None
+    folder = output_folder(recipe)
+    return str(folder) if is_result(folder, recipe) and not read_record(folder).get("healed") else None
+
+
+def healed_report(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The report of the conversion `recipe` that was healed into `folder`; None where there is no such thing."""
+    if not (is_result(folder, recipe) and read_record(folder).get("healed")):
+        return None
+    return read_json(folder / "report.json")
 
 
 def recorded_donor(checkpoint: str) -> str:

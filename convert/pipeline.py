@@ -47,6 +47,7 @@ def convert_checkpoint(
     fit: Fit,
     measure: Measure,
     finish: Finish,
+    step: Path | None = None,
     resume: bool = False,
     force: bool = False,
     on_progress: Listener | None = None,
@@ -57,6 +58,7 @@ def convert_checkpoint(
         fit: trains a converted attention in place (`heal.layer_fit.fit`).
         measure: makes an accumulator of predictions (`eval.fidelity.Fidelity`).
         finish: writes report and card into the folder (`eval.report.model_card.write_report`).
+        step: a folder to write instead of the recipe's, marked as a step to something else.
         resume: continue an interrupted run of the same recipe.
         force: replace an existing output folder.
 
@@ -66,8 +68,7 @@ def convert_checkpoint(
     started, on_progress = time.perf_counter(), on_progress or ignore
     device = pick_device(recipe.device)
     donor, method = _resolve(recipe, on_progress)
-    output = recipe.output_folder(donor.name)
-    output_folder.check_free(output, force, donor.folder)
+    output_folder.check_free(output := step or recipe.output_folder(donor.name), force, donor.folder)
     donor.open_weights(on_progress)
     needed = cost_estimate.plan(recipe, donor, method, device)["disk_needed_bytes"]
     with Workspace(output, recipe, needed, resume=resume, force=force) as space:
@@ -87,7 +88,7 @@ def convert_checkpoint(
         report["peak_rss_bytes"] = peak_rss(report)
         finish(space.partial, report)
         provenance.write_provenance(space.partial, recipe, donor, report)
-        space.publish()
+        space.publish(finished=step is None)
     on_progress(Progress("done", 1, 1, str(output)))
     return report
 

@@ -17,7 +17,8 @@ from mhconvert.errors import HealError, MhconvertError, OutputError, ReloadKille
 
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import save_tensors, write_json
-from ..convert.storage.output_folder import ResumableFolder, disk_full
+from ..convert.storage.disk_space import out_of_space
+from ..convert.storage.output_folder import ResumableFolder
 from .packed_rows import HealText, Rows
 
 # Files in the work folder:
@@ -101,17 +102,13 @@ class HealSpace:
             return
         self._folder.unlock()
         trained = self.step > 0 or (self.work / BLOCKS).is_file()
-        if disk_full(error):
+        if words := out_of_space(error):
             raise OutputError(
-                f"the disk is full; {self.partial} holds what is durable: free some space and run the same command "
-                "with --resume"
+                f"{words}; {self.partial} holds what is durable: make room and run the same command with --resume"
             ) from error
-        if (
-            isinstance(error, MhconvertError)
-            and not isinstance(error, ReloadKilledError)
-            and self._new
-            and not trained
-        ):
+        if not isinstance(error, MhconvertError):
+            self._folder.leave(error)
+        elif not isinstance(error, ReloadKilledError) and self._new and not trained:
             self._folder.discard()
 
     def write_text(self, text: HealText) -> None:

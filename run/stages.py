@@ -18,7 +18,6 @@ from mhconvert.progress import Listener, Progress
 
 from ..convert import open_model
 from ..convert.checkpoint.provenance import EVALUATION, read_record
-from ..convert.donor.donor import open_donor
 from ..convert.storage.atomic_files import sha256
 from . import stage_inputs
 from .ledger import Ledger, mark
@@ -68,7 +67,7 @@ def run(
 def output_folder(recipe: RunRecipe) -> Path:
     """Return the folder of the converted checkpoint."""
     named = recipe.convert.output
-    return Path(named) if named else recipe.convert.output_folder(open_donor(recipe.convert.model).name)
+    return Path(named) if named else open_model.output_folder(recipe.convert)
 
 
 def _do(work: Run, name: str, depends: Any) -> None:

@@ -28,7 +28,6 @@ def command(
 
 def show(facts: dict[str, Any], console: Any) -> None:
     """Print an inspection."""
-    from rich.markup import escape
     from rich.table import Table
 
     from ...eval.report.units import count, size
@@ -55,9 +54,9 @@ def show(facts: dict[str, Any], console: Any) -> None:
             cost = f"KV cache a token → {size(method['kv_bytes_per_token'])}"
             console.print(f"{name}: applies; {cost}, output {size(method['output_bytes'])}", highlight=False)
         else:
-            console.print(escape(f"{name}: {method['reason']}"), highlight=False)
+            console.print(f"{name}: {method['reason']}", highlight=False)
     if facts.get("notice"):
-        console.print(escape(facts["notice"]), highlight=False)
+        console.print(facts["notice"], highlight=False)
 
 
 def _short(value: Any) -> str:

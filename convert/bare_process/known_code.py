@@ -31,23 +31,19 @@ def require_known_code(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and path.is_dir():
             raise UnsupportedError(f"{path} is a link to a folder, which may hold code; {way_out}")
-        if (
-            path.suffix == ".py"
-            and (hashlib.sha256(path.read_bytes()).hexdigest(), path.name) not in released()
-        ):
+        if path.suffix == ".py" and not _is_released(path):
             raise UnsupportedError(
                 f"{path} is code that no version of mhconvert up to this one ships, and the check would run it; "
                 f"{way_out}"
             )
 
 
-<<<<<<< HEAD
+def _is_released(file: Path) -> bool:
+    return file.is_file() and (hashlib.sha256(file.read_bytes()).hexdigest(), file.name) in released()
+
+
 @cache
 def released() -> frozenset[tuple[str, str]]:
     """(SHA-256, name) of each file of code that checkpoints of this and of earlier versions hold."""
     lines = (Path(__file__).parent / "released_code.sha256").read_text(encoding="ascii").splitlines()
     return frozenset((digest, name) for digest, name in map(str.split, lines))
-=======
-def _is_shipped(file: Path, package: Path) -> bool:
-    return file.is_file() and any(own.read_bytes() == file.read_bytes() for own in package.rglob(file.name))
->>>>>>> ha

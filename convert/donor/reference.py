@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
 from mhconvert.errors import CheckpointError, UnsupportedError
@@ -196,9 +197,21 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+    except Exception as error:  # tokenizers raises the base class itself
+        place, reason = _damaged_tokenizer(folder), " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the tokenizer in {place} cannot be loaded: {reason}") from error
+
+
+def _damaged_tokenizer(folder: Path) -> Path:
+    """The file for which the tokenizer in `folder` does not load, as far as can be told; `folder` itself otherwise."""
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not file.is_file():
+        return folder
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception:
+        return file
+    return settings if settings.is_file() else folder
 
 
 def _licence(folder: Path) -> str | None:

@@ -103,6 +103,8 @@ def _method(reference: str) -> MethodInfo:
     if identity.exported(reference):
         raise ExportError(f"{reference} is an export already; export the checkpoint that it was made from")
     folder = open_model.checkpoint_folder(reference)
+    if (path / "config.json").is_file():
+        read_json(path / "config.json")  # whose errors name the file
     method = identity.made_by(str(folder or path))
     if method is None:
         raise ExportError(

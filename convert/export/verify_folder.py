@@ -18,7 +18,7 @@ from ..bare_process.reload import verify, write_probe
 from ..checkpoint import identity
 from ..checkpoint.provenance import read_record
 from ..storage.folder_kind import is_adapter
-from ..storage.safetensors_reader import read_json
+from ..storage.safetensors_reader import SafetensorsSource, read_json
 from . import same_outputs
 
 FREE = 1e9  # a tolerance that refuses nothing: differences are judged in this module
@@ -85,6 +85,7 @@ def _model_folder(reference: str) -> Path:
         raise CheckpointError(
             f"{reference} is an adapter and no whole model; mhconvert merge makes one of it"
         )
+    SafetensorsSource(folder)  # whose errors name the file
     return folder
 
 

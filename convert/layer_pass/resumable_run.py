@@ -22,7 +22,8 @@ from ..recipe.recipe import Recipe
 from ..recipe.recorded import as_recorded
 from ..storage.atomic_files import save_tensors, write_json
 from ..storage.byte_size import byte_size
-from ..storage.output_folder import ResumableFolder, disk_full
+from ..storage.disk_space import out_of_space
+from ..storage.output_folder import ResumableFolder
 from ..storage.shard_writer import ShardWriter
 from .decoder_layer import Streams
 from .stored_sensitivities import StoredSensitivities, write_sensitivities
@@ -39,7 +40,8 @@ NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may chan
 
 
 class Workspace:
-    """OUT.partial of a conversion. Use as a context: it is locked inside, and removed when the run fails for good.
+    """OUT.partial of a conversion. Use as a context: it is locked inside, and removed when the run fails for good, or
+    before anything is durable.
 
     An interrupt, a full disk or a killed reload leaves it for `resume`. A layer is finished when the state file says
     so; all that it needs was written before.
@@ -106,11 +108,13 @@ class Workspace:
         self._folder.unlock()
         if isinstance(error, MhconvertError) and not isinstance(error, ReloadKilledError):
             self._folder.discard()
-        elif disk_full(error):
+        elif words := out_of_space(error):
             raise OutputError(
-                f"the disk is full; {len(self.layers)} layers are finished in {self.partial}: free some space and "
-                "run the same command with --resume"
+                f"{words}; {len(self.layers)} layers are finished in {self.partial}: make room and run the same "
+                "command with --resume"
             ) from error
+        else:
+            self._folder.leave(error)
 
     def rows(self, draw: Callable[[], Rows]) -> Rows:
         """The calibration rows of this run: drawn once, the same after every resume."""
@@ -177,9 +181,9 @@ class Workspace:
         """Free the streams' memory when all layers are done."""
         self._streams = None
 
-    def publish(self) -> None:
-        """Rename OUT.partial to OUT."""
-        self._folder.publish()
+    def publish(self, *, finished: bool) -> None:
+        """Rename OUT.partial to OUT; `finished` as `publishing.publish` has it."""
+        self._folder.publish(finished=finished)
 
     def _commit(self) -> None:
         """Write tensors, streams and state; from here an interrupted run continues."""

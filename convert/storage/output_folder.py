@@ -6,7 +6,6 @@ that start over after an interruption, `ResumableFolder` for runs that can resum
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -15,11 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from mhconvert.errors import OutputError
 
-from .byte_size import shown_size
+from .disk_space import check_space, out_of_space
 from .folder_kind import KINDS
 from .output_lock import OutputLock
 from .ownership import MARK, is_blank, kind_of, mark
@@ -28,8 +25,6 @@ from .publishing import publish, recover
 PARTIAL = ".partial"
 LONGEST_NAME = 255 - len(PARTIAL)  # bytes
 WORK = "work"  # subfolder of OUT.partial, deleted before OUT.partial is renamed
-
-DISK_FULL = ("No space left", "PytorchStreamWriter failed", "unexpected pos")  # the last two from torch.save
 
 
 class PartialFolder:
@@ -77,7 +72,7 @@ class PartialFolder:
             self.work.mkdir(exist_ok=True)
         except OSError as error:
             self.unlock()
-            raise OutputError(f"{self.folder} cannot be made: {error.strerror}") from error
+            raise OutputError(f"{self.folder} cannot be made: {error.strerror or error}") from error
 
     def unlock(self) -> None:
         """Release the lock, if this run has it."""
@@ -90,10 +85,10 @@ class PartialFolder:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         mark(self.folder, self.kind)
 
-    def publish(self) -> None:
-        """Delete the work folder and rename OUT.partial to OUT."""
+    def publish(self, *, finished: bool = True) -> None:
+        """Delete the work folder and rename OUT.partial to OUT; `finished` as `publishing.publish` has it."""
         shutil.rmtree(self.work)
-        publish(self.folder, self.output)
+        publish(self.folder, self.output, finished=finished)
 
     def discard(self) -> None:
         """Delete the folder, and the parents that `make` created."""
@@ -158,9 +153,18 @@ class ResumableFolder(PartialFolder):
             self.unlock()
             raise
 
-    def publish(self) -> None:
+    def leave(self, error: BaseException | None) -> None:
+        """After an unforeseen error delete the folder if nothing in it can be resumed, and else say that it is kept."""
+        if not isinstance(error, Exception):
+            return
+        if self.state_file.is_file():
+            error.add_note(f"{self.folder} is kept; --resume goes on from it, --force starts over")
+        else:
+            self.discard()
+
+    def publish(self, *, finished: bool = True) -> None:
         self.state_file.unlink()  # first: a partly deleted work folder must not be resumed
-        super().publish()
+        super().publish(finished=finished)
 
 
 @contextmanager
@@ -188,9 +192,9 @@ def whole_folder(output: Path, needed: int, *, force: bool) -> Iterator[Path]:
         partial.publish()
     except BaseException as error:
         partial.discard()
-        if disk_full(error):
+        if words := out_of_space(error):
             raise OutputError(
-                f"the disk of {output} is full; free some space, or choose another -o"
+                f"{output} cannot be written: {words}; make room, or choose another -o"
             ) from error
         raise
     finally:
@@ -223,25 +227,5 @@ def check_free(output: Path, force: bool, *read: Path | None) -> None:
             f"{output} is read by this command, or holds what is; choose another folder with -o"
         )
     has_files = os.path.lexists(output) and any(output.iterdir())
-    if has_files and not any((output / name).is_file() for name in KINDS):
+    if has_files and not any((output / name).is_file() for name in KINDS) and kind_of(output) is None:
         raise OutputError(f"{output} is no checkpoint, and --force replaces nothing else; choose another -o")
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raises OutputError if the disk of `folder` has less than `needed` bytes free."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise OutputError(
-            f"the disk of {place} has {shown_size(free)} free and the conversion needs {shown_size(needed)}; free "
-            "some, or choose another place with -o"
-        )
-
-
-def disk_full(error: BaseException | None) -> bool:
-    """Whether `error` is from a write to a full disk."""
-    if not isinstance(error, (OSError, SafetensorError, RuntimeError)):
-        return False
-    return getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in DISK_FULL)

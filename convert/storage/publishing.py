@@ -17,10 +17,11 @@ ASIDE = "replaced"  # kind of the folder in which an output is kept that is bein
 LONG_NAME = 200  # bytes; longer names stand as their hash
 
 
-def publish(partial: Path, output: Path) -> None:
+def publish(partial: Path, output: Path, *, finished: bool = True) -> None:
     """Rename `partial`, which is marked as ours, to `output`; an existing `output` is moved aside and deleted last.
 
-    All files are on the disk before the name is: after a power cut, too, `output` is whole.
+    All files are on the disk before the name is: after a power cut, too, `output` is whole. Without `finished` it stays
+    marked: as a step to something else, which a later run may delete.
     """
     flush(partial)
     aside = None
@@ -30,7 +31,8 @@ def publish(partial: Path, output: Path) -> None:
         os.replace(output, aside / output.name)
     os.replace(partial, output)
     _flush_one(output.parent)
-    unmark(output)
+    if finished:
+        unmark(output)
     if aside is not None:
         _remove_aside(aside)
 

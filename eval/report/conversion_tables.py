@@ -143,8 +143,8 @@ def curve_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def show(report: dict[str, Any], console: Any) -> None:
     """Print the table, a sample continuation and the loading code of a checkpoint on a rich console."""
-    from rich.markup import escape
     from rich.table import Column, Table
+    from rich.text import Text
 
     method = method_title(str(report.get("method", "")))
     title = f"{report.get('donor_name') or report.get('donor', '')} → {method}"
@@ -158,18 +158,17 @@ def show(report: dict[str, Any], console: Any) -> None:
         table.add_row(*row)
     console.print(table)
     if healed:
-        console.print(escape(healing_line(report)), highlight=False)
+        console.print(healing_line(report), highlight=False)
     sample = report.get("sample") or {}
     if sample:
-        console.print(f"[bold]{escape(sample['prompt'])}[/bold]{escape(sample.get('converted') or '')}")
+        console.print(Text.assemble((sample["prompt"], "bold"), sample.get("converted") or ""))
     if report.get("output") and is_adapter(Path(report["output"])):
-        console.print(
-            f"\n{escape(str(report['output']))}: an adapter; mhconvert merge makes a checkpoint of it"
-        )
+        console.print(f"\n{report['output']}: an adapter; mhconvert merge makes a checkpoint of it")
     elif report.get("output"):
-        console.print(f"\n{escape(str(report['output']))} loads with plain transformers:", highlight=False)
+        console.print(f"\n{report['output']} loads with plain transformers:", highlight=False)
         console.print(
-            f"[dim]{escape(loading_code(str(report['output']), has_remote_code(report)))}[/dim]",
+            loading_code(str(report["output"]), has_remote_code(report)),
+            style="dim",
             highlight=False,
             soft_wrap=True,
         )

@@ -38,18 +38,26 @@ def convert(
         if resume:
             raise MhconvertError(f"{recipe.method} writes an adapter at once; there is nothing to resume")
         return create.create_adapter(recipe, force=force, on_progress=on_progress)
+    if recipe.heal is not None:
+        return _convert_and_heal(recipe, recipe.heal, resume=resume, force=force, on_progress=on_progress)
+    return _convert(recipe, resume=resume, force=force, on_progress=on_progress)
+
+
+def _convert(
+    recipe: Recipe, *, step: Path | None = None, resume: bool, force: bool, on_progress: Listener | None
+) -> dict[str, Any]:
+    """The conversion alone; `step` as `pipeline.convert_checkpoint` has it."""
     from mhconvert.convert import pipeline
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.report.model_card import write_report
     from mhconvert.heal import layer_fit
 
-    if recipe.heal is not None:
-        return _convert_and_heal(recipe, recipe.heal, resume=resume, force=force, on_progress=on_progress)
     return pipeline.convert_checkpoint(
         recipe,
         fit=layer_fit.fit,
         measure=Fidelity,
         finish=write_report,
+        step=step,
         resume=resume,
         force=force,
         on_progress=on_progress,
@@ -59,23 +67,32 @@ def convert(
 def _convert_and_heal(
     recipe: Recipe, settings: HealSettings, *, resume: bool, force: bool, on_progress: Listener | None
 ) -> dict[str, Any]:
-    """Convert, then heal in place; the folder holds the converted checkpoint until the healed one takes its place."""
+    """Convert into OUT.unhealed, heal that into OUT, and delete it: OUT is never there before it is healed."""
     from mhconvert.convert import open_model
+    from mhconvert.convert.storage import step_folder
 
     plain = dataclasses.replace(recipe, heal=None)
-    # A conversion that is there is done, and its healing was cut short.
-    output = open_model.written(plain) if resume else None
-    output = output or convert(plain, resume=resume, force=force, on_progress=on_progress)["output"]
-    return heal(
-        output,
+    output = open_model.output_folder(plain)
+    step = step_folder.unhealed(output)
+    done = resume and not force and open_model.healed_report(output, plain)
+    if done:  # an earlier run was killed when OUT had its name
+        step_folder.remove_step(step)
+        return done
+    step_folder.check_step(output, step, resume=resume, force=force)
+    if not (resume and open_model.is_result(step, plain)):
+        _convert(plain, step=step, resume=resume, force=force, on_progress=on_progress)
+    report = heal(
+        str(step),
         settings,
-        output=output,
+        output=str(output),
         resume=resume,
-        force=True,
+        force=force,
         verify=recipe.verify,
         trust_remote_code=recipe.trust_remote_code,
         on_progress=on_progress,
     )
+    step_folder.remove_step(step)
+    return report
 
 
 def plan(recipe: Recipe, *, survey: bool = False, on_progress: Listener | None = None) -> dict[str, Any]:

@@ -189,9 +189,35 @@ def test_a_surprise_is_one_line_too(
 ) -> None:
     failing(monkeypatch, RuntimeError("shapes differ"))
     assert main("tiny", "--to", "mla") == 1
-    assert capsys.readouterr().err == "mhconvert: RuntimeError: shapes differ (--debug shows where)\n"
+    assert capsys.readouterr().err == (
+        "mhconvert: 'tiny --to mla' failed: RuntimeError: shapes differ; --debug shows where: please report it with "
+        "that\n"
+    )
     assert main("tiny", "--to", "mla", "--debug") == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_names_do_not_steer_the_terminal(
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In tables, progress and errors; and what looks like markup is shown as it is."""
+    name = "evil\x1b[2J\x9b1m\u202e[red]\ud800[/blue]"
+    shown = r"evil\x1b[2J\x9b1m\u202e[red]\ud800[/blue]"
+
+    def convert(_: Recipe, **options: Any) -> dict[str, Any]:
+        options["on_progress"](Progress("donor", 0, 1, name))
+        return REPORT | {"donor": name, "output": name, "sample": {"prompt": name, "converted": name}}
+
+    monkeypatch.setattr(api, "convert", convert)
+    assert main("tiny", "--to", "mla") == 0
+    captured = capsys.readouterr()
+    assert f"{shown} → " in captured.out
+    assert f"opening the donor · {shown}\n" == captured.err
+    failing(monkeypatch, MhconvertError(f"{name} is broken"))
+    assert main("tiny", "--to", "mla") == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"mhconvert: {shown} is broken\n"
+    assert not {"\x1b", "\x9b", "\u202e"} & set(captured.out + captured.err)
 
 
 def test_ctrl_c_tells_how_to_go_on(

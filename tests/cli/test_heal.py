@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -177,17 +178,83 @@ def test_a_recipe_with_healing(
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
-    def broken(*_: object, **__: object) -> Rows:
-        raise MhconvertError("the lights went out")
-
     with monkeypatch.context() as dark:
         dark.setattr("mhconvert.heal.packed_rows.prepare", broken)
         with pytest.raises(MhconvertError, match="the lights went out"):
             api.convert(recipe)
-    converted = (tmp_path / "out" / "model.safetensors").read_bytes()
     report = api.convert(recipe, resume=True)
     assert report["healing"]["steps"] == 2
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() != converted
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").output == recipe.output
+
+
+def broken(*_: object, **__: object) -> Rows:
+    raise MhconvertError("the lights went out")
+
+
+def folders(place: Path) -> set[str]:
+    return {path.name for path in place.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        ("layers 1/2", "out.unhealed.partial"),
+        ("reading text", "out.unhealed"),
+        ("healing, tokens 1,", "out.unhealed"),
+    ],
+)
+def test_a_result_that_is_not_healed_never_has_the_name_of_one_that_is(
+    interrupted: Interrupted,
+    here: Cli,
+    donor: Path,
+    text: Path,
+    tmp_path: Path,
+    line: str,
+    left: str,
+) -> None:
+    """Killed while converting, between the stages, and while healing; --resume then gives the healed result."""
+    out = tmp_path / "out"
+    words = (donor, *CONVERSION, "--calibration", text, "--sequence-length", 64, "-o", out, "--heal", "3k")
+    code, _ = interrupted(line, *words, "--no-verify", by=signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert left in folders(tmp_path)
+    assert "out" not in folders(tmp_path)
+    again = here(*words, "--no-verify")
+    assert again.returncode == 1
+    assert f"{tmp_path / left} holds" in again.stderr
+    assert "--force starts over" in again.stderr
+    done = here(*words, "--no-verify", "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["healing"]["trained_tokens"] == 3072
+    assert json.loads((out / "mhconvert.json").read_text())["healed"]
+    assert folders(tmp_path) == {"out"}
+
+
+def test_a_run_killed_before_the_unhealed_folder_is_gone(
+    here: Cli, donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--resume deletes what is left, and gives the report of the healed folder; somebody else's folder stays."""
+    out, left = tmp_path / "out", tmp_path / "out.unhealed"
+    words = (donor, *CONVERSION, "--calibration", text, "--sequence-length", 64, "-o", out, "--heal", "1k")
+    with monkeypatch.context() as killed:
+        killed.setattr("mhconvert.convert.storage.step_folder.remove_step", lambda _: None)
+        first = here(*words, "--no-verify", "--json")
+    assert folders(tmp_path) == {"out", "out.unhealed"}
+    weights = (out / "model.safetensors").read_bytes()
+    for file in left.iterdir():  # half of it is deleted
+        if file.name not in (".mhconvert", "config.json"):
+            file.unlink()
+    done = here(*words, "--no-verify", "--resume", "--json")
+    assert json.loads(done.stdout) == json.loads(first.stdout)
+    assert folders(tmp_path) == {"out"}
+    assert (out / "model.safetensors").read_bytes() == weights
+
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+    refused = here(*words, "--no-verify", "--force")
+    assert refused.returncode == 1
+    assert "out.unhealed is not the work of mhconvert" in refused.stderr
+    assert (left / "config.json").read_text() == "{}"
 
 
 def test_an_adapter_is_not_healed_by_a_conversion(

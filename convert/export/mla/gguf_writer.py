@@ -26,7 +26,7 @@ from mhconvert.errors import ExportError, OutputError
 from mhconvert.progress import Progress, ignore
 
 from ...donor.gguf_reader import ALIGNMENT
-from ...storage.output_folder import check_space, disk_full
+from ...storage.disk_space import FULL, check_space, out_of_space
 from .gguf_tensors import KEPT, LATENT_EPS, DenseCheckpoint, open_dense, stored_shapes, tensors
 from .gguf_tokenizer import read_vocabulary
 
@@ -119,7 +119,7 @@ def _whole_file(target: Path, needed: int, *, force: bool) -> Iterator[Path]:
             "--force starts over"
         ) from error
     except OSError as error:
-        raise OutputError(f"{partial} cannot be written: {error.strerror}") from error
+        raise OutputError(f"{partial} cannot be written: {error.strerror or error}") from error
     try:
         yield partial
         with partial.open("rb") as file:
@@ -127,9 +127,10 @@ def _whole_file(target: Path, needed: int, *, force: bool) -> Iterator[Path]:
         os.replace(partial, target)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (disk_full(error) or SHORT_WRITE in str(error)):
+        words = FULL if isinstance(error, OSError) and SHORT_WRITE in str(error) else out_of_space(error)
+        if words:
             raise OutputError(
-                f"the disk of {target} is full; free some space, or choose another -o"
+                f"{target} cannot be written: {words}; make room, or choose another -o"
             ) from error
         raise
 

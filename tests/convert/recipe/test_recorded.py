@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,9 @@ def test_a_finished_conversion_is_recognised_by_its_old_record(recipe: Build, tm
     make_old(tmp_path / "out" / "mhconvert.json", "recipe")
     assert open_model.written(asked) == str(tmp_path / "out")
     assert open_model.written(coded) is None
+    searched = dataclasses.replace(asked, tolerance="kl=9", settings=MLASettings(kv_bits="16"))
+    assert open_model.is_result(tmp_path / "out", searched)  # whatever budget the search found
+    assert not open_model.is_result(tmp_path / "out", dataclasses.replace(searched, seed=1))
 
 
 def test_an_interrupted_conversion_goes_on_from_its_old_state(recipe: Build, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mhconvert.convert.storage.output_folder import check_free, check_space
+from mhconvert.convert.storage.disk_space import check_space
+from mhconvert.convert.storage.output_folder import check_free
 from mhconvert.errors import OutputError
 
 

@@ -1,0 +1,50 @@
+"""The folder of a result that is only a step to another: OUT.unhealed of a conversion that is then healed into OUT."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from mhconvert.errors import OutputError
+
+from .output_folder import check_free
+from .ownership import MARK, is_blank, kind_of
+from .publishing import recover
+
+UNHEALED = ".unhealed"
+
+
+def unhealed(output: Path) -> Path:
+    """OUT.unhealed."""
+    return output.with_name(output.name + UNHEALED)
+
+
+def check_step(output: Path, step: Path, *, resume: bool, force: bool) -> None:
+    """Check that a run may write `step` and then `output`; what was moved aside by a killed run is put back.
+
+    Raises:
+        OutputError: one of them exists; `step` may where it is marked as ours and is resumed or replaced.
+    """
+    check_free(output, force)
+    recover(step)
+    if not os.path.lexists(step):
+        return
+    if kind_of(step) is None and not is_blank(step):
+        raise OutputError(f"{step} is not the work of mhconvert; move it away, or choose another -o")
+    if not resume and not force:
+        raise OutputError(
+            f"{step} holds a conversion that is not healed yet; --resume heals it, --force starts over"
+        )
+
+
+def remove_step(step: Path) -> None:
+    """Delete `step`, if it is ours; its mark last, so that a deletion that is cut short can be done again."""
+    if kind_of(step) is None:
+        return
+    for path in step.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+    shutil.rmtree(step)

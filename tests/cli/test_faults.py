@@ -1,0 +1,290 @@
+"""Every command with every kind of fault: one line that names the file, exit code 1, and nothing is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mhconvert.convert.storage.shard_writer import ShardWriter
+from tests.conftest import Cli
+from tests.donors import TEXT, make_checkpoint, make_donor
+
+CALIBRATION = ("--calibration", "{text}", "--calibration-tokens", 256, "--sequence-length", 32)
+SMALL = (*CALIBRATION, "--effort", "quick", "--device", "cpu", "--no-verify")
+HEALING = ("--tokens", 256, "--data", "{text}", "--sequence-length", 32, "--held-out", 2, "--epochs", 99)
+# What each command does with a donor, a checkpoint, or an adapter; {model} is the one that is damaged.
+DONOR = {
+    "convert": ("{model}", "--to", "mla", "-o", "{out}", *SMALL),
+    "convert coded": ("{model}", "--to", "mla", "--kv-bits", 4, "-o", "{out}", *SMALL),
+    "convert dha": ("{model}", "--to", "dha", "-o", "{out}", *SMALL),
+    "convert and heal": ("{model}", "--to", "mla", "--heal", 256, "-o", "{out}", *SMALL),
+    "curve": ("curve", "{model}", "--to", "mla", "-o", "{out}.svg", *CALIBRATION, "--effort", "quick"),
+    "run": ("run", "{recipe}"),
+    "generate": ("generate", "{model}", "The river", "--max-new-tokens", 2),
+    "eval": ("eval", "{model}", "--against", "{donor}", "--text", "{text}", "--sequence-length", 32),
+    "verify": ("verify", "{model}", "--against", "{donor}"),
+}
+CHECKPOINT = {
+    "heal": ("heal", "{model}", *HEALING, "-o", "{out}"),
+    "export": ("export", "{model}", "--to", "own", "-o", "{out}", "--no-verify", "--device", "cpu"),
+    "generate": DONOR["generate"],
+    "eval": ("eval", "{model}", "--text", "{text}", "--sequence-length", 32, "--record"),
+    "bench": ("bench", "{model}", "--contexts", 32, "--batch", 1, "--new-tokens", 2),
+    "verify": ("verify", "{model}"),
+    "push": ("push", "{model}", "somebody/something", "--dry-run"),
+}
+ADAPTER = {
+    "merge": ("merge", "{model}", "-o", "{out}"),
+    "export": ("export", "{model}", "--to", "lora", "-o", "{out}"),
+    "heal": ("heal", "{model}", *HEALING, "--train", "hydra", "--loss", "ce", "-o", "{out}"),
+    "generate": DONOR["generate"],
+}
+PORTABLE = {"export": CHECKPOINT["export"]}
+KINDS = {"donor": DONOR, "checkpoint": CHECKPOINT, "portable": PORTABLE, "adapter": ADAPTER}
+
+
+def missing(folder: Path) -> str:
+    shutil.rmtree(folder)
+    return folder.name
+
+
+def a_file(folder: Path) -> str:
+    shutil.rmtree(folder)
+    folder.write_text("I am no folder")
+    return folder.name
+
+
+def config_cut(folder: Path) -> str:
+    return written(folder / config(folder), '{"model_type": ')
+
+
+def config_list(folder: Path) -> str:
+    return written(folder / config(folder), "[]")
+
+
+def config_bytes(folder: Path) -> str:
+    return written(folder / config(folder), b"\xff\xfe\x00\x80")
+
+
+def weights_cut(folder: Path) -> str:
+    [file] = folder.glob("*.safetensors")
+    return written(file, file.read_bytes()[: file.stat().st_size // 2])
+
+
+def weights_gone(folder: Path) -> str:
+    [file] = folder.glob("*.safetensors")
+    file.unlink()
+    return folder.name
+
+
+def tokenizer_cut(folder: Path) -> str:
+    return written(folder / "tokenizer.json", '{"version": ')
+
+
+def tokenizer_odd(folder: Path) -> str:
+    return written(folder / "tokenizer.json", '{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}')
+
+
+def tokenizer_config_cut(folder: Path) -> str:
+    return written(folder / "tokenizer_config.json", "{")
+
+
+def tokenizer_config_odd(folder: Path) -> str:
+    return written(folder / "tokenizer_config.json", '{"tokenizer_class": 5, "added_tokens_decoder": []}')
+
+
+OF_ALL = (missing, a_file, config_cut, config_list, config_bytes, weights_cut, weights_gone)
+OF_TEXT = (tokenizer_cut, tokenizer_odd, tokenizer_config_cut, tokenizer_config_odd)
+TEXTLESS = ("verify", "push", "merge", "export", "bench", "eval")  # do not read the tokenizer of this model
+
+
+def config(folder: Path) -> str:
+    return "adapter_config.json" if (folder / "adapter_config.json").is_file() else "config.json"
+
+
+def written(file: Path, content: str | bytes) -> str:
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file.name
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with donor, checkpoint (of it), adapter (for it) and text.txt."""
+    from mhconvert import api
+    from mhconvert.convert.methods.mla.settings import MLASettings
+    from mhconvert.convert.recipe.recipe import Calibration, Recipe
+
+    place = tmp_path_factory.mktemp("models")
+    make_checkpoint(place / "checkpoint")
+    donor, text = str(place / "donor"), place / "text.txt"
+    text.write_text(TEXT * 40, encoding="utf-8")
+    api.convert(Recipe(model=donor, method="hydra", output=str(place / "adapter")))
+    portable = MLASettings(kv_budget=0.5, profile="portable")
+    small = Calibration((str(text),), tokens=256, sequence_length=32, held_out=2)
+    api.convert(
+        Recipe(
+            model=str(make_donor(place / "wide", head_dim=64, layers=1)),
+            method="mla",
+            settings=portable,
+            calibration=small,
+            effort="quick",
+            verify=False,
+            output=str(place / "portable"),
+        )
+    )
+    return place
+
+
+def tree(place: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(place)): path.read_bytes() if path.is_file() else None
+        for path in sorted(place.rglob("*"))
+    }
+
+
+def cases() -> Iterator[object]:
+    for kind, commands in KINDS.items():
+        for command in commands:
+            for fault in (*OF_ALL, *(OF_TEXT if command not in TEXTLESS and kind != "adapter" else ())):
+                yield pytest.param(kind, command, fault, id=f"{command}-{kind}-{fault.__name__}")
+
+
+def words_of(kind: str, command: str, models: Path, model: Path, out: Path) -> list[str]:
+    recipe = (out.parent if out.parent.is_dir() else out.parent.parent) / "recipe.yaml"
+    if command == "run":
+        calibration = {"sources": [str(models / "text.txt")], "tokens": 256, "sequence_length": 32}
+        plain = {"model": str(model), "method": "dha", "output": str(out), "effort": "quick", "device": "cpu"}
+        recipe.write_text(yaml.safe_dump(plain | {"calibration": calibration}))
+    values = {"model": model, "out": out, "recipe": recipe, "donor": models / "donor"}
+    return [str(word).format(**values, text=models / "text.txt") for word in KINDS[kind][command]]
+
+
+def one_line(here: Cli, words: list[str], command: str) -> str:
+    """What a command that fails says: one line, and nothing on stdout."""
+    done = here(*words, *(() if command == "generate" else ("--quiet",)))
+    said = done.stderr.splitlines()
+    assert done.returncode == 1, (done.stdout, said)
+    assert done.stdout == ""
+    assert len(said) == 1, said
+    assert said[0].startswith("mhconvert: ")
+    return said[0]
+
+
+@pytest.mark.parametrize(("kind", "command", "fault"), cases())
+def test_a_damaged_model(
+    here: Cli, models: Path, tmp_path: Path, kind: str, command: str, fault: Callable[[Path], str]
+) -> None:
+    model = tmp_path / f"damaged-{kind}"
+    shutil.copytree(models / kind, model)
+    named = fault(model)
+    words = words_of(kind, command, models, model, tmp_path / "out")
+    before = tree(tmp_path)
+    said = one_line(here, words, command)
+    assert "--debug" not in said  # somebody has put it into words
+    assert named in said
+    assert tree(tmp_path) == before
+
+
+WRITING = [
+    (kind, command)
+    for kind, commands in KINDS.items()
+    for command, words in commands.items()
+    if ("{out}" in " ".join(map(str, words)) or command == "run")
+    and (kind, command) != ("checkpoint", "export")  # refused, as it is not portable
+]
+
+
+@pytest.mark.parametrize(("kind", "command"), WRITING)
+def test_a_place_that_cannot_be_written(
+    here: Cli, models: Path, tmp_path: Path, kind: str, command: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = words_of(kind, command, models, models / kind, tmp_path / "file" / "out")
+    before = tree(tmp_path)
+    said = one_line(here, words, command)
+    assert "--debug" not in said
+    assert str(tmp_path / "file" / "out") in said
+    assert tree(tmp_path) == before
+
+
+# Where an error that nobody foresees happens: behind the checks, and behind something that is durable in the second.
+UNFORESEEN = {
+    "convert": "mhconvert.convert.layer_pass.layer_steps.convert_attention",
+    "convert and heal": "mhconvert.convert.layer_pass.layer_steps.observe",
+    "curve": "mhconvert.convert.layer_pass.layer_steps.observe",
+    "run": "mhconvert.convert.layer_pass.layer_steps.observe",
+    "heal": "mhconvert.heal.packed_rows.prepare",
+    "merge": "mhconvert.convert.storage.shard_writer.ShardWriter.add",
+    "export": "mhconvert.convert.storage.output_folder.publish",
+    "verify": "mhconvert.convert.export.same_outputs.expect",
+    "eval": "mhconvert.eval.fidelity.Fidelity",
+    "bench": "mhconvert.eval.speed.bench._time",
+    "generate": "mhconvert.eval.generation.generate",
+    "push": "mhconvert.hub.push.contents",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        (kind, command)
+        for kind, commands in KINDS.items()
+        for command in commands
+        if command in UNFORESEEN and (kind, command) != ("checkpoint", "export")
+    ],
+)
+def test_an_error_that_nobody_foresaw(
+    here: Cli, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, command: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("the \x1b[31mmoon")
+
+    words = words_of(kind, command, models, models / kind, tmp_path / "out")
+    before = tree(tmp_path)
+    monkeypatch.setattr(UNFORESEEN[command], fail)
+    said = one_line(here, words, command)
+    assert "ZeroDivisionError: the \\x1b[31mmoon" in said
+    assert str(models / kind if command != "run" else tmp_path / "recipe.yaml") in said
+    assert said.endswith("--debug shows where: please report it with that")
+    kept = tmp_path / ("out.unhealed.partial" if command == "convert and heal" else "out.partial")
+    if kept.exists():
+        assert f"{kept} is kept; --resume goes on from it, --force starts over" in said
+    else:
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EFBIG, "a file has reached the largest size that is allowed"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "command"), [("donor", "convert"), ("checkpoint", "heal"), ("adapter", "merge")]
+)
+def test_a_disk_without_room(
+    here: Cli,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    command: str,
+    number: int,
+    words: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ShardWriter, "add", fail)
+    said = one_line(here, words_of(kind, command, models, models / kind, tmp_path / "out"), command)
+    assert words in said
+    assert "make room" in said
+    assert str(tmp_path / "out") in said
