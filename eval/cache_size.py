@@ -11,8 +11,6 @@ from ..convert.bare_process.child import cache_storage
 from .kv_cache.serving import WHOLE_GROUPS, make_cache
 from .settings import OWN_CACHE
 
-PROMPT_TOKENS = 16
-
 
 @dataclass(frozen=True)
 class CacheCost:
@@ -44,10 +42,10 @@ def measure_cache(
     """The size of the cache that `generate` returns after an arbitrary prompt.
 
     The cache holds prompt_tokens + new_tokens − 1 tokens, as the last generated one is not read back. By default these
-    are 19, or whole groups of a cache of another `dtype` than the model's own.
+    are whole groups of a coded cache, whatever the `dtype`, as tokens behind a sliding window weigh nothing.
     """
     if prompt_tokens is None:
-        prompt_tokens = PROMPT_TOKENS if dtype == OWN_CACHE else WHOLE_GROUPS + 1 - new_tokens
+        prompt_tokens = WHOLE_GROUPS + 1 - new_tokens
     vocabulary = model.config.get_text_config().vocab_size
     coded = {"past_key_values": make_cache(model.config, dtype)} if dtype != OWN_CACHE else {}
     input_ids = (torch.arange(prompt_tokens) % vocabulary)[None].to(model.device)

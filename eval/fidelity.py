@@ -54,13 +54,13 @@ class Fidelity:
             following = targets[rows, None]
             reference = donor[rows].float().log_softmax(-1)
             candidate = converted[rows].float().log_softmax(-1)
-            self.donor_nll -= reference.gather(1, following).sum(dtype=torch.float64).item()
-            self.converted_nll -= candidate.gather(1, following).sum(dtype=torch.float64).item()
+            self.donor_nll -= _sum(reference.gather(1, following))
+            self.converted_nll -= _sum(candidate.gather(1, following))
             self.agreements += int((reference.argmax(-1) == candidate.argmax(-1)).sum())
             probability = reference.exp()
             # A token of probability 0 in both models adds 0, one of probability 0 in the converted model only infinity.
             terms = torch.where(probability > 0, probability * (reference - candidate), 0.0)
-            self.divergence += terms.sum(dtype=torch.float64).item()
+            self.divergence += _sum(terms)
         self.tokens += targets.shape[0]
 
     def result(self) -> dict[str, Any]:
@@ -142,6 +142,12 @@ def _logits(model: Any) -> Callable[[Tensor], Tensor]:
         return logits.cpu()
 
     return forward
+
+
+def _sum(values: Tensor) -> float:
+    """The sum of (positions, n) in float64; of a position in float32 where the device has no float64."""
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64
+    return values.sum(-1, dtype=dtype).cpu().double().sum().item()
 
 
 def _perplexity(nll: float, tokens: int) -> float:

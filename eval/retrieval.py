@@ -104,7 +104,7 @@ def measure(model: Any, case: Case) -> tuple[bool, float]:
     with torch.inference_mode():
         logits = model(**inputs).logits[0, -case.answer :].float()
     answer = ids[0, -case.answer :]
-    nll = -logits.log_softmax(-1).gather(1, answer[:, None]).double().mean().item()
+    nll = -logits.log_softmax(-1).gather(1, answer[:, None]).cpu().double().mean().item()
     return bool((logits.argmax(-1) == answer).all()), nll
 
 

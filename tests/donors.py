@@ -312,20 +312,19 @@ def _write_gguf_tokenizer(writer: Any, config: Any, pre: str) -> None:
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
-def make_checkpoint(path: Path) -> Path:
-    """Write a donor beside `path`, convert it into `path`, and return that."""
+def make_checkpoint(path: Path, method: str = "mla", settings: Any = None) -> Path:
+    """Write a donor beside `path`, convert it into `path`, and return that; `settings`: 16-bit mla unless given."""
     from mhconvert import api
     from mhconvert.convert.methods.mla.settings import MLASettings
     from mhconvert.convert.recipe.recipe import Calibration, Recipe
 
+    calibration = Calibration(tokens=512, sequence_length=64, held_out=2)
     recipe = Recipe(
         model=str(make_donor(path.parent / "donor")),
-        method="mla",
-        settings=MLASettings(kv_budget=0.4, kv_bits="16"),
-        effort="quick",
+        method=method,
+        settings=settings or MLASettings(kv_budget=0.4, kv_bits="16"),
         output=str(path),
-        calibration=Calibration(tokens=512, sequence_length=64, held_out=2),
-        verify=False,
+        **({} if method == "hydra" else {"effort": "quick", "calibration": calibration, "verify": False}),
     )
     api.convert(recipe)
     return path

@@ -6,7 +6,9 @@ An operation on tensors of two devices raises, and so does float64, which Apple'
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
+import pytest
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -43,6 +45,18 @@ class OnDevice(Tensor):
         made.held = held
         return made
 
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(_without_lists(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_without_lists(index), value)
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(function, args, kwargs or {})
@@ -54,16 +68,23 @@ class StandInDevice(TorchDispatchMode):
     operations = 0
 
     def __enter__(self) -> StandInDevice:
-        self._attention = functional.scaled_dot_product_attention
-        functional.scaled_dot_product_attention = _attention  # torch's own makes its causal mask on no device
+        self._patched = pytest.MonkeyPatch()
+        # torch's own makes its causal mask on no device
+        self._patched.setattr(functional, "scaled_dot_product_attention", _attention)
+        self._patched.setattr(torch, "Event", MagicMock())  # there is nothing to wait for
+        for name in ("__enter__", "__exit__"):  # an inference tensor cannot be wrapped
+            self._patched.setattr(torch.inference_mode, name, getattr(torch.no_grad, name))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its values on the CPU, then moves them
+        # Without it `module.to` makes new parameters, and tied ones come apart, as they do on no real device.
+        torch.__future__.set_swap_module_params_on_conversion(True)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch._C._set_only_lift_cpu_tensors(False)
-        functional.scaled_dot_product_attention = self._attention
+        torch.__future__.set_swap_module_params_on_conversion(False)
+        self._patched.undo()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = _run(function, args, kwargs or {})
@@ -71,12 +92,19 @@ class StandInDevice(TorchDispatchMode):
         return result
 
 
+def _without_lists(index: Any) -> tuple[Any, ...]:
+    """An index with tensors on the CPU for its lists, of which torch's C++ would make meta tensors without values."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
+
+
 def _run(function: Any, args: Any, kwargs: Any) -> Any:
     """The result of an operation, on the device of its arguments or on the one that it names."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     here = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     elsewhere = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.dim()]
-    if here and elsewhere and function not in BETWEEN:
+    lost = any(tensor.is_meta for tensor in elsewhere)
+    if here and (lost or (elsewhere and function not in BETWEEN)):
         raise RuntimeError(f"{function} of tensors on {NAME} and on the CPU")
     implied = bool(here) or function in IMPLIED
     asked = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
@@ -97,6 +125,8 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
             return value.clone() if id(value) in known else value
         return known[id(value)] if id(value) in known else OnDevice(value)
 
+    if function is ATEN._conj.default:
+        function = ATEN.conj_physical.default  # the lazy one sets a bit of `held` that is not seen in here
     plain_args, plain_kwargs = tree_map(held, (args, kwargs))
     return tree_map(placed, function(*plain_args, **plain_kwargs))
 

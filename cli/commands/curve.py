@@ -8,7 +8,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ...convert.methods.registry import CACHE_METHODS
-from ...eval.settings import BASELINES, OWN_CACHE
+from ...eval.settings import BASELINES, OWN_CACHE, EvalSettings
 from ..options import common
 from ..options.common import ANY_METHOD, CALIBRATION, method_groups, recipe_group
 from ..options.from_settings import Group, settings_options
@@ -59,6 +59,8 @@ FIELDS = (
     "head_multiple",
 )  # beside the budgets
 
+RIVAL = Group("A KV cache of the donor, measured beside the curve", EvalSettings, ("kv_cache_dtype",))
+
 
 def groups() -> tuple[Group, ...]:
     """The options of the methods that are known, and those of every conversion."""
@@ -70,7 +72,7 @@ def groups() -> tuple[Group, ...]:
     )
 
 
-@settings_options(*groups(), common.KV_CACHE)
+@settings_options(*groups(), RIVAL)
 def command(
     donor: common.Donor,
     to: common.CacheMethod,
@@ -87,7 +89,8 @@ def command(
 ) -> None:
     """Measure DONOR's conversion at several KV budgets in one pass, and draw it. Writes no checkpoint.
 
-    --baselines adds the unconverted donor with quantised caches; --kv-cache-dtype adds it with one of them.
+    --baselines adds the unconverted donor with quantised caches, --kv-cache-dtype one such point; the conversion's
+    own cache stays as it is, other than in generate, eval and bench.
     """
     require_applicable(to, groups(), options)
     files = list(output or ())
@@ -127,6 +130,7 @@ def show(result: dict[str, Any], console: Any) -> None:
     from rich.table import Column, Table
 
     from ...eval.report.conversion_tables import curve_rows
+    from ...eval.report.units import share
 
     steps = result["fit_steps"]
     how = f"{steps} fit steps a layer" if steps else "closed form"
@@ -140,5 +144,10 @@ def show(result: dict[str, Any], console: Any) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    for dropped in result.get("same_size", ()):
+        more, least = (share(dropped[name]) for name in ("kv_budget", "as"))
+        console.out(
+            f"a budget of {more} comes to the size of {least}, and is not another point", highlight=False
+        )
     for file in result.get("files", ()):
         console.out(file, highlight=False)

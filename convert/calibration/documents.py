@@ -13,11 +13,12 @@ from typing import Any
 from mhconvert.errors import TextError
 
 from ..storage.regular_file import require_regular
+from .conversations import Messages, conversation_field, messages_of
 from .text_files import TEXT_SUFFIXES, records
 
 DATASET_DOCUMENTS = 2000  # read from a streamed dataset by default
 
-Chat = Callable[[list[dict[str, Any]]], str]  # messages -> text, by the tokenizer's chat template
+Chat = Callable[[Messages], str]  # messages -> text, by the tokenizer's chat template
 OnBad = Callable[[str], None]  # takes where a record is and why it has no text
 
 
@@ -28,7 +29,7 @@ def read(
 
     Args:
         source: a file, a glob pattern, or a dataset as `name` or `name:config`.
-        chat: formats records that have `messages` instead of `text`; None if there is no chat template.
+        chat: formats records that have a conversation instead of `text`; None if there is no chat template.
         characters: to read from a dataset; None for DATASET_DOCUMENTS documents.
         on_bad: called with the reason for each record that has no text, which is skipped; None: it is an error.
 
@@ -109,17 +110,20 @@ def _document(record: Any, chat: Chat | None) -> str:
     if isinstance(record, str):
         return record
     if not isinstance(record, dict):
-        raise TextError("not a JSON object with a 'text' or 'messages' field")
+        raise TextError("not a JSON object with a text or a conversation")
     if isinstance(record.get("text"), str):
         return str(record["text"])
-    if record.get("messages") is None:
+    field = conversation_field(record)
+    if field is None:
         found = (
             f"'text' is {json.dumps(record['text'])[:40]}" if "text" in record else f"it has {_names(record)}"
         )
-        raise TextError(f"no text in a 'text' or 'messages' field; {found}")
+        raise TextError(
+            f"no text in 'text', 'messages', 'conversations', or 'instruction' and 'output'; {found}"
+        )
     if chat is None:
-        raise TextError("it has 'messages', and there is no chat template that makes text of them")
-    messages = _messages(record["messages"])
+        raise TextError(f"it has '{field}', and there is no chat template that makes text of them")
+    messages = messages_of(record)
     try:
         return chat(messages)
     except Exception as error:  # a template is a program, which raises errors of many classes
@@ -128,33 +132,6 @@ def _document(record: Any, chat: Chat | None) -> str:
 
 def _names(record: dict[str, Any]) -> str:
     return ", ".join(repr(name) for name in record) or "no fields"
-
-
-def _messages(given: Any) -> list[dict[str, Any]]:
-    """Messages without empty fields, with plain text for contents that are lists of texts.
-
-    Templates of text models print a list or a null as Python does.
-
-    Raises:
-        TextError: they are no list of messages, or one of them has no content.
-    """
-    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
-        raise TextError("its 'messages' is not a list of messages")
-    messages = [{name: value for name, value in message.items() if value is not None} for message in given]
-    for number, message in enumerate(messages, start=1):
-        if isinstance(content := message.get("content"), list):
-            message["content"] = "\n".join(_part(part, number) for part in content)
-        elif not message.keys() - {"role", "name"}:
-            raise TextError(f"message {number} has no content")
-    return messages
-
-
-def _part(part: Any, number: int) -> str:
-    """The text of a part of message `number`; raises TextError for an image or another medium."""
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else None
-    raise TextError(f"message {number} has a part that is not text ({kind or type(part).__name__})")
 
 
 def _read_dataset(name: str, chat: Chat | None, characters: int | None, on_bad: OnBad | None) -> list[str]:

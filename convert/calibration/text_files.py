@@ -1,4 +1,4 @@
-"""Reads a text file into records, in a format known by its content: text, JSON, JSON lines or Parquet."""
+"""Reads a text file into records, in a format known by its content: text, JSON, JSON lines or Parquet, also packed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import codecs
 import gzip
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,21 +16,32 @@ from typing import Any
 from mhconvert.errors import TextError
 
 from ..storage.regular_file import require_regular
+from .conversations import FIELDS, is_record
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 TEXT_SUFFIXES = (".txt", ".raw", ".md", ".parquet", *JSON_SUFFIXES, *PACKED_SUFFIXES)
-PARQUET = b"PAR1"
+PARQUET = b"PAR1"  # at both ends
+
+
+def _unzstd(content: bytes) -> bytes:
+    import pyarrow
+
+    unpacked: bytes = pyarrow.input_stream(pyarrow.py_buffer(content), compression="zstd").read()
+    return unpacked
+
+
+# What a file begins with; as much of it as no text has.
 UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\x00": lzma.decompress,
+    rb"\x1f\x8b\x08": gzip.decompress,
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.decompress,  # of a block, or of the end where there is none
+    rb"\xfd7zXZ\x00": lzma.decompress,
+    rb"\x28\xb5\x2f\xfd": _unzstd,
 }
 REFUSED = {
-    b"PK\x03\x04": "a zip archive",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"%PDF": "a PDF",
-    b"ARROW1": "an Arrow file",
+    rb"PK\x03\x04": "a zip archive",
+    rb"%PDF-\d": "a PDF",
+    rb"ARROW1\x00\x00": "an Arrow file",
 }
 DAMAGED = (EOFError, ValueError, zlib.error, lzma.LZMAError)
 
@@ -46,7 +58,7 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
     require_regular(path, TextError)
     try:
         content = path.read_bytes()
-        if content.startswith(PARQUET):
+        if _is_parquet(path, content):
             yield from _rows(path)
             return
         content = _unpacked(content)
@@ -62,16 +74,22 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
         raise TextError(f"text file {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
+def _is_parquet(path: Path, content: bytes) -> bool:
+    """Whether it is Parquet by its content; of a file that calls itself so, the beginning is enough."""
+    whole = content.endswith(PARQUET) or path.suffix.lower() == ".parquet"
+    return content.startswith(PARQUET) and whole
+
+
 def _unpacked(content: bytes) -> bytes:
     """The content, unpacked if it is compressed."""
-    unpack = next((unpack for magic, unpack in UNPACK.items() if content.startswith(magic)), bytes)
+    unpack = next((unpack for magic, unpack in UNPACK.items() if re.match(magic, content)), bytes)
     return unpack(content)
 
 
 def _require_text(content: bytes) -> None:
     """Raises ValueError for a known format that is not text."""
     for magic, name in REFUSED.items():
-        if content.startswith(magic):
+        if re.match(magic, content):
             raise ValueError(f"it is {name}; give text, JSON lines or Parquet, plain or as .gz")
 
 
@@ -88,19 +106,24 @@ def _decoded(content: bytes) -> str:
 
 
 def _text_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """The records of JSON or JSON lines, or the whole text as one where neither its name nor its content is JSON."""
+    """The records of JSON or JSON lines; the whole text as one where its name does not say JSON and not all of its
+    values are records."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in PACKED_SUFFIXES]
     stated = bool(suffixes) and suffixes[-1] in JSON_SUFFIXES
     whole = _json(text)
-    if isinstance(whole, list) and (stated or all(isinstance(item, dict) for item in whole)):
+    if isinstance(whole, list) and (stated or _are_records(whole)):
         return ((f"item {number}", item) for number, item in enumerate(whole, start=1))
     if isinstance(whole, dict) and stated:
         return iter([("line 1", whole)])
-    lines = text.split("\n")  # splitlines() would also split at other characters
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not stated and not (numbered and isinstance(_json(numbered[0][1]), dict)):
+    lines = enumerate(text.split("\n"), start=1)  # splitlines() would also split at other characters
+    numbered = [(number, _object(line)) for number, line in lines if line.strip()]
+    if not stated and not _are_records([value for _, value in numbered]):
         return iter([("", text)])
-    return ((f"line {number}", _object(line)) for number, line in numbered)
+    return ((f"line {number}", value) for number, value in numbered)
+
+
+def _are_records(values: list[Any]) -> bool:
+    return bool(values) and all(map(is_record, values))
 
 
 def _object(line: str) -> dict[str, Any] | None:
@@ -122,6 +145,6 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     from pyarrow import parquet
 
     table = parquet.ParquetFile(path)
-    columns = [name for name in ("text", "messages") if name in table.schema_arrow.names]
+    columns = [name for name in FIELDS if name in table.schema_arrow.names]
     rows = (row for batch in table.iter_batches(columns=columns or None) for row in batch.to_pylist())
     return ((f"row {number}", row) for number, row in enumerate(rows, start=1))

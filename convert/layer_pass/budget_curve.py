@@ -65,14 +65,15 @@ def measure_curve(
         held_out: rows to measure on, instead of the calibration text's own.
 
     Returns:
-        The donor's perplexity and KV sizes, the points from the largest budget down, and what was measured on.
+        The donor's perplexity and KV sizes, the points from the largest budget down, what was measured on, and
+        same_size: [{kv_budget, as}] for budgets without a point, which come to the size of a smaller one.
 
     Raises:
         MhconvertError: A budget that the donor cannot express is refused before any weight is read.
     """
     started, on_progress = time.perf_counter(), on_progress or ignore
     device = pick_device(recipe.device)
-    donor, recipes = _resolve(recipe, budgets, on_progress)
+    donor, recipes, same_size = _resolve(recipe, budgets, on_progress)
     dtype = cost_estimate.output_dtype(recipe, donor)
     rows = _rows(recipe, donor, device, held_out, on_progress)
     context = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)
@@ -87,6 +88,7 @@ def measure_curve(
         "dtype": str(dtype).removeprefix("torch."),
         "calibration": conversion_report.calibration_facts(context),
         **points,
+        "same_size": same_size,
         "recipe": recipe.to_dict(),
         "versions": versions(),
         "seconds": time.perf_counter() - started,
@@ -96,15 +98,25 @@ def measure_curve(
 
 def _resolve(
     recipe: Recipe, budgets: Sequence[float] | None, on_progress: Listener
-) -> tuple[Donor, list[Recipe]]:
-    """The donor, and the recipe at each budget; every refusal that needs no weights happens here."""
+) -> tuple[Donor, list[Recipe], list[dict[str, float]]]:
+    """The donor, the recipe at each budget of a size of its own, the largest first, and the other budgets.
+
+    Every refusal that needs no weights happens here.
+    """
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=on_progress)
     on_progress(Progress("donor", 1, 1, donor.notice or donor.name))
     recipes = at_budgets(recipe, expressible(recipe, donor, BUDGETS) if budgets is None else budgets)
+    by_size: dict[int, list[float]] = {}
     for each in recipes:
-        build_method(each.method, donor.config, each.settings, each.effort)
+        by_size.setdefault(planned_elements(each, donor), []).append(each.settings.kv_budget)
     calibration_rows.check(recipe, donor.config)
-    return donor, recipes
+    same_size = [{"kv_budget": share, "as": least} for *more, least in by_size.values() for share in more]
+    return donor, at_budgets(recipe, [shares[-1] for shares in by_size.values()]), same_size
+
+
+def planned_elements(recipe: Recipe, donor: Donor) -> int:
+    """Cache elements a token of the conversion that `recipe` describes. Raises BudgetError where there is none."""
+    return build_method(recipe.method, donor.config, recipe.settings, recipe.effort).kv_elements()
 
 
 def _rows(
@@ -126,7 +138,7 @@ def expressible(recipe: Recipe, donor: Donor, budgets: Sequence[float]) -> list[
     possible = []
     for share in budgets:
         with suppress(BudgetError):
-            build_method(recipe.method, donor.config, recipe.settings.at_budget(share), recipe.effort)
+            planned_elements(recipe.at_budget(share), donor)
             possible.append(share)
     return possible
 

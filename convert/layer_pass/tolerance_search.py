@@ -85,8 +85,7 @@ def convert_within_tolerance(
 
 def _planned_elements(context: ConversionContext, budget: float) -> int:
     """Cache elements a token of a conversion at `budget`."""
-    recipe = context.recipe.at_budget(budget)
-    return build_method(recipe.method, context.donor.config, recipe.settings, recipe.effort).kv_elements()
+    return budget_curve.planned_elements(context.recipe.at_budget(budget), context.donor)
 
 
 def find_budget(context: ConversionContext) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Calibration(Settings):
     sources: Annotated[
         Takes[tuple[str, ...], Names],
         Option(
-            "Text to calibrate on: files (text, JSON lines or Parquet with `text` or `messages`, quoted globs) or "
+            "Text to calibrate on: files (text, JSON lines or Parquet with `text` or a conversation, quoted globs) or "
             "datasets, may be repeated; self: sampled from the donor.",
             "FILE|DATASET|self",
             parse=one_source,

@@ -143,7 +143,8 @@ def curve(
         and points from the largest budget down: kv_budget, kv_elements_per_token, kv_bytes_per_token, kv_share (of the
         bytes of the donor's cache at 16 bits an element), kl, perplexity, perplexity_ratio, top1_agreement,
         mean_relative_error, seconds. A point's figures are those of `convert` at that budget; they are not smoothed.
-        baselines: the donor's points, with name and kv_cache_dtype for kv_budget and mean_relative_error.
+        baselines: the donor's points, with name and kv_cache_dtype for kv_budget and mean_relative_error. same_size:
+        kv_budget and as, for budgets that come to the size of a smaller one and have no point of their own.
 
     Raises:
         MhconvertError: What a user can correct.

@@ -17,6 +17,7 @@ from tests.eval.report.test_curve_plot import CURVE
 
 RESULT = CURVE | {
     "kv_bytes_per_token": 46080,
+    "same_size": [{"kv_budget": 0.9, "as": 0.3125}],
     "points": [
         {
             "kv_budget": 0.3125,
@@ -86,6 +87,7 @@ def test_the_table_and_the_files(
     out = capsys.readouterr().out
     for text in ("31.2 %", "14.06 KiB", "40.43", "× 2.178", "0.8118", "56.8 %", "2,044 predictions", "18.56"):
         assert text in out
+    assert "a budget of 90 % comes to the size of 31.2 %, and is not another point" in out
     assert json.loads(files[1].read_text(encoding="utf-8"))["points"] == RESULT["points"]
     assert files[0].read_text(encoding="utf-8").lstrip().startswith("<?xml")
     assert main("curve", "tiny", "--to", "mla", "-o", files[0], "--json") == 1

@@ -18,6 +18,7 @@ from tests.stand_in_device import NAME, StandInDevice
 
 METHODS: list[tuple[str, Any, int]] = [  # method, settings, steps of the fit
     ("mla", MLASettings(kv_budget=0.25), 0),
+    ("mla", MLASettings(kv_budget=0.5, kv_bits="16"), 2),
     ("dha", DHASettings(kv_budget=0.5), 2),
     ("moh", MoHSettings(active=0.75), 2),
 ]

@@ -38,3 +38,13 @@ def test_a_slice_costs_the_buffer_behind_it() -> None:
     held, _ = cache_storage(cache)
     cache.layers[0].keys = cache.layers[0].keys[:, :, :1]
     assert cache_storage(cache)[0] == held
+
+
+@pytest.mark.parametrize(("window", "coded_tokens"), [(8, 32), (40, 64)])
+def test_caches_behind_a_window_are_weighed_behind_as_many_tokens(window: int, coded_tokens: int) -> None:
+    """A plain cache holds the window; a coded one drops whole groups of 32 that lie before it."""
+    model = make_model(make_config(family="mistral", sliding_window=window, layers=2))
+    plain, coded = measure_cache(model), measure_cache(model, dtype="fp8")
+    assert plain.tokens == coded.tokens == 64
+    each = 2 * 2 * 2 * 16  # elements of a token
+    assert (plain.elements, coded.elements) == (window * each, coded_tokens * each / 2)

@@ -33,13 +33,12 @@ def most_bytes(layers: int, elements: int, width: int = WIDTHS[0]) -> int:
     return layers * row_bytes([elements * (width == each) for each in WIDTHS])
 
 
-def require_bytes(layers: int, budget: int, width: int = WIDTHS[-1], name: str = "the budget") -> None:
-    """Raise BudgetError with the least possible where `budget` bytes a token, which the user knows as `name`, hold no
-    code of `layers` layers."""
+def require_bytes(layers: int, budget: int, width: int = WIDTHS[-1]) -> None:
+    """Raise BudgetError with the least possible where `budget` bytes a token hold no code of `layers` layers."""
     least = least_bytes(layers, width)
     if budget < least:
         raise BudgetError(
-            f"a token's codes need at least {least} bytes in {layers} layers, and {name} gives {budget}"
+            f"a token's codes need at least {least} bytes in {layers} layers, and the budget gives {budget}"
         )
 
 

@@ -8,6 +8,7 @@ is cached in 0 to 8 bits. The mathematics is in `code_basis`, `bit_allocation` a
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhconvert.errors import BudgetError
+
 from ...attention.projections import QKNorm, projections, qk_norm
 from ...attention.rotary import LayerRotary
 from ...families.facts import attention_facts
@@ -23,7 +26,7 @@ from ..layer_sensitivity import FIRST_TOKENS, LayerSensitivity
 from ..refusals import require
 from ..registry import Method
 from . import modeling_coded_mla
-from .bit_allocation import ANY, allocate, most_bytes, require_bytes, width_counts
+from .bit_allocation import ANY, allocate, least_bytes, most_bytes, width_counts
 from .code_basis import LayerBases
 from .code_levels import layer_levels
 from .code_plan import planned_bits
@@ -65,10 +68,16 @@ class CodedMLA(Method):
         self.facts = attention_facts(config)
         layers = config.num_hidden_layers
         self.elements = self.facts.kv_elements
-        asked = int(settings.kv_budget * self.elements * layers * BUDGET_BYTES)
+        whole = self.elements * layers * BUDGET_BYTES
+        asked = int(settings.kv_budget * whole)
         self.widths = ANY if settings.kv_bits == "auto" else (int(settings.kv_bits),)
         self.budget = min(asked, most_bytes(layers, self.elements, max(self.widths)))
-        require_bytes(layers, self.budget, min(self.widths), f"kv_budget={settings.kv_budget:g}")
+        least = least_bytes(layers, min(self.widths))
+        if self.budget < least:
+            raise BudgetError(
+                f"kv_budget={settings.kv_budget:g} gives {self.budget} bytes a token, and its codes need at least "
+                f"{least} in {layers} layers; the least is kv_budget={math.ceil(1e4 * least / whole) / 1e4:g}"
+            )
         if self.budget < asked:
             self.notice = (
                 f"the budget of {asked:,} bytes a token is cut to {self.budget:,}, the most that "

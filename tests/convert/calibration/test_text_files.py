@@ -21,6 +21,7 @@ from mhconvert.convert.calibration.documents import read, read_file
 from mhconvert.errors import TextError
 
 GZIP = partial(gzip.compress, mtime=0)  # without the time: parameters are tests' names
+ZSTD = partial(pyarrow.compress, codec="zstd", asbytes=True)
 TEXTS = ["first\nof two lines", "zweiter Text: 岩廊", ""]
 RECORDS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
 LINES = "\n".join(map(json.dumps, RECORDS)).encode()
@@ -45,6 +46,8 @@ LINES = "\n".join(map(json.dumps, RECORDS)).encode()
         ("a.jsonl.gz", GZIP(LINES)),
         ("a.jsonl.bz2", bz2.compress(LINES)),
         ("a.jsonl.xz", lzma.compress(LINES)),
+        ("a.jsonl.zst", ZSTD(LINES)),
+        ("frames.jsonl.zst", ZSTD(LINES[:30]) + ZSTD(LINES[30:])),
     ],
 )
 def test_the_same_documents_in_every_format(tmp_path: Path, name: str, content: bytes) -> None:
@@ -61,9 +64,16 @@ def test_the_same_documents_in_every_format(tmp_path: Path, name: str, content: 
         ("[1, 2]", "[1, 2]"),
         ('{\n "a": 1\n}', '{\n "a": 1\n}'),
         ("", ""),
+        ("[]", "[]"),
+        ('{"text": "a"}\nand no JSON', '{"text": "a"}\nand no JSON'),
+        ('{"text": "a"}\n{"level": "info"}', '{"text": "a"}\n{"level": "info"}'),
+        ('[{"text": "a"}, {"level": "info"}]', '[{"text": "a"}, {"level": "info"}]'),
+        ("PAR1 is what Parquet begins with", "PAR1 is what Parquet begins with"),
+        ("BZh and BZh9 are what bzip2 begins with", "BZh and BZh9 are what bzip2 begins with"),
+        ("ARROW1 is a sign", "ARROW1 is a sign"),
     ],
 )
-@pytest.mark.parametrize("pack", [bytes, GZIP], ids=["plain", "gzip"])
+@pytest.mark.parametrize("pack", [bytes, GZIP, ZSTD], ids=["plain", "gzip", "zstd"])
 def test_plain_text_stays_as_it_is(
     tmp_path: Path, content: str, text: str, pack: Callable[[bytes], bytes]
 ) -> None:
@@ -76,17 +86,21 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": TEXTS, "n": [1, 2, 3]}), file)
     assert read_file(file) == TEXTS
     parquet.write_table(pyarrow.table({"text": ["a", None]}), file)
-    with pytest.raises(
-        TextError, match=r"part\.PARQUET, row 2: no text in a 'text' or 'messages' field; 'text' is null"
-    ):
+    with pytest.raises(TextError, match=r"part\.PARQUET, row 2: no text in 'text', .*; 'text' is null"):
         read_file(file)
     messages = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "ho", "name": "x"}]]
     parquet.write_table(
         pyarrow.table({"messages": messages}), file
     )  # Arrow gives the first message a name, null
     assert read_file(file, chat=json.dumps) == [json.dumps(turns) for turns in messages]
+    turns = [
+        [{"from": "human", "value": "hi", "weight": None}],
+        [{"from": "gpt", "value": "ho", "weight": 1}],
+    ]
+    parquet.write_table(pyarrow.table({"conversations": turns, "source": ["a", "b"]}), file)
+    assert read_file(file, chat=refusing) == ["user: hi", "assistant: ho"]
     parquet.write_table(pyarrow.table({"body": ["a"]}), file)
-    with pytest.raises(TextError, match="row 1: no text in a 'text' or 'messages' field; it has 'body'"):
+    with pytest.raises(TextError, match="row 1: no text in 'text', 'messages', .*; it has 'body'"):
         read_file(file)
 
 
@@ -113,11 +127,13 @@ def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         (b"PK\x03\x04...", "cannot be read: it is a zip archive; give text, JSON lines or Parquet"),
         (b"%PDF-1.7", "cannot be read: it is a PDF"),
-        (b"PAR1 and no more", "cannot be read: .*Parquet"),
+        (b"PAR1 and no footer PAR1", "cannot be read: .*Parquet"),
+        (bz2.compress(b"")[:-4], "cannot be read: Compressed data ended"),
         (b"text\0text", "cannot be read: it is not text: it has zero bytes"),
         ("café".encode("latin-1"), "cannot be read: it is not UTF-8 text"),
         (GZIP(LINES)[:-20], "cannot be read: Compressed file ended"),
-        (b"\x28\xb5\x2f\xfd...", "cannot be read: it is compressed by zstd"),
+        (ZSTD(LINES)[:-20], "cannot be read: Truncated compressed stream"),
+        (b"\x28\xb5\x2f\xfd...", "cannot be read: "),
     ],
 )
 def test_what_is_not_understood_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -129,14 +145,14 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, content: bytes, reaso
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ("not json", "line 2: not a JSON object with a 'text' or 'messages' field"),
+        ("not json", "line 2: not a JSON object with a text or a conversation"),
         ('["text"]', "line 2: not a JSON object"),
         ('"text"', "line 2: not a JSON object"),
         ("7", "line 2: not a JSON object"),
-        ('{"text": null}', "line 2: no text in a 'text' or 'messages' field; 'text' is null"),
+        ('{"text": null}', "line 2: no text in 'text', .*; 'text' is null"),
         (
-            '{"instruction": "a", "output": "b"}',
-            "line 2: no text in a 'text' or 'messages' field; it has 'instruction', 'output'",
+            '{"question": "a", "answer": "b"}',
+            "line 2: no text in 'text', 'messages', 'conversations', or 'instruction' and 'output'; it has 'question'",
         ),
         (
             '{"messages": [{"role": "user", "content": "a"}]}',
@@ -185,6 +201,49 @@ def test_conversations(tmp_path: Path, messages: Any, expected: str) -> None:
         return
     with pytest.raises(TextError, match=rf"a\.jsonl, line 1: {expected}"):
         read_file(tmp_path / "a.jsonl", chat=refusing)
+
+
+FORMS: list[tuple[dict[str, Any], str]] = [
+    ({"instruction": "add", "input": "1 2", "output": "3"}, "user: add\n\n1 2|assistant: 3"),
+    ({"instruction": "add", "input": "", "output": "3"}, "user: add|assistant: 3"),
+    ({"instruction": "add", "output": "3", "system": "sum"}, "system: sum|user: add|assistant: 3"),
+    (
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "a"},
+                {"from": "GPT", "value": "b"},
+            ]
+        },
+        "system: s|user: a|assistant: b",
+    ),
+    ({"conversations": [{"from": "user", "value": "a"}], "system": "s"}, "system: s|user: a"),
+    ({"conversations": [{"role": "user", "content": "a"}]}, "user: a"),
+    ({"instruction": 1, "output": "3"}, "its 'instruction', 'input' and 'output' are not all text"),
+    ({"instruction": "a", "output": None}, "its 'instruction', 'input' and 'output' are not all text"),
+    ({"conversations": "a"}, "its 'conversations' is not a list of messages"),
+    (
+        {"conversations": [{"from": "narrator", "value": "a"}]},
+        "message 1 is from 'narrator', not from one of human, ",
+    ),
+    ({"conversations": [{"value": "a"}]}, "message 1 is from None, not from one of"),
+    ({"conversations": [{"from": "human", "value": None}]}, "message 1 has no content"),
+]
+
+
+@pytest.mark.parametrize(("record", "expected"), FORMS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_conversations_of_other_forms(tmp_path: Path, record: Any, expected: str, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps(record), encoding="utf-8")
+    if ": " in expected:
+        assert read_file(tmp_path / name, chat=refusing) == [expected]
+        with pytest.raises(
+            TextError, match="line 1: it has '(conversations|instruction)', and there is no chat"
+        ):
+            read_file(tmp_path / name)
+        return
+    with pytest.raises(TextError, match=rf"{name}, line 1: {expected}"):
+        read_file(tmp_path / name, chat=refusing)
 
 
 def test_bad_records_are_skipped_and_told(tmp_path: Path) -> None:

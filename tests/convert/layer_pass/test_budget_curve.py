@@ -55,6 +55,15 @@ def test_the_donors_work_is_done_once(recipe: Build, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []  # no checkpoint
 
 
+def test_budgets_of_one_size_are_one_point(recipe: Build, tmp_path: Path) -> None:
+    """A component has 8 bits at most, so all budgets above that share of the bytes come to the same."""
+    coded = recipe(tmp_path / "out", settings=MLASettings(), fit_steps=None)
+    result = mhconvert.curve(coded, (0.25, 0.9, 0.8, 0.7))
+    assert [point["kv_budget"] for point in result["points"]] == [0.7, 0.25]
+    assert result["same_size"] == [{"kv_budget": 0.9, "as": 0.7}, {"kv_budget": 0.8, "as": 0.7}]
+    assert mhconvert.curve(coded, (0.25,))["same_size"] == []
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_curve_falls_on_a_donor_with_structure(recipe: Build, tmp_path: Path, seed: int) -> None:
     """Keys and values whose singular values fall by a fifth each: every element that is added says something new."""
@@ -98,6 +107,11 @@ def test_an_own_text_is_what_eval_measures(recipe: Build, text: Path, tmp_path: 
         ({}, (), "a curve needs at least one budget"),
         ({}, (0.5, 1.5), r"kv_budget=1\.5 is outside \(0, 1\]"),
         ({}, (0.5, 0.01), r"the nearest that it can: 0\.0469 \(3 elements\), 0\.25 \(16 elements\)"),
+        (
+            {"settings": MLASettings()},
+            (0.5, 0.25, 0.001, 0.9),
+            r"kv_budget=0\.001 gives .* the least is kv_budget=0\.0157",
+        ),
         ({"settings": MLASettings(kv_lora_rank=8, qk_rope_head_dim=8)}, (0.5,), "leave them out to vary it"),
         ({"settings": MLASettings(kv_bits="16"), "tolerance": "kl=1"}, (0.5,), "leave the tolerance out"),
         ({"settings": MLASettings(profile="portable")}, (0.5,), "cannot express head_dim=16"),

@@ -196,7 +196,10 @@ def test_half_precision_generates(model: Any, dtype: torch.dtype) -> None:
 
 
 def test_refusals_name_the_way_out() -> None:
-    with pytest.raises(BudgetError, match="at least 4 bytes in 2 layers, and kv_budget=0.01 gives 2"):
+    with pytest.raises(
+        BudgetError,
+        match="kv_budget=0.01 gives 2 bytes a token, .* least 4 in 2 layers; the least is kv_budget=0.0157",
+    ):
         CodedMLA(make_config(), MLASettings(kv_bits="auto", kv_budget=0.01), "quick")
     with pytest.raises(BudgetError, match="kv_bits 8 does not go with profile portable"):
         MLASettings(kv_bits="8", profile="portable")
