@@ -15,7 +15,7 @@ import yaml
 from mhconvert.errors import CheckpointError
 
 from ..convert.donor.hub_download import TEXT_FILES
-from .published_files import CONFIGS
+from ..convert.storage.auto_map import CONFIGS
 
 TEXTS = (".json", ".yaml", ".yml", ".md", ".html", ".svg", ".jsonl")
 UNCHANGED = (*TEXT_FILES, "*.safetensors.index.json")  # tokens and tensor names may look like paths
