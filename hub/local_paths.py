@@ -15,8 +15,8 @@ import yaml
 from mhconvert.errors import CheckpointError
 
 from ..convert.donor.hub_download import TEXT_FILES
+from ..convert.storage.auto_map import CONFIGS
 from ..convert.storage.bounded_yaml import load_yaml
-from .published_files import CONFIGS
 
 TEXTS = (".json", ".yaml", ".yml", ".md", ".html", ".svg", ".jsonl")
 UNCHANGED = (*TEXT_FILES, "*.safetensors.index.json")  # tokens and tensor names may look like paths

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.atomic_files import write_json
-from ..storage.auto_map import classes, is_elsewhere, module_file
+from ..storage.auto_map import OF_TOKENIZER, classes, is_elsewhere, module_file, modules
 from ..storage.linked_files import require_own
 from ..storage.safetensors_reader import read_json
-from .hub_download import CARRIED_FILES, TOKENIZER_CODE
+from .hub_download import CARRIED_FILES
 
 
 def carry_files(source: Path, target: Path, *patterns: str, code: bool = False) -> None:
@@ -20,14 +20,14 @@ def carry_files(source: Path, target: Path, *patterns: str, code: bool = False) 
         source: the folder to copy from.
         target: the folder to copy into.
         patterns: relative to `source`; by default CARRIED_FILES.
-        code: copy the code of the tokenizer too.
+        code: copy the code too that the configs of tokenizer and processor name.
 
     Raises:
         CheckpointError: one of them is a link out of `source`; see `require_own`.
     """
     files = carried(source, *patterns, code=code)
     for file in files:
-        (target / file).parent.mkdir(exist_ok=True)
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file, target / file)
     for file in (file for file in files if file.name.endswith("_config.json")):
         _drop_code(target / file, code)
@@ -35,11 +35,12 @@ def carry_files(source: Path, target: Path, *patterns: str, code: bool = False) 
 
 def carried(source: Path, *patterns: str, code: bool = False) -> list[Path]:
     """What `carry_files` copies, relative to `source`. Raises as it does."""
-    patterns = (*(patterns or CARRIED_FILES), *(TOKENIZER_CODE if code else ()))
-    files = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
-    for file in files:
-        require_own(source, file)
-    return [file.relative_to(source) for file in files]
+    matches = (file for pattern in patterns or CARRIED_FILES for file in source.glob(pattern))
+    files = {file.relative_to(source) for file in matches if file.is_file()}
+    files |= modules(source, OF_TOKENIZER) if code else set()
+    for file in sorted(files):
+        require_own(source, source / file)
+    return sorted(files)
 
 
 def _drop_code(file: Path, code: bool) -> None:

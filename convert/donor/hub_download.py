@@ -33,8 +33,8 @@ TEXT_FILES = (  # tokenizer, chat templates, processor and generation settings
 )
 # Copied byte for byte from the donor to the converted checkpoint.
 CARRIED_FILES = (*TEXT_FILES, "LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
-TOKENIZER_CODE = ("tokenization*.py",)  # run and copied only with trust_remote_code
-CONFIG_FILES = ["config.json", "README.md", "mhconvert.json", *CARRIED_FILES, *TOKENIZER_CODE]
+CODE = "*.py"  # run, and a tokenizer's copied, only with trust_remote_code
+CONFIG_FILES = ["config.json", "README.md", "mhconvert.json", *CARRIED_FILES, CODE]
 PROBE_SECONDS = 5.0
 # The errors of httpx or requests, depending on the version of huggingface_hub.
 TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (getattr(errors, "HTTPError", OSError), OSError)

@@ -35,7 +35,8 @@ class Options:
     force: whether an existing output is replaced.
     dry_run: refuse or report, and write nothing.
     device: a torch device; None: CUDA if present.
-    trust_remote_code: whether code of a base model's folder may run.
+    trust_remote_code: whether code of the checkpoint's or the base model's folder may run, and its tokenizer's comes
+        along.
     """
 
     output: str | None = None

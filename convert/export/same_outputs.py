@@ -102,7 +102,13 @@ def continuation(model: Any, tokenizer: Any) -> str:
 
 
 def prove(
-    folder: Path, expected: Expected, probe: Path, *, exact: bool, elements_per_token: float
+    folder: Path,
+    expected: Expected,
+    probe: Path,
+    *,
+    exact: bool,
+    elements_per_token: float,
+    trusted: bool,
 ) -> dict[str, Any]:
     """Reload `folder` in a bare process and compare.
 
@@ -112,6 +118,7 @@ def prove(
         probe: path of a temporary file.
         exact: whether its weights are the checkpoint's, or were changed in float32 only.
         elements_per_token: that the cache may hold, all layers together.
+        trusted: whether code in the folder that this package does not ship may run.
 
     Returns:
         What `bare_process.reload.verify` returns, with greedy_equal.
@@ -119,21 +126,11 @@ def prove(
     Raises:
         ProofError: where the logits differ, the continuation of an exact export does, or the cache is larger.
     """
-    write_probe(probe, expected.rows, expected.logits)
     removed = "the export is not what its checkpoint is, and was removed"
     try:
-        reloaded = verify(
-            folder,
-            probe,
-            prompt=PROMPT,
-            max_new_tokens=NEW_TOKENS,
-            tolerance=TOLERANCE if exact else ROUNDED,
-            threads=torch.get_num_threads(),
-        )
+        reloaded = _reloaded(folder, expected, probe, TOLERANCE if exact else ROUNDED, trusted)
     except CheckpointError as error:
         raise ProofError(f"{removed}: {error}") from error
-    finally:
-        probe.unlink(missing_ok=True)
     text, cached = reloaded["sample"]["text"], reloaded["cache"]["elements_per_token"]
     reloaded["greedy_equal"] = text == expected.text
     if exact and not reloaded["greedy_equal"]:
@@ -146,6 +143,25 @@ def prove(
             f"{removed}: it caches {cached:g} elements a token instead of {elements_per_token:g}"
         )
     return reloaded
+
+
+def _reloaded(
+    folder: Path, expected: Expected, probe: Path, tolerance: float, trusted: bool
+) -> dict[str, Any]:
+    """What `verify` returns of `folder`; `probe` is gone afterwards."""
+    write_probe(probe, expected.rows, expected.logits)
+    try:
+        return verify(
+            folder,
+            probe,
+            prompt=PROMPT,
+            max_new_tokens=NEW_TOKENS,
+            tolerance=tolerance,
+            threads=torch.get_num_threads(),
+            trusted=trusted,
+        )
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _caches_latents() -> bool:

@@ -85,7 +85,7 @@ def export(
         force: replace an existing output.
         dry_run: tell which engines load it, and write nothing.
         device: a torch device; None: CUDA if present.
-        trust_remote_code: let a base model run its own code.
+        trust_remote_code: let the code of a base model's or the checkpoint's tokenizer run, and take it along.
         on_progress: called with the progress.
 
     Returns:

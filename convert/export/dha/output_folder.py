@@ -131,14 +131,19 @@ def write(
         write_json(folder / "config.json", target.values)
         for file in target.code:
             shutil.copyfile(file, folder / file.name)
-        carry_files(checkpoint.folder, folder)
+        carry_files(checkpoint.folder, folder, code=checkpoint.trusted)
         about = _about(checkpoint, report, target.note)
         write_card(folder, place.name, about, report, checkpoint.donor, "loads it")
         if expected is not None:
             tell(Progress("verify", 0, 1))
             elements = report["kv_bytes_per_token"]["export"] / checkpoint.dtype.itemsize
             report["verified"] = same_outputs.prove(
-                folder, expected, folder / "probe.tmp", exact=True, elements_per_token=elements
+                folder,
+                expected,
+                folder / "probe.tmp",
+                exact=True,
+                elements_per_token=elements,
+                trusted=checkpoint.trusted,
             )
         kept = {
             name: checkpoint.record[name]
@@ -152,7 +157,7 @@ def write(
 
 def _expected(checkpoint: DHACheckpoint, tell: Listener) -> same_outputs.Expected:
     """What the checkpoint computes."""
-    opened = open_model.open_model(str(checkpoint.folder))
+    opened = open_model.open_model(str(checkpoint.folder), trust_remote_code=checkpoint.trusted)
     return same_outputs.expect(opened.model(), opened.tokenizer(), 0, tell)
 
 

@@ -35,6 +35,7 @@ class DHACheckpoint:
         donor_config: of the donor's own class.
         stock: whether the checkpoint is of that class already.
         record: its mhconvert.json.
+        trusted: whether code in the folder may run, and comes along.
     """
 
     reference: str
@@ -43,6 +44,7 @@ class DHACheckpoint:
     donor_config: Any
     stock: bool
     record: dict[str, Any]
+    trusted: bool = False
 
     @cached_property
     def source(self) -> SafetensorsSource:
@@ -85,7 +87,7 @@ class DHACheckpoint:
         return dict(self.record.get("donor") or {})
 
 
-def open_dha(reference: str, to: str) -> DHACheckpoint:
+def open_dha(reference: str, to: str, trusted: bool = False) -> DHACheckpoint:
     """The checkpoint `reference`: a folder, or org/name[@revision] on the Hub. Reads no weights yet.
 
     Raises:
@@ -103,7 +105,7 @@ def open_dha(reference: str, to: str) -> DHACheckpoint:
         raise ExportError(f"{reference} is an export itself; export the checkpoint that it was made of")
     config = open_model.read_config(str(folder), "dha")
     donor_config = config if stock else _donor_config(config)
-    checkpoint = DHACheckpoint(reference, folder, config, donor_config, stock, record)
+    checkpoint = DHACheckpoint(reference, folder, config, donor_config, stock, record, trusted)
     _require_plain_scores(checkpoint)
     return checkpoint
 

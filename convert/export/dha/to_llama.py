@@ -32,6 +32,7 @@ def export_checkpoint(
     force: bool = False,
     duplicate: bool = False,
     verify: bool = True,
+    trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint `reference` as its donor's own class, with as many KV heads in every layer.
@@ -39,6 +40,7 @@ def export_checkpoint(
     A donor whose class has no bias of o_proj, which fused values need, becomes a Llama where its blocks are Llama's.
 
     Args:
+        force, verify, trust_remote_code: as in `forms.Options`.
         duplicate: whether heads may be cached twice where groups do not come out equal.
     Returns:
         The report: checkpoint, method, to, output, architecture, num_key_value_heads, heads_by_layer, duplicated_heads,
@@ -46,7 +48,7 @@ def export_checkpoint(
     Raises:
         ExportError: naming what the class cannot hold, before any weight is read.
     """
-    checkpoint = open_dha(reference, TO)
+    checkpoint = open_dha(reference, TO, trust_remote_code)
     if checkpoint.stock:
         raise ExportError(f"{reference} is a {_class(checkpoint.config)} already: engines load it as it is")
     return write(checkpoint, target(checkpoint, duplicate), output, force, verify, on_progress or ignore)

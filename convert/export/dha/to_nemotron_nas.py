@@ -33,6 +33,7 @@ def export_checkpoint(
     force: bool = False,
     duplicate: bool = False,
     verify: bool = True,
+    trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint `reference` as a nemotron-nas one: K heads = V heads in each layer, in equal groups.
@@ -40,6 +41,7 @@ def export_checkpoint(
     An MLP whose width is no multiple of FFN_STEP is padded with zeros to one.
 
     Args:
+        force, verify, trust_remote_code: as in `forms.Options`.
         duplicate: whether heads may be cached twice where a layer's groups do not come out equal.
     Returns:
         The report: checkpoint, method, to, output, architecture, heads_by_layer, duplicated_heads, kv_bytes_per_token
@@ -47,7 +49,7 @@ def export_checkpoint(
     Raises:
         ExportError: naming what the format cannot hold, before any weight is read.
     """
-    checkpoint = open_dha(reference, TO)
+    checkpoint = open_dha(reference, TO, trust_remote_code)
     return write(checkpoint, target(checkpoint, duplicate), output, force, verify, on_progress or ignore)
 
 

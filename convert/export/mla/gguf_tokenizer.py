@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 from mhconvert.errors import ExportError
 
 from ...donor.gguf_pre_tokenizers import PRE_TOKENIZERS
+from ...donor.reference import load_tokenizer
 
 BYTES_A_PIECE = 64  # disk space reserved for each token and each merge
 
@@ -62,17 +63,15 @@ class Vocabulary:
             writer.add_chat_template(self.template)
 
 
-def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
-    """The tokenizer of `folder`, padded to the model's vocab_size tokens.
+def read_vocabulary(folder: Path, vocab_size: int, trusted: bool = False) -> Vocabulary:
+    """The tokenizer of `folder`, padded to the model's vocab_size tokens; `trusted`: its own code may run.
 
     Raises:
         ExportError: where there is none, or llama.cpp would split the same text into other tokens.
     """
-    from transformers import AutoTokenizer
-
     if not (folder / "tokenizer.json").is_file():
         raise ExportError(f"{folder} has no tokenizer.json, and a GGUF file holds its tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, trusted)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normalizer = content["model"], (content["normalizer"] or {}).get("type")
     refusals = {

@@ -52,11 +52,13 @@ def write(
     kind: str = "bf16",
     *,
     force: bool = False,
+    trusted: bool = False,
     on_progress: Callable[[Progress], None] = ignore,
 ) -> dict[str, Any]:
     """Write the checkpoint in `folder` as the file `target`, which appears when it is complete.
 
     Args:
+        trusted: whether code of the tokenizer may run.
         kind: of the matrices, one of KINDS. Vectors and attn_kv_a_mqa are F32, and rows that q8_0's blocks of 32 do
             not divide are F16.
     Returns:
@@ -70,7 +72,7 @@ def write(
         raise ExportError(f"'{kind}' is no kind of GGUF; choose one of {', '.join(KINDS)}")
     _require_free(target, force)
     checkpoint = open_dense(folder)
-    vocabulary = read_vocabulary(folder, checkpoint.shape.vocab_size)
+    vocabulary = read_vocabulary(folder, checkpoint.shape.vocab_size, trusted)
     shapes = stored_shapes(checkpoint)
     kinds = {name: _stored_kind(name, dims, KINDS[kind][0]) for name, dims in shapes.items()}
     sizes = {name: _nbytes(dims, kinds[name]) for name, dims in shapes.items()}

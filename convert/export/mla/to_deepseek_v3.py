@@ -39,13 +39,14 @@ def export_checkpoint(
     pad_values: bool = True,
     seed: int = 0,
     device: str | None = None,
+    trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """Write the portable MLA checkpoint `reference` in the stock class `to`.
 
     Args:
         to: a key of `deepseek_tensors.CLASSES`.
-        output, dtype, verify, force, dry_run, device: as in `forms.Options`.
+        output, dtype, verify, force, dry_run, device, trust_remote_code: as in `forms.Options`.
         pad_values: whether values are padded to the width of the narrowest kernel that takes them.
         seed: of the text on which export and checkpoint are compared.
 
@@ -57,7 +58,7 @@ def export_checkpoint(
         OutputError: for a folder that may not be written.
     """
     begun, tell = time.perf_counter(), on_progress or ignore
-    opened = _open(reference, to, device)
+    opened = _open(reference, to, device, trust_remote_code)
     source = SafetensorsSource(opened.folder)
     plan = deepseek_tensors.plan(opened.config, to, written_dtype(dtype, source), pad_values)
     place = Path(output) if output else Path(f"{opened.folder.resolve().name}-{to}")
@@ -70,17 +71,17 @@ def export_checkpoint(
     needed = GROWTH * bytes_in(source, plan.dtype) + SLACK_BYTES
     with whole_folder(place, needed, force=force) as partial:
         report["output_bytes"] = _write(partial, plan, source, opened.config, expected.latents, tell)
-        _write_rest(partial, opened.folder, plan, place.name, report)
+        _write_rest(partial, opened, plan, place.name, report)
         if verify:
-            report["verified"] = _prove(partial, expected, plan, tell)
+            report["verified"] = _prove(partial, expected, plan, trust_remote_code, tell)
         write_record(partial, report, read_record(opened.folder).get("donor") or {})
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
 
 
-def _open(reference: str, to: str, device: str | None) -> open_model.OpenModel:
+def _open(reference: str, to: str, device: str | None, trust: bool) -> open_model.OpenModel:
     """The MLA checkpoint `reference`. Raises ExportError for anything else."""
-    opened = open_model.open_model(reference, device=device)
+    opened = open_model.open_model(reference, device=device, trust_remote_code=trust)
     require_elements(reference, opened.config)
     if opened.donor is not None or identity.converted_method(str(opened.folder)) != "mla":
         raise ExportError(
@@ -122,20 +123,24 @@ def _report(reference: str, folder: Path, place: Path, plan: deepseek_tensors.Pl
 
 
 def _write_rest(
-    partial: Path, folder: Path, plan: deepseek_tensors.Plan, name: str, report: dict[str, Any]
+    partial: Path,
+    opened: open_model.OpenModel,
+    plan: deepseek_tensors.Plan,
+    name: str,
+    report: dict[str, Any],
 ) -> None:
     """Write configuration, tokenizer, licence and card.
 
     Args:
         partial: the folder to write into.
-        folder: of the checkpoint.
+        opened: the checkpoint.
         plan: of the export.
         name: the title of the card.
         report: of the export.
     """
     deepseek_tensors.write_config(plan, partial)
-    carry_files(folder, partial)
-    donor = read_record(folder).get("donor") or {}
+    carry_files(opened.folder, partial, code=opened.trust_remote_code)
+    donor = read_record(opened.folder).get("donor") or {}
     about = (
         f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported "
         f"as `{report['architecture']}`: a cache of {report['kv_elements_per_token']:,} elements a token. It loads "
@@ -145,7 +150,11 @@ def _write_rest(
 
 
 def _prove(
-    partial: Path, expected: same_outputs.Expected, plan: deepseek_tensors.Plan, tell: Listener
+    partial: Path,
+    expected: same_outputs.Expected,
+    plan: deepseek_tensors.Plan,
+    trusted: bool,
+    tell: Listener,
 ) -> dict[str, Any]:
     """What the reloaded export computes. Raises ProofError where that is not what the checkpoint computes."""
     tell(Progress("verify", 0, 1))
@@ -155,6 +164,7 @@ def _prove(
         partial / "probe.safetensors.tmp",
         exact=plan.dtype == torch.float32,
         elements_per_token=plan.elements_per_token,
+        trusted=trusted,
     )
 
 

@@ -23,6 +23,7 @@ def export_checkpoint(
     verify: bool = True,
     force: bool = False,
     device: str | None = None,
+    trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """Write the portable MLA checkpoint `reference` as one GGUF file.
@@ -31,22 +32,18 @@ def export_checkpoint(
         output: the file; None: ./<checkpoint>-<kind>.gguf.
         kind: of its matrices.
         verify: whether the dense form that it is written from is reloaded and compared.
+        force, device, trust_remote_code: as in `forms.Options`.
     Returns:
         The report of the dense form, with output, bytes, kind, tensors and skipped of the file.
     """
     tell = on_progress or ignore
     folder = open_model.checkpoint_folder(reference) or Path(reference)
     place = Path(output) if output else Path(f"{folder.resolve().name}-{kind}.gguf")
-    if place.suffix != ".gguf":
-        raise OutputError(f"{place} does not end in .gguf; a gguf export is one file of that ending")
-    if place.is_dir():
-        raise OutputError(f"{place} is a folder; a gguf export is one file")
-    if place.exists() and not force:
-        raise OutputError(f"{place} exists; choose another file with -o, or replace it with --force")
-    if not place.absolute().parent.is_dir():
-        raise OutputError(f"there is no folder {place.absolute().parent} to write {place.name} into")
-    opened = open_model.open_model(reference, device=device)
-    gguf_tokenizer.read_vocabulary(opened.folder, opened.vocab_size)  # refused before the work
+    _require_place(place, force)
+    opened = open_model.open_model(reference, device=device, trust_remote_code=trust_remote_code)
+    gguf_tokenizer.read_vocabulary(
+        opened.folder, opened.vocab_size, trust_remote_code
+    )  # refused before the work
     with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=f".{place.name}-") as work:
         dense = Path(work) / "dense"
         report = to_deepseek_v3.export_checkpoint(
@@ -57,11 +54,24 @@ def export_checkpoint(
             pad_values=False,
             verify=verify,
             device=device,
+            trust_remote_code=trust_remote_code,
             on_progress=on_progress,
         )
-        made = gguf_writer.write(dense, place, kind, force=force, on_progress=tell)
+        made = gguf_writer.write(dense, place, kind, force=force, trusted=trust_remote_code, on_progress=tell)
     of_dense = ("output_bytes", "engines", "dtype", "verified")
     kept = {name: value for name, value in report.items() if name not in of_dense}
     own = {"architecture": "deepseek2", "output_bytes": made["bytes"], "output": str(place)}
     own |= {"kv_bytes_per_token": report["kv_elements_per_token"] * F16_BYTES}
     return kept | made | own | {"dense_form_verified": report.get("verified")}
+
+
+def _require_place(place: Path, force: bool) -> None:
+    """Raises OutputError unless the file may be written."""
+    if place.suffix != ".gguf":
+        raise OutputError(f"{place} does not end in .gguf; a gguf export is one file of that ending")
+    if place.is_dir():
+        raise OutputError(f"{place} is a folder; a gguf export is one file")
+    if place.exists() and not force:
+        raise OutputError(f"{place} exists; choose another file with -o, or replace it with --force")
+    if not place.absolute().parent.is_dir():
+        raise OutputError(f"there is no folder {place.absolute().parent} to write {place.name} into")

@@ -41,12 +41,13 @@ def export_checkpoint(
     dry_run: bool = False,
     seed: int = 0,
     device: str | None = None,
+    trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """Write the portable MLA checkpoint `reference` in the served class to `output`, ./<checkpoint>-own if None.
 
     Args:
-        output, dtype, verify, force, dry_run, device: as in `forms.Options`.
+        output, dtype, verify, force, dry_run, device, trust_remote_code: as in `forms.Options`.
         s, eps: of the latent's norm, as for `served_tensors`; eps None: the default for the dtype.
         seed: of the text on which export and checkpoint are compared.
 
@@ -58,9 +59,8 @@ def export_checkpoint(
         OutputError: for a folder that may not be written.
     """
     begun, tell = time.perf_counter(), on_progress or ignore
-    opened = _open(reference, device)
-    folder, config = opened.folder, opened.config
-    source = SafetensorsSource(folder)
+    opened = _open(reference, device, trust_remote_code)
+    folder, config, source = opened.folder, opened.config, SafetensorsSource(opened.folder)
     kind = written_dtype(dtype, source)
     served = _served(config, kind, s, eps)
     place = Path(output) if output else Path(f"{folder.resolve().name}-own")
@@ -70,20 +70,20 @@ def export_checkpoint(
         return report
     tell(Progress("donor", 0, 1, reference))
     expected = same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell) if verify else None
-    needed = bytes_in(source, kind) * served.v_head_dim // config.v_head_dim
-    with whole_folder(place, needed + SLACK_BYTES, force=force) as partial:
+    grown = bytes_in(source, kind) * served.v_head_dim // config.v_head_dim
+    with whole_folder(place, grown + SLACK_BYTES, force=force) as partial:
         report["output_bytes"] = _write(partial, source, config, served, kind, s, tell)
-        _write_rest(partial, folder, served, kind, place.name, report)
+        _write_rest(partial, opened, served, kind, place.name, report)
         if expected is not None:
-            report["verified"] = _prove(partial, expected, kind, report, tell)
+            report["verified"] = _prove(partial, expected, kind, report, trust_remote_code, tell)
         write_record(partial, report, read_record(folder).get("donor") or {})
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
 
 
-def _open(reference: str, device: str | None) -> open_model.OpenModel:
+def _open(reference: str, device: str | None, trust: bool) -> open_model.OpenModel:
     """The MLA checkpoint `reference`. Raises ExportError for anything else."""
-    opened = open_model.open_model(reference, device=device)
+    opened = open_model.open_model(reference, device=device, trust_remote_code=trust)
     require_elements(reference, opened.config)
     if opened.donor is not None or not hasattr(opened.config, "rope_in_latent"):
         raise ExportError(
@@ -174,22 +174,27 @@ def _write(
 
 
 def _write_rest(
-    partial: Path, folder: Path, served: Any, dtype: torch.dtype, name: str, report: dict[str, Any]
+    partial: Path,
+    opened: open_model.OpenModel,
+    served: Any,
+    dtype: torch.dtype,
+    name: str,
+    report: dict[str, Any],
 ) -> None:
     """Write configuration, code, tokenizer, licence and card.
 
     Args:
         partial: the folder to write into.
-        folder: of the checkpoint.
+        opened: the checkpoint.
         served: the export's configuration.
         dtype: of its weights.
         name: the title of the card.
         report: of the export.
     """
     model = model_class(served)
-    carry_files(folder, partial)
+    carry_files(opened.folder, partial, code=opened.trust_remote_code)
     provenance.write_model_config(partial, served, model, dtype)
-    donor = read_record(folder).get("donor") or {}
+    donor = read_record(opened.folder).get("donor") or {}
     about = (
         f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported as "
         f"`{report['architecture']}`, whose code is in this folder: a cache of "
@@ -204,6 +209,7 @@ def _prove(
     expected: same_outputs.Expected,
     dtype: torch.dtype,
     report: dict[str, Any],
+    trusted: bool,
     tell: Listener,
 ) -> dict[str, Any]:
     """What the reloaded export computes. Raises ProofError where that is not what the checkpoint computes."""
@@ -214,4 +220,5 @@ def _prove(
         partial / "probe.tmp",
         exact=report["exact"] or dtype == torch.float32,
         elements_per_token=report["kv_elements_per_token"],
+        trusted=trusted,
     )

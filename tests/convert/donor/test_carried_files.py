@@ -73,7 +73,7 @@ def test_an_auto_map_without_its_code_is_dropped(
         assert json.loads((target / name).read_text()) == {"tokenizer_class": "X"} | (
             {"auto_map": kept} if kept else {}
         )
-    assert (target / "tokenization_x.py").exists() == code
+    assert (target / "tokenization_x.py").exists() == ("tokenization_x" in str(kept))
 
 
 def test_only_code_of_the_tokenizer_itself_needs_trust(tmp_path: Path) -> None:

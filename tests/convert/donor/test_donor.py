@@ -231,10 +231,18 @@ def test_missing_tokenizer(tmp_path):
 
 
 def test_tokenizer_code_is_carried_only_when_trusted(tmp_path):
+    """What auto_map names, by any name, and what that imports; nothing else."""
     folder = make_donor(tmp_path / "donor")
-    (folder / "tokenization_tiny.py").write_text("")
+    file = folder / "tokenizer_config.json"
+    auto_map = {"AutoTokenizer": [None, "code.words.Words"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": auto_map}))
+    (folder / "code").mkdir()
+    (folder / "code" / "words.py").write_text("from .names import A\nfrom . import more\n")
+    for name in ("code/names.py", "code/more.py", "tokenization_tiny.py", "modeling_tiny.py"):
+        (folder / name).write_text("A = 1")
     for trust in (False, True):
         out = tmp_path / str(trust)
         out.mkdir()
         open_donor(str(folder), trust_remote_code=trust).copy_files(out)
-        assert (out / "tokenization_tiny.py").exists() == trust
+        carried = {path.relative_to(out).as_posix() for path in out.rglob("*.py")}
+        assert carried == ({"code/words.py", "code/names.py", "code/more.py"} if trust else set())
