@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from mhconvert.errors import CheckpointError, UnsupportedError
 
@@ -15,7 +15,7 @@ from ..methods.registry import METHODS
 from ..storage.folder_kind import is_adapter
 from ..storage.regular_file import require_regular
 from ..storage.safetensors_reader import SafetensorsSource, read_json, weights_present
-from .config_ranges import require_config
+from .config_check import require_config
 from .tensor_layout import STORED_DTYPES
 
 # How somebody ran the model, not what it is; each with its default in transformers.
@@ -51,6 +51,10 @@ def read_config(folder: Path) -> tuple[Any, tuple[str, ...]]:
         raise CheckpointError(
             f"{file} is not a valid {model_type} config: {' '.join(str(error).split())}"
         ) from error
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise CheckpointError(
+            f"{file} has the config of a part, such as text_config, which {model_type} does not have"
+        )
     for name, value in RUNTIME_SWITCHES.items():
         if hasattr(config, name):
             setattr(config, name, value)

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mhconvert.errors import CheckpointError, UnsupportedError
 
 from ..families.facts import FAMILIES
-from .config_ranges import require_layers, require_ranges
+from .config_check import require_layers, require_ranges
 from .gguf_architectures import ARCHITECTURES, FIELDS, FLAGS, REQUIRED, Architecture
 from .gguf_reader import GGUFHeader, require_dequantisable
 from .gguf_rope import ROPE_KEYS, rope_parameters
@@ -142,8 +142,10 @@ def _attention(header: GGUFHeader, row: Architecture, head_dim: int) -> dict[str
 def gguf_generation_config(header: GGUFHeader) -> GenerationConfig:
     """Generation settings with the start, end and padding tokens of the file."""
     ids = special_ids(header)
-    ends = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
-    eos = list(dict.fromkeys(end for end in ends if end is not None))
+    stated = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
+    ends = [end for end in stated if end is not None]
+    require_ranges({"eos_token_id": ends}, header.path)
+    eos = list(dict.fromkeys(ends))
     return GenerationConfig(
         bos_token_id=ids["bos"],
         eos_token_id=eos if len(eos) > 1 else next(iter(eos), None),

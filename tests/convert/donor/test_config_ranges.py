@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING
 
 from mhconvert.convert.donor import config_file
-from mhconvert.convert.donor.config_ranges import PER_LAYER, RANGES, Range, require_layers, require_ranges
+from mhconvert.convert.donor.config_check import require_layers, require_ranges
+from mhconvert.convert.donor.config_ranges import PER_LAYER, RANGES, Range
 from mhconvert.convert.donor.donor import open_donor
 from mhconvert.convert.families.facts import FAMILIES
 from mhconvert.convert.open_model import open_model
@@ -77,6 +78,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         'architectures="LlamaForCausalLM" is not a list of names of classes',
     ),
     ({"architectures": [7]}, "architectures=[7] is not a list of names of classes"),
+    ({"hidden_act": "square"}, 'hidden_act="square" is not one of gelu, '),
+    (
+        {"rope_parameters": ROPE | {"rope_type": "odd"}},
+        'rope_parameters.rope_type="odd" is not one of default, ',
+    ),
+    ({"rope_parameters": ROPE | {"factor": None}}, "rope_parameters.factor=null is not a number above 0"),
     ({"some_new_scale": math.nan}, "some_new_scale=NaN is not a finite number"),
 ]
 
