@@ -103,6 +103,9 @@ def _unfitting(values: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any
         stated = values.get(name)
         if isinstance(stated, list) and len(stated) != layers:
             yield f"{place}{name}", stated, f"a list with an entry for each of {layers} layers"
+    width, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if width and heads and values.get("head_dim") is None and heads > width:
+        yield f"{place}num_attention_heads", heads, f"a whole number from 1 to hidden_size={width}"
     low, high = values.get("low_freq_factor"), values.get("high_freq_factor")
     if low is not None and high is not None and not low < high:
         yield f"{place}high_freq_factor", high, f"above low_freq_factor={low}"

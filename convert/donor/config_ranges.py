@@ -15,7 +15,7 @@ LARGEST = 1e30  # its products with weights and activations stay far inside floa
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers a field may have; null always counts as "not stated", and is left to the config's class.
+    """Which numbers a field may have; null is left to the config's class, but for NEVER_NULL.
 
     Attributes:
         low, high: the bounds, which belong to it.

@@ -103,8 +103,8 @@ def _vocabulary(header: GGUFHeader) -> dict[str, Any]:
 def _names(header: GGUFHeader, row: Architecture) -> dict[str, str]:
     """Field of the config -> key of the file that states it."""
     keys = {field: key for key, field in (FIELDS | row.fields).items()}
-    stated = header.hyperparameter("attention.key_length") is not None
-    keys["head_dim"] = "attention.key_length" if stated else "rope.dimension_count"
+    widths = ("attention.key_length", "rope.dimension_count")
+    keys["head_dim"] = next((key for key in widths if header.hyperparameter(key) is not None), "head_dim")
     keys |= {f"rope_parameters.{field}": key for field, key in ROPE_KEYS.items()}
     ids = {"bos": "bos", "eos": "eos", "pad": "padding"}
     tokens = {f"{field}_token_id": f"tokenizer.ggml.{name}_token_id" for field, name in ids.items()}
