@@ -57,6 +57,16 @@ def require_layers(count: Any, names: Iterable[str], file: Path) -> None:
         )
 
 
+def require_padding(config: Any, file: Path) -> None:
+    """Raises CheckpointError where the padding token of a config, or of its class, is behind the vocabulary."""
+    vocabulary, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
+    if vocabulary and padding is not None and padding >= vocabulary:
+        raise CheckpointError(
+            f"{file} has pad_token_id={padding}, and with vocab_size={vocabulary} the last token is "
+            f"{vocabulary - 1}, so that no model can be built; set pad_token_id to null, or to another token's id"
+        )
+
+
 def _faults(values: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any, str]]:
     """(field with its place, value, what it may be) of everything that is out of range in one mapping and below it."""
     rope = any(f"{name}." in place for name in ROPE)

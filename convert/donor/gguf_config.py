@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mhconvert.errors import CheckpointError, UnsupportedError
 
 from ..families.facts import FAMILIES
-from .config_check import require_layers, require_ranges
+from .config_check import require_layers, require_padding, require_ranges
 from .gguf_architectures import ARCHITECTURES, FIELDS, FLAGS, REQUIRED, Architecture
 from .gguf_reader import GGUFHeader, require_dequantisable
 from .gguf_rope import ROPE_KEYS, rope_parameters
@@ -57,6 +57,7 @@ def gguf_config(header: GGUFHeader) -> Any:
         fields |= _attention(header, row, head_dim)
         require_ranges(fields, header.path, names)
         config = kind(**fields)
+        require_padding(config, header.path)
     except KeyError as error:
         raise CheckpointError(f"{header.path} does not state {error}; use another file") from error
     except (TypeError, ValueError, ArithmeticError, AttributeError, StrictDataclassError) as error:

@@ -140,6 +140,12 @@ def test_what_lies_behind_the_last_tensor_or_is_there_twice(tmp_path: Path, plai
 
 NUMBERS = [
     (
+        "tokenizer.ggml.padding_token_id",
+        "I",
+        320,
+        "has pad_token_id=320, and with vocab_size=320 the last token is",
+    ),
+    (
         "llama.attention.layer_norm_rms_epsilon",
         "f",
         math.inf,
