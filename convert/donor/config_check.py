@@ -81,11 +81,11 @@ def _faults(values: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any, s
                 yield field, value, "a mapping of settings"
             elif field.count(".") < DEEPEST:
                 yield from _faults(value, f"{field}.")
-        elif rope and isinstance(value, Mapping):
-            yield from _faults(value, f"{field}.")  # of one type of layer
         elif name in WORDS and (name not in ROPE_WORDS or rope):
             if not (isinstance(value, str) and value.removeprefix("torch.") in WORDS[name]):
                 yield field, value, f"one of {', '.join(WORDS[name])}"
+        elif rope and isinstance(value, Mapping):
+            yield from _faults(value, f"{field}.")  # of one type of layer
         elif name == "architectures":
             if not (isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)):
                 yield field, value, "a list of names of classes"

@@ -87,6 +87,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"rope_parameters": ROPE | {"rope_type": "odd"}},
         'rope_parameters.rope_type="odd" is not one of default, ',
     ),
+    ({"rope_parameters": ROPE | {"rope_type": {}}}, "rope_parameters.rope_type={} is not one of default, "),
     ({"rope_parameters": ROPE | {"factor": None}}, "rope_parameters.factor=null is not a number above 0"),
     ({"some_new_scale": math.nan}, "some_new_scale=NaN is not a finite number"),
 ]
@@ -145,6 +146,16 @@ def test_a_number_out_of_range(
 def test_what_published_configs_say_is_in_range(stated: Any, folder: Path, changes: dict[str, Any]) -> None:
     stated(changes)
     assert open_donor(str(folder)).config.num_hidden_layers == 2
+
+
+def test_a_null_that_the_class_cannot_have_names_the_donor(tmp_path: Path) -> None:
+    donor = make_donor(tmp_path / "donor", family="mixtral")
+    values = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps(values | {"num_experts": None}))
+    with pytest.raises(
+        CheckpointError, match=r"no mixtral model can be built of the config of .*donor: TypeError: "
+    ):
+        open_donor(str(donor)).shapes()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
