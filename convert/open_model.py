@@ -22,7 +22,7 @@ from .checkpoint.identity import converted_method, exported
 from .checkpoint.provenance import read_record
 from .donor import hub_download
 from .donor.aliases import ALIASES
-from .donor.config_ranges import require_config
+from .donor.config_check import require_config
 from .donor.donor import Donor, open_donor
 from .donor.gguf_reader import split_parts
 from .donor.reference import HUB_ID, load_tokenizer

@@ -53,7 +53,7 @@ def try_config(example: Any, model: Any, donor: Donor, dtype: torch.dtype) -> No
             type(example).from_pretrained(folder)
             if donor.generation_file is not None:
                 tried = donor.generation_file.name
-                read_json(donor.generation_file)  # in words, where it is no JSON
+                donor.generation_config()  # whose errors name the field
                 GenerationConfig.from_pretrained(donor.folder)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
             raise CheckpointError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from mhconvert.errors import CheckpointError, UnsupportedError
 
@@ -15,7 +15,7 @@ from ..methods.registry import METHODS
 from ..storage.folder_kind import is_adapter
 from ..storage.regular_file import require_regular
 from ..storage.safetensors_reader import SafetensorsSource, read_json, weights_present
-from .config_ranges import require_config
+from .config_check import require_config, require_padding
 from .tensor_layout import STORED_DTYPES
 
 # How somebody ran the model, not what it is; each with its default in transformers.
@@ -51,15 +51,14 @@ def read_config(folder: Path) -> tuple[Any, tuple[str, ...]]:
         raise CheckpointError(
             f"{file} is not a valid {model_type} config: {' '.join(str(error).split())}"
         ) from error
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise CheckpointError(
+            f"{file} has the config of a part, such as text_config, which {model_type} does not have"
+        )
     for name, value in RUNTIME_SWITCHES.items():
         if hasattr(config, name):
             setattr(config, name, value)
-    vocabulary, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
-    if vocabulary and padding is not None and padding >= vocabulary:
-        raise CheckpointError(
-            f"{file} has pad_token_id={padding}, and with vocab_size={vocabulary} the last token is "
-            f"{vocabulary - 1}, so that no model can be built; set pad_token_id to null, or to another token's id"
-        )
+    require_padding(config, file)
     if getattr(config, "quantization_config", None) and _has_plain_weights(folder):
         del config.quantization_config
         return config, ("left aside: the quantization_config in its config.json, as its weights are plain",)

@@ -1,27 +1,21 @@
-"""The ranges of the numbers in a model's config: one table, asked before anything is built or allocated by them."""
+"""The ranges of the numbers in a config, and the words of other fields: one table, which `config_check` asks."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mhconvert.errors import CheckpointError
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..storage.safetensors_reader import weight_names, weights_present
 from .tensor_layout import STORED_DTYPES
 
-SHOWN_CHARACTERS = 60
 LARGEST = 1e30  # its products with weights and activations stay far inside float32
 
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers a field may have; null always counts as "not stated", and is left to the config's class.
+    """Which numbers a field may have; null is left to the config's class, but for NEVER_NULL.
 
     Attributes:
         low, high: the bounds, which belong to it.
@@ -110,8 +104,8 @@ RANGES: dict[str, Range] = {
     "pad_token_id": TOKEN,
     "eos_token_id": Range(TOKEN.low, TOKEN.high, whole=True, lists=True),
     # RoPE, where transformers 4 and 5 have it
-    "rope_theta": POSITIVE,
-    "rope_local_base_freq": POSITIVE,
+    "rope_theta": Range(1, above=True),
+    "rope_local_base_freq": Range(1, above=True),
     "factor": POSITIVE,
     "beta_fast": POSITIVE,
     "beta_slow": POSITIVE,
@@ -141,105 +135,20 @@ PER_LAYER = (  # lists with an entry for each layer
     *("k_head_map", "v_head_map", "shared_heads", "active_heads", "norm_scale", "norm_offset"),
 )
 ROPE = ("rope_parameters", "rope_scaling")  # mappings, or mappings of such by the type of layer
-DEEPEST = 2  # a part of a part has no RoPE that is read
 PARTS = ("text_config", "vision_config", "audio_config", "thinker_config", "speech_config")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in STORED_DTYPES)
-LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
-
-
-def require_config(values: Mapping[str, Any], folder: Path) -> None:
-    """Check `values`, of the config.json in `folder`: their ranges, and the layers against the weights beside it.
-
-    Raises:
-        CheckpointError: as `require_ranges` and `require_layers`, or for an unreadable index of the weights.
-    """
-    file = folder / "config.json"
-    require_ranges(values, file)
-    if weights_present(folder):
-        require_layers(values.get("num_hidden_layers"), weight_names(folder), file)
-
-
-def require_ranges(values: Mapping[str, Any], file: Path, names: Mapping[str, str] | None = None) -> None:
-    """Check the fields of a config, and those of its RoPE and of the parts of a multimodal one.
-
-    Args:
-        file: that states them, for messages.
-        names: field -> its name in `file`, where that is another.
-
-    Raises:
-        CheckpointError: with the field, its value and what it may be.
-    """
-    for field, value, allowed in _faults(values, ""):
-        text = json.dumps(value, default=str)
-        text = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
-        raise CheckpointError(f"{file}: {(names or {}).get(field, field)}={text} is not {allowed}")
-
-
-def require_layers(count: Any, names: Iterable[str], file: Path) -> None:
-    """Raises CheckpointError where a config of `count` layers has more than the tensors `names`, which say how many."""
-    numbers = [int(found[1]) for name in names if (found := LAYER.search(name))]
-    if numbers and isinstance(count, int) and count > (stored := max(numbers) + 1):
-        raise CheckpointError(
-            f"{file} says that there are {count} layers, and its weights have tensors of {stored}; "
-            "download the checkpoint again, or correct the number"
-        )
-
-
-def _faults(values: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any, str]]:
-    """(field with its place, value, what it may be) of everything that is out of range in one mapping and below it."""
-    for name, value in values.items():
-        field = f"{place}{name}"
-        if value is None:
-            continue
-        if name in RANGES:
-            yield from _number_faults(field, value, RANGES[name])
-        elif name in (*ROPE, *PARTS):
-            if not isinstance(value, Mapping):
-                yield field, value, "a mapping of settings"
-            elif field.count(".") < DEEPEST:
-                yield from _faults(value, f"{field}.")
-        elif isinstance(value, Mapping) and place.endswith(tuple(f"{rope}." for rope in ROPE)):
-            yield from _faults(value, f"{field}.")  # of one type of layer
-        elif name in ("dtype", "torch_dtype"):
-            if not (isinstance(value, str) and value.removeprefix("torch.") in DTYPES):
-                yield field, value, f"one of {', '.join(DTYPES)}"
-        elif name == "architectures":
-            if not (isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)):
-                yield field, value, "a list of names of classes"
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield field, value, "a finite number"
-    yield from _unfitting(values, place)
-
-
-def _number_faults(field: str, value: Any, allowed: Range) -> Iterator[tuple[str, Any, str]]:
-    if not (allowed.lists and isinstance(value, list)):
-        if not allowed.holds(value):
-            yield field, value, allowed.words
-        return
-    for index, entry in enumerate(value):
-        inner = entry if isinstance(entry, list) else [entry]
-        for number in inner:
-            if not allowed.holds(number):
-                yield f"{field}[{index}]", number, allowed.words
-
-
-def _unfitting(values: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any, str]]:
-    """Fields of one mapping, each in its range, that do not go with another of it."""
-    layers = values.get("num_hidden_layers")
-    for name in PER_LAYER if isinstance(layers, int) else ():
-        stated = values.get(name)
-        if isinstance(stated, list) and len(stated) != layers:
-            yield f"{place}{name}", stated, f"a list with an entry for each of {layers} layers"
-    low, high = values.get("low_freq_factor"), values.get("high_freq_factor")
-    if low is not None and high is not None and not low < high:
-        yield f"{place}high_freq_factor", high, f"above low_freq_factor={low}"
-    experts, chosen = (
-        values.get("num_local_experts", values.get("num_experts")),
-        values.get("num_experts_per_tok"),
-    )
-    if experts and chosen is not None and not 1 <= chosen <= experts:
-        yield (
-            f"{place}num_experts_per_tok",
-            chosen,
-            f"a whole number from 1 to {experts}, the number of experts",
-        )
+ROPE_TYPES = ("default", "su", "mrope", *ROPE_INIT_FUNCTIONS)  # the second and third in early configs
+ROPE_WORDS = ("rope_type", "type")
+NEVER_NULL = (
+    "rope_theta",
+    "factor",
+    "partial_rotary_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    *ROPE_WORDS,
+)
+WORDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("dtype", "torch_dtype"), DTYPES),
+    **dict.fromkeys(("hidden_act", "hidden_activation"), tuple(ACT2FN)),
+    **dict.fromkeys(ROPE_WORDS, ROPE_TYPES),
+}

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mhconvert.errors import CheckpointError, UnsupportedError
 
 from ..families.facts import FAMILIES
-from .config_ranges import require_layers, require_ranges
+from .config_check import require_layers, require_padding, require_ranges
 from .gguf_architectures import ARCHITECTURES, FIELDS, FLAGS, REQUIRED, Architecture
 from .gguf_reader import GGUFHeader, require_dequantisable
 from .gguf_rope import ROPE_KEYS, rope_parameters
@@ -57,6 +57,7 @@ def gguf_config(header: GGUFHeader) -> Any:
         fields |= _attention(header, row, head_dim)
         require_ranges(fields, header.path, names)
         config = kind(**fields)
+        require_padding(config, header.path)
     except KeyError as error:
         raise CheckpointError(f"{header.path} does not state {error}; use another file") from error
     except (TypeError, ValueError, ArithmeticError, AttributeError, StrictDataclassError) as error:
@@ -103,8 +104,8 @@ def _vocabulary(header: GGUFHeader) -> dict[str, Any]:
 def _names(header: GGUFHeader, row: Architecture) -> dict[str, str]:
     """Field of the config -> key of the file that states it."""
     keys = {field: key for key, field in (FIELDS | row.fields).items()}
-    stated = header.hyperparameter("attention.key_length") is not None
-    keys["head_dim"] = "attention.key_length" if stated else "rope.dimension_count"
+    widths = ("attention.key_length", "rope.dimension_count")
+    keys["head_dim"] = next((key for key in widths if header.hyperparameter(key) is not None), "head_dim")
     keys |= {f"rope_parameters.{field}": key for field, key in ROPE_KEYS.items()}
     ids = {"bos": "bos", "eos": "eos", "pad": "padding"}
     tokens = {f"{field}_token_id": f"tokenizer.ggml.{name}_token_id" for field, name in ids.items()}
@@ -142,8 +143,10 @@ def _attention(header: GGUFHeader, row: Architecture, head_dim: int) -> dict[str
 def gguf_generation_config(header: GGUFHeader) -> GenerationConfig:
     """Generation settings with the start, end and padding tokens of the file."""
     ids = special_ids(header)
-    ends = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
-    eos = list(dict.fromkeys(end for end in ends if end is not None))
+    stated = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
+    ends = [end for end in stated if end is not None]
+    require_ranges({"eos_token_id": ends}, header.path)
+    eos = list(dict.fromkeys(ends))
     return GenerationConfig(
         bos_token_id=ids["bos"],
         eos_token_id=eos if len(eos) > 1 else next(iter(eos), None),

@@ -22,6 +22,7 @@ from ..storage.regular_file import require_regular
 from ..storage.safetensors_reader import SafetensorsSource, TensorSource, read_json
 from . import hub_download, wheel_download
 from .aliases import ALIASES, WHEEL_MODELS, near_matches
+from .config_check import require_ranges
 from .config_file import read_config
 from .gguf_config import gguf_config, gguf_generation_config
 from .gguf_reader import SPLIT_NAME, GGUFHeader, read_gguf_header
@@ -95,13 +96,15 @@ class ResolvedReference:
     def generation_config(self) -> GenerationConfig:
         """The token ids alone of the generation settings, from their file or from the config.
 
-        Raises CheckpointError for a file that cannot be read.
+        Raises CheckpointError for a file that cannot be read, or an id that is none.
         """
         if self.header is not None:
             return gguf_generation_config(self.header)
         file = self.generation_file
         stated = read_json(file) if file is not None else self.config.to_dict()
-        return GenerationConfig(**{name: stated.get(name) for name in TOKEN_IDS})
+        ids = {name: stated.get(name) for name in TOKEN_IDS}
+        require_ranges(ids, file or self.folder / "config.json")
+        return GenerationConfig(**ids)
 
 
 def resolve(reference: str, *, on_progress: Listener) -> ResolvedReference:

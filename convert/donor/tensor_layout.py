@@ -33,11 +33,21 @@ def attention_implementation(config: Any) -> str:
 
 
 def meta_model(config: Any) -> Any:
-    """The causal language model of `config` on the meta device, without weights, in eval mode."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention_implementation(config)
-        ).eval()
+    """The causal language model of `config` on the meta device, without weights, in eval mode.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention_implementation(config)
+            ).eval()
+    except (TypeError, ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
+        raise CheckpointError(
+            f"no {config.model_type} model can be built of the config of {config.name_or_path or 'the donor'}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
 
 
 class TensorLayout:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mhconvert.errors import ExportError
 
-from ...donor.config_ranges import require_ranges
+from ...donor.config_check import require_ranges
 from ...storage.safetensors_reader import SafetensorsSource, read_json
 
 LATENT_EPS = 1e-6  # of the latent's norm in transformers; llama.cpp has one eps for all norms

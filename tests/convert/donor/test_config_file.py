@@ -139,6 +139,19 @@ def test_the_config_is_written_and_reloaded_before_any_weight_is_read(
     assert written == [example]
 
 
+def test_a_token_that_is_no_number_is_refused_before_any_weight_is_read(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_donor(tmp_path / "donor")
+    edit(folder / "generation_config.json", eos_token_id=[1, "</s>"])
+    monkeypatch.setattr(safetensors_reader, "read_tensor", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(
+        CheckpointError, match=r'generation_config\.json: eos_token_id\[1\]="</s>" is not a whole'
+    ):
+        mhconvert.convert(recipe(tmp_path / "out", model=str(folder)))
+    assert [path.name for path in tmp_path.iterdir()] == ["donor"]
+
+
 def test_a_padding_token_behind_the_vocabulary(tmp_path: Path) -> None:
     edit(make_donor(tmp_path) / "config.json", pad_token_id=320)
     with pytest.raises(

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING
 
 from mhconvert.convert.donor import config_file
-from mhconvert.convert.donor.config_ranges import PER_LAYER, RANGES, Range, require_layers, require_ranges
+from mhconvert.convert.donor.config_check import require_layers, require_ranges
+from mhconvert.convert.donor.config_ranges import PER_LAYER, RANGES, Range
 from mhconvert.convert.donor.donor import open_donor
 from mhconvert.convert.families.facts import FAMILIES
 from mhconvert.convert.open_model import open_model
@@ -33,6 +34,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 0}, "head_dim=0 is not a whole number from 1 to 65,536"),
     ({"hidden_size": 64.0}, "hidden_size=64.0 is not a whole number"),
     ({"num_attention_heads": True}, "num_attention_heads=true is not a whole number"),
+    (
+        {"num_attention_heads": 65, "head_dim": None},
+        "num_attention_heads=65 is not a whole number from 1 to hidden",
+    ),
     ({"vocab_size": 10**12}, "vocab_size=1000000000000 is not a whole number from 1 to 67,108,864"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not a whole number from 1 to 4,096"),
     ({"num_hidden_layers": 3}, "says that there are 3 layers, and its weights have tensors of 2"),
@@ -77,6 +82,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         'architectures="LlamaForCausalLM" is not a list of names of classes',
     ),
     ({"architectures": [7]}, "architectures=[7] is not a list of names of classes"),
+    ({"hidden_act": "square"}, 'hidden_act="square" is not one of gelu, '),
+    (
+        {"rope_parameters": ROPE | {"rope_type": "odd"}},
+        'rope_parameters.rope_type="odd" is not one of default, ',
+    ),
+    ({"rope_parameters": ROPE | {"rope_type": {}}}, "rope_parameters.rope_type={} is not one of default, "),
+    ({"rope_parameters": ROPE | {"factor": None}}, "rope_parameters.factor=null is not a number above 0"),
     ({"some_new_scale": math.nan}, "some_new_scale=NaN is not a finite number"),
 ]
 
@@ -136,6 +148,16 @@ def test_what_published_configs_say_is_in_range(stated: Any, folder: Path, chang
     assert open_donor(str(folder)).config.num_hidden_layers == 2
 
 
+def test_a_null_that_the_class_cannot_have_names_the_donor(tmp_path: Path) -> None:
+    donor = make_donor(tmp_path / "donor", family="mixtral")
+    values = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps(values | {"num_experts": None}))
+    with pytest.raises(
+        CheckpointError, match=r"no mixtral model can be built of the config of .*donor: TypeError: "
+    ):
+        open_donor(str(donor)).shapes()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_defaults_of_every_family_are_in_range_and_its_numbers_are_known(family: str) -> None:
     values = CONFIG_MAPPING[family]().to_dict()
@@ -182,6 +204,7 @@ def inside(allowed: Range) -> st.SearchStrategy[Any]:
     return st.floats(allowed.low, allowed.high, exclude_min=allowed.above)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_every_value_out_of_range_is_refused_by_its_name(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(RANGES)))
@@ -193,14 +216,20 @@ def test_every_value_out_of_range_is_refused_by_its_name(data: st.DataObject) ->
         require_ranges(values, FILE)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_value_in_range_is_refused(data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from(sorted(RANGES)), unique=True))
     values = {name: data.draw(st.none() | inside(RANGES[name])) for name in names}
-    apart = ("high_freq_factor", "num_experts_per_tok")  # in a range that another field sets
+    apart = (
+        "high_freq_factor",
+        "num_experts_per_tok",
+        "num_attention_heads",
+    )  # in a range that another field sets
     require_ranges({name: value for name, value in values.items() if name not in apart}, FILE)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4096), st.sampled_from(PER_LAYER), st.integers(0, 50))
 def test_a_list_has_an_entry_for_each_layer(layers: int, name: str, length: int) -> None:
     values = {"num_hidden_layers": layers, name: [1] * length}
@@ -211,6 +240,7 @@ def test_a_list_has_an_entry_for_each_layer(layers: int, name: str, length: int)
         require_ranges(values, FILE)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**12), st.integers(1, 40))
 def test_layers_are_counted_by_the_tensors(count: int, stored: int) -> None:
     names = [f"model.layers.{index}.mlp.down_proj.weight" for index in range(stored)]

@@ -24,9 +24,13 @@ ALIGNMENT = 32
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    file = make_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", quantization="Q8_0")
-    return file.read_bytes()
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", quantization="Q8_0")
+
+
+@pytest.fixture(scope="module")
+def plain(whole: Path) -> bytes:
+    return whole.read_bytes()
 
 
 def written(path: Path, content: bytes) -> Path:
@@ -136,6 +140,12 @@ def test_what_lies_behind_the_last_tensor_or_is_there_twice(tmp_path: Path, plai
 
 NUMBERS = [
     (
+        "tokenizer.ggml.padding_token_id",
+        "I",
+        320,
+        "has pad_token_id=320, and with vocab_size=320 the last token is",
+    ),
+    (
         "llama.attention.layer_norm_rms_epsilon",
         "f",
         math.inf,
@@ -147,8 +157,8 @@ NUMBERS = [
         0.0,
         "layer_norm_rms_epsilon=0.0 is not a number above 0",
     ),
-    ("llama.rope.freq_base", "f", -1.0, "llama.rope.freq_base=-1.0 is not a number above 0"),
-    ("llama.rope.freq_base", "f", math.nan, "llama.rope.freq_base=NaN is not a number above 0"),
+    ("llama.rope.freq_base", "f", -1.0, "llama.rope.freq_base=-1.0 is not a number above 1"),
+    ("llama.rope.freq_base", "f", math.nan, "llama.rope.freq_base=NaN is not a number above 1"),
     (
         "llama.block_count",
         "I",
@@ -216,16 +226,17 @@ def refusal(file: Path) -> str:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data())
+@given(drawn=st.data())
 def test_damaged_bytes_are_refused_in_words_or_change_nothing_of_the_layout(
-    data: st.DataObject, plain: bytes, tmp_path_factory: pytest.TempPathFactory
+    drawn: st.DataObject, whole: Path
 ) -> None:
+    plain = whole.read_bytes()
     end = plain.index(string("output_norm.weight")) + 60
-    places = data.draw(
+    places = drawn.draw(
         st.lists(st.tuples(st.integers(0, end), st.binary(min_size=1, max_size=9)), max_size=3)
     )
     content = bytearray(plain)
     for place, new in places:
         content[place : place + len(new)] = new
-    file = written(tmp_path_factory.getbasetemp() / "fuzzed.gguf", bytes(content))
+    file = written(whole.with_name("fuzzed.gguf"), bytes(content))
     assert "fuzzed.gguf" in refusal(file)

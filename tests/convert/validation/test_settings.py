@@ -103,7 +103,7 @@ def test_numbers_of_numpy_are_pythons(made: Callable[[], Any], expected: Any) ->
         (HealSettings, {"tokens": -1}, "tokens=-1 is not a number of tokens such as 200k or 20M"),
         (HealSettings, {"tokens": True}, "tokens=True is not a whole number or text"),
         (HealSettings, {"tokens": 5, "loss": {"kl": True}}, "loss, entry kl=True is not a number"),
-        (HealSettings, {"tokens": 5, "clip": float("nan")}, "clip=nan is outside (0, ∞)"),
+        (HealSettings, {"tokens": 5, "clip": float("nan")}, "clip=nan is outside (0, 1e+30]"),
         (Calibration, {"sources": [""]}, "sources has an empty name"),
         (Calibration, {"sources": ()}, "sources is empty; name files, datasets, or self"),
         (Calibration, {"held_out": 1}, "held_out=1 rows measure nothing; use at least 2"),
