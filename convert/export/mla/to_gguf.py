@@ -10,6 +10,7 @@ from mhconvert.errors import OutputError
 from mhconvert.progress import Listener, ignore
 
 from ... import open_model
+from ...storage.output_folder import require_outside
 from . import gguf_tokenizer, gguf_writer, to_deepseek_v3
 
 F16_BYTES = 2  # of an element of llama.cpp's cache by default
@@ -37,14 +38,7 @@ def export_checkpoint(
     tell = on_progress or ignore
     folder = open_model.checkpoint_folder(reference) or Path(reference)
     place = Path(output) if output else Path(f"{folder.resolve().name}-{kind}.gguf")
-    if place.suffix != ".gguf":
-        raise OutputError(f"{place} does not end in .gguf; a gguf export is one file of that ending")
-    if place.is_dir():
-        raise OutputError(f"{place} is a folder; a gguf export is one file")
-    if place.exists() and not force:
-        raise OutputError(f"{place} exists; choose another file with -o, or replace it with --force")
-    if not place.absolute().parent.is_dir():
-        raise OutputError(f"there is no folder {place.absolute().parent} to write {place.name} into")
+    _require_place(place, folder, force)
     opened = open_model.open_model(reference, device=device)
     gguf_tokenizer.read_vocabulary(opened.folder, opened.vocab_size)  # refused before the work
     with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=f".{place.name}-") as work:
@@ -65,3 +59,16 @@ def export_checkpoint(
     own = {"architecture": "deepseek2", "output_bytes": made["bytes"], "output": str(place)}
     own |= {"kv_bytes_per_token": report["kv_elements_per_token"] * F16_BYTES}
     return kept | made | own | {"dense_form_verified": report.get("verified")}
+
+
+def _require_place(place: Path, folder: Path, force: bool) -> None:
+    """Raises OutputError unless `place` names a .gguf file that may be written, outside of the checkpoint `folder`."""
+    if place.suffix != ".gguf":
+        raise OutputError(f"{place} does not end in .gguf; a gguf export is one file of that ending")
+    if place.is_dir():
+        raise OutputError(f"{place} is a folder; a gguf export is one file")
+    if place.exists() and not force:
+        raise OutputError(f"{place} exists; choose another file with -o, or replace it with --force")
+    if not place.absolute().parent.is_dir():
+        raise OutputError(f"there is no folder {place.absolute().parent} to write {place.name} into")
+    require_outside(place, folder)
