@@ -8,16 +8,19 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mhconvert.errors import OutputError
+from mhconvert.library_versions import versions
 
 from ..convert.donor.wheel_download import cache_folder
 
 
 class Store:
-    """Outcomes in a folder, one JSON file each, by a key: a dictionary of everything that an outcome depends on.
+    """Outcomes in a folder, one JSON file each, by a key: a dictionary of everything that an outcome depends on
+    beside the versions of libraries.
 
     Attributes:
         folder: by default MHCONVERT_EVAL_CACHE, or `eval` in the user's cache folder.
@@ -89,4 +92,13 @@ class Store:
 
 
 def _digest(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    """The hash of a key, and of the libraries that make an outcome."""
+    facts = key | {"versions": versions() | {"lm_eval": _harness_version()}}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _harness_version() -> str | None:
+    try:
+        return metadata.version("lm_eval")
+    except metadata.PackageNotFoundError:
+        return None

@@ -107,10 +107,6 @@ def make_accelerator(settings: HealSettings) -> Accelerator:
     Raises:
         HealError: the device cannot be used, or the accelerate config is not supported.
     """
-    if settings.device not in (None, "cpu", "cuda"):
-        raise HealError(
-            f"device '{settings.device}' is neither cpu nor cuda; CUDA_VISIBLE_DEVICES chooses among GPUs"
-        )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise HealError("device 'cuda' cannot be used: torch finds no GPU; leave it out, or use cpu")
     # The other processes wait while the first one samples, measures and writes.

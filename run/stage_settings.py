@@ -9,6 +9,7 @@ from typing import Annotated
 from mhconvert.errors import RecipeError
 
 from ..convert.methods.registry import forms, info
+from ..convert.recipe.folder_name import require_folder_name
 from ..convert.validation.option import Option, Takes, default
 from ..convert.validation.settings import Settings
 
@@ -45,9 +46,8 @@ class ExportStage(Settings):
     ] = default(None)
 
     def check(self) -> None:
-        """Raise RecipeError for an empty output."""
-        if self.output is not None and not self.output.strip():
-            raise RecipeError("output is empty; name a folder, or leave it out")
+        """Raise RecipeError for an output that is no name of a folder."""
+        require_folder_name(self.output)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
-from mhconvert.errors import CheckpointError, MhconvertError, OutputError, UnsupportedError
+from mhconvert.errors import CheckpointError, MhconvertError, UnsupportedError
 from mhconvert.progress import Listener, Progress
 
 from ..checkpoint.identity import converted_method
@@ -161,14 +161,6 @@ def output_folder(output: str | None, suffix: str, adapter: AdapterFolder, donor
     """The folder to write: `output`, or ./<adapter>-<suffix>. Raises OutputError where it may not be written."""
     place = Path(output) if output else Path(f"{adapter.folder.resolve().name}-{suffix}")
     check_free(place, force, donor.folder, adapter.folder)
-    for folder in (adapter.folder, donor.folder):
-        whole = (
-            is_adapter(folder) or (folder / "config.json").is_file()
-        )  # a GGUF file's folder is just its place
-        if whole and place.resolve().is_relative_to(folder.resolve()):
-            raise OutputError(
-                f"{place} is inside {folder}, which is only read; choose another folder with -o"
-            )
     return place
 
 

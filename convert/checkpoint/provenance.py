@@ -124,6 +124,24 @@ def read_record(folder: Path, *, strict: bool = False) -> dict[str, Any]:
         return {}
 
 
+def require_recorded_files(folder: Path) -> None:
+    """Raises CheckpointError for a file that has no longer the SHA-256 in mhconvert.json; cards may be edited."""
+    recorded = read_record(folder, strict=True).get("sha256")
+    for name, expected in (recorded if isinstance(recorded, dict) else {}).items():
+        if name.endswith(".md"):
+            continue
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} is gone, and {folder / PROVENANCE} records it; take the folder anew"
+            )
+        if sha256(file) != expected:
+            raise CheckpointError(
+                f"{file} was changed after mhconvert wrote it: its SHA-256 is not the one in {folder / PROVENANCE}; "
+                "take the folder anew, or delete that record's sha256 if the change is meant"
+            )
+
+
 def hashes(folder: Path) -> dict[str, str]:
     """file name -> SHA-256, for every file in `folder` except mhconvert.json, which records them, and the mark."""
     files = sorted((*folder.iterdir(), *folder.glob(NAMED_TEMPLATES)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..methods.registry import ADAPTERS, Form, MethodInfo, info
 from ..storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ..storage.safetensors_reader import read_json
 
+CHOICES = ("base", "dtype", "kind", "duplicate")  # options that no other form has a use for
 LOSSES = (ExportError, UnsupportedError)  # after which `auto` looks at the next form
 
 
@@ -66,6 +67,7 @@ def export_checkpoint(
         raise ExportError(f"'{to}' is no form of export; choose one of {', '.join(known)}, auto")
     method = _method(reference)
     own = {form.name: form for form in method.forms}
+    _require_used(options, [own[to]] if to in own else [form for form in method.forms if form.automatic], to)
     if to != "auto":
         if to not in own:
             source = known[to][0].exported_from
@@ -83,10 +85,23 @@ def export_checkpoint(
     raise ExportError(f"no form holds {reference}: {'; '.join(lost)}")
 
 
+def _require_used(options: Options, forms: Sequence[Form], to: str) -> None:
+    """Raises ExportError for an option that none of `forms` takes, which would be ignored."""
+    for name in CHOICES:
+        given = getattr(options, name) != getattr(Options, name)
+        if given and not any(name in _arguments(form) for form in forms):
+            raise ExportError(f"--{name} does not apply to an export to {to}; leave it out")
+
+
+def _arguments(form: Form) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the form's writer."""
+    return inspect.signature(importlib.import_module(form.writer).export_checkpoint).parameters
+
+
 def _write(reference: str, form: Form, options: Options, on_progress: Listener | None) -> dict[str, Any]:
     """Call the form's writer with those of `options` that are among its arguments."""
     write: Callable[..., dict[str, Any]] = importlib.import_module(form.writer).export_checkpoint
-    taken = inspect.signature(write).parameters
+    taken = _arguments(form)
     if options.dry_run and "dry_run" not in taken:
         raise ExportError(
             f"--dry-run tells which engines load deepseek_v3, youtu and own; {form.name} has no such table"

@@ -14,6 +14,7 @@ from mhconvert.progress import Listener, Progress
 
 from ..bare_process.reload import PROMPT, verify, write_probe
 from ..calibration.token_rows import sampled_rows
+from ..storage.safetensors_reader import read_json
 
 ROWS, LENGTH = 4, 128  # of text sampled from the checkpoint, on which both are compared
 NEW_TOKENS = 24
@@ -124,24 +125,20 @@ def prove(
         What `bare_process.reload.verify` returns, with greedy_equal.
 
     Raises:
-        ProofError: where the logits differ, the continuation of an exact export does, or the cache is larger.
+        ProofError: where the logits differ, the continuation of an exact export does, or the cache is of another size.
     """
     removed = "the export is not what its checkpoint is, and was removed"
     try:
         reloaded = _reloaded(folder, expected, probe, TOLERANCE if exact else ROUNDED, trusted)
     except CheckpointError as error:
         raise ProofError(f"{removed}: {error}") from error
-    text, cached = reloaded["sample"]["text"], reloaded["cache"]["elements_per_token"]
+    text = reloaded["sample"]["text"]
     reloaded["greedy_equal"] = text == expected.text
     if exact and not reloaded["greedy_equal"]:
         raise ProofError(f"{removed}: it continues '{PROMPT}' with '{text}' instead of '{expected.text}'")
     if not exact and reloaded["relative_logit_error"] > ROUNDED_ERROR:
         raise ProofError(f"{removed}: its logits err by {reloaded['relative_logit_error']:.3g} of their size")
-    # A sliding window caches fewer.
-    if cached > elements_per_token and _caches_latents():
-        raise ProofError(
-            f"{removed}: it caches {cached:g} elements a token instead of {elements_per_token:g}"
-        )
+    require_cache(folder, reloaded["cache"], elements_per_token, removed)
     return reloaded
 
 
@@ -162,6 +159,26 @@ def _reloaded(
         )
     finally:
         probe.unlink(missing_ok=True)
+
+
+def require_cache(folder: Path, cache: dict[str, Any], elements: float | None, subject: str) -> None:
+    """Check that a cache holds what it should.
+
+    Args:
+        folder: the model, whose sliding window, if the cache has filled it, caches less.
+        cache: as `bare_process.reload.verify` has it.
+        elements: that it should hold a token, all layers together; None: unknown.
+        subject: how the message begins.
+
+    Raises:
+        ProofError: it holds more, or less.
+    """
+    if elements is None or not _caches_latents():
+        return
+    held, window = cache["elements_per_token"], read_json(folder / "config.json").get("sliding_window")
+    filled = isinstance(window, int) and window <= cache["tokens"]
+    if held > elements or (held < elements and not filled):
+        raise ProofError(f"{subject}: it caches {held:g} elements a token instead of {elements:g}")
 
 
 def _caches_latents() -> bool:

@@ -16,7 +16,7 @@ from .. import open_model
 from ..bare_process.known_code import require_known_code
 from ..bare_process.reload import verify, write_probe
 from ..checkpoint import identity
-from ..checkpoint.provenance import read_record
+from ..checkpoint.provenance import read_record, require_recorded_files
 from ..storage.folder_kind import is_adapter
 from ..storage.safetensors_reader import SafetensorsSource, read_json
 from . import same_outputs
@@ -86,6 +86,7 @@ def _model_folder(reference: str) -> Path:
             f"{reference} is an adapter and no whole model; mhconvert merge makes one of it"
         )
     SafetensorsSource(folder)  # whose errors name the file
+    require_recorded_files(folder)
     return folder
 
 
@@ -96,6 +97,9 @@ def _measure(
 
     Returns:
         What `bare_process.reload.verify` returns, with greedy_equal and relative_difference.
+
+    Raises:
+        ProofError: for a cache of another size than an export says.
     """
     with tempfile.TemporaryDirectory(prefix="mhconvert-") as work:
         probe = Path(work) / "probe.safetensors"
@@ -110,6 +114,8 @@ def _measure(
             python=python,
             trusted=trusted,
         )
+    if python is None:  # another transformers may cache more
+        same_outputs.require_cache(folder, reloaded["cache"], _elements_per_token(folder), str(folder))
     return reloaded | {
         "greedy_equal": reloaded["sample"]["text"] == expected.text,
         "relative_difference": reloaded["largest_logit_difference"] / reloaded["logit_spread"],
@@ -141,8 +147,14 @@ def _twin(reference: str, folder: Path) -> str:
     raise ExportError(f"{reference} does not say what it should compute; name a model with --against")
 
 
+def _elements_per_token(folder: Path) -> float | None:
+    """What an export says that its cache holds, all layers together; None where nothing says it."""
+    return (read_record(folder).get("exported") or {}).get("kv_elements_per_token")
+
+
 def _tolerance(folder: Path) -> float:
     """The default tolerance: larger for exports whose weights were multiplied and rounded."""
     exported = read_record(folder).get("exported") or {}
-    rounded = exported.get("to") in ("deepseek_v3", "youtu") and exported.get("dtype") != "float32"
-    return same_outputs.ROUNDED if rounded or exported.get("exact") is False else same_outputs.TOLERANCE
+    rounded = exported.get("to") in ("deepseek_v3", "youtu") or exported.get("exact") is False
+    narrow = exported.get("dtype") != "float32"  # float32 holds every weight, whatever it was
+    return same_outputs.ROUNDED if rounded and narrow else same_outputs.TOLERANCE

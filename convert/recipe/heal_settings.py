@@ -213,6 +213,9 @@ class HealSettings(Settings):
 
     def check(self) -> None:
         """Raise HealError for settings that do not go together."""
+        if self.device not in (None, "cpu", "cuda"):
+            what = f"device '{self.device}' is neither cpu nor cuda"
+            raise HealError(f"{what}; CUDA_VISIBLE_DEVICES chooses among GPUs")
         if self.train is None:
             self._set("train", "lora" if self.fusion is None else "attention")
         if not self.tokens and not self.layer_tokens:

@@ -19,6 +19,7 @@ from ..validation.option import Option, Takes, default
 from ..validation.settings import Settings
 from ..validation.yaml_file import NOWHERE, Origins
 from .calibration_settings import Calibration as Calibration
+from .folder_name import require_folder_name
 from .heal_settings import SEED, HealSettings
 from .recorded import read_recipe
 from .tolerance import checked
@@ -137,6 +138,7 @@ class Recipe(Settings):
             raise MhconvertError(f"unknown method '{self.method}'; choose one of {', '.join(METHOD_NAMES)}")
         if self.settings is None:
             self._set("settings", settings_class(self.method)())
+        require_folder_name(self.output)
         if self.method in ADAPTERS:
             self._require_no_pass()
         if self.tolerance is not None:

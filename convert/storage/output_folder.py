@@ -167,6 +167,17 @@ class ResumableFolder(PartialFolder):
         super().publish(finished=finished)
 
 
+def require_outside(output: Path, *read: Path | None) -> None:
+    """Raises OutputError where `output` would lie in the folder of a model that the command reads."""
+    for folder in read:
+        # Beside a GGUF file there may be others.
+        is_model = folder is not None and any((folder / name).is_file() for name in KINDS)
+        if folder and is_model and output.resolve().is_relative_to(folder.resolve()):
+            raise OutputError(
+                f"{output} is inside {folder}, which is only read; choose another folder with -o"
+            )
+
+
 @contextmanager
 def whole_folder(output: Path, needed: int, *, force: bool) -> Iterator[Path]:
     """A context with OUT.partial, which is renamed to `output` at the end, or deleted after an error.
@@ -206,7 +217,7 @@ def check_free(output: Path, force: bool, *read: Path | None) -> None:
 
     Args:
         force: allow to replace an existing checkpoint.
-        read: folders that the command reads; `output` must not contain them.
+        read: folders that the command reads; `output` must not contain them, nor lie in a model's folder.
 
     Raises:
         OutputError: `output` exists and may not be replaced.
@@ -225,6 +236,11 @@ def check_free(output: Path, force: bool, *read: Path | None) -> None:
     if any(folder and folder.resolve().is_relative_to(output.resolve()) for folder in read):
         raise OutputError(
             f"{output} is read by this command, or holds what is; choose another folder with -o"
+        )
+    require_outside(output, *read)
+    if output.is_symlink():
+        raise OutputError(
+            f"{output} is a link to {output.resolve()}; name that folder with -o, or remove the link"
         )
     has_files = os.path.lexists(output) and any(output.iterdir())
     if has_files and not any((output / name).is_file() for name in KINDS) and kind_of(output) is None:

@@ -10,24 +10,28 @@ from typing import Any
 from mhconvert.errors import OutputError
 
 from ...convert.checkpoint.provenance import EVALUATION
+from ..tasks import scores
 from .conversion_tables import json_safe
 
 
 def record_evaluation(result: dict[str, Any]) -> list[Path]:
     """Write `result` as `evaluation.json` into the local folder of every model except the donor.
 
+    What the file has of the same models in the same settings, and `result` has not, is kept.
+
     Returns the written files.
 
     Raises:
         OutputError: a file cannot be written.
     """
-    text = json.dumps(json_safe(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     written = []
     for model in result["models"]:
         folder = Path(model["reference"])
         if model["role"] == "donor" or not folder.is_dir():
             continue
         file, unfinished = folder / EVALUATION, folder / f"{EVALUATION}.partial"
+        whole = json_safe(_merged(_earlier(file), result))
+        text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             unfinished.write_text(text, encoding="utf-8")
             os.replace(unfinished, file)
@@ -36,3 +40,43 @@ def record_evaluation(result: dict[str, Any]) -> list[Path]:
             raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
         written.append(file)
     return written
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    """What an earlier evaluation recorded; {} for a file that is not there or is damaged."""
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return earlier if isinstance(earlier, dict) else {}
+
+
+def _merged(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """`result` with the texts, tasks and retrieval of `earlier` that it lacks, where both can stand in one table."""
+    if any(
+        _comparable(earlier, name) != _comparable(result, name) for name in ("models", "settings", "versions")
+    ):
+        return result
+    kept = {
+        name: [row for row in earlier.get(name) or [] if row[key] not in {new[key] for new in result[name]}]
+        for name, key in (("texts", "text"), ("tasks", "task"))
+    }
+    rows = [*kept["tasks"], *result["tasks"]]
+    return result | {
+        "texts": [*kept["texts"], *result["texts"]],
+        "tasks": rows,
+        "average": scores.average(rows) if rows else None,
+        "cache": result["cache"] or earlier.get("cache"),
+        "versions": earlier["versions"] | result["versions"],
+        "retrieval": result["retrieval"] or earlier.get("retrieval"),
+    }
+
+
+def _comparable(result: dict[str, Any], name: str) -> Any:
+    """The part of a result in which two must agree: not what chooses the tasks, and what is only speed."""
+    values = json.loads(json.dumps(result.get(name)))
+    if name == "models":
+        return [[model[key] for key in ("fingerprint", "dtype", "kv_cache_dtype")] for model in values or []]
+    return {
+        key: value for key, value in (values or {}).items() if key not in ("suite", "batch_size", "lm_eval")
+    }

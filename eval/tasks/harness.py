@@ -19,6 +19,7 @@ import torch
 from mhconvert.errors import MhconvertError, TextError
 
 from ...convert.open_model import OpenModel
+from ..finite_logits import refuse_nan
 from ..kv_cache import serving
 from ..result_cache import Store
 from ..settings import OWN_CACHE, EvalSettings
@@ -99,7 +100,7 @@ class Candidate:
 
     def load(self, dtype: torch.dtype = torch.float32) -> Any:
         """The model, with its cache."""
-        return serving.serve(self.opened.model(dtype), self.kv_cache_dtype)
+        return serving.serve(refuse_nan(self.opened.model(dtype), self.opened.reference), self.kv_cache_dtype)
 
     def batch_size(self, rolling: bool) -> int | str:
         """Rows per call of the model; `rolling`: in tasks with rows of the maximal length."""

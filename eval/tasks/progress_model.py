@@ -74,6 +74,9 @@ class ProgressLM(HFLM):
             self._total += len(requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        return super().generate_until(requests, disable_tqdm=True)
+
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
         """As of HFLM; None for the end-of-text token of a tokenizer that has none."""
         return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from mhconvert.convert.export import same_outputs
+from mhconvert.errors import ProofError
 from tests.conftest import Cli, Main
 from tests.donors import make_checkpoint, make_donor
 
@@ -124,6 +127,56 @@ def test_a_coded_checkpoint_verifies_and_is_not_exported(here: Cli, portable: Pa
     refused = here("export", out, "--to", "auto", "-o", tmp_path / "no")
     assert refused.returncode == 1
     assert "coded latents" in refused.stderr
+
+
+def test_verify_knows_changed_files(here: Cli, portable: Path, tmp_path: Path) -> None:
+    place = tmp_path / "copy"
+    shutil.copytree(portable, place)
+    (place / "README.md").write_text("A card of one's own.")
+    assert here("verify", place).returncode == 0
+    for name in ("tokenizer_config.json", "generation_config.json", "model.safetensors"):
+        whole = (place / name).read_bytes()
+        (place / name).write_bytes(
+            whole[:-1] + bytes([whole[-1] ^ 1]) if name.startswith("model") else whole + b" "
+        )
+        refused = here("verify", place)
+        assert refused.returncode == 1
+        assert f"{place / name} was changed after mhconvert wrote it" in refused.stderr
+        (place / name).unlink()
+        assert "holds no weights" if name.startswith("model") else "is gone" in here("verify", place).stderr
+        (place / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("to", "words", "message"),
+    [
+        ("own", ("--kind", "f16"), "--kind does not apply to an export to own"),
+        ("gguf", ("--dtype", "bfloat16"), "--dtype does not apply to an export to gguf"),
+        ("auto", ("--duplicate",), "--duplicate does not apply to an export to auto"),
+        ("deepseek_v3", ("--base", "x"), "--base does not apply to an export to deepseek_v3"),
+        ("own", ("-o", "{portable}/out"), "which is only read; choose another folder with -o"),
+        ("gguf", ("-o", "{portable}/out.gguf"), "which is only read; choose another folder with -o"),
+    ],
+)
+def test_what_would_be_ignored_or_lie_inside_is_refused(
+    here: Cli, portable: Path, tmp_path: Path, to: str, words: tuple[str, ...], message: str
+) -> None:
+    before = sorted(portable.rglob("*"))
+    place = () if "-o" in words else ("-o", tmp_path / "out.gguf")
+    done = here("export", portable, "--to", to, *(w.format(portable=portable) for w in words), *place)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(portable.rglob("*")) == before
+
+
+def test_a_cache_is_of_its_size(portable: Path) -> None:
+    """More and less are refused; less is right where a sliding window is full."""
+    held = {"elements_per_token": 100.0, "tokens": 30}
+    same_outputs.require_cache(portable, held, 100, "x")
+    for elements in (99, 101):
+        with pytest.raises(ProofError, match=f"x: it caches 100 elements a token instead of {elements}"):
+            same_outputs.require_cache(portable, held, elements, "x")
 
 
 def test_verify_against_another_model(main: Main, capsys: pytest.CaptureFixture[str], portable: Path) -> None:

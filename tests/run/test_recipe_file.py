@@ -462,6 +462,22 @@ def test_tasks_may_be_one_text(file: Path) -> None:
         ("model=''", "model is empty; name a donor, such as smollm2-135m"),
         ("calibration.tokens=0", "calibration.tokens=0 does not fill a row; use at least 8"),
         ("calibration.sequence_length=0", "calibration.sequence_length=0 is too short; use at least 8"),
+        ("calibration.tokens=-1", "calibration.tokens=-1 does not fill a row; use at least 8"),
+        ("output=/", "output '/' cannot be replaced as a whole; name a folder of its own"),
+        ("output=a/..", "output 'a/..' cannot be replaced as a whole; name a folder of its own"),
+        ("output=''", "output is empty; name a folder, or leave it out"),
+        (
+            "export={to: own, output: /}",
+            "export.output '/' cannot be replaced as a whole; name a folder of its own",
+        ),
+        (
+            "device=evil",
+            "device 'evil' cannot be used: it is none of torch's; choose one such as cpu or cuda:0",
+        ),
+        (
+            "heal.device=evil",
+            "heal.device 'evil' is neither cpu nor cuda; CUDA_VISIBLE_DEVICES chooses among GPUs",
+        ),
         ("calibration.held_out=1", "calibration.held_out=1 rows measure nothing; use at least 2"),
         ("calibration.sources=[]", "calibration.sources is empty; name files, datasets, or self"),
         (

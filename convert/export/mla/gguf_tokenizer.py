@@ -14,7 +14,9 @@ from mhconvert.errors import ExportError
 
 from ...donor.gguf_pre_tokenizers import PRE_TOKENIZERS
 from ...donor.reference import load_tokenizer
+from ...storage.safetensors_reader import read_json
 
+MORE_ENDS = ("eot", "eom")  # llama.cpp ends an answer at these too
 BYTES_A_PIECE = 64  # disk space reserved for each token and each merge
 
 
@@ -26,7 +28,8 @@ class Vocabulary:
         pre: llama.cpp's name of the pre-tokenizer.
         tokens, kinds: of each id.
         merges: of the BPE, each as two words.
-        ids: of "bos", "eos", "unk" and "pad", where there are such tokens.
+        ids: of "bos", "eos", "unk", "pad", "eot" and "eom", where there are such tokens; the last two are further ends
+            of an answer.
         starts, ends: whether text gets a bos, and an eos.
         template: the chat template, or several as {"name", "template"}.
         skipped: steps of the tokenizer that llama.cpp does not have.
@@ -89,6 +92,10 @@ def read_vocabulary(folder: Path, vocab_size: int, trusted: bool = False) -> Voc
     tokens, kinds = _tokens(content, vocab_size)
     starts, ends = _ends(tokenizer, folder)
     named = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    more = [end for end in _answer_ends(folder) if end != named["eos"] and end < vocab_size]
+    if named["eos"] is None and more:
+        named["eos"] = more.pop(0)
+    named |= dict(zip(MORE_ENDS, more, strict=False))
     return Vocabulary(
         pre=_pre_tokenizer(content, folder),
         tokens=tokens,
@@ -98,8 +105,17 @@ def read_vocabulary(folder: Path, vocab_size: int, trusted: bool = False) -> Voc
         starts=starts,
         ends=ends,
         template=_template(tokenizer.chat_template),
-        skipped=_skipped(content),
+        skipped=[*_skipped(content), *(f"that token {end} ends an answer" for end in more[len(MORE_ENDS) :])],
     )
+
+
+def _answer_ends(folder: Path) -> list[int]:
+    """The eos ids of the model, by its generation settings or else its config."""
+    for name in ("generation_config.json", "config.json"):
+        stated = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        if stated is not None:
+            return [int(end) for end in (stated if isinstance(stated, list) else [stated])]
+    return []
 
 
 def _tokens(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:

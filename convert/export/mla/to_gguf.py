@@ -10,6 +10,7 @@ from mhconvert.errors import OutputError
 from mhconvert.progress import Listener, ignore
 
 from ... import open_model
+from ...storage.output_folder import require_outside
 from . import gguf_tokenizer, gguf_writer, to_deepseek_v3
 
 F16_BYTES = 2  # of an element of llama.cpp's cache by default
@@ -39,7 +40,7 @@ def export_checkpoint(
     tell = on_progress or ignore
     folder = open_model.checkpoint_folder(reference) or Path(reference)
     place = Path(output) if output else Path(f"{folder.resolve().name}-{kind}.gguf")
-    _require_place(place, force)
+    _require_place(place, folder, force)
     opened = open_model.open_model(reference, device=device, trust_remote_code=trust_remote_code)
     gguf_tokenizer.read_vocabulary(
         opened.folder, opened.vocab_size, trust_remote_code
@@ -65,8 +66,8 @@ def export_checkpoint(
     return kept | made | own | {"dense_form_verified": report.get("verified")}
 
 
-def _require_place(place: Path, force: bool) -> None:
-    """Raises OutputError unless the file may be written."""
+def _require_place(place: Path, folder: Path, force: bool) -> None:
+    """Raises OutputError unless `place` names a .gguf file that may be written, outside of the checkpoint `folder`."""
     if place.suffix != ".gguf":
         raise OutputError(f"{place} does not end in .gguf; a gguf export is one file of that ending")
     if place.is_dir():
@@ -75,3 +76,4 @@ def _require_place(place: Path, force: bool) -> None:
         raise OutputError(f"{place} exists; choose another file with -o, or replace it with --force")
     if not place.absolute().parent.is_dir():
         raise OutputError(f"there is no folder {place.absolute().parent} to write {place.name} into")
+    require_outside(place, folder)

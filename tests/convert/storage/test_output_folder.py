@@ -38,7 +38,20 @@ def test_the_donor_is_never_replaced(tmp_path: Path) -> None:
     for output in (donor, donor.parent, tmp_path / "link", tmp_path / "models" / ".." / "models" / "donor"):
         with pytest.raises(OutputError, match=r"is read by this command"):
             check_free(output, True, donor)
-    check_free(donor / "converted", True, donor)
+    check_free(donor / "converted", True, donor)  # beside a GGUF file
+    (donor / "config.json").touch()
+    for inside in (donor / "converted", tmp_path / "link" / "a" / "b"):
+        with pytest.raises(OutputError, match=r"is inside .*donor, which is only read"):
+            check_free(inside, True, donor)
+
+
+def test_a_link_is_not_replaced(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "config.json").touch()
+    (tmp_path / "out").symlink_to(real)
+    with pytest.raises(OutputError, match=r"out is a link to .*real; name that folder with -o, or remove"):
+        check_free(tmp_path / "out", True)
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

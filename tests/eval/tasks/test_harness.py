@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from mhconvert import api
 from mhconvert.convert.open_model import of_model, open_model
 from mhconvert.errors import MhconvertError, OutputError, TextError
+from mhconvert.eval import result_cache
 from mhconvert.eval.page import page
 from mhconvert.eval.result_cache import Store
 from mhconvert.eval.settings import EvalSettings
@@ -20,6 +23,7 @@ from mhconvert.eval.tasks import harness
 from mhconvert.eval.tasks.harness import Candidate
 from mhconvert.eval.tasks.progress_model import prefix_token
 from mhconvert.eval.tasks.task_choice import resolve
+from mhconvert.library_versions import versions
 from tests.donors import make_donor, make_tokenizer
 
 QUICK = EvalSettings(suite="quick")
@@ -125,6 +129,35 @@ def test_a_stored_result_needs_no_model(
         evaluate(candidate(donor, limit=7), store, tmp_path / "tasks")
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         evaluate(candidate(donor, limit=6), store, tmp_path / "tasks", fresh=True)
+
+
+def test_another_library_is_another_result(
+    donor: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = candidate(donor).key()
+    store.save(key, "stored")
+    assert store.load(key) == "stored"
+    for name in ("mhconvert", "torch", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(result_cache, "versions", lambda name=name: versions() | {name: "another"})
+            assert store.load(key) is None
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "another")  # of lm-eval
+    assert store.load(key) is None
+
+
+@pytest.mark.parametrize("choice", [QUICK, EvalSettings(text="text.txt", sequences=1, sequence_length=16)])
+def test_logits_that_are_no_numbers_have_no_accuracy(tmp_path: Path, choice: EvalSettings) -> None:
+    """Weights that are finite, and overflow on the way."""
+    place = make_donor(tmp_path / "loud", layers=2, kv_heads=2)
+    weights = load_file(place / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name] = weights[name].sign() * 3e38
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text.txt").write_text("The river ran slowly past the town. " * 20)
+    if choice.text:
+        choice = dataclasses.replace(choice, text=str(tmp_path / "text.txt"))
+    with pytest.raises(MhconvertError, match="loud gives logits that are NaN in float32"):
+        api.evaluate(str(place), choice, against=str(place), device="cpu")
 
 
 def test_another_weight_is_another_model(donor: Path, other: Path, store: Store, tmp_path: Path) -> None:
@@ -295,3 +328,13 @@ def test_figures_are_recorded_in_the_checkpoint_but_not_in_the_donor(
         ("converted", "dha"),
     ]
     assert not (donor / "evaluation.json").exists()
+    (tmp_path / "text.txt").write_text("The river ran slowly past the town. " * 20)
+    on_text = EvalSettings(text=str(tmp_path / "text.txt"), limit=4, sequences=1, sequence_length=16)
+    added = api.evaluate(str(converted), on_text, record=True, device="cpu")
+    kept = json.loads((converted / "evaluation.json").read_text())
+    assert kept["tasks"] == json.loads(json.dumps(result["tasks"]))
+    assert kept["texts"] == json.loads(json.dumps(added["texts"]))
+    assert kept["versions"]["lm_eval"]
+    other_limit = dataclasses.replace(on_text, limit=5)
+    api.evaluate(str(converted), other_limit, record=True, device="cpu")
+    assert json.loads((converted / "evaluation.json").read_text())["tasks"] == []  # not of the same documents

@@ -243,6 +243,16 @@ def test_tokenizer(dense: Path, tmp_path: Path) -> None:
     assert deepseek2.fact(file, ".tokenizer.chat_template") == CHAT_TEMPLATE
 
 
+def test_every_end_of_an_answer_is_written(dense: Path, tmp_path: Path) -> None:
+    """Two beside the tokenizer's own have keys in a GGUF; the others are said."""
+    file = tmp_path / "tiny.gguf"
+    (dense / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 1, 9, 11]}))
+    made = gguf_writer.write(dense, file)
+    ends = {key: deepseek2.fact(file, f".tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")}
+    assert ends == {"eos": 1, "eot": 7, "eom": 9}
+    assert made["skipped"] == ["that token 11 ends an answer"]
+
+
 @pytest.mark.parametrize("pre", WRITTEN)
 def test_pre_tokenizers_have_their_names(dense: Path, tmp_path: Path, pre: str) -> None:
     tokenizer = _save_tokenizer(dense, pre)

@@ -239,6 +239,17 @@ def test_engines_by_sizes() -> None:
 def test_verify_names_what_it_compares_with(plain: Path, tmp_path: Path) -> None:
     to_deepseek_v3.export_checkpoint(str(plain), "youtu", str(tmp_path / "out"), device="cpu", verify=False)
     found = verify_folder.verify_folder(str(tmp_path / "out"))
+    for exported, tolerance in (
+        (
+            {"to": "own", "dtype": "float32", "exact": False},
+            same_outputs.TOLERANCE,
+        ),  # of a bfloat16 checkpoint
+        ({"to": "own", "dtype": "bfloat16", "exact": False}, same_outputs.ROUNDED),
+        ({"to": "deepseek_v3", "dtype": "float32"}, same_outputs.TOLERANCE),
+        ({"to": "deepseek_v3", "dtype": "bfloat16"}, same_outputs.ROUNDED),
+    ):
+        (tmp_path / "mhconvert.json").write_text(json.dumps({"exported": exported}))
+        assert verify_folder._tolerance(tmp_path) == tolerance
     assert found["against"] == str(plain)
     assert found["relative_difference"] < 1e-4
     assert found["greedy_equal"]
