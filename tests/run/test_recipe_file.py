@@ -166,11 +166,16 @@ def test_a_file_that_is_not_there_or_not_text(file: Path) -> None:
         load(file)
 
 
-def test_what_an_alias_repeats_is_read_in_linear_time(file: Path) -> None:
-    layers = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 25))
-    assert message(file, f"model: x\nmethod: mla\nl0: &l0 [a]\n{layers}").startswith(
-        "run.yaml, line 3: recipe has no key 'l0'; it has calibration,"
-    )
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        (4, "run.yaml, line 3: recipe has no key 'l0'; it has calibration,"),
+        (25, "run.yaml cannot be read: its aliases unfold to too many values; write them out"),
+    ],
+)
+def test_what_aliases_repeat_is_bounded(file: Path, levels: int, said: str) -> None:
+    layers = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, levels))
+    assert message(file, f"model: x\nmethod: mla\nl0: &l0 [a]\n{layers}").startswith(said)
 
 
 def test_anchors_and_merged_keys(file: Path) -> None:

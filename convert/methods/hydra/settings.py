@@ -12,6 +12,7 @@ from ...validation.settings import Settings
 
 LARGEST_RANK = 1 << 16  # no linear layer is as wide in both directions
 LARGEST_SCALE = 1e30
+RANK = f"is not a rank: a whole number from 0 to {LARGEST_RANK}"
 
 
 def module_names(text: str) -> tuple[str, ...]:
@@ -31,13 +32,21 @@ class HydraSettings(Settings):
     r_par: Annotated[
         int,
         Option(
-            "Rank of the branch that reads a module's input; 0: no such branch.", "N", ge=0, le=LARGEST_RANK
+            "Rank of the branch that reads a module's input; 0: no such branch.",
+            "N",
+            ge=0,
+            le=LARGEST_RANK,
+            range_hint=RANK,
         ),
     ] = 8
     r_seq: Annotated[
         int,
         Option(
-            "Rank of the branch that reads a module's output; 0: no such branch.", "N", ge=0, le=LARGEST_RANK
+            "Rank of the branch that reads a module's output; 0: no such branch.",
+            "N",
+            ge=0,
+            le=LARGEST_RANK,
+            range_hint=RANK,
         ),
     ] = 8
     targets: Annotated[

@@ -124,18 +124,25 @@ def test_explicit_sizes_are_taken_as_they_are(rank: int, rope: int) -> None:
     assert budget.component_choices("default") == [rope // 2]
 
 
-@pytest.mark.parametrize("rope", [0, -2, 1, 7, 194])
+@pytest.mark.parametrize("rope", [7, 194])
 def test_a_rotary_key_that_the_donor_cannot_have(rope: int) -> None:
     message = rf"qk_rope_head_dim={rope} must be even and between 2 and num_key_value_heads·head_dim = 192"
     with pytest.raises(BudgetError, match=message):
         layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=8, qk_rope_head_dim=rope))
 
 
-@pytest.mark.parametrize("rank", [0, -1, 353])
-def test_a_rank_that_is_out_of_range(rank: int) -> None:
-    message = rf"kv_lora_rank={rank} is outside 1 … 2·num_key_value_heads·head_dim − qk_rope_head_dim = 352"
+@pytest.mark.parametrize(("name", "least"), [("kv_lora_rank", 1), ("qk_rope_head_dim", 2)])
+def test_widths_that_no_donor_can_have(name: str, least: int) -> None:
+    widths = {"kv_lora_rank": 8, "qk_rope_head_dim": 2}
+    for wrong in (least - 1, -2):
+        with pytest.raises(BudgetError, match=f"{name}={wrong} is too small; use at least {least}"):
+            MLASettings(**(widths | {name: wrong}))
+
+
+def test_a_rank_that_the_donor_cannot_have() -> None:
+    message = r"kv_lora_rank=353 is outside 1 … 2·num_key_value_heads·head_dim − qk_rope_head_dim = 352"
     with pytest.raises(BudgetError, match=message):
-        layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=rank, qk_rope_head_dim=32))
+        layer_budget(geometry(3, 64), MLASettings(kv_lora_rank=353, qk_rope_head_dim=32))
 
 
 def test_an_explicit_rotary_key_that_no_kernel_accepts() -> None:
