@@ -153,7 +153,7 @@ def _layer_tensors(
     for name in names:
         if not name.removeprefix(prefix).startswith(method.replaced):
             yield name, cast(name, donor.source.read(name), dtype)
-    for name, tensor in attention.state_dict().items():
+    for name, tensor in method.stored(attention).items():
         yield f"{prefix}self_attn.{name}", tensor.to(dtype)
 
 

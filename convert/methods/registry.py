@@ -126,6 +126,10 @@ class Method(Protocol):
         """Parameters that the method writes in one layer, at most; in the mean layer where layers differ in size."""
         ...
 
+    def stored(self, attention: Any) -> dict[str, Any]:
+        """The tensors of a converted attention by the names that `model_class` has for them."""
+        return dict(attention.state_dict())
+
     def observe(self, attention: Any, inputs: Any, rotary: Any) -> Any:
         """What `convert` needs of a donor layer; the same for every budget, and kept when the layer is gone.
 

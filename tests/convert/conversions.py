@@ -88,7 +88,7 @@ def assembled(donor: Any, method: Any, layers: list[Any]) -> Any:
     model = method.model_class(method.finish()).eval()
     state = {name: tensor for name, tensor in donor.state_dict().items() if ".self_attn." not in name}
     for index, layer in enumerate(layers):
-        state |= {f"model.layers.{index}.self_attn.{name}": t for name, t in layer.state_dict().items()}
+        state |= {f"model.layers.{index}.self_attn.{name}": t for name, t in method.stored(layer).items()}
     model.load_state_dict(state, strict=True)
     return model
 

@@ -45,21 +45,15 @@ class DHA(Method):
         require(config, "dha")
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
-        fused_qkv = family_of(config).fused_qkv
         if settings.uniform and self.facts.qk_norm:
             raise UnsupportedError(
                 "a uniform plan fuses K heads too, and this donor's keys are divided by their RMS, which a fused head "
                 "does not have; leave out uniform, and V heads alone are fused"
             )
-        if settings.uniform and fused_qkv:
-            raise UnsupportedError(
-                f"a uniform plan cannot be a {config.model_type} model yet: its q, k and v are one matrix; "
-                "leave out uniform"
-            )
         self.budget: HeadBudget = head_budget(config, settings, self.facts)
         self.heads = self.budget.spread()
         self.shared_out = False
-        self.stock = self.budget.stock and not fused_qkv and settings.fusion == "closed"
+        self.stock = self.budget.stock and settings.fusion == "closed"
         self.config = decoupled_config(config, output_bias=not self.stock)
         if settings.fusion == "trained":
             self.config.k_fusion, self.config.v_fusion = ([[] for _ in self.heads] for _ in "kv")
@@ -103,6 +97,13 @@ class DHA(Method):
         normed = {None: 0, "head": 2, "width": facts.heads + facts.kv_heads}[facts.qk_norm] * facts.head_dim
         read = (hidden + facts.input_bias) * (width + kept * facts.head_dim)
         return read + width * hidden + self._biased * hidden + normed
+
+    def stored(self, attention: Any) -> dict[str, Tensor]:
+        """The tensors of a converted attention; one matrix of q, k and v where the donor's own class has one."""
+        state: dict[str, Tensor] = dict(attention.state_dict())
+        if self.stock and family_of(self.donor_config).fused_qkv:
+            state["qkv_proj.weight"] = torch.cat([state.pop(f"{name}_proj.weight") for name in "qkv"])
+        return state
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
         """The weights of a donor's attention, and their statistics on the calibration text `inputs` (N, L, D)."""

@@ -238,8 +238,3 @@ def test_budgets_of_normed_keys_count_every_k_head(share: float, kv_heads: int, 
     assert [found.splits(index, count) for index, count in enumerate(heads)] == [
         [(kv_heads, count - kv_heads)] for count in heads
     ]
-
-
-def test_a_uniform_plan_of_a_donor_with_fused_projections_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="one matrix"):
-        DHA(make_config(family="phi3", pad_token_id=1), DHASettings(uniform=True), "default")

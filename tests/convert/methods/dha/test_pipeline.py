@@ -55,7 +55,7 @@ def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
             "verify": False,
             "device": "cpu",
         }
-        return Recipe(str(donor), "dha", output=str(output), **(options | changes))
+        return Recipe(**({"model": str(donor), "method": "dha", "output": str(output)} | options | changes))
 
     return build
 
@@ -151,6 +151,22 @@ def test_a_uniform_plan_is_stock_grouped_query_attention(
     assert not any(loading.values())
 
 
+def test_a_uniform_plan_of_a_donor_whose_projections_are_one_matrix(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    out, donor = tmp_path / "out", make_donor(tmp_path / "donor", heads=4, kv_heads=4, **PARTIAL)
+    report = mhconvert.convert(
+        recipe(out, model=str(donor), settings=DHASettings(0.5, uniform=True), verify=True)
+    )
+    assert report["verified"]["model_class"] == "Phi3ForCausalLM"
+    assert report["verified"]["relative_logit_error"] < 1e-5
+    assert not list(out.glob("*.py"))
+    before, after = load_file(donor / "model.safetensors"), load_file(out / "model.safetensors")
+    assert set(after) == set(before)
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    assert (before[name].shape[0], after[name].shape[0]) == (3 * 4 * WIDTH, (4 + 2 * 2) * WIDTH)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_uniform_layer_computes_what_decoupled_heads_of_its_maps_do(seed: int) -> None:
     """Query heads in another order, and o_proj's columns with them, are the same layer."""
@@ -169,10 +185,14 @@ def test_a_uniform_layer_computes_what_decoupled_heads_of_its_maps_do(seed: int)
         assert relative(stock(x, rotary.embeddings)[0], apart(x, rotary.embeddings)[0]) < 2e-6
 
 
-def test_uniform_heads_of_a_whole_budget_are_the_donor() -> None:
-    donor, ids = donor_model(heads=4, kv_heads=4), token_ids(2, 20)
+PARTIAL = {"family": "phi3", "pad_token_id": 1, "rope": {"partial_rotary_factor": 0.5}}
+
+
+@pytest.mark.parametrize("family", [{}, PARTIAL], ids=["llama", "phi3"])
+def test_uniform_heads_of_a_whole_budget_are_the_donor(family: dict[str, Any]) -> None:
+    donor, ids = donor_model(heads=4, kv_heads=4, **family), token_ids(2, 20)
     whole = converted(donor, DHASettings(1.0, uniform=True))
-    assert isinstance(whole, LlamaForCausalLM)
+    assert type(whole) is type(donor)
     assert relative(logits(whole, ids), logits(donor, ids)) < 2e-5
 
 
