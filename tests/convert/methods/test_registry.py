@@ -117,7 +117,7 @@ def test_with_all_heads_it_is_its_donor(donor: Path, recipe: Callable[..., Recip
 @pytest.mark.usefixtures("toy")
 def test_its_refusals_and_the_command_line(donor: Path, tmp_path: Path) -> None:
     assert refusals(make_config())["gqa"] is None
-    assert "divided by their RMS" in (refusals(make_config(family="qwen3"))["gqa"] or "")
+    assert "turns neighbouring elements" in (refusals(make_config(family="cohere"))["gqa"] or "")
     with pytest.raises(BudgetError, match="leaves none of the donor's 2 KV heads"):
         registry.build_method("gqa", make_config(), GQASettings(0.4), "quick")
     assert api.inspect(str(donor))["methods"]["gqa"]["applies"]
