@@ -27,12 +27,13 @@ from .donor.donor import Donor, open_donor
 from .donor.gguf_reader import split_parts
 from .donor.reference import HUB_ID, load_tokenizer
 from .methods.registry import register
-from .recipe.recorded import as_recorded
+from .recipe.recorded import NOT_THE_RESULT, as_recorded
 from .storage.folder_kind import is_adapter
 from .storage.safetensors_reader import SafetensorsSource, read_json, require_finite
 
 if TYPE_CHECKING:
     from .adapters.saved_adapter import AdapterFolder
+    from .recipe.heal_settings import HealSettings
     from .recipe.recipe import Recipe
 
 
@@ -180,7 +181,8 @@ def is_result(folder: Path, recipe: Recipe) -> bool:
     if recipe.tolerance is not None:  # the search found the budget
         budget = made.get("settings", {}).get("kv_budget")
         recipe = recipe.at_budget(budget) if budget else recipe
-    return bool(made == json.loads(json.dumps(recipe.to_dict())))
+    asked = json.loads(json.dumps(recipe.to_dict()))
+    return all(made.get(key) == asked.get(key) for key in {*made, *asked} - {*NOT_THE_RESULT})
 
 
 def written(recipe: Recipe) -> str | None:
@@ -189,9 +191,10 @@ def written(recipe: Recipe) -> str | None:
     return str(folder) if is_result(folder, recipe) and not read_record(folder).get("healed") else None
 
 
-def healed_report(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The report of the conversion `recipe` that was healed into `folder`; None where there is no such thing."""
-    if not (is_result(folder, recipe) and read_record(folder).get("healed")):
+def healed_report(folder: Path, recipe: Recipe, settings: HealSettings) -> dict[str, Any] | None:
+    """The report of the conversion `recipe` that was healed by `settings` into `folder`; None where there is none."""
+    healed = read_record(folder).get("healed")
+    if not (healed and is_result(folder, recipe)) or settings.same_run(healed[-1]["settings"]):
         return None
     return read_json(folder / "report.json")
 

@@ -118,4 +118,5 @@ def _provenance(file: Path, files: dict[str, Path | bytes]) -> bytes:
         for name, source in files.items()
         if isinstance(source, bytes) and name in hashes
     }
-    return json.dumps(json.loads(text) | {"sha256": hashes | changed}, indent=1).encode()
+    published = {name: digest for name, digest in (hashes | changed).items() if name in files}
+    return json.dumps(json.loads(text) | {"sha256": published}, indent=1).encode()

@@ -60,10 +60,13 @@ def require_layers(count: Any, names: Iterable[str], file: Path) -> None:
 def require_padding(config: Any, file: Path) -> None:
     """Raises CheckpointError where the padding token of a config, or of its class, is behind the vocabulary."""
     vocabulary, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
+    way_out = "set pad_token_id to null, or to another token's id"
+    if file.suffix == ".gguf":
+        way_out = "use another file of this model, or its safetensors"
     if vocabulary and padding is not None and padding >= vocabulary:
         raise CheckpointError(
             f"{file} has pad_token_id={padding}, and with vocab_size={vocabulary} the last token is "
-            f"{vocabulary - 1}, so that no model can be built; set pad_token_id to null, or to another token's id"
+            f"{vocabulary - 1}, so that no model can be built; {way_out}"
         )
 
 
@@ -72,8 +75,12 @@ def _faults(values: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any, s
     rope = any(f"{name}." in place for name in ROPE)
     for name, value in values.items():
         field = f"{place}{name}"
-        if value is None and not (name in NEVER_NULL and rope):
+        stated_else = name in ROPE_WORDS and any(values.get(word) is not None for word in ROPE_WORDS)
+        if value is None and (stated_else or not (name in NEVER_NULL and rope)):
             continue
+        length = name in RANGES and RANGES[name].whole
+        if rope and length and isinstance(value, float) and value.is_integer():
+            value = int(value)  # transformers takes 4096.0 here
         if name in RANGES:
             yield from _number_faults(field, value, RANGES[name])
         elif name in (*ROPE, *PARTS):

@@ -135,14 +135,13 @@ PER_LAYER = (  # lists with an entry for each layer
     *("k_head_map", "v_head_map", "shared_heads", "active_heads", "norm_scale", "norm_offset"),
 )
 ROPE = ("rope_parameters", "rope_scaling")  # mappings, or mappings of such by the type of layer
-PARTS = ("text_config", "vision_config", "audio_config", "thinker_config", "speech_config")
+PARTS = ("text_config",)  # the others are of models that are refused by name
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in STORED_DTYPES)
 ROPE_TYPES = ("default", "su", "mrope", *ROPE_INIT_FUNCTIONS)  # the second and third in early configs
 ROPE_WORDS = ("rope_type", "type")
 NEVER_NULL = (
     "rope_theta",
     "factor",
-    "partial_rotary_factor",
     "low_freq_factor",
     "high_freq_factor",
     *ROPE_WORDS,

@@ -19,7 +19,7 @@ from ..calibration.calibration_rows import Rows
 from ..methods.budget_division import LayerNeed
 from ..methods.layer_sensitivity import LayerSensitivity
 from ..recipe.recipe import Recipe
-from ..recipe.recorded import as_recorded
+from ..recipe.recorded import NOT_THE_RESULT, as_recorded
 from ..storage.atomic_files import save_tensors, write_json
 from ..storage.byte_size import byte_size
 from ..storage.disk_space import out_of_space
@@ -36,7 +36,6 @@ SENSITIVITIES = "sensitivities.safetensors"  # the same, where it is tensors
 
 # Largest share of wall time spent writing resume state; each write saves both hidden-state streams.
 COMMIT_SHARE = 0.1
-NOT_THE_RESULT = ("output", "verify")  # recipe keys that a resumed run may change
 
 
 class Workspace:

@@ -54,8 +54,7 @@ class _Streams:
 
 def measure_needs(context: ConversionContext) -> list[LayerNeed] | list[LayerSensitivity]:
     """What the method's `share_out` wants to know of every layer, whatever the recipe's own budget."""
-    recipe = context.recipe
-    method = build_method(recipe.method, context.donor.config, recipe.settings, recipe.effort)
+    method = _at_any_budget(context.recipe, context.donor)
     return measure_sensitivities(context) if method.surveys_sensitivity else _layer_needs(context)
 
 
@@ -79,10 +78,18 @@ def _layer_needs(context: ConversionContext) -> list[LayerNeed]:
     ]
 
 
+def _at_any_budget(recipe: Recipe, donor: Donor) -> Method:
+    """The method at the recipe's budget, or at the whole one where the donor cannot have that: both survey alike."""
+    try:
+        return build_method(recipe.method, donor.config, recipe.settings, recipe.effort)
+    except BudgetError:
+        return build_method(recipe.method, donor.config, recipe.settings.at_budget(1.0), recipe.effort)
+
+
 def _methods(recipe: Recipe, donor: Donor) -> dict[float, Method]:
     """By share of the donor's cache; shares that the donor cannot express are missing."""
     methods = {}
-    for share in build_method(recipe.method, donor.config, recipe.settings, recipe.effort).survey_shares:
+    for share in _at_any_budget(recipe, donor).survey_shares:
         try:
             settings = recipe.settings.at_budget(share)
             methods[share] = build_method(recipe.method, donor.config, settings, "survey")

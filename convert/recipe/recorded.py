@@ -14,6 +14,8 @@ from ..validation.yaml_file import Document
 
 SAVED, RECORD = "recipe.yaml", "mhconvert.json"  # a conversion writes both into its folder
 
+NOT_THE_RESULT = ("output", "verify")  # keys of a recipe that change nothing of what is made
+
 
 def as_recorded(values: Any) -> Any:
     """The plain values of a saved recipe, its method's settings completed by what they meant when they were saved.

@@ -20,13 +20,16 @@ def unhealed(output: Path) -> Path:
     return output.with_name(output.name + UNHEALED)
 
 
-def check_step(output: Path, step: Path, *, resume: bool, force: bool) -> None:
+def check_step(output: Path, step: Path, read: Path, *, resume: bool, force: bool) -> None:
     """Check that a run may write `step` and then `output`; what was moved aside by a killed run is put back.
+
+    Args:
+        read: the donor, which neither of them may replace.
 
     Raises:
         OutputError: one of them exists; `step` may where it is marked as ours and is resumed or replaced.
     """
-    check_free(output, force)
+    check_free(output, force, read if read.is_dir() else None)
     recover(step)
     if not os.path.lexists(step):
         return

@@ -13,6 +13,8 @@ from ...convert.checkpoint.provenance import EVALUATION
 from ..tasks import scores
 from .conversion_tables import json_safe
 
+COMPARED = ("models", "settings", "versions")  # parts in which two results of one table agree
+
 
 def record_evaluation(result: dict[str, Any]) -> list[Path]:
     """Write `result` as `evaluation.json` into the local folder of every model except the donor.
@@ -53,10 +55,15 @@ def _earlier(file: Path) -> dict[str, Any]:
 
 def _merged(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """`result` with the texts, tasks and retrieval of `earlier` that it lacks, where both can stand in one table."""
-    if any(
-        _comparable(earlier, name) != _comparable(result, name) for name in ("models", "settings", "versions")
-    ):
+    try:
+        if any(_comparable(earlier, name) != _comparable(result, name) for name in COMPARED):
+            return result
+        return _together(earlier, result)
+    except (KeyError, TypeError, AttributeError):  # a record of another version, or edited
         return result
+
+
+def _together(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     kept = {
         name: [row for row in earlier.get(name) or [] if row[key] not in {new[key] for new in result[name]}]
         for name, key in (("texts", "text"), ("tasks", "task"))

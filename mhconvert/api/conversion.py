@@ -70,15 +70,17 @@ def _convert_and_heal(
     """Convert into OUT.unhealed, heal that into OUT, and delete it: OUT is never there before it is healed."""
     from mhconvert.convert import open_model
     from mhconvert.convert.storage import step_folder
+    from mhconvert.convert.storage.ownership import unmark
 
     plain = dataclasses.replace(recipe, heal=None)
     output = open_model.output_folder(plain)
     step = step_folder.unhealed(output)
-    done = resume and not force and open_model.healed_report(output, plain)
+    done = resume and not force and open_model.healed_report(output, plain, settings)
     if done:  # an earlier run was killed when OUT had its name
+        unmark(output)
         step_folder.remove_step(step)
         return done
-    step_folder.check_step(output, step, resume=resume, force=force)
+    step_folder.check_step(output, step, Path(recipe.model).expanduser(), resume=resume, force=force)
     if not (resume and open_model.is_result(step, plain)):
         _convert(plain, step=step, resume=resume, force=force, on_progress=on_progress)
     report = heal(

@@ -189,7 +189,9 @@ def test_verify_against_another_model(main: Main, capsys: pytest.CaptureFixture[
     assert "name a model with --against" in capsys.readouterr().err
     (donor / "modeling_own.py").write_text("raise SystemExit('this was run')")
     assert main("verify", donor, "--against", portable) == 1
-    assert "modeling_own.py is code that no version of mhconvert up to this one ships" in capsys.readouterr().err
+    assert (
+        "modeling_own.py is code that no version of mhconvert up to this one ships" in capsys.readouterr().err
+    )
     (donor / "modeling_own.py").write_text("# changed, and trusted")
     assert main("verify", donor, "--against", portable, "--trust-remote-code") == 0
     (donor / "modeling_own.py").unlink()

@@ -250,6 +250,10 @@ def test_a_run_killed_before_the_unhealed_folder_is_gone(
     assert folders(tmp_path) == {"out"}
     assert (out / "model.safetensors").read_bytes() == weights
 
+    other = here(*words[:-1], "2k", "--no-verify", "--resume")  # of another length of healing
+    assert other.returncode == 1
+    assert f"{out} exists" in other.stderr
+
     left.mkdir()
     (left / "config.json").write_text("{}")
     refused = here(*words, "--no-verify", "--force")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from mhconvert import api
 from mhconvert.convert.methods.dha.settings import DHASettings
@@ -49,6 +50,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_healing_on_a_device_is_that_on_the_cpu(
     case: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # of whatever ran in this process before
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # the device has no bfloat16 products either
     method, settings, healed = CASES[case]
     checkpoint = make_checkpoint(tmp_path / "ckpt", method, settings)

@@ -40,6 +40,20 @@ def test_everything_arrives_in_one_commit(hub: WriteHub, checkpoint: Path) -> No
     assert (told[-1].stage, told[-1].done, told[-1].total) == ("push", 4, 4)
 
 
+def test_hashes_are_of_what_is_published(hub: WriteHub, checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.model.v3").write_text("pieces")
+    (checkpoint / "notes.xyz").write_text("kept here")
+    record = json.loads((checkpoint / "mhconvert.json").read_text())
+    record["sha256"] |= {"tokenizer.model.v3": hashlib.sha256(b"pieces").hexdigest(), "notes.xyz": "0" * 64}
+    (checkpoint / "mhconvert.json").write_text(json.dumps(record))
+    push(checkpoint, REPO)
+    there = files_at(hub)
+    hashes = json.loads(there["mhconvert.json"])["sha256"]
+    assert "tokenizer.model.v3" in hashes
+    assert hashes.keys() <= there.keys()
+    assert {path: hashlib.sha256(there[path]).hexdigest() for path in hashes} == hashes
+
+
 def test_a_second_push_sends_only_what_changed(hub: WriteHub, checkpoint: Path) -> None:
     first = push(checkpoint, REPO)
     assert hub.count("PUT /blob/") == 1

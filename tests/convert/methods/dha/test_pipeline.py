@@ -305,6 +305,18 @@ def test_a_curve_has_the_budgets_that_the_donor_can_have(
     assert [point["kv_budget"] for point in found["points"]] == [0.75, 0.5, 0.375, 0.3125, 0.25]
 
 
+def test_curves_and_tolerances_of_a_donor_with_normed_keys(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """The default budget, a half, is none that it can have; the survey asks for none."""
+    donor = make_donor(tmp_path / "normed", family="qwen3", layers=LAYERS, heads=HEADS, kv_heads=HEADS)
+    base = recipe(tmp_path / "out", model=str(donor), settings=DHASettings(), effort="quick", fit_steps=None)
+    assert [point["kv_budget"] for point in mhconvert.curve(base)["points"]] == [0.75]
+    report = mhconvert.convert(dataclasses.replace(base, tolerance="kl=10"))
+    assert {layer["k_heads"] for layer in report["layers"]} == {HEADS}
+    assert min(layer["v_heads"] for layer in report["layers"]) < HEADS
+
+
 def test_a_tolerance_is_not_tried_twice_at_the_same_heads(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
