@@ -9,18 +9,8 @@ from ..convert.storage.auto_map import modules
 from ..convert.storage.linked_files import is_inside
 
 PUBLISHED = (
-    *(
-        "*.safetensors",
-        "*.json",
-        "*.jinja",
-        "*.txt",
-        "*.model",
-        "*.model.*",
-        "*.tiktoken",
-        "*.md",
-        "*.yaml",
-        "*.yml",
-    ),
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.yaml", "*.yml"),
+    *("*.model", "*.model.*", "*.tiktoken"),
     *("*.html", "*.svg", "*.png", "metrics*.jsonl"),
     *("LICEN[SC]E*", "NOTICE*", "USE_POLICY*"),
 )

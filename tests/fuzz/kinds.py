@@ -23,7 +23,7 @@ from tests.donors import TEXT, make_donor, make_gguf
 from .edits import Edit, apply, byte_edits, document_edits
 
 SECONDS = 120  # that no command takes on these inputs
-UNKNOWN = "shows where)"  # ends the message of an exception that no boundary knows
+UNKNOWN = "please report it"  # in the message of an exception that nobody foresaw
 CALIBRATION = ("--calibration-tokens", 256, "--sequence-length", 64, "--effort", "quick", "--no-verify")
 
 

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mhconvert.eval import inspection
+
 from .edits import Edit
 from .kinds import KINDS, attempt
 
@@ -44,3 +46,12 @@ def test_what_was_found_once(file: Path) -> None:
     """corpus/KIND-….json: the edits, and the verdict that is right for them."""
     kept: dict[str, Any] = json.loads(file.read_text())
     assert attempt(file.stem.partition("-")[0], kept["edits"]) == kept["verdict"]
+
+
+def test_an_error_that_nobody_foresaw_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(inspection, "inspect", broken)
+    with pytest.raises(AssertionError, match="shapes differ"):
+        attempt("config", [])
