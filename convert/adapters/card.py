@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.card_front_matter import front_matter
+from ..checkpoint.markdown_text import inline
 from ..donor.donor import Donor
 
 
@@ -22,7 +23,7 @@ def write(folder: Path, name: str, donor: Donor, text: str, *, library: str = "p
         licence=donor.licence,
         tags=["mhconvert"],
     )
-    (folder / "README.md").write_text(f"{head}\n# {name}\n\n{text}\n", encoding="utf-8")
+    (folder / "README.md").write_text(f"{head}\n# {inline(name)}\n\n{text}\n", encoding="utf-8")
 
 
 def about_new(report: dict[str, Any]) -> str:
@@ -30,7 +31,7 @@ def about_new(report: dict[str, Any]) -> str:
     chosen, parameters = report["settings"], report["parameters"]
     return (
         f"A Hydra adapter (r_par {chosen['r_par']}, r_seq {chosen['r_seq']}, scale {chosen['scale']:g}) of "
-        f"{report['donor']} on {len(report['modules'])} modules ({', '.join(report['target_modules'])}): "
+        f"{inline(report['donor'])} on {len(report['modules'])} modules ({', '.join(report['target_modules'])}): "
         f"{parameters['trainable']:,} trainable parameters, {100 * parameters['share']:.3g} % of the base model's. "
         "It is untrained as it is written: with it the base model computes what it computes without. What it was "
         "trained on since is in `mhconvert.json`."
@@ -40,8 +41,8 @@ def about_new(report: dict[str, Any]) -> str:
 def about_merged(report: dict[str, Any]) -> str:
     """The text about a checkpoint with an adapter merged into its weights."""
     return (
-        f"{report['base']} with a {report['method']} adapter merged into {len(report['modules'])} of its modules. "
-        "A plain checkpoint: it loads as the base model does, with neither peft nor mhconvert."
+        f"{inline(report['base'])} with a {report['method']} adapter merged into {len(report['modules'])} of its "
+        "modules. A plain checkpoint: it loads as the base model does, with neither peft nor mhconvert."
     )
 
 

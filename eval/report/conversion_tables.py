@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -176,11 +177,11 @@ def show(report: dict[str, Any], console: Any) -> None:
 
 def loading_code(folder: str, remote_code: bool) -> str:
     """Python source that loads `folder` with transformers alone, without mhconvert."""
-    trust = ", trust_remote_code=True" if remote_code else ""
+    name, trust = json.dumps(folder, ensure_ascii=False), ", trust_remote_code=True" if remote_code else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})\n'
+        f"model = AutoModelForCausalLM.from_pretrained({name}{trust})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({name}{trust})\n"
     )
 
 

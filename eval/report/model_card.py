@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...convert.checkpoint.card_front_matter import front_matter
+from ...convert.checkpoint.markdown_text import inline
 from ...convert.methods.registry import METHODS
 from ...convert.storage.folder_kind import is_adapter
 from .conversion_tables import (
@@ -54,10 +55,10 @@ def model_card(report: dict[str, Any], licence: str | None = None) -> str:
         licence=report.get("licence"),
         tags=_tags(method, report),
     )
-    donor = base or report.get("donor_name") or report.get("donor", "A pretrained model")
+    donor = inline(base or report.get("donor_name") or report.get("donor", "A pretrained model"))
     about = [
         "",
-        f"# {name}",
+        f"# {inline(name)}",
         "",
         f"{donor} with its attention rewritten as {method_title(method)} "
         f"by mhconvert {report.get('versions', {}).get('mhconvert', '')}."
@@ -110,7 +111,7 @@ def _healing_results(report: dict[str, Any]) -> list[str]:
         f"{name} × {weight:g}" for name, weight in healing["settings"]["loss"].items() if weight
     )
     sources = ", ".join(Path(source).name for source in healing["settings"]["data"])
-    lines += ["", f"Healed ({terms}): {healing_line(report)}. Text: {sources}."]
+    lines += ["", f"Healed ({terms}): {healing_line(report)}. Text: {inline(sources)}."]
     lines += [f"Measured on {healing['held_out_tokens']:,} tokens of the same text, held out of the healing."]
     if healing.get("plot"):
         lines += ["", f"![loss and KL against tokens]({healing['plot']})"]
@@ -131,7 +132,7 @@ def _conversion_results(report: dict[str, Any]) -> list[str]:
         held_out = calibration.get("held_out_tokens")
         lines += [
             "",
-            f"Calibrated on {calibration.get('tokens', 'an unrecorded number of')} tokens of: {source}"
+            f"Calibrated on {calibration.get('tokens', 'an unrecorded number of')} tokens of: {inline(source)}"
             + (" (text sampled from the base model itself)." if source == "self" else ".")
             + " Perplexity, KL and agreement are measured on"
             + (f" {held_out} tokens" if held_out else " rows")
@@ -153,7 +154,7 @@ def usage(name: str, remote: bool) -> list[str]:
 
 def _origin(report: dict[str, Any], licence: str | None) -> list[str]:
     """The section on the licence and on the files that record the conversion."""
-    terms = f"The base model's licence applies and is carried over in `{licence}`." if licence else ""
+    terms = f"The base model's licence applies and is carried over in {inline(licence)}." if licence else ""
     terms = terms or "The base model's licence applies; its folder had no licence file to carry over."
     notice = report.get("notice")
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_card_front_matter_and_numbers(tmp_path: Path) -> None:
     assert "mla" in head["tags"]
     assert "| perplexity | 20 | 25 | × 1.250 |" in card
     assert "| KV cache a token | 4 KiB | 1.25 KiB | 31.2 % of the donor's, measured |" in card
-    assert "carried over in `LICENSE`" in card
+    assert "carried over in LICENSE" in card
     assert 'from_pretrained("tiny-mla", trust_remote_code=True)' in card
     assert "sampled from the base model itself" in card
 
@@ -240,3 +241,17 @@ def test_a_broken_evaluation_is_named(tmp_path: Path, text: str, words: str) -> 
     with pytest.raises(CheckpointError, match=r"evaluation\.json") as error:
         read_evaluation(tmp_path)
     assert words in str(error.value)
+
+
+def test_names_show_as_they_are_and_steer_nothing() -> None:
+    evil = 'x\n---\nlicense: mit\n# "](http://a.b) <script> `|\x1b[31m'
+    card = model_card(FULL | {"output": evil, "donor": evil, "hub_id": None, "calibration": {"source": evil}})
+    assert head_of(card)["license"] == "apache-2.0"
+    body = card.split("---\n", 2)[2]
+    shown = r'x --- license: mit # "\](http://a.b) \<script\> \`\| \[31m'
+    assert f"\n{shown} with its attention" in body
+    assert f"tokens of: {shown}." in body
+    assert "\x1b" not in body
+    code = body.split("```python\n")[1].split("```")[0]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [ast.literal_eval(call.args[0]) for call in calls] == [Path(evil).name] * 2
