@@ -193,8 +193,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """
     settings = folder / "tokenizer_config.json"
     require_regular(settings)
-    auto_map = read_json(settings).get("auto_map", {}) if settings.is_file() else {}
-    if not trust_remote_code and (isinstance(auto_map, list) or "AutoTokenizer" in auto_map):
+    stated = read_json(settings) if settings.is_file() else {}
+    auto_map, longest = stated.get("auto_map"), stated.get("model_max_length")
+    if isinstance(longest, bool) or not isinstance(longest, int | float | None):
+        raise CheckpointError(f"{settings}: model_max_length={longest!r:.60} is not a number of tokens")
+    if not trust_remote_code and (
+        isinstance(auto_map, list) or (isinstance(auto_map, dict) and "AutoTokenizer" in auto_map)
+    ):
         raise UnsupportedError(
             f"the tokenizer in {folder} runs code of its own (auto_map); --trust-remote-code allows it"
         )
