@@ -64,7 +64,12 @@ def _expressions(config: Any, folder: Path) -> list[tuple[str, str, str, str]]:
     """(field, pattern, method of `re`, expression) of everything that peft matches to names, in peft's own forms."""
     found = []
     for field in ("target_modules", "exclude_modules"):
-        if isinstance(pattern := getattr(config, field, None), str):
+        pattern = getattr(config, field, None)
+        if not isinstance(pattern, str | list | set | tuple | None):
+            raise AdapterError(
+                f"{folder / ADAPTER_CONFIG}: {field}={pattern!r} is neither a name nor a list of names"
+            )
+        if isinstance(pattern, str):
             found.append((field, pattern, "fullmatch", pattern))
     for field, form in (
         ("rank_pattern", r"(.*\.)?({})$"),

@@ -177,12 +177,12 @@ def _sort_in(adapter: AdapterFolder, key: str) -> None:
 def _base_of(config: Any, folder: Path) -> str:
     """A reference to the base model that the adapter names: its alias where that has weights outside the Hub."""
     name = config.base_model_name_or_path
-    if not name:
+    if not name or not isinstance(name, str):
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG} names no base model; say which one it is with --base"
         )
     aliases = {hub_id: alias for alias, hub_id in ALIASES.items() if alias in WHEEL_MODELS}
     if name in aliases and not config.revision:
         return aliases[name]
-    local = Path(str(name)).expanduser().exists()  # peft writes revision "main" beside a folder too
-    return f"{name}@{config.revision}" if config.revision and not local else str(name)
+    local = Path(name).expanduser().exists()  # peft writes revision "main" beside a folder too
+    return f"{name}@{config.revision}" if config.revision and not local else name

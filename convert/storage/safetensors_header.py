@@ -55,7 +55,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except RecursionError as error:
         raise CheckpointError(f"{file} is not a valid safetensors file (nested too deeply)") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{file} is not a valid safetensors file ({error})") from error
     end = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
     if end > size:

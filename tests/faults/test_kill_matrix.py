@@ -127,10 +127,12 @@ def moments(total: int, index: int) -> list[int]:
 
 
 COMMANDS = {"convert": convert, "heal": heal, "merge": merge, "export": export}
+CASES = [("convert", False), ("convert", True), ("heal", False), ("merge", True), ("export", False)]
+if KILLS == "all":
+    CASES = [(name, existed) for name in COMMANDS for existed in (False, True)]
 
 
-@pytest.mark.parametrize("existed", [False, True], ids=["new", "replaced"])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(("name", "existed"), CASES)
 def test_killed_at_any_change_of_a_file(place: Path, tmp_path: Path, name: str, existed: bool) -> None:
     command, whole, old = COMMANDS[name](place), tmp_path / "whole" / "out", {"config.json": "old"}
     whole.parent.mkdir()

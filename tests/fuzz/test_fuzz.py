@@ -16,7 +16,7 @@ from mhconvert.eval import inspection
 from .edits import Edit
 from .kinds import KINDS, attempt
 
-EXAMPLES = int(os.environ.get("MHCONVERT_FUZZ", "4"))
+EXAMPLES = int(os.environ.get("MHCONVERT_FUZZ", "3"))
 FOUND = sorted((Path(__file__).parent / "corpus").glob("*.json"))
 
 
