@@ -9,18 +9,17 @@ from pathlib import Path
 
 from mhconvert.errors import UnsupportedError
 
-from ..storage.auto_map import classes
+from ..storage.auto_map import CONFIGS, classes
 from ..storage.safetensors_reader import read_json
 
 OWN_CLASS = re.compile(r"\w+(\.\w+)+")  # module.Class of a file in the folder: no path, no other repository
-NAMING_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
 def require_known_code(folder: Path) -> None:
     """Raises UnsupportedError where loading `folder` with trust could run code that no version of this package ships,
     byte for byte: a Python file in it, code of another repository, or a link to a folder that may hold either."""
     way_out = "--trust-remote-code allows it"
-    for name in NAMING_CODE:
+    for name in CONFIGS:
         named = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
         for value in classes(named):
             if not OWN_CLASS.fullmatch(value):

@@ -115,6 +115,11 @@ class AttentionFacts:
     qk_norm: str | None
 
     @property
+    def head_map(self) -> list[int]:
+        """(H), the KV head that each query head reads."""
+        return [head // (self.heads // self.kv_heads) for head in range(self.heads)]
+
+    @property
     def kv_elements(self) -> int:
         """Elements of a token's keys and values in one layer, 2 G d."""
         return 2 * self.kv_heads * self.head_dim

@@ -6,6 +6,7 @@ donor's, which says how much its error changes the model's predictions. Little t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,12 +56,14 @@ class _Streams:
 def measure_needs(context: ConversionContext) -> list[LayerNeed] | list[LayerSensitivity]:
     """What the method's `share_out` wants to know of every layer, whatever the recipe's own budget."""
     method = _at_any_budget(context.recipe, context.donor)
-    return measure_sensitivities(context) if method.surveys_sensitivity else _layer_needs(context)
+    if method.surveys_sensitivity:
+        return measure_sensitivities(context)
+    return _layer_needs(context, method.survey_shares)
 
 
-def _layer_needs(context: ConversionContext) -> list[LayerNeed]:
-    """The need of every layer, whatever the recipe's own budget."""
-    methods = _methods(context.recipe, context.donor)
+def _layer_needs(context: ConversionContext, shares: Sequence[float]) -> list[LayerNeed]:
+    """The need of every layer, measured at those of `shares` that the donor can express."""
+    methods = _methods(context.recipe, context.donor, shares)
     if not methods:  # layers of so few elements that there is nothing to divide
         return [LayerNeed((1.0,), (1.0,), 1.0, 0.0)] * context.layers
     probed = min(methods, key=lambda share: abs(share - PROBE_BUDGET))
@@ -86,10 +89,10 @@ def _at_any_budget(recipe: Recipe, donor: Donor) -> Method:
         return build_method(recipe.method, donor.config, recipe.settings.at_budget(1.0), recipe.effort)
 
 
-def _methods(recipe: Recipe, donor: Donor) -> dict[float, Method]:
+def _methods(recipe: Recipe, donor: Donor, shares: Sequence[float]) -> dict[float, Method]:
     """By share of the donor's cache; shares that the donor cannot express are missing."""
     methods = {}
-    for share in _at_any_budget(recipe, donor).survey_shares:
+    for share in shares:
         try:
             settings = recipe.settings.at_budget(share)
             methods[share] = build_method(recipe.method, donor.config, settings, "survey")

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mhconvert.errors import OutputError
+from mhconvert.errors import CheckpointError, OutputError
 
 from ...convert.checkpoint.provenance import EVALUATION
+from ...convert.storage.safetensors_reader import read_json
 from ..tasks import scores
 from .conversion_tables import json_safe
 
@@ -47,10 +48,9 @@ def record_evaluation(result: dict[str, Any]) -> list[Path]:
 def _earlier(file: Path) -> dict[str, Any]:
     """What an earlier evaluation recorded; {} for a file that is not there or is damaged."""
     try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file)
+    except CheckpointError:
         return {}
-    return earlier if isinstance(earlier, dict) else {}
 
 
 def _merged(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

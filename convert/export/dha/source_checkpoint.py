@@ -57,8 +57,7 @@ class DHACheckpoint:
         layers = range(self.config.num_hidden_layers)
         if not self.stock:
             return [self.config.head_maps(index) for index in layers]
-        facts = attention_facts(self.config)
-        own = [head * facts.kv_heads // facts.heads for head in range(facts.heads)]
+        own = attention_facts(self.config).head_map
         return [(own, own) for _ in layers]
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mhconvert.errors import BudgetError
@@ -133,11 +133,11 @@ def head_budget(config: Any, settings: DHASettings, facts: AttentionFacts) -> He
             raise _too_small(settings.kv_budget, counts, groups, "a uniform plan has")
         return HeadBudget(2 * fitting[-1] * layers, layers, whole, counts, counts, step, uniform=True)
     k_counts = (groups,) if facts.qk_norm else counts
-    least, most = ((k_counts[place] + counts[place]) * layers for place in (0, -1))
-    if total < least:
+    found = HeadBudget(total, layers, whole, counts, k_counts, step)
+    if total < found.least * layers:
         raise _too_small(settings.kv_budget, counts, groups, "layers have", facts.qk_norm is not None)
-    total = min(total, most)
-    return HeadBudget(total - (total - least) % step, layers, whole, counts, k_counts, step)
+    total = min(total, found.most * layers)
+    return replace(found, total=total - (total - found.least * layers) % step)
 
 
 def _require_all_keys(settings: DHASettings, groups: int) -> None:

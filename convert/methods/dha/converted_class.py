@@ -24,8 +24,7 @@ def decoupled_config(donor_config: Any, output_bias: bool) -> Any:
         output_bias: whether o_proj has a bias even where the donor's has none.
     """
     config_class, facts = converted_class(type(donor_config)).config_class, attention_facts(donor_config)
-    group = facts.heads // facts.kv_heads
-    own = [[head // group for head in range(facts.heads)] for _ in range(donor_config.num_hidden_layers)]
+    own = [facts.head_map for _ in range(donor_config.num_hidden_layers)]
     config = config_class(
         **class_free_values(donor_config),
         k_head_map=copy.deepcopy(own),

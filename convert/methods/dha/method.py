@@ -233,8 +233,9 @@ class DHA(Method):
 
     def _set_unfused(self, index: int, k_map: list[int], v_map: list[int]) -> None:
         """Write the maps of layer `index` before fusion into the configuration, and which heads become one."""
-        group = [head // (self.facts.heads // self.facts.kv_heads) for head in range(self.facts.heads)]
-        (k_parts, k_fusion), (v_parts, v_fusion) = (parts(head_map, group) for head_map in (k_map, v_map))
+        (k_parts, k_fusion), (v_parts, v_fusion) = (
+            parts(head_map, self.facts.head_map) for head_map in (k_map, v_map)
+        )
         self._set(index, k_parts, v_parts)
         self.config.k_fusion[index], self.config.v_fusion[index] = k_fusion, v_fusion
 

@@ -72,12 +72,10 @@ def _layer_heads(place: str, layer: dict[str, Any], facts: AttentionFacts) -> La
             f"{place}: kv_heads={layer['kv_heads']} and {sum(counts)} K and V heads; change one of them"
         )
     (k_heads, v_heads), (k_map, v_map) = counts, maps
-    group = facts.heads // facts.kv_heads
-    own = [head // group for head in range(facts.heads)]
-    if facts.qk_norm and (k_heads < facts.kv_heads or k_map not in (None, own)):
+    if facts.qk_norm and (k_heads < facts.kv_heads or k_map not in (None, facts.head_map)):
         raise BudgetError(
             f"{place}: the donor's keys are divided by their RMS, so its {facts.kv_heads} K heads stay as they are "
-            f"(k_heads: {facts.kv_heads}, k_map: {own})"
+            f"(k_heads: {facts.kv_heads}, k_map: {facts.head_map})"
         )
     return LayerHeads(sum(counts), k_heads, v_heads, k_map, v_map)
 

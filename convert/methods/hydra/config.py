@@ -15,7 +15,7 @@ from mhconvert.version import __version__
 
 from ...validation.field_types import is_number, require_expression
 from . import card
-from .settings import LARGEST_RANK
+from .settings import LARGEST_RANK, RANK
 
 BIASES = ("none", "all", "hydra_only")
 RANKS = ("r_par", "r_seq")
@@ -120,9 +120,7 @@ def _check_ranks(r_par: Any, r_seq: Any, where: str) -> None:
     """Raises AdapterError, beginning with `where`, for ranks out of range, or both of them 0."""
     for name, rank in zip(RANKS, (r_par, r_seq), strict=True):
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= LARGEST_RANK:
-            raise AdapterError(
-                f"{where}{name}={rank!r} is not a rank: a whole number from 0 to {LARGEST_RANK}"
-            )
+            raise AdapterError(f"{where}{name}={rank!r} {RANK}")
     if r_par + r_seq == 0:
         raise AdapterError(
             f"{where}r_par=0 and r_seq=0 leave nothing to train; give at least one of them a rank"
