@@ -101,15 +101,17 @@ class LatentCode(nn.Module):
         is then on long vectors.
         """
         columns = rows.flatten(0, -2).mT.contiguous()
-        places, levels = self._unpacked(columns[1:]).int(), self.levels.to(dtype)
+        codes, levels = self._unpacked(columns[1:]), self.levels.to(dtype)
         latent = levels.new_empty(len(self.sink) + 1, columns.shape[1])
         for width, start, stop in self.ranges:
             of_width = levels[level_offset(width) : level_offset(width) + 2**width]
-            torch.index_select(of_width, 0, places[start:stop].flatten(), out=latent[start:stop].view(-1))
+            torch.index_select(
+                of_width, 0, codes[start:stop].flatten().int(), out=latent[start:stop].view(-1)
+            )
         step = columns[:1] % SINK
         gain = torch.exp2(step.float() / GAIN_STEPS + LEAST_GAIN).masked_fill(step == NOT_FINITE, torch.nan)
-        latent[:-1] *= gain.to(dtype)
-        latent[-1:] = (columns[:1] >= SINK).to(dtype)
+        latent[:-1].mul_(gain.to(dtype))
+        latent[-1:] = columns[:1] >= SINK
         return latent
 
     def _boundaries(self, width: int) -> Tensor:
@@ -136,13 +138,15 @@ class LatentCode(nn.Module):
 
     def _unpacked(self, columns: Tensor) -> Tensor:
         """Bytes (R - 1, T) -> codes (n, T), uint8."""
-        codes = columns.new_zeros(len(self.sink), columns.shape[1])
+        codes = columns.new_empty(len(self.sink), columns.shape[1])
         begin = 0
         for field, size, users in self.fields:
             byte, begin = columns[begin : begin + size], begin + size
-            places = [(byte >> place) & (2**field - 1) for place in range(0, 8, field)]
-            values, at = torch.cat(places), 0
+            places = torch.arange(0, 8, field, dtype=torch.uint8, device=byte.device).view(-1, 1, 1)
+            values, at = (torch.bitwise_right_shift(byte, places) & (2**field - 1)).flatten(0, 1), 0
             for width, start, stop in users:
-                codes[start:stop] |= values[at : at + stop - start] << (width % field)
+                part = values[at : at + stop - start] * 2 ** (width % field)
+                first = width < 2 * field
+                (codes[start:stop].copy_ if first else codes[start:stop].bitwise_or_)(part)
                 at += stop - start
         return codes

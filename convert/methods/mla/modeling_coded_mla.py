@@ -208,6 +208,23 @@ class CodedLatentAttention(LatentAttention):
 
             if can_read(query, of_keys, self.kv_b_proj):
                 return latent_mean(self, query, rows, of_keys, attention_mask)
+        # Sequences together whose rows fit a block; a longer one is alone, and its blocks are matrices as they are.
+        step = CUDA_BLOCK_ROWS if query.is_cuda else BLOCK_ROWS
+        together = max(1, step // rows.shape[2])
+        columns = [embedding.permute(2, 0, 1).contiguous() for embedding in of_keys]
+        parts = []
+        for begin in range(0, len(query), together):
+            own = slice(begin, begin + together)
+            turns = [each if each.shape[1] == 1 else each[:, own] for each in columns]
+            shared = attention_mask is None or len(attention_mask) == 1
+            mask = attention_mask if shared else attention_mask[own]  # type: ignore[index]
+            parts.append(self._mean_of(query[own], rows[own, 0], turns, mask, max(1, step // together)))
+        return torch.cat(parts)
+
+    def _mean_of(
+        self, query: Tensor, rows: Tensor, turns: list[Tensor], mask: Tensor | None, step: int
+    ) -> Tensor:
+        """`latent_mean` of some sequences, `step` tokens at a time; rows [B, S, R]; turns: cos, sin [w, 1 or B, S]."""
         batch, heads, length, _ = query.shape
         kv_heads, kv_width = self.num_key_value_heads, self.num_key_value_heads * self.head_dim
         k_up, k_mean = self.kv_b_proj.weight[:kv_width], self.kv_b_proj.bias[:kv_width]
@@ -215,20 +232,17 @@ class CodedLatentAttention(LatentAttention):
         peak = query.new_full((batch, heads, length, 1), -torch.inf, dtype=torch.float32)
         total = torch.zeros_like(peak)
         latent_sum = peak.new_zeros(batch, heads, length, self.kv_b_proj.in_features)
-        of_columns = [embedding.permute(2, 0, 1).contiguous() for embedding in of_keys]
-        step = max(1, (CUDA_BLOCK_ROWS if query.is_cuda else BLOCK_ROWS) // batch)
-        for start in range(0, rows.shape[2], step):
-            stop = min(start + step, rows.shape[2])
-            latent = self.code.decode(rows[:, 0, start:stop], query.dtype)  # n+1, B S
+        for start in range(0, rows.shape[1], step):
+            stop = min(start + step, rows.shape[1])
+            latent = self.code.decode(rows[:, start:stop], query.dtype)  # n+1, B S
             key = torch.addmm(k_mean.unsqueeze(-1), k_up, latent).view(kv_heads, self.head_dim, batch, -1)
-            key = rotate_half_columns(key, *(e[..., start:stop] for e in of_columns))
+            key = rotate_half_columns(key, *(e[..., start:stop] for e in turns))
             scores = (grouped @ key.transpose(1, 2)).transpose(0, 1).reshape(batch, heads, length, -1).float()
             if self.softcap is not None:
                 scores = torch.tanh(scores / self.softcap) * self.softcap
-            if attention_mask is not None:
-                mask = attention_mask[..., start:stop]
-                lowest = torch.finfo(query.dtype).min
-                scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+            if mask is not None:
+                seen, lowest = mask[..., start:stop], torch.finfo(query.dtype).min
+                scores = scores.masked_fill(~seen, lowest) if seen.dtype == torch.bool else scores + seen
             # Finite, so that a block in which nothing is visible adds nothing, even with masks of -inf.
             highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
             highest = highest.clamp_min(torch.finfo(peak.dtype).min)
