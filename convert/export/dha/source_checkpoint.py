@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from mhconvert.errors import ExportError
+from mhconvert.errors import CheckpointError, ExportError
 
 from ... import open_model
 from ...checkpoint import identity
@@ -53,10 +53,17 @@ class DHACheckpoint:
 
     @cached_property
     def maps(self) -> list[HeadMaps]:
-        """For each layer, the K head and the V head that each query head reads."""
+        """For each layer, the K head and the V head that each query head reads.
+
+        Raises CheckpointError where the configuration does not say it."""
         layers = range(self.config.num_hidden_layers)
         if not self.stock:
-            return [self.config.head_maps(index) for index in layers]
+            try:
+                return [self.config.head_maps(index) for index in layers]
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self.folder / 'config.json'} has no whole plan of heads: {error}"
+                ) from None
         own = attention_facts(self.config).head_map
         return [(own, own) for _ in layers]
 
