@@ -1,5 +1,6 @@
 # make demo: convert a real model and show the result.  make bench: its shape's speed.  make test / make lint: what CI runs.
 # make fuzz: damaged inputs of every kind for an hour.  make faults: each command killed at every change of a file.
+# make test-vllm: exports in a real vLLM, installed into .venv-vllm; fills the engines' table of the documentation.
 # make figures: tables and plots of README and docs from benchmarks/*.json.
 # make docs: the documentation into site/.
 # Needs python3 >= 3.11 and nothing else; everything is installed into .venv.
@@ -9,7 +10,7 @@ BIN := .venv/bin
 SOURCES := mhconvert convert cli eval heal hub run tests benchmarks docs examples
 DEMO := demo/smollm2-135m-mla
 
-.PHONY: demo bench test fuzz faults lint format figures docs clean
+.PHONY: demo bench test test-vllm fuzz faults lint format figures docs clean
 
 demo: .venv/installed
 	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.125 --effort quick --calibration-tokens 8192 -o $(DEMO) --force
@@ -33,6 +34,11 @@ fuzz: .venv/installed-dev
 faults: .venv/installed-dev
 	MHCONVERT_KILLS=all $(BIN)/python -m pytest -n auto tests/faults
 
+test-vllm: .venv/installed-dev .venv-vllm/installed
+	MHCONVERT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python MHCONVERT_ENGINES=benchmarks/engines.json VLLM_CPU_KVCACHE_SPACE=1 \
+	  $(BIN)/python -m pytest tests/engines
+	$(BIN)/python benchmarks/figures.py
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -50,7 +56,7 @@ docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -65,6 +71,10 @@ clean:
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ .venv/installed
+
+.venv-vllm/installed: tests/engines/vllm_environment.py | .venv/bin/python
+	$(BIN)/python tests/engines/vllm_environment.py .venv-vllm
+	@touch $@
 
 .venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

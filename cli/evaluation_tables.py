@@ -13,6 +13,8 @@ NOISE = "≈: within two standard errors of the paired difference from the first
 def show(result: dict[str, Any], console: Any) -> None:
     """Print the tables that an evaluation has: models and texts, tasks, retrieval."""
     names = [model["name"] for model in result["models"]]
+    for model in result["left_out"]:
+        console.out(f"{model['reference']} is left out: {model['why']}", highlight=False)
     if result["texts"]:
         _texts(result, names, console)
     if result["tasks"]:

@@ -26,6 +26,7 @@ from .commands import (
     push,
     recipes,
     run,
+    serve,
 )
 from .options.grouped_help import GroupedCommand
 from .process_faults import mend_streams
@@ -47,6 +48,7 @@ HELP = """Rewrite the attention of a pretrained language model so that its KV ca
   mhconvert ./my-model --to mla --profile portable
                                              a latent of 16-bit elements, as serving kernels read them
   mhconvert export ./my-model-mla --to auto  a form that stock engines load, proven by logits
+  mhconvert serve ./my-model-mla             vLLM, llama.cpp or transformers on it
   mhconvert push ./my-model-mla USER/REPO    publish it on the Hugging Face Hub
   mhconvert run smollm2-135m-mla             a whole run by one file: convert, heal, evaluate, export, push
   mhconvert recipes list                     such files, ready to use
@@ -76,6 +78,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge.command,
     "export": export.command,
     "verify": export.verify,
+    "serve": serve.command,
     "push": push.command,
     "run": run.command,
     "donors": donors.command,

@@ -17,7 +17,7 @@ from ..convert.checkpoint.provenance import read_record
 from ..convert.open_model import OpenModel
 from .kv_cache import serving
 from .settings import OWN_CACHE, EvalSettings
-from .tasks.harness import Candidate
+from .tasks.candidate import Candidate
 
 
 def open_models(

@@ -22,8 +22,11 @@ from .compared_models import candidates_of, describe, open_models
 from .result_cache import Store
 from .settings import EvalSettings
 from .tasks import harness, scores
-from .tasks.harness import Candidate, OnRows
+from .tasks.candidate import Candidate
+from .tasks.harness import OnRows
+from .tasks.language_model import language_model
 from .tasks.task_choice import TaskSet, resolve
+from .vllm.engine import EngineError, installed_version
 
 
 def evaluate(
@@ -49,8 +52,7 @@ def evaluate(
         fresh: measures everything anew.
         store: keeps results between runs; what was finished before an error is not measured again.
 
-    Raises:
-        MhconvertError: a model cannot be read, or the models have different vocabularies.
+    Raises MhconvertError where a model cannot be read, or the models have different vocabularies.
     """
     started = time.perf_counter()
     harness.require_available(settings)
@@ -63,17 +65,19 @@ def evaluate(
         candidates = candidates_of(opened, settings)
         run = Run(settings, store, fresh, on_progress)
         on_texts = _measure_texts(run, candidates, text_rows)
+        candidates, left_out = _without_unloadable(run, candidates, checkpoints)
         outcomes, probes = _measure_models(run, candidates, tasks)
     if harness.rank() != 0:
         return {}
     on_progress(Progress("done", 1, 1))
     return {
         "models": [describe(each) for each in candidates],
+        "left_out": left_out,
         **on_texts,
         **_task_results(tasks, outcomes),
         "retrieval": _retrieval(probes),
         "settings": _recorded_settings(settings, candidates[0]),
-        "versions": _versions(tasks is not None),
+        "versions": _versions(tasks is not None, settings),
         "seconds": time.perf_counter() - started,
     }
 
@@ -119,8 +123,27 @@ def _measure_models(
             outcomes.append(harness.evaluate(candidate, tasks, run.store, fresh=run.fresh, on_rows=on_rows))
         if run.settings.retrieval and harness.rank() == 0:
             probes.append(_probe(candidate, run.fresh, run.store, run.on_progress))
-        candidate.lm = None
+        candidate.release()
     return outcomes, probes
+
+
+def _without_unloadable(
+    run: Run, candidates: list[Candidate], asked: Sequence[str]
+) -> tuple[list[Candidate], list[dict[str, str]]]:
+    """The models without a donor that vLLM does not load, if it was not asked for and only tasks are measured.
+
+    Returns:
+        The models; of the one that is left out its reference, and why.
+    """
+    donor, *others = candidates
+    only_tasks = run.settings.backend == "vllm" and not (run.settings.text or run.settings.retrieval)
+    if not only_tasks or not others or donor.opened.reference in asked:
+        return candidates, []
+    try:
+        language_model(donor)
+    except EngineError as error:
+        return others, [{"reference": donor.opened.reference, "why": str(error)}]
+    return candidates, []
 
 
 def _task_results(tasks: TaskSet | None, outcomes: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -161,7 +184,8 @@ def _probe(candidate: Candidate, fresh: bool, store: Store, on_progress: Listene
     key = candidate.key() | {"probe": lengths}
     result = None if fresh else store.load(key)
     if result is None:
-        model = candidate.lm.model if candidate.lm is not None else candidate.load(candidate.dtype)
+        in_memory = candidate.lm is not None and candidate.settings.backend == "hf"
+        model = candidate.lm.model if in_memory else candidate.load(candidate.dtype)
         on_rows = _row_listener(on_progress, candidate)
         result = retrieval.probe(
             model,
@@ -203,10 +227,11 @@ def _recorded_settings(settings: EvalSettings, first: Candidate) -> dict[str, An
     }
 
 
-def _versions(tasks: bool) -> dict[str, str]:
-    """Versions of libraries; with `tasks` lm-eval's too."""
+def _versions(tasks: bool, settings: EvalSettings) -> dict[str, str]:
+    """Versions of libraries; with `tasks` lm-eval's too, and vLLM's where it runs them."""
     if not tasks:
         return versions()
     import lm_eval
 
-    return versions() | {"lm_eval": lm_eval.__version__}
+    of_vllm = {"vllm": installed_version(settings.python)} if settings.backend == "vllm" else {}
+    return versions() | {"lm_eval": lm_eval.__version__} | of_vllm

@@ -113,8 +113,12 @@ class EvalSettings(Settings):
         ),
     ] = OWN_CACHE
     backend: Annotated[
-        Backend, Option("What runs the tasks: transformers, or vllm where it is installed.")
+        Backend, Option("What runs the tasks: transformers, or vllm where it is installed, see python.")
     ] = "hf"
+    python: Annotated[
+        Takes[str | None, str | PurePath | None],
+        Option("With backend vllm: the Python of the environment that has it.", "FILE", default="this one"),
+    ] = default(None)
 
     def check(self) -> None:
         """Raise RecipeError where nothing is to be evaluated."""

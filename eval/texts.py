@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import cache_size, fidelity
 from .result_cache import Store
-from .tasks.harness import Candidate, OnRows
+from .tasks.candidate import Candidate
+from .tasks.harness import OnRows
 
 
 def measure(

@@ -34,7 +34,7 @@ COMMANDS = sorted(
         for line in figures.provenance(figure, row).get("command", [])
     }
 )
-TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def parse(line: str) -> None:

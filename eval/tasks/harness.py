@@ -6,28 +6,20 @@ results.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from mhconvert.errors import MhconvertError, TextError
 
-from ...convert.open_model import OpenModel
-from ..finite_logits import refuse_nan
-from ..kv_cache import serving
 from ..result_cache import Store
 from ..settings import OWN_CACHE, EvalSettings
+from ..vllm.engine import installed_version
+from .candidate import Candidate
+from .language_model import language_model
 from .outcome import plain_outcome
 from .task_choice import TaskSet, TaskSpec
-
-CPU_BATCH = 8  # lm-eval's own search starts with 64 rows of the maximal length, too much for a CPU's memory
-ROLLING_BATCH = 1  # rows of the maximal length with the logits of every position
 
 OnRows = Callable[[str, int, int], None]  # task, rows done, rows in all
 
@@ -38,77 +30,8 @@ def require_available(settings: EvalSettings) -> None:
         raise MhconvertError(
             f"vllm has no KV cache of dtype {settings.kv_cache_dtype}; choose --kv-cache-dtype fp8, or --backend hf"
         )
-    if settings.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise MhconvertError("--backend vllm needs vllm, which is not installed here; use --backend hf")
-
-
-@dataclass
-class Candidate:
-    """A model under evaluation; its weights are read when the first task needs them.
-
-    Attributes:
-        opened: its config, tokenizer and files.
-        fingerprint: of its files.
-        settings: of the evaluation.
-        kv_cache_dtype: of its cache.
-        lm: lm-eval's wrapper of the loaded model; None before it is needed.
-    """
-
-    opened: OpenModel
-    fingerprint: str
-    settings: EvalSettings
-    kv_cache_dtype: str = OWN_CACHE
-    lm: Any = None
-
-    @property
-    def name(self) -> str:
-        """The donor's name, the name of the folder, or that of the repository on the Hub; then the cache's dtype."""
-        return self._name if self.kv_cache_dtype == OWN_CACHE else f"{self._name} {self.kv_cache_dtype}"
-
-    @property
-    def _name(self) -> str:
-        if self.opened.donor is not None and self.opened.adapter is None:
-            return self.opened.donor.name
-        if self.opened.folder == Path(self.opened.reference).expanduser():
-            return self.opened.folder.resolve().name
-        return self.opened.reference.partition("@")[0].rpartition("/")[2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in the settings, or that of the stored weights."""
-        if self.settings.dtype is not None:
-            return getattr(torch, self.settings.dtype)
-        if self.opened.donor is not None:
-            return self.opened.donor.dtype
-        stated = getattr(self.opened.config, "dtype", None) or torch.float32
-        return getattr(torch, stated) if isinstance(stated, str) else stated
-
-    def key(self) -> dict[str, Any]:
-        """Everything except the question on which a response depends."""
-        return {
-            "model": self.fingerprint,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "backend": self.settings.backend,
-            "max_length": self.settings.max_length,
-            "device": torch.device(self.opened.device).type,
-            **self.cache_key(),
-        }
-
-    def cache_key(self) -> dict[str, str]:
-        """The part of a key that says which cache the model has; {} for its own."""
-        return {} if self.kv_cache_dtype == OWN_CACHE else {"kv_cache_dtype": self.kv_cache_dtype}
-
-    def load(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The model, with its cache."""
-        return serving.serve(refuse_nan(self.opened.model(dtype), self.opened.reference), self.kv_cache_dtype)
-
-    def batch_size(self, rolling: bool) -> int | str:
-        """Rows per call of the model; `rolling`: in tasks with rows of the maximal length."""
-        if self.settings.batch_size is not None:
-            return self.settings.batch_size
-        if torch.device(self.opened.device).type != "cpu":
-            return "auto"
-        return ROLLING_BATCH if rolling else CPU_BATCH
+    if settings.backend == "vllm":
+        installed_version(settings.python)
 
 
 def evaluate(
@@ -166,11 +89,11 @@ def _evaluate_task(
     evaluator.get_git_commit_hash = lambda: None  # of the working directory, where git may print errors
     started = time.perf_counter()
     loaded = _load_documents(manager, spec)
-    lm = _language_model(candidate)
+    lm = language_model(candidate)
     rolling = any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in loaded["tasks"].values())
     if candidate.settings.backend == "hf":
         lm.batch_size_per_gpu = candidate.batch_size(rolling)
-        lm.on_rows = lambda done, total: on_rows(spec.name, done, total)
+    lm.on_rows = lambda done, total: on_rows(spec.name, done, total)
     group = loaded["groups"].get(spec.name)
     with store.database_errors(candidate.key()):
         results = evaluator.simple_evaluate(
@@ -202,43 +125,6 @@ def _load_documents(manager: Any, spec: TaskSpec) -> Any:
         ) from error
 
 
-def _language_model(candidate: Candidate) -> Any:
-    """lm-eval's wrapper of the model, made when it is first needed."""
-    if candidate.lm is None:
-        make = _vllm_model if candidate.settings.backend == "vllm" else _hf_model
-        candidate.lm = make(candidate)
-    return candidate.lm
-
-
-def _hf_model(candidate: Candidate) -> Any:
-    from .progress_model import ProgressLM
-
-    opened = candidate.opened
-    tokenizer = opened.tokenizer()
-    if candidate.settings.chat_template and not getattr(tokenizer, "chat_template", None):
-        raise MhconvertError(f"{opened.reference} has no chat template; leave out --chat-template")
-    return ProgressLM(candidate.load(candidate.dtype), tokenizer, candidate.settings.max_length)
-
-
-def _vllm_model(candidate: Candidate) -> Any:
-    """lm-eval's wrapper of vLLM, which loads the checkpoint's folder itself."""
-    from lm_eval.api.registry import get_model
-
-    opened = candidate.opened
-    if opened.adapter is not None or (opened.donor is not None and not opened.donor.model_files().is_dir()):
-        raise MhconvertError(f"{opened.reference} is no folder that vllm loads; merge or export it first")
-    folder = str(opened.folder if opened.donor is None else opened.donor.model_files())
-    arguments: dict[str, Any] = {"pretrained": folder, "dtype": str(candidate.dtype).removeprefix("torch.")}
-    arguments |= {"trust_remote_code": opened.donor is None or opened.trust_remote_code}
-    if candidate.kv_cache_dtype != OWN_CACHE:
-        arguments |= {"kv_cache_dtype": candidate.kv_cache_dtype}
-    if candidate.settings.max_length is not None:
-        arguments |= {"max_model_len": candidate.settings.max_length}
-    return get_model("vllm").create_from_arg_obj(
-        arguments, {"batch_size": candidate.settings.batch_size or "auto"}
-    )
-
-
 def rank() -> int:
     """The rank of this process under `accelerate launch`; otherwise 0."""
     return int(os.environ.get("RANK", "0"))
@@ -247,4 +133,4 @@ def rank() -> int:
 def _barrier(candidate: Candidate) -> None:
     """Returns when all processes have read the store, so that they agree on which tasks to run."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _language_model(candidate).barrier()
+        language_model(candidate).barrier()

@@ -4,7 +4,7 @@ They compose the pass with healing, evaluation and the Hub, and import torch whe
 """
 
 from mhconvert.api.conversion import convert, curve, heal, plan
-from mhconvert.api.derived import export, merge, push, verify
+from mhconvert.api.derived import export, merge, push, serving, verify
 from mhconvert.api.measurement import bench, evaluate, generate, inspect
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "merge",
     "plan",
     "push",
+    "serving",
     "verify",
 ]

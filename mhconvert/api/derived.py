@@ -102,6 +102,42 @@ def export(
     return forms.export_checkpoint(checkpoint, to, options, on_progress)
 
 
+def serving(
+    checkpoint: str,
+    engine: str = "auto",
+    *,
+    python: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: str = "bfloat16",
+    trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
+    """The command of an engine that serves a model; a checkpoint that it does not know is exported first.
+
+    Args:
+        checkpoint: a converted folder, an export, any model folder, or a .gguf file.
+        engine: vllm, llama-server, transformers; auto: vllm where it is installed and takes the model, else
+            transformers.
+        python: the interpreter of the environment that has the engine; None: this one.
+        host: where it listens.
+        port: where it listens.
+        dtype: of weights and cache: bfloat16 or float32.
+        trust_remote_code: let code in the folder that mhconvert does not ship run.
+        on_progress: called with the progress of an export.
+
+    Returns:
+        engine, model (what is served), exported (whether it was written now), command (words).
+
+    Raises:
+        ExportError: The engine is missing or does not take the model, or the port is in use.
+    """
+    from mhconvert.convert.export import serving_command
+
+    server = serving_command.Server(engine, python, host, port, dtype, trust_remote_code)
+    return serving_command.serving(checkpoint, server, on_progress)
+
+
 def verify(
     folder: str,
     *,

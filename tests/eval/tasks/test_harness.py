@@ -20,7 +20,7 @@ from mhconvert.eval.page import page
 from mhconvert.eval.result_cache import Store
 from mhconvert.eval.settings import EvalSettings
 from mhconvert.eval.tasks import harness
-from mhconvert.eval.tasks.harness import Candidate
+from mhconvert.eval.tasks.candidate import CPU_BATCH, Candidate
 from mhconvert.eval.tasks.progress_model import prefix_token
 from mhconvert.eval.tasks.task_choice import resolve
 from mhconvert.library_versions import versions
@@ -64,7 +64,7 @@ def test_figures_are_those_of_lm_eval_itself(donor: Path, store: Store, tmp_path
         model="hf",
         model_args={"pretrained": str(donor), "dtype": "float32"},
         tasks=["mhconvert_quick"],
-        batch_size=harness.CPU_BATCH,
+        batch_size=CPU_BATCH,
         device="cpu",
         task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
     )
@@ -123,7 +123,7 @@ def test_a_stored_result_needs_no_model(
     donor: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = evaluate(candidate(donor, limit=6), store, tmp_path / "tasks")
-    monkeypatch.setattr(harness, "_language_model", lambda _: pytest.fail("the model was asked again"))
+    monkeypatch.setattr(harness, "language_model", lambda _: pytest.fail("the model was asked again"))
     assert evaluate(candidate(donor, limit=6), store, tmp_path / "tasks") == first
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         evaluate(candidate(donor, limit=7), store, tmp_path / "tasks")

@@ -1,0 +1,56 @@
+"""lm-eval's wrapper of a model: in this process with transformers, or in vLLM's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhconvert.errors import MhconvertError
+
+from ..settings import OWN_CACHE
+from ..vllm.engine import Engine, loadable
+from .candidate import Candidate
+
+DEFAULT_LENGTH = 2048  # tokens that a model reads whose config does not say it
+
+
+def language_model(candidate: Candidate) -> Any:
+    """lm-eval's wrapper of the model, made when it is first needed.
+
+    Raises:
+        MhconvertError: there is no chat template, or vLLM does not load the model.
+    """
+    if candidate.lm is None:
+        opened, tokenizer = candidate.opened, candidate.opened.tokenizer()
+        if candidate.settings.chat_template and not getattr(tokenizer, "chat_template", None):
+            raise MhconvertError(f"{opened.reference} has no chat template; leave out --chat-template")
+        make = _in_vllm if candidate.settings.backend == "vllm" else _in_transformers
+        candidate.lm = make(candidate, tokenizer)
+    return candidate.lm
+
+
+def _in_transformers(candidate: Candidate, tokenizer: Any) -> Any:
+    from .progress_model import ProgressLM
+
+    return ProgressLM(candidate.load(candidate.dtype), tokenizer, candidate.settings.max_length)
+
+
+def _in_vllm(candidate: Candidate, tokenizer: Any) -> Any:
+    from .vllm_model import VllmLM
+
+    opened, settings = candidate.opened, candidate.settings
+    config = opened.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    if settings.max_length is not None:
+        length = min(
+            length, settings.max_length + 2
+        )  # the token that the last one predicts, and one that vLLM makes
+    own_cache = candidate.kv_cache_dtype == OWN_CACHE
+    engine = Engine(
+        loadable(opened),
+        python=settings.python,
+        dtype=str(candidate.dtype).removeprefix("torch."),
+        trust_remote_code=opened.donor is None or opened.trust_remote_code,
+        max_model_len=length,
+        **({} if own_cache else {"kv_cache_dtype": candidate.kv_cache_dtype}),
+    )
+    return VllmLM(engine, tokenizer, config, length - 1)

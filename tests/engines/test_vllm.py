@@ -1,0 +1,149 @@
+"""Every "yes" about vLLM is a run: scores and greedy text are transformers', and the cache is as small as promised.
+
+`make test-vllm` sets MHCONVERT_VLLM_PYTHON, the interpreter of an environment that has vLLM, and MHCONVERT_ENGINES, the
+file of the documentation's table, which these tests fill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhconvert.eval.vllm.engine import Engine, EngineError
+from tests.conftest import Cli
+from tests.engines.engines_table import EnginesTable
+from tests.engines.exported_forms import LAYERS, NEW_TOKENS, Forms, in_transformers, prompts
+
+PYTHON = os.environ.get("MHCONVERT_VLLM_PYTHON")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="MHCONVERT_VLLM_PYTHON names no Python that has vllm")
+
+FLOAT32, DONOR = 4, 2 * 8 * 128 * LAYERS * 4  # bytes: of an element, and of the donor's cache of a token
+LATENT_ROW = 512 + 64
+
+
+@pytest.fixture(scope="module")
+def forms(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Forms:
+    return Forms(cli, tmp_path_factory.mktemp("forms"))
+
+
+@dataclass(frozen=True)
+class Served:
+    """A form and the bytes a token that its cache has in float32."""
+
+    name: str
+    make: Callable[[Forms], Path]
+    cache_bytes: int
+
+
+def portable(forms: Forms) -> Path:
+    return forms.portable(128, LATENT_ROW / (2 * 8 * 128))
+
+
+SERVED = [
+    Served("donor", lambda forms: forms.donor(128), DONOR),
+    Served(
+        "deepseek_v3, row 512 + 64",
+        lambda forms: forms.exported(portable(forms), "deepseek_v3"),
+        LATENT_ROW * LAYERS * FLOAT32,
+    ),
+    Served("dha --uniform", lambda forms: forms.dha("--uniform", "--kv-budget", 0.5), DONOR // 2),
+    Served("hydra, merged", lambda forms: forms.merged, DONOR),
+]
+
+
+@pytest.mark.parametrize("form", SERVED, ids=[form.name for form in SERVED])
+def test_vllm_computes_what_transformers_computes(form: Served, forms: Forms, engines: EnginesTable) -> None:
+    folder = form.make(forms)
+    expected, texts = in_transformers(folder, prompts())
+    with Engine(folder, python=PYTHON, dtype="float32", max_model_len=512, trust_remote_code=True) as engine:
+        found = engine.score(prompts())
+        made = engine.generate(prompts(), {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True})
+        about = engine.about
+    worst = _worst(found, expected)
+    assert worst < 1e-4
+    assert [row["tokens"] for row in made] == texts
+    assert about["cache_bytes_per_token"] == form.cache_bytes
+    engines.add(form.name, about, difference=worst, cache=form.cache_bytes, share=form.cache_bytes / DONOR)
+
+
+def test_a_lora_is_served_beside_its_donor(forms: Forms, engines: EnginesTable) -> None:
+    """The adapter's requests are the merged model's, those without it the donor's."""
+    lora, donor, rows = forms.exported(forms.adapter, "lora"), forms.donor(128), prompts()
+    expected = {None: in_transformers(donor, rows)[0], lora: in_transformers(forms.merged, rows)[0]}
+    more = {"enable_lora": True, "max_lora_rank": 16}
+    with Engine(donor, python=PYTHON, dtype="float32", max_model_len=512, **more) as engine:
+        # One by one: vLLM 0.32 on a CPU does not score several rows together where there is an adapter.
+        found = {adapter: [engine.score([row], adapter)[0] for row in rows] for adapter in expected}
+        about = engine.about
+    worst = max(_worst(found[adapter], scores) for adapter, scores in expected.items())
+    assert (expected[None][2] - expected[lora][2]).abs().max() > 0.1
+    assert worst < 1e-4
+    engines.add("hydra, as lora beside its donor", about, difference=worst, cache=DONOR, share=1.0)
+
+
+def test_a_row_that_no_mla_kernel_takes_is_refused(forms: Forms, engines: EnginesTable) -> None:
+    folder = forms.exported(forms.portable(64, (128 + 64) / (2 * 8 * 64)), "deepseek_v3")
+    with (
+        pytest.raises(EngineError, match="is not supported by MLA") as refused,
+        Engine(folder, python=PYTHON, dtype="float32", max_model_len=512) as engine,
+    ):
+        engine.score(prompts())
+    assert str(folder) in str(refused.value)
+    with Engine(forms.donor(64), python=PYTHON, dtype="float32", max_model_len=512) as engine:
+        assert len(engine.score(prompts())) == 3
+        engines.add("deepseek_v3, other rows", engine.about, refused="head size is not 320, 512 or 576")
+
+
+def test_eval_runs_tasks_in_vllm(cli: Cli, forms: Forms) -> None:
+    """The accuracies are those of transformers; vLLM's environment is not that of mhconvert."""
+    folder = forms.exported(portable(forms), "deepseek_v3")
+    words = (
+        "eval",
+        folder,
+        "--suite",
+        "quick",
+        "--limit",
+        8,
+        "--max-length",
+        256,
+        "--dtype",
+        "float32",
+        "--json",
+    )
+    ours, theirs = (
+        json.loads(_done(cli(*words, *more)).stdout)
+        for more in ((), ("--backend", "vllm", "--python", PYTHON))
+    )
+    assert theirs["versions"]["vllm"].startswith("0.")
+    a, b = ([m["value"] for r in each["tasks"][0]["metrics"] for m in r["models"]] for each in (ours, theirs))
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_what_vllm_does_not_load_is_named_with_the_way_out(cli: Cli, forms: Forms) -> None:
+    asked = ("--suite", "quick", "--limit", 2, "--backend", "vllm", "--python", PYTHON)
+    raw = cli("eval", portable(forms), *asked)
+    assert raw.returncode == 1
+    assert "has mhconvert's own class of mla, which vllm does not load" in raw.stderr
+    assert f"mhconvert export {portable(forms)} --to auto" in raw.stderr
+    adapter = cli("eval", forms.adapter, *asked)
+    assert adapter.returncode == 1
+    assert "mhconvert merge" in adapter.stderr
+
+
+def _worst(found: list[dict[str, Any]], expected: list[torch.Tensor]) -> float:
+    """The largest difference of log-probabilities."""
+    pairs = zip(found, expected, strict=True)
+    return max((torch.tensor(row["logprobs"]) - scores).abs().max().item() for row, scores in pairs)
+
+
+def _done(run: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert run.returncode == 0, run.stderr
+    return run
