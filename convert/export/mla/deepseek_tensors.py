@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,8 @@ def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype:
 
     kept = {name: value for name, value in config.to_dict().items() if name in PLAIN}
     kept["rope_parameters"] = kept["rope_parameters"] | {"rope_theta": theta}
+    if to == "youtu":
+        kept |= _of_a_row(kept["rope_parameters"], shape)
     widths = {
         "kv_lora_rank": shape.kv_lora_rank,
         "q_lora_rank": None,
@@ -177,6 +180,20 @@ def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype:
     stock.architectures = [CLASSES[to]]
     stock.dtype = dtype
     return stock
+
+
+def _of_a_row(rope: dict[str, Any], shape: LatentShape) -> dict[str, Any]:
+    """head_dim of a cached row, by which vLLM sizes the cache of a class that it does not know, and RoPE beside it.
+
+    Youtu's own RoPE turns all of head_dim; of the types that turn a share of it, linear with factor 1 is the same.
+    """
+    row, turned = shape.kv_lora_rank + shape.qk_rope_head_dim, shape.qk_rope_head_dim
+    share = turned / row
+    if int(row * share) < turned:  # as transformers computes it
+        share = math.nextafter(share, 1.0)
+    if rope.get("rope_type", "default") == "default":
+        rope = rope | {"rope_type": "linear", "factor": 1.0}
+    return {"head_dim": row, "rope_parameters": rope | {"partial_rotary_factor": share}}
 
 
 def write_config(plan: Plan, folder: Path) -> None:

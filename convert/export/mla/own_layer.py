@@ -111,8 +111,10 @@ def served_config(config: Any, eps: float) -> Any:
     for name in ("rope_in_latent", "attention_softcap", "qk_norm"):
         values.pop(name)
     nope, rope = config.qk_nope_head_dim, 2 * len(config.layer_frequencies(0))
+    rank = config.latent_rank(0)
     values |= {
-        "kv_lora_rank": config.latent_rank(0),
+        "head_dim": rank + rope,  # by which vLLM sizes the cache of a class that it does not know
+        "kv_lora_rank": rank,
         "qk_rope_head_dim": rope,
         "v_head_dim": padded_value(nope, rope, config.v_head_dim),
         "latent_norm_eps": eps,

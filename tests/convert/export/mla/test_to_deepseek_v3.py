@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mhconvert.convert.export import engine_support, same_outputs, verify_folder
-from mhconvert.convert.export.mla import deepseek_tensors, to_deepseek_v3
+from mhconvert.convert.export.mla import deepseek_layer, deepseek_tensors, to_deepseek_v3
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.errors import CheckpointError, ExportError, OutputError, ProofError
 from tests.convert.conversions import (
@@ -82,6 +82,26 @@ def test_the_stock_class_computes_what_ours_does(tmp_path: Path, to: str, donor:
     assert (config["qk_nope_head_dim"], config["qk_rope_head_dim"]) == (donor.get("head_dim", 64), 64)
     assert not list((tmp_path / "out").glob("*.py"))
     assert json.loads((tmp_path / "out" / "mhconvert.json").read_text())["exported"]["to"] == to
+
+
+def test_youtus_head_is_a_cached_row_and_its_rope_is_not(plain: Path, tmp_path: Path) -> None:
+    """vLLM takes head_dim for the size of the cache; RoPE turns qk_rope_head_dim elements all the same."""
+    to_deepseek_v3.export_checkpoint(str(plain), "youtu", str(tmp_path / "out"), device="cpu", verify=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["head_dim"] == AutoConfig.from_pretrained(tmp_path / "out").head_dim == 96 + 64
+    model = loaded(tmp_path / "out")
+    donors = ours(plain).model.rotary_emb.inv_freq
+    torch.testing.assert_close(
+        model.model.rotary_emb.inv_freq, donors
+    )  # 64 elements of 64, in the donor's order
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(1, 2), (48, 64), (413, 98), (512, 64), (2971, 256)])
+def test_youtus_share_is_whole(rank: int, rope: int) -> None:
+    shape = deepseek_layer.LatentShape(1, rank, 64, rope, 64, 64)
+    made = deepseek_tensors._of_a_row({"rope_type": "llama3"}, shape)
+    assert int(made["head_dim"] * made["rope_parameters"]["partial_rotary_factor"]) == rope
+    assert made["rope_parameters"]["rope_type"] == "llama3"
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, LINEAR])
