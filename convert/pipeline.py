@@ -107,6 +107,8 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     calibration_rows.check(recipe, donor.config)
     dtype = cost_estimate.output_dtype(recipe, donor)
     twin = build_method(recipe.method, donor.config, largest.settings, recipe.effort)  # an example changes it
+    if method.notice and recipe.tolerance is None:
+        on_progress(Progress("donor", 1, 1, method.notice))
     provenance.try_config(twin.example_config(), twin.model_class, donor, dtype)
     return donor, method
 

@@ -52,6 +52,26 @@ def test_auto_takes_deepseek_and_says_why(cli: Cli, here: Cli, portable: Path, t
     assert "is an export already" in again.stderr
 
 
+def test_an_engine_is_asked_for_and_a_row_padded_for_it(
+    main: Main, capsys: pytest.CaptureFixture[str], portable: Path, tmp_path: Path
+) -> None:
+    """vLLM takes no row of 96 + 64 elements; SGLang takes DeepSeek-V3's class and not the one of our own."""
+    out = tmp_path / "out"
+    assert main("export", portable, "--to", "auto", "--for", "vllm", "-o", out, "--quiet") == 1
+    said = capsys.readouterr().err
+    assert "vllm does not take this export: vLLM 0.32 on GPUs: its latent caches take" in said
+    assert "96 + 64 = 160; --pad-row 320 widens it with zeros" in said
+    assert main("export", portable, "--to", "own", "--for", "sglang", "-o", out, "--quiet") == 1
+    assert "sglang does not take this export" in capsys.readouterr().err
+    assert not out.exists()
+    words = ("export", portable, "--to", "auto", "--for", "vllm", "--pad-row", 576, "-o", out)
+    assert main(*words) == 0
+    said = capsys.readouterr().out
+    assert "row 160 → 576, by zeros" in said
+    assert "vLLM 0.32 on CPUs" in said
+    assert json.loads((out / "config.json").read_text())["kv_lora_rank"] == 512
+
+
 @pytest.mark.parametrize(
     ("to", "message"),
     [

@@ -22,6 +22,7 @@ from ...storage.dtype_cast import cast
 from ...storage.safetensors_reader import SafetensorsSource
 from ..engine_support import padded_value
 from .deepseek_layer import EPS, Fold, LatentShape, dense_attention, fold, series_order, series_theta
+from .padded_row import padded, padded_rank
 
 CLASSES = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
 ROPE_TYPES = {"deepseek_v3": ("default",), "youtu": ("default", "linear", "llama3")}
@@ -102,14 +103,17 @@ def _rotary_refusal(config: Any) -> str | None:
     return None
 
 
-def plan(config: Any, to: str, dtype: torch.dtype, pad_values: bool = True) -> Plan:
+def plan(
+    config: Any, to: str, dtype: torch.dtype, pad_values: bool = True, pad_row: int | None = None
+) -> Plan:
     """The stock configuration and shapes of a converted checkpoint with the MLA configuration `config`.
 
     Args:
         config: of the checkpoint.
         to: a key of CLASSES.
         dtype: of the weights to write.
-        pad_values: whether values are padded to a width that kernels take, where the class has such kernels.
+        pad_values: whether values are padded to a width that kernels take.
+        pad_row: elements of a cached row that the latent is widened to with zeros; None: as it is.
 
     Raises:
         ExportError: naming the feature that would be lost.
@@ -125,12 +129,9 @@ def plan(config: Any, to: str, dtype: torch.dtype, pad_values: bool = True) -> P
     series = [series_order(config.layer_frequencies(index)) for index in range(config.num_hidden_layers)]
     orders, step = [each[1] for each in series if each], next(each[0] for each in series if each)
     rope, value = 2 * len(orders[0]), config.v_head_dim
-    padded = (
-        padded_value(config.qk_nope_head_dim, rope, value) if to == "deepseek_v3" and pad_values else value
-    )
-    shape = LatentShape(
-        config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim, rope, value, padded
-    )
+    wide = padded_value(config.qk_nope_head_dim, rope, value) if pad_values else value
+    rank = padded_rank(config.kv_lora_rank, rope, pad_row)
+    shape = LatentShape(config.num_attention_heads, rank, config.qk_nope_head_dim, rope, value, wide)
     theta = series_theta(config.rope_parameters["rope_theta"], step, rope, config.head_dim)
     return Plan(to, _stock_config(config, to, shape, theta, dtype), shape, orders, dtype)
 
@@ -232,6 +233,7 @@ def tensors(
             if name.startswith("self_attn.")
         }
         factors = layer_fold(plan, config, largest)
+        attention = padded(attention, config.kv_lora_rank, plan.shape.kv_lora_rank)
         made = dense_attention(attention, plan.shape, factors, plan.orders[index])
         rest = {name: value for name, value in own.items() if not name.startswith("self_attn.")}
         rest["mlp.down_proj.weight"] = rest["mlp.down_proj.weight"].double() * residual

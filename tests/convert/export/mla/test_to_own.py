@@ -54,7 +54,7 @@ def test_the_folder_is_whole(source: Path, tmp_path: Path) -> None:
     assert (
         "`MLAServedQwen2ForCausalLM`, whose code is in this folder: a cache of 224 elements a token" in card
     )
-    assert "| vLLM | yes |" in card
+    assert "| vLLM 0.32 on GPUs | no | its latent caches take" in card
     record = json.loads((tmp_path / "out" / "mhconvert.json").read_text())
     assert record["exported"]["checkpoint"] == str(source)
     assert set(record["sha256"]) == {p.name for p in (tmp_path / "out").iterdir()} - {"mhconvert.json"}
