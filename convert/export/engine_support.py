@@ -1,7 +1,8 @@
 """Which serving engines load an export, from the sizes of its attention and the dtype of its weights alone.
 
-What was run says so: transformers 5.16.1 and 5.23, vLLM 0.32 on a CPU, llama.cpp of 2026. The rest was read in sources
-(vLLM 0.32 on GPUs, SGLang 0.5.23).
+What was run says so: transformers 5.16.1 and 5.23, vLLM 0.32 on a CPU, llama.cpp of 2026. The rest was read in sources:
+vLLM 0.32 on GPUs, SGLang 0.5.23, and of 2026 mlx-lm (models/deepseek_v3.py, utils.py) and exllamav3
+(architecture/deepseek_v3.py, modules/mla_attn.py, modules/linear.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from ..methods.mla.engine_rows import FAST_ROW, KERNEL_SHAPES, ROWS, VLLM
 
 Engine = tuple[str, bool, str]  # its name, whether it serves the export with the small cache, how or why not
 Named = Literal["vllm", "sglang", "llama.cpp", "transformers"]
+MLX_LAYERS = 61  # tensors of a layer of this index are left aside, as those of DeepSeek's prediction layer
+UNKNOWN = "does not know the class"
 FLOAT16 = (
     "any of them in float16",
     False,
@@ -25,12 +28,13 @@ FLOAT16 = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of an export's attention. The cache holds `row` elements per token and layer."""
+    """Widths of an export's attention, and its number of layers. The cache holds `row` elements per token and layer."""
 
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    layers: int = 1
 
     @property
     def row(self) -> int:
@@ -56,7 +60,11 @@ def _engines(to: str, sizes: Sizes, dtype: str) -> list[Engine]:
     table = [("transformers ≥ 5.16.1", True, f"{code}caches latent and rotary key (run)")]
     if to == "own":
         unknown = "its fallback has no latent attention and would cache expanded keys (read in source)"
-        others = [("SGLang", False, unknown), ("llama.cpp", False, "does not know the class")]
+        others = [
+            ("SGLang", False, unknown),
+            ("llama.cpp", False, UNKNOWN),
+            ("MLX, exllamav3", False, UNKNOWN),
+        ]
         return [*table, *_vllm(to, sizes, dtype), *others]
     expanded = "loads and computes the same, but caches expanded keys and values"
     table += [("transformers < 5.16.1", False, expanded), FLOAT16, *_vllm(to, sizes, dtype)]
@@ -66,11 +74,22 @@ def _engines(to: str, sizes: Sizes, dtype: str) -> list[Engine]:
             *table,
             ("SGLang", False, unknown),
             ("llama.cpp", False, "loses RoPE scaling; export to gguf refuses it"),
+            ("MLX, exllamav3", False, UNKNOWN),
         ]
     return [
         *table,
         ("SGLang", True, "as DeepSeek-V3 (read in source)"),
         ("llama.cpp", True, "after export to gguf, with a BPE tokenizer that it knows (run)"),
+        (
+            "MLX",
+            _mlx(sizes) is None,
+            _mlx(sizes) or "mlx-lm, as DeepSeek-V3; caches the latent (read in source)",
+        ),
+        (
+            "exllamav3",
+            False,
+            "loads weights in float16, in which the latent's norm leaves its range (read in source)",
+        ),
     ]
 
 
@@ -101,6 +120,13 @@ def _vllm(to: str, sizes: Sizes, dtype: str) -> list[Engine]:
         (f"{VLLM} on GPUs", on_gpu is None, on_gpu or f"{how};{wide} {fast} (read in source)"),
         (f"{VLLM} on CPUs", on_cpu is None, on_cpu or f"{how} (run)"),
     ]
+
+
+def _mlx(sizes: Sizes) -> str | None:
+    """Why mlx-lm does not take an export; None where it does."""
+    if sizes.layers <= MLX_LAYERS:
+        return None
+    return f"mlx-lm leaves the tensors of layer {MLX_LAYERS} aside, and this has {sizes.layers} layers (read in source)"
 
 
 def _row(sizes: Sizes) -> str | None:

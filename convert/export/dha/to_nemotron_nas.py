@@ -101,19 +101,11 @@ def engines(config: Any, plans: list[GroupPlan]) -> list[Engine]:
     uneven = len({plan.groups for plan in plans}) > 1
     rope = config.rope_parameters.get("rope_type", "default")
     sglang = "wants the same number of KV heads in every layer" if uneven else None
-    llama_cpp = next(
-        (
-            reason
-            for reason, holds in {
-                f"has heads of hidden_size / num_attention_heads only, and these have {config.head_dim}": (
-                    config.head_dim * config.num_attention_heads != config.hidden_size
-                ),
-                f"its converter drops {rope} scaling of RoPE": rope not in ("default", "linear", "llama3"),
-            }.items()
-            if holds
-        ),
-        None,
-    )
+    narrow = None
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        narrow = f"has heads of hidden_size / num_attention_heads only, and these have {config.head_dim}"
+    dropped = rope not in ("default", "linear", "llama3")
+    llama_cpp = narrow or (f"its converter drops {rope} scaling of RoPE" if dropped else None)
     if config.mlp_bias:
         sglang = "drops the biases of the MLP"
     return [
@@ -125,6 +117,8 @@ def engines(config: Any, plans: list[GroupPlan]) -> list[Engine]:
             llama_cpp is None,
             llama_cpp or "after its own conversion to GGUF, where that knows the tokenizer",
         ),
+        ("MLX", narrow is None, narrow or "mlx-lm, as nemotron-nas (read in source)"),
+        ("exllamav3", True, "as DeciLMForCausalLM (read in source)"),
     ]
 
 

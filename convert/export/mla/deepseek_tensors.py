@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,16 @@ from ...methods.refusals import STOCK_BLOCKS
 from ...storage.dtype_cast import cast
 from ...storage.safetensors_reader import SafetensorsSource
 from ..engine_support import padded_value
-from .deepseek_layer import EPS, Fold, LatentShape, dense_attention, fold, series_order, series_theta
+from .deepseek_layer import (
+    EPS,
+    Fold,
+    LatentShape,
+    dense_attention,
+    fold,
+    of_a_row,
+    series_order,
+    series_theta,
+)
 from .padded_row import padded, padded_rank
 
 CLASSES = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
@@ -151,7 +159,7 @@ def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype:
     kept = {name: value for name, value in config.to_dict().items() if name in PLAIN}
     kept["rope_parameters"] = kept["rope_parameters"] | {"rope_theta": theta}
     if to == "youtu":
-        kept |= _of_a_row(kept["rope_parameters"], shape)
+        kept |= of_a_row(kept["rope_parameters"], shape)
     widths = {
         "kv_lora_rank": shape.kv_lora_rank,
         "q_lora_rank": None,
@@ -183,23 +191,14 @@ def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype:
     return stock
 
 
-def _of_a_row(rope: dict[str, Any], shape: LatentShape) -> dict[str, Any]:
-    """head_dim of a cached row, by which vLLM sizes the cache of a class that it does not know, and RoPE beside it.
-
-    Youtu's own RoPE turns all of head_dim; of the types that turn a share of it, linear with factor 1 is the same.
-    """
-    row, turned = shape.kv_lora_rank + shape.qk_rope_head_dim, shape.qk_rope_head_dim
-    share = turned / row
-    if int(row * share) < turned:  # as transformers computes it
-        share = math.nextafter(share, 1.0)
-    if rope.get("rope_type", "default") == "default":
-        rope = rope | {"rope_type": "linear", "factor": 1.0}
-    return {"head_dim": row, "rope_parameters": rope | {"partial_rotary_factor": share}}
-
-
 def write_config(plan: Plan, folder: Path) -> None:
-    """Write config.json with every key, since some engines do not know the class's defaults."""
+    """Write config.json with every key, since some engines do not know the class's defaults.
+
+    RoPE is stated twice where it is plain: as transformers 5 reads it, and as MLX does, which assumes 10000 otherwise.
+    """
     content = plan.config.to_dict()
+    if plan.to == "deepseek_v3":
+        content |= {"rope_theta": content["rope_parameters"]["rope_theta"], "rope_scaling": None}
     content["dtype"] = content["torch_dtype"] = str(plan.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(
         json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"

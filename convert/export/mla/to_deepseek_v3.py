@@ -126,7 +126,11 @@ def _report(
     """
     shape, dtype = plan.shape, str(plan.dtype).removeprefix("torch.")
     sizes = engine_support.Sizes(
-        shape.kv_lora_rank, shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.padded_v_head_dim
+        shape.kv_lora_rank,
+        shape.qk_nope_head_dim,
+        shape.qk_rope_head_dim,
+        shape.padded_v_head_dim,
+        plan.config.num_hidden_layers,
     )
     return {
         "checkpoint": reference,

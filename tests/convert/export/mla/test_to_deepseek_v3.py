@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mhconvert.convert.donor.gguf_reader import read_gguf_header
@@ -100,7 +101,7 @@ def test_youtus_head_is_a_cached_row_and_its_rope_is_not(plain: Path, tmp_path: 
 @pytest.mark.parametrize(("rank", "rope"), [(1, 2), (48, 64), (413, 98), (512, 64), (2971, 256)])
 def test_youtus_share_is_whole(rank: int, rope: int) -> None:
     shape = deepseek_layer.LatentShape(1, rank, 64, rope, 64, 64)
-    made = deepseek_tensors._of_a_row({"rope_type": "llama3"}, shape)
+    made = deepseek_layer.of_a_row({"rope_type": "llama3"}, shape)
     assert int(made["head_dim"] * made["rope_parameters"]["partial_rotary_factor"]) == rope
     assert made["rope_parameters"]["rope_type"] == "llama3"
 
@@ -306,6 +307,68 @@ def test_a_padded_row_computes_the_same_and_says_what_it_costs(
         ids = token_ids(3, 40, seed=7)
         made = loaded(tmp_path / "out") if to != "own" else ours(tmp_path / "out")
         assert relative(logits(made, ids), logits(ours(plain), ids)) < 2e-5
+
+
+# Of mlx-lm's ModelArgs of DeepSeek-V3, the fields of a dense model with their defaults, which are another model's.
+MLX_FIELDS: dict[str, Any] = {
+    **{"vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30},
+    **{"num_attention_heads": 32, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64},
+    **{
+        "v_head_dim": 128,
+        "qk_nope_head_dim": 128,
+        "first_k_dense_replace": 0,
+        "max_position_embeddings": 2048,
+    },
+    **{"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False},
+}
+
+
+def test_what_mlx_reads_of_the_config_is_there_and_means_the_same(tmp_path: Path) -> None:
+    """mlx-lm takes its own default for a key that is missing, such as a rope_theta of 10000, without a word."""
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    source = checkpoint(tmp_path / "tiny-mla", rope=rope, head_dim=128, hidden=64)
+    to_deepseek_v3.export_checkpoint(
+        str(source), "deepseek_v3", str(tmp_path / "out"), device="cpu", verify=False
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.keys() >= MLX_FIELDS.keys()
+    read, model = {key: config[key] for key in MLX_FIELDS}, AutoConfig.from_pretrained(tmp_path / "out")
+    assert read["rope_theta"] == model.rope_parameters["rope_theta"] == pytest.approx(500000.0**0.5)
+    assert (read["rope_scaling"], read["q_lora_rank"], read["attention_bias"]) == (None, None, False)
+    assert read["first_k_dense_replace"] == read["num_hidden_layers"] == 2  # no layer has experts
+    assert read["rms_norm_eps"] == 1e-6  # that of its norm of the latent, whatever this key says
+    assert config["model_type"] == "deepseek_v3"
+    stored = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert "lm_head.weight" in stored  # it has no tied embeddings
+    assert {name.split(".")[4] for name in stored if ".self_attn." in name} == {
+        *("q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+    }
+    # Those without a default in exllamav3, which loads the form and then rounds it to float16.
+    needed = (
+        "moe_intermediate_size",
+        "n_routed_experts",
+        "rms_norm_eps",
+        "intermediate_size",
+        "kv_lora_rank",
+    )
+    assert all(isinstance(config[key], (int, float)) for key in needed)
+    assert config["hidden_act"] == "silu"
+
+
+def test_engines_that_were_read_and_not_run_say_so() -> None:
+    def why(to: str, layers: int) -> dict[str, tuple[bool, str]]:
+        rows = engine_support.engines(to, engine_support.Sizes(512, 128, 64, 128, layers))
+        return {str(engine): (bool(yes), str(how)) for engine, yes, how in rows}
+
+    assert why("deepseek_v3", 61)["MLX"] == (
+        True,
+        "mlx-lm, as DeepSeek-V3; caches the latent (read in source)",
+    )
+    assert why("deepseek_v3", 62)["MLX"][0] is False
+    assert "62 layers" in why("deepseek_v3", 62)["MLX"][1]
+    assert why("deepseek_v3", 2)["exllamav3"][0] is False
+    for to in ("own", "youtu"):
+        assert why(to, 2)["MLX, exllamav3"] == (False, "does not know the class")
 
 
 def test_a_padded_row_in_a_gguf(plain: Path, tmp_path: Path) -> None:
