@@ -115,7 +115,7 @@ def _vllm(to: str, sizes: Sizes, dtype: str) -> list[Engine]:
     }.get(to, "as DeepSeek-V3")
     wide = " --dtype bfloat16, as its GPU kernels have no float32;" if dtype == "float32" else ""
     fast = "FlashMLA and its like, or Triton" if _fast(sizes) is None else "its Triton kernel alone"
-    on_gpu, on_cpu = _row(sizes) or _prefill(sizes), _row(sizes) or _fast(sizes)
+    on_gpu, on_cpu = _row(sizes) or _prefill(sizes), _fast(sizes)
     return [
         (f"{VLLM} on GPUs", on_gpu is None, on_gpu or f"{how};{wide} {fast} (read in source)"),
         (f"{VLLM} on CPUs", on_cpu is None, on_cpu or f"{how} (run)"),

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mhconvert.convert.donor.gguf_reader import read_gguf_header
 from mhconvert.convert.export import engine_support, forms, same_outputs, verify_folder
 from mhconvert.convert.export.mla import deepseek_layer, deepseek_tensors, padded_row, to_deepseek_v3
+from mhconvert.convert.methods import registry
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.errors import CheckpointError, ExportError, OutputError, ProofError
 from tests.convert.conversions import (
@@ -52,6 +53,7 @@ def loaded(folder: Path) -> Any:
 
 
 def ours(folder: Path) -> Any:
+    registry.register("mla")
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 
 
