@@ -107,6 +107,12 @@ def require(rows: Sequence[Engine], engine: Named) -> None:
         raise ExportError(f"{engine} does not take this export: {reasons}")
 
 
+def warning(rows: Sequence[Sequence[str | bool]]) -> str | None:
+    """What a user should know before an export is written that vLLM refuses when the first request comes; or None."""
+    own = [row for row in rows if str(row[0]).startswith(VLLM)]
+    return None if any(serves for _, serves, _ in own) else f"{VLLM} will refuse it: {own[0][2]}"
+
+
 def _vllm(to: str, sizes: Sizes, dtype: str) -> list[Engine]:
     """vLLM's rows for any of these forms: all have one latent cache, and the class is its own or found by structure."""
     how = {

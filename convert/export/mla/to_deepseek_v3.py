@@ -51,7 +51,6 @@ def export_checkpoint(
         output, dtype, pad_row, engine, verify, force, dry_run, device, trust_remote_code: as in `forms.Options`.
         pad_values: whether values are padded to the width of the narrowest kernel that takes them.
         seed: of the text on which export and checkpoint are compared.
-
     Returns:
         What `_report` returns, with output_bytes, verified and seconds unless it is a dry run.
 
@@ -68,7 +67,8 @@ def export_checkpoint(
     check_free(place, force, opened.folder)
     if dry_run:
         return report
-    expected = _expected(opened, reference, seed, tell)
+    tell(Progress("donor", 0, 1, engine_support.warning(report["engines"]) or reference))
+    expected = same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell)
     with whole_folder(place, _room(plan, source, opened.config), force=force) as partial:
         report["output_bytes"] = _write(partial, plan, source, opened.config, expected.latents, tell)
         _write_rest(partial, opened, plan, place.name, report)
@@ -77,14 +77,6 @@ def export_checkpoint(
         write_record(partial, report, read_record(opened.folder).get("donor") or {})
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
-
-
-def _expected(
-    opened: open_model.OpenModel, reference: str, seed: int, tell: Listener
-) -> same_outputs.Expected:
-    """What the checkpoint computes on text of its own."""
-    tell(Progress("donor", 0, 1, reference))
-    return same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell)
 
 
 def _open(reference: str, to: str, device: str | None, trust: bool) -> open_model.OpenModel:

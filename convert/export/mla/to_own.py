@@ -69,7 +69,7 @@ def export_checkpoint(
     report = _report(reference, place, config, served, source, kind, s, engine)
     if dry_run:
         return report
-    tell(Progress("donor", 0, 1, reference))
+    tell(Progress("donor", 0, 1, engine_support.warning(report["engines"]) or reference))
     expected = same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell) if verify else None
     with whole_folder(place, _room(source, config, served, kind), force=force) as partial:
         report["output_bytes"] = _write(partial, source, config, served, kind, s, tell)
