@@ -31,6 +31,7 @@ class DHASettings(Settings):
 
     fault = BudgetError
     instead_of_budget: ClassVar[dict[str, str]] = {"plan": "the heads of every layer by --plan"}
+    earlier: ClassVar[dict[str, Any]] = {"equal_heads": False}
 
     kv_budget: Annotated[
         float,
