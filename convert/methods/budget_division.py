@@ -38,10 +38,15 @@ class LayerNeed:
         return self.divergence * math.exp(_interpolated(share, self.shares, logs) - at_probe)
 
     def unconstrained(self) -> LayerNeed:
-        """The need of the same layer without the constraint; its divergence is in proportion to its error."""
+        """The need of the same layer without the constraint; its divergence is in proportion to its error.
+
+        The whole share is the donor's layer, without an error.
+        """
         shares, errors = ([pair[part] for pair in self.free] for part in (0, 1))
         nearest = min(shares, key=lambda share: abs(share - self.probed))
         ratio = errors[shares.index(nearest)] / max(self.errors[list(self.shares).index(self.probed)], EXACT)
+        if shares[-1] < 1:
+            shares, errors = [*shares, 1.0], [*errors, 0.0]
         return LayerNeed(shares, errors, nearest, self.divergence * ratio)
 
 

@@ -110,7 +110,8 @@ class HeadBudget:
 
     def survey_shares(self) -> tuple[float, ...]:
         """Shares of a donor layer's heads at which a survey measures it."""
-        every = self.levels[:-1] if self.equal else list(range(self.least, self.most, self.step))
+        # Levels lie far apart, so that what lies beyond the last one measured would be a guess.
+        every = self.levels if self.equal else list(range(self.least, self.most, self.step))
         numbers = every or [self.least]
         if len(numbers) > SURVEYED:
             ratio = (numbers[-1] / numbers[0]) ** (1 / (SURVEYED - 1))

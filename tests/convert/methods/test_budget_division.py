@@ -84,3 +84,4 @@ def test_the_need_without_a_constraint_is_in_proportion_to_the_errors() -> None:
     free = layer.unconstrained()
     assert (free.probed, free.divergence) == (0.2, pytest.approx(0.75))
     assert free.divergence_at(0.6) == pytest.approx(0.25)
+    assert free.divergence_at(1.0) < 1e-6  # the donor's own layer

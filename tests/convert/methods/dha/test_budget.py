@@ -279,7 +279,7 @@ def test_equal_heads_go_where_they_are_needed() -> None:
     method = DHA(make_config(heads=8, kv_heads=8, layers=4), DHASettings(0.5, equal_heads=True), "default")
     assert method.heads == [8] * 4
     shares = method.survey_shares
-    assert shares == (1 / 8, 2 / 8, 4 / 8)
+    assert shares == (1 / 8, 2 / 8, 4 / 8, 1.0)  # the whole too: nothing is extrapolated
     needs = [LayerNeed(shares, [2.0 ** (-8 * s) for s in shares], shares[0], n) for n in (0.1, 0.1, 5.0, 0.1)]
     method.share_out(needs)
     assert method.heads == [4, 4, 16, 8] or sorted(method.heads) == [4, 4, 8, 16]
@@ -287,6 +287,15 @@ def test_equal_heads_go_where_they_are_needed() -> None:
     assert method.layer_sizes(2) == {"kv_heads": 16}
     assert method.totals() == {}  # the survey measured no free plan
     assert DHA(make_config(heads=8, kv_heads=8), DHASettings(0.5), "default").unconstrained is None
+
+
+def test_equal_heads_of_two_levels_use_the_budget() -> None:
+    """SmolLM2's shape: three KV heads are read by nine query heads in groups of one size or as they are."""
+    config = make_config(heads=9, kv_heads=3, layers=4, hidden=144)
+    method = DHA(config, DHASettings(2 / 3, equal_heads=True), "default")
+    assert method.survey_shares == (1 / 3, 1.0)
+    method.share_out([LayerNeed((1 / 3, 1.0), (0.4, 0.0), 1 / 3, n) for n in (0.1, 0.3, 0.2, 0.1)])
+    assert method.heads == [2, 6, 6, 2]
 
 
 def test_a_plan_of_equal_heads() -> None:
