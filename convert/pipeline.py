@@ -107,6 +107,8 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     calibration_rows.check(recipe, donor.config)
     dtype = cost_estimate.output_dtype(recipe, donor)
     twin = build_method(recipe.method, donor.config, largest.settings, recipe.effort)  # an example changes it
+    if method.notice and recipe.tolerance is None:
+        on_progress(Progress("donor", 1, 1, method.notice))
     provenance.try_config(twin.example_config(), twin.model_class, donor, dtype)
     return donor, method
 
@@ -114,6 +116,8 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
 def _convert_layers(context: ConversionContext, space: Workspace) -> tuple[Method, dict[str, Any]]:
     """Convert and write every layer, from the first that is not finished; returns the method and the report."""
     method = context.planned_method()
+    if method.divisible and method.notice and context.recipe.tolerance is None:
+        context.on_progress(Progress("survey", context.layers, context.layers, method.notice))
     total, length = context.layers, context.rows.fit.shape[1]
     for index, chosen in enumerate(space.layers):
         method.restore(index, chosen)

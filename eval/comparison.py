@@ -62,8 +62,7 @@ def evaluate(
         need_donor, kv = bool(settings.text), settings.kv_cache_dtype
         opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress, kv)
         text_rows = _text_rows(settings, opened)
-        candidates = candidates_of(opened, settings)
-        run = Run(settings, store, fresh, on_progress)
+        candidates, run = candidates_of(opened, settings), Run(settings, store, fresh, on_progress)
         on_texts = _measure_texts(run, candidates, text_rows)
         candidates, left_out = _without_unloadable(run, candidates, checkpoints)
         outcomes, probes = _measure_models(run, candidates, tasks)

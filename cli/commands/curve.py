@@ -53,6 +53,7 @@ FIELDS = (
     "profile",
     "kv_bits",
     "uniform",
+    "equal_heads",
     "regroup",
     "min_heads",
     "max_heads",

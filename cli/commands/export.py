@@ -39,6 +39,17 @@ Dtype = Annotated[
     Literal["float32", "bfloat16"] | None, typer.Option(help="Of an mla export's weights; their own.")
 ]
 Kind = Annotated[Literal["f32", "f16", "bf16", "q8_0"], typer.Option(help="gguf: of its weights.")]
+PadRow = Annotated[
+    Literal["320", "512", "576"] | None,
+    typer.Option(
+        "--pad-row",
+        help="mla: widen the latent with zeros until a row has so many elements, for vLLM; it says what it costs.",
+    ),
+]
+For = Annotated[
+    Literal["vllm", "sglang", "llama.cpp", "transformers"] | None,
+    typer.Option("--for", help="Refuse what this engine does not take; auto: take a form that it does."),
+]
 Duplicate = Annotated[
     bool,
     typer.Option(
@@ -72,6 +83,8 @@ def command(
     base: common.Base = None,
     dtype: Dtype = None,
     kind: Kind = "bf16",
+    pad_row: PadRow = None,
+    engine: For = None,
     duplicate: Duplicate = False,
     no_verify: NoProof = False,
     dry_run: Preflight = False,
@@ -96,6 +109,8 @@ def command(
                 base=base,
                 dtype=dtype,
                 kind=kind,
+                pad_row=None if pad_row is None else int(pad_row),
+                engine=engine,
                 duplicate=duplicate,
                 verify=not no_verify,
                 force=force,
@@ -131,6 +146,7 @@ def show(report: dict[str, Any], console: Any) -> None:
     table.add_column("", justify="right")
     for name, value in (
         ("KV cache a token", size(cache) if cache else None),
+        *padded(report),
         ("logits, relative error", f"{found['relative_logit_error']:.3g}" if found else None),
         ("greedy continuation", ("the same" if found["greedy_equal"] else "another") if found else None),
         ("size", size(report["output_bytes"]) if report.get("output_bytes") else None),
@@ -140,6 +156,22 @@ def show(report: dict[str, Any], console: Any) -> None:
     console.print(table)
     if report.get("engines"):
         show_engines(report["engines"], console)
+
+
+def padded(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The row of a report that says what a wider latent costs; none where it is as it was."""
+    from ...eval.report.units import size
+
+    cost = report.get("padded_row")
+    if not cost:
+        return []
+    row, held = cost["row"], {name: size(count) for name, count in cost["kv_bytes_per_token"].items()}
+    return [
+        (
+            f"row {row['from']} → {row['to']}, by zeros",
+            f"{held['from']} → {held['to']}; donor {held['donor']}",
+        )
+    ]
 
 
 def show_engines(engines: list[list[Any]], console: Any) -> None:

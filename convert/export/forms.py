@@ -18,8 +18,16 @@ from ..methods import registry
 from ..methods.registry import ADAPTERS, Form, MethodInfo, info
 from ..storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ..storage.safetensors_reader import read_json
+from .engine_support import Named
 
-CHOICES = ("base", "dtype", "kind", "duplicate")  # options that no other form has a use for
+CHOICES = {  # options that no other form has a use for, and their flags
+    "base": "--base",
+    "dtype": "--dtype",
+    "kind": "--kind",
+    "pad_row": "--pad-row",
+    "engine": "--for",
+    "duplicate": "--duplicate",
+}
 LOSSES = (ExportError, UnsupportedError)  # after which `auto` looks at the next form
 
 
@@ -31,6 +39,8 @@ class Options:
     base: an adapter's base model; None: the one that it names.
     dtype: of the weights; None: their own.
     kind: of a GGUF file's matrices.
+    pad_row: elements of a row of an mla cache that the latent is widened to with zeros; None: as it is.
+    engine: an engine that has to take the export; None: what each takes is said, and nothing refused.
     duplicate: whether heads may be cached twice where groups do not come out equal.
     verify: whether the result is reloaded in a bare process and compared.
     force: whether an existing output is replaced.
@@ -44,6 +54,8 @@ class Options:
     base: str | None = None
     dtype: str | None = None
     kind: str = "bf16"
+    pad_row: int | None = None
+    engine: Named | None = None
     duplicate: bool = False
     verify: bool = True
     force: bool = False
@@ -87,10 +99,10 @@ def export_checkpoint(
 
 def _require_used(options: Options, forms: Sequence[Form], to: str) -> None:
     """Raises ExportError for an option that none of `forms` takes, which would be ignored."""
-    for name in CHOICES:
+    for name, flag in CHOICES.items():
         given = getattr(options, name) != getattr(Options, name)
         if given and not any(name in _arguments(form) for form in forms):
-            raise ExportError(f"--{name} does not apply to an export to {to}; leave it out")
+            raise ExportError(f"{flag} does not apply to an export to {to}; leave it out")
 
 
 def _arguments(form: Form) -> Mapping[str, inspect.Parameter]:

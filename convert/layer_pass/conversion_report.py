@@ -36,7 +36,7 @@ def conversion_facts(
         "donor_name": donor.name,
         "hub_id": donor.hub_id,
         "licence": donor.licence,
-        "notice": donor.notice,
+        "notice": "; ".join(text for text in (donor.notice, sizes.get("notice")) if text) or None,
         "remote_code": remote_code,
         "dtype": sizes["dtype"],
         "kv_bytes_per_token": {

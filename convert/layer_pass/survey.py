@@ -7,7 +7,7 @@ donor's, which says how much its error changes the model's predictions. Little t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,26 +58,27 @@ def measure_needs(context: ConversionContext) -> list[LayerNeed] | list[LayerSen
     method = _at_any_budget(context.recipe, context.donor)
     if method.surveys_sensitivity:
         return measure_sensitivities(context)
-    return _layer_needs(context, method.survey_shares)
+    return _layer_needs(context, method)
 
 
-def _layer_needs(context: ConversionContext, shares: Sequence[float]) -> list[LayerNeed]:
-    """The need of every layer, measured at those of `shares` that the donor can express."""
-    methods = _methods(context.recipe, context.donor, shares)
+def _layer_needs(context: ConversionContext, method: Method) -> list[LayerNeed]:
+    """The need of every layer, measured at those of the method's shares that the donor can express."""
+    methods = _methods(context.recipe, context.donor, method.survey_shares)
     if not methods:  # layers of so few elements that there is nothing to divide
         return [LayerNeed((1.0,), (1.0,), 1.0, 0.0)] * context.layers
     probed = min(methods, key=lambda share: abs(share - PROBE_BUDGET))
+    free = _unconstrained(context, method)
     streams = _embedded(context)
     errors = []
     for index in range(context.layers):
         context.on_progress(Progress("survey", index, context.layers))
-        errors.append(_survey_layer(context, index, methods, probed, streams))
+        errors.append(_survey_layer(context, index, methods, free, probed, streams))
     divergences = _divergences(context, streams)
     context.donor.release()
     context.on_progress(Progress("survey", context.layers, context.layers))
     return [
-        LayerNeed(tuple(by_share), tuple(by_share.values()), probed, divergence)
-        for by_share, divergence in zip(errors, divergences, strict=True)
+        LayerNeed(tuple(by_share), tuple(by_share.values()), probed, divergence, tuple(freely.items()))
+        for (by_share, freely), divergence in zip(errors, divergences, strict=True)
     ]
 
 
@@ -101,6 +102,14 @@ def _methods(recipe: Recipe, donor: Donor, shares: Sequence[float]) -> dict[floa
     return methods
 
 
+def _unconstrained(context: ConversionContext, method: Method) -> dict[float, Method]:
+    """As `_methods`, without the method's constraint; empty where it has none."""
+    if method.unconstrained is None:
+        return {}
+    recipe = replace(context.recipe, settings=method.unconstrained)
+    return _methods(recipe, context.donor, _at_any_budget(recipe, context.donor).survey_shares)
+
+
 def _embedded(context: ConversionContext) -> _Streams:
     """The streams before the first layer: of the fit's text, its first rows and its last ones."""
     rows = context.rows.fit
@@ -112,9 +121,14 @@ def _embedded(context: ConversionContext) -> _Streams:
 
 
 def _survey_layer(
-    context: ConversionContext, index: int, methods: dict[float, Method], probed: float, streams: _Streams
-) -> dict[float, float]:
-    """The relative error of layer `index` by share; all streams move behind the layer."""
+    context: ConversionContext,
+    index: int,
+    methods: dict[float, Method],
+    free: dict[float, Method],
+    probed: float,
+    streams: _Streams,
+) -> tuple[dict[float, float], dict[float, float]]:
+    """The relative error of layer `index` by share, of `methods` and of `free`; all streams move behind the layer."""
     layer = layer_steps.read_layer(context, index, streams.ids.shape[1])
     before = streams.teacher[streams.fitted :].clone()
     if streams.hidden_with_layer_converted:
@@ -123,16 +137,21 @@ def _survey_layer(
             layer.complete(earlier, layer.attend(layer.attention, layer.attention_inputs(earlier)))
         streams.hidden_with_layer_converted = list(earlier.split(len(before)))
     targets = layer_steps.observe(context, layer, methods[probed], streams.teacher, streams.fitted)
-    errors = {}
+    text = (targets.inputs, targets.targets, layer.position_embeddings)
+
+    def output(method: Method) -> Tensor:
+        return layer.attend(method.convert(targets.statistics, index, *text)[0], targets.held_inputs)
+
+    errors, freely = {}, {}
     for share, method in methods.items():
-        text = (targets.inputs, targets.targets, layer.position_embeddings)
-        attention, _ = method.convert(targets.statistics, index, *text)
-        output = layer.attend(attention, targets.held_inputs)
-        errors[share] = relative_error(output, targets.held_targets)
+        found = output(method)
+        errors[share] = relative_error(found, targets.held_targets)
         if share == probed:
-            layer.complete(before, output)
+            layer.complete(before, found)
+    for share, method in free.items():
+        freely[share] = relative_error(output(method), targets.held_targets)
     streams.hidden_with_layer_converted.append(before)
-    return errors
+    return errors, freely
 
 
 @torch.inference_mode()

@@ -19,12 +19,14 @@ class LayerNeed:
         errors: at each of them, the relative squared error of the attention output after the closed form.
         probed: the one of `shares` at which `divergence` was measured.
         divergence: KL(donor ‖ donor with this layer alone converted), nats per token.
+        free: (share, error) of the same layer without a constraint that `errors` were measured under; empty: none.
     """
 
     shares: Sequence[float]
     errors: Sequence[float]
     probed: float
     divergence: float
+    free: Sequence[Sequence[float]] = ()
 
     def divergence_at(self, share: float) -> float:
         """The divergence expected at `share`, nats per token.
@@ -34,6 +36,23 @@ class LayerNeed:
         logs = [math.log(max(error, EXACT)) for error in self.errors]
         at_probe = logs[list(self.shares).index(self.probed)]
         return self.divergence * math.exp(_interpolated(share, self.shares, logs) - at_probe)
+
+    def unconstrained(self) -> LayerNeed:
+        """The need of the same layer without the constraint; its divergence is in proportion to its error.
+
+        The whole share is the donor's layer, without an error.
+        """
+        shares, errors = ([pair[part] for pair in self.free] for part in (0, 1))
+        nearest = min(shares, key=lambda share: abs(share - self.probed))
+        ratio = errors[shares.index(nearest)] / max(self.errors[list(self.shares).index(self.probed)], EXACT)
+        if shares[-1] < 1:
+            shares, errors = [*shares, 1.0], [*errors, 0.0]
+        return LayerNeed(shares, errors, nearest, self.divergence * ratio)
+
+
+def predicted(needs: Sequence[LayerNeed], elements: Sequence[int], whole: int) -> float:
+    """The sum of the divergences of layers that have `elements` of `whole` each, nats per token."""
+    return sum(need.divergence_at(n / whole) for need, n in zip(needs, elements, strict=True))
 
 
 def divide(
@@ -73,6 +92,32 @@ def divide(
         if elements[layer] < most and left:
             heapq.heappush(queue, gain(layer))
     return elements
+
+
+def divide_in_levels(needs: Sequence[LayerNeed], total: int, levels: Sequence[int], whole: int) -> list[int]:
+    """The elements of each layer, one of `levels` each and at most `total` in all, of least total divergence.
+
+    Exact: for each number of layers and each sum of elements the best division is kept.
+
+    Args:
+        needs: one for each layer.
+        total: at least the least of `levels` for each layer.
+        levels: ascending.
+        whole: the donor's elements per layer.
+    """
+    assert levels[0] * len(needs) <= total
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for index, need in enumerate(needs):
+        costs = [need.divergence_at(level / whole) for level in levels]
+        room = total - levels[0] * (len(needs) - index - 1)
+        grown: dict[int, tuple[float, list[int]]] = {}
+        for used, (lost, chosen) in best.items():
+            for level, cost in zip(levels, costs, strict=True):
+                known = grown.get(used + level)
+                if used + level <= room and (known is None or lost + cost < known[0]):
+                    grown[used + level] = (lost + cost, [*chosen, level])
+        best = grown
+    return min(best.items(), key=lambda item: (item[1][0], item[0]))[1][1]
 
 
 def _interpolated(x: float, points: Sequence[float], values: Sequence[float]) -> float:

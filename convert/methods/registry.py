@@ -78,6 +78,9 @@ class Method(Protocol):
     layer_tokens: int | None = None  # of calibration text that a layer is converted from; None: all of it
     added_tensors: int = 2  # by which a written layer has more than the donor's, at most
     notice: str = ""  # a sentence for the user about the plan, if there is anything to say
+    unconstrained: Any = (
+        None  # settings without a constraint, whose price a survey measures; None: there is none
+    )
     surveys_sensitivity: bool = False  # whether `share_out` takes a `LayerSensitivity` for each layer
 
     def kv_bytes(self, element_bytes: int) -> int:

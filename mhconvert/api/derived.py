@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mhconvert.convert.storage.byte_size import DEFAULT_SHARD_SIZE
 from mhconvert.progress import Listener
@@ -61,6 +61,8 @@ def export(
     base: str | None = None,
     dtype: str | None = None,
     kind: str = "bf16",
+    pad_row: int | None = None,
+    engine: Literal["vllm", "sglang", "llama.cpp", "transformers"] | None = None,
     duplicate: bool = False,
     verify: bool = True,
     force: bool = False,
@@ -79,6 +81,8 @@ def export(
         base: the base model, instead of the one that an adapter names.
         dtype: of the weights; None: their own.
         kind: of a gguf's matrices.
+        pad_row: elements of a row (320, 512 or 576, for vLLM) that an mla latent is widened to with zeros.
+        engine: refuse what this engine refuses; None: the report says what each takes.
         duplicate: let heads of dha be cached twice where that makes groups equal.
         verify: reload in a bare process, compare logits and a greedy continuation, and measure the cache; the export
             is removed where they differ.
@@ -96,9 +100,8 @@ def export(
     """
     from mhconvert.convert.export import forms
 
-    options = forms.Options(
-        output, base, dtype, kind, duplicate, verify, force, dry_run, device, trust_remote_code
-    )
+    form = (output, base, dtype, kind, pad_row, engine, duplicate)
+    options = forms.Options(*form, verify, force, dry_run, device, trust_remote_code)
     return forms.export_checkpoint(checkpoint, to, options, on_progress)
 
 

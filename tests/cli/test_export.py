@@ -52,6 +52,41 @@ def test_auto_takes_deepseek_and_says_why(cli: Cli, here: Cli, portable: Path, t
     assert "is an export already" in again.stderr
 
 
+def test_a_plan_and_a_conversion_say_which_engines_remain(here: Cli, portable: Path, tmp_path: Path) -> None:
+    words = ("--to", "mla", "--profile", "portable", "--kv-budget", 0.75, "--dry-run", "-o", tmp_path / "no")
+    planned = here(portable.parent / "donor", *words)
+    assert planned.returncode == 0, planned.stderr
+    said = "vLLM 0.32 takes latent rows of 320, 512 or 576 elements and not a row of 192 elements"
+    assert said in planned.stdout
+    assert "`export --pad-row 320` widens it with zeros, more than the donor's own 256" in planned.stdout
+    report = json.loads((portable / "report.json").read_text())
+    assert "not a row of 160 elements" in report["notice"]
+    assert "not a row of 160 elements" in (portable / "README.md").read_text()
+
+
+def test_an_engine_is_asked_for_and_a_row_padded_for_it(
+    main: Main, capsys: pytest.CaptureFixture[str], portable: Path, tmp_path: Path
+) -> None:
+    """vLLM takes no row of 96 + 64 elements; SGLang takes DeepSeek-V3's class and not the one of our own."""
+    out = tmp_path / "out"
+    assert main("export", portable, "--to", "auto", "--for", "vllm", "-o", out, "--quiet") == 1
+    said = capsys.readouterr().err
+    assert "vllm does not take this export: vLLM 0.32 on GPUs: its latent caches take" in said
+    assert "96 + 64 = 160; --pad-row 320 widens it with zeros" in said
+    assert main("export", portable, "--to", "own", "--for", "sglang", "-o", out, "--quiet") == 1
+    assert "sglang does not take this export" in capsys.readouterr().err
+    assert not out.exists()
+    assert main("export", portable, "--to", "own", "-o", tmp_path / "small") == 0
+    assert "opening the donor · vLLM 0.32 will refuse it: its latent caches take" in capsys.readouterr().err
+    words = ("export", portable, "--to", "auto", "--for", "vllm", "--pad-row", 576, "-o", out)
+    assert main(*words) == 0
+    said, told = capsys.readouterr()
+    assert "will refuse it" not in told
+    assert "row 160 → 576, by zeros" in said
+    assert "vLLM 0.32 on CPUs" in said
+    assert json.loads((out / "config.json").read_text())["kv_lora_rank"] == 512
+
+
 @pytest.mark.parametrize(
     ("to", "message"),
     [

@@ -94,7 +94,7 @@ def _way_out(checkpoint: DHACheckpoint, to: str) -> str:
         return "or serve it with trust_remote_code=True"
     if to == TO:
         return "or export --to nemotron-nas, where layers may differ; or convert again with --uniform"
-    return "or convert again with --uniform, or with a plan whose layers have one k_map and v_map of equal groups"
+    return "or convert again with --equal-heads, or with --uniform"
 
 
 def biases(config: Any) -> tuple[str, ...]:

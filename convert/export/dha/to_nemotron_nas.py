@@ -1,7 +1,7 @@
 """`mhconvert export CKPT --to nemotron-nas`: a DHA checkpoint as a Llama with a number of KV heads for each layer.
 
-The format is that of DeciLM and Nemotron-NAS checkpoints. Statements about engines were read in their sources (vLLM,
-SGLang and llama.cpp of 2026: models/nemotron_nas.py, conversion/deci.py); only transformers has been run on it.
+The format is that of DeciLM and Nemotron-NAS checkpoints. Statements about engines were read in their sources (SGLang
+and llama.cpp of 2026: models/nemotron_nas.py, conversion/deci.py); transformers and vLLM 0.32 have been run on it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from mhconvert.errors import ExportError
 from mhconvert.progress import Listener, ignore
 
+from ..engine_support import Engine, Named, require
 from . import configuration_nemotron_nas, modeling_nemotron_nas
 from .head_groups import GroupPlan
 from .output_folder import Target, write
@@ -23,7 +24,6 @@ TO = "nemotron-nas"
 ARCHITECTURE = "DeciLMForCausalLM"
 FFN_STEP = 256  # engines round an MLP's width up to a multiple of it
 CODE = (configuration_nemotron_nas, modeling_nemotron_nas)
-Engine = tuple[str, bool, str]  # its name, whether it loads the export, how or why not
 
 
 def export_checkpoint(
@@ -32,6 +32,7 @@ def export_checkpoint(
     *,
     force: bool = False,
     duplicate: bool = False,
+    engine: Named | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
@@ -41,7 +42,7 @@ def export_checkpoint(
     An MLP whose width is no multiple of FFN_STEP is padded with zeros to one.
 
     Args:
-        force, verify, trust_remote_code: as in `forms.Options`.
+        engine, force, verify, trust_remote_code: as in `forms.Options`.
         duplicate: whether heads may be cached twice where a layer's groups do not come out equal.
     Returns:
         The report: checkpoint, method, to, output, architecture, heads_by_layer, duplicated_heads, kv_bytes_per_token
@@ -50,7 +51,10 @@ def export_checkpoint(
         ExportError: naming what the format cannot hold, before any weight is read.
     """
     checkpoint = open_dha(reference, TO, trust_remote_code)
-    return write(checkpoint, target(checkpoint, duplicate), output, force, verify, on_progress or ignore)
+    made = target(checkpoint, duplicate)
+    if engine is not None:
+        require(made.facts["engines"], engine)
+    return write(checkpoint, made, output, force, verify, on_progress or ignore)
 
 
 def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:
@@ -97,30 +101,24 @@ def engines(config: Any, plans: list[GroupPlan]) -> list[Engine]:
     uneven = len({plan.groups for plan in plans}) > 1
     rope = config.rope_parameters.get("rope_type", "default")
     sglang = "wants the same number of KV heads in every layer" if uneven else None
-    llama_cpp = next(
-        (
-            reason
-            for reason, holds in {
-                f"has heads of hidden_size / num_attention_heads only, and these have {config.head_dim}": (
-                    config.head_dim * config.num_attention_heads != config.hidden_size
-                ),
-                f"its converter drops {rope} scaling of RoPE": rope not in ("default", "linear", "llama3"),
-            }.items()
-            if holds
-        ),
-        None,
-    )
+    narrow = None
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        narrow = f"has heads of hidden_size / num_attention_heads only, and these have {config.head_dim}"
+    dropped = rope not in ("default", "linear", "llama3")
+    llama_cpp = narrow or (f"its converter drops {rope} scaling of RoPE" if dropped else None)
     if config.mlp_bias:
         sglang = "drops the biases of the MLP"
     return [
         ("transformers", True, "trust_remote_code=True"),
-        ("vLLM", True, "--trust-remote-code, for the configuration's class; the model's is its own"),
+        ("vLLM", True, "--trust-remote-code, for the configuration's class; the model's is its own (run)"),
         ("SGLang", sglang is None, sglang or "--trust-remote-code, for the configuration's class"),
         (
             "llama.cpp",
             llama_cpp is None,
             llama_cpp or "after its own conversion to GGUF, where that knows the tokenizer",
         ),
+        ("MLX", narrow is None, narrow or "mlx-lm, as nemotron-nas (read in source)"),
+        ("exllamav3", True, "as DeciLMForCausalLM (read in source)"),
     ]
 
 

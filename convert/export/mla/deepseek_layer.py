@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,3 +142,17 @@ def series_theta(rope_theta: float, step: int, qk_rope_head_dim: int, head_dim: 
     """The base whose series over qk_rope_head_dim elements is every step-th frequency of the donor's over head_dim:
     theta' ** (-2 i / p) = theta ** (-2 step i / d)."""
     return float(rope_theta ** (step * qk_rope_head_dim / head_dim))
+
+
+def of_a_row(rope: dict[str, Any], shape: LatentShape) -> dict[str, Any]:
+    """head_dim of a cached row, by which vLLM sizes the cache of a class that it does not know, and RoPE beside it.
+
+    Youtu's own RoPE turns all of head_dim; of the types that turn a share of it, linear with factor 1 is the same.
+    """
+    row, turned = shape.kv_lora_rank + shape.qk_rope_head_dim, shape.qk_rope_head_dim
+    share = turned / row
+    if int(row * share) < turned:  # as transformers computes it
+        share = math.nextafter(share, 1.0)
+    if rope.get("rope_type", "default") == "default":
+        rope = rope | {"rope_type": "linear", "factor": 1.0}
+    return {"head_dim": row, "rope_parameters": rope | {"partial_rotary_factor": share}}

@@ -20,7 +20,17 @@ from ...methods.refusals import STOCK_BLOCKS
 from ...storage.dtype_cast import cast
 from ...storage.safetensors_reader import SafetensorsSource
 from ..engine_support import padded_value
-from .deepseek_layer import EPS, Fold, LatentShape, dense_attention, fold, series_order, series_theta
+from .deepseek_layer import (
+    EPS,
+    Fold,
+    LatentShape,
+    dense_attention,
+    fold,
+    of_a_row,
+    series_order,
+    series_theta,
+)
+from .padded_row import padded, padded_rank
 
 CLASSES = {"deepseek_v3": "DeepseekV3ForCausalLM", "youtu": "YoutuForCausalLM"}
 ROPE_TYPES = {"deepseek_v3": ("default",), "youtu": ("default", "linear", "llama3")}
@@ -101,14 +111,17 @@ def _rotary_refusal(config: Any) -> str | None:
     return None
 
 
-def plan(config: Any, to: str, dtype: torch.dtype, pad_values: bool = True) -> Plan:
+def plan(
+    config: Any, to: str, dtype: torch.dtype, pad_values: bool = True, pad_row: int | None = None
+) -> Plan:
     """The stock configuration and shapes of a converted checkpoint with the MLA configuration `config`.
 
     Args:
         config: of the checkpoint.
         to: a key of CLASSES.
         dtype: of the weights to write.
-        pad_values: whether values are padded to a width that kernels take, where the class has such kernels.
+        pad_values: whether values are padded to a width that kernels take.
+        pad_row: elements of a cached row that the latent is widened to with zeros; None: as it is.
 
     Raises:
         ExportError: naming the feature that would be lost.
@@ -124,12 +137,9 @@ def plan(config: Any, to: str, dtype: torch.dtype, pad_values: bool = True) -> P
     series = [series_order(config.layer_frequencies(index)) for index in range(config.num_hidden_layers)]
     orders, step = [each[1] for each in series if each], next(each[0] for each in series if each)
     rope, value = 2 * len(orders[0]), config.v_head_dim
-    padded = (
-        padded_value(config.qk_nope_head_dim, rope, value) if to == "deepseek_v3" and pad_values else value
-    )
-    shape = LatentShape(
-        config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim, rope, value, padded
-    )
+    wide = padded_value(config.qk_nope_head_dim, rope, value) if pad_values else value
+    rank = padded_rank(config.kv_lora_rank, rope, pad_row)
+    shape = LatentShape(config.num_attention_heads, rank, config.qk_nope_head_dim, rope, value, wide)
     theta = series_theta(config.rope_parameters["rope_theta"], step, rope, config.head_dim)
     return Plan(to, _stock_config(config, to, shape, theta, dtype), shape, orders, dtype)
 
@@ -148,6 +158,8 @@ def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype:
 
     kept = {name: value for name, value in config.to_dict().items() if name in PLAIN}
     kept["rope_parameters"] = kept["rope_parameters"] | {"rope_theta": theta}
+    if to == "youtu":
+        kept |= of_a_row(kept["rope_parameters"], shape)
     widths = {
         "kv_lora_rank": shape.kv_lora_rank,
         "q_lora_rank": None,
@@ -180,8 +192,13 @@ def _stock_config(config: Any, to: str, shape: LatentShape, theta: float, dtype:
 
 
 def write_config(plan: Plan, folder: Path) -> None:
-    """Write config.json with every key, since some engines do not know the class's defaults."""
+    """Write config.json with every key, since some engines do not know the class's defaults.
+
+    RoPE is stated twice where it is plain: as transformers 5 reads it, and as MLX does, which assumes 10000 otherwise.
+    """
     content = plan.config.to_dict()
+    if plan.to == "deepseek_v3":
+        content |= {"rope_theta": content["rope_parameters"]["rope_theta"], "rope_scaling": None}
     content["dtype"] = content["torch_dtype"] = str(plan.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(
         json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
@@ -215,6 +232,7 @@ def tensors(
             if name.startswith("self_attn.")
         }
         factors = layer_fold(plan, config, largest)
+        attention = padded(attention, config.kv_lora_rank, plan.shape.kv_lora_rank)
         made = dense_attention(attention, plan.shape, factors, plan.orders[index])
         rest = {name: value for name, value in own.items() if not name.startswith("self_attn.")}
         rest["mlp.down_proj.weight"] = rest["mlp.down_proj.weight"].double() * residual

@@ -2,7 +2,8 @@
 
 The class has what stock classes would drop: biases, any fixed RoPE scaling, frequencies in any order. Two things are
 added, and no weight changes. The latent has a norm: RMSNorm(s x) · w is x where w = sqrt(eps) / s and s² mean(x²) is
-far below eps, which is free here, so that s = 1. Values are padded with zeros to a width that vLLM's kernels take.
+far below eps, which is free here, so that s = 1. Values, and the latent where a user wants
+that, are padded with zeros to a width that vLLM's kernels take.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ...families.facts import class_free_values
 from ...methods.mla.served.served_class import served_class
 from ...storage.dtype_cast import cast
 from ..engine_support import padded_value
+from .padded_row import padded_rank
 
 # Powers of four, so that w is a power of two. The norm deviates from an identity by mean(x²) / 2 w². Kernels round
 # x / w to the dtype before they multiply by w; float16, with few exponents, needs a smaller w.
@@ -98,9 +100,12 @@ def refusal(config: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def served_config(config: Any, eps: float) -> Any:
+def served_config(config: Any, eps: float, pad_row: int | None = None) -> Any:
     """The served configuration of a converted checkpoint with the MLA configuration `config`.
 
+    Args:
+        eps: of the latent's norm.
+        pad_row: elements of a cached row that the latent is widened to with zeros; None: as it is.
     Raises:
         ExportError: with the reason where the class cannot hold it.
     """
@@ -111,8 +116,10 @@ def served_config(config: Any, eps: float) -> Any:
     for name in ("rope_in_latent", "attention_softcap", "qk_norm"):
         values.pop(name)
     nope, rope = config.qk_nope_head_dim, 2 * len(config.layer_frequencies(0))
+    rank = padded_rank(config.latent_rank(0), rope, pad_row)
     values |= {
-        "kv_lora_rank": config.latent_rank(0),
+        "head_dim": rank + rope,  # by which vLLM sizes the cache of a class that it does not know
+        "kv_lora_rank": rank,
         "qk_rope_head_dim": rope,
         "v_head_dim": padded_value(nope, rope, config.v_head_dim),
         "latent_norm_eps": eps,

@@ -21,7 +21,7 @@ from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
 from ..written_export import bytes_in, write_card, write_record, written_dtype
-from . import deepseek_tensors
+from . import deepseek_tensors, padded_row
 from .cached_elements import require_elements
 
 GROWTH = 2  # room for an export of so many times the checkpoint's elements: padded values, an untied head
@@ -37,6 +37,8 @@ def export_checkpoint(
     force: bool = False,
     dry_run: bool = False,
     pad_values: bool = True,
+    pad_row: int | None = None,
+    engine: engine_support.Named | None = None,
     seed: int = 0,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -46,10 +48,9 @@ def export_checkpoint(
 
     Args:
         to: a key of `deepseek_tensors.CLASSES`.
-        output, dtype, verify, force, dry_run, device, trust_remote_code: as in `forms.Options`.
+        output, dtype, pad_row, engine, verify, force, dry_run, device, trust_remote_code: as in `forms.Options`.
         pad_values: whether values are padded to the width of the narrowest kernel that takes them.
         seed: of the text on which export and checkpoint are compared.
-
     Returns:
         What `_report` returns, with output_bytes, verified and seconds unless it is a dry run.
 
@@ -60,16 +61,15 @@ def export_checkpoint(
     begun, tell = time.perf_counter(), on_progress or ignore
     opened = _open(reference, to, device, trust_remote_code)
     source = SafetensorsSource(opened.folder)
-    plan = deepseek_tensors.plan(opened.config, to, written_dtype(dtype, source), pad_values)
+    plan = deepseek_tensors.plan(opened.config, to, written_dtype(dtype, source), pad_values, pad_row)
     place = Path(output) if output else Path(f"{opened.folder.resolve().name}-{to}")
-    report = _report(reference, opened.folder, place, plan)
+    report = _report(reference, opened, place, plan, engine)
     check_free(place, force, opened.folder)
     if dry_run:
         return report
-    tell(Progress("donor", 0, 1, reference))
+    tell(Progress("donor", 0, 1, engine_support.warning(report["engines"]) or reference))
     expected = same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell)
-    needed = GROWTH * bytes_in(source, plan.dtype) + SLACK_BYTES
-    with whole_folder(place, needed, force=force) as partial:
+    with whole_folder(place, _room(plan, source, opened.config), force=force) as partial:
         report["output_bytes"] = _write(partial, plan, source, opened.config, expected.latents, tell)
         _write_rest(partial, opened, plan, place.name, report)
         if verify:
@@ -90,35 +90,54 @@ def _open(reference: str, to: str, device: str | None, trust: bool) -> open_mode
     return opened
 
 
-def _report(reference: str, folder: Path, place: Path, plan: deepseek_tensors.Plan) -> dict[str, Any]:
+def _room(plan: deepseek_tensors.Plan, source: SafetensorsSource, config: Any) -> int:
+    """Bytes that the export needs at most."""
+    growth = GROWTH * plan.shape.kv_lora_rank / config.kv_lora_rank
+    return int(growth * bytes_in(source, plan.dtype)) + SLACK_BYTES
+
+
+def _report(
+    reference: str,
+    opened: open_model.OpenModel,
+    place: Path,
+    plan: deepseek_tensors.Plan,
+    engine: engine_support.Named | None,
+) -> dict[str, Any]:
     """What is known of the export before it is written.
 
     Args:
-        reference, folder: of the checkpoint.
+        reference, opened: the checkpoint.
         place: the folder to write.
         plan: of the export.
+        engine: that has to take it.
 
     Returns:
-        checkpoint, source (its folder), method, to, architecture, output, dtype, kv_elements_per_token and
-        kv_bytes_per_token (all layers), padded_v_head_dim (None: as it was), and engines as rows
-        [engine, whether it serves it, how or why not].
+        checkpoint, source (its folder), method, to, architecture, output, dtype, kv_lora_rank, kv_elements_per_token
+        and kv_bytes_per_token (all layers), padded_row (its cost, as `padded_row.cost` has it; None: as it was),
+        padded_v_head_dim (None: as it was), and engines as rows [engine, whether it serves it, how or why not].
     """
-    shape = plan.shape
+    shape, dtype = plan.shape, str(plan.dtype).removeprefix("torch.")
     sizes = engine_support.Sizes(
-        shape.kv_lora_rank, shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.padded_v_head_dim
+        shape.kv_lora_rank,
+        shape.qk_nope_head_dim,
+        shape.qk_rope_head_dim,
+        shape.padded_v_head_dim,
+        plan.config.num_hidden_layers,
     )
     return {
         "checkpoint": reference,
-        "source": str(folder.resolve()),
+        "source": str(opened.folder.resolve()),
         "method": "mla",
         "to": plan.to,
         "architecture": deepseek_tensors.CLASSES[plan.to],
         "output": str(place),
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "kv_lora_rank": shape.kv_lora_rank,
         "kv_elements_per_token": plan.elements_per_token,
         "kv_bytes_per_token": plan.elements_per_token * plan.dtype.itemsize,
+        "padded_row": padded_row.cost(opened.config, shape.kv_lora_rank, plan.dtype.itemsize),
         "padded_v_head_dim": shape.padded_v_head_dim if shape.padded_v_head_dim != shape.v_head_dim else None,
-        "engines": [list(row) for row in engine_support.engines(plan.to, sizes)],
+        "engines": engine_support.engines(plan.to, sizes, dtype, engine),
     }
 
 

@@ -6,12 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mhconvert.errors import OutputError
+from mhconvert.errors import ExportError, OutputError
 from mhconvert.progress import Listener, ignore
 
 from ... import open_model
 from ...storage.output_folder import require_outside
-from . import gguf_tokenizer, gguf_writer, to_deepseek_v3
+from .. import engine_support
+from . import gguf_tokenizer, gguf_writer, padded_row, to_deepseek_v3
 
 F16_BYTES = 2  # of an element of llama.cpp's cache by default
 
@@ -21,6 +22,8 @@ def export_checkpoint(
     output: str | None = None,
     *,
     kind: str = "bf16",
+    pad_row: int | None = None,
+    engine: engine_support.Named | None = None,
     verify: bool = True,
     force: bool = False,
     device: str | None = None,
@@ -33,18 +36,17 @@ def export_checkpoint(
         output: the file; None: ./<checkpoint>-<kind>.gguf.
         kind: of its matrices.
         verify: whether the dense form that it is written from is reloaded and compared.
-        force, device, trust_remote_code: as in `forms.Options`.
+        pad_row, engine, force, device, trust_remote_code: as in `forms.Options`.
     Returns:
         The report of the dense form, with output, bytes, kind, tensors and skipped of the file.
     """
     tell = on_progress or ignore
     folder = open_model.checkpoint_folder(reference) or Path(reference)
     place = Path(output) if output else Path(f"{folder.resolve().name}-{kind}.gguf")
-    _require_place(place, folder, force)
+    _require_place(place, folder, force, engine)
     opened = open_model.open_model(reference, device=device, trust_remote_code=trust_remote_code)
-    gguf_tokenizer.read_vocabulary(
-        opened.folder, opened.vocab_size, trust_remote_code
-    )  # refused before the work
+    # refused before the work:
+    gguf_tokenizer.read_vocabulary(opened.folder, opened.vocab_size, trust_remote_code)
     with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=f".{place.name}-") as work:
         dense = Path(work) / "dense"
         report = to_deepseek_v3.export_checkpoint(
@@ -53,21 +55,34 @@ def export_checkpoint(
             str(dense),
             dtype="float32",
             pad_values=False,
+            pad_row=pad_row,
             verify=verify,
             device=device,
             trust_remote_code=trust_remote_code,
             on_progress=on_progress,
         )
         made = gguf_writer.write(dense, place, kind, force=force, trusted=trust_remote_code, on_progress=tell)
+    return _facts(report, opened.config) | made | {"output_bytes": made["bytes"], "output": str(place)}
+
+
+def _facts(report: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The facts of the file, from the `report` of the dense form of a checkpoint with `config`."""
     of_dense = ("output_bytes", "engines", "dtype", "verified")
-    kept = {name: value for name, value in report.items() if name not in of_dense}
-    own = {"architecture": "deepseek2", "output_bytes": made["bytes"], "output": str(place)}
-    own |= {"kv_bytes_per_token": report["kv_elements_per_token"] * F16_BYTES}
-    return kept | made | own | {"dense_form_verified": report.get("verified")}
+    return {name: value for name, value in report.items() if name not in of_dense} | {
+        "architecture": "deepseek2",
+        "kv_bytes_per_token": report["kv_elements_per_token"] * F16_BYTES,
+        "padded_row": padded_row.cost(config, report["kv_lora_rank"], F16_BYTES),
+        "dense_form_verified": report.get("verified"),
+    }
 
 
-def _require_place(place: Path, folder: Path, force: bool) -> None:
-    """Raises OutputError unless `place` names a .gguf file that may be written, outside of the checkpoint `folder`."""
+def _require_place(place: Path, folder: Path, force: bool, engine: str | None) -> None:
+    """Raises OutputError unless `place` names a .gguf file that may be written, outside of the checkpoint `folder`.
+
+    Raises ExportError for an `engine` that reads no such file.
+    """
+    if engine not in (None, "llama.cpp"):
+        raise ExportError(f"a gguf of deepseek2 is for llama.cpp, and {engine} takes other forms: --to auto")
     if place.suffix != ".gguf":
         raise OutputError(f"{place} does not end in .gguf; a gguf export is one file of that ending")
     if place.is_dir():

@@ -25,6 +25,7 @@ from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
 from .. import engine_support, same_outputs
 from ..written_export import bytes_in, write_card, write_record, written_dtype
+from . import padded_row
 from .cached_elements import require_elements
 from .own_layer import EPS, EPS_FLOAT16, ServedShape, model_class, norm_weight, served_config, served_tensors
 
@@ -36,6 +37,8 @@ def export_checkpoint(
     dtype: str | None = None,
     s: float = 1.0,
     eps: float | None = None,
+    pad_row: int | None = None,
+    engine: engine_support.Named | None = None,
     verify: bool = True,
     force: bool = False,
     dry_run: bool = False,
@@ -47,13 +50,11 @@ def export_checkpoint(
     """Write the portable MLA checkpoint `reference` in the served class to `output`, ./<checkpoint>-own if None.
 
     Args:
-        output, dtype, verify, force, dry_run, device, trust_remote_code: as in `forms.Options`.
+        output, dtype, pad_row, engine, verify, force, dry_run, device, trust_remote_code: as in `forms.Options`.
         s, eps: of the latent's norm, as for `served_tensors`; eps None: the default for the dtype.
         seed: of the text on which export and checkpoint are compared.
-
     Returns:
         What `_report` returns, with output_bytes, verified and seconds unless it is a dry run.
-
     Raises:
         ExportError: naming what the class cannot hold.
         OutputError: for a folder that may not be written.
@@ -62,16 +63,15 @@ def export_checkpoint(
     opened = _open(reference, device, trust_remote_code)
     folder, config, source = opened.folder, opened.config, SafetensorsSource(opened.folder)
     kind = written_dtype(dtype, source)
-    served = _served(config, kind, s, eps)
+    served = _served(config, kind, s, eps, pad_row)
     place = Path(output) if output else Path(f"{folder.resolve().name}-own")
     check_free(place, force, folder)
-    report = _report(reference, place, config, served, source, kind, s)
+    report = _report(reference, place, config, served, source, kind, s, engine)
     if dry_run:
         return report
-    tell(Progress("donor", 0, 1, reference))
+    tell(Progress("donor", 0, 1, engine_support.warning(report["engines"]) or reference))
     expected = same_outputs.expect(opened.model(), opened.tokenizer(), seed, tell) if verify else None
-    grown = bytes_in(source, kind) * served.v_head_dim // config.v_head_dim
-    with whole_folder(place, grown + SLACK_BYTES, force=force) as partial:
+    with whole_folder(place, _room(source, config, served, kind), force=force) as partial:
         report["output_bytes"] = _write(partial, source, config, served, kind, s, tell)
         _write_rest(partial, opened, served, kind, place.name, report)
         if expected is not None:
@@ -92,11 +92,17 @@ def _open(reference: str, device: str | None, trust: bool) -> open_model.OpenMod
     return opened
 
 
-def _served(config: Any, dtype: torch.dtype, s: float, eps: float | None) -> Any:
+def _served(config: Any, dtype: torch.dtype, s: float, eps: float | None, pad_row: int | None) -> Any:
     """The export's configuration. Raises ExportError where `s` and `eps` are none of a norm, or a feature is lost."""
     eps = eps or (EPS_FLOAT16 if dtype == torch.float16 else EPS)
     norm_weight(s, eps)
-    return served_config(config, eps)
+    return served_config(config, eps, pad_row)
+
+
+def _room(source: SafetensorsSource, config: Any, served: Any, dtype: torch.dtype) -> int:
+    """Bytes that the export needs at most."""
+    grown = max(served.v_head_dim / config.v_head_dim, served.kv_lora_rank / config.latent_rank(0))
+    return int(bytes_in(source, dtype) * grown) + SLACK_BYTES
 
 
 def _report(
@@ -107,26 +113,27 @@ def _report(
     source: SafetensorsSource,
     dtype: torch.dtype,
     s: float,
+    engine: engine_support.Named | None,
 ) -> dict[str, Any]:
     """What is known of the export before it is written to `place`.
 
     Args:
-        reference: the checkpoint.
-        place: the folder to write.
-        config: the checkpoint's.
-        served: the export's.
+        reference, place: the checkpoint, and the folder to write.
+        config, served: the checkpoint's and the export's.
         source: the checkpoint's tensors.
         dtype: of the export's weights.
         s: of the latent's norm.
-
+        engine: that has to take it.
     Returns:
         checkpoint, method, to, architecture, output, dtype, exact (whether the dtype is the stored one),
-        kv_elements_per_token (all layers), kv_bytes_per_token {checkpoint, export}, padded_v_head_dim (None: as it
-        was), s, latent_norm_eps, engines as rows [engine, whether it serves it, how or why not], and source (the
-        checkpoint's folder).
+        kv_elements_per_token (all layers), kv_bytes_per_token {checkpoint, export}, padded_row (its cost, as
+        `padded_row.cost` has it; None: as it was), padded_v_head_dim (None: as it was), s, latent_norm_eps, engines as
+        rows [engine, whether it serves it, how or why not], and source (the checkpoint's folder).
     """
     elements = config.num_hidden_layers * (served.kv_lora_rank + served.qk_rope_head_dim)
-    stored = source.dtype("model.embed_tokens.weight")
+    stored, name = source.dtype("model.embed_tokens.weight"), str(dtype).removeprefix("torch.")
+    row = config.latent_rank(0) + served.qk_rope_head_dim
+    before = config.num_hidden_layers * row * stored.itemsize
     sizes = engine_support.Sizes(
         served.kv_lora_rank, served.qk_nope_head_dim, served.qk_rope_head_dim, served.v_head_dim
     )
@@ -136,14 +143,15 @@ def _report(
         "to": "own",
         "architecture": model_class(served).__name__,
         "output": str(place),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": name,
         "exact": dtype == stored,
         "kv_elements_per_token": elements,
-        "kv_bytes_per_token": {"checkpoint": elements * stored.itemsize, "export": elements * dtype.itemsize},
+        "padded_row": padded_row.cost(config, served.kv_lora_rank, dtype.itemsize),
+        "kv_bytes_per_token": {"checkpoint": before, "export": elements * dtype.itemsize},
         "padded_v_head_dim": served.v_head_dim if served.v_head_dim != config.v_head_dim else None,
         "s": s,
         "latent_norm_eps": served.latent_norm_eps,
-        "engines": [list(row) for row in engine_support.engines("own", sizes)],
+        "engines": engine_support.engines("own", sizes, name, engine),
         "source": str(source.folder.resolve()),
     }
 
@@ -167,6 +175,7 @@ def _write(
     for index in range(layers):
         prefix = f"model.layers.{index}.self_attn."
         own = {n.removeprefix(prefix): cast(n, source.read(n), dtype) for n in names if n.startswith(prefix)}
+        own = padded_row.padded(own, config.latent_rank(index), served.kv_lora_rank)
         for name, tensor in served_tensors(own, shape, s=s, eps=served.latent_norm_eps).items():
             writer.add(prefix + name, tensor)
         tell(Progress("write", index + 1, layers))

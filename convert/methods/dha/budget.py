@@ -9,7 +9,7 @@ from typing import Any
 from mhconvert.errors import BudgetError
 
 from ...families.facts import AttentionFacts
-from .planned_layers import LayerHeads, layer_heads
+from .planned_layers import LayerHeads, equal_layers, layer_heads
 from .settings import DHASettings
 
 ROUNDING = 1e-9  # of a head, so that 2 / 3 of six heads are four
@@ -26,7 +26,8 @@ class HeadBudget:
         whole: heads of one layer of the donor, 2 G.
         counts, k_counts: numbers of V heads and of K heads that a layer may have, ascending.
         step: by which a layer's number of heads can grow.
-        uniform: whether every layer has as many K as V heads, and all layers the same number.
+        uniform: whether `equal`, and all layers have the same number.
+        equal: whether every layer has as many K as V heads, read by the same groups of one size.
         fixed: what a plan says of each layer; None: there is no plan.
     """
 
@@ -37,6 +38,7 @@ class HeadBudget:
     k_counts: tuple[int, ...]
     step: int
     uniform: bool = False
+    equal: bool = False
     fixed: tuple[LayerHeads, ...] | None = None
 
     @property
@@ -46,6 +48,11 @@ class HeadBudget:
     @property
     def most(self) -> int:
         return self.k_counts[-1] + self.counts[-1]
+
+    @property
+    def levels(self) -> list[int]:
+        """Heads that a layer of an `equal` plan may have, ascending."""
+        return [2 * n for n in self.counts]
 
     @property
     def stock(self) -> bool:
@@ -75,8 +82,17 @@ class HeadBudget:
             return [layer.kv_heads for layer in self.fixed]
         if self.uniform:
             return [self.total // self.layers] * self.layers
+        if self.equal:
+            return self._level_spread()
         steps, extra = divmod((self.total - self.least * self.layers) // self.step, self.layers)
         return [self.least + self.step * (steps + (index < extra)) for index in range(self.layers)]
+
+    def _level_spread(self) -> list[int]:
+        """As `spread`, of an `equal` plan: the largest of `levels` that all can have, the next for the first layers."""
+        base = max(level for level in self.levels if level * self.layers <= self.total)
+        wider = next((level for level in self.levels if level > base), base)
+        more = (self.total - base * self.layers) // max(1, wider - base)
+        return [wider if index < more else base for index in range(self.layers)]
 
     def splits(self, index: int, heads: int) -> list[tuple[int, int]]:
         """The pairs (K heads, V heads) that layer `index` may have when it has `heads` in all."""
@@ -84,7 +100,7 @@ class HeadBudget:
             layer = self.fixed[index]
             if layer.k_heads is not None and layer.v_heads is not None:
                 return [(layer.k_heads, layer.v_heads)]
-        if self.uniform:
+        if self.equal:
             return [(heads // 2, heads // 2)]
         return [(n, heads - n) for n in self.k_counts if heads - n in self.counts]
 
@@ -94,7 +110,9 @@ class HeadBudget:
 
     def survey_shares(self) -> tuple[float, ...]:
         """Shares of a donor layer's heads at which a survey measures it."""
-        numbers = list(range(self.least, self.most, self.step)) or [self.least]
+        # Levels lie far apart, so that what lies beyond the last one measured would be a guess.
+        every = self.levels if self.equal else list(range(self.least, self.most, self.step))
+        numbers = every or [self.least]
         if len(numbers) > SURVEYED:
             ratio = (numbers[-1] / numbers[0]) ** (1 / (SURVEYED - 1))
             wished = [numbers[0] * ratio**i for i in range(SURVEYED)]
@@ -109,21 +127,19 @@ def head_budget(config: Any, settings: DHASettings, facts: AttentionFacts) -> He
         raise BudgetError("the donor has one KV head (multi-query attention); there is nothing to fuse")
     whole, step = 2 * groups, settings.head_multiple
     if settings.plan is not None:
-        fixed = layer_heads(settings.plan, config, facts)
-        total = sum(layer.kv_heads for layer in fixed)
-        every = tuple(range(1, groups + 1))
-        return HeadBudget(total, layers, whole, every, every[-1:] if facts.qk_norm else every, 1, fixed=fixed)
+        return _planned(config, settings, facts)
     if facts.qk_norm:
         _require_all_keys(settings, groups)
     highest = min(settings.max_heads or groups, groups)
     counts = tuple(n for n in range(step, highest + 1, step) if n >= settings.min_heads)
     grouped = (groups, "KV") if settings.regroup is False else (facts.heads, "query")
-    if settings.uniform:
+    equal = settings.uniform or settings.equal_heads
+    if equal:
         counts = tuple(n for n in counts if grouped[0] % n == 0)
     if not counts:
         raise BudgetError(
             f"no number of heads is a multiple of {step} from {settings.min_heads} to {highest}"
-            + (" that divides the {} {} heads".format(*grouped) if settings.uniform else "")
+            + (" that divides the {} {} heads".format(*grouped) if equal else "")
             + f"; the donor has {groups} KV heads"
         )
     total = math.floor(settings.kv_budget * whole * layers + ROUNDING)
@@ -131,13 +147,35 @@ def head_budget(config: Any, settings: DHASettings, facts: AttentionFacts) -> He
         fitting = [n for n in counts if 2 * n * layers <= total]
         if not fitting:
             raise _too_small(settings.kv_budget, counts, groups, "a uniform plan has")
-        return HeadBudget(2 * fitting[-1] * layers, layers, whole, counts, counts, step, uniform=True)
+        return HeadBudget(
+            2 * fitting[-1] * layers, layers, whole, counts, counts, step, uniform=True, equal=True
+        )
     k_counts = (groups,) if facts.qk_norm else counts
-    found = HeadBudget(total, layers, whole, counts, k_counts, step)
+    found = HeadBudget(total, layers, whole, counts, k_counts, step, equal=equal)
     if total < found.least * layers:
         raise _too_small(settings.kv_budget, counts, groups, "layers have", facts.qk_norm is not None)
     total = min(total, found.most * layers)
-    return replace(found, total=total - (total - found.least * layers) % step)
+    spare = 0 if equal else (total - found.least * layers) % step
+    return replace(found, total=total - spare)
+
+
+def _planned(config: Any, settings: DHASettings, facts: AttentionFacts) -> HeadBudget:
+    """The heads that a plan says. Raises BudgetError for a plan that does not fit the donor."""
+    groups = facts.kv_heads
+    fixed = layer_heads(settings.plan, config, facts)
+    if settings.equal_heads:
+        fixed = equal_layers(fixed, groups if settings.regroup is False else facts.heads)
+    every = tuple(range(1, groups + 1))
+    return HeadBudget(
+        total=sum(layer.kv_heads for layer in fixed),
+        layers=config.num_hidden_layers,
+        whole=2 * groups,
+        counts=every,
+        k_counts=every[-1:] if facts.qk_norm else every,
+        step=1,
+        equal=settings.equal_heads,
+        fixed=fixed,
+    )
 
 
 def _require_all_keys(settings: DHASettings, groups: int) -> None:

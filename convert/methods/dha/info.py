@@ -13,6 +13,7 @@ INFO = MethodInfo(
     checks=ATTENTION_CHECKS,
     shrinks_cache=True,
     sizes=(("K and V heads", "kv_heads"), ("K heads", "k_heads"), ("V heads", "v_heads")),
+    totals=("equal_heads_cost",),
     forms=(Form("llama", f"{EXPORT}.to_llama"), Form("nemotron-nas", f"{EXPORT}.to_nemotron_nas")),
     exported_from="what --to dha makes",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ from ...attention.projections import attention_weights, output_bias
 from ...attention.rotary import LayerRotary
 from ...attention.statistics import observe
 from ...families.facts import attention_facts, family_of
-from ..budget_division import LayerNeed, divide
+from ..budget_division import LayerNeed
 from ..refusals import require
 from ..registry import Method
 from .assembly import assemble
 from .budget import HeadBudget, head_budget
 from .converted_class import converted_class, decoupled_config
+from .division import Price, price, shared
 from .grouping import EXACT_HEADS, Cluster, clusters
 from .heads import Heads
-from .observed import Observed
+from .observed import Observed, norms
 from .settings import DHASettings
 from .surgery import FusedWeights, aligned, cluster_map, fuse, parts
 
@@ -45,14 +47,18 @@ class DHA(Method):
         require(config, "dha")
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
-        if settings.uniform and self.facts.qk_norm:
+        asked = "uniform" if settings.uniform else "equal_heads" if settings.equal_heads else None
+        if asked and self.facts.qk_norm:
             raise UnsupportedError(
-                "a uniform plan fuses K heads too, and this donor's keys are divided by their RMS, which a fused head "
-                "does not have; leave out uniform, and V heads alone are fused"
+                f"a plan with {asked} fuses K heads too, and this donor's keys are divided by their RMS, which a fused "
+                f"head does not have; leave out {asked}, and V heads alone are fused"
             )
         self.budget: HeadBudget = head_budget(config, settings, self.facts)
         self.heads = self.budget.spread()
         self.shared_out = False
+        self.price: Price | None = None
+        free = settings.equal_heads and settings.plan is None
+        self.unconstrained = replace(settings, equal_heads=False) if free else None
         self.stock = self.budget.stock and settings.fusion == "closed"
         self.config = decoupled_config(config, output_bias=not self.stock)
         if settings.fusion == "trained":
@@ -74,9 +80,11 @@ class DHA(Method):
 
     def share_out(self, needs: Sequence[LayerNeed]) -> None:
         """Divide the heads over the layers by their measured needs, one for each."""
-        budget = self.budget
-        self.heads = divide(needs, budget.total, budget.least, budget.most, budget.step, budget.whole)
-        self.shared_out = True
+        self.heads, self.shared_out = shared(needs, self.budget), True
+        if self.unconstrained is not None:
+            free = head_budget(self.donor_config, self.unconstrained, self.facts)
+            self.price = price(needs, self.heads, free)
+            self.notice = self.price.sentence() if self.price else ""
 
     def layer_sizes(self, index: int) -> dict[str, int]:
         """Planned heads of one layer; those that the survey or the pass chooses are missing."""
@@ -86,8 +94,8 @@ class DHA(Method):
         return {"kv_heads": self.heads[index]} if self.shared_out or not self.divisible else {}
 
     def totals(self) -> dict[str, Any]:
-        """Nothing changes beside cache and parameters."""
-        return {}
+        """What equal heads cost, where a survey said so; nothing else changes beside cache and parameters."""
+        return {} if self.price is None else {"equal_heads_cost": self.price.facts()}
 
     def new_parameters(self) -> int:
         """Parameters of one layer's attention; of the mean layer where layers differ."""
@@ -112,7 +120,7 @@ class DHA(Method):
         )
         weights = attention_weights(attention, self.facts)
         heads = Heads(weights, statistics, self.facts.scale * rotary.attention_scaling**2, self._biased)
-        return Observed(heads, output_bias(attention), self._norms(attention))
+        return Observed(heads, output_bias(attention), norms(attention, self.facts))
 
     def convert(
         self,
@@ -192,7 +200,7 @@ class DHA(Method):
         candidates = []
         for again in self._regroups():
             for k_heads, v_heads in self.budget.splits(index, self.heads[index]):
-                if self.settings.uniform:
+                if self.budget.equal:
                     if not again and self.facts.kv_heads % k_heads:
                         continue
                     keys = values = seen.split("kv", k_heads, again, equal=True)
@@ -213,14 +221,6 @@ class DHA(Method):
         """The attention module of layer `index` with the tensors of `fused`, and its maps in the configuration."""
         self._set(index, fused.k_map, fused.v_map)
         return assemble(fused, seen, self.config, self.facts, index, device)
-
-    def _norms(self, attention: Any) -> tuple[nn.Module, nn.Module] | None:
-        if self.facts.qk_norm is None:
-            return None
-        q_norm, k_norm = (
-            copy.deepcopy(norm).to("cpu", torch.float32) for norm in (attention.q_norm, attention.k_norm)
-        )
-        return q_norm, k_norm
 
     def _unfused(self, seen: Observed, index: int, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
         """The layer whose heads training will fuse, into the clusters of least cost by closed form."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ...families.facts import AttentionFacts
 from .grouping import Cluster, best_clusters
 from .heads import Heads
 
@@ -60,3 +64,13 @@ class Observed:
             split = best_clusters(len(units), count, lambda c: self.lost(kind, heads(c)), equal)
             self.clusters[key] = [heads(cluster) for cluster in split]
         return self.clusters[key]
+
+
+def norms(attention: Any, facts: AttentionFacts) -> tuple[nn.Module, nn.Module] | None:
+    """Copies of an attention's norms of queries and keys, float32 on the CPU; None where it has none."""
+    if facts.qk_norm is None:
+        return None
+    q_norm, k_norm = (
+        copy.deepcopy(norm).to("cpu", torch.float32) for norm in (attention.q_norm, attention.k_norm)
+    )
+    return q_norm, k_norm

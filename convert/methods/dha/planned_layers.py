@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mhconvert.errors import BudgetError
@@ -78,6 +78,40 @@ def _layer_heads(place: str, layer: dict[str, Any], facts: AttentionFacts) -> La
             f"(k_heads: {facts.kv_heads}, k_map: {facts.head_map})"
         )
     return LayerHeads(sum(counts), k_heads, v_heads, k_map, v_map)
+
+
+def equal_layers(layers: Sequence[LayerHeads], heads: int) -> tuple[LayerHeads, ...]:
+    """The layers of a plan as ones that have as many K as V heads, both read by the same groups of one size.
+
+    Args:
+        heads: of which groups are made: query heads, or the KV heads whose readers stay together.
+    Raises:
+        BudgetError: naming the layer that cannot be one, and what it could have.
+    """
+    return tuple(_equal(f"plan, layer {index}", layer, heads) for index, layer in enumerate(layers))
+
+
+def _equal(place: str, layer: LayerHeads, heads: int) -> LayerHeads:
+    half = layer.kv_heads // 2
+    if layer.kv_heads % 2 or layer.k_heads not in (None, half) or layer.v_heads not in (None, half):
+        named = (
+            f"{layer.k_heads} K and {layer.v_heads} V heads"
+            if layer.k_heads
+            else f"kv_heads={layer.kv_heads}"
+        )
+        raise BudgetError(f"{place}: {named}, and equal_heads takes as many K as V heads in a layer")
+    if heads % half:
+        possible = ", ".join(str(2 * n) for n in range(1, heads + 1) if heads % n == 0)
+        raise BudgetError(
+            f"{place}: {half} K and {half} V heads cannot be read by equal groups of {heads} heads; choose "
+            f"kv_heads of {possible}"
+        )
+    sizes = {layer.k_map.count(n) for n in layer.k_map} if layer.k_map is not None else set()
+    if layer.k_map != layer.v_map or len(sizes) > 1:
+        raise BudgetError(
+            f"{place}: equal_heads takes a k_map and v_map that are the same groups of one size"
+        )
+    return replace(layer, k_heads=half, v_heads=half)
 
 
 def _number(what: str, number: Any, least: int, most: int) -> int:

@@ -31,6 +31,7 @@ class DHASettings(Settings):
 
     fault = BudgetError
     instead_of_budget: ClassVar[dict[str, str]] = {"plan": "the heads of every layer by --plan"}
+    earlier: ClassVar[dict[str, Any]] = {"equal_heads": False}
 
     kv_budget: Annotated[
         float,
@@ -47,6 +48,13 @@ class DHASettings(Settings):
         Option(
             "As many K as V heads in every layer, read by groups of one size: the donor's own architecture, no "
             "remote code."
+        ),
+    ] = False
+    equal_heads: Annotated[
+        bool,
+        Option(
+            "As many K as V heads within a layer, read by groups of one size, so that `export --to nemotron-nas` holds "
+            "the result; layers may differ. A survey says what that costs."
         ),
     ] = False
     regroup: Annotated[
@@ -95,6 +103,10 @@ class DHASettings(Settings):
         """Raise BudgetError for bounds that cross and choices that exclude each other; read the plan."""
         if self.max_heads is not None and self.max_heads < self.min_heads:
             raise BudgetError(f"max_heads={self.max_heads} is less than min_heads={self.min_heads}")
+        if self.uniform and self.equal_heads:
+            raise BudgetError(
+                "a uniform plan has equal heads in every layer; leave out equal_heads or uniform"
+            )
         if self.uniform and self.fusion == "trained":
             raise BudgetError("a uniform plan is fused in closed form; leave out uniform or fusion")
         if self.plan is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mhconvert.errors import BudgetError, UnsupportedError
 
 from ...families.facts import AttentionFacts, attention_facts
+from .engine_rows import KERNEL_SHAPES, aimed_row, row_notice
 from .settings import MLASettings
 
 # Shares of a layer's elements that the rotary key may take; the one with the smallest output error is chosen.
@@ -23,9 +24,6 @@ DIVISION = 96  # a budget is divided over layers in steps of 1 / DIVISION of the
 MIN_ELEMENTS = 3  # of a layer: one rotary component, which is two elements, and a latent of width one
 ROUND_WIDTH = 16  # elements: error messages suggest multiples of it
 
-# (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) that the MLA prefill of vLLM 0.33 takes on Hopper and older GPUs.
-KERNEL_SHAPES = ((128, 64, 128), (192, 64, 256), (64, 64, 128), (256, 0, 256))
-
 
 @dataclass(frozen=True)
 class LayerBudget:
@@ -38,6 +36,7 @@ class LayerBudget:
         frequencies: rotary pairs of a head.
         kv_heads: G, of the donor.
         key_scales: of `elements`, those that hold 1 / RMS of a donor's normed keys.
+        notice: what a user should know of the engines that take it; "" where there is nothing to say.
     """
 
     elements: int
@@ -47,6 +46,7 @@ class LayerBudget:
     frequencies: int
     kv_heads: int
     key_scales: int = 0
+    notice: str = ""
 
     @property
     def all_components(self) -> int:
@@ -80,7 +80,8 @@ class LayerBudget:
 def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
     """The budget of each layer that `settings` leave a donor with `config`.
 
-    With profile portable every layer's rotary key has the width that kernels want at this head_dim.
+    With profile portable every layer's rotary key has the width that kernels want at this head_dim, and the whole row
+    one that engines take, where the budget allows it.
 
     Raises:
         BudgetError: for sizes that the donor's geometry cannot express; it names the nearest possible ones.
@@ -96,7 +97,7 @@ def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
                 f"qk_rope_head_dim={settings.qk_rope_head_dim} has no kernel at head_dim={head_dim}: --profile "
                 f"portable needs {portable_rope(head_dim)}; choose that or --profile quality"
             )
-        return budget
+        return _noticed(budget, settings, budget.elements)
     elements = round(settings.kv_budget * donor)
     rope = portable_rope(head_dim) if settings.profile == "portable" else None
     smallest = (MIN_ELEMENTS if rope is None else rope + 1) + scales
@@ -107,8 +108,18 @@ def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
             f"layer, and --profile {settings.profile} needs {needs}; the nearest that it can: "
             f"{_nearest(smallest, donor)}"
         )
+    allowed, elements = elements, elements if rope is None else aimed_row(elements, donor) or elements
     rank = None if rope is None else elements - rope
-    return LayerBudget(elements, rank, rope, donor, facts.rotary_dim // 2, facts.kv_heads, scales)
+    budget = LayerBudget(elements, rank, rope, donor, facts.rotary_dim // 2, facts.kv_heads, scales)
+    return _noticed(budget, settings, allowed)
+
+
+def _noticed(budget: LayerBudget, settings: MLASettings, allowed: int) -> LayerBudget:
+    """`budget`, with profile portable of `allowed` elements at most, and what it says about engines."""
+    rope = budget.qk_rope_head_dim
+    if settings.profile == "quality" or rope is None:
+        return budget
+    return replace(budget, notice=row_notice(budget.elements, rope, allowed, budget.donor_elements))
 
 
 def portable_rope(head_dim: int) -> int:

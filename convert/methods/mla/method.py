@@ -64,6 +64,7 @@ class MLA(Method):
         if reason is not None:
             raise UnsupportedError(f"profile portable cannot hold this donor: {reason}; use quality")
         self.budget: LayerBudget = layer_budget(config, settings)
+        self.notice = self.budget.notice
         self.budgets, self.shared_out = [self.budget] * config.num_hidden_layers, False
         quality = settings.profile == "quality"
         bias = quality or self.facts.output_bias
@@ -146,8 +147,7 @@ class MLA(Method):
         Args:
             inputs, targets: (N, L, D), what the donor's attention reads and returns on calibration text.
         """
-        device = position_embeddings[0].device
-        rows = max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
+        device, rows = position_embeddings[0].device, max(1, PROBE_TOKENS[self.effort] // inputs.shape[1])
         probe, expected = inputs[-rows:].to(device), targets[-rows:].to(device)
         best: tuple[float, Any, Candidate] | None = None
         components = self.budgets[index].component_choices(self.effort)

@@ -51,7 +51,8 @@ class MLASettings(Settings):
         Option(
             "quality: ranks and rotary frequencies may differ by layer. portable: one rank and one geometric "
             "frequency series for all layers, as stock latent-attention classes need them, in the widths that "
-            "serving kernels accept."
+            "serving kernels accept: the largest row of 320, 512 or 576 elements that is at least half of what the "
+            "budget allows."
         ),
     ] = "quality"
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhconvert.convert.methods.budget_division import LayerNeed, divide
+from mhconvert.convert.methods.budget_division import LayerNeed, divide, divide_in_levels, predicted
 
 SHARES = (0.125, 0.3125, 0.5, 0.75)
 
@@ -63,3 +63,25 @@ def test_layers_that_need_nothing_get_the_same() -> None:
     assert (
         divide([LayerNeed((1.0,), (1.0,), 1.0, 0.0)] * 3, 60, least=5, most=50, unit=3, whole=96) == [20] * 3
     )
+
+
+@given(
+    st.lists(st.builds(need, st.floats(0, 10), st.floats(0.5, 30)), min_size=1, max_size=4),
+    st.integers(8, 64),
+)
+def test_no_other_division_in_levels_is_better(layers: list[LayerNeed], total: int) -> None:
+    levels = (2, 4, 8, 16)
+    found = divide_in_levels(layers, total, levels, whole=16)
+    assert sum(found) <= total
+    every = [e for e in itertools.product(levels, repeat=len(layers)) if sum(e) <= total]
+    assert predicted(layers, found, 16) == pytest.approx(
+        min(predicted(layers, e, 16) for e in every), rel=1e-9
+    )
+
+
+def test_the_need_without_a_constraint_is_in_proportion_to_the_errors() -> None:
+    layer = LayerNeed((0.25, 0.5), (0.4, 0.2), 0.25, 1.0, ((0.2, 0.3), (0.6, 0.1)))
+    free = layer.unconstrained()
+    assert (free.probed, free.divergence) == (0.2, pytest.approx(0.75))
+    assert free.divergence_at(0.6) == pytest.approx(0.25)
+    assert free.divergence_at(1.0) < 1e-6  # the donor's own layer

@@ -43,8 +43,10 @@ def test_what_is_no_recipe_stays_as_it_is(values: Any) -> None:
 
 
 def test_other_methods_have_nothing_to_complete() -> None:
-    values = {"method": "dha", "settings": {"kv_budget": 0.5}}
+    values = {"method": "moh", "settings": {"active": 0.5}}
     assert as_recorded(values) == values
+    values = {"method": "dha", "settings": {"kv_budget": 0.5}}
+    assert as_recorded(values) == {"method": "dha", "settings": {"kv_budget": 0.5, "equal_heads": False}}
 
 
 def test_a_recipe_beside_its_record_was_saved(tmp_path: Path) -> None:

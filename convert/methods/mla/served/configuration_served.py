@@ -1,8 +1,11 @@
 """What a model with served latent attention is: its donor's configuration plus the sizes of the latent cache.
 
+`head_dim`, by which vLLM sizes a latent cache, is that of a cached row, kv_lora_rank + qk_rope_head_dim.
+
 This file is shipped inside exported checkpoints: it imports torch, transformers and its siblings only.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,8 @@ class ServedLatentFields:
     """The fields that served latent attention adds to a donor's configuration; names are DeepSeek's where it has them.
 
     kv_lora_rank, qk_rope_head_dim: widths of the cached latent and rotary key, the same in all layers.
-    qk_nope_head_dim, v_head_dim: per-head widths of the expanded non-rotary key and of the value.
+    qk_nope_head_dim, v_head_dim: per-head widths of the expanded non-rotary key and of the value; the first is the
+        donor's head_dim, over which its rotary frequencies are spread.
     rope_frequencies: per layer, which of the donor's rotary frequencies each pair of the rotary key turns with.
     latent_norm_eps: of the latent's norm; large where that norm is there for its form alone.
     attention_input_bias, attention_output_bias: whether q_proj and kv_a_proj_with_mqa, and o_proj, have biases.
@@ -39,6 +43,12 @@ class ServedLatentFields:
         if self.qk_nope_head_dim is None or self.qk_rope_head_dim is None:
             return None
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def rotary_config(self) -> Any:
+        """This configuration as the donor's rotary embedding reads it: with its head_dim."""
+        donors: Any = copy.deepcopy(self)
+        donors.head_dim = self.qk_nope_head_dim
+        return donors
 
     def latent_rank(self, layer_idx: int) -> int | None:
         """Width of the cached latent of one layer."""

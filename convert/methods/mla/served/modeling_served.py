@@ -131,10 +131,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class ServedLatentModel:
-    """Mixed into the donor's decoder stack: replaces every `self_attn`."""
+    """Mixed into the donor's decoder stack: replaces every `self_attn`, and the rotary embedding by its own."""
 
     def __init__(self, config: ServedLatentFields):
         super().__init__(config)  # type: ignore[call-arg]
+        self.rotary_emb = type(self.rotary_emb)(config.rotary_config())
         for layer_idx, layer in enumerate(self.layers):  # type: ignore[attr-defined]
             layer.self_attn = ServedLatentAttention(config, layer_idx)
         self.post_init()  # type: ignore[attr-defined]

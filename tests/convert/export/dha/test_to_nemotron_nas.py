@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+import mhconvert
 from mhconvert.convert.export.dha import to_nemotron_nas
+from mhconvert.convert.methods.dha.settings import DHASettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import ExportError
 from tests.convert.conversions import LLAMA3, YARN, logits, relative, token_ids
 from tests.convert.export.dha_exports import Maps, elsewhere, load, make_dha, require_same
+from tests.donors import make_donor
 
 # One, two and four KV heads: groups that lie apart, in an order of their own, and in the donor's.
 LAYERED: Maps = [
@@ -222,7 +226,8 @@ def test_a_uniform_checkpoint_too(tmp_path: Path) -> None:
     report = to_nemotron_nas.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     assert report["heads_by_layer"] == [2, 2]
     assert report["biases"] == []
-    assert loads(report) == {"transformers": True, "vLLM": True, "SGLang": True, "llama.cpp": True}
+    assert all(loads(report).values())
+    assert loads(report).keys() == {"transformers", "vLLM", "SGLang", "llama.cpp", "MLX", "exllamav3"}
     require_same(checkpoint, tmp_path / "out", report)
 
 
@@ -232,7 +237,7 @@ def loads(report: dict[str, Any]) -> dict[str, bool]:
 
 def test_which_engines_load_it(tmp_path: Path) -> None:
     plain = to_nemotron_nas.export_checkpoint(str(make_dha(tmp_path / "a", LAYERED)), str(tmp_path / "plain"))
-    assert loads(plain) == {"transformers": True, "vLLM": True, "SGLang": False, "llama.cpp": True}
+    assert [engine for engine, served in loads(plain).items() if not served] == ["SGLang"]
     wide = to_nemotron_nas.export_checkpoint(
         str(make_dha(tmp_path / "b", LAYERED, head_dim=24)), str(tmp_path / "wide")
     )
@@ -240,6 +245,7 @@ def test_which_engines_load_it(tmp_path: Path) -> None:
         str(make_dha(tmp_path / "c", LAYERED, rope=YARN)), str(tmp_path / "yarn")
     )
     assert not loads(wide)["llama.cpp"]
+    assert not loads(wide)["MLX"]
     assert not loads(yarn)["llama.cpp"]
     assert "| SGLang | no | wants the same number" in (tmp_path / "plain" / "README.md").read_text()
 
@@ -270,3 +276,46 @@ def test_an_export_is_not_exported_again(tmp_path: Path) -> None:
     to_nemotron_nas.export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     with pytest.raises(ExportError, match="is an export itself; export the checkpoint"):
         to_nemotron_nas.export_checkpoint(str(tmp_path / "out"), str(tmp_path / "again"))
+
+
+def test_equal_heads_are_surveyed_priced_and_exported(tmp_path: Path) -> None:
+    """A conversion whose layers a survey divides, and a plan of {"kv_heads": 4}: both go to nemotron-nas."""
+    donor = make_donor(tmp_path / "donor", layers=3, heads=4, kv_heads=4)
+    few = Calibration(tokens=512, sequence_length=64, held_out=2)
+    common: dict[str, Any] = {"calibration": few, "fit_steps": 0, "verify": False, "device": "cpu"}
+    settings = DHASettings(0.6, equal_heads=True)  # 14 of 24 heads: 2, 4 or 8 in a layer
+    recipe = Recipe(
+        str(donor), "dha", settings=settings, output=str(tmp_path / "a"), effort="default", **common
+    )
+    planned = mhconvert.plan(recipe, survey=True)
+    cost = planned["equal_heads_cost"]
+    assert cost["heads"]["equal_heads"] in (12, 14)
+    assert cost["heads"]["free"] == 14
+    assert cost["predicted_kl"]["equal_heads"] > 0
+    assert planned["notice"].startswith("as many K as V heads in every layer: the survey predicts a KL of")
+    report = mhconvert.convert(recipe)
+    assert report["equal_heads_cost"]["heads"] == cost["heads"]
+    assert report["equal_heads_cost"]["predicted_kl"] == pytest.approx(cost["predicted_kl"])
+    assert all(layer["k_heads"] == layer["v_heads"] for layer in report["layers"])
+    plan = Recipe(
+        str(donor),
+        "dha",
+        settings=DHASettings(plan=[{"kv_heads": n} for n in (4, 2, 4)], equal_heads=True),
+        output=str(tmp_path / "b"),
+        effort="quick",
+        **common,
+    )
+    assert [layer["k_heads"] for layer in mhconvert.convert(plan)["layers"]] == [2, 1, 2]
+    for name in ("a", "b"):
+        exported = to_nemotron_nas.export_checkpoint(
+            str(tmp_path / name), str(tmp_path / f"{name}-out"), engine="vllm"
+        )
+        require_same(tmp_path / name, tmp_path / f"{name}-out", exported)
+        assert exported["duplicated_heads"] == 0
+        assert len(set(exported["kv_bytes_per_token"].values())) == 1
+
+
+def test_free_heads_are_what_the_refusal_says_to_do_without(tmp_path: Path) -> None:
+    checkpoint = make_dha(tmp_path, UNEQUAL)
+    with pytest.raises(ExportError, match="or convert again with --equal-heads, or with --uniform"):
+        to_nemotron_nas.export_checkpoint(str(checkpoint), str(tmp_path / "out"))

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mhconvert.convert.export import engine_support, same_outputs, verify_folder
-from mhconvert.convert.export.mla import deepseek_tensors, to_deepseek_v3
+from mhconvert.convert.donor.gguf_reader import read_gguf_header
+from mhconvert.convert.export import engine_support, forms, same_outputs, verify_folder
+from mhconvert.convert.export.mla import deepseek_layer, deepseek_tensors, padded_row, to_deepseek_v3
+from mhconvert.convert.methods import registry
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.errors import CheckpointError, ExportError, OutputError, ProofError
 from tests.convert.conversions import (
@@ -50,6 +53,7 @@ def loaded(folder: Path) -> Any:
 
 
 def ours(folder: Path) -> Any:
+    registry.register("mla")
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 
 
@@ -74,7 +78,7 @@ def test_the_stock_class_computes_what_ours_does(tmp_path: Path, to: str, donor:
     assert (
         report["verified"]["cache"]["elements_per_token"] == 2 * (96 + 64) == report["kv_elements_per_token"]
     )
-    wide = to == "deepseek_v3" and donor.get("head_dim", 64) == 64
+    wide = donor.get("head_dim", 64) == 64
     assert report["padded_v_head_dim"] == (128 if wide else None)
     assert (tmp_path / "out" / "LICENSE").read_text() == "Tiny test licence\n"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -82,6 +86,26 @@ def test_the_stock_class_computes_what_ours_does(tmp_path: Path, to: str, donor:
     assert (config["qk_nope_head_dim"], config["qk_rope_head_dim"]) == (donor.get("head_dim", 64), 64)
     assert not list((tmp_path / "out").glob("*.py"))
     assert json.loads((tmp_path / "out" / "mhconvert.json").read_text())["exported"]["to"] == to
+
+
+def test_youtus_head_is_a_cached_row_and_its_rope_is_not(plain: Path, tmp_path: Path) -> None:
+    """vLLM takes head_dim for the size of the cache; RoPE turns qk_rope_head_dim elements all the same."""
+    to_deepseek_v3.export_checkpoint(str(plain), "youtu", str(tmp_path / "out"), device="cpu", verify=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["head_dim"] == AutoConfig.from_pretrained(tmp_path / "out").head_dim == 96 + 64
+    model = loaded(tmp_path / "out")
+    donors = ours(plain).model.rotary_emb.inv_freq
+    torch.testing.assert_close(
+        model.model.rotary_emb.inv_freq, donors
+    )  # 64 elements of 64, in the donor's order
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(1, 2), (48, 64), (413, 98), (512, 64), (2971, 256)])
+def test_youtus_share_is_whole(rank: int, rope: int) -> None:
+    shape = deepseek_layer.LatentShape(1, rank, 64, rope, 64, 64)
+    made = deepseek_layer.of_a_row({"rope_type": "llama3"}, shape)
+    assert int(made["head_dim"] * made["rope_parameters"]["partial_rotary_factor"]) == rope
+    assert made["rope_parameters"]["rope_type"] == "llama3"
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, LINEAR])
@@ -227,13 +251,160 @@ def test_engines_by_sizes() -> None:
             for engine, yes, _ in engine_support.engines("deepseek_v3", engine_support.Sizes(*sizes))
         }
 
-    assert served(512, 128, 64, 128)["vLLM, FlashMLA and its like"]
+    assert served(512, 128, 64, 128)["vLLM 0.32 on GPUs"]
+    assert served(512, 128, 64, 128)["vLLM 0.32 on CPUs"]
+    for row in (320, 512):
+        assert served(row - 64, 64, 64, 128)["vLLM 0.32 on GPUs"]
+        assert not served(row - 64, 64, 64, 128)["vLLM 0.32 on CPUs"]
     small = served(128, 64, 64, 128)
-    assert small["vLLM, Triton kernel"]
-    assert not small["vLLM, FlashMLA and its like"]
-    assert not served(128, 64, 64, 64)["vLLM, Triton kernel"]
+    assert not small["vLLM 0.32 on GPUs"]
+    assert not small["vLLM 0.32 on CPUs"]
+    assert small["SGLang"]
+    assert small["llama.cpp"]
+    assert not served(512, 64, 64, 64)["vLLM 0.32 on GPUs"]
     youtu = engine_support.engines("youtu", engine_support.Sizes(512, 128, 64, 128))
     assert ("SGLang", False) in [(engine, yes) for engine, yes, _ in youtu]
+
+
+def test_an_engines_reason_has_its_version_and_a_way_out() -> None:
+    small = engine_support.engines("deepseek_v3", engine_support.Sizes(128, 64, 64, 128))
+    whys = {engine: why for engine, _, why in small}
+    assert whys["vLLM 0.32 on GPUs"] == (
+        "its latent caches take kv_lora_rank + qk_rope_head_dim of 320, 512, 576, and this is 128 + 64 = 192; "
+        "--pad-row 320 widens it with zeros"
+    )
+    engine_support.require(small, "llama.cpp")
+    engine_support.require(small, "transformers")
+    with pytest.raises(
+        ExportError, match=r"vllm does not take this export: vLLM 0\.32 on GPUs: its latent caches"
+    ):
+        engine_support.require(small, "vllm")
+    half = engine_support.Sizes(256, 64, 64, 128)
+    whys = {engine: why for engine, _, why in engine_support.engines("youtu", half)}
+    assert "its kernel takes kv_lora_rank 512" in whys["vLLM 0.32 on CPUs"]
+    wide = engine_support.engines("own", engine_support.Sizes(512, 64, 64, 128), "float32")
+    assert "--dtype bfloat16" in next(why for engine, _, why in wide if engine == "vLLM 0.32 on GPUs")
+    with pytest.raises(ExportError, match="sglang does not take this export: SGLang: its fallback"):
+        engine_support.require(wide, "sglang")
+
+
+@pytest.mark.parametrize("to", ["deepseek_v3", "youtu", "own"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_padded_row_computes_the_same_and_says_what_it_costs(
+    plain: Path, tmp_path: Path, to: str, dtype: str
+) -> None:
+    """The bare process that proves each export measures the padded cache too."""
+    options = forms.Options(str(tmp_path / "out"), dtype=dtype, pad_row=320, engine="vllm", device="cpu")
+    report = forms.export_checkpoint(str(plain), to, options)
+    assert report["verified"]["cache"]["elements_per_token"] == 2 * 320 == report["kv_elements_per_token"]
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    assert report["padded_row"] == {
+        "row": {"from": 160, "to": 320},
+        "kv_bytes_per_token": {"from": 2 * 160 * width, "to": 2 * 320 * width, "donor": 2 * 256 * width},
+    }
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (320 - 64, 64)
+    assert to == "deepseek_v3" or config["head_dim"] == 320
+    if dtype == "float32":
+        ids = token_ids(3, 40, seed=7)
+        made = loaded(tmp_path / "out") if to != "own" else ours(tmp_path / "out")
+        assert relative(logits(made, ids), logits(ours(plain), ids)) < 2e-5
+
+
+# Of mlx-lm's ModelArgs of DeepSeek-V3, the fields of a dense model with their defaults, which are another model's.
+MLX_FIELDS: dict[str, Any] = {
+    **{"vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30},
+    **{"num_attention_heads": 32, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64},
+    **{
+        "v_head_dim": 128,
+        "qk_nope_head_dim": 128,
+        "first_k_dense_replace": 0,
+        "max_position_embeddings": 2048,
+    },
+    **{"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False},
+}
+
+
+def test_what_mlx_reads_of_the_config_is_there_and_means_the_same(tmp_path: Path) -> None:
+    """mlx-lm takes its own default for a key that is missing, such as a rope_theta of 10000, without a word."""
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    source = checkpoint(tmp_path / "tiny-mla", rope=rope, head_dim=128, hidden=64)
+    to_deepseek_v3.export_checkpoint(
+        str(source), "deepseek_v3", str(tmp_path / "out"), device="cpu", verify=False
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.keys() >= MLX_FIELDS.keys()
+    read, model = {key: config[key] for key in MLX_FIELDS}, AutoConfig.from_pretrained(tmp_path / "out")
+    assert read["rope_theta"] == model.rope_parameters["rope_theta"] == pytest.approx(500000.0**0.5)
+    assert (read["rope_scaling"], read["q_lora_rank"], read["attention_bias"]) == (None, None, False)
+    assert read["first_k_dense_replace"] == read["num_hidden_layers"] == 2  # no layer has experts
+    assert read["rms_norm_eps"] == 1e-6  # that of its norm of the latent, whatever this key says
+    assert config["model_type"] == "deepseek_v3"
+    stored = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert "lm_head.weight" in stored  # it has no tied embeddings
+    assert {name.split(".")[4] for name in stored if ".self_attn." in name} == {
+        *("q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+    }
+    # Those without a default in exllamav3, which loads the form and then rounds it to float16.
+    needed = (
+        "moe_intermediate_size",
+        "n_routed_experts",
+        "rms_norm_eps",
+        "intermediate_size",
+        "kv_lora_rank",
+    )
+    assert all(isinstance(config[key], (int, float)) for key in needed)
+    assert config["hidden_act"] == "silu"
+
+
+def test_engines_that_were_read_and_not_run_say_so() -> None:
+    def why(to: str, layers: int) -> dict[str, tuple[bool, str]]:
+        rows = engine_support.engines(to, engine_support.Sizes(512, 128, 64, 128, layers))
+        return {str(engine): (bool(yes), str(how)) for engine, yes, how in rows}
+
+    assert why("deepseek_v3", 61)["MLX"] == (
+        True,
+        "mlx-lm, as DeepSeek-V3; caches the latent (read in source)",
+    )
+    assert why("deepseek_v3", 62)["MLX"][0] is False
+    assert "62 layers" in why("deepseek_v3", 62)["MLX"][1]
+    assert why("deepseek_v3", 2)["exllamav3"][0] is False
+    for to in ("own", "youtu"):
+        assert why(to, 2)["MLX, exllamav3"] == (False, "does not know the class")
+
+
+def test_a_padded_row_in_a_gguf(plain: Path, tmp_path: Path) -> None:
+    options = forms.Options(
+        str(tmp_path / "out.gguf"), kind="f32", pad_row=512, engine="llama.cpp", device="cpu"
+    )
+    report = forms.export_checkpoint(str(plain), "gguf", options)
+    assert report["kv_bytes_per_token"] == 2 * 512 * 2 == report["padded_row"]["kv_bytes_per_token"]["to"]
+    assert report["dense_form_verified"]["greedy_equal"]
+    found = read_gguf_header(tmp_path / "out.gguf")
+    assert found.hyperparameter("attention.kv_lora_rank") == 512 - 64
+
+
+def test_rows_that_cannot_be_padded(plain: Path, tmp_path: Path) -> None:
+    def export(to: str, **choices: Any) -> Any:
+        options = forms.Options(str(tmp_path / "out"), device="cpu", **choices)
+        return forms.export_checkpoint(str(plain), to, options)
+
+    with pytest.raises(ExportError, match="pad_row=500 is none of the rows that engines take: 320, 512, 576"):
+        export("own", pad_row=500)
+    with pytest.raises(
+        ExportError, match="no form holds .*deepseek_v3: vllm does not take.*own: vllm does not"
+    ):
+        export("auto", engine="vllm")
+    with pytest.raises(
+        ExportError, match=r"pad_row=320 is less than the row that the checkpoint has, 512 \+ 64 = 576"
+    ):
+        padded_row.padded_rank(512, 64, 320)
+    assert padded_row.padded_rank(512, 64, 576) == 512
+    with pytest.raises(ExportError, match="a gguf of deepseek2 is for llama.cpp, and vllm takes other forms"):
+        forms.export_checkpoint(
+            str(plain), "gguf", forms.Options(str(tmp_path / "out.gguf"), engine="vllm", device="cpu")
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_verify_names_what_it_compares_with(plain: Path, tmp_path: Path) -> None:

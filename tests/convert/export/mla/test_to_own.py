@@ -44,7 +44,7 @@ def test_the_folder_is_whole(source: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["kv_lora_rank"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]) == (48, 64, 64)
-    assert (config["v_head_dim"], config["head_dim"], config["softmax_scale"]) == (128, 64, 0.125)
+    assert (config["v_head_dim"], config["head_dim"], config["softmax_scale"]) == (128, 48 + 64, 0.125)
     assert config["architectures"] == ["MLAServedQwen2ForCausalLM"] == [report["architecture"]]
     assert config["auto_map"]["AutoModel"] == "modeling_served.MLAServedQwen2Model"
     assert not {"rope_in_latent", "qk_norm", "attention_softcap"} & set(config)
@@ -54,7 +54,7 @@ def test_the_folder_is_whole(source: Path, tmp_path: Path) -> None:
     assert (
         "`MLAServedQwen2ForCausalLM`, whose code is in this folder: a cache of 224 elements a token" in card
     )
-    assert "| vLLM | yes |" in card
+    assert "| vLLM 0.32 on GPUs | no | its latent caches take" in card
     record = json.loads((tmp_path / "out" / "mhconvert.json").read_text())
     assert record["exported"]["checkpoint"] == str(source)
     assert set(record["sha256"]) == {p.name for p in (tmp_path / "out").iterdir()} - {"mhconvert.json"}

@@ -238,3 +238,95 @@ def test_budgets_of_normed_keys_count_every_k_head(share: float, kv_heads: int, 
     assert [found.splits(index, count) for index, count in enumerate(heads)] == [
         [(kv_heads, count - kv_heads)] for count in heads
     ]
+
+
+@given(
+    share=st.floats(0.05, 1),
+    heads=st.sampled_from([(4, 2), (8, 8), (9, 3), (12, 4), (32, 8)]),
+    layers=st.integers(1, 8),
+    multiple=st.sampled_from([1, 2]),
+    needs=st.lists(st.floats(1e-4, 10), min_size=8, max_size=8),
+)
+def test_equal_heads_are_equal_and_divide_the_query_heads(
+    share: float, heads: tuple[int, int], layers: int, multiple: int, needs: list[float]
+) -> None:
+    config = make_config(heads=heads[0], kv_heads=heads[1], layers=layers, hidden=16 * heads[0])
+    try:
+        method = DHA(config, DHASettings(share, equal_heads=True, head_multiple=multiple), "quick")
+    except BudgetError:
+        return
+    spread = list(method.heads)
+    if method.divisible:
+        shares = method.survey_shares
+        free = [(s, 1 - s) for s in shares]
+        method.share_out(
+            [LayerNeed(shares, [1.1 - s for s in shares], shares[0], n, free) for n in needs[:layers]]
+        )
+        cost = method.totals()["equal_heads_cost"]
+        assert cost["heads"]["equal_heads"] == sum(method.heads) <= cost["heads"]["free"]
+        assert cost["predicted_kl"]["free"] < cost["predicted_kl"]["equal_heads"]
+        assert "as many K as V heads in every layer: the survey predicts a KL of" in method.notice
+    for chosen in (spread, method.heads):
+        assert sum(chosen) <= share * 2 * heads[1] * layers + 1e-6
+        for index, number in enumerate(chosen):
+            [(k_heads, v_heads)] = method.budget.splits(index, number)
+            assert k_heads == v_heads == number / 2 <= heads[1]
+            assert heads[0] % k_heads == 0
+            assert k_heads % multiple == 0
+
+
+def test_equal_heads_go_where_they_are_needed() -> None:
+    method = DHA(make_config(heads=8, kv_heads=8, layers=4), DHASettings(0.5, equal_heads=True), "default")
+    assert method.heads == [8] * 4
+    shares = method.survey_shares
+    assert shares == (1 / 8, 2 / 8, 4 / 8, 1.0)  # the whole too: nothing is extrapolated
+    needs = [LayerNeed(shares, [2.0 ** (-8 * s) for s in shares], shares[0], n) for n in (0.1, 0.1, 5.0, 0.1)]
+    method.share_out(needs)
+    assert method.heads == [4, 4, 16, 8] or sorted(method.heads) == [4, 4, 8, 16]
+    assert method.heads[2] == 16
+    assert method.layer_sizes(2) == {"kv_heads": 16}
+    assert method.totals() == {}  # the survey measured no free plan
+    assert DHA(make_config(heads=8, kv_heads=8), DHASettings(0.5), "default").unconstrained is None
+
+
+def test_equal_heads_of_two_levels_use_the_budget() -> None:
+    """SmolLM2's shape: three KV heads are read by nine query heads in groups of one size or as they are."""
+    config = make_config(heads=9, kv_heads=3, layers=4, hidden=144)
+    method = DHA(config, DHASettings(2 / 3, equal_heads=True), "default")
+    assert method.survey_shares == (1 / 3, 1.0)
+    method.share_out([LayerNeed((1 / 3, 1.0), (0.4, 0.0), 1 / 3, n) for n in (0.1, 0.3, 0.2, 0.1)])
+    assert method.heads == [2, 6, 6, 2]
+
+
+def test_a_plan_of_equal_heads() -> None:
+    config = make_config(heads=4, kv_heads=4)
+    same = [0, 1, 1, 0]
+    plan: list[dict[str, Any]] = [{"kv_heads": 4}, {"k_map": same, "v_map": same}]
+    method = DHA(config, DHASettings(plan=plan, equal_heads=True), "default")
+    assert [method.budget.splits(i, 4) for i in range(2)] == [[(2, 2)]] * 2
+    assert method.unconstrained is None
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ({"kv_heads": 3}, "plan, layer 0: kv_heads=3, and equal_heads takes as many K as V heads"),
+        ({"k_heads": 3, "v_heads": 1}, "plan, layer 0: 3 K and 1 V heads, and equal_heads"),
+        (
+            {"kv_heads": 6},
+            "3 K and 3 V heads cannot be read by equal groups of 4 heads; choose kv_heads of 2, 4, 8",
+        ),
+        ({"k_map": [0, 0, 1, 1], "v_map": [0, 1, 1, 0]}, "takes a k_map and v_map that are the same groups"),
+        ({"k_map": [0, 0, 0, 1], "v_map": [0, 0, 0, 1]}, "the same groups of one size"),
+    ],
+)
+def test_a_plan_that_equal_heads_cannot_have(layer: dict[str, Any], said: str) -> None:
+    with pytest.raises(BudgetError, match=said):
+        DHA(make_config(heads=4, kv_heads=4), DHASettings(plan=[layer] * 2, equal_heads=True), "default")
+
+
+def test_equal_heads_exclude_and_are_refused() -> None:
+    with pytest.raises(BudgetError, match="leave out equal_heads or uniform"):
+        DHASettings(uniform=True, equal_heads=True)
+    with pytest.raises(UnsupportedError, match="a plan with equal_heads fuses K heads too"):
+        DHA(make_config(family="qwen3"), DHASettings(equal_heads=True), "default")

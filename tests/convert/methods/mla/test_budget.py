@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mhconvert.convert.methods.mla.budget import KERNEL_SHAPES, ROPE_SHARES, LayerBudget, layer_budget
+from mhconvert.convert.methods.mla.engine_rows import ROWS
 from mhconvert.convert.methods.mla.settings import MLASettings, Profile
 from mhconvert.errors import BudgetError, UnsupportedError
 from tests.donors import make_config
@@ -73,10 +74,50 @@ def test_a_portable_split_is_what_kernels_accept(groups: int, head_dim: int, sha
     assume(elements > 64)
     budget = layer_budget(geometry(groups, head_dim), MLASettings(kv_budget=share, profile="portable"))
     assert budget.qk_rope_head_dim == 64
-    assert budget.kv_lora_rank == elements - 64
-    assert budget.elements == elements
+    assert budget.kv_lora_rank == budget.elements - 64
+    rows = [row for row in ROWS if elements / 2 <= row <= elements < 2 * groups * head_dim]
+    assert budget.elements == max(rows, default=elements)
+    assert (budget.notice == "") == (budget.elements == elements and elements in ROWS)
     assert budget.component_choices("quick") == [32]  # no more than one for each of the donor's frequencies
     assert any((head_dim, 64) == shape[:2] and shape[2] >= head_dim for shape in KERNEL_SHAPES)
+
+
+def portable(groups: int, head_dim: int, **choices: Any) -> LayerBudget:
+    return layer_budget(geometry(groups, head_dim), MLASettings(profile="portable", **choices))
+
+
+def test_a_portable_row_is_one_that_vllm_takes_and_the_plan_says_where_it_is_none() -> None:
+    """Llama-3-8B, Llama-3.2-1B and SmolLM2 in their shapes, and a donor of many KV heads."""
+    assert portable(8, 128, kv_budget=0.28125).kv_lora_rank == 512
+    assert portable(8, 64).kv_lora_rank == 512 - 64
+    half = portable(8, 128)
+    assert (half.kv_lora_rank, half.qk_rope_head_dim) == (512, 64)
+    assert half.notice == (
+        "the budget allows 1024 elements a token and layer, and vLLM 0.32 takes 320, 512 or 576: the result has a "
+        "row of 576 elements (kv_lora_rank 512 + qk_rope_head_dim 64); --kv-lora-rank 960 --qk-rope-head-dim 64 uses "
+        "all of it, for the other engines"
+    )
+    small = portable(3, 64)
+    assert (small.elements, small.kv_lora_rank) == (192, 128)
+    assert small.notice == (
+        "vLLM 0.32 takes latent rows of 320, 512 or 576 elements and not a row of 192 elements (kv_lora_rank 128 + "
+        "qk_rope_head_dim 64): llama.cpp, transformers and, by its source, SGLang remain; a --kv-budget of 0.8334 "
+        "(320) makes one that it takes and `export --pad-row 320` widens it with zeros"
+    )
+    assert portable(3, 64, kv_budget=0.9).elements == 320
+    assert portable(3, 64, kv_budget=1.0).elements == 384  # nothing is to be saved
+    wide = portable(32, 128)
+    assert wide.elements == 4096  # 576 would be a seventh of what was asked for
+    assert "0.0391 (320) or 0.0625 (512) or 0.0704 (576) makes one" in wide.notice
+    assert "--pad-row" not in wide.notice
+    assert portable(2, 64).notice.endswith(
+        "`export --pad-row 320` widens it with zeros, more than the donor's own 256"
+    )
+    explicit = portable(8, 128, kv_lora_rank=600, qk_rope_head_dim=64)
+    assert explicit.elements == 664
+    assert "not a row of 664 elements" in explicit.notice
+    assert portable(8, 128, kv_lora_rank=256, qk_rope_head_dim=64).notice == ""
+    assert layer_budget(geometry(8, 128), MLASettings(kv_budget=0.5, kv_bits="16")).notice == ""
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 80, 96, 256])
