@@ -54,6 +54,21 @@ SERVED = [
         lambda forms: forms.exported(portable(forms), "deepseek_v3"),
         LATENT_ROW * LAYERS * FLOAT32,
     ),
+    Served(
+        "own, row 512 + 64",
+        lambda forms: forms.exported(portable(forms), "own"),
+        LATENT_ROW * LAYERS * FLOAT32,
+    ),
+    Served(
+        "youtu, row 512 + 64",
+        lambda forms: forms.exported(portable(forms), "youtu"),
+        LATENT_ROW * LAYERS * FLOAT32,
+    ),
+    Served(
+        "dha --equal-heads, as nemotron-nas",
+        lambda forms: forms.exported(forms.dha("--equal-heads", "--kv-budget", 0.5), "nemotron-nas"),
+        DONOR // 2,
+    ),
     Served("dha --uniform", lambda forms: forms.dha("--uniform", "--kv-budget", 0.5), DONOR // 2),
     Served("hydra, merged", lambda forms: forms.merged, DONOR),
 ]

@@ -133,6 +133,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class ServedLatentModel:
     """Mixed into the donor's decoder stack: replaces every `self_attn`, and the rotary embedding by its own."""
 
+    rotary_emb: Any
+
     def __init__(self, config: ServedLatentFields):
         super().__init__(config)  # type: ignore[call-arg]
         self.rotary_emb = type(self.rotary_emb)(config.rotary_config())
