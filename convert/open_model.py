@@ -19,13 +19,14 @@ from mhconvert.errors import CheckpointError, MhconvertError
 from .bare_process.child import keep_token_ids
 from .checkpoint.fingerprint import of_files, of_folder
 from .checkpoint.identity import converted_method, exported
-from .checkpoint.provenance import read_record
+from .checkpoint.provenance import read_record, require_recorded_tokenizer
 from .donor import hub_download
 from .donor.aliases import ALIASES
 from .donor.config_check import require_config
 from .donor.donor import Donor, open_donor
 from .donor.gguf_reader import split_parts
-from .donor.reference import HUB_ID, load_tokenizer
+from .donor.reference import HUB_ID
+from .donor.tokenizer_files import load_tokenizer
 from .methods.registry import register
 from .recipe.recorded import NOT_THE_RESULT, as_recorded
 from .storage.folder_kind import is_adapter
@@ -63,6 +64,13 @@ class OpenModel:
         if self.donor is not None:
             return self.donor.tokenizer()
         return load_tokenizer(self.folder, self.trust_remote_code)
+
+    def require_tokenizer(self) -> None:
+        """Raises CheckpointError for a damaged tokenizer, and for one that is gone from a converted checkpoint."""
+        if self.donor is None:
+            require_recorded_tokenizer(self.folder)
+        else:
+            self.donor.check_files(tokenizer=True)
 
     def model(self, dtype: torch.dtype = torch.float32, *, trainable: bool = False) -> Any:
         """The whole model on the device; `trainable`: an adapter's matrices require gradients.

@@ -10,7 +10,7 @@ from pathlib import Path
 from mhconvert.errors import PublishError
 
 from ..convert.adapters.saved_adapter import WEIGHTS as ADAPTER_WEIGHTS
-from ..convert.checkpoint.provenance import PROVENANCE, read_record
+from ..convert.checkpoint.provenance import PROVENANCE, read_record, require_recorded_tokenizer
 from ..convert.donor.reference import HUB_ID
 from ..convert.storage.folder_kind import ADAPTER_CONFIG, KINDS, is_adapter
 from ..convert.storage.safetensors_reader import SafetensorsSource, read_header, read_json
@@ -104,6 +104,7 @@ def _require_complete(folder: Path) -> None:
         read_header(folder / ADAPTER_WEIGHTS)
     else:
         SafetensorsSource(folder)
+    require_recorded_tokenizer(folder)
 
 
 def _provenance(file: Path, files: dict[str, Path | bytes]) -> bytes:

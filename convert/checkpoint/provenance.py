@@ -17,6 +17,7 @@ from mhconvert.library_versions import versions
 
 from ..donor.donor import Donor
 from ..donor.hub_download import NAMED_TEMPLATES
+from ..donor.tokenizer_files import TOKENIZER, require_tokenizer
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe, save_recipe
 from ..recipe.recorded import RECORD, SAVED
@@ -140,6 +141,15 @@ def require_recorded_files(folder: Path) -> None:
                 f"{file} was changed after mhconvert wrote it: its SHA-256 is not the one in {folder / PROVENANCE}; "
                 "take the folder anew, or delete that record's sha256 if the change is meant"
             )
+
+
+def require_recorded_tokenizer(folder: Path) -> None:
+    """Raises CheckpointError for a tokenizer.json that is damaged, or gone where mhconvert.json records it."""
+    recorded = read_record(folder).get("sha256")
+    file = folder / TOKENIZER
+    if isinstance(recorded, dict) and TOKENIZER in recorded and not file.exists():
+        raise CheckpointError(f"{file} is gone, and {folder / PROVENANCE} records it; take the folder anew")
+    require_tokenizer(folder)
 
 
 def hashes(folder: Path) -> dict[str, str]:
