@@ -23,7 +23,7 @@ class BoundedLoader(yaml.SafeLoader):
             raise yaml.YAMLError("its aliases unfold to too many values; write them out")
         return root
 
-    def compose_scalar_node(self, anchor: dict[str, yaml.Node] | None) -> yaml.ScalarNode:
+    def compose_scalar_node(self, anchor: dict[Any, yaml.Node]) -> yaml.ScalarNode:
         """The next scalar, pairs of escapes as JSON has them joined. Raises MarkedYAMLError for half of a pair."""
         node = super().compose_scalar_node(anchor)
         node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
