@@ -35,15 +35,7 @@ def command(
 ) -> None:
     """Time prefill and decode of a converted checkpoint and of its donor, in turns."""
     lengths, of_shape = _numbers(contexts), {name: options[name] for name in ("kv_budget", "kv_bits")}
-    if not random:
-        given = {"to": to, **of_shape}
-        refuse_ignored(given, given, "goes with --random; a checkpoint has its own")
-    elif to not in (None, "mla"):
-        refuse_ignored({"reexpand": reexpand}, ["reexpand"], f"is of mla: leave it out with --to {to}")
-    if random:
-        refuse_ignored(
-            {"against": against}, ["against"], "does not go with --random, which times CKPT's own shape"
-        )
+    _refuse_ignored(random, {"to": to, "against": against, "reexpand": reexpand, **of_shape})
 
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
@@ -123,3 +115,14 @@ def _numbers(words: str) -> list[int]:
         raise typer.BadParameter(
             f"--contexts '{words}' is not a list of whole numbers like 512,2048"
         ) from None
+
+
+def _refuse_ignored(random: bool, given: dict[str, Any]) -> None:
+    """Raise BadParameter for what shapes are only timed by, and for what they are not."""
+    if not random:
+        names = [name for name in given if name not in ("against", "reexpand")]
+        refuse_ignored(given, names, "goes with --random; a checkpoint has its own")
+        return
+    refuse_ignored(given, ["against"], "does not go with --random, which times CKPT's own shape")
+    if given["to"] not in (None, "mla"):
+        refuse_ignored(given, ["reexpand"], f"is of mla: leave it out with --to {given['to']}")
