@@ -14,9 +14,10 @@ PUBLISHED = (
     *("*.html", "*.svg", "*.png", "metrics*.jsonl"),
     *("LICEN[SC]E*", "NOTICE*", "USE_POLICY*"),
 )
-# Never published: hidden files, files of an unfinished run, training checkpoints, and pickles, which can run code.
+# Never published: hidden files, files of an unfinished run, training checkpoints, figures that were kept aside, and
+# pickles, which can run code.
 LEFT_OUT = (
-    *(".*", "__pycache__", "*.partial", "*.new", "*.lock", "checkpoint-*"),
+    *(".*", "__pycache__", "*.partial", "*.new", "*.lock", "checkpoint-*", "evaluation-*.json"),
     *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle"),
 )
 

@@ -19,7 +19,7 @@ import torch
 from mhconvert.errors import MhconvertError, TextError
 
 from ...convert.open_model import OpenModel
-from ..finite_logits import refuse_nan
+from ..finite_logits import refuse_nan, refuse_nan_scores
 from ..kv_cache import serving
 from ..result_cache import Store
 from ..settings import OWN_CACHE, EvalSettings
@@ -234,9 +234,10 @@ def _vllm_model(candidate: Candidate) -> Any:
         arguments |= {"kv_cache_dtype": candidate.kv_cache_dtype}
     if candidate.settings.max_length is not None:
         arguments |= {"max_model_len": candidate.settings.max_length}
-    return get_model("vllm").create_from_arg_obj(
+    lm = get_model("vllm").create_from_arg_obj(
         arguments, {"batch_size": candidate.settings.batch_size or "auto"}
     )
+    return refuse_nan_scores(lm, opened.reference, candidate.dtype)
 
 
 def rank() -> int:

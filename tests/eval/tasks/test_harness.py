@@ -342,3 +342,31 @@ def test_figures_are_recorded_in_the_checkpoint_but_not_in_the_donor(
     other_limit = dataclasses.replace(on_text, limit=5)
     api.evaluate(str(converted), other_limit, record=True, device="cpu")
     assert json.loads((converted / "evaluation.json").read_text())["tasks"] == []  # not of the same documents
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_scores_of_vllm_that_are_nan_are_refused(
+    donor: Path, monkeypatch: pytest.MonkeyPatch, rolling: bool
+) -> None:
+    class Engine:
+        scores: Any = ((-1.0, True), (float("-inf"), False))
+
+        @classmethod
+        def create_from_arg_obj(cls, *_: Any) -> Engine:
+            return cls()
+
+        def loglikelihood(self, requests: Any) -> Any:
+            return self.scores
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return [score for score, _ in self.scores]
+
+    monkeypatch.setattr("lm_eval.api.registry.get_model", lambda _: Engine)
+    lm = harness._language_model(candidate(donor, backend="vllm"))
+    score = lm.loglikelihood_rolling if rolling else lm.loglikelihood
+    assert len(score([])) == 2
+    lm.scores = [(-1.0, True), (float("nan"), False)]
+    with pytest.raises(
+        MhconvertError, match=rf"{donor} gives logits that are NaN in float32; evaluate it with --dtype"
+    ):
+        score([])
