@@ -93,9 +93,11 @@ def needs_remote_code(model_class: Any) -> bool:
 
 
 def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[str, Any]) -> None:
-    """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer."""
+    """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer; where the budget was
+    searched, the tolerance that it was searched for."""
     save_recipe(recipe, folder / RECIPE)
-    record(folder, donor, recipe=report["recipe"], layers=report["layers"])
+    searched = {"tolerance": report["tolerance"]["asked"]} if report.get("tolerance") else {}
+    record(folder, donor, recipe=report["recipe"], **searched, layers=report["layers"])
 
 
 def record(folder: Path, donor: Donor, **facts: Any) -> None:

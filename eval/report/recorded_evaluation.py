@@ -23,13 +23,14 @@ HOW = (
 COMPARED = ("models", "settings", "versions")  # parts in which two results of one table agree
 
 
-def record_evaluation(result: dict[str, Any]) -> list[Path]:
+def record_evaluation(result: dict[str, Any]) -> dict[str, list[str]]:
     """Write `result` as `evaluation.json` into the local folder of every model except the donor.
 
     What the file has of the same models in the same settings, and `result` has not, is kept in it. Figures that cannot
     stand in one file with `result` are kept beside it, as `evaluation-1.json` and so on.
 
-    Returns the files of these.
+    Returns:
+        kept_aside: the files of these; {} where there are none.
 
     Raises:
         OutputError: a file cannot be written.
@@ -51,7 +52,7 @@ def record_evaluation(result: dict[str, Any]) -> list[Path]:
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
-    return aside
+    return {"kept_aside": list(map(str, aside))} if aside else {}
 
 
 def _earlier(file: Path) -> dict[str, Any]:

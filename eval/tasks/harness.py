@@ -234,9 +234,8 @@ def _vllm_model(candidate: Candidate) -> Any:
         arguments |= {"kv_cache_dtype": candidate.kv_cache_dtype}
     if candidate.settings.max_length is not None:
         arguments |= {"max_model_len": candidate.settings.max_length}
-    lm = get_model("vllm").create_from_arg_obj(
-        arguments, {"batch_size": candidate.settings.batch_size or "auto"}
-    )
+    rows = {"batch_size": candidate.settings.batch_size or "auto"}
+    lm = get_model("vllm").create_from_arg_obj(arguments, rows)
     return refuse_nan_scores(lm, opened.reference, candidate.dtype)
 
 

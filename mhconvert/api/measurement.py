@@ -30,8 +30,7 @@ def evaluate(
         checkpoints: folders, or repositories of the Hub.
         settings: what is measured.
         against: the donor; None: the one named in the first checkpoint's `mhconvert.json`.
-        record: keep the result as `evaluation.json` in each checkpoint's folder, for its card on the Hub. Figures in
-            it that were measured in other settings are kept beside it.
+        record: keep the result as `evaluation.json` in each folder, for its card; figures of other settings beside it.
         fresh: measure everything anew.
         device: a torch device; None: CUDA if present.
         trust_remote_code: let a model run its own code.
@@ -41,7 +40,8 @@ def evaluate(
         With the donor first wherever there are models: models (name, role, method, fingerprint, dtype), texts
         (perplexity, kl(donor ‖ model) in nats a token, top1_agreement), cache (kv_elements_per_token, measured), tasks
         (metrics and their paired differences from the donor, with standard errors), average, retrieval, settings,
-        versions, seconds; where `record` kept earlier figures aside, kept_aside (files). Of the processes of `accelerate launch` the first returns it, the others {}.
+        versions, seconds, and where `record` kept earlier figures aside kept_aside (files). Of the processes of
+        `accelerate launch` the first returns it, the others {}.
 
     Raises:
         MhconvertError: What a user can correct.
@@ -49,9 +49,8 @@ def evaluate(
     from mhconvert.eval import comparison
     from mhconvert.eval.report.recorded_evaluation import record_evaluation
 
-    names = [checkpoints] if isinstance(checkpoints, str) else list(checkpoints)
     result = comparison.evaluate(
-        names,
+        [checkpoints] if isinstance(checkpoints, str) else list(checkpoints),
         settings,
         against=against,
         fresh=fresh,
@@ -60,8 +59,7 @@ def evaluate(
         on_progress=on_progress or ignore,
     )
     if record and result:
-        aside = record_evaluation(result)
-        result |= {"kept_aside": [str(file) for file in aside]} if aside else {}
+        result |= record_evaluation(result)
     return result
 
 

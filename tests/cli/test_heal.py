@@ -334,3 +334,40 @@ def test_heads_are_fused_in_two_rounds(here: Cli, text: Path, tmp_path: Path) ->
     )
     assert again.returncode == 1
     assert "no heads that are to be fused" in again.stderr
+
+
+def test_a_resumed_run_notices_another_tolerance(
+    here: Cli, donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the conversion that was finished before its healing was killed, and of a healed one before it was told."""
+    out = tmp_path / "out"
+    searched = [word for word in CONVERSION if word not in ("--kv-budget", 0.4)]
+    words = [
+        donor,
+        *searched,
+        "--calibration",
+        text,
+        "--sequence-length",
+        64,
+        "-o",
+        out,
+        "--heal",
+        "1k",
+        "--no-verify",
+    ]
+    with monkeypatch.context() as killed:
+        killed.setattr("mhconvert.heal.packed_rows.prepare", lambda *_: 1 / 0)
+        assert here(*words, "--tolerance", "kl=2").returncode == 1
+    assert folders(tmp_path) == {"out.unhealed"}
+    other = here(*words, "--tolerance", "kl=3", "--resume")
+    assert other.returncode == 1
+    assert "out.unhealed" in other.stderr
+    assert "tolerance" in other.stderr
+    with monkeypatch.context() as killed:
+        killed.setattr("mhconvert.convert.storage.step_folder.remove_step", lambda _: None)
+        first = here(*words, "--tolerance", "kl=2", "--resume", "--json")
+    assert first.returncode == 0, first.stderr
+    assert here(*words, "--tolerance", "kl=3", "--resume").returncode == 1
+    assert json.loads(here(*words, "--tolerance", "kl=2.0", "--resume", "--json").stdout) == json.loads(
+        first.stdout
+    )

@@ -49,23 +49,27 @@ def one_score(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_figures_in_other_settings_are_kept_aside(tmp_path: Path, change: dict[str, Any]) -> None:
-    assert record_evaluation(result(tmp_path)) == []
+    assert record_evaluation(result(tmp_path)) == {}
     first = recorded(tmp_path / "evaluation.json")
-    assert record_evaluation(result(tmp_path, **change)) == [tmp_path / "evaluation-1.json"]
+    assert record_evaluation(result(tmp_path, **change)) == {
+        "kept_aside": [str(tmp_path / "evaluation-1.json")]
+    }
     assert recorded(tmp_path / "evaluation-1.json") == first
     assert recorded(tmp_path / "evaluation.json") != first
-    assert record_evaluation(result(tmp_path)) == [tmp_path / "evaluation-2.json"]  # and back again
+    assert record_evaluation(result(tmp_path)) == {
+        "kept_aside": [str(tmp_path / "evaluation-2.json")]
+    }  # and back again
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_the_same_settings_stand_together(tmp_path: Path) -> None:
     record_evaluation(result(tmp_path))
     more = {"texts": [], "tasks": [{"task": "arc", "num_fewshot": 0, "models": []}]}
-    assert record_evaluation(result(tmp_path, **more)) == []
+    assert record_evaluation(result(tmp_path, **more)) == {}
     whole = recorded(tmp_path / "evaluation.json")
     assert [row["text"] for row in whole["texts"]] == ["a.txt"]
     assert [row["task"] for row in whole["tasks"]] == ["piqa", "arc"]
-    assert record_evaluation(result(tmp_path)) == []  # measured again
+    assert record_evaluation(result(tmp_path)) == {}  # measured again
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
@@ -74,5 +78,5 @@ def test_the_same_settings_stand_together(tmp_path: Path) -> None:
 )
 def test_a_file_of_another_kind(tmp_path: Path, text: str, aside: int) -> None:
     (tmp_path / "evaluation.json").write_text(text)
-    assert len(record_evaluation(result(tmp_path))) == aside
+    assert len(record_evaluation(result(tmp_path)).get("kept_aside", [])) == aside
     assert recorded(tmp_path / "evaluation.json")["tasks"]
