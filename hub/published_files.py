@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..convert.storage.auto_map import modules
 from ..convert.storage.linked_files import is_inside
+from ..convert.storage.output_folder import PARTIAL
 
 PUBLISHED = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.yaml", "*.yml"),
@@ -17,7 +18,7 @@ PUBLISHED = (
 # Never published: hidden files, files of an unfinished run, training checkpoints, figures that were kept aside, and
 # pickles, which can run code.
 LEFT_OUT = (
-    *(".*", "__pycache__", "*.partial", "*.new", "*.lock", "checkpoint-*", "evaluation-*.json"),
+    *(".*", "__pycache__", f"*{PARTIAL}", "*.new", "*.lock", "checkpoint-*", "evaluation-*.json"),
     *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle"),
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 from mhconvert.errors import CheckpointError, OutputError
 
 from ...convert.checkpoint.provenance import EVALUATION
+from ...convert.storage.output_folder import PARTIAL
 from ...convert.storage.safetensors_reader import read_json
 from ..tasks import scores
 from .conversion_tables import json_safe
@@ -40,7 +41,7 @@ def record_evaluation(result: dict[str, Any]) -> dict[str, list[str]]:
         folder = Path(model["reference"])
         if model["role"] == "donor" or not folder.is_dir():
             continue
-        file, unfinished = folder / EVALUATION, folder / f"{EVALUATION}.partial"
+        file, unfinished = folder / EVALUATION, folder / f"{EVALUATION}{PARTIAL}"
         earlier = _earlier(file)
         whole = json_safe(_merged(earlier, result))
         text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
