@@ -21,6 +21,8 @@ def show(result: dict[str, Any], console: Any) -> None:
         _tasks(result, names, console)
     if result["retrieval"]:
         _retrieval(result, names, console)
+    for file in result.get("kept_aside", ()):
+        console.out(f"earlier figures, measured in other settings, are kept in {file}", highlight=False)
 
 
 def _texts(result: dict[str, Any], names: list[str], console: Any) -> None:

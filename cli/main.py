@@ -12,6 +12,7 @@ import typer
 
 from mhconvert.version import __version__
 
+from ..convert.storage.unicode_text import lone_surrogate
 from .commands import (
     bench,
     convert,
@@ -29,6 +30,7 @@ from .commands import (
     serve,
 )
 from .options.grouped_help import GroupedCommand
+from .plain_text import one_line
 from .process_faults import mend_streams
 
 HELP = """Rewrite the attention of a pretrained language model so that its KV cache shrinks.
@@ -127,6 +129,12 @@ def main() -> None:
     """The entry point of the `mhconvert` script."""
     mend_streams()
     words = sys.argv[1:]
+    for word in words:
+        if (
+            fault := lone_surrogate(word)
+        ) is not None:  # of bytes that are no UTF-8, which no report could name
+            print(one_line(f"mhconvert: the argument {word!r} is not UTF-8 text: {fault}"), file=sys.stderr)
+            raise SystemExit(2)
     given = arguments(words)
     meant = _misspelt(words) if given != words else None
     if meant is not None:

@@ -4,7 +4,6 @@ anything else as a donor."""
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,21 +18,20 @@ from mhconvert.errors import CheckpointError, MhconvertError
 from .bare_process.child import keep_token_ids
 from .checkpoint.fingerprint import of_files, of_folder
 from .checkpoint.identity import converted_method, exported
-from .checkpoint.provenance import read_record
+from .checkpoint.provenance import read_record, require_recorded_tokenizer
 from .donor import hub_download
 from .donor.aliases import ALIASES
 from .donor.config_check import require_config
 from .donor.donor import Donor, open_donor
 from .donor.gguf_reader import split_parts
-from .donor.reference import HUB_ID, load_tokenizer
+from .donor.reference import HUB_ID
+from .donor.tokenizer_files import load_tokenizer
 from .methods.registry import register
-from .recipe.recorded import NOT_THE_RESULT, as_recorded
 from .storage.folder_kind import is_adapter
 from .storage.safetensors_reader import SafetensorsSource, read_json, require_finite
 
 if TYPE_CHECKING:
     from .adapters.saved_adapter import AdapterFolder
-    from .recipe.heal_settings import HealSettings
     from .recipe.recipe import Recipe
 
 
@@ -63,6 +61,13 @@ class OpenModel:
         if self.donor is not None:
             return self.donor.tokenizer()
         return load_tokenizer(self.folder, self.trust_remote_code)
+
+    def require_tokenizer(self) -> None:
+        """Raises CheckpointError for a damaged tokenizer, and for one that is gone from a converted checkpoint."""
+        if self.donor is None:
+            require_recorded_tokenizer(self.folder)
+        else:
+            self.donor.check_files(tokenizer=True)
 
     def model(self, dtype: torch.dtype = torch.float32, *, trainable: bool = False) -> Any:
         """The whole model on the device; `trainable`: an adapter's matrices require gradients.
@@ -171,32 +176,6 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
 def output_folder(recipe: Recipe) -> Path:
     """The folder that the conversion `recipe` writes, its default by the donor's name."""
     return recipe.output_folder(open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code).name)
-
-
-def is_result(folder: Path, recipe: Recipe) -> bool:
-    """Whether the conversion `recipe` made what is in `folder`, healed or not."""
-    made = as_recorded(read_record(folder).get("recipe"))
-    if not isinstance(made, dict):
-        return False
-    if recipe.tolerance is not None:  # the search found the budget
-        budget = made.get("settings", {}).get("kv_budget")
-        recipe = recipe.at_budget(budget) if budget else recipe
-    asked = json.loads(json.dumps(recipe.to_dict()))
-    return all(made.get(key) == asked.get(key) for key in {*made, *asked} - {*NOT_THE_RESULT})
-
-
-def written(recipe: Recipe) -> str | None:
-    """The folder that the conversion `recipe` has written, if it has and nothing has healed it."""
-    folder = output_folder(recipe)
-    return str(folder) if is_result(folder, recipe) and not read_record(folder).get("healed") else None
-
-
-def healed_report(folder: Path, recipe: Recipe, settings: HealSettings) -> dict[str, Any] | None:
-    """The report of the conversion `recipe` that was healed by `settings` into `folder`; None where there is none."""
-    healed = read_record(folder).get("healed")
-    if not (healed and is_result(folder, recipe)) or settings.same_run(healed[-1]["settings"]):
-        return None
-    return read_json(folder / "report.json")
 
 
 def recorded_donor(checkpoint: str) -> str:

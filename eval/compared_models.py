@@ -41,8 +41,7 @@ def open_models(
         kv_cache_dtype: of the checkpoints' caches. Where it is not their own, the donor may be among them, and a model
             without a donor is its own.
 
-    Raises:
-        MhconvertError: a model cannot be read, has no such cache, or the models have different vocabularies.
+    Raises MhconvertError for a model that cannot be read, or has no such cache or another vocabulary than the others.
     """
     device = _process_device(device)
     references = list(dict.fromkeys(checkpoints))
@@ -68,6 +67,7 @@ def open_models(
             )
         if index > 0:
             serving.require(opened, kv_cache_dtype)
+        opened.require_tokenizer()
         models.append(opened)
     return models
 

@@ -16,6 +16,7 @@ from mhconvert.errors import MhconvertError
 from ..convert.bare_process.child import cache_storage
 from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
+from ..convert.storage.unicode_text import lone_surrogate
 from .kv_cache import serving
 from .settings import OWN_CACHE
 
@@ -95,6 +96,8 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
         raise MhconvertError(
             "this model has no chat template; leave --chat away to continue the prompt as text"
         )
+    if (fault := lone_surrogate(prompt)) is not None:
+        raise MhconvertError(f"the prompt cannot be used: {fault}")
     if chat:
         prompt = _in_template(tokenizer, prompt)
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)

@@ -230,7 +230,7 @@ class _Healing:
             report |= write_result.verify_reload(space, model, lesson.text.held_out, trusted)
         report["peak_rss_bytes"] = peak_rss(report)
         finish(space.partial, report)
-        write_result.write_record(space.partial, asked.checkpoint, self.settings)
+        write_result.write_record(space.partial, asked.checkpoint, asked.output, self.settings)
         space.publish()
         return report
 

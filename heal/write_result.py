@@ -25,6 +25,7 @@ from ..convert.storage.linked_files import own_files
 from ..convert.storage.ownership import MARK
 from ..convert.storage.safetensors_reader import INDEX, SafetensorsSource, read_json
 from ..convert.storage.shard_writer import ShardWriter
+from ..convert.storage.step_folder import lasting_name
 from . import fusion
 from .packed_rows import Rows
 from .resumable_run import METRICS, HealSpace
@@ -129,10 +130,14 @@ def verify_reload(space: HealSpace, model: Any, held_out: Rows, trusted: bool) -
     return {"verified": verified, "sample": sample}
 
 
-def write_record(folder: Path, checkpoint: str, settings: HealSettings) -> None:
-    """Write mhconvert.json: the checkpoint's record, extended by how it was healed."""
+def write_record(folder: Path, checkpoint: str, output: Path, settings: HealSettings) -> None:
+    """Write mhconvert.json: the checkpoint's record, extended by how it was healed into `output`."""
     record = provenance.read_record(Path(checkpoint), strict=True)
-    healed = {"checkpoint": checkpoint, "settings": dataclasses.asdict(settings), "versions": versions()}
+    healed = {
+        "checkpoint": lasting_name(checkpoint, output),
+        "settings": dataclasses.asdict(settings),
+        "versions": versions(),
+    }
     record["healed"] = [*record.get("healed", []), healed]
     record["sha256"] = provenance.hashes(folder)
     write_json(folder / provenance.PROVENANCE, record)

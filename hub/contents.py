@@ -10,9 +10,10 @@ from pathlib import Path
 from mhconvert.errors import PublishError
 
 from ..convert.adapters.saved_adapter import WEIGHTS as ADAPTER_WEIGHTS
-from ..convert.checkpoint.provenance import PROVENANCE, read_record
+from ..convert.checkpoint.provenance import PROVENANCE, read_record, require_recorded_tokenizer
 from ..convert.donor.reference import HUB_ID
 from ..convert.storage.folder_kind import ADAPTER_CONFIG, KINDS, is_adapter
+from ..convert.storage.output_folder import PARTIAL
 from ..convert.storage.safetensors_reader import SafetensorsSource, read_header, read_json
 from ..eval.report.model_card import CARD
 from .local_paths import LocalPaths, is_text, read_text
@@ -92,7 +93,7 @@ def _require_complete(folder: Path) -> None:
     """Raises PublishError or CheckpointError unless `folder` is a complete checkpoint or adapter."""
     if not folder.is_dir():
         raise PublishError(f"{folder} is no folder; give the folder of a checkpoint or an adapter")
-    if folder.resolve().name.endswith(".partial"):
+    if folder.resolve().name.endswith(PARTIAL):
         raise PublishError(
             f"{folder} is the work of a run that has not ended; finish it with --resume, then push its output"
         )
@@ -104,6 +105,7 @@ def _require_complete(folder: Path) -> None:
         read_header(folder / ADAPTER_WEIGHTS)
     else:
         SafetensorsSource(folder)
+    require_recorded_tokenizer(folder)
 
 
 def _provenance(file: Path, files: dict[str, Path | bytes]) -> bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..convert.storage.auto_map import modules
 from ..convert.storage.linked_files import is_inside
+from ..convert.storage.output_folder import PARTIAL
 
 PUBLISHED = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.yaml", "*.yml"),
@@ -14,9 +15,10 @@ PUBLISHED = (
     *("*.html", "*.svg", "*.png", "metrics*.jsonl"),
     *("LICEN[SC]E*", "NOTICE*", "USE_POLICY*"),
 )
-# Never published: hidden files, files of an unfinished run, training checkpoints, and pickles, which can run code.
+# Never published: hidden files, files of an unfinished run, training checkpoints, figures that were kept aside, and
+# pickles, which can run code.
 LEFT_OUT = (
-    *(".*", "__pycache__", "*.partial", "*.new", "*.lock", "checkpoint-*"),
+    *(".*", "__pycache__", f"*{PARTIAL}", "*.new", "*.lock", "checkpoint-*", "evaluation-*.json"),
     *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle"),
 )
 

@@ -11,6 +11,7 @@ from typing import Any
 from mhconvert.errors import CheckpointError, OutputError
 
 from ..convert.checkpoint.fingerprint import of_folder
+from ..convert.storage.output_folder import PARTIAL
 
 
 class Ledger:
@@ -44,7 +45,7 @@ class Ledger:
         if output is not None:
             entry |= {"output": str(output), "mark": mark(output)}
         self._stages[stage] = entry
-        unfinished = self.file.with_name(f"{self.file.name}.partial")
+        unfinished = self.file.with_name(self.file.name + PARTIAL)
         try:
             unfinished.write_text(json.dumps({"stages": self._stages}, indent=2) + "\n", encoding="utf-8")
             os.replace(unfinished, self.file)

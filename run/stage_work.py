@@ -18,6 +18,7 @@ from mhconvert.progress import Listener
 
 from ..convert.checkpoint.provenance import EVALUATION
 from ..convert.storage.folder_kind import is_adapter
+from ..convert.storage.output_folder import PARTIAL
 from ..eval.page import page
 from ..eval.tasks.harness import require_available
 from ..eval.tasks.task_choice import resolve
@@ -156,7 +157,7 @@ def _push(work: Run) -> dict[str, Any]:
 
 
 def _interrupted(output: Path) -> bool:
-    return output.with_name(f"{output.name}.partial").is_dir()
+    return output.with_name(output.name + PARTIAL).is_dir()
 
 
 STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {

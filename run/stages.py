@@ -16,7 +16,7 @@ from typing import Any
 from mhconvert.errors import RecipeError
 from mhconvert.progress import Listener, Progress
 
-from ..convert import open_model
+from ..convert import finished_conversion, open_model
 from ..convert.checkpoint.provenance import EVALUATION, read_record
 from ..convert.storage.atomic_files import sha256
 from . import stage_inputs
@@ -100,7 +100,7 @@ def _done(work: Run, name: str, depends: Any) -> dict[str, Any] | None:
         entry is None
         and name == "convert"
         and unknown
-        and open_model.written(conversion(work))
+        and finished_conversion.written(conversion(work))
         and _whole(work.output)
     ):
         return {"output": str(work.output)}  # by `mhconvert DONOR --to METHOD`, with all the same settings

@@ -44,6 +44,7 @@ CONVERT_FLOORS = (
     ("layer_pass",),
     ("adapters",),
     ("open_model",),
+    ("finished_conversion",),
     ("export",),
     ("pipeline",),
 )

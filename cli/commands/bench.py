@@ -9,6 +9,7 @@ import typer
 from ...eval.settings import OWN_CACHE
 from ..options import common, timing
 from ..options.from_settings import settings_options, values_of
+from ..options.ignored import refuse_ignored
 from ..output import Flags, calm_transformers, execute
 from ..progress import progress
 
@@ -24,7 +25,7 @@ def command(
     static_cache: timing.StaticCache = False,
     compile: timing.Compile = False,
     random: timing.Random = False,
-    to: common.AnyMethod = "mla",
+    to: common.AnyMethod = None,
     dtype: timing.RunDtype = None,
     device: common.Device = None,
     json: common.Json = False,
@@ -34,12 +35,7 @@ def command(
 ) -> None:
     """Time prefill and decode of a converted checkpoint and of its donor, in turns."""
     lengths, of_shape = _numbers(contexts), {name: options[name] for name in ("kv_budget", "kv_bits")}
-    for name, value in of_shape.items():
-        if value is not None and not random:
-            flag = f"--{name.replace('_', '-')}"
-            raise typer.BadParameter(f"{flag} goes with --random; a checkpoint has its own")
-    if random and against is not None:
-        raise typer.BadParameter("--against does not go with --random, which times CKPT's own shape")
+    _refuse_ignored(random, {"to": to, "against": against, "reexpand": reexpand, **of_shape})
 
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
@@ -55,7 +51,7 @@ def command(
                 reexpand=reexpand,
                 static_cache=static_cache,
                 compile=compile,
-                random=to if random else None,
+                random=(to or "mla") if random else None,
                 **of_shape,
                 **values_of(common.KV_CACHE, options),
                 dtype=dtype,
@@ -119,3 +115,14 @@ def _numbers(words: str) -> list[int]:
         raise typer.BadParameter(
             f"--contexts '{words}' is not a list of whole numbers like 512,2048"
         ) from None
+
+
+def _refuse_ignored(random: bool, given: dict[str, Any]) -> None:
+    """Raise BadParameter for what shapes are only timed by, and for what they are not."""
+    if not random:
+        names = [name for name in given if name not in ("against", "reexpand")]
+        refuse_ignored(given, names, "goes with --random; a checkpoint has its own")
+        return
+    refuse_ignored(given, ["against"], "does not go with --random, which times CKPT's own shape")
+    if given["to"] not in (None, "mla"):
+        refuse_ignored(given, ["reexpand"], f"is of mla: leave it out with --to {given['to']}")

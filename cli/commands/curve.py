@@ -12,6 +12,7 @@ from ...eval.settings import BASELINES, OWN_CACHE, EvalSettings
 from ..options import common
 from ..options.common import ANY_METHOD, CALIBRATION, method_groups, recipe_group
 from ..options.from_settings import Group, settings_options
+from ..options.ignored import refuse_ignored
 from ..options.to_recipe import recipe_of, require_applicable
 from ..output import Flags, calm_transformers, execute
 from ..progress import progress
@@ -41,7 +42,8 @@ Output = Annotated[
 Text = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="UTF-8 text to measure on, not held-out rows.")
 ]
-TextRows = Annotated[int, typer.Option(metavar="N", help="Rows of --text.")]
+ROWS = 16  # of --text, where --sequences does not say it
+TextRows = Annotated[int | None, typer.Option(metavar="N", help=f"Rows of --text.  [default: {ROWS}]")]
 Baselines = Annotated[
     bool,
     typer.Option(
@@ -80,7 +82,7 @@ def command(
     budgets: Budgets = None,
     output: Output = None,
     text: Text = None,
-    sequences: TextRows = 16,
+    sequences: TextRows = None,
     baselines: Baselines = False,
     force: common.ForceFile = False,
     json: common.Json = False,
@@ -95,6 +97,10 @@ def command(
     """
     require_applicable(to, groups(), options)
     files = list(output or ())
+    if text is None:
+        refuse_ignored({"sequences": sequences}, ("sequences",), "is of --text: name one, or leave it out")
+    if not files:
+        refuse_ignored({"force": force}, ("force",), "replaces FILE: name one with -o, or leave it out")
 
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
@@ -109,7 +115,7 @@ def command(
                 recipe,
                 None if budgets is None else [float(share) for share in budgets.split(",")],
                 text=text,
-                sequences=sequences,
+                sequences=ROWS if sequences is None else sequences,
                 baselines=_baselines(baselines, options["kv_cache_dtype"]),
                 on_progress=listener,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -13,6 +14,7 @@ from ...eval.settings import EvalSettings
 from ..evaluation_tables import show
 from ..options import common
 from ..options.from_settings import Group, settings_options, values_of
+from ..options.ignored import refuse_ignored
 from ..output import Flags, calm_harness, calm_transformers, execute
 from ..progress import progress
 
@@ -39,6 +41,17 @@ Pages = Annotated[
     ),
 ]
 MEASURED = ("text", "tasks", "suite", "retrieval")  # of which at least one is given
+OF_TASKS = (
+    "data",
+    "include_path",
+    "limit",
+    "num_fewshot",
+    "chat_template",
+    "batch_size",
+    "max_length",
+    "backend",
+)
+OF_TEXT = ("sequences", "sequence_length")
 GROUP = Group("What is measured", EvalSettings)
 
 
@@ -60,6 +73,9 @@ def command(
 
     Several GPUs: accelerate launch --num_processes N -m mhconvert eval CKPT ...
     """
+
+    if any(options[name] for name in MEASURED):
+        _refuse_ignored(options)
 
     def work(_: TextIO) -> dict[str, Any]:
         if not any(options[name] for name in MEASURED):
@@ -89,3 +105,23 @@ def command(
         return result
 
     execute(Flags(json, quiet, debug), work, show, interrupted=INTERRUPTED)
+
+
+def _refuse_ignored(options: Mapping[str, Any]) -> None:
+    """Raise BadParameter for an option of what is not measured."""
+    if not (options["tasks"] or options["suite"]):
+        refuse_ignored(options, OF_TASKS, "is of tasks: name some with --tasks or --suite, or leave it out")
+        if not options["retrieval"]:
+            refuse_ignored(
+                options,
+                ("dtype",),
+                "is of tasks and --retrieval; texts are measured in float32: leave it out",
+            )
+    if options["backend"] != "vllm":
+        refuse_ignored(options, ("python",), "is of --backend vllm: give that too, or leave it out")
+    else:
+        refuse_ignored(
+            options, ("batch_size",), "is of --backend hf; vllm makes its own batches: leave it out"
+        )
+    if not options["text"]:
+        refuse_ignored(options, OF_TEXT, "is of texts: name one with --text, or leave it out")

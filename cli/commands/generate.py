@@ -8,11 +8,13 @@ import typer
 
 from ..options import common
 from ..options.from_settings import settings_options, values_of
+from ..options.ignored import refuse_ignored
 from ..output import Flags, calm_transformers, execute
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.")]
 Chat = Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message in the chat template.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of sampling.  [default: 0]")]
 Temperature = Annotated[float, typer.Option(metavar="T", help="0: greedy; above: sampled.")]
 
 
@@ -23,7 +25,7 @@ def command(
     max_new_tokens: MaxNewTokens = 64,
     chat: Chat = False,
     temperature: Temperature = 0.0,
-    seed: common.Seed = 0,
+    seed: Seed = None,
     device: common.Device = None,
     trust_remote_code: common.Trust = False,
     json: common.Json = False,
@@ -32,6 +34,9 @@ def command(
     **options: Any,
 ) -> None:
     """Continue PROMPT, greedily by default. The prompt and what follows it go to stdout."""
+
+    if not temperature:
+        refuse_ignored({"seed": seed}, ("seed",), "is of sampling: give --temperature, or leave it out")
 
     def work(stdout: TextIO) -> dict[str, Any]:
         from mhconvert import api
@@ -47,7 +52,7 @@ def command(
             max_new_tokens=max_new_tokens,
             chat=chat,
             temperature=temperature,
-            seed=seed,
+            seed=seed or 0,
             **values_of(common.KV_CACHE, options),
             device=device,
             trust_remote_code=trust_remote_code,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
 from ...convert.recipe.heal_settings import HealSettings, sources
+from ...convert.storage.folder_kind import is_adapter
 from ...convert.validation.option import declared
 from ..options import common
 from ..options.from_settings import Group, settings_options, values_of
+from ..options.ignored import refuse_ignored
 from ..output import Flags, calm_transformers, execute, show_report, shown
 from ..progress import progress
 
@@ -35,6 +38,19 @@ WHAT = (
     "fusion",
     "router",
 )
+END_TO_END = (
+    "rank",
+    "loss",
+    "lr",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "gradient_checkpointing",
+    "eval_tokens",
+    "save_tokens",
+    "router",
+)  # of the training on --tokens alone
 GROUPS = (
     Group("What trains, on what", HealSettings, WHAT),
     Group("How", HealSettings, [name for name in declared(HealSettings) if name not in WHAT]),
@@ -58,6 +74,7 @@ def command(
     """Distil the donor's predictions into CKPT; runs alone or under `accelerate launch -m mhconvert heal`."""
     if options["tokens"] is None and options["layer_tokens"] is None:
         raise typer.BadParameter("say how much to heal on, for example --tokens 20M", param_hint="--tokens")
+    _refuse_ignored(checkpoint, options)
     chosen = {name: value for group in GROUPS for name, value in values_of(group, options).items()}
     if "data" in chosen:
         chosen["data"] = sources(chosen["data"])
@@ -81,3 +98,20 @@ def command(
             )
 
     execute(Flags(json, quiet, debug), work, shown(quiet, show_report), interrupted=INTERRUPTED)
+
+
+def _refuse_ignored(checkpoint: str, options: Mapping[str, Any]) -> None:
+    """Raise BadParameter for an option of what is not trained, or not read."""
+    if options["tokens"] is None:
+        refuse_ignored(
+            options, END_TO_END, "is of --tokens, and --layer-tokens alone fits layers: leave it out"
+        )
+    if is_adapter(Path(checkpoint).expanduser()):
+        refuse_ignored(options, ("rank",), f"is of a new adapter, and {checkpoint} has its own: leave it out")
+    train = options["train"] or ("lora" if options["fusion"] is None else "attention")
+    if train not in ("lora", "hydra"):
+        refuse_ignored(options, ("rank",), f"is of --train lora and hydra, not of {train}: leave it out")
+    if options["skip_bad"] and (not options["data"] or set(sources(options["data"])) == {"self"}):
+        refuse_ignored(
+            options, ("skip_bad",), "is of files and datasets; --data self has no records: leave it out"
+        )

@@ -22,11 +22,11 @@ def _described(methods: Collection[str]) -> str:
     return "; ".join(f"{name}: {info(name).help}" for name in methods)
 
 
-def one_of(names: Collection[str], kind: str) -> Callable[[str], str]:
+def one_of(names: Collection[str], kind: str) -> Callable[[Any], Any]:
     """Return a check that a word is among `names`; its error calls them `kind`. See `GroupedCommand` for no word."""
 
-    def check(name: str) -> str:
-        if name not in names:
+    def check(name: str | None) -> str | None:
+        if name is not None and name not in names:
             raise typer.BadParameter(f"'{name}' is not {kind}; choose one of {', '.join(names)}")
         return name
 
@@ -86,12 +86,13 @@ Method = Annotated[
     ),
 ]
 AnyMethod = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--to",
         callback=one_of(METHODS, "a method that rewrites layers"),
         metavar="METHOD",
-        help="With --random, the conversion to time: mla, dha, or moh, whose --kv-budget is its share of active heads.",
+        help="With --random, the conversion to time: mla (the default), dha, or moh, whose --kv-budget is its share of "
+        "active heads.",
     ),
 ]
 CacheMethod = Annotated[

@@ -19,6 +19,7 @@ from ..checkpoint import provenance
 from ..donor.carried_files import carry_files
 from ..donor.donor import Donor
 from ..donor.hub_download import TEXT_FILES
+from ..donor.tokenizer_files import require_tokenizer
 from ..methods.hydra.branches import merged_bias, merged_weight
 from ..storage import shard_writer
 from ..storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
@@ -50,6 +51,8 @@ def merge_adapter(
     require_vocabulary(adapter, donor)
     _require_untied(adapter, donor)
     require_fit(adapter, donor)
+    donor.check_files(tokenizer=True)
+    require_tokenizer(adapter.folder)
     donor.open_weights(tell)
     source, names = donor.source.stored, donor.published_names()
     _require_published(adapter, donor, names)

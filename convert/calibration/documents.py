@@ -13,6 +13,7 @@ from typing import Any
 from mhconvert.errors import TextError
 
 from ..storage.regular_file import require_regular
+from ..storage.unicode_text import lone_surrogate
 from .conversations import Messages, conversation_field, messages_of
 from .text_files import TEXT_SUFFIXES, records
 
@@ -96,6 +97,8 @@ def _documents(
     for place, record in numbered:
         try:
             document = _document(record, chat)
+            if (fault := lone_surrogate(document)) is not None:
+                raise TextError(f"its text cannot be used: {fault}")
         except TextError as error:
             reason = f"{source}, {place}: {error}"
             if on_bad is None:

@@ -17,6 +17,7 @@ from mhconvert.library_versions import versions
 
 from ..donor.donor import Donor
 from ..donor.hub_download import NAMED_TEMPLATES
+from ..donor.tokenizer_files import TOKENIZER, require_tokenizer
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe, save_recipe
 from ..recipe.recorded import RECORD, SAVED
@@ -92,9 +93,11 @@ def needs_remote_code(model_class: Any) -> bool:
 
 
 def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[str, Any]) -> None:
-    """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer."""
+    """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer; where the budget was
+    searched, the tolerance that it was searched for."""
     save_recipe(recipe, folder / RECIPE)
-    record(folder, donor, recipe=report["recipe"], layers=report["layers"])
+    searched = {"tolerance": report["tolerance"]["asked"]} if report.get("tolerance") else {}
+    record(folder, donor, recipe=report["recipe"], **searched, layers=report["layers"])
 
 
 def record(folder: Path, donor: Donor, **facts: Any) -> None:
@@ -140,6 +143,15 @@ def require_recorded_files(folder: Path) -> None:
                 f"{file} was changed after mhconvert wrote it: its SHA-256 is not the one in {folder / PROVENANCE}; "
                 "take the folder anew, or delete that record's sha256 if the change is meant"
             )
+
+
+def require_recorded_tokenizer(folder: Path) -> None:
+    """Raises CheckpointError for a tokenizer.json that is damaged, or gone where mhconvert.json records it."""
+    recorded = read_record(folder).get("sha256")
+    file = folder / TOKENIZER
+    if isinstance(recorded, dict) and TOKENIZER in recorded and not file.exists():
+        raise CheckpointError(f"{file} is gone, and {folder / PROVENANCE} records it; take the folder anew")
+    require_tokenizer(folder)
 
 
 def hashes(folder: Path) -> dict[str, str]:

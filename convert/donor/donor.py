@@ -21,6 +21,7 @@ from .carried_files import carried, carry_files
 from .checked_weights import open_checked
 from .tensor_layout import TensorLayout, attention_implementation, meta_model
 from .tensor_names import TransformersNames
+from .tokenizer_files import require_tokenizer
 from .whole_model import final_logits, whole_model
 
 HEAD_BLOCK = 1 << 14  # rows of the output embedding that are cast to float32 at a time
@@ -141,10 +142,12 @@ class Donor:
             return
         carry_files(self.folder, out, code=self._trust)
 
-    def check_files(self) -> None:
-        """Raises CheckpointError for what `copy_files` would refuse."""
+    def check_files(self, *, tokenizer: bool = False) -> None:
+        """Raises CheckpointError for what `copy_files` would refuse; `tokenizer`: and for one that does not load."""
         if self._resolved.header is None:
             carried(self.folder, code=self._trust)
+            if tokenizer:
+                require_tokenizer(self.folder)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """name -> shape of every tensor that the config requires, without a tied lm_head."""

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
-from mhconvert.errors import CheckpointError, UnsupportedError
+from mhconvert.errors import CheckpointError
 from mhconvert.progress import Listener
 
 from ..storage.bounded_yaml import load_yaml
@@ -28,6 +27,7 @@ from .gguf_config import gguf_config, gguf_generation_config
 from .gguf_reader import SPLIT_NAME, GGUFHeader, read_gguf_header
 from .gguf_source import GGUFSource
 from .gguf_tokenizer import gguf_tokenizer
+from .tokenizer_files import load_tokenizer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -181,45 +181,6 @@ def _from_gguf(reference: str, path: Path, name: str, **origin: Any) -> Resolved
     licence = header.metadata.get("general.license")
     origin.setdefault("licence", licence if isinstance(licence, str) else None)
     return ResolvedReference(reference, name, path.parent, gguf_config(header), header=header, **origin)
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer in `folder`.
-
-    Raises:
-        CheckpointError: transformers cannot load one.
-        UnsupportedError: the tokenizer has code of its own and `trust_remote_code` is not set; the converted
-            checkpoint would need that code too.
-    """
-    settings = folder / "tokenizer_config.json"
-    require_regular(settings)
-    stated = read_json(settings) if settings.is_file() else {}
-    auto_map, longest = stated.get("auto_map"), stated.get("model_max_length")
-    if isinstance(longest, bool) or not isinstance(longest, int | float | None):
-        raise CheckpointError(f"{settings}: model_max_length={longest!r:.60} is not a number of tokens")
-    if not trust_remote_code and (
-        isinstance(auto_map, list) or (isinstance(auto_map, dict) and "AutoTokenizer" in auto_map)
-    ):
-        raise UnsupportedError(
-            f"the tokenizer in {folder} runs code of its own (auto_map); --trust-remote-code allows it"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises the base class itself
-        place, reason = _damaged_tokenizer(folder), " ".join(str(error).split())[:200]
-        raise CheckpointError(f"the tokenizer in {place} cannot be loaded: {reason}") from error
-
-
-def _damaged_tokenizer(folder: Path) -> Path:
-    """The file for which the tokenizer in `folder` does not load, as far as can be told; `folder` itself otherwise."""
-    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if not file.is_file():
-        return folder
-    try:
-        Tokenizer.from_file(str(file))
-    except Exception:
-        return file
-    return settings if settings.is_file() else folder
 
 
 def _licence(folder: Path) -> str | None:

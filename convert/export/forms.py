@@ -14,6 +14,7 @@ from mhconvert.progress import Listener
 
 from .. import open_model
 from ..checkpoint import identity
+from ..checkpoint.provenance import require_recorded_tokenizer
 from ..methods import registry
 from ..methods.registry import ADAPTERS, Form, MethodInfo, info
 from ..storage.folder_kind import ADAPTER_CONFIG, is_adapter
@@ -143,4 +144,5 @@ def _method(reference: str) -> MethodInfo:
         raise ExportError(f"{reference} is of its donor's own class already: engines load it as it is")
     if not info(method).forms:
         raise ExportError(f"{reference} {info(method).no_forms}")
+    require_recorded_tokenizer(folder)
     return info(method)

@@ -17,6 +17,7 @@ from ..bare_process.known_code import require_known_code
 from ..bare_process.reload import verify, write_probe
 from ..checkpoint import identity
 from ..checkpoint.provenance import read_record, require_recorded_files
+from ..donor.tokenizer_files import require_tokenizer
 from ..storage.folder_kind import is_adapter
 from ..storage.safetensors_reader import SafetensorsSource, read_json
 from . import same_outputs
@@ -87,6 +88,7 @@ def _model_folder(reference: str) -> Path:
         )
     SafetensorsSource(folder)  # whose errors name the file
     require_recorded_files(folder)
+    require_tokenizer(folder)
     return folder
 
 

@@ -141,6 +141,7 @@ class Recipe(Settings):
         require_folder_name(self.output)
         if self.method in ADAPTERS:
             self._require_no_pass()
+        self._require_one_fusion()
         if self.tolerance is not None:
             if self.method not in CACHE_METHODS:
                 raise MhconvertError(
@@ -152,6 +153,17 @@ class Recipe(Settings):
                     f"a tolerance decides the KV budget; leave out kv_budget={self.settings.kv_budget} or the "
                     "tolerance"
                 )
+
+    def _require_one_fusion(self) -> None:
+        """Raise MhconvertError where only one of conversion and healing leaves the fusion of heads to training."""
+        trained = getattr(self.settings, "fusion", None) == "trained"
+        if self.heal is not None and trained != (self.heal.fusion is not None):
+            raise MhconvertError(
+                "with fusion: trained heads become one while healing, which must say how many: give heal.fusion: 2 "
+                "beside it in a recipe, or convert first and then mhconvert heal CKPT --fusion 2"
+                if trained
+                else "heal.fusion is of heads still to be fused: give settings.fusion: trained, or leave it out"
+            )
 
     def _require_no_pass(self) -> None:
         for name in changed_fields(self):

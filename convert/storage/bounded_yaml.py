@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import yaml
 
+from .unicode_text import lone_surrogate
+
 UNFOLDED = 10_000  # values that aliases may add to those that are written
 
 
@@ -20,6 +22,15 @@ class BoundedLoader(yaml.SafeLoader):
         if root is not None and _unfolded(root, sizes) > len(sizes) + UNFOLDED:
             raise yaml.YAMLError("its aliases unfold to too many values; write them out")
         return root
+
+    def compose_scalar_node(self, anchor: dict[Any, yaml.Node]) -> yaml.ScalarNode:
+        """The next scalar, pairs of escapes as JSON has them joined. Raises MarkedYAMLError for half of a pair."""
+        node = super().compose_scalar_node(anchor)
+        node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        fault = lone_surrogate(node.value)
+        if fault is not None:
+            raise yaml.MarkedYAMLError(problem=fault, problem_mark=node.start_mark)
+        return node
 
 
 class PlainLoader(BoundedLoader):

@@ -19,7 +19,7 @@ from mhconvert.errors import OutputError
 from .disk_space import check_space, out_of_space
 from .folder_kind import KINDS
 from .output_lock import OutputLock
-from .ownership import MARK, is_blank, kind_of, mark
+from .ownership import empty, is_blank, kind_of, mark
 from .publishing import publish, recover
 
 PARTIAL = ".partial"
@@ -80,9 +80,8 @@ class PartialFolder:
 
     def empty(self, *kept: str) -> None:
         """Delete everything except the `kept` files of the work folder; from here the folder is of this kind of run."""
-        for path in (*self.folder.iterdir(), *self.work.iterdir()):
-            if path.name not in (WORK, MARK, *kept):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        empty(self.folder, WORK)
+        empty(self.work, *kept)
         mark(self.folder, self.kind)
 
     def publish(self, *, finished: bool = True) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 MARK, UNFINISHED = ".mhconvert", ".mhconvert.new"  # files in the folder
@@ -43,3 +44,16 @@ def is_blank(folder: Path) -> bool:
 def unmark(folder: Path) -> None:
     """Take the mark off a folder whose work is finished."""
     (folder / MARK).unlink(missing_ok=True)
+
+
+def empty(folder: Path, *kept: str) -> None:
+    """Delete what is in `folder`, following no link, except its mark and the entries that are `kept`."""
+    for path in folder.iterdir():
+        if path.name not in (MARK, *kept):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def delete(folder: Path) -> None:
+    """Delete `folder`; its mark last, so that a deletion that is cut short can be done again."""
+    empty(folder)
+    shutil.rmtree(folder)

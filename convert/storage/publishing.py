@@ -6,12 +6,12 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from .output_lock import OutputLock
-from .ownership import is_blank, kind_of, mark, unmark
+from .ownership import delete, is_blank, kind_of, mark, unmark
 
 ASIDE = "replaced"  # kind of the folder in which an output is kept that is being replaced
 LONG_NAME = 200  # bytes; longer names stand as their hash
@@ -85,10 +85,6 @@ def _flush_one(path: Path) -> None:
 
 
 def _remove_aside(aside: Path) -> None:
-    """Delete what was replaced, and its mark last, so that a killed deletion can be finished."""
-    for path in aside.iterdir():
-        if path.is_symlink():
-            path.unlink()
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Delete what was replaced; where that fails, its mark stays, by which a later run knows it."""
+    with suppress(OSError):
+        delete(aside)

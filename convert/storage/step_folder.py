@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from mhconvert.errors import OutputError
 
 from .output_folder import check_free
-from .ownership import MARK, is_blank, kind_of
+from .ownership import delete, is_blank, kind_of
 from .publishing import recover
 
 UNHEALED = ".unhealed"
@@ -42,12 +41,11 @@ def check_step(output: Path, step: Path, read: Path, *, resume: bool, force: boo
 
 
 def remove_step(step: Path) -> None:
-    """Delete `step`, if it is ours; its mark last, so that a deletion that is cut short can be done again."""
-    if kind_of(step) is None:
-        return
-    for path in step.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != MARK:
-            path.unlink()
-    shutil.rmtree(step)
+    """Delete `step`, if it is ours."""
+    if kind_of(step) is not None:
+        delete(step)
+
+
+def lasting_name(checkpoint: str, output: Path) -> str:
+    """How a record calls the checkpoint that was healed into `output`: a step to it is gone afterwards."""
+    return str(output) if Path(checkpoint) == unhealed(output) else checkpoint

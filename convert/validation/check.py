@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from mhconvert.errors import MhconvertError
 
+from ..storage.unicode_text import lone_surrogate
 from .option import Declared, declared, expected
 
 Keys = tuple[str, ...]  # from the outermost mapping inwards; an entry of a list by its number
@@ -80,11 +81,32 @@ def check(kind: Any, values: Mapping[str, Any], *, finite: bool) -> tuple[dict[s
     taken, faults = {}, []
     for name, given in values.items():
         value = _plain(given)
+        if (fault := _surrogate(name, value)) is not None:
+            faults.append(fault)
+            continue
         try:
             taken[name] = _validator(kind, name).validate_python(value, context=finite)
         except ValidationError as error:
             faults.append(_fault(declared(kind)[name], value, error.errors(include_url=False)))
     return taken, faults
+
+
+def _surrogate(name: str, value: Any) -> Fault | None:
+    """Return the fault of text that no file can hold, in the value or among its entries."""
+    entries = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
+    for keys, text in [
+        ((), value),
+        *(((str(key),), part) for key, entry in entries for part in (key, entry)),
+    ]:
+        if isinstance(text, str) and (words := lone_surrogate(text)) is not None:
+            return Fault(name, keys, text, "text", f"{name}={text!r}: {words}")
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from mhconvert.errors import CheckpointError, OutputError
 
 from ...convert.checkpoint.provenance import EVALUATION
+from ...convert.storage.output_folder import PARTIAL
 from ...convert.storage.safetensors_reader import read_json
 from ..tasks import scores
 from .conversion_tables import json_safe
 
+HOW = (
+    ("texts", "text", "sequences", "sequence_length"),
+    ("tasks", "task", "num_fewshot"),
+)  # of rows, what they are
 COMPARED = ("models", "settings", "versions")  # parts in which two results of one table agree
 
 
-def record_evaluation(result: dict[str, Any]) -> list[Path]:
+def record_evaluation(result: dict[str, Any]) -> dict[str, list[str]]:
     """Write `result` as `evaluation.json` into the local folder of every model except the donor.
 
-    What the file has of the same models in the same settings, and `result` has not, is kept.
+    What the file has of the same models in the same settings, and `result` has not, is kept in it. Figures that cannot
+    stand in one file with `result` are kept beside it, as `evaluation-1.json` and so on.
 
-    Returns the written files.
+    Returns:
+        kept_aside: the files of these; {} where there are none.
 
     Raises:
         OutputError: a file cannot be written.
     """
-    written = []
+    aside = []
     for model in result["models"]:
         folder = Path(model["reference"])
         if model["role"] == "donor" or not folder.is_dir():
             continue
-        file, unfinished = folder / EVALUATION, folder / f"{EVALUATION}.partial"
-        whole = json_safe(_merged(_earlier(file), result))
+        file, unfinished = folder / EVALUATION, folder / f"{EVALUATION}{PARTIAL}"
+        earlier = _earlier(file)
+        whole = json_safe(_merged(earlier, result))
         text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             unfinished.write_text(text, encoding="utf-8")
+            if _loses(earlier, whole):
+                aside.append(_kept_aside(file))
             os.replace(unfinished, file)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
-        written.append(file)
-    return written
+    return {"kept_aside": list(map(str, aside))} if aside else {}
 
 
 def _earlier(file: Path) -> dict[str, Any]:
@@ -61,6 +72,31 @@ def _merged(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         return _together(earlier, result)
     except (KeyError, TypeError, AttributeError):  # a record of another version, or edited
         return result
+
+
+def _loses(earlier: dict[str, Any], whole: dict[str, Any]) -> bool:
+    """Whether `whole` lacks figures of `earlier`, other than those of the same models in the same settings."""
+    try:
+        if not any(earlier.get(name) for name in ("texts", "tasks", "retrieval")):
+            return False
+        if any(_comparable(earlier, name) != _comparable(whole, name) for name in COMPARED):
+            return True
+        return any(_measured(earlier, *each) - _measured(whole, *each) for each in HOW)
+    except (KeyError, TypeError, AttributeError):  # a record of another version, or edited
+        return bool(earlier)
+
+
+def _measured(result: dict[str, Any], part: str, *fields: str) -> set[tuple[Any, ...]]:
+    """What each row of a part measures: the text or task, and how."""
+    return {tuple(row[name] for name in fields) for row in result.get(part) or []}
+
+
+def _kept_aside(file: Path) -> Path:
+    """A copy of `file` under the first free name of evaluation-1.json, evaluation-2.json, and so on."""
+    names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
+    place = next(name for name in names if not os.path.lexists(name))
+    shutil.copyfile(file, place)
+    return place
 
 
 def _together(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

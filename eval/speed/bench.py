@@ -97,9 +97,15 @@ def bench(
         raise MhconvertError(
             f"{checkpoint} is no folder that mhconvert wrote; convert it first, or time its shape with --random"
         )
+    if options.reexpand and made_by(checkpoint) != "mla":
+        raise MhconvertError(
+            f"--reexpand is of mla, whose latent can be expanded; {checkpoint} has none: leave it out"
+        )
     against = against or (checkpoint if made_by(checkpoint) is None else recorded_donor(checkpoint))
     on_progress(Progress("donor", 0, 1, against))
     donor, converted = (open_model(reference, device=str(place)) for reference in (against, checkpoint))
+    for model in (donor, converted):
+        model.require_tokenizer()
     for field in MUST_AGREE:
         own, other = (getattr(model.config.get_text_config(), field) for model in (converted, donor))
         if own != other:

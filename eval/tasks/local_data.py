@@ -15,6 +15,7 @@ import yaml
 from mhconvert.errors import TextError
 
 from ...convert.storage.atomic_files import sha256
+from ...convert.storage.unicode_text import lone_surrogate
 
 QUICK = "mhconvert_quick"
 PATH_KEYS = ("include", "dataset_kwargs")  # of a task's config; their values are paths on this machine
@@ -152,6 +153,8 @@ def _keys_by_line(name: str, file: Path) -> Iterator[tuple[int, set[str]]]:
                 document = json.loads(line)
             except ValueError as error:
                 raise TextError(f"{file} of task {name}, line {number}, is no JSON: {error}") from error
+            if (fault := lone_surrogate(json.dumps(document, ensure_ascii=False))) is not None:
+                raise TextError(f"{file} of task {name}, line {number}, cannot be used: as JSON, its {fault}")
             values = document if isinstance(document, dict) else {}
             yield number, {key for key, value in values.items() if value is not None}
     except (OSError, UnicodeDecodeError) as error:

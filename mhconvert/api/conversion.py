@@ -68,20 +68,20 @@ def _convert_and_heal(
     recipe: Recipe, settings: HealSettings, *, resume: bool, force: bool, on_progress: Listener | None
 ) -> dict[str, Any]:
     """Convert into OUT.unhealed, heal that into OUT, and delete it: OUT is never there before it is healed."""
-    from mhconvert.convert import open_model
+    from mhconvert.convert import finished_conversion, open_model
     from mhconvert.convert.storage import step_folder
     from mhconvert.convert.storage.ownership import unmark
 
     plain = dataclasses.replace(recipe, heal=None)
     output = open_model.output_folder(plain)
     step = step_folder.unhealed(output)
-    done = resume and not force and open_model.healed_report(output, plain, settings)
+    done = resume and not force and finished_conversion.healed_report(output, plain, settings)
     if done:  # an earlier run was killed when OUT had its name
         unmark(output)
         step_folder.remove_step(step)
         return done
     step_folder.check_step(output, step, Path(recipe.model).expanduser(), resume=resume, force=force)
-    if not (resume and open_model.is_result(step, plain)):
+    if not (resume and finished_conversion.require_result(step, plain, force=force)):
         _convert(plain, step=step, resume=resume, force=force, on_progress=on_progress)
     report = heal(
         str(step),

@@ -30,7 +30,7 @@ def evaluate(
         checkpoints: folders, or repositories of the Hub.
         settings: what is measured.
         against: the donor; None: the one named in the first checkpoint's `mhconvert.json`.
-        record: keep the result as `evaluation.json` in each checkpoint's folder, for its card on the Hub.
+        record: keep the result as `evaluation.json` in each folder, for its card; figures of other settings beside it.
         fresh: measure everything anew.
         device: a torch device; None: CUDA if present.
         trust_remote_code: let a model run its own code.
@@ -40,7 +40,8 @@ def evaluate(
         With the donor first wherever there are models: models (name, role, method, fingerprint, dtype), texts
         (perplexity, kl(donor ‖ model) in nats a token, top1_agreement), cache (kv_elements_per_token, measured), tasks
         (metrics and their paired differences from the donor, with standard errors), average, retrieval, settings,
-        versions, seconds. Of the processes of `accelerate launch` the first returns it, the others {}.
+        versions, seconds, and where `record` kept earlier figures aside kept_aside (files). Of the processes of
+        `accelerate launch` the first returns it, the others {}.
 
     Raises:
         MhconvertError: What a user can correct.
@@ -48,9 +49,8 @@ def evaluate(
     from mhconvert.eval import comparison
     from mhconvert.eval.report.recorded_evaluation import record_evaluation
 
-    names = [checkpoints] if isinstance(checkpoints, str) else list(checkpoints)
     result = comparison.evaluate(
-        names,
+        [checkpoints] if isinstance(checkpoints, str) else list(checkpoints),
         settings,
         against=against,
         fresh=fresh,
@@ -59,7 +59,7 @@ def evaluate(
         on_progress=on_progress or ignore,
     )
     if record and result:
-        record_evaluation(result)
+        result |= record_evaluation(result)
     return result
 
 

@@ -293,7 +293,7 @@ def test_a_folder_named_almost_as_a_subcommand_is_a_donor(
     ("words", "message"),
     [
         ("eval tiny --limit 0 --suite quick", "limit=0 is too small; use at least 1"),
-        ("eval tiny --sequences 0 --suite quick", "sequences=0 is too small; use at least 1"),
+        ("eval tiny --sequences 0 --text a.txt", "sequences=0 is too small; use at least 1"),
         ("heal tiny --tokens 1k --rank 0", "rank=0 is too small; use at least 1"),
         ("heal tiny --tokens 1k --lr 7", "lr=7.0 is not between 0 and 1"),
         ("heal tiny --tokens 0", "there is nothing to do; say how many tokens to heal on, for example 20M"),

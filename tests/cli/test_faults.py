@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,14 +24,19 @@ DONOR = {
     "convert": ("{model}", "--to", "mla", "-o", "{out}", *SMALL),
     "convert coded": ("{model}", "--to", "mla", "--kv-bits", 4, "-o", "{out}", *SMALL),
     "convert dha": ("{model}", "--to", "dha", "-o", "{out}", *SMALL),
+    "convert moh": ("{model}", "--to", "moh", "-o", "{out}", *SMALL),
+    "convert hydra": ("{model}", "--to", "hydra", "-o", "{out}"),
     "convert and heal": ("{model}", "--to", "mla", "--heal", 256, "-o", "{out}", *SMALL),
     "curve": ("curve", "{model}", "--to", "mla", "-o", "{out}.svg", *CALIBRATION, "--effort", "quick"),
     "run": ("run", "{recipe}"),
     "generate": ("generate", "{model}", "The river", "--max-new-tokens", 2),
     "eval": ("eval", "{model}", "--against", "{donor}", "--text", "{text}", "--sequence-length", 32),
     "verify": ("verify", "{model}", "--against", "{donor}"),
+    "merge": ("merge", "{adapter}", "--base", "{model}", "-o", "{out}"),
+    "inspect": ("inspect", "{model}"),
 }
 CHECKPOINT = {
+    "inspect": DONOR["inspect"],
     "heal": ("heal", "{model}", *HEALING, "-o", "{out}"),
     "export": ("export", "{model}", "--to", "own", "-o", "{out}", "--no-verify", "--device", "cpu"),
     "generate": DONOR["generate"],
@@ -45,8 +51,27 @@ ADAPTER = {
     "heal": ("heal", "{model}", *HEALING, "--train", "hydra", "--loss", "ce", "-o", "{out}"),
     "generate": DONOR["generate"],
 }
-PORTABLE = {"export": CHECKPOINT["export"]}
+PORTABLE = {
+    "export": CHECKPOINT["export"],
+    "export gguf": (
+        "export",
+        "{model}",
+        "--to",
+        "gguf",
+        "-o",
+        "{out}.gguf",
+        "--no-verify",
+        "--device",
+        "cpu",
+    ),
+    "export auto": ("export", "{model}", "--to", "auto", "-o", "{out}", "--no-verify", "--device", "cpu"),
+}
 KINDS = {"donor": DONOR, "checkpoint": CHECKPOINT, "portable": PORTABLE, "adapter": ADAPTER}
+RECIPE = {
+    "run": ("run", "{model}"),
+    "validate": ("recipes", "validate", "{model}"),
+    "show": ("recipes", "show", "{model}"),
+}
 
 
 def missing(folder: Path) -> str:
@@ -91,6 +116,26 @@ def tokenizer_odd(folder: Path) -> str:
     return written(folder / "tokenizer.json", '{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}')
 
 
+def tokenizer_empty(folder: Path) -> str:
+    return written(folder / "tokenizer.json", "")
+
+
+def tokenizer_list(folder: Path) -> str:
+    return written(folder / "tokenizer.json", "[]")
+
+
+def tokenizer_of_another_type(folder: Path) -> str:
+    return with_vocabulary(folder, {"type": "Nope"})
+
+
+def tokenizer_without_vocabulary(folder: Path) -> str:
+    return with_vocabulary(folder, {"type": "BPE", "merges": []})
+
+
+def tokenizer_of_no_tokens(folder: Path) -> str:
+    return with_vocabulary(folder, {"type": "BPE", "vocab": {}, "merges": []})
+
+
 def tokenizer_config_cut(folder: Path) -> str:
     return written(folder / "tokenizer_config.json", "{")
 
@@ -99,9 +144,35 @@ def tokenizer_config_odd(folder: Path) -> str:
     return written(folder / "tokenizer_config.json", '{"tokenizer_class": 5, "added_tokens_decoder": []}')
 
 
+WEIGHTLESS = {
+    ("donor", "convert hydra"),
+    ("donor", "inspect"),
+    ("checkpoint", "inspect"),
+}  # read the config alone
 OF_ALL = (missing, a_file, config_cut, config_list, config_bytes, weights_cut, weights_gone)
-OF_TEXT = (tokenizer_cut, tokenizer_odd, tokenizer_config_cut, tokenizer_config_odd)
-TEXTLESS = ("verify", "push", "merge", "export", "bench", "eval")  # do not read the tokenizer of this model
+OF_TEXT = (
+    tokenizer_cut,
+    tokenizer_odd,
+    tokenizer_empty,
+    tokenizer_list,
+    tokenizer_of_another_type,
+    tokenizer_without_vocabulary,
+    tokenizer_of_no_tokens,
+    tokenizer_config_cut,
+    tokenizer_config_odd,
+)
+# Have no use for the tokenizer of the damaged model: an export that is refused before, figures in the donor's tokens.
+TEXTLESS = {
+    ("donor", "convert hydra"),
+    ("donor", "inspect"),
+    ("checkpoint", "inspect"),
+    ("checkpoint", "export"),
+}
+
+
+def with_vocabulary(folder: Path, model: dict[str, object]) -> str:
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    return written(folder / "tokenizer.json", json.dumps(content | {"added_tokens": [], "model": model}))
 
 
 def config(folder: Path) -> str:
@@ -151,7 +222,11 @@ def tree(place: Path) -> dict[str, bytes | None]:
 def cases() -> Iterator[object]:
     for kind, commands in KINDS.items():
         for command in commands:
-            for fault in (*OF_ALL, *(OF_TEXT if command not in TEXTLESS and kind != "adapter" else ())):
+            reads = kind != "adapter" and (kind, command) not in TEXTLESS
+            faults = [
+                each for each in OF_ALL if each is not weights_gone or (kind, command) not in WEIGHTLESS
+            ]
+            for fault in (*faults, *(OF_TEXT if reads else ())):
                 yield pytest.param(kind, command, fault, id=f"{command}-{kind}-{fault.__name__}")
 
 
@@ -161,13 +236,19 @@ def words_of(kind: str, command: str, models: Path, model: Path, out: Path) -> l
         calibration = {"sources": [str(models / "text.txt")], "tokens": 256, "sequence_length": 32}
         plain = {"model": str(model), "method": "dha", "output": str(out), "effort": "quick", "device": "cpu"}
         recipe.write_text(yaml.safe_dump(plain | {"calibration": calibration}))
-    values = {"model": model, "out": out, "recipe": recipe, "donor": models / "donor"}
+    values = {
+        "model": model,
+        "out": out,
+        "recipe": recipe,
+        "donor": models / "donor",
+        "adapter": models / "adapter",
+    }
     return [str(word).format(**values, text=models / "text.txt") for word in KINDS[kind][command]]
 
 
 def one_line(here: Cli, words: list[str], command: str) -> str:
     """What a command that fails says: one line, and nothing on stdout."""
-    done = here(*words, *(() if command == "generate" else ("--quiet",)))
+    done = here(*words, *(() if command in ("generate", "inspect") else ("--quiet",)))
     said = done.stderr.splitlines()
     assert done.returncode == 1, (done.stdout, said)
     assert done.stdout == ""
@@ -191,6 +272,59 @@ def test_a_damaged_model(
     assert tree(tmp_path) == before
 
 
+def recipe_missing(file: Path) -> None:
+    file.unlink()
+
+
+def recipe_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def recipe_a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def recipe_of(content: str | bytes) -> Callable[[Path], object]:
+    return lambda file: written(file, content)
+
+
+GOOD = "model: x\nmethod: mla\n"
+RECIPE_FAULTS: dict[str, Callable[[Path], object]] = {
+    "missing": recipe_missing,
+    "a folder": recipe_a_folder,
+    "a pipe": recipe_a_pipe,
+    "empty": recipe_of(""),
+    "a list": recipe_of("- model"),
+    "a word": recipe_of("model"),
+    "cut": recipe_of("model: 'x"),
+    "bytes": recipe_of(b"\xff\xfe\x00\x80"),
+    "twice": recipe_of("model: x\nmodel: y\nmethod: mla\n"),
+    "unknown key": recipe_of(GOOD + "moon: 1\n"),
+    "unknown method": recipe_of("model: x\nmethod: moon\n"),
+    "bad number": recipe_of(GOOD + "calibration: {tokens: -1}\n"),
+    "bad type": recipe_of(GOOD + "heal: 7\n"),
+    "half a character": recipe_of(GOOD + 'output: "\\ud800"\n'),
+    "deep": recipe_of(GOOD + "settings: " + "[" * 3000),
+    "aliases": recipe_of("a: &a [x]\nb: &b " + "[*a, *a]\n" + GOOD),
+    "a date": recipe_of(GOOD + "output: 2026-13-45\n"),
+}
+
+
+@pytest.mark.parametrize("fault", RECIPE_FAULTS)
+@pytest.mark.parametrize("command", RECIPE)
+def test_a_damaged_recipe(here: Cli, models: Path, tmp_path: Path, command: str, fault: str) -> None:
+    recipe = tmp_path / "damaged.yaml"
+    recipe.write_text("")
+    RECIPE_FAULTS[fault](recipe)
+    before = sorted(tmp_path.rglob("*"))
+    said = one_line(here, [str(word).format(model=recipe) for word in RECIPE[command]], command)
+    assert "--debug" not in said
+    assert "damaged.yaml" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 WRITING = [
     (kind, command)
     for kind, commands in KINDS.items()
@@ -209,12 +343,15 @@ def test_a_place_that_cannot_be_written(
     before = tree(tmp_path)
     said = one_line(here, words, command)
     assert "--debug" not in said
-    assert str(tmp_path / "file" / "out") in said
+    assert str(tmp_path / "file") in said
     assert tree(tmp_path) == before
 
 
 # Where an error that nobody foresees happens: behind the checks, and behind something that is durable in the second.
 UNFORESEEN = {
+    "inspect": "mhconvert.eval.inspection.cache_elements",
+    "convert moh": "mhconvert.convert.layer_pass.layer_steps.observe",
+    "convert hydra": "mhconvert.convert.storage.output_folder.publish",
     "convert": "mhconvert.convert.layer_pass.layer_steps.convert_attention",
     "convert and heal": "mhconvert.convert.layer_pass.layer_steps.observe",
     "curve": "mhconvert.convert.layer_pass.layer_steps.observe",

@@ -227,7 +227,9 @@ def test_a_result_that_is_not_healed_never_has_the_name_of_one_that_is(
     done = here(*words, "--no-verify", "--resume", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["healing"]["trained_tokens"] == 3072
-    assert json.loads((out / "mhconvert.json").read_text())["healed"]
+    [healed] = json.loads((out / "mhconvert.json").read_text())["healed"]
+    assert healed["checkpoint"] == str(out)  # not OUT.unhealed, which is gone
+    assert not any(b"unhealed" in file.read_bytes() for file in out.iterdir())
     assert folders(tmp_path) == {"out"}
 
 
@@ -334,3 +336,71 @@ def test_heads_are_fused_in_two_rounds(here: Cli, text: Path, tmp_path: Path) ->
     )
     assert again.returncode == 1
     assert "no heads that are to be fused" in again.stderr
+
+
+def test_a_resumed_run_notices_another_tolerance(
+    here: Cli, donor: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the conversion that was finished before its healing was killed, and of a healed one before it was told."""
+    out = tmp_path / "out"
+    searched = [word for word in CONVERSION if word not in ("--kv-budget", 0.4)]
+    words = [
+        donor,
+        *searched,
+        "--calibration",
+        text,
+        "--sequence-length",
+        64,
+        "-o",
+        out,
+        "--heal",
+        "1k",
+        "--no-verify",
+    ]
+    with monkeypatch.context() as killed:
+        killed.setattr("mhconvert.heal.packed_rows.prepare", lambda *_: 1 / 0)
+        assert here(*words, "--tolerance", "kl=2").returncode == 1
+    assert folders(tmp_path) == {"out.unhealed"}
+    other = here(*words, "--tolerance", "kl=3", "--resume")
+    assert other.returncode == 1
+    assert "out.unhealed" in other.stderr
+    assert "tolerance" in other.stderr
+    with monkeypatch.context() as killed:
+        killed.setattr("mhconvert.convert.storage.step_folder.remove_step", lambda _: None)
+        first = here(*words, "--tolerance", "kl=2", "--resume", "--json")
+    assert first.returncode == 0, first.stderr
+    assert here(*words, "--tolerance", "kl=3", "--resume").returncode == 1
+    assert json.loads(here(*words, "--tolerance", "kl=2.0", "--resume", "--json").stdout) == json.loads(
+        first.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("fusion", "said"),
+    [(("--fusion", "trained"), "give heal.fusion: 2"), ((), None)],
+    ids=["trained", "closed"],
+)
+def test_heads_that_healing_does_not_fuse_are_refused_before_the_conversion(
+    here: Cli, donor: Path, text: Path, tmp_path: Path, fusion: tuple[str, ...], said: str | None
+) -> None:
+    words = (donor, "--to", "dha", *fusion, "--calibration", text, "--heal", "1k", "-o", tmp_path / "out")
+    if said is None:
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(
+            f"model: {donor}\nmethod: dha\noutput: {tmp_path / 'out'}\nheal: {{tokens: 1k, fusion: 2}}\n"
+        )
+        words, said = ("run", recipe), "give settings.fusion: trained"
+    done = here(*words)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "layers" not in done.stderr.partition("mhconvert: ")[0]
+    assert not (tmp_path / "out.unhealed").exists()
+
+
+def test_a_donor_that_is_here_has_no_folder_inside_of_it(
+    here: Cli, donor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(donor)
+    done = here(".", "--to", "dha")
+    assert done.returncode == 1
+    assert f"{donor.name}-dha is inside ., which is only read; choose another folder with -o" in done.stderr

@@ -38,3 +38,13 @@ def test_sigterm_is_raised_once_and_handled_as_before_afterwards() -> None:
     with pytest.raises(Terminated), sigterm_raises():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "words", [("generate", "x", "\udce9"), ("\udce9", "--to", "mla"), ("push", "x", "a/\udce9")]
+)
+def test_an_argument_that_is_no_utf8_is_wrong_usage(here: Cli, words: tuple[str, ...]) -> None:
+    done = here(*words)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert "\\udce9' is not UTF-8 text: character " in done.stderr

@@ -60,6 +60,11 @@ def test_what_the_model_or_the_template_cannot_take(tmp_path: Path) -> None:
         api.generate(str(folder), "a", chat=True, device="cpu")
 
 
+def test_half_a_character_is_no_prompt(donor: str) -> None:
+    with pytest.raises(MhconvertError, match=r"the prompt cannot be used: character 7 is \\ud800, half of"):
+        api.generate(donor, "hello \ud800", max_new_tokens=2)
+
+
 @pytest.mark.parametrize(
     "options", [{"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"seed": 2**70}]
 )

@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 from mhconvert.errors import ExportError
 
 from ...donor.gguf_pre_tokenizers import PRE_TOKENIZERS
-from ...donor.reference import load_tokenizer
+from ...donor.tokenizer_files import load_tokenizer
 from ...storage.safetensors_reader import read_json
 
 MORE_ENDS = ("eot", "eom")  # llama.cpp ends an answer at these too

@@ -27,6 +27,7 @@ from mhconvert.progress import Progress, ignore
 
 from ...donor.gguf_reader import ALIGNMENT
 from ...storage.disk_space import FULL, check_space, out_of_space
+from ...storage.output_folder import PARTIAL
 from .gguf_tensors import KEPT, LATENT_EPS, DenseCheckpoint, open_dense, stored_shapes, tensors
 from .gguf_tokenizer import read_vocabulary
 
@@ -108,7 +109,7 @@ def _require_free(target: Path, force: bool) -> None:
 @contextlib.contextmanager
 def _whole_file(target: Path, needed: int, *, force: bool) -> Iterator[Path]:
     """The file TARGET.partial to write into; it is renamed to `target`, or removed after an exception."""
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(target.name + PARTIAL)
     check_space(target.parent, needed)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -246,6 +246,32 @@ def test_conversations_of_other_forms(tmp_path: Path, record: Any, expected: str
         read_file(tmp_path / name, chat=refusing)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.jsonl", '{"text": "good"}\n{"text": "bad \\ud800"}', "line 2"),
+        ("a.jsonl", '{"text": "good"}\n{"messages": [{"role": "user", "content": "\\udc00"}]}', "line 2"),
+        ("a.jsonl", '{"instruction": "a", "output": "\\udc00\\ud800"}', "line 1"),
+        ("a.json", '["good", "bad \\udfff"]', "item 2"),
+    ],
+)
+def test_half_a_character_is_refused_by_its_place(
+    tmp_path: Path, name: str, content: str, place: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(TextError, match=rf"{name}, {place}: its text cannot be used: character \d+ is \\ud"):
+        read_file(path, chat=refusing)
+    bad: list[str] = []
+    read_file(path, chat=refusing, on_bad=bad.append)
+    assert len(bad) == 1
+
+
+def test_a_pair_of_escapes_is_one_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "whole \U0001f600"}))
+    assert read_file(tmp_path / "a.jsonl") == ["whole \U0001f600"]
+
+
 def test_bad_records_are_skipped_and_told(tmp_path: Path) -> None:
     lines = [json.dumps({"messages": messages}) for messages, _ in CHATS] + ["{", '{"text": "end"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")

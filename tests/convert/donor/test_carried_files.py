@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 from mhconvert import api
 from mhconvert.convert.checkpoint import provenance
 from mhconvert.convert.donor.carried_files import carry_files
-from mhconvert.convert.donor.reference import load_tokenizer
+from mhconvert.convert.donor.tokenizer_files import load_tokenizer
 from mhconvert.convert.methods.dha.settings import DHASettings
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import mhconvert
-from mhconvert.convert import open_model
+from mhconvert.convert import finished_conversion
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe, load_recipe
 from mhconvert.convert.recipe.recorded import as_recorded
@@ -79,11 +79,11 @@ def test_a_finished_conversion_is_recognised_by_its_old_record(recipe: Build, tm
     mhconvert.convert(asked)
     assert "kv_bits: '16'" in (tmp_path / "out" / "recipe.yaml").read_text(encoding="utf-8")
     make_old(tmp_path / "out" / "mhconvert.json", "recipe")
-    assert open_model.written(asked) == str(tmp_path / "out")
-    assert open_model.written(coded) is None
+    assert finished_conversion.written(asked) == str(tmp_path / "out")
+    assert finished_conversion.written(coded) is None
     searched = dataclasses.replace(asked, tolerance="kl=9", settings=MLASettings(kv_bits="16"))
-    assert open_model.is_result(tmp_path / "out", searched)  # whatever budget the search found
-    assert not open_model.is_result(tmp_path / "out", dataclasses.replace(searched, seed=1))
+    assert finished_conversion.is_result(tmp_path / "out", searched)  # whatever budget the search found
+    assert not finished_conversion.is_result(tmp_path / "out", dataclasses.replace(searched, seed=1))
 
 
 def test_an_interrupted_conversion_goes_on_from_its_old_state(recipe: Build, tmp_path: Path) -> None:

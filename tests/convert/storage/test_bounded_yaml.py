@@ -47,11 +47,17 @@ def test_aliases_unfold_up_to_a_bound(levels: int, width: int) -> None:
         ("a: &a {x: 1}\nb: " + "{<<: [*a, *a], c: " * 2000 + "1" + "}" * 2000, "nested too deeply"),
         ("[" * 2000, "it is nested too deeply"),
         ("a: 2026-13-45", "month must be in 1..12"),
+        ('a: 1\nb: "\\ud800"', "character 1 is .ud800, half of a character"),
+        ('"\\udc00\\ud800": 1', "character 1 is .udc00, half of a character"),
     ],
 )
 def test_what_has_no_value(text: str, words: str) -> None:
     with pytest.raises(yaml.YAMLError, match=words):
         load_yaml(text)
+
+
+def test_a_pair_of_escapes_is_one_character() -> None:
+    assert load_yaml('{"\\ud83d\\ude00": "a\\ud83d\\ude00b"}') == {"\U0001f600": "a\U0001f600b"}
 
 
 def test_a_long_text_without_aliases_is_fine() -> None:
@@ -70,6 +76,10 @@ def test_front_matter_that_cannot_be_read_states_no_licence(tmp_path: Path, text
     [
         (f"model: x\n{bomb(9)}\n", "recipe.yaml cannot be read: its aliases unfold to too many values"),
         ("model: " + "[" * 2000, "recipe.yaml cannot be read: it is nested too deeply"),
+        (
+            'model: x\noutput: "a\\ud800"\n',
+            "recipe.yaml, line 2 cannot be read: character 2 is \\ud800, half",
+        ),
     ],
 )
 def test_a_recipe(

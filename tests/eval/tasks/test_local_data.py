@@ -208,6 +208,12 @@ def test_a_later_line_that_lacks_a_value_is_named(data: Path, place: Path) -> No
         TextError, match=r"is no copy of piqa: line 2 has \['goal', 'label', 'sol1'\] instead of"
     ):
         resolve(EvalSettings(tasks=("piqa",), data=str(data)), place)
+    half = json.dumps(LINES["piqa"][1] | {"goal": "\ud800"})
+    file.write_text(f"{line}\n{half}\n", encoding="utf-8")
+    with pytest.raises(
+        TextError, match=r"piqa, line 2, cannot be used: as JSON, its character \d+ is \\ud800"
+    ):
+        resolve(EvalSettings(tasks=("piqa",), data=str(data)), place)
     file.write_text("", encoding="utf-8")
     with pytest.raises(TextError, match="piqa_validation.jsonl of task piqa has no documents"):
         resolve(EvalSettings(tasks=("piqa",), data=str(data)), place)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
+from safetensors.torch import load_file, save_file
 
 from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.open_model import of_model, open_model
@@ -124,6 +126,16 @@ def test_our_own_class_is_refused_with_the_way_out(
     assert done.returncode == 1
     assert f"has mhconvert's own class of {method}, which vllm does not load" in done.stderr
     assert way_out.format(folder) in done.stderr
+
+
+def test_scores_that_are_nan_are_refused(here: Cli, python: str, tmp_path: Path) -> None:
+    broken = make_donor(tmp_path / "broken", layers=2, kv_heads=2)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    done = here("eval", broken, "--suite", "quick", "--backend", "vllm", "--python", python, "--limit", 2)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{broken} gives scores that are NaN in vllm; evaluate it with --dtype float32" in done.stderr
 
 
 def test_an_environment_without_vllm_is_named(here: Cli, donor: Path, tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""Whether a folder holds what a conversion would write: what a resumed run, or a recipe's, need not do again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhconvert.errors import OutputError
+
+from . import open_model
+from .checkpoint.provenance import read_record
+from .recipe.recorded import NOT_THE_RESULT, as_recorded
+from .recipe.tolerance import parse
+from .storage.safetensors_reader import read_json
+
+if TYPE_CHECKING:
+    from .recipe.heal_settings import HealSettings
+    from .recipe.recipe import Recipe
+
+
+def is_result(folder: Path, recipe: Recipe) -> bool:
+    """Whether the conversion `recipe` made what is in `folder`, healed or not."""
+    return differing(folder, recipe) is None
+
+
+def differing(folder: Path, recipe: Recipe) -> str | None:
+    """The first key in which `recipe` is not the conversion that made `folder`, healed or not; None: it is."""
+    record = read_record(folder)
+    made = as_recorded(record.get("recipe"))
+    if not isinstance(made, dict):
+        return "recipe"
+    if recipe.tolerance is not None:  # the search found the budget
+        asked = str(parse(recipe.tolerance))
+        if record.get("tolerance", asked) != asked:
+            return "tolerance"
+        budget = made.get("settings", {}).get("kv_budget")
+        recipe = recipe.at_budget(budget) if budget else recipe
+    wanted = json.loads(json.dumps(recipe.to_dict()))
+    keys = [key for key in {**wanted, **made} if key not in NOT_THE_RESULT]
+    return next((key for key in keys if made.get(key) != wanted.get(key)), None)
+
+
+def require_result(step: Path, recipe: Recipe, *, force: bool) -> bool:
+    """Whether `step` is there, made by the conversion `recipe`. Raises OutputError where another one made it, unless
+    with `force`."""
+    other = differing(step, recipe)
+    if other is not None and read_record(step) and not force:
+        raise OutputError(
+            f"{step} was made with another {other}; --resume needs the same command, --force starts over"
+        )
+    return other is None
+
+
+def written(recipe: Recipe) -> str | None:
+    """The folder that the conversion `recipe` has written, if it has and nothing has healed it."""
+    folder = open_model.output_folder(recipe)
+    return str(folder) if is_result(folder, recipe) and not read_record(folder).get("healed") else None
+
+
+def healed_report(folder: Path, recipe: Recipe, settings: HealSettings) -> dict[str, Any] | None:
+    """The report of the conversion `recipe` that was healed by `settings` into `folder`; None where there is none."""
+    healed = read_record(folder).get("healed")
+    if not (healed and is_result(folder, recipe)) or settings.same_run(healed[-1]["settings"]):
+        return None
+    return read_json(folder / "report.json")
