@@ -42,12 +42,18 @@ def series(figures: Figures) -> list[Series]:
     def mla(effort: str) -> list[Point]:
         return chosen("mla", lambda row: row["effort"] == effort and row.get("profile") != "portable")
 
-    def coded(donor: bool) -> list[Point]:
-        return chosen("coded", lambda row: row["model"].startswith("donor") == donor)
+    def coded(begin: str, end: str) -> list[Point]:
+        return chosen("coded", lambda row: row["model"].startswith(begin) and row["model"].endswith(end))
 
     return [
-        Series("MLA, coded latents", "#c0262d", "o-", coded(donor=False)),
-        Series("donor, quantised cache", "#444444", "x--", coded(donor=True)),
+        Series("MLA, coded latents", "#c0262d", "o-", coded("coded", "latents")),
+        Series(
+            "MLA, coded latents, healed on 200k tokens",
+            "#c0262d",
+            "D",
+            coded("coded", "healed on 200k tokens"),
+        ),
+        Series("donor, quantised cache", "#444444", "x--", coded("donor", "")),
         Series("MLA, 16 bits", "#2f7ed8", "o-", mla("default")),
         Series(
             "MLA, 16 bits, healed on 200k tokens",
