@@ -112,7 +112,10 @@ def _unforeseen(error: Exception, debug: bool) -> str:
     """What is known of an error that nobody has put into words: the command, the step, what is left, what to do."""
     from ..convert.storage.disk_space import out_of_space
 
-    words = out_of_space(error) or f"{type(error).__name__}: {error}"
+    words = out_of_space(error)
+    if words is None and isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # the system's own words of a file are enough
+    words = words or f"{type(error).__name__}: {error}"
     told = "; ".join([words, *getattr(error, "__notes__", [])])
     hint = "" if debug else "; --debug shows where: please report it with that"
     return f"'{shlex.join(sys.argv[1:])}' failed: {told}{hint}"

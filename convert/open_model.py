@@ -88,6 +88,16 @@ class OpenModel:
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{self.reference} does not load: {_first_line(error)}") from error
+        except (
+            AttributeError,
+            TypeError,
+            KeyError,
+            IndexError,
+        ) as error:  # what a class makes of an odd config
+            file = self.folder / "config.json"
+            raise CheckpointError(
+                f"{file} does not describe a model of its class: {_first_line(error)}"
+            ) from error
         model, loading = opened
         for fault in ("missing", "unexpected", "mismatched"):  # transformers would go on with random weights
             for name in sorted(map(str, loading[f"{fault}_keys"])):

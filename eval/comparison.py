@@ -26,7 +26,7 @@ from .tasks.candidate import Candidate
 from .tasks.harness import OnRows
 from .tasks.language_model import language_model
 from .tasks.task_choice import TaskSet, resolve
-from .vllm.engine import EngineError, installed_version
+from .vllm.engine import EngineError, installed, loadable
 
 
 def evaluate(
@@ -117,12 +117,16 @@ def _measure_models(
     """
     outcomes, probes = [], []
     for candidate in candidates:
-        if tasks is not None:
-            on_rows = _row_listener(run.on_progress, candidate)
-            outcomes.append(harness.evaluate(candidate, tasks, run.store, fresh=run.fresh, on_rows=on_rows))
-        if run.settings.retrieval and harness.rank() == 0:
-            probes.append(_probe(candidate, run.fresh, run.store, run.on_progress))
-        candidate.release()
+        try:
+            if tasks is not None:
+                on_rows = _row_listener(run.on_progress, candidate)
+                outcomes.append(
+                    harness.evaluate(candidate, tasks, run.store, fresh=run.fresh, on_rows=on_rows)
+                )
+            if run.settings.retrieval and harness.rank() == 0:
+                probes.append(_probe(candidate, run.fresh, run.store, run.on_progress))
+        finally:
+            candidate.release()
     return outcomes, probes
 
 
@@ -134,12 +138,15 @@ def _without_unloadable(
     Returns:
         The models; of the one that is left out its reference, and why.
     """
-    donor, *others = candidates
-    only_tasks = run.settings.backend == "vllm" and not (run.settings.text or run.settings.retrieval)
-    if not only_tasks or not others or donor.opened.reference in asked:
+    settings, (donor, *others) = run.settings, candidates
+    if settings.backend != "vllm" or not settings.has_tasks:
+        return candidates, []
+    for each in others:
+        loadable(each.opened)
+    if settings.text or settings.retrieval or not others or donor.opened.reference in asked:
         return candidates, []
     try:
-        language_model(donor)
+        language_model(donor).engine.score([[0, 0]])  # some refusals come with the first request
     except EngineError as error:
         return others, [{"reference": donor.opened.reference, "why": str(error)}]
     return candidates, []
@@ -183,8 +190,9 @@ def _probe(candidate: Candidate, fresh: bool, store: Store, on_progress: Listene
     key = candidate.key() | {"probe": lengths}
     result = None if fresh else store.load(key)
     if result is None:
-        in_memory = candidate.lm is not None and candidate.settings.backend == "hf"
-        model = candidate.lm.model if in_memory else candidate.load(candidate.dtype)
+        if candidate.settings.backend == "vllm":
+            candidate.release()  # its process holds the device's memory
+        model = candidate.lm.model if candidate.lm is not None else candidate.load(candidate.dtype)
         on_rows = _row_listener(on_progress, candidate)
         result = retrieval.probe(
             model,
@@ -232,5 +240,5 @@ def _versions(tasks: bool, settings: EvalSettings) -> dict[str, str]:
         return versions()
     import lm_eval
 
-    of_vllm = {"vllm": installed_version(settings.python)} if settings.backend == "vllm" else {}
+    of_vllm = {"vllm": installed(settings.python)["vllm"]} if settings.backend == "vllm" else {}
     return versions() | {"lm_eval": lm_eval.__version__} | of_vllm

@@ -24,6 +24,9 @@ Python = Annotated[
     str | None,
     typer.Option(metavar="PYTHON", help="Interpreter of the environment that has the engine; this one."),
 ]
+Output = Annotated[
+    str | None, typer.Option("--output", "-o", metavar="OUT", help="Where an export is written; ./CKPT-FORM.")
+]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Where it listens.")]
 Port = Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Where it listens.")]
 Dtype = Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and cache.")]
@@ -33,6 +36,7 @@ Print = Annotated[bool, typer.Option("--print", help="Print the command and do n
 def command(
     checkpoint: Served,
     engine: Engine = "auto",
+    output: Output = None,
     python: Python = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -54,6 +58,7 @@ def command(
                 api.serving(
                     checkpoint,
                     engine=engine,
+                    output=output,
                     python=python,
                     host=host,
                     port=port,

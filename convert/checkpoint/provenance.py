@@ -127,6 +127,23 @@ def read_record(folder: Path, *, strict: bool = False) -> dict[str, Any]:
         return {}
 
 
+def recorded_donor(folder: Path) -> dict[str, Any]:
+    """What mhconvert.json says of the donor: reference, hub_id, licence and more; {} if there is nothing.
+
+    Raises:
+        CheckpointError: it is of another type.
+    """
+    donor = read_record(folder).get("donor")
+    if donor is None:
+        return {}
+    names = ("reference", "hub_id", "licence")
+    if not isinstance(donor, dict) or not all(isinstance(donor.get(name), str | None) for name in names):
+        raise CheckpointError(
+            f"{folder / PROVENANCE}: donor is to be an object with texts as {', '.join(names)}"
+        )
+    return donor
+
+
 def require_recorded_files(folder: Path) -> None:
     """Raises CheckpointError for a file that has no longer the SHA-256 in mhconvert.json; cards may be edited."""
     recorded = read_record(folder, strict=True).get("sha256")

@@ -116,9 +116,7 @@ def _write(reference: str, form: Form, options: Options, on_progress: Listener |
     write: Callable[..., dict[str, Any]] = importlib.import_module(form.writer).export_checkpoint
     taken = _arguments(form)
     if options.dry_run and "dry_run" not in taken:
-        raise ExportError(
-            f"--dry-run tells which engines load deepseek_v3, youtu and own; {form.name} has no such table"
-        )
+        raise ExportError(f"--dry-run plans a folder of a whole model; {form.name} has no such plan")
     given = {"to": form.name, "on_progress": on_progress, **vars(options)}
     return write(reference, **{name: value for name, value in given.items() if name in taken})
 

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mhconvert.errors import ExportError
+from mhconvert.errors import ExportError, MhconvertError
 from mhconvert.progress import Listener
 
 from ..bare_process.known_code import require_known_code
 from ..checkpoint import identity
-from ..checkpoint.provenance import PROVENANCE, read_record
+from ..checkpoint.fingerprint import of_folder
+from ..storage.atomic_files import write_json
 from ..storage.folder_kind import is_adapter
 from ..storage.safetensors_reader import read_json
 from . import forms
 
 ENGINES = ("vllm", "llama-server", "transformers")
+DTYPES = ("bfloat16", "float32")
 # Without these vLLM 0.32 on a CPU compiles for minutes, or turns keys by a wrong rotary operation.
 CPU_ONLY = ("--enforce-eager", "--compilation-config", '{"custom_ops": ["none"]}')
 HAS = "from importlib.util import find_spec; raise SystemExit(not all(find_spec(n) for n in %r))"
@@ -45,36 +47,50 @@ class Server:
     dtype: str = "bfloat16"
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ExportError for an engine or a dtype that there is not."""
+        for name, value, known in (
+            ("engine", self.engine, ("auto", *ENGINES)),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            if value not in known:
+                raise ExportError(f"{name} '{value}' is not one of {', '.join(known)}")
+
     @property
     def interpreter(self) -> str:
-        return self.python or sys.executable
+        return str(Path(self.python).expanduser()) if self.python else sys.executable
 
 
-def serving(reference: str, server: Server, on_progress: Listener | None = None) -> dict[str, Any]:
+def serving(
+    reference: str, server: Server, output: str | None = None, on_progress: Listener | None = None
+) -> dict[str, Any]:
     """engine, model (the folder or file that is served), exported (whether it was written now) and command.
 
-    A checkpoint of mhconvert's own class is exported for an engine that does not know the class, into the folder that
-    `mhconvert export` would take, unless its export is there already.
+    A checkpoint of mhconvert's own class is exported for an engine that does not know the class, unless that was done
+    before and the checkpoint is still the same.
 
+    Args:
+        output: where an export is written; None: where `mhconvert export` would.
     Raises:
         ExportError: for an adapter, a form that the engine does not take, an engine that is missing, a port in use.
     """
-    if is_adapter(Path(reference)):
+    path = Path(reference).expanduser()
+    if is_adapter(path):
         raise ExportError(
             f"{reference} is an adapter; serve what `mhconvert merge {reference} -o OUT` writes"
         )
-    if not Path(reference).exists():
-        raise ExportError(f"{reference} is no folder or file; serve a checkpoint, an export or a .gguf file")
-    engine = server.engine if server.engine != "auto" else _first(reference, server)
+    if not path.is_dir() and not _is_gguf(path):
+        raise ExportError(f"{reference} is neither a model folder nor a .gguf file")
+    engine = server.engine if server.engine != "auto" else _first(path, server)
     require_installed(engine, server)
     _require_free(server.host, server.port)
-    model, exported = _form(reference, engine, on_progress)
-    return {
-        "engine": engine,
-        "model": str(model),
-        "exported": exported,
-        "command": COMMANDS[engine](model, server),
-    }
+    model, exported = _form(path, engine, server, output, on_progress)
+    command = COMMANDS[engine](model, server)
+    return {"engine": engine, "model": str(model), "exported": exported, "command": command}
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() == ".gguf"
 
 
 def require_installed(engine: str, server: Server) -> None:
@@ -83,7 +99,7 @@ def require_installed(engine: str, server: Server) -> None:
         if shutil.which("llama-server") is None:
             raise ExportError("there is no llama-server on the PATH; it comes with llama.cpp")
         return
-    needed = ("vllm",) if engine == "vllm" else ("transformers", "fastapi", "uvicorn")
+    needed = ("vllm",) if engine == "vllm" else ("transformers", "fastapi", "uvicorn", "openai", "pydantic")
     if not _has(server.interpreter, needed):
         wanted = "vllm" if engine == "vllm" else "'transformers[serving]'"
         raise ExportError(
@@ -100,71 +116,92 @@ def _has(python: str, modules: tuple[str, ...]) -> bool:
     return done.returncode == 0
 
 
-def _first(reference: str, server: Server) -> str:
+def _first(path: Path, server: Server) -> str:
     """The engine that `auto` means."""
-    if reference.endswith(".gguf"):
+    if _is_gguf(path):
         return "llama-server"
     if not _has(server.interpreter, ("vllm",)):
         return "transformers"
     try:
-        _require_form(reference)
-    except ExportError:
+        if _is_own_class(path):
+            _planned(path, server)
+    except MhconvertError:
         return "transformers"
     return "vllm"
 
 
-def _require_form(reference: str) -> None:
-    """Raises ExportError where the model is of our own class, and no export makes another of it."""
-    if _is_own_class(reference):
-        forms.export_checkpoint(reference, "auto", forms.Options(dry_run=True, force=True))
+def _is_own_class(path: Path) -> bool:
+    return identity.converted_method(str(path)) is not None and not identity.exported(str(path))
 
 
-def _is_own_class(reference: str) -> bool:
-    return identity.converted_method(reference) is not None and not identity.exported(reference)
+def _planned(path: Path, server: Server) -> dict[str, Any]:
+    """The report of the form that vLLM takes. Raises MhconvertError where there is none for its device."""
+    planned = forms.export_checkpoint(str(path), "auto", forms.Options(dry_run=True, force=True))
+    place = "CPUs" if _device(server) == "cpu" else "GPUs"
+    for engine, serves, why in planned.get("engines", []):
+        if engine.lower().startswith("vllm") and engine.endswith(place) and not serves:
+            raise ExportError(f"{engine} would refuse {path} as {planned['to']}: {why}")
+    return planned
 
 
-def _form(reference: str, engine: str, on_progress: Listener | None) -> tuple[Path, bool]:
+def _device(server: Server) -> str:
+    """What vLLM would run on, as it says itself."""
+    asked = "import vllm.platforms as p; print(p.current_platform.device_type)"
+    command = [server.interpreter, "-I", "-c", asked]
+    said = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    ).stdout.split()
+    return said[-1] if said else ""
+
+
+def _form(
+    path: Path, engine: str, server: Server, output: str | None, on_progress: Listener | None
+) -> tuple[Path, bool]:
     """What the engine is given, and whether it was exported now."""
-    path = Path(reference).expanduser()
-    if engine == "llama-server":
-        return (path, False) if path.suffix == ".gguf" else _exported(reference, "gguf", on_progress)
-    if path.suffix == ".gguf":
-        raise ExportError(f"{reference} is a GGUF file, which is served by --engine llama-server")
-    if engine == "transformers" or not _is_own_class(reference):
-        return path, False
-    planned = forms.export_checkpoint(reference, "auto", forms.Options(dry_run=True, force=True))
-    return _exported(reference, str(planned["to"]), on_progress)
+    if _is_gguf(path):
+        if engine != "llama-server":
+            raise ExportError(f"{path} is a GGUF file, which is served by --engine llama-server")
+    elif engine == "llama-server":
+        return _exported(path, "gguf", Path(output or f"{path.resolve().name}-bf16.gguf"), on_progress)
+    elif engine == "vllm" and _is_own_class(path):
+        to = str(_planned(path, server)["to"])
+        return _exported(path, to, Path(output or f"{path.resolve().name}-{to}"), on_progress)
+    if output is not None:
+        raise ExportError(f"{path} is served as it is: leave out --output")
+    return path, False
 
 
-def _exported(reference: str, to: str, on_progress: Listener | None) -> tuple[Path, bool]:
-    """The export in the form `to` beside the working folder, written where there is none of this checkpoint."""
-    source = Path(reference).expanduser().resolve()
-    output = Path(f"{source.name}-{to}" if to != "gguf" else f"{source.name}.gguf")
-    if _is_export_of(output, source, newer_than=source / "config.json"):
+def _exported(path: Path, to: str, output: Path, on_progress: Listener | None) -> tuple[Path, bool]:
+    """The export of `path` in the form `to`, and whether it was written now.
+
+    A file beside it says what it was made from, so that it is written once, and again when the checkpoint changes.
+    """
+    record, made_from = (
+        output.with_name(f"{output.name}.served.json"),
+        {"fingerprint": of_folder(path), "to": to},
+    )
+    ours = output.exists() and record.is_file()
+    if ours and read_json(record) == made_from:
         return output, False
-    options = forms.Options(output=str(output), force=_is_export_of(output, source))
-    made = forms.export_checkpoint(reference, to, options, on_progress)
-    return Path(made["output"]), True
-
-
-def _is_export_of(output: Path, source: Path, newer_than: Path | None = None) -> bool:
-    """Whether `output` is an export of the folder `source`, and newer than a file; a GGUF file says only the latter."""
-    record = output / PROVENANCE if output.is_dir() else output
-    if not record.exists():
-        return False
-    if newer_than is not None and record.stat().st_mtime < newer_than.stat().st_mtime:
-        return False
-    if output.is_file():
-        return newer_than is not None
-    return bool(read_record(output).get("exported", {}).get("source") == str(source))
+    if output.exists() and not ours:
+        raise ExportError(
+            f"{output} is there already; serve it by its name if it is the export, or name another --output"
+        )
+    forms.export_checkpoint(str(path), to, forms.Options(output=str(output), force=ours), on_progress)
+    write_json(record, made_from)
+    return output, True
 
 
 def _require_free(host: str, port: int) -> None:
     """Raises ExportError where nothing can listen on the port."""
-    with socket.socket() as probe:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ExportError(f"--host {host} is no address of this machine: {error.strerror}") from None
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind(address)
         except OSError as error:
             raise ExportError(
                 f"{host}:{port} cannot be served: {error.strerror}; choose another --port"
@@ -173,25 +210,20 @@ def _require_free(host: str, port: int) -> None:
 
 def _code_options(model: Path, server: Server) -> list[str]:
     """--trust-remote-code where the folder has code that mhconvert ships, or that the user trusts."""
+    if server.trust_remote_code:
+        return ["--trust-remote-code"]
     if "auto_map" not in read_json(model / "config.json"):
         return []
-    if not server.trust_remote_code:
-        require_known_code(model)
+    require_known_code(model)
     return ["--trust-remote-code"]
 
 
 def _vllm(model: Path, server: Server) -> list[str]:
-    device = subprocess.run(
-        [server.interpreter, "-I", "-c", "import vllm.platforms as p; print(p.current_platform.device_type)"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.split()
     return [
-        *(server.interpreter, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+        *(server.interpreter, "-I", "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("--host", server.host, "--port", str(server.port), "--dtype", server.dtype),
         *_code_options(model, server),
-        *(CPU_ONLY if device[-1:] == ["cpu"] else ()),
+        *(CPU_ONLY if _device(server) == "cpu" else ()),
     ]
 
 
@@ -201,7 +233,7 @@ def _llama_server(model: Path, server: Server) -> list[str]:
 
 def _transformers(model: Path, server: Server) -> list[str]:
     return [
-        *(server.interpreter, "-m", "transformers.cli.transformers", "serve", str(model)),
+        *(server.interpreter, "-I", "-m", "transformers.cli.transformers", "serve", str(model)),
         *("--host", server.host, "--port", str(server.port), "--dtype", server.dtype),
         *_code_options(model, server),
     ]

@@ -12,7 +12,7 @@ from ...convert.open_model import OpenModel
 from ..finite_logits import refuse_nan
 from ..kv_cache import serving
 from ..settings import OWN_CACHE, EvalSettings
-from ..vllm.engine import installed_version
+from ..vllm.engine import installed
 
 CPU_BATCH = 8  # lm-eval's own search starts with 64 rows of the maximal length, too much for a CPU's memory
 ROLLING_BATCH = 1  # rows of the maximal length with the logits of every position
@@ -70,11 +70,11 @@ class Candidate:
             **self.cache_key(),
         }
 
-    def backend_key(self) -> dict[str, str]:
+    def backend_key(self) -> dict[str, Any]:
         """The part of a key that says what runs the tasks."""
         if self.settings.backend == "hf":
             return {"backend": "hf"}
-        return {"backend": "vllm", "vllm": installed_version(self.settings.python)}
+        return {"backend": "vllm", "environment": installed(self.settings.python)}
 
     def cache_key(self) -> dict[str, str]:
         """The part of a key that says which cache the model has; {} for its own."""

@@ -15,7 +15,7 @@ from mhconvert.errors import MhconvertError, TextError
 
 from ..result_cache import Store
 from ..settings import OWN_CACHE, EvalSettings
-from ..vllm.engine import installed_version
+from ..vllm.engine import installed
 from .candidate import Candidate
 from .language_model import language_model
 from .outcome import plain_outcome
@@ -31,7 +31,7 @@ def require_available(settings: EvalSettings) -> None:
             f"vllm has no KV cache of dtype {settings.kv_cache_dtype}; choose --kv-cache-dtype fp8, or --backend hf"
         )
     if settings.backend == "vllm":
-        installed_version(settings.python)
+        installed(settings.python)
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -43,8 +43,8 @@ class VllmLM(TemplateLM):
         self.on_rows: Callable[[int, int], None] = lambda done, total: None
 
     @property
-    def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+    def eot_token_id(self) -> Any:
+        return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -71,12 +71,17 @@ class VllmLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         rows = [(context + continuation)[-self._row_tokens :] for _, context, continuation in requests]
-        lengths = [len(continuation) for _, _, continuation in requests]
         answers = []
-        for (key, _, _), length, scored in zip(
-            requests, lengths, self._in_parts(rows, self.engine.score), strict=True
+        for (key, _, continuation), scored in zip(
+            requests, self._in_parts(rows, self.engine.score), strict=True
         ):
-            answer = (math.fsum(scored["logprobs"][-length:]), all(scored["best"][-length:]))
+            begin = len(scored["logprobs"]) - len(continuation)
+            if begin < 0:
+                raise MhconvertError(
+                    f"a text of {len(continuation)} tokens is asked for, and rows have {self._row_tokens}; "
+                    "give a larger --max-length"
+                )
+            answer = (math.fsum(scored["logprobs"][begin:]), all(scored["best"][begin:]))
             if math.isnan(answer[0]):
                 raise MhconvertError(
                     f"{self.engine.model} gives scores that are NaN in vllm; evaluate it with --dtype float32"
@@ -102,10 +107,18 @@ class VllmLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-        end = self.tokenizer.decode(self.eot_token_id)
-        sampling = [_sampling(request.args[1], end) for request in requests]
+        end = self.tokenizer.eos_token_id
+        sampling = [
+            _sampling(request.args[1], None if end is None else self.tokenizer.decode(end))
+            for request in requests
+        ]
+        most = max(each["max_tokens"] for each in sampling)
+        if most >= self._row_tokens - 1:
+            raise MhconvertError(
+                f"a task asks for {most} new tokens, and rows have {self._row_tokens - 1}; give a larger --max-length"
+            )
         rows = [
-            self.tok_encode(request.args[0])[-max(1, self._row_tokens - 1 - each["max_tokens"]) :]
+            self.tok_encode(request.args[0])[each["max_tokens"] + 1 - self._row_tokens :]
             for request, each in zip(requests, sampling, strict=True)
         ]
         made = self._in_parts(list(zip(rows, sampling, strict=True)), self._continue)
@@ -118,18 +131,22 @@ class VllmLM(TemplateLM):
     def _continue(self, rows: list[tuple[list[int], dict[str, Any]]]) -> list[dict[str, Any]]:
         return self.engine.generate([ids for ids, _ in rows], [sampling for _, sampling in rows])
 
-    def _in_parts(self, rows: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """What `ask` answers for all rows, with progress."""
-        answers: list[Any] = []
+    def _in_parts(self, rows: list[Any], ask: Callable[[list[Any]], list[Any]]) -> Iterator[Any]:
+        """What `ask` answers for each row, with progress; what was answered may be stored before the rest is asked."""
         for start in range(0, len(rows), ROWS):
-            answers += ask(rows[start : start + ROWS])
-            self.on_rows(len(answers), len(rows))
-        return answers
+            part = rows[start : start + ROWS]
+            yield from ask(part)
+            self.on_rows(start + len(part), len(rows))
 
 
-def _sampling(asked: dict[str, Any], end: str) -> dict[str, Any]:
-    """vLLM's sampling parameters for what a task asks; greedy unless it asks for samples."""
+def _sampling(asked: dict[str, Any], end: str | None) -> dict[str, Any]:
+    """vLLM's sampling parameters for what a task asks; greedy unless it asks for samples, which vLLM would take."""
     wanted: dict[str, Any] = dict(normalize_gen_kwargs(asked, default_max_gen_toks=NEW_TOKENS))
     kept = {name: wanted[name] for name in ("temperature", "top_p", "top_k") if name in wanted}
-    stop = handle_stop_sequences(wanted["until"], eos=end)
-    return {"max_tokens": int(wanted["max_gen_toks"]), "stop": stop, "skip_special_tokens": False} | kept
+    greedy = {} if wanted.get("do_sample") else {"temperature": 0.0}
+    stop = [word for word in handle_stop_sequences(wanted["until"], eos=end) if word]
+    return (
+        {"max_tokens": int(wanted["max_gen_toks"]), "stop": stop, "skip_special_tokens": False}
+        | kept
+        | greedy
+    )

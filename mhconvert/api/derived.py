@@ -109,6 +109,7 @@ def serving(
     checkpoint: str,
     engine: str = "auto",
     *,
+    output: str | None = None,
     python: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -122,6 +123,7 @@ def serving(
         checkpoint: a converted folder, an export, any model folder, or a .gguf file.
         engine: vllm, llama-server, transformers; auto: vllm where it is installed and takes the model, else
             transformers.
+        output: where an export is written; None: ./<checkpoint>-<form>.
         python: the interpreter of the environment that has the engine; None: this one.
         host: where it listens.
         port: where it listens.
@@ -138,7 +140,7 @@ def serving(
     from mhconvert.convert.export import serving_command
 
     server = serving_command.Server(engine, python, host, port, dtype, trust_remote_code)
-    return serving_command.serving(checkpoint, server, on_progress)
+    return serving_command.serving(checkpoint, server, output, on_progress)
 
 
 def verify(

@@ -8,7 +8,10 @@ import socket
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from mhconvert.convert.methods.dha.settings import DHASettings
+from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.moh.settings import MoHSettings
 from tests.conftest import Cli
 from tests.convert.export import served_models
@@ -32,7 +35,10 @@ def engine(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return served_models.checkpoint(tmp_path_factory.mktemp("serve") / "tiny")
+    """A checkpoint with a row that every MLA kernel of vLLM takes."""
+    settings = MLASettings(kv_lora_rank=512, qk_rope_head_dim=64, profile="portable")
+    path = tmp_path_factory.mktemp("serve") / "tiny"
+    return served_models.checkpoint(path, settings=settings, heads=5, kv_heads=5, hidden=80)
 
 
 def test_the_options_that_vllm_needs_are_there(here: Cli, engine: Path, tmp_path: Path) -> None:
@@ -41,11 +47,9 @@ def test_the_options_that_vllm_needs_are_there(here: Cli, engine: Path, tmp_path
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["engine"], found["model"], found["exported"]) == ("vllm", str(donor), False)
-    expected = (
-        f"{engine} -m vllm.entrypoints.cli.main serve {donor} --host 127.0.0.1 --port 8123 --dtype bfloat16"
-    )
-    assert found["command"][:11] == expected.split()
-    assert found["command"][11:] == ["--enforce-eager", "--compilation-config", '{"custom_ops": ["none"]}']
+    expected = f"{engine} -I -m vllm.entrypoints.cli.main serve {donor} --host 127.0.0.1 --port 8123 --dtype bfloat16"
+    assert found["command"][:12] == expected.split()
+    assert found["command"][12:] == ["--enforce-eager", "--compilation-config", '{"custom_ops": ["none"]}']
 
 
 def test_a_checkpoint_is_exported_once_and_again_when_it_changes(
@@ -56,9 +60,37 @@ def test_a_checkpoint_is_exported_once_and_again_when_it_changes(
     first, second = (json.loads(here(*words).stdout) for _ in range(2))
     assert (first["model"], first["exported"], second["exported"]) == ("tiny-deepseek_v3", True, False)
     assert json.loads((tmp_path / "tiny-deepseek_v3/config.json").read_text())["model_type"] == "deepseek_v3"
-    later = (tmp_path / "tiny-deepseek_v3/mhconvert.json").stat().st_mtime + 10
-    os.utime(portable / "config.json", (later, later))
+    weights = load_file(portable / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, portable / "model.safetensors", {"format": "pt"})
     assert json.loads(here(*words).stdout)["exported"] is True
+    os.remove("tiny-deepseek_v3.served.json")  # then nothing says whose export that is
+    foreign = here(*words)
+    assert (foreign.returncode, foreign.stdout.count("tiny")) == (1, 1)
+    assert "is there already; serve it by its name" in foreign.stderr
+
+
+def test_plans_of_heads_are_served_in_a_class_of_vllms(
+    here: Cli, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = make_checkpoint(tmp_path / "heads", "dha", DHASettings(kv_budget=0.5, equal_heads=True))
+    done = here("serve", made, "--python", engine, "--print", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["engine"], found["exported"]) == ("vllm", True)
+    assert Path(found["model"]).name.startswith("heads-")
+
+
+def test_a_row_that_vllm_refuses_is_not_served_there(here: Cli, engine: Path, tmp_path: Path) -> None:
+    narrow = served_models.checkpoint(tmp_path / "narrow")
+    assert (
+        json.loads(here("serve", narrow, "--python", engine, "--print", "--json").stdout)["engine"]
+        == "transformers"
+    )
+    refused = here("serve", narrow, "--engine", "vllm", "--python", engine, "--print")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "vLLM 0.32 on CPUs would refuse" in refused.stderr
 
 
 def test_our_own_class_is_for_transformers_alone(here: Cli, engine: Path, tmp_path: Path) -> None:
@@ -128,7 +160,7 @@ def test_what_cannot_be_served_is_said_before_anything_is_written(
             assert (done.returncode, done.stdout) == (1, ""), words
             assert message in done.stderr
     assert "mhconvert merge" in here("serve", adapter).stderr
-    assert "is no folder or file" in here("serve", tmp_path / "missing").stderr
+    assert "is neither a model folder nor a .gguf file" in here("serve", tmp_path / "missing").stderr
     usage = here("serve", portable, "--dtype", "float16")
     assert usage.returncode == 2
     assert not list(tmp_path.glob("tiny-*"))
@@ -138,5 +170,7 @@ def test_the_engine_takes_the_place_of_the_process(cli: Cli, engine: Path, tmp_p
     donor = make_donor(tmp_path / "donor")
     done = cli("serve", donor, "--engine", "transformers", "--python", engine, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    command = f"-m transformers.cli.transformers serve {donor} --host 127.0.0.1 --port 8000 --dtype float32"
+    command = (
+        f"-I -m transformers.cli.transformers serve {donor} --host 127.0.0.1 --port 8000 --dtype float32"
+    )
     assert done.stdout.splitlines() == [f"{engine} {command}", f"engine {command}"]

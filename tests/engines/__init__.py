@@ -1,1 +1,1 @@
-"""Exports in real serving engines, which are installed apart: `make test-vllm`, `make test-llamacpp`."""
+"""Exports in a real serving engine, which is installed apart: `make test-vllm`."""

@@ -65,9 +65,8 @@ class Forms:
 
     def exported(self, source: Path, to: str, *words: object) -> Path:
         """The export of `source` in the form `to`, proven in plain transformers as every export is."""
-        return self._once(
-            f"{source.name}-{to}", lambda path: self._run("export", source, "--to", to, "-o", path, *words)
-        )
+        name = "-".join([source.name, to, *(str(word).strip("-") for word in words)])
+        return self._once(name, lambda path: self._run("export", source, "--to", to, "-o", path, *words))
 
     def _converted(self, name: str, width: int, *words: object) -> Path:
         text = self._once("text.txt", lambda path: path.write_text(TEXT * 40, encoding="utf-8"))

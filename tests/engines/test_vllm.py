@@ -41,10 +41,15 @@ class Served:
     name: str
     make: Callable[[Forms], Path]
     cache_bytes: int
+    donor_bytes: int = DONOR
 
 
 def portable(forms: Forms) -> Path:
     return forms.portable(128, LATENT_ROW / (2 * 8 * 128))
+
+
+def narrow(forms: Forms) -> Path:
+    return forms.portable(64, (128 + 64) / (2 * 8 * 64))
 
 
 SERVED = [
@@ -53,6 +58,12 @@ SERVED = [
         "deepseek_v3, row 512 + 64",
         lambda forms: forms.exported(portable(forms), "deepseek_v3"),
         LATENT_ROW * LAYERS * FLOAT32,
+    ),
+    Served(
+        "deepseek_v3, row 128 + 64 with --pad-row 576, heads of 64",
+        lambda forms: forms.exported(narrow(forms), "deepseek_v3", "--pad-row", 576),
+        LATENT_ROW * LAYERS * FLOAT32,
+        DONOR // 2,
     ),
     Served(
         "own, row 512 + 64",
@@ -86,26 +97,33 @@ def test_vllm_computes_what_transformers_computes(form: Served, forms: Forms, en
     assert worst < 1e-4
     assert [row["tokens"] for row in made] == texts
     assert about["cache_bytes_per_token"] == form.cache_bytes
-    engines.add(form.name, about, difference=worst, cache=form.cache_bytes, share=form.cache_bytes / DONOR)
+    engines.add(
+        form.name, about, difference=worst, cache=form.cache_bytes, share=form.cache_bytes / form.donor_bytes
+    )
 
 
 def test_a_lora_is_served_beside_its_donor(forms: Forms, engines: EnginesTable) -> None:
     """The adapter's requests are the merged model's, those without it the donor's."""
     lora, donor, rows = forms.exported(forms.adapter, "lora"), forms.donor(128), prompts()
-    expected = {None: in_transformers(donor, rows)[0], lora: in_transformers(forms.merged, rows)[0]}
+    merged, texts = in_transformers(forms.merged, rows)
+    expected = {None: in_transformers(donor, rows)[0], lora: merged}
     more = {"enable_lora": True, "max_lora_rank": 16}
     with Engine(donor, python=PYTHON, dtype="float32", max_model_len=512, **more) as engine:
         # One by one: vLLM 0.32 on a CPU does not score several rows together where there is an adapter.
         found = {adapter: [engine.score([row], adapter)[0] for row in rows] for adapter in expected}
+        greedy = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+        made = [engine.generate([row], greedy, lora)[0]["tokens"] for row in rows]
         about = engine.about
     worst = max(_worst(found[adapter], scores) for adapter, scores in expected.items())
     assert (expected[None][2] - expected[lora][2]).abs().max() > 0.1
     assert worst < 1e-4
+    assert made == texts
+    assert about["cache_bytes_per_token"] == DONOR
     engines.add("hydra, as lora beside its donor", about, difference=worst, cache=DONOR, share=1.0)
 
 
 def test_a_row_that_no_mla_kernel_takes_is_refused(forms: Forms, engines: EnginesTable) -> None:
-    folder = forms.exported(forms.portable(64, (128 + 64) / (2 * 8 * 64)), "deepseek_v3")
+    folder = forms.exported(narrow(forms), "deepseek_v3")
     with (
         pytest.raises(EngineError, match="is not supported by MLA") as refused,
         Engine(folder, python=PYTHON, dtype="float32", max_model_len=512) as engine,

@@ -104,22 +104,37 @@ def shapes(checkpoint: DHACheckpoint, target: Target) -> dict[str, Tensor]:
     return {name: t for part in tensors(checkpoint, target, on_meta) for name, t in part.items()}
 
 
-def write(
-    checkpoint: DHACheckpoint, target: Target, output: str | None, force: bool, verify: bool, tell: Listener
-) -> dict[str, Any]:
-    """Write the export, which appears when it is complete and, with `verify`, compared; returns its report.
-
-    Raises:
-        OutputError: where the folder exists or the disk is too small.
-    """
+def _planned(
+    checkpoint: DHACheckpoint, target: Target, output: str | None, force: bool
+) -> tuple[Path, dict[str, Any], int]:
+    """Where the export goes, its report, and the number of its tensors; OutputError where it may not go there."""
     place = Path(output) if output else Path(f"{checkpoint.folder.resolve().name}-{target.to}")
     check_free(place, force, checkpoint.folder)
     coming = shapes(checkpoint, target)
     report = _report(checkpoint, target, place) | target.facts
     report["output_bytes"] = sum(t.numel() * t.element_size() for t in coming.values())
+    return place, report, len(coming)
+
+
+def write(
+    checkpoint: DHACheckpoint,
+    target: Target,
+    output: str | None,
+    force: bool,
+    verify: bool,
+    tell: Listener,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write the export, which appears when it is complete and, with `verify`, compared; returns its report.
+
+    A dry run returns the report alone. Raises OutputError where the folder exists or the disk is too small.
+    """
+    place, report, count = _planned(checkpoint, target, output, force)
+    if dry_run:
+        return report
     expected = _expected(checkpoint, tell) if verify else None
     with whole_folder(place, report["output_bytes"] + SLACK_BYTES, force=force) as folder:
-        writer = ShardWriter(folder, byte_size(DEFAULT_SHARD_SIZE), len(coming))
+        writer = ShardWriter(folder, byte_size(DEFAULT_SHARD_SIZE), count)
         for done, part in enumerate(tensors(checkpoint, target, checkpoint.source.read)):
             for name, tensor in part.items():
                 writer.add(name, tensor)

@@ -15,7 +15,7 @@ from mhconvert.errors import CheckpointError, ExportError
 
 from ... import open_model
 from ...checkpoint import identity
-from ...checkpoint.provenance import read_record
+from ...checkpoint.provenance import read_record, recorded_donor
 from ...families.facts import attention_facts, class_free_values
 from ...methods.dha.configuration_dha import DecoupledHeadFields
 from ...storage.safetensors_reader import SafetensorsSource
@@ -90,7 +90,7 @@ class DHACheckpoint:
     @property
     def donor(self) -> dict[str, Any]:
         """The donor's reference, hub_id and licence, from mhconvert.json."""
-        return dict(self.record.get("donor") or {})
+        return recorded_donor(self.folder)
 
 
 def open_dha(reference: str, to: str, trusted: bool = False) -> DHACheckpoint:
@@ -111,6 +111,7 @@ def open_dha(reference: str, to: str, trusted: bool = False) -> DHACheckpoint:
         raise ExportError(f"{reference} is an export itself; export the checkpoint that it was made of")
     config = open_model.read_config(str(folder), "dha")
     donor_config = config if stock else _donor_config(config)
+    recorded_donor(folder)  # whose errors come before the work
     checkpoint = DHACheckpoint(reference, folder, config, donor_config, stock, record, trusted)
     _require_plain_scores(checkpoint)
     return checkpoint

@@ -32,6 +32,7 @@ def export_checkpoint(
     force: bool = False,
     duplicate: bool = False,
     verify: bool = True,
+    dry_run: bool = False,
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def export_checkpoint(
     A donor whose class has no bias of o_proj, which fused values need, becomes a Llama where its blocks are Llama's.
 
     Args:
-        force, verify, trust_remote_code: as in `forms.Options`.
+        force, verify, dry_run, trust_remote_code: as in `forms.Options`.
         duplicate: whether heads may be cached twice where groups do not come out equal.
     Returns:
         The report: checkpoint, method, to, output, architecture, num_key_value_heads, heads_by_layer, duplicated_heads,
@@ -51,7 +52,9 @@ def export_checkpoint(
     checkpoint = open_dha(reference, TO, trust_remote_code)
     if checkpoint.stock:
         raise ExportError(f"{reference} is a {_class(checkpoint.config)} already: engines load it as it is")
-    return write(checkpoint, target(checkpoint, duplicate), output, force, verify, on_progress or ignore)
+    return write(
+        checkpoint, target(checkpoint, duplicate), output, force, verify, on_progress or ignore, dry_run
+    )
 
 
 def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:

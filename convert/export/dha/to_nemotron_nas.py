@@ -34,6 +34,7 @@ def export_checkpoint(
     duplicate: bool = False,
     engine: Named | None = None,
     verify: bool = True,
+    dry_run: bool = False,
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def export_checkpoint(
     An MLP whose width is no multiple of FFN_STEP is padded with zeros to one.
 
     Args:
-        engine, force, verify, trust_remote_code: as in `forms.Options`.
+        engine, force, verify, dry_run, trust_remote_code: as in `forms.Options`.
         duplicate: whether heads may be cached twice where a layer's groups do not come out equal.
     Returns:
         The report: checkpoint, method, to, output, architecture, heads_by_layer, duplicated_heads, kv_bytes_per_token
@@ -54,7 +55,7 @@ def export_checkpoint(
     made = target(checkpoint, duplicate)
     if engine is not None:
         require(made.facts["engines"], engine)
-    return write(checkpoint, made, output, force, verify, on_progress or ignore)
+    return write(checkpoint, made, output, force, verify, on_progress or ignore, dry_run)
 
 
 def target(checkpoint: DHACheckpoint, duplicate: bool) -> Target:

@@ -13,7 +13,7 @@ from mhconvert.progress import Listener, Progress, ignore
 
 from ... import open_model
 from ...checkpoint import identity
-from ...checkpoint.provenance import read_record
+from ...checkpoint.provenance import recorded_donor
 from ...donor.carried_files import carry_files
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
 from ...storage.output_folder import check_free, whole_folder
@@ -74,7 +74,7 @@ def export_checkpoint(
         _write_rest(partial, opened, plan, place.name, report)
         if verify:
             report["verified"] = _prove(partial, expected, plan, trust_remote_code, tell)
-        write_record(partial, report, read_record(opened.folder).get("donor") or {})
+        write_record(partial, report, recorded_donor(opened.folder))
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
 
@@ -82,6 +82,7 @@ def export_checkpoint(
 def _open(reference: str, to: str, device: str | None, trust: bool) -> open_model.OpenModel:
     """The MLA checkpoint `reference`. Raises ExportError for anything else."""
     opened = open_model.open_model(reference, device=device, trust_remote_code=trust)
+    recorded_donor(opened.folder)  # whose errors come before the work
     require_elements(reference, opened.config)
     if opened.donor is not None or identity.converted_method(str(opened.folder)) != "mla":
         raise ExportError(
@@ -159,7 +160,7 @@ def _write_rest(
     """
     deepseek_tensors.write_config(plan, partial)
     carry_files(opened.folder, partial, code=opened.trust_remote_code)
-    donor = read_record(opened.folder).get("donor") or {}
+    donor = recorded_donor(opened.folder)
     about = (
         f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported "
         f"as `{report['architecture']}`: a cache of {report['kv_elements_per_token']:,} elements a token. It loads "

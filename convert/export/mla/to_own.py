@@ -16,7 +16,7 @@ from mhconvert.progress import Listener, Progress, ignore
 
 from ... import open_model
 from ...checkpoint import provenance
-from ...checkpoint.provenance import read_record
+from ...checkpoint.provenance import recorded_donor
 from ...donor.carried_files import carry_files
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
 from ...storage.dtype_cast import cast
@@ -76,7 +76,7 @@ def export_checkpoint(
         _write_rest(partial, opened, served, kind, place.name, report)
         if expected is not None:
             report["verified"] = _prove(partial, expected, kind, report, trust_remote_code, tell)
-        write_record(partial, report, read_record(folder).get("donor") or {})
+        write_record(partial, report, recorded_donor(folder))
     tell(Progress("done", 1, 1, str(place)))
     return report | {"seconds": time.perf_counter() - begun}
 
@@ -203,7 +203,7 @@ def _write_rest(
     model = model_class(served)
     carry_files(opened.folder, partial, code=opened.trust_remote_code)
     provenance.write_model_config(partial, served, model, dtype)
-    donor = read_record(opened.folder).get("donor") or {}
+    donor = recorded_donor(opened.folder)
     about = (
         f"{donor.get('hub_id') or 'A pretrained model'} with latent attention, converted by mhconvert and exported as "
         f"`{report['architecture']}`, whose code is in this folder: a cache of "

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class SamplingParams:
-    def __init__(self, max_tokens, temperature=0, stop=(), prompt_logprobs=None, skip_special_tokens=True, **_):
+    def __init__(self, max_tokens, temperature=1.0, stop=(), prompt_logprobs=None, skip_special_tokens=True, **_):
         assert temperature == 0
         self.max_tokens, self.stop, self.scored = max_tokens, list(stop), prompt_logprobs
 
@@ -47,8 +47,8 @@ class LLM:
         cut = min((text.find(word) for word in sampling.stop if word in text), default=len(text))
         likely = [None]
         for token, row in zip(ids[1:], logprobs[:-1]):
-            rank = int((row > row[token]).sum()) + 1
-            likely.append({token: Namespace(logprob=float(row[token]), rank=rank)})
+            shown = {int(row.argmax()), token}  # the best, and the one that is there
+            likely.append({each: Namespace(logprob=float(row[each])) for each in shown})
         return Namespace(
             prompt_token_ids=ids, prompt_logprobs=likely if sampling.scored else None,
             outputs=[Namespace(token_ids=new, text=text[:cut])],

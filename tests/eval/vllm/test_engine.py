@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.open_model import of_model, open_model
+from mhconvert.errors import MhconvertError
 from mhconvert.eval.settings import EvalSettings
 from mhconvert.eval.tasks.candidate import Candidate
 from mhconvert.eval.tasks.language_model import language_model
-from mhconvert.eval.vllm.engine import Engine, EngineError, installed_version
+from mhconvert.eval.vllm.engine import Engine, EngineError, installed
 from tests.conftest import Cli
 from tests.donors import make_checkpoint, make_donor
 from tests.eval.vllm.stand_in import VERSION, make_python
@@ -66,6 +67,31 @@ def test_scores_and_continuations_are_those_of_transformers(python: str, donor: 
     theirs.engine.close()
 
 
+def test_what_a_row_cannot_hold_is_refused(python: str, donor: Path) -> None:
+    model = _model(donor, max_length=24, backend="vllm", python=python)
+    long = Instance("loglikelihood", {}, ("a", " river" * 40), 0)
+    with pytest.raises(MhconvertError, match=r"a text of \d+ tokens is asked for, and rows have 25"):
+        model.loglikelihood([long])
+    asked = Instance("generate_until", {}, ("a", {"until": ["."]}), 0)
+    with pytest.raises(
+        MhconvertError, match="asks for 256 new tokens, and rows have 24; give a larger --max-length"
+    ):
+        model.generate_until([asked])
+    model.engine.close()
+
+
+def test_code_in_a_folder_needs_trust(python: str, tmp_path: Path) -> None:
+    """An export's record does not make it trusted; only code that mhconvert ships is run without the flag."""
+    folder = make_donor(tmp_path / "tiny", layers=2, kv_heads=2)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("print('ran')\n")
+    (folder / "mhconvert.json").write_text(json.dumps({"exported": {"to": "own", "method": "mla"}}))
+    with pytest.raises(MhconvertError, match=r"evil\.py"):
+        _model(folder, max_length=64, backend="vllm", python=python)
+
+
 def test_an_engine_says_what_it_is_and_ends(python: str, donor: Path) -> None:
     with Engine(donor, python=python, dtype="float32", max_model_len=64) as engine:
         assert engine.about == {"version": VERSION, "device": "cpu", "cache_bytes_per_token": 128}
@@ -73,7 +99,7 @@ def test_an_engine_says_what_it_is_and_ends(python: str, donor: Path) -> None:
         with pytest.raises(EngineError, match="does not take .*: AssertionError: the row is too long"):
             engine.score([[1] * 64])
     assert process.poll() is not None
-    assert installed_version(python) == VERSION
+    assert installed(python)["vllm"] == VERSION
 
 
 def test_a_table_of_both_backends(here: Cli, python: str, donor: Path) -> None:
