@@ -15,6 +15,16 @@ from ..storage.safetensors_reader import read_json
 OWN_CLASS = re.compile(r"\w+(\.\w+)+")  # module.Class of a file in the folder: no path, no other repository
 
 
+def may_run_code(folder: Path, trusted: bool) -> bool:
+    """Whether an engine may run the code that the model folder names: the user trusts it, or mhconvert ships it.
+
+    Raises UnsupportedError for other code; False where no code is named."""
+    if trusted or "auto_map" not in read_json(folder / "config.json"):
+        return trusted
+    require_known_code(folder)
+    return True
+
+
 def require_known_code(folder: Path) -> None:
     """Raises UnsupportedError where loading `folder` with trust could run code that no version of this package ships,
     byte for byte: a Python file in it, code of another repository, or a link to a folder that may hold either."""

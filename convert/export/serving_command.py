@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mhconvert.errors import ExportError, MhconvertError
 from mhconvert.progress import Listener
 
-from ..bare_process.known_code import require_known_code
+from ..bare_process.known_code import may_run_code
 from ..checkpoint import identity
 from ..checkpoint.fingerprint import of_folder
 from ..storage.atomic_files import write_json
@@ -59,6 +60,14 @@ class Server:
     @property
     def interpreter(self) -> str:
         return str(Path(self.python).expanduser()) if self.python else sys.executable
+
+    @cached_property
+    def vllm_device(self) -> str:
+        """What vLLM would run on, as it says itself; "" where it does not."""
+        asked = "import vllm.platforms as p; print(p.current_platform.device_type)"
+        command = [self.interpreter, "-I", "-c", asked]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        return (done.stdout.split() or [""])[-1]
 
 
 def serving(
@@ -137,21 +146,11 @@ def _is_own_class(path: Path) -> bool:
 def _planned(path: Path, server: Server) -> dict[str, Any]:
     """The report of the form that vLLM takes. Raises MhconvertError where there is none for its device."""
     planned = forms.export_checkpoint(str(path), "auto", forms.Options(dry_run=True, force=True))
-    place = "CPUs" if _device(server) == "cpu" else "GPUs"
+    place = "CPUs" if server.vllm_device == "cpu" else "GPUs"
     for engine, serves, why in planned.get("engines", []):
         if engine.lower().startswith("vllm") and engine.endswith(place) and not serves:
             raise ExportError(f"{engine} would refuse {path} as {planned['to']}: {why}")
     return planned
-
-
-def _device(server: Server) -> str:
-    """What vLLM would run on, as it says itself."""
-    asked = "import vllm.platforms as p; print(p.current_platform.device_type)"
-    command = [server.interpreter, "-I", "-c", asked]
-    said = subprocess.run(
-        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-    ).stdout.split()
-    return said[-1] if said else ""
 
 
 def _form(
@@ -210,12 +209,7 @@ def _require_free(host: str, port: int) -> None:
 
 def _code_options(model: Path, server: Server) -> list[str]:
     """--trust-remote-code where the folder has code that mhconvert ships, or that the user trusts."""
-    if server.trust_remote_code:
-        return ["--trust-remote-code"]
-    if "auto_map" not in read_json(model / "config.json"):
-        return []
-    require_known_code(model)
-    return ["--trust-remote-code"]
+    return ["--trust-remote-code"] if may_run_code(model, server.trust_remote_code) else []
 
 
 def _vllm(model: Path, server: Server) -> list[str]:
@@ -223,7 +217,7 @@ def _vllm(model: Path, server: Server) -> list[str]:
         *(server.interpreter, "-I", "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("--host", server.host, "--port", str(server.port), "--dtype", server.dtype),
         *_code_options(model, server),
-        *(CPU_ONLY if _device(server) == "cpu" else ()),
+        *(CPU_ONLY if server.vllm_device == "cpu" else ()),
     ]
 
 

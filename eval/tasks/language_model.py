@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from mhconvert.errors import MhconvertError
 
-from ...convert.bare_process.known_code import require_known_code
-from ...convert.storage.safetensors_reader import read_json
+from ...convert.bare_process.known_code import may_run_code
 from ..settings import OWN_CACHE
 from ..vllm.engine import Engine, loadable
 from .candidate import Candidate
@@ -44,27 +42,16 @@ def _in_vllm(candidate: Candidate, tokenizer: Any) -> Any:
     config = opened.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
     if settings.max_length is not None:
-        length = min(
-            length, settings.max_length + 2
-        )  # the token that the last one predicts, and one that vLLM makes
+        # Two more: the token that the last one predicts, and one that vLLM makes.
+        length = min(length, settings.max_length + 2)
     own_cache = candidate.kv_cache_dtype == OWN_CACHE
     folder = loadable(opened)
     engine = Engine(
         folder,
         python=settings.python,
         dtype=str(candidate.dtype).removeprefix("torch."),
-        trust_remote_code=_may_run_code(folder, opened.trust_remote_code),
+        trust_remote_code=may_run_code(folder, opened.trust_remote_code),
         max_model_len=length,
         **({} if own_cache else {"kv_cache_dtype": candidate.kv_cache_dtype}),
     )
     return VllmLM(engine, tokenizer, config, length - 1)
-
-
-def _may_run_code(folder: Path, trusted: bool) -> bool:
-    """Whether vLLM may run the folder's code: the user trusts it, or mhconvert ships it.
-
-    Raises UnsupportedError for other code that the config names."""
-    if not trusted and "auto_map" in read_json(folder / "config.json"):
-        require_known_code(folder)
-        return True
-    return trusted
