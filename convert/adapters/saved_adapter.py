@@ -25,6 +25,7 @@ from ..storage.output_folder import check_free
 from ..storage.regular_file import require_regular
 from ..storage.safetensors_header import StoredTensor, read_header
 from ..storage.safetensors_reader import read_json, read_tensor
+from ..validation.field_types import require_types
 from .lora_rules import lora_scale, require_plain
 
 WEIGHTS = "adapter_model.safetensors"
@@ -33,6 +34,7 @@ MATRIX = re.compile(r"(?P<module>.+)\.(?P<part>hydra_(?:par|seq)_[AB]|lora_[AB]\
 PAIRS = {"par": ("hydra_par_A", "hydra_par_B"), "seq": ("hydra_seq_A", "hydra_seq_B")}
 LORA_PAIR = ("lora_A.weight", "lora_B.weight")
 LORA_BIAS = "lora_B.bias"
+TYPED = ("layers_to_transform", "layers_pattern", "modules_to_save", "use_rslora", "lora_bias")
 
 
 @dataclass
@@ -124,10 +126,11 @@ def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except MhconvertError:
         raise
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG} cannot be read: {' '.join(str(error).split())}"
         ) from error
+    require_types(config, TYPED, folder / ADAPTER_CONFIG)
     if isinstance(config, LoraConfig):
         require_plain(config, folder)
     adapter = AdapterFolder(folder, config, kind.lower(), base or _base_of(config, folder))

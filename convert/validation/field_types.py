@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, get_type_hints
+
+from huggingface_hub.dataclasses import type_validator
 
 from mhconvert.errors import AdapterError
 
@@ -21,6 +24,19 @@ def changed_fields(choices: Any) -> list[str]:
         if getattr(choices, field.name) != default:
             found.append(field.name)
     return found
+
+
+def require_types(choices: Any, names: Iterable[str], file: object) -> None:
+    """Raises AdapterError naming `file` where a field among `names` is not of the type that its dataclass states."""
+    stated = get_type_hints(type(choices))
+    for name in names:
+        if name not in stated:
+            continue
+        try:
+            type_validator(name, value := getattr(choices, name), stated[name])
+        except TypeError as error:
+            kind = str(stated[name]).removeprefix("typing.")
+            raise AdapterError(f"{file}: {name}={str(value)[:SHOWN]!r} is not of type {kind}") from error
 
 
 def is_number(value: Any) -> bool:
