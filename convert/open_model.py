@@ -21,7 +21,7 @@ from .checkpoint.identity import converted_method, exported
 from .checkpoint.provenance import read_record, require_recorded_tokenizer
 from .donor import hub_download
 from .donor.aliases import ALIASES
-from .donor.config_check import require_config
+from .donor.config_check import require_config, require_padding
 from .donor.donor import Donor, open_donor
 from .donor.gguf_reader import split_parts
 from .donor.reference import HUB_ID
@@ -147,9 +147,11 @@ def _auto_config(folder: Path | str) -> Any:
 
     require_config(read_json(Path(folder) / "config.json"), Path(folder))
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder}/config.json does not load: {_first_line(error)}") from error
+    require_padding(config.get_text_config(), Path(folder) / "config.json")
+    return config
 
 
 def read_config(folder: str, method: str) -> Any:

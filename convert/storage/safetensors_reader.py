@@ -13,6 +13,7 @@ from mhconvert.errors import CheckpointError
 
 from .regular_file import require_regular
 from .safetensors_header import StoredTensor, read_header
+from .unicode_text import lone_surrogate
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -189,15 +190,19 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: the file cannot be read or does not contain an object.
+        CheckpointError: the file cannot be read, does not contain an object, or has half of a character escaped.
     """
     require_regular(file)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text)
+        half = lone_surrogate(json.dumps(data, ensure_ascii=False)) if r"\ud" in text.lower() else None
     except RecursionError as error:
         raise CheckpointError(f"{file} cannot be read: its JSON is nested too deeply") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if half:
+        raise CheckpointError(f"{file} cannot be used: {half.split(' is ', 1)[1]}")
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} does not hold a JSON object")
     return data
