@@ -9,7 +9,10 @@ D hidden_size.
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from importlib.util import find_spec
+from threading import Barrier
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ from .latent_code import LatentCode
 from .modeling_mla import LatentAttention, LatentAttentionForCausalLM, LatentAttentionModel, SlotEmbeddings
 
 # Rows of the cache that are decoded at a time while a few tokens are generated: what fits in a CPU's cache.
-BLOCK_ROWS = 2048
+BLOCK_ROWS = 4096
 CUDA_BLOCK_ROWS = 65536  # there each operation should be large
 
 
@@ -208,50 +211,138 @@ class CodedLatentAttention(LatentAttention):
 
             if can_read(query, of_keys, self.kv_b_proj):
                 return latent_mean(self, query, rows, of_keys, attention_mask)
-        # Sequences together whose rows fit a block; a longer one is alone, and its blocks are matrices as they are.
+        threads = 1 if query.is_cuda or torch.compiler.is_compiling() else torch.get_num_threads()
         step = CUDA_BLOCK_ROWS if query.is_cuda else BLOCK_ROWS
-        together = max(1, step // rows.shape[2])
-        columns = [embedding.permute(2, 0, 1).contiguous() for embedding in of_keys]
-        parts = []
-        for begin in range(0, len(query), together):
-            own = slice(begin, begin + together)
-            turns = [each if each.shape[1] == 1 else each[:, own] for each in columns]
-            shared = attention_mask is None or len(attention_mask) == 1
-            mask = attention_mask if shared else attention_mask[own]  # type: ignore[index]
-            parts.append(self._mean_of(query[own], rows[own, 0], turns, mask, max(1, step // together)))
-        return torch.cat(parts)
+        seen, together = rows.shape[2], max(1, step // rows.shape[2])
+        groups = [slice(begin, begin + together) for begin in range(0, len(query), together)]
+        # A sequence that is alone is read in parts, so that every thread has one.
+        part = -(-seen // min(-(-threads // len(groups)), -(-seen // step)))
+        keys = KeyHalves(self, query, of_keys)
+        shared = attention_mask is None or len(attention_mask) == 1
 
-    def _mean_of(
-        self, query: Tensor, rows: Tensor, turns: list[Tensor], mask: Tensor | None, step: int
-    ) -> Tensor:
-        """`latent_mean` of some sequences, `step` tokens at a time; rows [B, S, R]; turns: cos, sin [w, 1 or B, S]."""
-        batch, heads, length, _ = query.shape
-        kv_heads, kv_width = self.num_key_value_heads, self.num_key_value_heads * self.head_dim
-        k_up, k_mean = self.kv_b_proj.weight[:kv_width], self.kv_b_proj.bias[:kv_width]
-        grouped = (query * self.scaling).reshape(batch, kv_heads, -1, self.head_dim).transpose(0, 1)
-        peak = query.new_full((batch, heads, length, 1), -torch.inf, dtype=torch.float32)
+        def read(own: slice, begin: int) -> tuple[Tensor, Tensor, Tensor]:
+            mask = attention_mask if shared else attention_mask[own]  # type: ignore[index]
+            return self._part_of(
+                keys, own, rows[own, 0], range(begin, min(begin + part, seen)), step // together, mask
+            )
+
+        begins = range(0, seen, part)
+        found = on_threads(read, [(own, begin) for own in groups for begin in begins], threads)
+        return torch.cat([joined(found[i : i + len(begins)]) for i in range(0, len(found), len(begins))])
+
+    def _part_of(
+        self, keys: "KeyHalves", own: slice, rows: Tensor, tokens: range, step: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Decoded latents of `tokens` of the sequences `own`, summed with weights exp(score - peak), `step` at a time.
+
+        Args:
+            rows: [b, S, R] of these sequences; mask: [1 or b, 1 or H, T, S].
+        Returns:
+            The sum [b, H, T, n + 1], the peak of scores and the total of weights [b, H, T, 1], fp32.
+        """
+        query = keys.query[own]
+        batch, heads = len(query), self.num_heads
+        peak = query.new_full((batch, heads, query.shape[1] // heads, 1), -torch.inf, dtype=torch.float32)
         total = torch.zeros_like(peak)
-        latent_sum = peak.new_zeros(batch, heads, length, self.kv_b_proj.in_features)
-        for start in range(0, rows.shape[1], step):
-            stop = min(start + step, rows.shape[1])
-            latent = self.code.decode(rows[:, start:stop], query.dtype)  # n+1, B S
-            key = torch.addmm(k_mean.unsqueeze(-1), k_up, latent).view(kv_heads, self.head_dim, batch, -1)
-            key = rotate_half_columns(key, *(e[..., start:stop] for e in turns))
-            scores = (grouped @ key.transpose(1, 2)).transpose(0, 1).reshape(batch, heads, length, -1).float()
+        latent_sum = peak.new_zeros(*peak.shape[:-1], self.kv_b_proj.in_features)
+        for start in range(tokens.start, tokens.stop, max(1, step)):
+            block = slice(start, min(start + max(1, step), tokens.stop))
+            latent = self.code.decode(rows[:, block], query.dtype)  # n+1, b t
+            scores = keys.scores(latent, own, block).reshape(batch, heads, peak.shape[2], -1).float()
             if self.softcap is not None:
                 scores = torch.tanh(scores / self.softcap) * self.softcap
             if mask is not None:
-                seen, lowest = mask[..., start:stop], torch.finfo(query.dtype).min
+                seen, lowest = mask[..., block], torch.finfo(query.dtype).min
                 scores = scores.masked_fill(~seen, lowest) if seen.dtype == torch.bool else scores + seen
             # Finite, so that a block in which nothing is visible adds nothing, even with masks of -inf.
             highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
             highest = highest.clamp_min(torch.finfo(peak.dtype).min)
             weights, kept = (scores - highest).exp(), (peak - highest).exp()
-            by_sequence = latent.unflatten(1, (batch, -1)).transpose(0, 1)  # B n+1 S
-            read = by_sequence @ weights.flatten(1, 2).to(latent.dtype).mT
-            latent_sum = latent_sum * kept + read.mT.reshape(latent_sum.shape)
+            by_sequence = latent.unflatten(1, (batch, -1)).permute(1, 2, 0)  # b t n+1
+            read = product(weights.flatten(1, 2).to(latent.dtype), by_sequence)
+            latent_sum = latent_sum * kept + read.view_as(latent_sum)
             total, peak = total * kept + weights.sum(-1, keepdim=True), highest
-        return latent_sum / total
+        return latent_sum, peak, total
+
+
+class KeyHalves:
+    """Scores of decoded latents, with the elements of all heads' keys in the order in which RoPE is fastest.
+
+    These are all first halves, all second halves, the rest. Queries are as wide: zero outside of their own head.
+    """
+
+    def __init__(self, layer: CodedLatentAttention, query: Tensor, of_keys: tuple[Tensor, Tensor]):
+        """query: [B, H, T, d] with RoPE; of_keys: cos, sin [1 or B, S, w]."""
+        groups, head_dim, width = layer.num_key_value_heads, layer.head_dim, of_keys[0].shape[-1]
+        place = torch.arange(groups * head_dim, device=query.device).view(groups, head_dim)
+        halves = place.split([width // 2, width // 2, head_dim - width], dim=1)
+        order = torch.cat([half.flatten() for half in halves])
+        own = torch.eye(groups, dtype=query.dtype, device=query.device).view(groups, 1, groups, 1)
+        wide = (query * layer.scaling).reshape(len(query), groups, -1, 1, head_dim) * own
+        self.query = wide.flatten(3).flatten(1, 2)[..., order]  # B, H T, G d
+        self.up, self.mean = layer.kv_b_proj.weight[order], layer.kv_b_proj.bias[order].unsqueeze(-1)
+        self.half = groups * (width // 2)
+        self.turns = [
+            each[..., : width // 2].repeat(1, 1, groups).permute(2, 0, 1).contiguous() for each in of_keys
+        ]
+
+    def scores(self, latent: Tensor, own: slice, block: slice) -> Tensor:
+        """[b, H T, t] of the latents [n + 1, b t] of the tokens `block` of the sequences `own`."""
+        query = self.query[own]
+        key = torch.addmm(self.mean, self.up, latent).unflatten(1, (len(query), -1))
+        first, second = key[: self.half], key[self.half : 2 * self.half]
+        cos, sin = ((each if each.shape[1] == 1 else each[:, own])[..., block] for each in self.turns)
+        across = first * sin
+        first.mul_(cos).addcmul_(second, sin, value=-1)
+        second.mul_(cos).add_(across)
+        return product(query, key.transpose(0, 1))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [b, i, k] @ b [b, k, j]; of one matrix as such, which is faster on a CPU than a batch of one."""
+    return torch.mm(a[0], b[0]).unsqueeze(0) if len(a) == 1 else a @ b
+
+
+def joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The weighted mean, of the sums, peaks and totals of its parts as `_part_of` gives them."""
+    sums, peaks, totals = (torch.stack(each) for each in zip(*parts, strict=True))
+    share = (peaks - peaks.amax(0)).exp()
+    return (sums * share).sum(0) / (totals * share).sum(0)
+
+
+def on_threads(work: Callable, items: list[tuple], threads: int) -> list:
+    """[work(*item) for item in items], on up to `threads` threads, without gradients.
+
+    Each thread computes alone, as torch gains little where it divides operations as small as these.
+    """
+    if threads == 1 or len(items) == 1 or torch.is_autocast_enabled("cpu"):
+        return [work(*item) for item in items]
+    inference = torch.is_inference_mode_enabled()
+
+    def alone(item: tuple) -> Any:
+        with torch.inference_mode(inference), torch.no_grad():
+            return work(*item)
+
+    return list(thread_pool(threads, os.getpid()).map(alone, items))
+
+
+@lru_cache(1)
+def thread_pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads of this process, a fork having none, in which torch does not divide operations."""
+    all_there = Barrier(threads + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # gives this thread its number; later that would undo the next line
+        torch.set_num_threads(1)
+        all_there.wait()
+
+    pool = ThreadPoolExecutor(threads)
+    begun = [pool.submit(begin) for _ in range(threads)]
+    all_there.wait()
+    torch.set_num_threads(threads)  # what new threads of the program begin with was changed too
+    for each in begun:
+        each.result()
+    return pool
 
 
 def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -260,17 +351,6 @@ def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned, rest = x[..., :width], x[..., width:]
     turned = turned * cos + rotate_half(turned) * sin
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-
-def rotate_half_columns(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same for tokens in the last dimension: x [heads, d, B, T]; cos, sin [w, B or 1, T]."""
-    half = len(cos) // 2
-    first, second, rest = x.split([half, half, x.shape[1] - 2 * half], dim=1)
-    turned = (
-        (first * cos[:half]).addcmul_(second, sin[:half], value=-1),
-        (second * cos[half:]).addcmul_(first, sin[half:]),
-    )
-    return torch.cat((*turned, rest), dim=1)
 
 
 class CodedLatentAttentionModel(LatentAttentionModel):

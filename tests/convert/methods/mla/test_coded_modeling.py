@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,39 @@ def test_every_way_to_read_the_cache_is_one_function(model: Any, monkeypatch: py
         )
     for other in (prefill, stepwise, chunked, in_blocks):
         assert relative(other, whole) < SAME
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "stablelm"])  # stablelm turns a quarter of each head
+def test_threads_read_their_parts_of_the_cache(
+    family: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = coded(donor_model(family=family), 0.25), token_ids(rows, 40)
+    whole, calls = logits(model, ids), []
+    threads, part_of = torch.get_num_threads(), modeling_coded_mla.CodedLatentAttention._part_of
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        calls.append((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+        return part_of(self, *arguments)
+
+    monkeypatch.setattr(modeling_coded_mla, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(modeling_coded_mla.CodedLatentAttention, "_part_of", counted)
+    torch.set_num_threads(2)
+    try:
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                part = DynamicCache()
+                model(input_ids=ids[:, :38], past_key_values=part)
+                read = [
+                    model(input_ids=token, past_key_values=part).logits for token in ids[:, 38:].split(1, 1)
+                ]
+            assert relative(torch.cat(read, 1), whole[:, 38:]) < SAME
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert {(count, graded) for _, count, graded in calls} == {(1, False)}
+    assert threading.get_ident() not in {thread for thread, _, _ in calls}
+    assert len(calls) == 2 * 2 * 2 * 2  # contexts, tokens, layers, and two parts or two sequences
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
