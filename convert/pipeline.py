@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mhconvert.device import pick_device
 from mhconvert.errors import MhconvertError
-from mhconvert.progress import Listener, Progress, ignore
+from mhconvert.progress import Listener, Progress, StageClock, ignore
 
 from .bare_process.reload import peak_rss
 from .calibration import calibration_rows
@@ -65,8 +65,8 @@ def convert_checkpoint(
     Raises:
         MhconvertError: What a user can correct; the output folder then does not exist or is as it was.
     """
-    started, on_progress = time.perf_counter(), on_progress or ignore
-    device = pick_device(recipe.device)
+    started, on_progress = time.perf_counter(), StageClock(on_progress or ignore)
+    device, fit = pick_device(recipe.device), on_progress.timed("layers: fit", fit)
     donor, method = _resolve(recipe, on_progress)
     output_folder.check_free(output := step or recipe.output_folder(donor.name), force, donor.folder)
     donor.open_weights(on_progress)
@@ -85,6 +85,7 @@ def convert_checkpoint(
         _complete_folder(context, method, space, report)
         report["output"] = str(output)
         report["seconds"] = time.perf_counter() - started + space.earlier_seconds
+        report["stage_seconds"] = on_progress.stop()  # of this run, where an earlier one was interrupted
         report["peak_rss_bytes"] = peak_rss(report)
         finish(space.partial, report)
         provenance.write_provenance(space.partial, recipe, donor, report)

@@ -63,7 +63,10 @@ def test_the_json_contract(converted: tuple[Path, dict]) -> None:
     assert 0 <= report["top1_agreement"] <= 1
     assert [layer["index"] for layer in report["layers"]] == list(range(LAYERS))
     assert all(0 <= layer["relative_error"] < 1 for layer in report["layers"])
-    assert report["seconds"] > 0
+    stages = dict(report["stage_seconds"])
+    assert 0 < stages.pop("layers: fit") < stages["layers"]
+    assert set(stages) == {"donor", "survey", "layers", "verify"}
+    assert 0.9 * report["seconds"] < sum(stages.values()) < 1.01 * report["seconds"]
     assert report["peak_rss_bytes"] > 50 * 2**20
 
 

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from mhconvert.cli.progress import Pace, PlainLines, describe, progress
-from mhconvert.progress import Progress
+from mhconvert.progress import Progress, StageClock
 
 
 def test_a_line_says_what_is_known() -> None:
@@ -43,3 +43,19 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with progress(quiet=True) as listener:
         listener(Progress("layers", 1, 2))
     assert capsys.readouterr().err == ""
+
+
+def test_a_stage_lasts_until_another_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = [0.0], []
+    monkeypatch.setattr("mhconvert.progress.time.perf_counter", lambda: now[0])
+    clock = StageClock(seen.append)
+
+    def pass_time(seconds: float) -> None:
+        now[0] += seconds
+
+    for stage, seconds in (("donor", 1), ("layers", 2), ("layers", 4), ("verify", 8), ("layers", 16)):
+        clock(Progress(stage, 0, 1))
+        pass_time(seconds)
+    clock.timed("layers: fit", pass_time)(32)
+    assert clock.stop() == {"donor": 1, "layers": 54, "verify": 8, "layers: fit": 32}
+    assert [event.stage for event in seen] == ["donor", "layers", "layers", "verify", "layers"]
