@@ -83,10 +83,9 @@ def convert_checkpoint(
         else:
             recipe, method, report = convert_within_tolerance(context, space, convert)
         _complete_folder(context, method, space, report)
-        report["output"] = str(output)
-        report["seconds"] = time.perf_counter() - started + space.earlier_seconds
+        seconds = time.perf_counter() - started + space.earlier_seconds
+        report |= {"output": str(output), "seconds": seconds, "peak_rss_bytes": peak_rss(report)}
         report["stage_seconds"] = on_progress.stop()  # of this run, where an earlier one was interrupted
-        report["peak_rss_bytes"] = peak_rss(report)
         finish(space.partial, report)
         provenance.write_provenance(space.partial, recipe, donor, report)
         space.publish(finished=step is None)
