@@ -66,24 +66,27 @@ def sampled_rows(
     starts = torch.cat((torch.tensor(prefix, dtype=torch.long).expand(rows, -1), starts), dim=1)
     batches = []
     for first in range(0, rows, SAMPLED_ROWS):
-        batches.append(_sample(model, starts[first : first + SAMPLED_ROWS], length, generator))
-        done = min(rows, first + SAMPLED_ROWS) * length
-        on_progress(Progress("calibrate", done, rows * length, "text sampled from the donor"))
+        begun = starts[first : first + SAMPLED_ROWS]
+        for ids in _sampled(model, begun, length, generator):
+            done = first * length + ids.numel()
+            on_progress(Progress("calibrate", done, rows * length, "text sampled from the donor"))
+        batches.append(ids)
     return torch.cat(batches)
 
 
 @torch.inference_mode()
-def _sample(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """`ids` (rows, n) continued by sampling to (rows, length)."""
+def _sampled(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`ids` (rows, n) as it is continued by sampling, a token at a time, to (rows, length)."""
+    yield ids
     output = model(input_ids=ids.to(model.device), use_cache=True)
     while ids.shape[1] < length:
         probabilities = output.logits[:, -1].float().softmax(-1).cpu()
         token = torch.multinomial(probabilities, 1, generator=generator)
         ids = torch.cat((ids, token), dim=1)
+        yield ids
         if ids.shape[1] < length:
             cache = output.past_key_values
             output = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True)
-    return ids
 
 
 def start_of_text(tokenizer: Any) -> list[int]:
