@@ -48,7 +48,7 @@ class Engine:
         self.model = str(model)
         self._said = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [str(Path(python).expanduser()) if python else sys.executable, "-I", vllm_child.__file__],
+            [_interpreter(python), "-I", vllm_child.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -117,12 +117,16 @@ class Engine:
         logger.debug("vllm said:\n%s", self._said.read())
 
 
+def _interpreter(python: str | None) -> str:
+    return str(Path(python).expanduser()) if python else sys.executable
+
+
 @cache
 def installed(python: str | None) -> dict[str, str]:
     """Versions of vllm, torch and transformers of the interpreter `python` (None: this one).
 
     Raises EngineError where it has no vLLM."""
-    name = str(Path(python).expanduser()) if python else sys.executable
+    name = _interpreter(python)
     try:
         done = subprocess.run(
             [name, "-I", vllm_child.__file__, "--version"],
