@@ -26,15 +26,36 @@ def prompts(vocab: int = 320) -> list[list[int]]:
     return [torch.randint(2, vocab, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
 
 
-class Forms:
-    """Folders made by the command line when they are first asked for, each from its donor of 8 heads of `width`."""
+class Folders:
+    """Folders in `place`, each made by the command line when it is first asked for."""
 
     def __init__(self, cli: Cli, place: Path):
         self._cli, self._place = cli, place
 
+    def exported(self, source: Path, to: str, *words: object) -> Path:
+        """The export of `source` in the form `to`, proven in plain transformers as every export is."""
+        name = "-".join([source.name, to, *(str(word).strip("-") for word in words)])
+        return self.once(name, lambda path: self.run("export", source, "--to", to, "-o", path, *words))
+
+    def once(self, name: str, make: Callable[[Path], object]) -> Path:
+        """The folder or file `name`, which `make` writes if it is not there."""
+        path = self._place / name
+        if not path.exists():
+            make(path)
+        return path
+
+    def run(self, *words: object) -> None:
+        """Run `mhconvert WORD ...`, which must succeed."""
+        done = self._cli(*words, "--quiet")
+        assert done.returncode == 0, done.stderr
+
+
+class Forms(Folders):
+    """Every form of random donors of 8 heads of `width` elements."""
+
     def donor(self, width: int) -> Path:
         """A random Llama with 8 query heads and 8 KV heads of `width` elements."""
-        return self._once(f"donor-{width}", lambda path: save_donor(path, width))
+        return self.once(f"donor-{width}", lambda path: save_donor(path, width))
 
     def portable(self, width: int, budget: float) -> Path:
         words = ("--to", "mla", "--profile", "portable", "--kv-budget", budget)
@@ -49,7 +70,7 @@ class Forms:
     def adapter(self) -> Path:
         """A Hydra adapter with random weights of both branches."""
         path = self._place / "adapter"
-        self._run(self.donor(128), "--to", "hydra", "-o", path)
+        self.run(self.donor(128), "--to", "hydra", "-o", path)
         tensors = load_file(path / "adapter_model.safetensors")
         generator = torch.Generator().manual_seed(2)
         made = {
@@ -61,15 +82,10 @@ class Forms:
 
     @property
     def merged(self) -> Path:
-        return self._once("merged", lambda path: self._run("merge", self.adapter, "-o", path))
-
-    def exported(self, source: Path, to: str, *words: object) -> Path:
-        """The export of `source` in the form `to`, proven in plain transformers as every export is."""
-        name = "-".join([source.name, to, *(str(word).strip("-") for word in words)])
-        return self._once(name, lambda path: self._run("export", source, "--to", to, "-o", path, *words))
+        return self.once("merged", lambda path: self.run("merge", self.adapter, "-o", path))
 
     def _converted(self, name: str, width: int, *words: object) -> Path:
-        text = self._once("text.txt", lambda path: path.write_text(TEXT * 40, encoding="utf-8"))
+        text = self.once("text.txt", lambda path: path.write_text(TEXT * 40, encoding="utf-8"))
         more = (
             "--effort",
             "quick",
@@ -80,17 +96,7 @@ class Forms:
             "--sequence-length",
             128,
         )
-        return self._once(name, lambda path: self._run(self.donor(width), *words, *more, "-o", path))
-
-    def _once(self, name: str, make: Callable[[Path], object]) -> Path:
-        path = self._place / name
-        if not path.exists():
-            make(path)
-        return path
-
-    def _run(self, *words: object) -> None:
-        done = self._cli(*words, "--quiet")
-        assert done.returncode == 0, done.stderr
+        return self.once(name, lambda path: self.run(self.donor(width), *words, *more, "-o", path))
 
 
 def save_donor(path: Path, width: int) -> None:
