@@ -88,6 +88,14 @@ class Engine:
         """tokens and text that continue each row; `sampling`: arguments of vllm.SamplingParams, or one for each row."""
         return self._rows(rows, sampling, False, adapter)
 
+    def timed(self, rows: Sequence[list[int]], new_tokens: int, spare: int) -> dict[str, Any]:
+        """prefill: seconds until each row has its first new token; steps: seconds of each of `new_tokens` after it.
+
+        A row has room for `spare` tokens more, as the first ones go on while others are read."""
+        request = {"rows": list(rows), "new_tokens": new_tokens, "spare": spare}
+        found: dict[str, Any] = self._ask(request)["timed"]
+        return found
+
     def _rows(self, rows: Sequence[list[int]], sampling: Any, scored: bool, adapter: Path | None) -> Any:
         request = {"rows": list(rows), "sampling": sampling, "scored": scored}
         return self._ask(request | {"adapter": str(adapter) if adapter else None})["rows"]

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import Cli
+from tests.convert.conversions import LLAMA3
 from tests.donors import TEXT, make_config, make_tokenizer
 
 LAYERS = 3
 PROMPT_LENGTHS = (7, 40, 100)
 NEW_TOKENS = 16
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama with Llama 3's rope": {"rope": LLAMA3},
+    "llama with biases": {"attention_bias": True},
+    "qwen2": {"family": "qwen2"},
+}
 
 
 def prompts(vocab: int = 320) -> list[list[int]]:
@@ -53,17 +60,17 @@ class Folders:
 class Forms(Folders):
     """Every form of random donors of 8 heads of `width` elements."""
 
-    def donor(self, width: int) -> Path:
-        """A random Llama with 8 query heads and 8 KV heads of `width` elements."""
-        return self.once(f"donor-{width}", lambda path: save_donor(path, width))
+    def donor(self, width: int, kind: str = "llama") -> Path:
+        """A random model of one of KINDS with 8 query heads and 8 KV heads of `width` elements."""
+        return self.once(f"donor-{width}-{kind}", lambda path: save_donor(path, width, **KINDS[kind]))
 
-    def portable(self, width: int, budget: float) -> Path:
+    def portable(self, width: int, budget: float, kind: str = "llama") -> Path:
         words = ("--to", "mla", "--profile", "portable", "--kv-budget", budget)
-        return self._converted(f"portable-{width}", width, *words)
+        return self._converted(f"portable-{width}-{kind}", self.donor(width, kind), *words)
 
     def dha(self, *words: object) -> Path:
         return self._converted(
-            "-".join(["dha", *(str(w).strip("-") for w in words)]), 128, "--to", "dha", *words
+            "-".join(["dha", *(str(w).strip("-") for w in words)]), self.donor(128), "--to", "dha", *words
         )
 
     @cached_property
@@ -84,7 +91,7 @@ class Forms(Folders):
     def merged(self) -> Path:
         return self.once("merged", lambda path: self.run("merge", self.adapter, "-o", path))
 
-    def _converted(self, name: str, width: int, *words: object) -> Path:
+    def _converted(self, name: str, donor: Path, *words: object) -> Path:
         text = self.once("text.txt", lambda path: path.write_text(TEXT * 40, encoding="utf-8"))
         more = (
             "--effort",
@@ -96,11 +103,11 @@ class Forms(Folders):
             "--sequence-length",
             128,
         )
-        return self.once(name, lambda path: self.run(self.donor(width), *words, *more, "-o", path))
+        return self.once(name, lambda path: self.run(donor, *words, *more, "-o", path))
 
 
-def save_donor(path: Path, width: int) -> None:
-    """A Llama of LAYERS layers, 8 query heads and 8 KV heads of `width` elements, with a tokenizer."""
+def save_donor(path: Path, width: int, **config: Any) -> None:
+    """A model of LAYERS layers, 8 query heads and 8 KV heads of `width` elements, with a tokenizer."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "heads": 8,
@@ -109,7 +116,7 @@ def save_donor(path: Path, width: int) -> None:
         "hidden": 8 * width,
         "layers": LAYERS,
     }
-    model = AutoModelForCausalLM.from_config(make_config(**shape, tied=False))
+    model = AutoModelForCausalLM.from_config(make_config(**shape, tied=False, **config))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)

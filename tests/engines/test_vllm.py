@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from mhconvert.eval.vllm.engine import Engine, EngineError
 from tests.conftest import Cli
 from tests.engines.engines_table import EnginesTable
-from tests.engines.exported_forms import LAYERS, NEW_TOKENS, Forms, in_transformers, prompts
+from tests.engines.exported_forms import KINDS, LAYERS, NEW_TOKENS, Forms, in_transformers, prompts
 from tests.engines.vllm_run import BFLOAT16, FLOAT32, PYTHON, compare, needs_vllm, worst
 
 pytestmark = needs_vllm
@@ -42,8 +43,8 @@ class Served:
     donor_bytes: int = DONOR
 
 
-def portable(forms: Forms) -> Path:
-    return forms.portable(128, LATENT_ROW / (2 * 8 * 128))
+def portable(forms: Forms, kind: str = "llama") -> Path:
+    return forms.portable(128, LATENT_ROW / (2 * 8 * 128), kind)
 
 
 def narrow(forms: Forms) -> Path:
@@ -91,6 +92,15 @@ def test_vllm_computes_what_transformers_computes(form: Served, forms: Forms, en
     assert found.about["cache_bytes_per_token"] == form.cache_bytes
     share = form.cache_bytes / form.donor_bytes
     engines.add(form.name, found.about, difference=found.difference, cache=form.cache_bytes, share=share)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "llama"])
+def test_vllm_finds_the_latent_of_our_class_by_its_structure(kind: str, forms: Forms) -> None:
+    """Biases, or another rotary: what it found is in the cache, which is the latent's and not that of expanded keys."""
+    found = compare(forms.exported(portable(forms, kind), "own"), prompts())
+    assert found.difference < 1e-4
+    assert found.greedy_equal
+    assert found.about["cache_bytes_per_token"] == LATENT
 
 
 def test_bfloat16_costs_no_more_than_the_donors(forms: Forms, engines: EnginesTable) -> None:
@@ -171,6 +181,42 @@ def test_what_vllm_does_not_load_is_named_with_the_way_out(cli: Cli, forms: Form
     adapter = cli("eval", forms.adapter, *asked)
     assert adapter.returncode == 1
     assert "mhconvert merge" in adapter.stderr
+
+
+def test_speed_is_timed_in_turns(forms: Forms, tmp_path: Path) -> None:
+    """The script of the figures, on loads that are too small to say anything."""
+    script, file = Path(__file__).parents[2] / "benchmarks" / "vllm_speed.py", tmp_path / "speed.json"
+    folders = [forms.donor(128), forms.exported(portable(forms), "deepseek_v3")]
+    small = (
+        "--contexts",
+        "96,128",
+        "--batches",
+        "1,3",
+        "--new-tokens",
+        "4",
+        "--repeats",
+        "2",
+        "--cache",
+        "1",
+    )
+    command = [
+        sys.executable,
+        str(script),
+        *map(str, folders),
+        "--python",
+        str(PYTHON),
+        *small,
+        "-o",
+        str(file),
+    ]
+    _done(subprocess.run(command, capture_output=True, text=True, check=False))
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [(row["model"], row["context"], row["batch"]) for row in rows] == [
+        (folder.name, context, batch) for context in (96, 128) for batch in (1, 3) for folder in folders
+    ]
+    assert {row["cache"] for row in rows} == {DONOR, LATENT}
+    assert all(row["prefill"] > 0 and row["decode"] > 0 for row in rows)
+    assert all(len(row["steps"]) == 2 and len(row["steps"][0]) == 4 for row in rows)
 
 
 def _done(run: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
