@@ -64,7 +64,7 @@ def evaluate(
         text_rows = _text_rows(settings, opened)
         candidates, run = candidates_of(opened, settings), Run(settings, store, fresh, on_progress)
         on_texts = _measure_texts(run, candidates, text_rows)
-        candidates, left_out = _without_unloadable(run, candidates, checkpoints)
+        candidates, left_out = _without_unloadable(run, candidates, checkpoints, tasks)
         outcomes, probes = _measure_models(run, candidates, tasks)
     if harness.rank() != 0:
         return {}
@@ -131,7 +131,7 @@ def _measure_models(
 
 
 def _without_unloadable(
-    run: Run, candidates: list[Candidate], asked: Sequence[str]
+    run: Run, candidates: list[Candidate], asked: Sequence[str], tasks: TaskSet | None
 ) -> tuple[list[Candidate], list[dict[str, str]]]:
     """The models without a donor that vLLM does not load, if it was not asked for and only tasks are measured.
 
@@ -139,12 +139,14 @@ def _without_unloadable(
         The models; of the one that is left out its reference, and why.
     """
     settings, (donor, *others) = run.settings, candidates
-    if settings.backend != "vllm" or not settings.has_tasks:
+    if settings.backend != "vllm" or tasks is None:
         return candidates, []
     for each in others:
         loadable(each.opened)
     if settings.text or settings.retrieval or not others or donor.opened.reference in asked:
         return candidates, []
+    if not run.fresh and harness.all_stored(donor, tasks, run.store):
+        return candidates, []  # it was loaded once, and need not be now
     try:
         language_model(donor).engine.score([[0, 0]])  # some refusals come with the first request
     except EngineError as error:

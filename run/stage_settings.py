@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Annotated
+from typing import Annotated, Literal
 
 from mhconvert.errors import RecipeError
 
 from ..convert.methods.registry import forms, info
 from ..convert.recipe.folder_name import require_folder_name
+from ..convert.validation.field_types import changed_fields
 from ..convert.validation.option import Option, Takes, default
 from ..convert.validation.settings import Settings
+
+PLACE = ("to", "output")  # of an export: what is no option of a form
 
 
 def known_form(to: str) -> str:
@@ -33,6 +36,25 @@ def form_fault(method: str, to: str) -> str | None:
     return f"to '{to}' holds {forms()[to][0].exported_from}; of {method} choose one of {', '.join(own)}, auto"
 
 
+def option_fault(method: str, stage: ExportStage) -> tuple[str, str] | None:
+    """Return the key of an option that no form of the export takes, and why; None where all are used.
+
+    Imports the writers of the forms, and torch with them, where there is an option."""
+    given = [name for name in changed_fields(stage) if name not in PLACE]
+    if not given or form_fault(method, stage.to) is not None:
+        return None
+    from ..convert.export.forms import not_taken
+
+    own = [
+        form
+        for form in info(method).forms
+        if form.name == stage.to or (stage.to == "auto" and form.automatic)
+    ]
+    for name in not_taken(given, own):
+        return name, f"{name} does not apply to an export of {method} to {stage.to}; leave it out"
+    return None
+
+
 @dataclass(frozen=True)
 class ExportStage(Settings):
     """Another form of the result."""
@@ -44,6 +66,25 @@ class ExportStage(Settings):
         Takes[str | None, str | PurePath | None],
         Option("Folder to write.", "OUT", default="beside the checkpoint"),
     ] = default(None)
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, Option("mla: of the weights.", default="their own")
+    ] = None
+    kind: Annotated[Literal["f32", "f16", "bf16", "q8_0"], Option("gguf: of the weights.")] = "bf16"
+    pad_row: Annotated[
+        Literal[320, 512, 576] | None,
+        Option(
+            "mla: widen the latent with zeros until a row has so many elements, for vLLM.",
+            "N",
+            default="as it is",
+        ),
+    ] = None
+    engine: Annotated[
+        Literal["vllm", "sglang", "llama.cpp", "transformers"] | None,
+        Option("Refuse what this engine does not take; with auto, take a form that it does.", default="none"),
+    ] = None
+    duplicate: Annotated[bool, Option("dha: heads may be cached twice where that makes groups equal.")] = (
+        False
+    )
 
     def check(self) -> None:
         """Raise RecipeError for an output that is no name of a folder."""

@@ -23,7 +23,7 @@ from ..eval.page import page
 from ..eval.tasks.harness import require_available
 from ..eval.tasks.task_choice import resolve
 from .ledger import Ledger
-from .stage_settings import form_fault
+from .stage_settings import form_fault, option_fault
 from .whole_recipe import RunRecipe
 
 PAGES = ("evaluation.html", "evaluation.md")
@@ -69,6 +69,9 @@ def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
         wrong = form_fault(recipe.convert.method, recipe.export.to)
         if wrong is not None:
             raise RecipeError(f"export.{wrong}")
+        unused = option_fault(recipe.convert.method, recipe.export)
+        if unused is not None:
+            raise RecipeError(f"export.{unused[1]}")
     if recipe.push is not None and "push" in stages and get_token() is None:
         raise PublishError("the recipe pushes, and there is no token: run 'hf auth login', or set HF_TOKEN")
 
@@ -136,6 +139,11 @@ def _export(work: Run) -> dict[str, Any]:
         str(work.final),
         stage.to,
         str(place),
+        dtype=stage.dtype,
+        kind=stage.kind,
+        pad_row=stage.pad_row,
+        engine=stage.engine,
+        duplicate=stage.duplicate,
         force=work.force or work.ledger.known("export", place),
         trust_remote_code=work.recipe.convert.trust_remote_code,
         on_progress=work.tell,

@@ -100,10 +100,14 @@ def export_checkpoint(
 
 def _require_used(options: Options, forms: Sequence[Form], to: str) -> None:
     """Raises ExportError for an option that none of `forms` takes, which would be ignored."""
-    for name, flag in CHOICES.items():
-        given = getattr(options, name) != getattr(Options, name)
-        if given and not any(name in _arguments(form) for form in forms):
-            raise ExportError(f"{flag} does not apply to an export to {to}; leave it out")
+    given = [name for name in CHOICES if getattr(options, name) != getattr(Options, name)]
+    for name in not_taken(given, forms):
+        raise ExportError(f"{CHOICES[name]} does not apply to an export to {to}; leave it out")
+
+
+def not_taken(names: Sequence[str], forms: Sequence[Form]) -> list[str]:
+    """Those of the options `names` that no writer of `forms` takes."""
+    return [name for name in names if not any(name in _arguments(form) for form in forms)]
 
 
 def _arguments(form: Form) -> Mapping[str, inspect.Parameter]:

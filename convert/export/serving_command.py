@@ -90,10 +90,12 @@ def serving(
         )
     if not path.is_dir() and not _is_gguf(path):
         raise ExportError(f"{reference} is neither a model folder nor a .gguf file")
-    engine = server.engine if server.engine != "auto" else _first(path, server)
+    engine, planned = (server.engine, None) if server.engine != "auto" else _first(path, server)
     require_installed(engine, server)
     _require_free(server.host, server.port)
-    model, exported = _form(path, engine, server, output, on_progress)
+    if planned is None and engine == "vllm" and _is_own_class(path):
+        planned = _planned(path, server)
+    model, exported = _form(path, engine, planned, output, on_progress)
     command = COMMANDS[engine](model, server)
     return {"engine": engine, "model": str(model), "exported": exported, "command": command}
 
@@ -125,46 +127,47 @@ def _has(python: str, modules: tuple[str, ...]) -> bool:
     return done.returncode == 0
 
 
-def _first(path: Path, server: Server) -> str:
-    """The engine that `auto` means."""
+def _first(path: Path, server: Server) -> tuple[str, str | None]:
+    """The engine that `auto` means, and the form that vLLM takes if it needs one and was asked for it."""
     if _is_gguf(path):
-        return "llama-server"
+        return "llama-server", None
     if not _has(server.interpreter, ("vllm",)):
-        return "transformers"
+        return "transformers", None
     try:
-        if _is_own_class(path):
-            _planned(path, server)
+        return "vllm", _planned(path, server) if _is_own_class(path) else None
     except MhconvertError:
-        return "transformers"
-    return "vllm"
+        return "transformers", None
 
 
 def _is_own_class(path: Path) -> bool:
-    return identity.converted_method(str(path)) is not None and not identity.exported(str(path))
+    return (
+        not _is_gguf(path)
+        and identity.converted_method(str(path)) is not None
+        and not identity.exported(str(path))
+    )
 
 
-def _planned(path: Path, server: Server) -> dict[str, Any]:
-    """The report of the form that vLLM takes. Raises MhconvertError where there is none for its device."""
+def _planned(path: Path, server: Server) -> str:
+    """The form that vLLM takes. Raises MhconvertError where there is none for its device."""
     planned = forms.export_checkpoint(str(path), "auto", forms.Options(dry_run=True, force=True))
     place = "CPUs" if server.vllm_device == "cpu" else "GPUs"
     for engine, serves, why in planned.get("engines", []):
         if engine.lower().startswith("vllm") and engine.endswith(place) and not serves:
             raise ExportError(f"{engine} would refuse {path} as {planned['to']}: {why}")
-    return planned
+    return str(planned["to"])
 
 
 def _form(
-    path: Path, engine: str, server: Server, output: str | None, on_progress: Listener | None
+    path: Path, engine: str, planned: str | None, output: str | None, on_progress: Listener | None
 ) -> tuple[Path, bool]:
-    """What the engine is given, and whether it was exported now."""
+    """What the engine is given, and whether it was exported now; `planned`: the form that vLLM needs, if it does."""
     if _is_gguf(path):
         if engine != "llama-server":
             raise ExportError(f"{path} is a GGUF file, which is served by --engine llama-server")
     elif engine == "llama-server":
         return _exported(path, "gguf", Path(output or f"{path.resolve().name}-bf16.gguf"), on_progress)
-    elif engine == "vllm" and _is_own_class(path):
-        to = str(_planned(path, server)["to"])
-        return _exported(path, to, Path(output or f"{path.resolve().name}-{to}"), on_progress)
+    elif planned is not None:
+        return _exported(path, planned, Path(output or f"{path.resolve().name}-{planned}"), on_progress)
     if output is not None:
         raise ExportError(f"{path} is served as it is: leave out --output")
     return path, False

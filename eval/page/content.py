@@ -11,7 +11,7 @@ from ..settings import OWN_CACHE
 from .blocks import Block, Cell, Code, Heading, Paragraph, Table
 from .figures import curves, layers
 from .task_table import tasks
-from .verdict import cache_shares, kind, ratio, title, verdict
+from .verdict import cache_shares, conversions, kind, ratio, title, verdict
 
 Result = Mapping[str, Any]
 Reports = Sequence[Mapping[str, Any]]
@@ -113,7 +113,7 @@ def healing(result: Result, reports: Reports) -> list[Block]:
     """For each healed model, how much it was trained."""
     healed = [
         Paragraph(f"{model['name']}: {healing_line(dict(report))}.")
-        for model, report in zip(result["models"][1:], reports, strict=False)
+        for model, report in zip(conversions(result), reports, strict=False)
         if report and report.get("healing")
     ]
     return [Heading("Healing"), *healed] if healed else []
@@ -124,9 +124,10 @@ def cost(result: Result, reports: Reports) -> list[Block]:
     titles = ["model", "KV elements a token", "of the donor's", "bytes a token", "parameters", "active heads"]
     elements = result.get("cache") or [{}] * len(result["models"])
     rows: list[list[str]] = []
+    donors = len(result["models"]) - len(conversions(result))
     for index, (model, kept) in enumerate(zip(result["models"], cache_shares(result), strict=True)):
-        candidates = reports[index - 1 : index] if index else reports  # any report has the donor's numbers
-        side = "converted" if index else "donor"
+        own = index - donors  # any report has the donor's numbers
+        candidates, side = (reports[own : own + 1], "converted") if own >= 0 else (reports, "donor")
         stored, parameters, heads = (
             next((report[key][side] for report in candidates if (report or {}).get(key)), None)
             for key in ("kv_bytes_per_token", "parameters", "active_heads")
@@ -148,7 +149,7 @@ def _speed(result: Result, reports: Reports) -> list[Block]:
     """The table of decoding speed from the benchmarks in the reports."""
     rows: list[list[str]] = []
     captions = []
-    for model, report in zip(result["models"][1:], reports, strict=False):
+    for model, report in zip(conversions(result), reports, strict=False):
         bench = (report or {}).get("bench") or {}
         for row in bench.get("rows") or ():
             donor, converted = (row[side]["decode_tokens_per_s"] for side in ("donor", "converted"))

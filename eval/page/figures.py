@@ -9,7 +9,7 @@ from typing import Any
 from ..report.units import number, share
 from . import plots
 from .blocks import Block, Figure, Heading, Paragraph, Table
-from .verdict import cache_shares, ratio
+from .verdict import cache_shares, conversions, ratio
 
 AS_MADE = ("converted", "donor")  # and not trained since
 NO_PLOT = "There is no plot because matplotlib is missing: pip install 'mhconvert[plot]'"
@@ -43,7 +43,7 @@ def layers(result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> l
     Models with equal errors share one series, as a healed model has the errors of its conversion.
     """
     names_by_errors: dict[tuple[float | None, ...], list[str]] = {}
-    for model, report in zip(result["models"][1:], reports, strict=False):
+    for model, report in zip(conversions(result), reports, strict=False):
         errors = tuple(layer.get("relative_error") for layer in (report or {}).get("layers") or ())
         if errors:
             names_by_errors.setdefault(errors, []).append(model["name"])

@@ -15,7 +15,7 @@ from ..report.model_card import REPORT
 from .blocks import to_html, to_markdown
 from .content import blocks
 from .style import CSS
-from .verdict import title
+from .verdict import conversions, title
 
 SUFFIXES = (".html", ".md")
 
@@ -49,10 +49,10 @@ def markdown(
 
 
 def sources(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], str | None]:
-    """(reports, recipe): `report.json` of each model after the first, {} if it has none, and the first recipe found."""
+    """(reports, recipe): `report.json` of each model but the donor, {} if it has none, and the first recipe found."""
     reports: list[Mapping[str, Any]] = []
     recipe = None
-    for model in result["models"][1:]:
+    for model in conversions(result):
         folder = Path(model["reference"])
         try:
             reports.append(read_json(folder / REPORT))

@@ -8,6 +8,7 @@ from typing import Any
 from ..report.units import count, number
 from ..tasks.scores import is_share
 from .blocks import Block, Cell, Heading, Paragraph, Table
+from .verdict import reference
 
 LEGEND = "≈ within 2 standard errors of the paired difference"
 
@@ -33,8 +34,8 @@ def tasks(result: Mapping[str, Any]) -> list[Block]:
         primary.append([label, *_cells(average["models"], True, True)])
     strong = [len(primary) - 1] if average else []
     note = (
-        f"± is one standard error; below it the difference from the donor. {LEGEND}: such a difference is noise until "
-        "more samples say otherwise. Percentages and points, where the metric is a share."
+        f"± is one standard error; below it the difference from {reference(result)}. {LEGEND}: such a difference "
+        "is noise until more samples say otherwise. Percentages and points, where the metric is a share."
     )
     page: list[Block] = [Heading("Tasks"), Table(columns, primary, strong=strong), Paragraph(note)]
     if average:

@@ -14,12 +14,24 @@ SAME_CACHE = 0.995  # fraction of the donor's cache from which on it is called t
 
 def title(result: Mapping[str, Any]) -> str:
     """The page's title, from the names of its models."""
+    if result.get("left_out"):
+        return f"{', '.join(model['name'] for model in result['models'])}, evaluated"
     donor, *others = (model["name"] for model in result["models"])
     if not others:
         return f"{donor}, evaluated"
     if len(others) == 1:
         return f"{others[0]} beside its donor {donor}"
     return f"{len(others)} conversions of {donor}"
+
+
+def conversions(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The models that are compared with the donor, which is the first; all models where the donor was left out."""
+    return list(result["models"][0 if result.get("left_out") else 1 :])
+
+
+def reference(result: Mapping[str, Any]) -> str:
+    """What differences are from, in words: the donor, or the first model where the donor was left out."""
+    return str(result["models"][0]["name"]) if result.get("left_out") else "the donor"
 
 
 def kind(model: Mapping[str, Any]) -> str:
@@ -43,12 +55,14 @@ def ratio(value: float | None, base: float | None) -> float | None:
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
-    """A paragraph on each model after the donor: cache, perplexity, accuracy, retrieval."""
-    models = result["models"]
+    """A paragraph on each model after the first: cache, perplexity, accuracy, retrieval; and who was left out, why."""
+    models, left_out = result["models"], result.get("left_out") or ()
+    missing = [f"{each['reference']} is left out: {each['why']}" for each in left_out]
     if len(models) == 1:
-        return [f"{models[0]['name']} alone was measured; there is no conversion to compare with it."]
+        alone = "" if missing else "; there is no conversion to compare with it"
+        return [*missing, f"{models[0]['name']} alone was measured{alone}."]
     shares = cache_shares(result)
-    return [_model_summary(result, index, shares[index]) for index in range(1, len(models))]
+    return missing + [_model_summary(result, index, shares[index]) for index in range(1, len(models))]
 
 
 def _model_summary(result: Mapping[str, Any], index: int, kept: float | None) -> str:
@@ -86,7 +100,7 @@ def _perplexity(result: Mapping[str, Any], index: int) -> list[str]:
 
 
 def _accuracy(result: Mapping[str, Any], index: int) -> str:
-    """A sentence on the difference of the average accuracy from the donor's; empty if it is unknown."""
+    """A sentence on the difference of the average accuracy from the first model's; empty if it is unknown."""
     average = result.get("average")
     scores = average["models"][index] if average else {}
     difference, stderr = scores.get("difference"), scores.get("difference_stderr")
@@ -98,8 +112,8 @@ def _accuracy(result: Mapping[str, Any], index: int) -> str:
         f" (± {100 * stderr:.1f})" if stderr is not None else ""
     )
     if not difference:
-        return f"Its accuracy {over} is the donor's."
-    moved = f"Its accuracy {over} is {points} {'above' if difference > 0 else 'below'} the donor's"
+        return f"Its accuracy {over} is {reference(result)}'s."
+    moved = f"Its accuracy {over} is {points} {'above' if difference > 0 else 'below'} {reference(result)}'s"
     if scores.get("within_noise") is None:
         return f"{moved}."
     return moved + (

@@ -68,6 +68,11 @@ def evaluate(
     return [outcome for outcome in outcomes if outcome is not None] if rank() == 0 else []
 
 
+def all_stored(candidate: Candidate, tasks: TaskSet, store: Store) -> bool:
+    """Whether `evaluate` would read every outcome from the store, so that the model need not be loaded."""
+    return all(store.load(_task_key(candidate, spec)) is not None for spec in tasks.specs)
+
+
 def _task_key(candidate: Candidate, spec: TaskSpec) -> dict[str, Any]:
     """Everything on which the outcome of a task depends."""
     settings = candidate.settings

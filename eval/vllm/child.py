@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -86,6 +87,38 @@ def answer(llm: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
     return [_of_row(output, request["scored"]) for output in made]
 
 
+def timed(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Seconds until each row has its first new token (prefill), and of each of `new_tokens` steps after that.
+
+    Args:
+        request: rows of token ids, which are continued together; new_tokens; spare: tokens that a row may make while
+            others are read.
+    Raises:
+        RuntimeError: a row ended before the last step, so that the later steps had fewer rows.
+    """
+    from vllm import SamplingParams
+
+    engine, rows = llm.llm_engine, {str(index): row for index, row in enumerate(request["rows"])}
+    limit = request["new_tokens"] + request["spare"] + 1
+    sampling = SamplingParams(max_tokens=limit, temperature=0, ignore_eos=True, detokenize=False)
+    for name, row in rows.items():
+        engine.add_request(name, {"prompt_token_ids": row}, sampling)
+    waiting, steps, started = set(rows), [], time.perf_counter()
+    while waiting:
+        waiting -= {output.request_id for output in engine.step()}
+    prefill = time.perf_counter() - started
+    for _ in range(request["new_tokens"]):
+        started = time.perf_counter()
+        engine.step()
+        steps.append(time.perf_counter() - started)
+    if engine.get_num_unfinished_requests() < len(rows):
+        raise RuntimeError(
+            f"a row ended within {limit} tokens, before all rows were timed; more are to be spare"
+        )
+    engine.abort_request(list(rows))
+    return {"prefill": prefill, "steps": steps}
+
+
 def _of_row(output: Any, scored: bool) -> dict[str, Any]:
     first = output.outputs[0]
     row: dict[str, Any] = {"tokens": list(first.token_ids), "text": first.text}
@@ -116,7 +149,8 @@ def main() -> None:
         llm = load(json.loads(sys.stdin.readline()))
         say(about(llm))
         for line in sys.stdin:
-            say({"rows": answer(llm, json.loads(line))})
+            request = json.loads(line)
+            say({"timed": timed(llm, request)} if "new_tokens" in request else {"rows": answer(llm, request)})
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
         raise

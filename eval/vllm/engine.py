@@ -48,7 +48,7 @@ class Engine:
         self.model = str(model)
         self._said = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [str(Path(python).expanduser()) if python else sys.executable, "-I", vllm_child.__file__],
+            [_interpreter(python), "-I", vllm_child.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -88,6 +88,14 @@ class Engine:
         """tokens and text that continue each row; `sampling`: arguments of vllm.SamplingParams, or one for each row."""
         return self._rows(rows, sampling, False, adapter)
 
+    def timed(self, rows: Sequence[list[int]], new_tokens: int, spare: int) -> dict[str, Any]:
+        """prefill: seconds until each row has its first new token; steps: seconds of each of `new_tokens` after it.
+
+        A row has room for `spare` tokens more, as the first ones go on while others are read."""
+        request = {"rows": list(rows), "new_tokens": new_tokens, "spare": spare}
+        found: dict[str, Any] = self._ask(request)["timed"]
+        return found
+
     def _rows(self, rows: Sequence[list[int]], sampling: Any, scored: bool, adapter: Path | None) -> Any:
         request = {"rows": list(rows), "sampling": sampling, "scored": scored}
         return self._ask(request | {"adapter": str(adapter) if adapter else None})["rows"]
@@ -117,12 +125,16 @@ class Engine:
         logger.debug("vllm said:\n%s", self._said.read())
 
 
+def _interpreter(python: str | None) -> str:
+    return str(Path(python).expanduser()) if python else sys.executable
+
+
 @cache
 def installed(python: str | None) -> dict[str, str]:
     """Versions of vllm, torch and transformers of the interpreter `python` (None: this one).
 
     Raises EngineError where it has no vLLM."""
-    name = str(Path(python).expanduser()) if python else sys.executable
+    name = _interpreter(python)
     try:
         done = subprocess.run(
             [name, "-I", vllm_child.__file__, "--version"],

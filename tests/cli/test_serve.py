@@ -6,10 +6,12 @@ import json
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mhconvert.convert.export import forms
 from mhconvert.convert.methods.dha.settings import DHASettings
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.moh.settings import MoHSettings
@@ -80,6 +82,24 @@ def test_plans_of_heads_are_served_in_a_class_of_vllms(
     found = json.loads(done.stdout)
     assert (found["engine"], found["exported"]) == ("vllm", True)
     assert Path(found["model"]).name.startswith("heads-")
+
+
+@pytest.mark.parametrize("engine_word", ["auto", "vllm"])
+def test_an_export_is_planned_once(
+    here: Cli, engine: Path, portable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine_word: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dry: list[bool] = []
+    export = forms.export_checkpoint
+
+    def counted(path: str, to: str, options: forms.Options, *more: Any) -> dict[str, Any]:
+        dry.append(options.dry_run)
+        return export(path, to, options, *more)
+
+    monkeypatch.setattr(forms, "export_checkpoint", counted)
+    done = here("serve", portable, "--engine", engine_word, "--python", engine, "--print")
+    assert done.returncode == 0, done.stderr
+    assert dry == [True, False]
 
 
 def test_a_row_that_vllm_refuses_is_not_served_there(here: Cli, engine: Path, tmp_path: Path) -> None:

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import Cli
+from tests.convert.conversions import LLAMA3
 from tests.donors import TEXT, make_config, make_tokenizer
 
 LAYERS = 3
 PROMPT_LENGTHS = (7, 40, 100)
 NEW_TOKENS = 16
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama with Llama 3's rope": {"rope": LLAMA3},
+    "llama with biases": {"attention_bias": True},
+    "qwen2": {"family": "qwen2"},
+}
 
 
 def prompts(vocab: int = 320) -> list[list[int]]:
@@ -26,30 +33,51 @@ def prompts(vocab: int = 320) -> list[list[int]]:
     return [torch.randint(2, vocab, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
 
 
-class Forms:
-    """Folders made by the command line when they are first asked for, each from its donor of 8 heads of `width`."""
+class Folders:
+    """Folders in `place`, each made by the command line when it is first asked for."""
 
     def __init__(self, cli: Cli, place: Path):
         self._cli, self._place = cli, place
 
-    def donor(self, width: int) -> Path:
-        """A random Llama with 8 query heads and 8 KV heads of `width` elements."""
-        return self._once(f"donor-{width}", lambda path: save_donor(path, width))
+    def exported(self, source: Path, to: str, *words: object) -> Path:
+        """The export of `source` in the form `to`, proven in plain transformers as every export is."""
+        name = "-".join([source.name, to, *(str(word).strip("-") for word in words)])
+        return self.once(name, lambda path: self.run("export", source, "--to", to, "-o", path, *words))
 
-    def portable(self, width: int, budget: float) -> Path:
+    def once(self, name: str, make: Callable[[Path], object]) -> Path:
+        """The folder or file `name`, which `make` writes if it is not there."""
+        path = self._place / name
+        if not path.exists():
+            make(path)
+        return path
+
+    def run(self, *words: object) -> None:
+        """Run `mhconvert WORD ...`, which must succeed."""
+        done = self._cli(*words, "--quiet")
+        assert done.returncode == 0, done.stderr
+
+
+class Forms(Folders):
+    """Every form of random donors of 8 heads of `width` elements."""
+
+    def donor(self, width: int, kind: str = "llama") -> Path:
+        """A random model of one of KINDS with 8 query heads and 8 KV heads of `width` elements."""
+        return self.once(f"donor-{width}-{kind}", lambda path: save_donor(path, width, **KINDS[kind]))
+
+    def portable(self, width: int, budget: float, kind: str = "llama") -> Path:
         words = ("--to", "mla", "--profile", "portable", "--kv-budget", budget)
-        return self._converted(f"portable-{width}", width, *words)
+        return self._converted(f"portable-{width}-{kind}", self.donor(width, kind), *words)
 
     def dha(self, *words: object) -> Path:
         return self._converted(
-            "-".join(["dha", *(str(w).strip("-") for w in words)]), 128, "--to", "dha", *words
+            "-".join(["dha", *(str(w).strip("-") for w in words)]), self.donor(128), "--to", "dha", *words
         )
 
     @cached_property
     def adapter(self) -> Path:
         """A Hydra adapter with random weights of both branches."""
         path = self._place / "adapter"
-        self._run(self.donor(128), "--to", "hydra", "-o", path)
+        self.run(self.donor(128), "--to", "hydra", "-o", path)
         tensors = load_file(path / "adapter_model.safetensors")
         generator = torch.Generator().manual_seed(2)
         made = {
@@ -61,15 +89,10 @@ class Forms:
 
     @property
     def merged(self) -> Path:
-        return self._once("merged", lambda path: self._run("merge", self.adapter, "-o", path))
+        return self.once("merged", lambda path: self.run("merge", self.adapter, "-o", path))
 
-    def exported(self, source: Path, to: str, *words: object) -> Path:
-        """The export of `source` in the form `to`, proven in plain transformers as every export is."""
-        name = "-".join([source.name, to, *(str(word).strip("-") for word in words)])
-        return self._once(name, lambda path: self._run("export", source, "--to", to, "-o", path, *words))
-
-    def _converted(self, name: str, width: int, *words: object) -> Path:
-        text = self._once("text.txt", lambda path: path.write_text(TEXT * 40, encoding="utf-8"))
+    def _converted(self, name: str, donor: Path, *words: object) -> Path:
+        text = self.once("text.txt", lambda path: path.write_text(TEXT * 40, encoding="utf-8"))
         more = (
             "--effort",
             "quick",
@@ -80,21 +103,11 @@ class Forms:
             "--sequence-length",
             128,
         )
-        return self._once(name, lambda path: self._run(self.donor(width), *words, *more, "-o", path))
-
-    def _once(self, name: str, make: Callable[[Path], object]) -> Path:
-        path = self._place / name
-        if not path.exists():
-            make(path)
-        return path
-
-    def _run(self, *words: object) -> None:
-        done = self._cli(*words, "--quiet")
-        assert done.returncode == 0, done.stderr
+        return self.once(name, lambda path: self.run(donor, *words, *more, "-o", path))
 
 
-def save_donor(path: Path, width: int) -> None:
-    """A Llama of LAYERS layers, 8 query heads and 8 KV heads of `width` elements, with a tokenizer."""
+def save_donor(path: Path, width: int, **config: Any) -> None:
+    """A model of LAYERS layers, 8 query heads and 8 KV heads of `width` elements, with a tokenizer."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "heads": 8,
@@ -103,7 +116,7 @@ def save_donor(path: Path, width: int) -> None:
         "hidden": 8 * width,
         "layers": LAYERS,
     }
-    model = AutoModelForCausalLM.from_config(make_config(**shape, tied=False))
+    model = AutoModelForCausalLM.from_config(make_config(**shape, tied=False, **config))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)

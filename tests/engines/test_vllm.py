@@ -7,26 +7,25 @@ file of the documentation's table, which these tests fill.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from mhconvert.eval.vllm.engine import Engine, EngineError
 from tests.conftest import Cli
 from tests.engines.engines_table import EnginesTable
-from tests.engines.exported_forms import LAYERS, NEW_TOKENS, Forms, in_transformers, prompts
+from tests.engines.exported_forms import KINDS, LAYERS, NEW_TOKENS, Forms, in_transformers, prompts
+from tests.engines.vllm_run import BFLOAT16, FLOAT32, PYTHON, compare, needs_vllm, worst
 
-PYTHON = os.environ.get("MHCONVERT_VLLM_PYTHON")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="MHCONVERT_VLLM_PYTHON names no Python that has vllm")
+pytestmark = needs_vllm
 
-FLOAT32, DONOR = 4, 2 * 8 * 128 * LAYERS * 4  # bytes: of an element, and of the donor's cache of a token
+DONOR = 2 * 8 * 128 * LAYERS * FLOAT32  # bytes of the donor's cache of a token
 LATENT_ROW = 512 + 64
+LATENT = LATENT_ROW * LAYERS * FLOAT32
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,8 @@ class Served:
     donor_bytes: int = DONOR
 
 
-def portable(forms: Forms) -> Path:
-    return forms.portable(128, LATENT_ROW / (2 * 8 * 128))
+def portable(forms: Forms, kind: str = "llama") -> Path:
+    return forms.portable(128, LATENT_ROW / (2 * 8 * 128), kind)
 
 
 def narrow(forms: Forms) -> Path:
@@ -57,23 +56,23 @@ SERVED = [
     Served(
         "deepseek_v3, row 512 + 64",
         lambda forms: forms.exported(portable(forms), "deepseek_v3"),
-        LATENT_ROW * LAYERS * FLOAT32,
+        LATENT,
     ),
     Served(
         "deepseek_v3, row 128 + 64 with --pad-row 576, heads of 64",
         lambda forms: forms.exported(narrow(forms), "deepseek_v3", "--pad-row", 576),
-        LATENT_ROW * LAYERS * FLOAT32,
+        LATENT,
         DONOR // 2,
     ),
     Served(
         "own, row 512 + 64",
         lambda forms: forms.exported(portable(forms), "own"),
-        LATENT_ROW * LAYERS * FLOAT32,
+        LATENT,
     ),
     Served(
         "youtu, row 512 + 64",
         lambda forms: forms.exported(portable(forms), "youtu"),
-        LATENT_ROW * LAYERS * FLOAT32,
+        LATENT,
     ),
     Served(
         "dha --equal-heads, as nemotron-nas",
@@ -87,19 +86,32 @@ SERVED = [
 
 @pytest.mark.parametrize("form", SERVED, ids=[form.name for form in SERVED])
 def test_vllm_computes_what_transformers_computes(form: Served, forms: Forms, engines: EnginesTable) -> None:
-    folder = form.make(forms)
-    expected, texts = in_transformers(folder, prompts())
-    with Engine(folder, python=PYTHON, dtype="float32", max_model_len=512, trust_remote_code=True) as engine:
-        found = engine.score(prompts())
-        made = engine.generate(prompts(), {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True})
-        about = engine.about
-    worst = _worst(found, expected)
-    assert worst < 1e-4
-    assert [row["tokens"] for row in made] == texts
-    assert about["cache_bytes_per_token"] == form.cache_bytes
-    engines.add(
-        form.name, about, difference=worst, cache=form.cache_bytes, share=form.cache_bytes / form.donor_bytes
-    )
+    found = compare(form.make(forms), prompts())
+    assert found.difference < 1e-4
+    assert found.greedy_equal
+    assert found.about["cache_bytes_per_token"] == form.cache_bytes
+    share = form.cache_bytes / form.donor_bytes
+    engines.add(form.name, found.about, difference=found.difference, cache=form.cache_bytes, share=share)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "llama"])
+def test_vllm_finds_the_latent_of_our_class_by_its_structure(kind: str, forms: Forms) -> None:
+    """Biases, or another rotary: what it found is in the cache, which is the latent's and not that of expanded keys."""
+    found = compare(forms.exported(portable(forms, kind), "own"), prompts())
+    assert found.difference < 1e-4
+    assert found.greedy_equal
+    assert found.about["cache_bytes_per_token"] == LATENT
+
+
+def test_bfloat16_costs_no_more_than_the_donors(forms: Forms, engines: EnginesTable) -> None:
+    """Beside transformers in float32, so that the rounding of weights is in it, as in what the donor loses."""
+    donor, latent = forms.donor(128), forms.exported(portable(forms), "deepseek_v3")
+    yardstick, found = (compare(folder, prompts(), "bfloat16") for folder in (donor, latent))
+    assert found.difference <= BFLOAT16 * yardstick.difference
+    for name, each, held in (("donor", yardstick, DONOR), ("deepseek_v3, row 512 + 64", found, LATENT)):
+        assert each.about["cache_bytes_per_token"] == held / 2
+        row = {"difference": each.difference, "cache": held // 2, "share": held / DONOR}
+        engines.add(f"{name}, bfloat16", each.about, **row)
 
 
 def test_a_lora_is_served_beside_its_donor(forms: Forms, engines: EnginesTable) -> None:
@@ -114,12 +126,12 @@ def test_a_lora_is_served_beside_its_donor(forms: Forms, engines: EnginesTable) 
         greedy = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
         made = [engine.generate([row], greedy, lora)[0]["tokens"] for row in rows]
         about = engine.about
-    worst = max(_worst(found[adapter], scores) for adapter, scores in expected.items())
+    difference = max(worst(found[adapter], scores) for adapter, scores in expected.items())
     assert (expected[None][2] - expected[lora][2]).abs().max() > 0.1
-    assert worst < 1e-4
+    assert difference < 1e-4
     assert made == texts
     assert about["cache_bytes_per_token"] == DONOR
-    engines.add("hydra, as lora beside its donor", about, difference=worst, cache=DONOR, share=1.0)
+    engines.add("hydra, as lora beside its donor", about, difference=difference, cache=DONOR, share=1.0)
 
 
 def test_a_row_that_no_mla_kernel_takes_is_refused(forms: Forms, engines: EnginesTable) -> None:
@@ -171,10 +183,40 @@ def test_what_vllm_does_not_load_is_named_with_the_way_out(cli: Cli, forms: Form
     assert "mhconvert merge" in adapter.stderr
 
 
-def _worst(found: list[dict[str, Any]], expected: list[torch.Tensor]) -> float:
-    """The largest difference of log-probabilities."""
-    pairs = zip(found, expected, strict=True)
-    return max((torch.tensor(row["logprobs"]) - scores).abs().max().item() for row, scores in pairs)
+def test_speed_is_timed_in_turns(forms: Forms, tmp_path: Path) -> None:
+    """The script of the figures, on loads that are too small to say anything."""
+    script, file = Path(__file__).parents[2] / "benchmarks" / "vllm_speed.py", tmp_path / "speed.json"
+    folders = [forms.donor(128), forms.exported(portable(forms), "deepseek_v3")]
+    small = (
+        "--contexts",
+        "96,128",
+        "--batches",
+        "1,3",
+        "--new-tokens",
+        "4",
+        "--repeats",
+        "2",
+        "--cache",
+        "1",
+    )
+    command = [
+        sys.executable,
+        str(script),
+        *map(str, folders),
+        "--python",
+        str(PYTHON),
+        *small,
+        "-o",
+        str(file),
+    ]
+    _done(subprocess.run(command, capture_output=True, text=True, check=False))
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [(row["model"], row["context"], row["batch"]) for row in rows] == [
+        (folder.name, context, batch) for context in (96, 128) for batch in (1, 3) for folder in folders
+    ]
+    assert {row["cache"] for row in rows} == {DONOR, LATENT}
+    assert all(row["prefill"] > 0 and row["decode"] > 0 for row in rows)
+    assert all(len(row["steps"]) == 2 and len(row["steps"][0]) == 4 for row in rows)
 
 
 def _done(run: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

@@ -39,6 +39,7 @@ export:
 push:
   repo: someone/model
 """
+EXPORT_KEYS = "dtype, duplicate, engine, kind, output, pad_row, to"
 MLA_KEYS = "kv_bits, kv_budget, kv_lora_rank, plan, profile, qk_rope_head_dim"
 
 
@@ -106,8 +107,28 @@ def test_every_stage_is_read(file: Path) -> None:
         (
             "to: own",
             "too: own",
-            "line 15: export has no key 'too'; did you mean to? (it has output, to); run.yaml, line 14: export: the "
-            "key 'to' is missing",
+            f"line 15: export has no key 'too'; did you mean to? (it has {EXPORT_KEYS}); run.yaml, line 14: export: "
+            "the key 'to' is missing",
+        ),
+        (
+            "to: own",
+            "to: own\n  pad_row: 500",
+            "line 16: export.pad_row: 500 is not one of 320, 512, 576",
+        ),
+        (
+            "to: own",
+            "to: own\n  engine: tgi",
+            "line 16: export.engine: 'tgi' is not one of vllm, sglang, llama.cpp, transformers",
+        ),
+        (
+            "to: own",
+            "to: own\n  kind: q8_0",
+            "line 16: export.kind does not apply to an export of mla to own; leave it out",
+        ),
+        (
+            "to: own",
+            "to: auto\n  duplicate: true",
+            "line 16: export.duplicate does not apply to an export of mla to auto; leave it out",
         ),
         ("to: own", "output: x", "line 14: export: the key 'to' is missing"),
         ("export:\n  to: own", "export: own", "line 14: export: 'own' is not a mapping of settings"),
@@ -280,6 +301,9 @@ def test_exports_and_pushes_that_cannot_be() -> None:
         ExportStage(" ")
     with pytest.raises(RecipeError, match="^output is empty; name a folder, or leave it out$"):
         ExportStage("lora", "")
+    for output in ("/", "..", "a/.."):
+        with pytest.raises(RecipeError, match=f"^output '{output}' cannot be replaced as a whole"):
+            ExportStage("lora", output)
     with pytest.raises(RecipeError, match="^repo 'a/b/c' is no name of a repository: "):
         PushStage("a/b/c")
     with pytest.raises(RecipeError, match="^revision is empty; name a branch, or leave it out$"):
@@ -302,7 +326,12 @@ STAGES = {
         backend=st.sampled_from(declared(EvalSettings)["backend"].choices),
     ),
     "export": st.builds(
-        ExportStage, to=st.sampled_from(["auto", "gguf"]), output=st.none() | WORDS.filter(str.strip)
+        ExportStage,
+        to=st.sampled_from(["auto", "deepseek_v3"]),
+        output=st.none() | WORDS.filter(lambda word: Path(word.strip()).name not in ("", "..")),
+        dtype=st.sampled_from([None, "float32"]),
+        pad_row=st.sampled_from([None, 320, 512, 576]),
+        engine=st.sampled_from([None, "vllm", "llama.cpp"]),
     ),
     "push": st.builds(PushStage, repo=st.sampled_from(["a/b", "name"]), private=st.booleans()),
 }
@@ -380,7 +409,7 @@ def test_faults_of_all_stages_are_told_together(file: Path) -> None:
         "run.yaml, line 5: settings.kv_budget=3 is outside (0, 1]; it is a share of the donor's KV cache; ",
         "; run.yaml, line 12: eval.suite: 'slow' is not one of quick, transmla, moh, dha, open-llm; ",
         "; run.yaml, line 13: eval.limit=0 is too small; use at least 1; ",
-        "; run.yaml, line 15: export has no key 'too'; did you mean to? (it has output, to); ",
+        f"; run.yaml, line 15: export has no key 'too'; did you mean to? (it has {EXPORT_KEYS}); ",
         "; run.yaml, line 14: export: the key 'to' is missing; ",
         "; run.yaml, line 17: push.repo 'a/b/c' is no name of a repository: ",
     ):

@@ -175,6 +175,31 @@ def test_an_adapter_is_made_evaluated_and_exported(place: Path, tmp_path: Path) 
     assert set(statuses(mhconvert.run(file)).values()) == {"skipped"}
 
 
+def test_an_export_takes_the_options_of_the_command(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    export = api.export
+
+    def seen(*words: Any, **options: Any) -> dict[str, Any]:
+        asked.update(options)
+        return export(*words, **options)
+
+    monkeypatch.setattr(api, "export", seen)
+    chosen = {"to": "deepseek_v3", "pad_row": 320, "engine": "transformers", "dtype": "float32"}
+    plan = {"kv_lora_rank": 16, "qk_rope_head_dim": 64, "profile": "portable"}
+    make_donor(tmp_path / "donor", layers=2, kv_heads=4, head_dim=64)
+    changes = {"model": str(tmp_path / "donor"), "method": "mla", "settings": plan}
+    file = recipe(place, tmp_path / "out", heal=None, eval=None, export=chosen, **changes)
+    assert set(statuses(mhconvert.run(file)).values()) == {"done"}
+    assert (asked["pad_row"], asked["engine"], asked["dtype"]) == (320, "transformers", "float32")
+    config = json.loads((tmp_path / "out-deepseek_v3" / "config.json").read_text())
+    assert config["kv_lora_rank"] + config["qk_rope_head_dim"] == 320
+    assert set(statuses(mhconvert.run(file)).values()) == {"skipped"}
+    again = recipe(place, tmp_path / "out", heal=None, eval=None, export=chosen | {"pad_row": 512}, **changes)
+    assert statuses(mhconvert.run(again)) == {"convert": "skipped", "export": "done"}
+
+
 def test_a_ledger_that_cannot_be_read_is_no_ledger(tmp_path: Path) -> None:
     (tmp_path / "out.run.json").write_text("{")
     assert Ledger(tmp_path / "out").done("convert", {}) is None

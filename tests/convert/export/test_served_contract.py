@@ -1,17 +1,12 @@
 """The served class is what vLLM's Transformers backend takes for latent attention; the ordinary class is not.
 
-With MHCONVERT_VLLM_SOURCE=<folder of an unpacked vLLM wheel>, vLLM's own search says so too.
+That vLLM finds it is run in tests/engines, in a real vLLM.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,15 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mhconvert.convert.export.mla import to_own
 from mhconvert.convert.methods.mla.served.modeling_served import LatentRMSNorm, ServedLatentAttention
 from tests.convert.conversions import LLAMA3
-from tests.convert.export import vllm_fuser
 from tests.convert.export.mla_contract import broken, is_rms_norm
-from tests.convert.export.served_models import checkpoint, portable, served
+from tests.convert.export.served_models import portable, served
 
 DONORS = {"llama": {"rope": LLAMA3}, "qwen2": {"family": "qwen2"}, "biased": {"attention_bias": True}}
-VLLM = os.environ.get("MHCONVERT_VLLM_SOURCE")
 
 
 @pytest.mark.parametrize("donor", DONORS.values(), ids=DONORS)
@@ -153,44 +145,3 @@ def test_the_norm_is_a_norm() -> None:
     assert is_rms_norm(LatentRMSNorm(8, 1e-6))
     assert is_rms_norm(LatentRMSNorm(8, 2.0**30))
     assert not is_rms_norm(nn.Identity())
-
-
-def found_by_vllm(folder: Path, modules: Path) -> dict[str, Any]:
-    command = [sys.executable, "-I", vllm_fuser.__file__, str(VLLM), str(folder)]
-    child = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"},
-    )
-    assert child.returncode == 0, child.stderr
-    result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return result
-
-
-@pytest.mark.skipif(not VLLM, reason="MHCONVERT_VLLM_SOURCE names no unpacked vLLM wheel")
-@pytest.mark.parametrize("donor", DONORS.values(), ids=DONORS)
-def test_vllm_finds_it(tmp_path: Path, donor: dict[str, Any]) -> None:
-    """And the forward that vLLM makes of ours gives the same logits from the latents alone."""
-    source = checkpoint(tmp_path / "tiny-mla", **donor)
-    to_own.export_checkpoint(str(source), str(tmp_path / "out"), device="cpu", verify=False)
-    found = found_by_vllm(tmp_path / "out", tmp_path / "modules")
-    assert found["relative_difference"] < 1e-5
-    for index, layer in enumerate(found["layers"]):
-        assert layer.pop("fusers")[0] == "MLAFuser"
-        assert layer == {
-            "q_proj": "q_proj",
-            "q_a_proj": None,
-            "kv_a_proj": "kv_a_proj_with_mqa",
-            "kv_a_layernorm": "kv_a_layernorm",
-            "kv_b_proj": "kv_b_proj",
-            "o_proj": "o_proj",
-            "norm": "RMSNormFuser",
-            "norm_eps": 2.0**30,
-            "zero_centered": False,
-            "scale": 0.125,
-            "layer": index,
-        }
-    ordinary = found_by_vllm(source, tmp_path / "modules")
-    assert [layer["fusers"] for layer in ordinary["layers"]] == [["AttentionFuser"]] * 2

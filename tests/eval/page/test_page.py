@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -251,6 +252,37 @@ def test_a_model_by_itself_has_no_curve() -> None:
     result = two_models()
     assert "What the cache buys" not in page.html(result)
     assert "mla-half beside its donor smollm2-135m" in page.html(result)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_donor_that_was_left_out_is_not_the_first_conversion(tmp_path: Path, kept: int) -> None:
+    """vLLM did not load the donor: reports, sizes and differences are of those that are there."""
+    folders = [tmp_path / f"made-{number}" for number in range(kept)]
+    for folder, found in zip(folders, REPORTS, strict=False):
+        folder.mkdir()
+        (folder / "report.json").write_text(json.dumps(found), encoding="utf-8")
+    average = {
+        "tasks": ["piqa"],
+        "models": [measured(0.5, 0.01, -0.02 if n else None, n < 1) for n in range(kept)],
+    }
+    made = [model(folder.name, "converted", "mla") | {"reference": str(folder)} for folder in folders]
+    rows = [{"task": "piqa", "metrics": [{"metric": "acc", "primary": True, "models": average["models"]}]}]
+    result = {
+        "models": made,
+        "left_out": [{"reference": "gemma-9", "why": "vllm does not take it"}],
+        "tasks": rows,
+        "average": average,
+    }
+    reports, _ = page.sources(result)
+    assert [each["kv_bytes_per_token"]["converted"] for each in reports] == [23040.0, 5760.0][:kept]
+    text = page.markdown(result, reports)
+    assert "gemma-9 is left out: vllm does not take it" in text
+    assert "beside its donor" not in text
+    assert "the donor's." not in text
+    assert "22.5 KiB" in text
+    assert "45 KiB" not in text  # the donor's, which is not there
+    assert ("2.0 points (± 0.5) below made-0's" in text) is (kept == 2)
+    assert f"the difference from {'made-0'}." in text
 
 
 def test_write_goes_by_the_ending(tmp_path: Path) -> None:

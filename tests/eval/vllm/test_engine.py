@@ -140,6 +140,26 @@ def test_a_donor_that_vllm_refuses_is_left_out_and_said(
     assert "['Odd'] are not supported" in alone.stderr
 
 
+def test_a_donor_with_stored_results_is_not_loaded_again(
+    here: Cli, python: str, donor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_donor(tmp_path / "other", layers=2, kv_heads=2, seed=2)
+    loaded: list[str] = []
+    start = Engine.__init__
+
+    def counted(self: Engine, model: Path | str, **more: Any) -> None:
+        loaded.append(str(model))
+        start(self, model, **more)
+
+    monkeypatch.setattr(Engine, "__init__", counted)
+    asked = ("--suite", "quick", "--limit", 3, "--max-length", 64, "--backend", "vllm", "--python", python)
+    first, second, fresh = (
+        here("eval", other, "--against", donor, *asked, *more) for more in ((), (), ("--fresh",))
+    )
+    assert [done.returncode for done in (first, second, fresh)] == [0, 0, 0]
+    assert loaded == [str(donor), str(other)] * 2
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "way_out"),
     [("mla", None, "mhconvert export {} --to auto"), ("moh", MoHSettings(active=0.5), "use --backend hf")],
