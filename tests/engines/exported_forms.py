@@ -68,6 +68,11 @@ class Forms:
         name = "-".join([source.name, to, *(str(word).strip("-") for word in words)])
         return self._once(name, lambda path: self._run("export", source, "--to", to, "-o", path, *words))
 
+    def gguf(self, source: Path, kind: str) -> Path:
+        """The export of `source` as a GGUF file with matrices of `kind`."""
+        words = ("export", source, "--to", "gguf", "--kind", kind, "-o")
+        return self._once(f"{source.name}-{kind}.gguf", lambda path: self._run(*words, path))
+
     def _converted(self, name: str, width: int, *words: object) -> Path:
         text = self._once("text.txt", lambda path: path.write_text(TEXT * 40, encoding="utf-8"))
         more = (
