@@ -1,6 +1,7 @@
 # make demo: convert a real model and show the result.  make bench: its shape's speed.  make test / make lint: what CI runs.
 # make fuzz: damaged inputs of every kind for an hour.  make faults: each command killed at every change of a file.
 # make test-vllm: exports in a real vLLM, installed into .venv-vllm; fills the engines' table of the documentation.
+# make test-llamacpp: exports in llama.cpp's server, installed into .venv-llamacpp; fills the same table.
 # make figures: tables and plots of README and docs from benchmarks/*.json.
 # make docs: the documentation into site/.
 # Needs python3 >= 3.11 and nothing else; everything is installed into .venv.
@@ -10,7 +11,7 @@ BIN := .venv/bin
 SOURCES := mhconvert convert cli eval heal hub run tests benchmarks docs examples
 DEMO := demo/smollm2-135m-mla
 
-.PHONY: demo bench test test-vllm fuzz faults lint format figures docs clean
+.PHONY: demo bench test test-vllm test-llamacpp fuzz faults lint format figures docs clean
 
 demo: .venv/installed
 	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.125 --effort quick --calibration-tokens 8192 --sequence-length 512 -o $(DEMO) --force
@@ -39,6 +40,11 @@ test-vllm: .venv/installed-dev .venv-vllm/installed
 	  $(BIN)/python -m pytest tests/engines
 	$(BIN)/python benchmarks/figures.py
 
+test-llamacpp: .venv/installed-dev .venv-llamacpp/installed
+	MHCONVERT_LLAMA_SERVER=$(CURDIR)/.venv-llamacpp/bin/llama-server MHCONVERT_ENGINES=benchmarks/engines.json \
+	  $(BIN)/python -m pytest tests/engines
+	$(BIN)/python benchmarks/figures.py
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -56,7 +62,7 @@ docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-vllm demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-llamacpp demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -74,6 +80,10 @@ clean:
 
 .venv-vllm/installed: tests/engines/vllm_environment.py | .venv/bin/python
 	$(BIN)/python tests/engines/vllm_environment.py .venv-vllm
+	@touch $@
+
+.venv-llamacpp/installed: tests/engines/llamacpp_environment.py | .venv/bin/python
+	$(BIN)/python tests/engines/llamacpp_environment.py .venv-llamacpp
 	@touch $@
 
 .venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python

@@ -165,7 +165,7 @@ def make_gguf(
     family = settings.model_type
     name = architecture or GGUF_ARCHITECTURES.get(family, family)
     writer = gguf.GGUFWriter(str(path), name, split_max_tensors=part)
-    _write_gguf_facts(writer, settings)
+    write_gguf_facts(writer, settings)
     _write_gguf_tokenizer(writer, settings, pre)
     for key, value in (facts or {}).items():
         add = {
@@ -269,7 +269,7 @@ ROTATED_STATED = ("llama", "mistral", "mixtral", "granite", "granitemoe", "arcee
 HEAD_DIM_STATED = ("qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text")
 
 
-def _write_gguf_facts(writer: Any, config: Any) -> None:
+def write_gguf_facts(writer: Any, config: Any) -> None:
     values = {
         method: getattr(config, field, None) for field, method in GGUF_FACTS.items() if hasattr(config, field)
     }

@@ -80,22 +80,30 @@ def export_checkpoint(
         raise ExportError(f"'{to}' is no form of export; choose one of {', '.join(known)}, auto")
     method = _method(reference)
     own = {form.name: form for form in method.forms}
-    _require_used(options, [own[to]] if to in own else [form for form in method.forms if form.automatic], to)
+    automatic = _automatic(method, options.engine)
+    _require_used(options, [own[to]] if to in own else automatic, to)
     if to != "auto":
         if to not in own:
             source = known[to][0].exported_from
             raise ExportError(f"{reference} was made by {method.name}, and {to} holds {source}")
         return _write(reference, own[to], options, on_progress) | {"to": to, "why": None}
     lost: list[str] = []
-    for form in (form for form in method.forms if form.automatic):
+    for form in automatic:
         try:
             made = _write(reference, form, options, on_progress)
         except LOSSES as error:
             lost.append(f"{form.name}: {error}")
             continue
-        why = "; ".join(lost) or "it is exact, and what most engines load"
+        usual = f"it is exact, and what {form.engine or 'most engines'} {'reads' if form.engine else 'load'}"
+        why = "; ".join(lost) or usual
         return made | {"to": form.name, "why": why}
     raise ExportError(f"no form holds {reference}: {'; '.join(lost)}")
+
+
+def _automatic(method: MethodInfo, engine: str | None) -> list[Form]:
+    """The forms that `auto` tries: those that `engine` alone reads, where there are such."""
+    of_engine = [form for form in method.forms if engine is not None and form.engine == engine]
+    return of_engine or [form for form in method.forms if form.automatic]
 
 
 def _require_used(options: Options, forms: Sequence[Form], to: str) -> None:

@@ -108,7 +108,7 @@ def require_installed(engine: str, server: Server) -> None:
     """Raises ExportError where the engine is not installed, with how to get it."""
     if engine == "llama-server":
         if shutil.which("llama-server") is None:
-            raise ExportError("there is no llama-server on the PATH; it comes with llama.cpp")
+            raise ExportError("there is no llama-server on the PATH; it comes with llama.cpp (run: b11549)")
         return
     needed = ("vllm",) if engine == "vllm" else ("transformers", "fastapi", "uvicorn", "openai", "pydantic")
     if not _has(server.interpreter, needed):

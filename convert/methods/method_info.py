@@ -16,12 +16,13 @@ class Form:
 
     name: as in `--to llama`. writer: the module whose `export_checkpoint(reference, output, …)` writes it; of the
     fields of `export.forms.Options` it gets those that are among its arguments. automatic: whether `--to auto` tries
-    it.
+    it. engine: the one that reads nothing else: `--to auto --for ENGINE` writes this form and no other.
     """
 
     name: str
     writer: str
     automatic: bool = True
+    engine: str | None = None
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def export(
     Args:
         checkpoint: a folder that `convert` or `heal` wrote.
         to: deepseek_v3, youtu, own, gguf (of mla with profile portable); llama, nemotron-nas (of dha); lora (of
-            hydra); auto: the first of these that is exact.
+            hydra); auto: the first of these that is exact; for engine llama.cpp, gguf.
         output: the folder, or a gguf's file; None: ./<checkpoint>-<to>.
         base: the base model, instead of the one that an adapter names.
         dtype: of the weights; None: their own.

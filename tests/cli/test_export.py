@@ -52,6 +52,23 @@ def test_auto_takes_deepseek_and_says_why(cli: Cli, here: Cli, portable: Path, t
     assert "is an export already" in again.stderr
 
 
+def test_auto_for_llama_cpp_is_a_file(cli: Cli, here: Cli, portable: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    words = ("export", portable, "--to", "auto", "--for", "llama.cpp", "--kind", "f32", "-o", file)
+    planned = json.loads(here(*words, "--dry-run", "--json").stdout)
+    assert (planned["to"], planned["architecture"], file.exists()) == ("gguf", "deepseek2", False)
+    done = cli(*words)
+    assert done.returncode == 0, done.stderr
+    assert "--to gguf: it is exact, and what llama.cpp reads" in done.stdout
+    assert file.read_bytes()[:4] == b"GGUF"
+    folder = here("export", portable, "--to", "auto", "--for", "llama.cpp", "-o", tmp_path / "folder")
+    assert folder.returncode == 1
+    assert "does not end in .gguf" in folder.stderr
+    dtype = here(*words, "--dtype", "bfloat16", "--dry-run")
+    assert dtype.returncode == 1
+    assert "--dtype does not apply" in dtype.stderr
+
+
 def test_a_plan_and_a_conversion_say_which_engines_remain(here: Cli, portable: Path, tmp_path: Path) -> None:
     words = ("--to", "mla", "--profile", "portable", "--kv-budget", 0.75, "--dry-run", "-o", tmp_path / "no")
     planned = here(portable.parent / "donor", *words)

@@ -91,6 +91,11 @@ class Forms(Folders):
     def merged(self) -> Path:
         return self.once("merged", lambda path: self.run("merge", self.adapter, "-o", path))
 
+    def gguf(self, source: Path, kind: str) -> Path:
+        """The export of `source` as a GGUF file with matrices of `kind`."""
+        words = ("export", source, "--to", "gguf", "--kind", kind, "-o")
+        return self.once(f"{source.name}-{kind}.gguf", lambda path: self.run(*words, path))
+
     def _converted(self, name: str, donor: Path, *words: object) -> Path:
         text = self.once("text.txt", lambda path: path.write_text(TEXT * 40, encoding="utf-8"))
         more = (

@@ -26,6 +26,7 @@ def export_checkpoint(
     engine: engine_support.Named | None = None,
     verify: bool = True,
     force: bool = False,
+    dry_run: bool = False,
     device: str | None = None,
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
@@ -36,9 +37,10 @@ def export_checkpoint(
         output: the file; None: ./<checkpoint>-<kind>.gguf.
         kind: of its matrices.
         verify: whether the dense form that it is written from is reloaded and compared.
-        pad_row, engine, force, device, trust_remote_code: as in `forms.Options`.
+        pad_row, engine, force, dry_run, device, trust_remote_code: as in `forms.Options`.
     Returns:
-        The report of the dense form, with output, bytes, kind, tensors and skipped of the file.
+        The report of the dense form, with output, bytes, kind, tensors and skipped of the file; of a dry run with
+        output and kind.
     """
     tell = on_progress or ignore
     folder = open_model.checkpoint_folder(reference) or Path(reference)
@@ -57,10 +59,13 @@ def export_checkpoint(
             pad_values=False,
             pad_row=pad_row,
             verify=verify,
+            dry_run=dry_run,
             device=device,
             trust_remote_code=trust_remote_code,
             on_progress=on_progress,
         )
+        if dry_run:
+            return _facts(report, opened.config) | {"kind": kind, "output": str(place)}
         made = gguf_writer.write(dense, place, kind, force=force, trusted=trust_remote_code, on_progress=tell)
     return _facts(report, opened.config) | made | {"output_bytes": made["bytes"], "output": str(place)}
 

@@ -21,7 +21,7 @@ INFO = MethodInfo(
         Form("deepseek_v3", f"{EXPORT}.to_deepseek_v3"),
         Form("youtu", f"{EXPORT}.to_deepseek_v3"),
         Form("own", f"{EXPORT}.to_own"),
-        Form("gguf", f"{EXPORT}.to_gguf", automatic=False),
+        Form("gguf", f"{EXPORT}.to_gguf", automatic=False, engine="llama.cpp"),
     ),
     exported_from="what --to mla --profile portable makes",
 )

@@ -1,10 +1,8 @@
-"""The GGUF export is the checkpoint: value by value, as llama.cpp's graph computes it, and in llama.cpp itself."""
+"""The GGUF export is the checkpoint: value by value, and as llama.cpp's graph computes it."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,10 +44,6 @@ HUB_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 BALANCED = ("attn_q", "attn_kv_a_mqa", "attn_kv_a_norm", "attn_norm")
-LLAMA = os.environ.get("MHCONVERT_LLAMA_PYTHON")
-needs_llama = pytest.mark.skipif(
-    not LLAMA, reason="MHCONVERT_LLAMA_PYTHON names no Python that has llama-cpp-python"
-)
 
 
 @pytest.fixture
@@ -255,7 +249,7 @@ def test_every_end_of_an_answer_is_written(dense: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pre", WRITTEN)
 def test_pre_tokenizers_have_their_names(dense: Path, tmp_path: Path, pre: str) -> None:
-    tokenizer = _save_tokenizer(dense, pre)
+    tokenizer = save_tokenizer(dense, pre)
     file = tmp_path / "tiny.gguf"
     gguf_writer.write(dense, file, "q8_0")
     assert deepseek2.fact(file, ".tokenizer.ggml.pre") == pre
@@ -265,7 +259,7 @@ def test_pre_tokenizers_have_their_names(dense: Path, tmp_path: Path, pre: str) 
 
 
 def test_split_by_removal_of_nothing_is_the_same(dense: Path, tmp_path: Path) -> None:
-    _save_tokenizer(dense, "llama-bpe")
+    save_tokenizer(dense, "llama-bpe")
     content = json.loads((dense / "tokenizer.json").read_text())
     content["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
     (dense / "tokenizer.json").write_text(json.dumps(content))
@@ -274,7 +268,7 @@ def test_split_by_removal_of_nothing_is_the_same(dense: Path, tmp_path: Path) ->
 
 
 def test_what_llama_cpp_does_not_do_of_a_tokenizer_is_said(dense: Path, tmp_path: Path) -> None:
-    tokenizer = _save_tokenizer(dense, "qwen2")
+    tokenizer = save_tokenizer(dense, "qwen2")
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.save_pretrained(dense)
     report = gguf_writer.write(dense, tmp_path / "tiny.gguf")
@@ -305,7 +299,7 @@ def test_what_llama_cpp_does_not_do_of_a_tokenizer_is_said(dense: Path, tmp_path
     ],
 )
 def test_tokenizers_that_are_refused(dense: Path, tmp_path: Path, change: Any, words: str) -> None:
-    tokenizer = _save_tokenizer(dense, "gpt-2")
+    tokenizer = save_tokenizer(dense, "gpt-2")
     change(tokenizer.backend_tokenizer)
     tokenizer.save_pretrained(dense)
     with pytest.raises(ExportError, match=words):
@@ -434,43 +428,6 @@ def test_progress_counts_tensors(dense: Path, tmp_path: Path) -> None:
     assert seen == [("export", done, 36) for done in range(1, 37)]
 
 
-@needs_llama
-@pytest.mark.parametrize("layers", [1, 3, 26, 27])  # llama.cpp guesses from some numbers of layers
-@pytest.mark.parametrize(
-    ("kind", "bound"),
-    [("f32", 3e-3), ("f16", 1e-2), ("bf16", 4e-2), ("q8_0", 1e-1)],  # its cache is in half precision
-)
-def test_llama_cpp_computes_what_transformers_computes(
-    tmp_path: Path, layers: int, kind: str, bound: float
-) -> None:
-    dense = deepseek2.make_dense(tmp_path / "tiny", num_hidden_layers=layers)
-    gguf_writer.write(dense, tmp_path / "tiny.gguf", kind)
-    made, _ = _llama(tmp_path / "tiny.gguf", IDS, [])
-    assert made is not None
-    assert _relative(made, _transformers_logits(dense, IDS)) < bound
-
-
-@needs_llama
-@pytest.mark.parametrize("pre", WRITTEN)
-def test_llama_cpp_makes_the_same_tokens(dense: Path, tmp_path: Path, pre: str) -> None:
-    tokenizer = _save_tokenizer(dense, pre)
-    gguf_writer.write(dense, tmp_path / "tiny.gguf", "q8_0")
-    texts = [f"<|bos|>{text}<|eos|>" for text in TEXTS]
-    _, said = _llama(tmp_path / "tiny.gguf", [], texts)
-    assert said["tokens"] == [tokenizer(text).input_ids for text in texts]
-    assert (said["bos"], said["eos"]) == (0, 1)
-
-
-def _llama(file: Path, ids: list[int], texts: list[str]) -> tuple[np.ndarray | None, dict[str, Any]]:
-    assert LLAMA
-    logits = file.with_suffix(".npy")
-    wanted = {"file": str(file), "ids": ids, "texts": texts, "logits": str(logits)}
-    child = Path(__file__).parents[1] / "llama_child.py"
-    run = subprocess.run([LLAMA, child, json.dumps(wanted)], capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr
-    return (np.load(logits) if ids else None), json.loads(run.stdout.splitlines()[-1])
-
-
 def _transformers_logits(dense: Path, ids: list[int]) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -482,7 +439,7 @@ def _relative(made: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(made - expected) / np.linalg.norm(expected))
 
 
-def _save_tokenizer(folder: Path, pre: str) -> Any:
+def save_tokenizer(folder: Path, pre: str) -> Any:
     """A tokenizer trained on TEXT that cuts as `pre` does and starts a text with <|bos|>, saved in `folder`."""
     known = PRE_TOKENIZERS[pre]
     tokenizer = Tokenizer(models.BPE(ignore_merges=known.ignore_merges))
