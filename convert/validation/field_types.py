@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterable
 from typing import Any, get_type_hints
 
-from huggingface_hub.dataclasses import type_validator
-
 from mhconvert.errors import AdapterError
 
 SHOWN = 60  # characters of an expression in a message
@@ -28,6 +26,8 @@ def changed_fields(choices: Any) -> list[str]:
 
 def require_types(choices: Any, names: Iterable[str], file: object) -> None:
     """Raises AdapterError naming `file` where a field among `names` is not of the type that its dataclass states."""
+    from huggingface_hub.dataclasses import type_validator
+
     stated = get_type_hints(type(choices))
     for name in names:
         if name not in stated:
