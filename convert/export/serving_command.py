@@ -161,6 +161,10 @@ def _form(
         if engine != "llama-server":
             raise ExportError(f"{path} is a GGUF file, which is served by --engine llama-server")
     elif engine == "llama-server":
+        if not _is_own_class(path):
+            raise ExportError(
+                f"llama-server reads GGUF files: write {path} as one with llama.cpp's converter, and serve that"
+            )
         return _exported(path, "gguf", Path(output or f"{path.resolve().name}-bf16.gguf"), on_progress)
     elif engine == "vllm" and _is_own_class(path):
         to = str(_planned(path, server)["to"])

@@ -131,6 +131,10 @@ def test_a_gguf_is_served_by_llama_server(
         "serve", file, "--engine", "transformers", "--python", _script(tmp_path / "python", STAND_IN)
     )
     assert "is served by --engine llama-server" in wrong.stderr
+    plain = make_donor(tmp_path / "plain")
+    folder = here("serve", plain, "--engine", "llama-server", "--print", PATH=str(tmp_path))
+    assert (folder.returncode, folder.stdout) == (1, "")
+    assert "llama-server reads GGUF files" in folder.stderr
 
 
 def test_what_cannot_be_served_is_said_before_anything_is_written(

@@ -27,14 +27,17 @@ def prompts(vocab: int = 320) -> list[list[int]]:
 
 
 class Forms:
-    """Folders made by the command line when they are first asked for, each from its donor of 8 heads of `width`."""
+    """Folders made by the command line when they are first asked for, each from its donor of 8 heads of `width`.
 
-    def __init__(self, cli: Cli, place: Path):
-        self._cli, self._place = cli, place
+    positions: that the donors state.
+    """
+
+    def __init__(self, cli: Cli, place: Path, positions: int = 512):
+        self._cli, self._place, self._positions = cli, place, positions
 
     def donor(self, width: int) -> Path:
         """A random Llama with 8 query heads and 8 KV heads of `width` elements."""
-        return self._once(f"donor-{width}", lambda path: save_donor(path, width))
+        return self._once(f"donor-{width}", lambda path: save_donor(path, width, self._positions))
 
     def portable(self, width: int, budget: float) -> Path:
         words = ("--to", "mla", "--profile", "portable", "--kv-budget", budget)
@@ -98,7 +101,7 @@ class Forms:
         assert done.returncode == 0, done.stderr
 
 
-def save_donor(path: Path, width: int) -> None:
+def save_donor(path: Path, width: int, positions: int = 512) -> None:
     """A Llama of LAYERS layers, 8 query heads and 8 KV heads of `width` elements, with a tokenizer."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
@@ -108,7 +111,8 @@ def save_donor(path: Path, width: int) -> None:
         "hidden": 8 * width,
         "layers": LAYERS,
     }
-    model = AutoModelForCausalLM.from_config(make_config(**shape, tied=False))
+    config = make_config(**shape, tied=False, max_position_embeddings=positions)
+    model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
