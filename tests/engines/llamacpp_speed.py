@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--batches", type=_numbers, default=[1, 8])
     parser.add_argument("--new", type=int, default=32, help="tokens decoded in each measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vocab", type=int, default=320, help="prompts are random ids below it")
     parser.add_argument("--kind", default="q8_0", help="of the matrices that are written")
     asked = parser.parse_args()
