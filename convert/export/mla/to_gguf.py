@@ -47,8 +47,7 @@ def export_checkpoint(
     place = Path(output) if output else Path(f"{folder.resolve().name}-{kind}.gguf")
     _require_place(place, folder, force, engine)
     opened = open_model.open_model(reference, device=device, trust_remote_code=trust_remote_code)
-    # refused before the work:
-    gguf_tokenizer.read_vocabulary(opened.folder, opened.vocab_size, trust_remote_code)
+    gguf_tokenizer.read_vocabulary(opened.folder, opened.vocab_size, trust_remote_code)  # refuses before the work
     with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=f".{place.name}-") as work:
         dense = Path(work) / "dense"
         report = to_deepseek_v3.export_checkpoint(
