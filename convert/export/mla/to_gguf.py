@@ -39,15 +39,15 @@ def export_checkpoint(
         verify: whether the dense form that it is written from is reloaded and compared.
         pad_row, engine, force, dry_run, device, trust_remote_code: as in `forms.Options`.
     Returns:
-        The report of the dense form, with output, bytes, kind, tensors and skipped of the file; of a dry run with
-        output and kind.
+        The report of the dense form, with output and kind of the file, and bytes, tensors and skipped once written.
     """
     tell = on_progress or ignore
     folder = open_model.checkpoint_folder(reference) or Path(reference)
     place = Path(output) if output else Path(f"{folder.resolve().name}-{kind}.gguf")
     _require_place(place, folder, force, engine)
     opened = open_model.open_model(reference, device=device, trust_remote_code=trust_remote_code)
-    gguf_tokenizer.read_vocabulary(opened.folder, opened.vocab_size, trust_remote_code)  # refuses before the work
+    # refused before the work:
+    gguf_tokenizer.read_vocabulary(opened.folder, opened.vocab_size, trust_remote_code)
     with tempfile.TemporaryDirectory(dir=place.absolute().parent, prefix=f".{place.name}-") as work:
         dense = Path(work) / "dense"
         report = to_deepseek_v3.export_checkpoint(
