@@ -14,7 +14,7 @@ DEMO := demo/smollm2-135m-mla
 .PHONY: demo bench test test-vllm test-llamacpp fuzz faults lint format figures docs clean
 
 demo: .venv/installed
-	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.125 --effort quick --calibration-tokens 8192 --sequence-length 512 -o $(DEMO) --force
+	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.125 --effort quick --calibration-tokens 8192 -o $(DEMO) --force
 	@echo
 	@echo '$$ mhconvert generate $(DEMO) --chat "How do plants make food?"'
 	@$(BIN)/mhconvert generate $(DEMO) --chat "How do plants make food?" --max-new-tokens 40
