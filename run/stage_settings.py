@@ -26,31 +26,23 @@ def known_form(to: str) -> str:
     return to
 
 
-def form_fault(method: str, to: str) -> str | None:
-    """Return why results of `method` are not exported to the form `to`; None where they are."""
-    own = [form.name for form in info(method).forms]
-    if not own:
-        return f"to: a checkpoint of {method} {info(method).no_forms}"
-    if to in (*own, "auto"):
-        return None
-    return f"to '{to}' holds {forms()[to][0].exported_from}; of {method} choose one of {', '.join(own)}, auto"
-
-
-def option_fault(method: str, stage: ExportStage) -> tuple[str, str] | None:
-    """Return the key of an option that no form of the export takes, and why; None where all are used.
+def export_fault(method: str, stage: ExportStage) -> tuple[str, str] | None:
+    """Return the key of what no export of `method` takes, and why; None where all is taken.
 
     Imports the writers of the forms, and torch with them, where there is an option."""
+    own = {form.name: form for form in info(method).forms}
+    if not own:
+        return "to", f"to: a checkpoint of {method} {info(method).no_forms}"
+    if stage.to not in (*own, "auto"):
+        source = forms()[stage.to][0].exported_from
+        return "to", f"to '{stage.to}' holds {source}; of {method} choose one of {', '.join(own)}, auto"
     given = [name for name in changed_fields(stage) if name not in PLACE]
-    if not given or form_fault(method, stage.to) is not None:
+    if not given:
         return None
-    from ..convert.export.forms import not_taken
+    from ..convert.export.forms import automatic_forms, not_taken
 
-    own = [
-        form
-        for form in info(method).forms
-        if form.name == stage.to or (stage.to == "auto" and form.automatic)
-    ]
-    for name in not_taken(given, own):
+    tried = [own[stage.to]] if stage.to in own else automatic_forms(info(method), stage.engine)
+    for name in not_taken(given, tried):
         return name, f"{name} does not apply to an export of {method} to {stage.to}; leave it out"
     return None
 

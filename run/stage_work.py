@@ -23,7 +23,7 @@ from ..eval.page import page
 from ..eval.tasks.harness import require_available
 from ..eval.tasks.task_choice import resolve
 from .ledger import Ledger
-from .stage_settings import form_fault, option_fault
+from .stage_settings import export_fault
 from .whole_recipe import RunRecipe
 
 PAGES = ("evaluation.html", "evaluation.md")
@@ -66,12 +66,9 @@ def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
             with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
                 resolve(settings, Path(folder))
     if recipe.export is not None and "export" in stages:
-        wrong = form_fault(recipe.convert.method, recipe.export.to)
-        if wrong is not None:
-            raise RecipeError(f"export.{wrong}")
-        unused = option_fault(recipe.convert.method, recipe.export)
-        if unused is not None:
-            raise RecipeError(f"export.{unused[1]}")
+        fault = export_fault(recipe.convert.method, recipe.export)
+        if fault is not None:
+            raise RecipeError(f"export.{fault[1]}")
     if recipe.push is not None and "push" in stages and get_token() is None:
         raise PublishError("the recipe pushes, and there is no token: run 'hf auth login', or set HF_TOKEN")
 

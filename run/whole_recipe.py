@@ -16,7 +16,7 @@ from ..convert.validation.settings import json_types
 from ..convert.validation.yaml_file import NOWHERE, Origins
 from ..eval.settings import EvalSettings
 from . import overrides as given
-from .stage_settings import ExportStage, PushStage, form_fault, option_fault
+from .stage_settings import ExportStage, PushStage, export_fault
 
 KINDS = {"eval": EvalSettings, "export": ExportStage, "push": PushStage}
 
@@ -81,11 +81,9 @@ class RunRecipe:
         stages = {name: reading.inner(KINDS[name], data[name], (name,)) for name in named}
         export, method = stages.get("export"), data.get("method")
         if export is not None and method in tuple(METHOD_NAMES):
-            wrong, unused = form_fault(method, export.to), option_fault(method, export)
-            if wrong is not None:
-                reading.faults.append(origins.fault(("export", "to"), f"export.{wrong}"))
-            if unused is not None:
-                key, why = unused
+            fault = export_fault(method, export)
+            if fault is not None:
+                key, why = fault
                 reading.faults.append(origins.fault(("export", key), f"export.{why}"))
         reading.raise_faults()
         return RunRecipe(convert, **stages)

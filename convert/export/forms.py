@@ -80,7 +80,7 @@ def export_checkpoint(
         raise ExportError(f"'{to}' is no form of export; choose one of {', '.join(known)}, auto")
     method = _method(reference)
     own = {form.name: form for form in method.forms}
-    automatic = _automatic(method, options.engine)
+    automatic = automatic_forms(method, options.engine)
     _require_used(options, [own[to]] if to in own else automatic, to)
     if to != "auto":
         if to not in own:
@@ -100,7 +100,7 @@ def export_checkpoint(
     raise ExportError(f"no form holds {reference}: {'; '.join(lost)}")
 
 
-def _automatic(method: MethodInfo, engine: str | None) -> list[Form]:
+def automatic_forms(method: MethodInfo, engine: str | None) -> list[Form]:
     """The forms that `auto` tries: those that `engine` alone reads, where there are such."""
     of_engine = [form for form in method.forms if engine is not None and form.engine == engine]
     return of_engine or [form for form in method.forms if form.automatic]

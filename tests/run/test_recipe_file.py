@@ -17,7 +17,7 @@ from mhconvert.convert.recipe.recipe import Recipe, load_recipe
 from mhconvert.convert.validation.option import declared
 from mhconvert.errors import MhconvertError, RecipeError
 from mhconvert.eval.settings import EvalSettings
-from mhconvert.run.stage_settings import ExportStage, PushStage
+from mhconvert.run.stage_settings import ExportStage, PushStage, export_fault
 from mhconvert.run.whole_recipe import RunRecipe, load
 
 WHOLE = """\
@@ -310,6 +310,13 @@ def test_exports_and_pushes_that_cannot_be() -> None:
         PushStage("a/b", revision="")
 
 
+def test_auto_for_an_engine_takes_the_options_of_its_form() -> None:
+    assert export_fault("mla", ExportStage("auto", engine="llama.cpp", kind="q8_0")) is None
+    assert export_fault("mla", ExportStage("auto", engine="vllm", dtype="float32")) is None
+    key, why = export_fault("mla", ExportStage("auto", engine="llama.cpp", dtype="float32")) or ("", "")
+    assert (key, why) == ("dtype", "dtype does not apply to an export of mla to auto; leave it out")
+
+
 COUNTS = st.none() | st.integers(1, 10**6)
 WORDS = st.text("abc-./: #'\"é", min_size=1, max_size=8)
 STAGES = {
@@ -332,7 +339,7 @@ STAGES = {
         dtype=st.sampled_from([None, "float32"]),
         pad_row=st.sampled_from([None, 320, 512, 576]),
         engine=st.sampled_from([None, "vllm", "llama.cpp"]),
-    ),
+    ).filter(lambda stage: export_fault("mla", stage) is None),
     "push": st.builds(PushStage, repo=st.sampled_from(["a/b", "name"]), private=st.booleans()),
 }
 HEALS = st.builds(

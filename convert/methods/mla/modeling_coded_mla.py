@@ -245,8 +245,8 @@ class CodedLatentAttention(LatentAttention):
         peak = query.new_full((batch, heads, query.shape[1] // heads, 1), -torch.inf, dtype=torch.float32)
         total = torch.zeros_like(peak)
         latent_sum = peak.new_zeros(*peak.shape[:-1], self.kv_b_proj.in_features)
-        for start in range(tokens.start, tokens.stop, max(1, step)):
-            block = slice(start, min(start + max(1, step), tokens.stop))
+        for start in range(tokens.start, tokens.stop, step):
+            block = slice(start, min(start + step, tokens.stop))
             latent = self.code.decode(rows[:, block], query.dtype)  # n+1, b t
             scores = keys.scores(latent, own, block).reshape(batch, heads, peak.shape[2], -1).float()
             if self.softcap is not None:
