@@ -18,6 +18,9 @@ from .documents import check_sources
 from .token_rows import require_embedded, sampled_rows, text_rows
 
 DEFAULT_ROW = 512  # tokens
+# That are sampled on end for a row of no asked length: each takes a step, and half as many steps of twice as many rows
+# take half the time.
+SAMPLED_TEXT = 256
 JUDGES, JUDGE_TOKENS = 4, 2048  # the most rows, and tokens in all, on which a survey measures layers
 
 # (source, device) -> effort -> tokens. Text costs one forward pass, sampled text one decoding step per token of a row.
@@ -103,8 +106,10 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
     tokenizer = donor.tokenizer()
     if calibration.sources == ("self",):
         dtype = torch.float32 if device.type == "cpu" else donor.dtype
+        texts = -(-length // SAMPLED_TEXT) if calibration.sequence_length is None else 1
         model = donor.model(device, dtype)
-        ids = sampled_rows(model, tokenizer, rows, length, recipe.seed, on_progress)
+        ids = sampled_rows(model, tokenizer, rows * texts, -(-length // texts), recipe.seed, on_progress)
+        ids = ids.reshape(rows, -1)[:, :length]
     else:
         ids = text_rows(calibration.sources, tokenizer, rows, length, recipe.seed)
     require_embedded(ids, tokenizer, donor.config.vocab_size)

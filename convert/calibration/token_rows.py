@@ -80,13 +80,23 @@ def _sampled(model: Any, ids: Tensor, length: int, generator: torch.Generator) -
     yield ids
     output = model(input_ids=ids.to(model.device), use_cache=True)
     while ids.shape[1] < length:
-        probabilities = output.logits[:, -1].float().softmax(-1).cpu()
-        token = torch.multinomial(probabilities, 1, generator=generator)
+        token = random_ids(output.logits[:, -1].float().softmax(-1).cpu(), generator)
         ids = torch.cat((ids, token), dim=1)
         yield ids
         if ids.shape[1] < length:
             cache = output.past_key_values
             output = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True)
+
+
+def random_ids(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """(rows, 1): an id of each row of (rows, ids) by one random number; `torch.multinomial` makes one for every id."""
+    summed = probabilities.cumsum(-1)
+    whole = summed[:, -1:]
+    threshold = torch.rand(len(summed), 1, generator=generator) * whole
+    below = torch.nextafter(
+        whole, torch.zeros(())
+    )  # rounding may give the whole, behind which there is no id
+    return torch.searchsorted(summed, threshold.minimum(below), right=True)
 
 
 def start_of_text(tokenizer: Any) -> list[int]:

@@ -8,15 +8,17 @@ layer at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mhconvert.device import half_products
 from mhconvert.progress import Progress
 
+from ..calibration.token_rows import random_ids
 from ..families.facts import attention_facts
 from ..methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensitivity
 from . import layer_steps
@@ -25,6 +27,7 @@ from .context import ConversionContext
 WANTED_PER_ELEMENT = 20  # tokens for each element of a layer's keys and values, which few_tokens names
 FEW_PER_ELEMENT = 2  # below it the transform fits the text that it was made from
 PASS_TOKENS = 8192  # that go through the layers at once
+STEP_TOKENS = 1024  # that go through a layer with its gradients at once
 ROW_TOKENS = 512
 # Beside the layers' inputs: the gradient behind a layer, and that before it, as rows and joined.
 STATE_COPIES = 3
@@ -97,7 +100,8 @@ def _one_pass(
         inputs.append(hidden)
         layer = layer_steps.read_layer(context, index, rows.shape[1])
         block = layer.block(layer.attention, nn.Identity())
-        hidden = layer.through(lambda x, block=block: block(x, None)[0], hidden)
+        with half_products(context.device):
+            hidden = layer.through(lambda x, block=block: block(x, None)[0], hidden)
         yield
     gradient = _gradient_of_samples(context, hidden, generator)
     for index in reversed(range(context.layers)):
@@ -112,9 +116,11 @@ def _gradient_of_samples(context: ConversionContext, hidden: Tensor, generator: 
     for row in hidden:
         leaf = row.to(context.device).requires_grad_()
         with torch.enable_grad():
-            log_probabilities = context.donor.head(leaf).log_softmax(-1)
-            drawn = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator)
-            log_probabilities.gather(-1, drawn.to(leaf.device)).sum().backward()
+            logits = context.donor.head(leaf)
+        probabilities = logits.detach().softmax(-1)
+        ids = random_ids(probabilities.cpu(), generator).to(leaf.device)
+        behind = probabilities.neg_()
+        logits.backward(behind.scatter_add_(-1, ids, torch.ones_like(behind[:, :1])))
         assert leaf.grad is not None
         gradients.append(leaf.grad.cpu())
     return torch.stack(gradients)
@@ -132,10 +138,13 @@ def _through_layer(
     block = layer.block(layer.attention, nn.Identity())
     before, written = [], []
     with _key_value_projections(layer.attention, context.donor.config) as read:
-        for row, behind in zip(hidden.split(1), gradient.split(1), strict=True):
-            leaf = row.to(context.device).requires_grad_()
+        rows = max(1, STEP_TOKENS // hidden.shape[1])
+        for part, behind in zip(hidden.split(rows), gradient.split(rows), strict=True):
+            leaf = part.to(context.device).requires_grad_()
             with torch.enable_grad():
-                block(leaf, None)[0].backward(behind.to(context.device))
+                with half_products(context.device):
+                    output = block(leaf, None)[0]
+                output.backward(behind.to(output))
             assert leaf.grad is not None
             before.append(leaf.grad.cpu())
             written.append(read())
@@ -145,14 +154,16 @@ def _through_layer(
 
 @contextmanager
 def _key_value_projections(attention: Any, config: Any) -> Iterator[Any]:
-    """A function that returns the keys before RoPE and values [k; v] of the last row, and the gradient at them.
+    """A function that returns the keys before RoPE and values [k; v] of the last rows, and the gradient at them.
 
-    Both are (L − FIRST_TOKENS, m), float32 on the CPU.
+    Both are (N (L − FIRST_TOKENS), m), on the CPU.
     """
     facts = attention_facts(config)
     fused = hasattr(attention, "qkv_proj")
     keys = attention.k_norm if facts.qk_norm is not None else getattr(attention, "k_proj", None)
     modules = [attention.qkv_proj] if fused else [keys, attention.v_proj]
+    names = ("qkv_proj", "k_proj", "v_proj", "k_norm")
+    exact = [getattr(attention, name) for name in names if hasattr(attention, name)]
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -160,7 +171,7 @@ def _key_value_projections(attention: Any, config: Any) -> Iterator[Any]:
         outputs.append(output)
 
     def flat(x: Tensor) -> Tensor:
-        """(1, L, width), from that or from a norm's heads (1, L, G, d) or (1, G, L, d)."""
+        """(N, L, width), from that or from a norm's heads (N, L, G, d) or (N, G, L, d)."""
         if x.dim() == 4 and x.shape[1] == facts.kv_heads and x.shape[2] != facts.kv_heads:
             x = x.transpose(1, 2)
         return x.flatten(2)
@@ -169,14 +180,29 @@ def _key_value_projections(attention: Any, config: Any) -> Iterator[Any]:
         values, gradients = ([flat(getattr(o, name)) for o in outputs] for name in ("data", "grad"))
         outputs.clear()
         joined = (
-            torch.cat(parts, dim=-1)[0, FIRST_TOKENS:, -facts.kv_elements :] for parts in (values, gradients)
+            torch.cat(parts, dim=-1)[:, FIRST_TOKENS:, -facts.kv_elements :].flatten(0, 1)
+            for parts in (values, gradients)
         )
         keys_values, at_them = (part.cpu() for part in joined)
         return keys_values, at_them
 
     hooks = [module.register_forward_hook(keep) for module in modules]
+    for module in exact:
+        module.forward = _without_half_products(module.forward)
     try:
         yield read
     finally:
         for hook in hooks:
             hook.remove()
+        for module in exact:
+            del module.forward
+
+
+def _without_half_products(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`forward` in the weights' own dtype: of what hardly varies, rounding would be most of the covariance."""
+
+    def exact(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x)
+
+    return exact

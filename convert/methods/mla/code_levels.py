@@ -13,6 +13,7 @@ ROUNDS = 30
 SPREAD = (
     3.0**0.5
 )  # the density of many levels is best as that of a normal variable of three times the variance
+MOST_SAMPLES = 1 << 17  # of a width: 512 for each of its levels at least
 ENOUGH_SAMPLES = 16  # for each level; a width with fewer keeps the normal levels
 
 
@@ -52,7 +53,7 @@ def layer_levels(components: Tensor, ranges: list[tuple[int, int, int]]) -> Tens
         ranges: (width, start, stop) of the components that have each width.
     """
     levels = torch.empty(LEVELS, dtype=torch.float64)
-    samples = {width: components[:, start:stop].flatten().double() for width, start, stop in ranges}
+    samples = {width: _few(components[:, start:stop]).flatten().double() for width, start, stop in ranges}
     for width in WIDTHS:
         begin = level_offset(width)
         made = normal_levels(width)
@@ -60,3 +61,8 @@ def layer_levels(components: Tensor, ranges: list[tuple[int, int, int]]) -> Tens
             made = fitted_levels(samples[width], made)
         levels[begin : begin + 2**width] = made
     return levels
+
+
+def _few(components: Tensor) -> Tensor:
+    """Some of the tokens of (tokens, n), so that there are no more than MOST_SAMPLES elements or a token's."""
+    return components[:: -(-components.numel() // MOST_SAMPLES) or 1]

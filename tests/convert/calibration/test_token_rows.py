@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mhconvert.convert.calibration.token_rows import (
     CHARACTERS_A_TOKEN,
+    random_ids,
     require_embedded,
     sampled_rows,
     text_rows,
@@ -168,6 +169,19 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sampled(rows: int = 5, length: int = 12, seed: int = 0, listener: Any = ignore) -> Tensor:
     return sampled_rows(donor_model(), make_tokenizer(), rows, length, seed, listener)
+
+
+def test_ids_are_drawn_as_often_as_they_are_likely() -> None:
+    likely = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    ids = random_ids(likely.expand(20_000, -1), torch.Generator().manual_seed(0)).flatten()
+    found = torch.bincount(ids, minlength=6) / len(ids)
+    assert found[likely == 0].sum() == 0
+    assert (found - likely).abs().max() < 0.015  # four standard deviations
+
+
+def test_the_largest_random_number_draws_the_last_likely_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(size))
+    assert random_ids(torch.tensor([[0.25, 0.75, 0.0, 0.0]]), torch.Generator()).tolist() == [[1]]
 
 
 def test_sampled_rows_are_the_same_for_a_seed_and_in_range() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,13 @@ def context_of(recipe: Recipe) -> ConversionContext:
     return ConversionContext(recipe, donor, device, torch.float32, rows, fit, Fidelity, ignore)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+@pytest.fixture
+def whole_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "half_products", lambda _: nullcontext())
+
+
+@pytest.mark.usefixtures("whole_products")
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "qwen3"])
 def test_layer_by_layer_is_the_whole_model(recipe: Build, tmp_path: Path, family: str) -> None:
     donor = str(make_donor(tmp_path / "donor", family=family, pad_token_id=1))
     context = context_of(dataclasses.replace(recipe(tmp_path / "out"), model=donor, settings=CODED))
@@ -65,6 +72,25 @@ def test_layer_by_layer_is_the_whole_model(recipe: Build, tmp_path: Path, family
         for field in dataclasses.fields(found):
             one, other = (getattr(each, field.name).double() for each in (found, wanted))
             assert (one - other).norm() < 1e-4 * other.norm(), field.name  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_products_of_16_bits_change_the_prices_little(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """The first layer's keys and values are exact: what hardly varies in them must not vary by rounding."""
+    donor = str(make_donor(tmp_path / "donor", family=family, pad_token_id=1))
+    context = context_of(dataclasses.replace(recipe(tmp_path / "out"), model=donor, settings=CODED))
+    measured = []
+    for products in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        monkeypatch.setattr(sensitivity, "half_products", lambda _, products=products: products)
+        measured.append(measure_sensitivities(context))
+    for index, (exact, rounded) in enumerate(zip(*measured, strict=True)):
+        moved = (rounded.covariance - exact.covariance).norm() / exact.covariance.norm()
+        assert moved < (1e-6 if index == 0 else 0.02)
+        # Other tokens are drawn where a sum of probabilities is rounded to the other side: another sample.
+        assert float(rounded.price.trace()) == pytest.approx(float(exact.price.trace()), rel=0.1)
+    assert not torch.equal(measured[0][0].price, measured[1][0].price)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -94,6 +120,7 @@ def test_a_small_error_costs_what_the_price_says(index: int) -> None:
     assert measured == pytest.approx(float(said), rel=0.1)
 
 
+@pytest.mark.usefixtures("whole_products")
 def test_several_passes_are_one(recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the gradients that are clipped: a pass clips its own."""
     context = context_of(dataclasses.replace(recipe(tmp_path / "out"), settings=CODED))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhconvert.convert.calibration.token_rows import random_ids
 from mhconvert.convert.families.facts import attention_facts
 from mhconvert.convert.methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensitivity
 from mhconvert.convert.methods.mla.coded_method import CodedMLA
@@ -51,8 +52,8 @@ def whole_model_sensitivities(donor: Any, ids: Tensor, seed: int = 0) -> list[La
     generator = torch.Generator().manual_seed(seed)
     for row in ids:
         likely = donor(input_ids=row[None], use_cache=False).logits[0].log_softmax(-1)
-        drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
-        likely.gather(-1, drawn).sum().backward()
+        ids_drawn = random_ids(likely.detach().exp(), generator)
+        likely.gather(-1, ids_drawn).sum().backward()
     for hook in hooks:
         hook.remove()
 
