@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+from mhconvert import extras
 from mhconvert.errors import HealError
 
 
@@ -54,7 +54,4 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def require_tensorboard() -> None:
     """Raises HealError if TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise HealError(
-            "--tensorboard needs tensorboard: pip install 'mhconvert[tensorboard]'; metrics.jsonl does without"
-        )
+    extras.require("tensorboard", "--tensorboard", "metrics.jsonl does without", HealError)

@@ -22,6 +22,7 @@ from ..convert.storage.output_folder import PARTIAL
 from ..eval.page import page
 from ..eval.tasks.harness import require_available
 from ..eval.tasks.task_choice import resolve
+from ..heal import packed_rows
 from .ledger import Ledger
 from .stage_settings import export_fault
 from .whole_recipe import RunRecipe
@@ -55,7 +56,9 @@ def conversion(work: Run) -> Any:
 
 
 def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
-    """Raise MhconvertError for what a later stage would refuse: tasks, missing files, a form, no token."""
+    """Raise MhconvertError for what a later stage would refuse: missing files or libraries, tasks, a form, no token."""
+    if recipe.convert.heal is not None and "heal" in stages:
+        packed_rows.check(recipe.convert.heal)
     if recipe.eval is not None and "eval" in stages:
         settings = recipe.eval
         require_available(settings)

@@ -10,12 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mhconvert import extras
 from mhconvert.errors import TextError
 
 from ..storage.regular_file import require_regular
 from ..storage.unicode_text import lone_surrogate
 from .conversations import Messages, conversation_field, messages_of
-from .text_files import TEXT_SUFFIXES, records
+from .text_files import TEXT_SUFFIXES, records, require_reader
 
 DATASET_DOCUMENTS = 2000  # read from a streamed dataset by default
 
@@ -44,16 +45,21 @@ def read(
 
 
 def check_sources(sources: tuple[str, ...]) -> None:
-    """Check that the sources exist, without reading them.
+    """Check that the files exist, and that the library is there which reads them or the datasets; reads no text.
 
     Raises:
-        TextError: a file is missing or not readable, a pattern matches nothing, or a source is a folder.
+        TextError: a file is missing or not readable, a pattern matches nothing, a source is a folder, or a library
+            is not installed.
     """
     for source in sources:
-        for path in files(source):
+        paths = files(source)
+        if not paths:
+            _require_datasets(source)
+        for path in paths:
             if not os.access(path, os.R_OK):
                 reason = "no permission" if path.exists() else "there is no such file"
                 raise TextError(f"text file {path} cannot be read: {reason}")
+            require_reader(path)
 
 
 def files(source: str) -> list[Path]:
@@ -137,8 +143,14 @@ def _names(record: dict[str, Any]) -> str:
     return ", ".join(repr(name) for name in record) or "no fields"
 
 
+def _require_datasets(name: str) -> None:
+    """Raises TextError where datasets is not installed."""
+    extras.require("datasets", f"'{name}' is no file, and a dataset", "text files do without", TextError)
+
+
 def _read_dataset(name: str, chat: Chat | None, characters: int | None, on_bad: OnBad | None) -> list[str]:
     """The first documents of the train split of a streamed dataset."""
+    _require_datasets(name)
     import datasets
 
     identifier, _, config = name.partition(":")

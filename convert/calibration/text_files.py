@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mhconvert import extras
 from mhconvert.errors import TextError
 
 from ..storage.regular_file import require_regular
@@ -22,6 +23,7 @@ JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 TEXT_SUFFIXES = (".txt", ".raw", ".md", ".parquet", *JSON_SUFFIXES, *PACKED_SUFFIXES)
 PARQUET = b"PAR1"  # at both ends
+ZSTD = rb"\x28\xb5\x2f\xfd"
 
 
 def _unzstd(content: bytes) -> bytes:
@@ -36,7 +38,7 @@ UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
     rb"\x1f\x8b\x08": gzip.decompress,
     rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.decompress,  # of a block, or of the end where there is none
     rb"\xfd7zXZ\x00": lzma.decompress,
-    rb"\x28\xb5\x2f\xfd": _unzstd,
+    ZSTD: _unzstd,
 }
 REFUSED = {
     rb"PK\x03\x04": "a zip archive",
@@ -57,6 +59,7 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
     """
     require_regular(path, TextError)
     try:
+        require_reader(path)
         content = path.read_bytes()
         if _is_parquet(path, content):
             yield from _rows(path)
@@ -64,14 +67,18 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
         content = _unpacked(content)
         _require_text(content)
         yield from _text_records(path, _decoded(content))
-    except ImportError as error:
-        raise TextError(
-            f"text file {path} cannot be read without {error.name}: pip install {error.name}"
-        ) from error
     except OSError as error:
         raise TextError(f"text file {path} cannot be read: {error.strerror or error}") from error
     except DAMAGED as error:
         raise TextError(f"text file {path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def require_reader(path: Path) -> None:
+    """Raises TextError where the file begins as one that pyarrow reads, and that is not installed."""
+    with path.open("rb") as file:
+        begin = file.read(len(PARQUET))
+    if begin == PARQUET or re.match(ZSTD, begin):
+        extras.require("pyarrow", f"text file {path}", "text and JSON lines do without", TextError)
 
 
 def _is_parquet(path: Path, content: bytes) -> bool:

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from mhconvert import extras
+
 from ..report.units import number, share
 from . import plots
 from .blocks import Block, Figure, Heading, Paragraph, Table
 from .verdict import cache_shares, conversions, ratio
 
 AS_MADE = ("converted", "donor")  # and not trained since
-NO_PLOT = "There is no plot because matplotlib is missing: pip install 'mhconvert[plot]'"
+NO_PLOT = f"There is no plot because matplotlib is missing: {extras.install('matplotlib')}"
 
 
 def curves(result: Mapping[str, Any]) -> list[Block]:

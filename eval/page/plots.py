@@ -5,7 +5,6 @@ They need matplotlib, from the extra mhconvert[plot].
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 import re
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import cycle
 from typing import Any
+
+from mhconvert import extras
 
 # Placeholder colours that `_svg` replaces by CSS variables, which matplotlib does not support.
 INK = {
@@ -47,7 +48,7 @@ class Point:
 
 def available() -> bool:
     """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+    return extras.is_installed("matplotlib")
 
 
 def layers(series: Sequence[tuple[str, Sequence[float | None]]]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mhconvert.errors import MhconvertError, OutputError
+from mhconvert import extras
+from mhconvert.errors import OutputError
 
 from .conversion_tables import json_safe
 
@@ -35,10 +35,8 @@ def check(files: Sequence[Path], force: bool) -> None:
             raise OutputError(f"{file} exists; choose another file with -o, or replace it with --force")
         if not file.absolute().parent.is_dir():
             raise OutputError(f"{file} cannot be written: there is no folder {file.absolute().parent}")
-        if file.suffix in PICTURES and importlib.util.find_spec("matplotlib") is None:
-            raise MhconvertError(
-                f"{file} needs matplotlib: pip install 'mhconvert[plot]'; a .json file and the table do without"
-            )
+        if file.suffix in PICTURES:
+            extras.require("matplotlib", str(file), "a .json file and the table do without")
 
 
 def write(result: dict[str, Any], file: Path) -> None:
@@ -107,7 +105,7 @@ def write_healing(folder: Path) -> str | None:
 
     Returns the plot's file name, or None if matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not extras.is_installed("matplotlib"):
         return None
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     _save(draw_healing([json.loads(line) for line in lines]), folder / HEALING)

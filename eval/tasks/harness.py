@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mhconvert import extras
 from mhconvert.errors import MhconvertError, TextError
 
+from ...convert.calibration.text_files import require_reader
 from ..result_cache import Store
 from ..settings import OWN_CACHE, EvalSettings
 from ..vllm.engine import installed
@@ -25,7 +27,12 @@ OnRows = Callable[[str, int, int], None]  # task, rows done, rows in all
 
 
 def require_available(settings: EvalSettings) -> None:
-    """Raises MhconvertError for a backend that is not installed, or has no such cache."""
+    """Raises MhconvertError for a library or a backend that is not installed, or has no such cache."""
+    if settings.has_tasks:
+        extras.require("lm_eval", "a suite or a task", "texts and retrieval do without")
+    for text in settings.text_files:
+        if text.is_file():
+            require_reader(text)
     if settings.backend == "vllm" and settings.kv_cache_dtype not in (OWN_CACHE, "fp8"):
         raise MhconvertError(
             f"vllm has no KV cache of dtype {settings.kv_cache_dtype}; choose --kv-cache-dtype fp8, or --backend hf"

@@ -188,6 +188,13 @@ def test_a_recipe_with_healing(
     assert load_recipe(tmp_path / "out" / "recipe.yaml").output == recipe.output
 
 
+def test_the_text_of_healing_is_looked_for_before_the_conversion(donor: Path, tmp_path: Path) -> None:
+    heal = HealSettings(tokens=512, data={str(tmp_path / "absent.txt"): 1.0})
+    with pytest.raises(MhconvertError, match=r"absent\.txt cannot be read: there is no such file"):
+        api.convert(Recipe(str(donor), "mla", output=str(tmp_path / "out"), heal=heal))
+    assert not list(tmp_path.iterdir())
+
+
 def broken(*_: object, **__: object) -> Rows:
     raise MhconvertError("the lights went out")
 

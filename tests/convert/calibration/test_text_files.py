@@ -118,7 +118,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(TextError, match=r"a\.parquet cannot be read without pyarrow: pip install pyarrow"):
+    with pytest.raises(TextError, match=r"a\.parquet needs pyarrow: pip install 'mhconvert\[eval\]'"):
         read_file(tmp_path / "a.parquet")
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,7 +158,7 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("no such\nrepository")
         return Stream([{"text": "abcdefgh" * 4}] * 3)
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert drawn("org/texts:small").shape == (4, LENGTH)
     assert calls == [("org/texts", "small", {"split": "train", "streaming": True})]
     with pytest.raises(TextError, match="'org/broken' is neither a file nor a dataset.*no such repository"):
