@@ -27,7 +27,7 @@ from .bare_process.reload import peak_rss
 from .calibration import calibration_rows
 from .checkpoint import provenance
 from .donor.donor import Donor, open_donor
-from .layer_pass import conversion_report, cost_estimate, layer_steps, survey
+from .layer_pass import conversion_report, cost_estimate, layer_steps, survey, time_estimate
 from .layer_pass.context import ConversionContext, Fit, Measure
 from .layer_pass.decoder_layer import Streams
 from .layer_pass.resumable_run import Workspace
@@ -187,9 +187,9 @@ def _complete_folder(
 def plan(
     recipe: Recipe, *, surveyed: Measure | None = None, on_progress: Listener | None = None
 ) -> dict[str, Any]:
-    """What `convert_checkpoint` would do: sizes, KV arithmetic, disk and memory. Reads no weights, writes nothing.
+    """What `convert_checkpoint` would do: sizes, KV arithmetic, disk, memory, time. Reads no weights, writes nothing.
 
-    With a tolerance the budget is searched: sizes are the most that it can come to, and layers are missing.
+    With a tolerance the budget is searched: sizes are the most that it can come to, layers and time are missing.
 
     Args:
         surveyed: `measure` as in `convert_checkpoint`: the weights are read for a survey, and each layer's part of the
@@ -208,7 +208,10 @@ def plan(
         context = ConversionContext(recipe, donor, device, dtype, rows, _no_fit, surveyed, on_progress)
         method.share_out(survey.measure_needs(context))
     sizes = cost_estimate.plan(recipe, donor, method, device)
-    return sizes if recipe.tolerance is None else sizes | {"tolerance": recipe.tolerance, "layers": []}
+    if recipe.tolerance is not None:
+        return sizes | {"tolerance": recipe.tolerance, "layers": []}
+    rates = time_estimate.probe(device)
+    return sizes | {"expected_seconds": time_estimate.expected_seconds(recipe, donor, method, device, rates)}
 
 
 def _no_fit(*_: Any, **__: Any) -> None:

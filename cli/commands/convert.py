@@ -114,7 +114,7 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
     """Print what a conversion would do and need."""
     from rich.table import Table
 
-    from ...eval.report.units import share, size
+    from ...eval.report.units import duration, share, size
 
     cache, asked = plan["kv_bytes_per_token"], plan.get("tolerance")
     part = share(cache["converted"] / cache["donor"])
@@ -133,6 +133,10 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
         ("size of the result", size(plan.get("output_bytes"))),
         ("disk needed", size(plan.get("disk_needed_bytes"))),
         ("memory needed", size(plan.get("memory_needed_bytes"))),
+        (
+            "time expected, on this machine while idle",
+            duration(sum(plan.get("expected_seconds", {}).values()) or None),
+        ),
     ):
         table.add_row(name, value)
     for label, key in info(plan["method"]).sizes:

@@ -61,6 +61,11 @@ def row_length(recipe: Recipe, config: Any) -> int:
     return min(DEFAULT_ROW, limit) if chosen is None else chosen
 
 
+def sampled_texts(recipe: Recipe, config: Any) -> int:
+    """How many sampled texts a row is made of."""
+    return 1 if recipe.calibration.sequence_length else -(-row_length(recipe, config) // SAMPLED_TEXT)
+
+
 def check(recipe: Recipe, config: Any) -> None:
     """Check the calibration settings against the donor's config, before any text is read.
 
@@ -106,7 +111,7 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
     tokenizer = donor.tokenizer()
     if calibration.sources == ("self",):
         dtype = torch.float32 if device.type == "cpu" else donor.dtype
-        texts = -(-length // SAMPLED_TEXT) if calibration.sequence_length is None else 1
+        texts = sampled_texts(recipe, donor.config)
         model = donor.model(device, dtype)
         ids = sampled_rows(model, tokenizer, rows * texts, -(-length // texts), recipe.seed, on_progress)
         ids = ids.reshape(rows, -1)[:, :length]

@@ -13,9 +13,10 @@ from mhconvert.errors import CalibrationError, TextError
 from mhconvert.progress import Listener, Progress
 
 from . import documents
+from .growing_cache import growing_cache
 
 CHARACTERS_A_TOKEN = 4  # typical ratio; sets the length of a window of text
-SAMPLED_ROWS = 32  # batch size of sampling
+SAMPLED_ROWS, SAMPLED_TOKENS = 32, 16384  # that are sampled together: rows, or more if they have fewer tokens
 
 
 def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, seed: int) -> Tensor:
@@ -64,27 +65,33 @@ def sampled_rows(
     ordinary = torch.tensor(sorted(set(range(known)) - set(tokenizer.all_special_ids)))
     starts = ordinary[torch.randint(len(ordinary), (rows, 1), generator=generator)]
     starts = torch.cat((torch.tensor(prefix, dtype=torch.long).expand(rows, -1), starts), dim=1)
-    batches = []
-    for first in range(0, rows, SAMPLED_ROWS):
-        begun = starts[first : first + SAMPLED_ROWS]
+    batches: list[Tensor] = []
+    for begun in starts.chunk(batches_of(rows, length)):
+        before = sum(map(Tensor.numel, batches))
         for ids in _sampled(model, begun, length, generator):
-            done = first * length + ids.numel()
-            on_progress(Progress("calibrate", done, rows * length, "text sampled from the donor"))
+            on_progress(
+                Progress("calibrate", before + ids.numel(), rows * length, "text sampled from the donor")
+            )
         batches.append(ids)
     return torch.cat(batches)
+
+
+def batches_of(rows: int, length: int) -> int:
+    """In how many batches `rows` rows of `length` tokens are sampled."""
+    return -(-rows // max(SAMPLED_ROWS, SAMPLED_TOKENS // length))
 
 
 @torch.inference_mode()
 def _sampled(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Iterator[Tensor]:
     """`ids` (rows, n) as it is continued by sampling, a token at a time, to (rows, length)."""
     yield ids
-    output = model(input_ids=ids.to(model.device), use_cache=True)
+    cache = growing_cache()
+    output = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
     while ids.shape[1] < length:
         token = random_ids(output.logits[:, -1].float().softmax(-1).cpu(), generator)
         ids = torch.cat((ids, token), dim=1)
         yield ids
         if ids.shape[1] < length:
-            cache = output.past_key_values
             output = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True)
 
 

@@ -40,7 +40,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     layers, width = config.num_hidden_layers, dtype.itemsize
     elements = attention_facts(config).kv_elements
     donor_elements = elements * layers
-    outer, per_layer, attention = _parameters(donor, method)
+    outer, per_layer, attention = layer_parameters(donor, method)
     converted = outer + layers * (per_layer - attention + method.new_parameters())
     tokens = token_count(recipe, device)
     length = row_length(recipe, config)
@@ -102,7 +102,7 @@ def _notice(method: Method, elements: int, rows: int, length: int) -> dict[str, 
     return {"notice": few} if method.surveys_sensitivity and few else {}
 
 
-def _parameters(donor: Donor, method: Method) -> tuple[int, int, int]:
+def layer_parameters(donor: Donor, method: Method) -> tuple[int, int, int]:
     """Return the parameters outside the layers, in one layer, and of those the ones that the method replaces."""
     shapes = donor.shapes()
     names = donor.layer_tensor_names(0)

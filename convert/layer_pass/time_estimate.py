@@ -1,0 +1,134 @@
+"""How long a conversion takes on this machine: what its stages multiply, at the rates of a half-second probe."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhconvert.device import half_products
+
+from ..calibration.calibration_rows import JUDGE_TOKENS, row_length, sampled_texts, token_count
+from ..calibration.token_rows import batches_of
+from ..donor.donor import Donor
+from ..families.facts import attention_facts
+from ..methods.registry import Method
+from ..recipe.recipe import Recipe
+from .conversion_report import PROBE_ROWS
+from .cost_estimate import layer_parameters
+from .layer_steps import FIT_TOKENS, block_steps, layer_fit_steps, layer_rows
+from .sensitivity import surveyed_shape
+from .survey import STRIDE
+
+PROBE_SECONDS = 0.12  # for each of four rates
+SIZE = 1024  # of the matrices that are multiplied
+START_SECONDS = 4.0  # of a process with torch and transformers
+# By how much a stage is slower than its products alone, on two cores: attention, copies, and what is not multiplied.
+SAMPLING_FACTOR, SURVEY_FACTOR, NEEDS_FACTOR, PASS_FACTOR, FIT_FACTOR = 3.0, 2.6, 2.0, 2.5, 3.0
+SURGERY_CUBES = (
+    100  # float64 products of square matrices as wide as the hidden states that a layer's closed form takes
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        single, half, double: floating-point operations of products in float32, as `half_products` makes them, and in
+            float64 on the CPU.
+        read: bytes of weights that one row is multiplied by.
+    """
+
+    single: float
+    half: float
+    double: float
+    read: float
+
+
+def probe(device: torch.device) -> Rates:
+    """The rates of `device`, measured in half a second."""
+    square, row = torch.randn(SIZE, SIZE, device=device), torch.randn(1, SIZE, device=device)
+    weights = torch.randn(16 * SIZE, SIZE, device=device)
+    exact = square[: SIZE // 2, : SIZE // 2].cpu().double()
+
+    def halves() -> Tensor:
+        with half_products(device):
+            return square @ square
+
+    return Rates(
+        single=2 * SIZE**3 / _seconds(lambda: square @ square, device),
+        half=2 * SIZE**3 / _seconds(halves, device),
+        double=SIZE**3 / 4 / _seconds(lambda: exact @ exact, device),
+        read=weights.nbytes / _seconds(lambda: row @ weights.mT, device),
+    )
+
+
+def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+    """Of one call of `work`, the mean of those in PROBE_SECONDS."""
+    work().flatten()[0].item()
+    begun, calls = time.perf_counter(), 0
+    while (taken := time.perf_counter() - begun) < PROBE_SECONDS:
+        work().flatten()[0].item()  # which waits for the device
+        calls += 1
+    return taken / calls
+
+
+def expected_seconds(
+    recipe: Recipe, donor: Donor, method: Method, device: torch.device, rates: Rates
+) -> dict[str, float]:
+    """By stage, as `stage_seconds` of a report: within a factor of two on an idle machine that has the memory."""
+    config, length = donor.config, row_length(recipe, donor.config)
+    layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
+    outer, layer, _ = layer_parameters(donor, method)
+    rows = -(-token_count(recipe, device) // length)
+    held = recipe.calibration.held_out * length
+    text = layer_rows(recipe, method, rows, length) * length
+    fitted = FIT_TOKENS * layer_fit_steps(recipe, method) * method.new_parameters()
+    blocks = FIT_TOKENS * block_steps(recipe, rows, length) * layer
+    passed = 2 * layers * layer * (text + 2 * held) / rates.single
+    return {
+        "donor": START_SECONDS,
+        "calibrate": _calibration(
+            recipe, donor, rows + recipe.calibration.held_out, outer + layers * layer, rates
+        ),
+        "survey": _survey(method, config, rows, length, layer, rates) if method.divisible else 0.0,
+        "layers": PASS_FACTOR * passed
+        + FIT_FACTOR * 6 * layers * (fitted + blocks) / rates.half
+        + SURGERY_CUBES * 2 * layers * config.hidden_size**3 / rates.double,
+        "verify": START_SECONDS
+        + PASS_FACTOR * 2 * (layers * layer + head) * PROBE_ROWS * length / rates.single
+        if recipe.verify
+        else 0.0,
+    }
+
+
+def _calibration(recipe: Recipe, donor: Donor, rows: int, parameters: int, rates: Rates) -> float:
+    if recipe.calibration.sources != ("self",):
+        return 0.0  # tokenising takes seconds at most
+    texts = sampled_texts(recipe, donor.config)
+    length = -(-row_length(recipe, donor.config) // texts)
+    steps = length * batches_of(rows * texts, length)
+    products = SAMPLING_FACTOR * 2 * parameters * rows * texts * length / rates.single
+    return products + steps * 4 * parameters / rates.read
+
+
+def _survey(method: Method, config: Any, rows: int, length: int, layer: int, rates: Rates) -> float:
+    layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
+    if method.surveys_sensitivity:
+        tokens = math.prod(surveyed_shape(rows, length))
+        elements = attention_facts(config).kv_elements
+        products = (
+            6 * layers * layer / rates.half
+            + 4 * head / rates.single
+            + 4 * layers * elements**2 / rates.double
+        )
+        return SURVEY_FACTOR * tokens * products
+    judged = min(JUDGE_TOKENS, rows * length)
+    alone = layers * judged * layer * (layers + 2 * len(method.survey_shares)) / rates.single
+    return NEEDS_FACTOR * (alone + 2 * layers * judged * head / STRIDE / rates.single)
