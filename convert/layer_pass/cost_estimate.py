@@ -90,7 +90,7 @@ def _survey(method: Method, config: Any, elements: int, rows: int, length: int) 
     if not method.surveys_sensitivity:
         return 0, 0, 0
     layers = config.num_hidden_layers
-    tokens = math.prod(surveyed_shape(rows, length))
+    tokens = math.prod(surveyed_shape(rows, length, elements))
     basis = 8 * (BASIS_SQUARES * elements**2 + BASIS_ROWS * min(rows * length, PASS_TOKENS) * elements)
     kept = stored_bytes(elements, layers)
     return peak_bytes(elements, layers, config.hidden_size, tokens), basis, kept
@@ -98,7 +98,7 @@ def _survey(method: Method, config: Any, elements: int, rows: int, length: int) 
 
 def _notice(method: Method, elements: int, rows: int, length: int) -> dict[str, str]:
     """What a user should know of `rows` rows of text where a survey measures sensitivities: {"notice": …}, or {}."""
-    few = few_tokens(math.prod(surveyed_shape(rows, length)), elements)
+    few = few_tokens(math.prod(surveyed_shape(rows, length, elements)), elements)
     return {"notice": few} if method.surveys_sensitivity and few else {}
 
 

@@ -121,8 +121,8 @@ def _calibration(recipe: Recipe, donor: Donor, rows: int, parameters: int, rates
 def _survey(method: Method, config: Any, rows: int, length: int, layer: int, rates: Rates) -> float:
     layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
     if method.surveys_sensitivity:
-        tokens = math.prod(surveyed_shape(rows, length))
         elements = attention_facts(config).kv_elements
+        tokens = math.prod(surveyed_shape(rows, length, elements))
         products = (
             6 * layers * layer / rates.half
             + 4 * head / rates.single

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mhconvert.convert.calibration import token_rows
 from mhconvert.convert.calibration.token_rows import (
     CHARACTERS_A_TOKEN,
     random_ids,
@@ -222,10 +223,11 @@ def test_sampling_touches_no_global_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_sampled_rows_beyond_one_batch_and_their_progress() -> None:
+def test_sampled_rows_beyond_one_batch_and_their_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_rows, "SAMPLED_TOKENS", 32 * 9)
     events: list[Progress] = []
     rows = sampled(rows=40, length=9, listener=events.append)
     assert rows.shape == (40, 9)
     assert len({tuple(row) for row in rows.tolist()}) == 40
-    done = [*range(32, 289, 32), *range(288 + 8, 361, 8)]
+    done = [*range(20, 181, 20), *range(180 + 20, 361, 20)]  # two batches of one size
     assert [(p.stage, p.done, p.total) for p in events] == [("calibrate", each, 360) for each in done]

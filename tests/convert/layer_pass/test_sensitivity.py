@@ -64,7 +64,7 @@ def whole_products(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layer_by_layer_is_the_whole_model(recipe: Build, tmp_path: Path, family: str) -> None:
     donor = str(make_donor(tmp_path / "donor", family=family, pad_token_id=1))
     context = context_of(dataclasses.replace(recipe(tmp_path / "out"), model=donor, settings=CODED))
-    rows = surveyed_rows(context.rows.fit)
+    rows = surveyed_rows(context.rows.fit, 64)
     whole = context.donor.model("cpu")
     whole.get_input_embeddings().weight.requires_grad_(True)  # so that gradients flow at all
     expected = whole_model_sensitivities(whole, rows, context.recipe.seed)
@@ -134,14 +134,25 @@ def test_several_passes_are_one(recipe: Build, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("rows", "length", "read"),
-    [(128, 512, (128, 512)), (32, 2048, (128, 512)), (1, 700, (1, 512)), (2, 64, (2, 64))],
+    ("rows", "length", "elements", "read"),
+    [
+        (60, 512, 384, (60, 512)),
+        (128, 512, 384, (60, 512)),
+        (32, 2048, 384, (60, 512)),
+        (32, 2048, 2048, (128, 512)),
+        (1, 700, 64, (1, 512)),
+        (2, 64, 64, (2, 64)),
+    ],
 )
-def test_a_survey_reads_all_of_the_calibration_text(rows: int, length: int, read: tuple[int, int]) -> None:
-    assert surveyed_shape(rows, length) == read
-    taken = surveyed_rows(torch.arange(rows * length).view(rows, length))
+def test_a_survey_reads_all_of_a_calibration_text_up_to_80_tokens_an_element(
+    rows: int, length: int, elements: int, read: tuple[int, int]
+) -> None:
+    assert surveyed_shape(rows, length, elements) == read
+    taken = surveyed_rows(torch.arange(rows * length).view(rows, length), elements)
     assert taken.shape == read
     assert taken.unique().numel() == taken.numel()
+    first = torch.arange(rows * length).view(rows, length)[: len(taken), : read[1]]
+    assert torch.equal(taken[: len(first)], first)  # the beginnings of all rows before any rest
 
 
 def test_the_plan_counts_what_a_survey_holds_and_stores(
