@@ -44,7 +44,7 @@ def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
     passes = rows.split(max(1, PASS_TOKENS // rows.shape[1]))
     moments = [LayerMoments(elements) for _ in range(context.layers)]
     generator = torch.Generator().manual_seed(context.recipe.seed)
-    steps, total = itertools.count(1), 2 * context.layers * len(passes)
+    steps, total = itertools.count(1), 2 * context.layers * len(passes) + len(rows)
     notice = few_tokens(rows.numel(), elements)
     context.on_progress(Progress("survey", 0, total, notice))
     for part in passes:
@@ -101,7 +101,9 @@ def few_tokens(tokens: int, elements: int) -> str:
 def _one_pass(
     context: ConversionContext, rows: Tensor, generator: torch.Generator, moments: list[LayerMoments]
 ) -> Iterator[None]:
-    """Count rows (N, L) in the moments of every layer; yields behind each layer, forward and then backward."""
+    """Count rows (N, L) in the moments of every layer; yields behind each layer forward, each row's predictions, and
+    each layer backward.
+    """
     hidden, inputs = context.donor.embed(rows), []
     for index in range(context.layers):
         inputs.append(hidden)
@@ -110,7 +112,10 @@ def _one_pass(
         with half_products(context.device):
             hidden = layer.through(lambda x, block=block: block(x, None)[0], hidden)
         yield
-    gradient = _gradient_of_samples(context, hidden, generator)
+    gradient = torch.empty_like(hidden)
+    for row, behind in zip(hidden, gradient, strict=True):
+        behind.copy_(_gradient_of_samples(context, row, generator))
+        yield
     for index in reversed(range(context.layers)):
         values, gradients, gradient = _through_layer(context, index, inputs.pop(), gradient)
         moments[index].add(values, gradients)
@@ -118,19 +123,16 @@ def _one_pass(
 
 
 def _gradient_of_samples(context: ConversionContext, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """∂ log p(tokens drawn from the donor's predictions) / ∂ hidden, (N, L, D), behind the last layer."""
-    gradients = []
-    for row in hidden:
-        leaf = row.to(context.device).requires_grad_()
-        with torch.enable_grad():
-            logits = context.donor.head(leaf)
-        probabilities = logits.detach().softmax(-1)
-        ids = random_ids(probabilities.cpu(), generator).to(leaf.device)
-        behind = probabilities.neg_()
-        logits.backward(behind.scatter_add_(-1, ids, torch.ones_like(behind[:, :1])))
-        assert leaf.grad is not None
-        gradients.append(leaf.grad.cpu())
-    return torch.stack(gradients)
+    """∂ log p(tokens drawn from the donor's predictions) / ∂ hidden, (L, D), behind the last layer."""
+    leaf = hidden.to(context.device).requires_grad_()
+    with torch.enable_grad():
+        logits = context.donor.head(leaf)
+    probabilities = logits.detach().softmax(-1)
+    ids = random_ids(probabilities.cpu(), generator).to(leaf.device)
+    behind = probabilities.neg_()
+    logits.backward(behind.scatter_add_(-1, ids, torch.ones_like(behind[:, :1])))
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _through_layer(

@@ -30,9 +30,7 @@ SIZE = 1024  # of the matrices that are multiplied
 START_SECONDS = 4.0  # of a process with torch and transformers
 # By how much a stage is slower than its products alone, on two cores: attention, copies, and what is not multiplied.
 SAMPLING_FACTOR, SURVEY_FACTOR, NEEDS_FACTOR, PASS_FACTOR, FIT_FACTOR = 3.0, 2.6, 2.0, 2.5, 3.0
-SURGERY_CUBES = (
-    100  # float64 products of square matrices as wide as the hidden states that a layer's closed form takes
-)
+SURGERY_PRODUCTS = 100  # of float64 matrices as wide as the hidden states, that a layer's closed form takes
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,14 @@ def probe(device: torch.device) -> Rates:
             return square @ square
 
     return Rates(
-        single=2 * SIZE**3 / _seconds(lambda: square @ square, device),
-        half=2 * SIZE**3 / _seconds(halves, device),
-        double=SIZE**3 / 4 / _seconds(lambda: exact @ exact, device),
-        read=weights.nbytes / _seconds(lambda: row @ weights.mT, device),
+        single=2 * SIZE**3 / _seconds(lambda: square @ square),
+        half=2 * SIZE**3 / _seconds(halves),
+        double=SIZE**3 / 4 / _seconds(lambda: exact @ exact),
+        read=weights.nbytes / _seconds(lambda: row @ weights.mT),
     )
 
 
-def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+def _seconds(work: Callable[[], Tensor]) -> float:
     """Of one call of `work`, the mean of those in PROBE_SECONDS."""
     work().flatten()[0].item()
     begun, calls = time.perf_counter(), 0
@@ -82,7 +80,10 @@ def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
 def expected_seconds(
     recipe: Recipe, donor: Donor, method: Method, device: torch.device, rates: Rates
 ) -> dict[str, float]:
-    """By stage, as `stage_seconds` of a report: within a factor of two on an idle machine that has the memory."""
+    """By stage, as `stage_seconds` of a report: within a factor of two on an idle machine that has the memory.
+
+    Of a mixture of experts all are counted, so that it takes less.
+    """
     config, length = donor.config, row_length(recipe, donor.config)
     layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
     outer, layer, _ = layer_parameters(donor, method)
@@ -100,7 +101,7 @@ def expected_seconds(
         "survey": _survey(method, config, rows, length, layer, rates) if method.divisible else 0.0,
         "layers": PASS_FACTOR * passed
         + FIT_FACTOR * 6 * layers * (fitted + blocks) / rates.half
-        + SURGERY_CUBES * 2 * layers * config.hidden_size**3 / rates.double,
+        + SURGERY_PRODUCTS * 2 * layers * config.hidden_size**3 / rates.double,
         "verify": START_SECONDS
         + PASS_FACTOR * 2 * (layers * layer + head) * PROBE_ROWS * length / rates.single
         if recipe.verify
@@ -109,6 +110,7 @@ def expected_seconds(
 
 
 def _calibration(recipe: Recipe, donor: Donor, rows: int, parameters: int, rates: Rates) -> float:
+    """Of `rows` rows of text; `parameters` of the whole donor."""
     if recipe.calibration.sources != ("self",):
         return 0.0  # tokenising takes seconds at most
     texts = sampled_texts(recipe, donor.config)
@@ -119,6 +121,7 @@ def _calibration(recipe: Recipe, donor: Donor, rows: int, parameters: int, rates
 
 
 def _survey(method: Method, config: Any, rows: int, length: int, layer: int, rates: Rates) -> float:
+    """Of `rows` rows of `length` tokens, through layers of `layer` parameters."""
     layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
     if method.surveys_sensitivity:
         elements = attention_facts(config).kv_elements
