@@ -17,14 +17,13 @@ from mhconvert.progress import Listener, Progress, ignore
 
 from ..families.facts import Family, family_of
 from . import reference as references
+from .blocked_product import blocked_product
 from .carried_files import carried, carry_files
 from .checked_weights import open_checked
 from .tensor_layout import TensorLayout, attention_implementation, meta_model
 from .tensor_names import TransformersNames
 from .tokenizer_files import require_tokenizer
 from .whole_model import final_logits, whole_model
-
-HEAD_BLOCK = 1 << 14  # rows of the output embedding that are cast to float32 at a time
 
 
 def open_donor(reference: str, *, trust_remote_code: bool = False, on_progress: Listener = ignore) -> Donor:
@@ -211,8 +210,7 @@ class Donor:
         normed = norm(hidden.float())
         if output.dtype == stored == torch.float32 and output.device == hidden.device:
             return final_logits(self.config, F.linear(normed, output))
-        blocks = (block.to(stored).to(hidden.device, torch.float32) for block in output.split(HEAD_BLOCK))
-        return final_logits(self.config, torch.cat([F.linear(normed, block) for block in blocks], dim=-1))
+        return final_logits(self.config, blocked_product(normed, output, stored))
 
     def release(self) -> None:
         """Free the embedding and the head; they are read again when they are needed."""
