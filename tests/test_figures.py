@@ -44,6 +44,11 @@ def parse(line: str) -> None:
         if set(words) - set(TARGETS):
             raise ValueError(f"Makefile has no target {words}")
         return
+    if program == "python":
+        source = (ROOT / words[0]).read_text(encoding="utf-8")
+        if unknown := [word for word in words[1:] if word.startswith("-") and f'"{word}"' not in source]:
+            raise ValueError(f"{words[0]} has no option {unknown}")
+        return
     if program != "mhconvert":
         raise ValueError(f"'{program}' is no command of this repository")
     root: Any = typer.main.get_command(app)
@@ -167,7 +172,7 @@ def test_a_missing_plot_is_stale_and_drawn_to_the_same_bytes(tree: Path) -> None
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("mal", "no figure 'mal'; there are coded, coded_texts, cost, dha"),
+        ("mal", "no figure 'mal'; there are coded, coded_texts, conversion_time, cost"),
         ("mla:effort=slow", "no row with effort=slow; effort is one of default, high, quick"),
         ("mla:columns=kv_share|ppl", "no column 'ppl'; there are kv_share"),
         ("mla:effort=high,kv_share=75", "no row of mla is left"),
