@@ -1,6 +1,6 @@
 """Time and memory of a layer of a large donor: its shape and its vocabulary with random weights, few layers.
 
-    PYTHONPATH=. python benchmarks/big_shapes.py FOLDER [--shape llama-3-8b] [--tokens 4096] [-- --kv-budget 0.125 …]
+    PYTHONPATH=. python benchmarks/big_shapes.py FOLDER [--shape llama-3-8b] [--tokens 4096] [-- --to mla …]
 
 What a conversion takes for each layer, and for what is not a layer, are the figures of two runs, with one and with two
 layers. Random weights have the time and the memory of trained ones, and no quality.

@@ -189,7 +189,8 @@ def plan(
 ) -> dict[str, Any]:
     """What `convert_checkpoint` would do: sizes, KV arithmetic, disk, memory, time. Reads no weights, writes nothing.
 
-    With a tolerance the budget is searched: sizes are the most that it can come to, layers and time are missing.
+    With a tolerance the budget is searched: sizes are the most that it can come to, layers and time are missing; the
+    time is missing with healing too, most of which it would be.
 
     Args:
         surveyed: `measure` as in `convert_checkpoint`: the weights are read for a survey, and each layer's part of the
@@ -210,6 +211,8 @@ def plan(
     sizes = cost_estimate.plan(recipe, donor, method, device)
     if recipe.tolerance is not None:
         return sizes | {"tolerance": recipe.tolerance, "layers": []}
+    if recipe.heal is not None:
+        return sizes
     rates = time_estimate.probe(device)
     return sizes | {"expected_seconds": time_estimate.expected_seconds(recipe, donor, method, device, rates)}
 

@@ -110,7 +110,8 @@ def test_a_command_names_no_place_of_one_machine(line: str) -> None:
         ("mhconvert bench small --batch many", UsageError),
         ("mhconvert eval", UsageError),
         ("make measurements", ValueError),
-        ("python quality.py", ValueError),
+        ("python quality.py", FileNotFoundError),
+        ("python benchmarks/vllm_speed.py --pyhton VLLM_PYTHON", ValueError),
     ],
 )
 def test_a_wrong_command_does_not_parse(line: str, error: type[Exception]) -> None:

@@ -110,11 +110,19 @@ def active_heads(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [("active heads a token", f"{heads['converted']} of {heads['donor']}")] if heads else []
 
 
+def expected_time(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """The row of the time, where the plan has one."""
+    from ...eval.report.units import duration
+
+    seconds = plan.get("expected_seconds")
+    return [("time expected, on this machine while idle", duration(sum(seconds.values())))] if seconds else []
+
+
 def show_plan(plan: dict[str, Any], console: Any) -> None:
     """Print what a conversion would do and need."""
     from rich.table import Table
 
-    from ...eval.report.units import duration, share, size
+    from ...eval.report.units import share, size
 
     cache, asked = plan["kv_bytes_per_token"], plan.get("tolerance")
     part = share(cache["converted"] / cache["donor"])
@@ -133,10 +141,7 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
         ("size of the result", size(plan.get("output_bytes"))),
         ("disk needed", size(plan.get("disk_needed_bytes"))),
         ("memory needed", size(plan.get("memory_needed_bytes"))),
-        (
-            "time expected, on this machine while idle",
-            duration(sum(plan.get("expected_seconds", {}).values()) or None),
-        ),
+        *expected_time(plan),
     ):
         table.add_row(name, value)
     for label, key in info(plan["method"]).sizes:

@@ -74,9 +74,12 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def require_reader(path: Path) -> None:
-    """Raises TextError where the file begins as one that pyarrow reads, and that is not installed."""
-    with path.open("rb") as file:
-        begin = file.read(len(PARQUET))
+    """Raises TextError where it cannot be read, or begins as a file that pyarrow reads, and that is not installed."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(PARQUET))
+    except OSError as error:
+        raise TextError(f"text file {path} cannot be read: {error.strerror or error}") from error
     if begin == PARQUET or re.match(ZSTD, begin):
         extras.require("pyarrow", f"text file {path}", "text and JSON lines do without", TextError)
 

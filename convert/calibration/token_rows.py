@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.errors import CalibrationError, TextError
+from mhconvert.errors import CalibrationError, CheckpointError, TextError
 from mhconvert.progress import Listener, Progress
 
 from . import documents
 from .growing_cache import growing_cache
 
 CHARACTERS_A_TOKEN = 4  # typical ratio; sets the length of a window of text
-SAMPLED_ROWS, SAMPLED_TOKENS = 32, 16384  # that are sampled together: rows, or more if they have fewer tokens
+SAMPLED_ROWS = (
+    32  # that are sampled together; twice as many where their tokens are no more than SAMPLED_TOKENS
+)
+SAMPLED_TOKENS = 16384
 
 
 def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, seed: int) -> Tensor:
@@ -78,7 +81,8 @@ def sampled_rows(
 
 def batches_of(rows: int, length: int) -> int:
     """In how many batches `rows` rows of `length` tokens are sampled."""
-    return -(-rows // max(SAMPLED_ROWS, SAMPLED_TOKENS // length))
+    together = 2 * SAMPLED_ROWS if 2 * SAMPLED_ROWS * length <= SAMPLED_TOKENS else SAMPLED_ROWS
+    return -(-rows // together)
 
 
 @torch.inference_mode()
@@ -96,9 +100,16 @@ def _sampled(model: Any, ids: Tensor, length: int, generator: torch.Generator) -
 
 
 def random_ids(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """(rows, 1): an id of each row of (rows, ids) by one random number; `torch.multinomial` makes one for every id."""
+    """(rows, 1): an id of each row of (rows, ids) by one random number; `torch.multinomial` makes one for every id.
+
+    Raises CheckpointError for probabilities that are not finite.
+    """
     summed = probabilities.cumsum(-1)
     whole = summed[:, -1:]
+    if not (whole.isfinite() & (whole > 0)).all():
+        raise CheckpointError(
+            "the donor's predictions are not finite: its weights or its dtype overflow; try the donor in float32"
+        )
     threshold = torch.rand(len(summed), 1, generator=generator) * whole
     below = torch.nextafter(
         whole, torch.zeros(())

@@ -208,7 +208,10 @@ def _key_value_projections(attention: Any, config: Any) -> Iterator[Any]:
 
 
 def _without_half_products(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`forward` in the weights' own dtype: of what hardly varies, rounding would be most of the covariance."""
+    """`forward` in the weights' own dtype: of what hardly varies, rounding would be most of the covariance.
+
+    What it reads went through earlier layers with half products.
+    """
 
     def exact(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

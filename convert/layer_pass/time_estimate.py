@@ -27,7 +27,7 @@ from .survey import STRIDE
 
 PROBE_SECONDS = 0.12  # for each of four rates
 SIZE = 1024  # of the matrices that are multiplied
-START_SECONDS = 4.0  # of a process with torch and transformers
+START_SECONDS = 4.0  # of a process with torch and transformers, whatever the donor
 # By how much a stage is slower than its products alone, on two cores: attention, copies, and what is not multiplied.
 SAMPLING_FACTOR, SURVEY_FACTOR, NEEDS_FACTOR, PASS_FACTOR, FIT_FACTOR = 3.0, 2.6, 2.0, 2.5, 3.0
 SURGERY_PRODUCTS = 100  # of float64 matrices as wide as the hidden states, that a layer's closed form takes

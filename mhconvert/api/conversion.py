@@ -100,7 +100,9 @@ def _convert_and_heal(
 
 
 def plan(recipe: Recipe, *, survey: bool = False, on_progress: Listener | None = None) -> dict[str, Any]:
-    """What `convert` would do: sizes per layer, KV arithmetic, disk and memory needed. Writes nothing.
+    """What `convert` would do: sizes per layer, KV arithmetic, disk, memory and time needed. Writes nothing.
+
+    The time (`expected_seconds`, without healing or a tolerance) is from half a second of products on the device.
 
     Args:
         recipe: what would be converted and how.

@@ -19,7 +19,7 @@ from mhconvert.convert.calibration.token_rows import (
     sampled_rows,
     text_rows,
 )
-from mhconvert.errors import CalibrationError, TextError
+from mhconvert.errors import CalibrationError, CheckpointError, TextError
 from mhconvert.progress import Progress, ignore
 from tests.convert.conversions import donor_model
 from tests.donors import make_tokenizer
@@ -183,6 +183,17 @@ def test_the_largest_random_number_draws_the_last_likely_id(monkeypatch: pytest.
     assert random_ids(torch.tensor([[0.25, 0.75, 0.0, 0.0]]), torch.Generator()).tolist() == [[1]]
 
 
+@pytest.mark.parametrize("value", [float("nan"), 0.0, float("inf")])
+def test_predictions_that_are_not_finite_are_refused(value: float) -> None:
+    with pytest.raises(CheckpointError, match="predictions are not finite"):
+        random_ids(torch.tensor([[0.5, 0.5], [value, value]]), torch.Generator())
+
+
+def test_short_rows_are_not_sampled_all_at_once() -> None:
+    counts = {length: token_rows.batches_of(2048, length) for length in (8, 256, 512, 1024)}
+    assert counts == {8: 32, 256: 32, 512: 64, 1024: 64}
+
+
 def test_sampled_rows_are_the_same_for_a_seed_and_in_range() -> None:
     rows = sampled()
     assert rows.shape == (5, 12)
@@ -224,7 +235,8 @@ def test_sampling_touches_no_global_random_state() -> None:
 
 
 def test_sampled_rows_beyond_one_batch_and_their_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_rows, "SAMPLED_TOKENS", 32 * 9)
+    monkeypatch.setattr(token_rows, "SAMPLED_ROWS", 20)
+    monkeypatch.setattr(token_rows, "SAMPLED_TOKENS", 0)
     events: list[Progress] = []
     rows = sampled(rows=40, length=9, listener=events.append)
     assert rows.shape == (40, 9)

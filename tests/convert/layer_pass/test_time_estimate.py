@@ -17,6 +17,7 @@ from mhconvert.convert.layer_pass.time_estimate import Rates, expected_seconds, 
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.registry import build_method
 from mhconvert.convert.recipe.calibration_settings import Calibration
+from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
 
 Build = Callable[..., Recipe]
@@ -73,3 +74,10 @@ def test_a_dry_run_has_the_stages_of_the_report(recipe: Build, tmp_path: Path) -
     plan = pipeline.plan(recipe(tmp_path / "out", verify=True))
     assert set(plan["expected_seconds"]) == {"donor", "calibrate", "survey", "layers", "verify"}
     assert all(0 <= seconds < 600 for seconds in plan["expected_seconds"].values())
+
+
+def test_no_time_is_said_of_what_is_not_counted(recipe: Build, tmp_path: Path) -> None:
+    asked = recipe(tmp_path / "out")
+    searched = dataclasses.replace(asked, settings=MLASettings(kv_bits="auto"), tolerance="kl=0.05")
+    healed = dataclasses.replace(asked, heal=HealSettings(tokens=100_000))
+    assert all("expected_seconds" not in pipeline.plan(each) for each in (searched, healed))
