@@ -61,9 +61,16 @@ def row_length(recipe: Recipe, config: Any) -> int:
     return min(DEFAULT_ROW, limit) if chosen is None else chosen
 
 
-def sampled_texts(recipe: Recipe, config: Any) -> int:
-    """How many sampled texts a row is made of."""
-    return 1 if recipe.calibration.sequence_length else -(-row_length(recipe, config) // SAMPLED_TEXT)
+def fitted_rows(recipe: Recipe, config: Any, device: torch.device) -> int:
+    """How many rows the calibration tokens fill, rounded up; the held-out ones are not among them."""
+    return -(-token_count(recipe, device) // row_length(recipe, config))
+
+
+def sampled_texts(recipe: Recipe, config: Any) -> tuple[int, int]:
+    """How many sampled texts a row is made of, and how many tokens each has: the last may be cut."""
+    length = row_length(recipe, config)
+    texts = 1 if recipe.calibration.sequence_length else -(-length // SAMPLED_TEXT)
+    return texts, -(-length // texts)
 
 
 def check(recipe: Recipe, config: Any) -> None:
@@ -106,14 +113,14 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
         TextError: a text is missing or unreadable, or has a token that the donor has no embedding for.
     """
     calibration, length = recipe.calibration, row_length(recipe, donor.config)
-    fit_rows = -(-token_count(recipe, device) // length)  # rounded up
+    fit_rows = fitted_rows(recipe, donor.config, device)
     rows = fit_rows + calibration.held_out
     tokenizer = donor.tokenizer()
     if calibration.sources == ("self",):
         dtype = torch.float32 if device.type == "cpu" else donor.dtype
-        texts = sampled_texts(recipe, donor.config)
+        texts, tokens = sampled_texts(recipe, donor.config)
         model = donor.model(device, dtype)
-        ids = sampled_rows(model, tokenizer, rows * texts, -(-length // texts), recipe.seed, on_progress)
+        ids = sampled_rows(model, tokenizer, rows * texts, tokens, recipe.seed, on_progress)
         ids = ids.reshape(rows, -1)[:, :length]
     else:
         ids = text_rows(calibration.sources, tokenizer, rows, length, recipe.seed)

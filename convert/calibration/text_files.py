@@ -59,8 +59,8 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
     """
     require_regular(path, TextError)
     try:
-        require_reader(path)
         content = path.read_bytes()
+        _require_library(path, content)
         if _is_parquet(path, content):
             yield from _rows(path)
             return
@@ -68,7 +68,7 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
         _require_text(content)
         yield from _text_records(path, _decoded(content))
     except OSError as error:
-        raise TextError(f"text file {path} cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
     except DAMAGED as error:
         raise TextError(f"text file {path} cannot be read: {' '.join(str(error).split())}") from error
 
@@ -79,8 +79,17 @@ def require_reader(path: Path) -> None:
         with path.open("rb") as file:
             begin = file.read(len(PARQUET))
     except OSError as error:
-        raise TextError(f"text file {path} cannot be read: {error.strerror or error}") from error
-    if begin == PARQUET or re.match(ZSTD, begin):
+        raise _unreadable(path, error) from error
+    _require_library(path, begin)
+
+
+def _unreadable(path: Path, error: OSError) -> TextError:
+    return TextError(f"text file {path} cannot be read: {error.strerror or error}")
+
+
+def _require_library(path: Path, content: bytes) -> None:
+    """Raises TextError for content, or its beginning, that pyarrow reads, where that is not installed."""
+    if content.startswith(PARQUET) or re.match(ZSTD, content):
         extras.require("pyarrow", f"text file {path}", "text and JSON lines do without", TextError)
 
 

@@ -16,10 +16,8 @@ from . import documents
 from .growing_cache import growing_cache
 
 CHARACTERS_A_TOKEN = 4  # typical ratio; sets the length of a window of text
-SAMPLED_ROWS = (
-    32  # that are sampled together; twice as many where their tokens are no more than SAMPLED_TOKENS
-)
-SAMPLED_TOKENS = 16384
+# Rows that are sampled together; twice as many where their tokens are no more than SAMPLED_TOKENS.
+SAMPLED_ROWS, SAMPLED_TOKENS = 32, 16384
 
 
 def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, seed: int) -> Tensor:
@@ -111,9 +109,8 @@ def random_ids(probabilities: Tensor, generator: torch.Generator) -> Tensor:
             "the donor's predictions are not finite: its weights or its dtype overflow; try the donor in float32"
         )
     threshold = torch.rand(len(summed), 1, generator=generator) * whole
-    below = torch.nextafter(
-        whole, torch.zeros(())
-    )  # rounding may give the whole, behind which there is no id
+    # Rounding may give the whole, behind which there is no id.
+    below = torch.nextafter(whole, torch.zeros(()))
     return torch.searchsorted(summed, threshold.minimum(below), right=True)
 
 

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from ..calibration.calibration_rows import JUDGE_TOKENS, judging_rows, row_length, token_count
+from ..calibration.calibration_rows import (
+    JUDGE_TOKENS,
+    fitted_rows,
+    judging_rows,
+    row_length,
+    token_count,
+)
 from ..donor.donor import Donor
 from ..families.facts import attention_facts
 from ..methods.registry import Method
@@ -45,7 +51,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     tokens = token_count(recipe, device)
     length = row_length(recipe, config)
     held = recipe.calibration.held_out * length
-    rows = -(-tokens // length)
+    rows = fitted_rows(recipe, config, device)
     both = 2 if block_steps(recipe, rows, length) else 1  # the student has the fitted rows too
     fitted = layer_rows(recipe, method, rows, length) * length
     streams = 4 * config.hidden_size * (both * fitted + 2 * held)

@@ -25,9 +25,7 @@ from . import layer_steps
 from .context import ConversionContext
 
 WANTED_PER_ELEMENT = 20  # tokens for each element of a layer's keys and values, which few_tokens names
-MOST_PER_ELEMENT = (
-    80  # more are not read: twice as many make the conversion's divergence less than 1 % smaller
-)
+MOST_PER_ELEMENT = 80  # that are read: twice as many make the divergence less than 1 % smaller
 FEW_PER_ELEMENT = 2  # below it the transform fits the text that it was made from
 PASS_TOKENS = 8192  # that go through the layers at once
 STEP_TOKENS = 1024  # that go through a layer with its gradients at once

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mhconvert.device import half_products
 
-from ..calibration.calibration_rows import JUDGE_TOKENS, row_length, sampled_texts, token_count
+from ..calibration.calibration_rows import JUDGE_TOKENS, fitted_rows, row_length, sampled_texts
 from ..calibration.token_rows import batches_of
 from ..donor.donor import Donor
 from ..families.facts import attention_facts
@@ -87,7 +87,7 @@ def expected_seconds(
     config, length = donor.config, row_length(recipe, donor.config)
     layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
     outer, layer, _ = layer_parameters(donor, method)
-    rows = -(-token_count(recipe, device) // length)
+    rows = fitted_rows(recipe, config, device)
     held = recipe.calibration.held_out * length
     text = layer_rows(recipe, method, rows, length) * length
     fitted = FIT_TOKENS * layer_fit_steps(recipe, method) * method.new_parameters()
@@ -113,8 +113,7 @@ def _calibration(recipe: Recipe, donor: Donor, rows: int, parameters: int, rates
     """Of `rows` rows of text; `parameters` of the whole donor."""
     if recipe.calibration.sources != ("self",):
         return 0.0  # tokenising takes seconds at most
-    texts = sampled_texts(recipe, donor.config)
-    length = -(-row_length(recipe, donor.config) // texts)
+    texts, length = sampled_texts(recipe, donor.config)
     steps = length * batches_of(rows * texts, length)
     products = SAMPLING_FACTOR * 2 * parameters * rows * texts * length / rates.single
     return products + steps * 4 * parameters / rates.read

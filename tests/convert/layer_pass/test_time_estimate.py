@@ -63,7 +63,7 @@ def test_a_faster_machine_takes_less(recipe: Build, tmp_path: Path) -> None:
     assert slow_stages["layers"] == pytest.approx(10 * fast_stages["layers"])
 
 
-def test_the_probe_takes_half_a_second_and_measures_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_takes_half_a_second_and_measures_products() -> None:
     rates = probe(torch.device("cpu"))
     assert 1e8 < rates.double < rates.single < 1e14
     assert 1e8 < rates.read < 1e13
