@@ -1,4 +1,4 @@
-# make demo: convert a real model and show the result.  make bench: its shape's speed.  make test / make lint: what CI runs.
+# make demo: convert a real model and show the result.  make bench: speed beside the donor.  make test / make lint: what CI runs.
 # make fuzz: damaged inputs of every kind for an hour.  make faults: each command killed at every change of a file.
 # make test-vllm: exports in a real vLLM, installed into .venv-vllm; fills the engines' table of the documentation.
 # make test-llamacpp: exports in llama.cpp's server, installed into .venv-llamacpp; fills the same table.
@@ -23,8 +23,10 @@ demo: .venv/installed
 	@$(BIN)/mhconvert eval $(DEMO) --suite quick --quiet --report $(DEMO).html
 	@echo '$(DEMO).html shows the same in a browser'
 
-bench: .venv/installed
-	$(BIN)/mhconvert bench smollm2-135m --random --kv-bits 16 --kv-budget 0.3125 --reexpand
+bench: .venv/installed-dev
+	$(BIN)/python benchmarks/speed_table.py bench
+	$(BIN)/python benchmarks/figures.py
+	@cat benchmarks/speed.json
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -62,7 +64,7 @@ docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-vllm .venv-llamacpp demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-llamacpp demo bench site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -21,6 +21,8 @@ def command(
     contexts: timing.Contexts = "512,2048,8192",
     batch: timing.Batch = 8,
     new_tokens: timing.NewTokens = 16,
+    step_tokens: timing.StepTokens = 1,
+    chunk_tokens: timing.ChunkTokens = None,
     reexpand: timing.Reexpand = False,
     static_cache: timing.StaticCache = False,
     compile: timing.Compile = False,
@@ -48,6 +50,8 @@ def command(
                 contexts=lengths,
                 batch=batch,
                 new_tokens=new_tokens,
+                step_tokens=step_tokens,
+                chunk_tokens=chunk_tokens,
                 reexpand=reexpand,
                 static_cache=static_cache,
                 compile=compile,
@@ -66,8 +70,6 @@ def show(result: dict[str, Any], console: Any) -> None:
     """Print the timings: a line for each model at each context."""
     from rich.table import Column, Table
 
-    from ...eval.report.units import number, share, size
-
     of = result["checkpoint"] or f"{result['random']}, random weights"
     console.out(f"{result['against']} → {of}", highlight=False)
     plural = "s" * (result["threads"] > 1)
@@ -75,24 +77,34 @@ def show(result: dict[str, Any], console: Any) -> None:
     how = f"{result['cache']} cache" + (", compiled" if result["compiled"] else "")
     if result.get("kv_cache_dtype", OWN_CACHE) != OWN_CACHE:
         how += f", the second model's of {result['kv_cache_dtype']}"
+    if result["step_tokens"] > 1:
+        how += f", steps of {result['step_tokens']} tokens"
+    if result["chunk_tokens"]:
+        how += f", prompts in pieces of {result['chunk_tokens']:,}"
     console.out(f"batch {result['batch']}, {result['dtype']}, {place}, {how}", highlight=False)
-    names = ("context", "", "prefill tok/s", "decode tok/s", "±", "decode", "KV cache", "")
+    names = (
+        "context",
+        "",
+        "prefill tok/s",
+        "prefill",
+        "decode tok/s",
+        "±",
+        "decode",
+        "KV cache",
+        "",
+        "step memory",
+    )
     table = Table(*(Column(name, justify="left" if name == "" else "right") for name in names))
     for row in result["rows"]:
         donor, converted, slow = (row.get(name) for name in ("donor", "converted", "reexpanded"))
         table.add_section()
-        table.add_row(f"{row['context']:,}", "donor", *_speeds(donor), "× 1", size(donor["cache_bytes"]), "")
-        table.add_row(
-            "",
-            "converted",
-            *_speeds(converted),
-            f"× {number(row['ratio'])}",
-            size(converted["cache_bytes"]),
-            share(row["cache_ratio"]),
-        )
+        table.add_row(f"{row['context']:,}", "donor", *_cells(donor, 1.0, 1.0, 1.0))
+        ratios = row["prefill_ratio"], row["ratio"], row["cache_ratio"]
+        table.add_row("", "converted", *_cells(converted, *ratios))
         if slow:
-            times = row["ratio"] / row["ratio_to_reexpanded"]
-            table.add_row("", "re-expanded", *_speeds(slow), f"× {number(times)}", "", "")
+            table.add_row(
+                "", "re-expanded", *_cells(slow, None, row["ratio"] / row["ratio_to_reexpanded"], None)
+            )
     console.print(table)
     if result.get("kv_cache_dtype", OWN_CACHE) != OWN_CACHE and result["dtype"] == "float32":
         console.out(
@@ -101,11 +113,23 @@ def show(result: dict[str, Any], console: Any) -> None:
         )
 
 
-def _speeds(timing: dict[str, Any]) -> tuple[str, str, str]:
-    from ...eval.report.units import share
+def _cells(
+    timing: dict[str, Any], prefill: float | None, decode: float, cache: float | None
+) -> tuple[str, ...]:
+    """What follows a model's name; the ratios are to the donor."""
+    from ...eval.report.units import number, share, size
 
-    prefill, decode = timing.get("prefill_tokens_per_s"), timing["decode_tokens_per_s"]
-    return f"{prefill:,.0f}" if prefill else "", f"{decode:,.1f}", share(timing["step_spread"])
+    read, memory = timing.get("prefill_tokens_per_s"), timing["step_memory_bytes"]
+    return (
+        f"{read:,.0f}" if read else "",
+        f"× {number(prefill)}" if prefill else "",
+        f"{timing['decode_tokens_per_s']:,.1f}",
+        share(timing["step_spread"]),
+        f"× {number(decode)}",
+        size(timing["cache_bytes"]) if cache else "",
+        share(cache) if cache else "",
+        "" if memory is None else size(memory),
+    )
 
 
 def _numbers(words: str) -> list[int]:

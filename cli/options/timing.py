@@ -11,6 +11,12 @@ Contexts = Annotated[
 ]
 Batch = Annotated[int, typer.Option(metavar="N", help="Rows that decode together; prefill is timed on one.")]
 NewTokens = Annotated[int, typer.Option(metavar="N", help="Timed decode steps a context.")]
+StepTokens = Annotated[
+    int, typer.Option(metavar="N", help="Tokens a row reads in a step, as assisted decoding verifies drafts.")
+]
+ChunkTokens = Annotated[
+    int | None, typer.Option(metavar="N", help="Read the prompt in pieces of N tokens; without: at once.")
+]
 Reexpand = Annotated[
     bool, typer.Option("--reexpand", help="Also time CKPT as stock classes run it: expanded in every step.")
 ]

@@ -42,6 +42,8 @@ class Options:
         compile: compile the decode step with torch.compile; implies the static cache.
         reexpand: also time the converted model without absorption.
         kv_cache_dtype: of the converted model's cache; the donor has its own.
+        step_tokens: tokens that a row reads in a step, as assisted decoding verifies drafted ones.
+        chunk_tokens: the prompt is read in pieces of so many tokens; None: at once.
 
     Raises:
         MhconvertError: a setting is out of range, or a context is too short for the decode steps.
@@ -55,10 +57,16 @@ class Options:
     compile: bool = False
     reexpand: bool = False
     kv_cache_dtype: str = OWN_CACHE
+    step_tokens: int = 1
+    chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.new_tokens < 1 or not self.contexts:
-            raise MhconvertError("--batch and --new-tokens start at 1; --contexts names one context or more")
+        counts = (self.batch, self.new_tokens, self.step_tokens, self.chunk_tokens or 1)
+        if min(counts) < 1 or self.chunk_tokens == 0 or not self.contexts:
+            raise MhconvertError(
+                "--batch, --new-tokens, --step-tokens and --chunk-tokens start at 1; --contexts names one context or "
+                "more"
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise MhconvertError(f"dtype '{self.dtype}' is not one of {', '.join(DTYPES)}")
         if self.kv_cache_dtype != OWN_CACHE and (self.static_cache or self.compile):
@@ -69,14 +77,15 @@ class Options:
             if load.prompt_tokens < 1:
                 raise MhconvertError(
                     f"a context of {load.context} tokens has no room for {speed.WARM_STEPS} + {self.new_tokens} "
-                    f"decoded ones; use more than {load.context - load.prompt_tokens}, or fewer --new-tokens"
+                    f"steps of {self.step_tokens}; use more than {load.context - load.prompt_tokens}, or fewer "
+                    "--new-tokens"
                 )
 
     def loads(self) -> list[speed.Load]:
         """The loads to time, one for each context, shortest first."""
         static = self.static_cache or self.compile
-        contexts = sorted(set(self.contexts))
-        return [speed.Load(n, self.batch, self.new_tokens, static, self.compile) for n in contexts]
+        how = (self.batch, self.new_tokens, static, self.compile, self.step_tokens, self.chunk_tokens)
+        return [speed.Load(context, *how) for context in sorted(set(self.contexts))]
 
 
 def bench(
@@ -176,11 +185,17 @@ def memory_needed(
         6 * text.num_attention_heads * head_dim(text)
     )  # keys and values, and the parts they are made of
     prefill = max(map(sum, caches)) + 8 * text.hidden_size + 3 * text.intermediate_size + expanded
-    scores = 4 * text.num_attention_heads
-    decoding = sum(map(sum, caches)) + max(map(max, caches)) + scores
+    decoding = sum(map(sum, caches)) + max(map(step_elements, (donor, converted)))
     decoding += reexpand * (sum(caches[1]) + expanded)
     weights = parameters(donor) + parameters(converted)
     return width * (weights + load.context * prefill), width * load.context * decoding
+
+
+def step_elements(config: Any) -> float:
+    """Elements for each cached token that a decode step has for a while: the copy of the layer's cache that grows, and
+    scores.
+    """
+    return max(cache_elements(config)) + 4 * config.get_text_config().num_attention_heads
 
 
 def _require(
@@ -221,10 +236,16 @@ def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -
     for load in loads:
         on_progress(Progress("speed", done, total, f"context {load.context:,}, prefill"))
         timed = partial(speed.compare, donor, converted, load, reexpand=options.reexpand)
-        rows.append(timed(kv_cache_dtype=options.kv_cache_dtype, on_step=count_step))
+        row = timed(kv_cache_dtype=options.kv_cache_dtype, on_step=count_step)
+        for name, model in (("donor", donor), ("converted", converted)):
+            elements = load.batch * load.context * step_elements(model.config)
+            row[name]["step_memory_planned_bytes"] = round(donor.dtype.itemsize * elements)
+        rows.append(row)
     return {
         "batch": options.batch,
         "new_tokens": options.new_tokens,
+        "step_tokens": options.step_tokens,
+        "chunk_tokens": options.chunk_tokens,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
         "threads": torch.get_num_threads(),
         "dtype": str(donor.dtype).removeprefix("torch."),

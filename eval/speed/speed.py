@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from ...convert.bare_process.child import cache_storage
 from ..kv_cache.serving import make_cache
 from ..settings import OWN_CACHE
+from .memory import peak_bytes
 
 WARM_STEPS = 2  # untimed decode steps at the start, for allocations and compilation
 PREFILLS = 3
@@ -28,18 +29,25 @@ ABSORPTION_LIMITS = ("max_absorbed_tokens", "max_grouped_tokens")
 
 @dataclass(frozen=True)
 class Load:
-    """A workload: `batch` rows decode `new_tokens` tokens each, after which every row has `context` cached tokens."""
+    """A workload: `batch` rows do `new_tokens` decode steps, after which every row has `context` cached tokens.
+
+    Attributes:
+        step_tokens: that a row reads in a step: 1, or a token and the drafted ones that assisted decoding verifies.
+        chunk_tokens: the prompt is read in pieces of so many; None: at once.
+    """
 
     context: int
     batch: int
     new_tokens: int
     static_cache: bool = False
     compile: bool = False
+    step_tokens: int = 1
+    chunk_tokens: int | None = None
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens cached before the first decode step; below 1 if the context is too short for the steps."""
-        return self.context - WARM_STEPS - self.new_tokens
+        return self.context - self.step_tokens * (WARM_STEPS + self.new_tokens)
 
 
 class Run:
@@ -52,6 +60,7 @@ class Run:
 
     Attributes:
         prefills, steps: timings in seconds.
+        step_memory: bytes that a step has at most beside weights and the cache before it; None: not known here.
         row: cache of one row after the prefill.
         cache: of the batch.
     """
@@ -63,9 +72,10 @@ class Run:
         self.kv_cache_dtype = kv_cache_dtype
         self.prefills: list[float] = []
         self.steps: list[float] = []
+        self.step_memory: int | None = None
         self.row: Any = None
         self.cache: Any = None
-        self._token = torch.ones(load.batch, 1, dtype=torch.long, device=model.device)
+        self._token = torch.ones(load.batch, load.step_tokens, dtype=torch.long, device=model.device)
 
     @torch.no_grad()
     def prefill(self) -> None:
@@ -76,7 +86,13 @@ class Run:
         coded = self.kv_cache_dtype != OWN_CACHE
         row = make_cache(self.model.config, self.kv_cache_dtype) if coded else DynamicCache()
         options = {"past_key_values": row, "use_cache": True, "logits_to_keep": 1}
-        self.prefills.append(seconds(lambda: self.model(input_ids=prompt, **options), self.model.device))
+        pieces = prompt.split(self.load.chunk_tokens or prompt.shape[1], dim=1)
+
+        def read() -> None:
+            for piece in pieces:
+                self.model(input_ids=piece, **options)
+
+        self.prefills.append(seconds(read, self.model.device))
         self.row = row
 
     @torch.no_grad()
@@ -98,13 +114,18 @@ class Run:
 
     @torch.no_grad()
     def step(self, *, timed: bool = True) -> None:
-        """Decode one token in every row: always the same token, as speed does not depend on it."""
+        """Decode one token (or `step_tokens`) in every row: always the same, as speed does not depend on it."""
         switch_absorption(self.model, self.absorb)
         call = self.model.get_compiled_call(None) if self.load.compile else self.model
         options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
-        duration = seconds(lambda: call(input_ids=self._token, **options), self.model.device)
+
+        def read() -> None:
+            call(input_ids=self._token, **options)
+
         if timed:
-            self.steps.append(duration)
+            self.steps.append(seconds(read, self.model.device))
+        else:
+            self.step_memory = peak_bytes(read, self.model.device)
 
     def finished(self) -> bool:
         """Whether all steps are done, or re-expansion has used up its time limit."""
@@ -120,7 +141,7 @@ class Run:
         """The decode speed of the batch.
 
         Returns decode_tokens_per_s and step_seconds (both from the median step), step_spread (interquartile range
-        over the median) and steps (their number).
+        over the median), steps (their number) and step_memory_bytes.
         """
         median = statistics.median(self.steps)
         spread = 0.0
@@ -128,10 +149,11 @@ class Run:
             first, _, third = statistics.quantiles(self.steps, n=4, method="inclusive")
             spread = (third - first) / median
         return {
-            "decode_tokens_per_s": self.load.batch / median,
+            "decode_tokens_per_s": self.load.batch * self.load.step_tokens / median,
             "step_seconds": median,
             "step_spread": spread,
             "steps": len(self.steps),
+            "step_memory_bytes": self.step_memory,
         }
 
     def cache_size(self) -> dict[str, Any]:
@@ -157,8 +179,9 @@ def compare(
         kv_cache_dtype: of the converted model's cache; the donor has its own.
         on_step: called after every timed decode step of the donor.
 
-    Returns context, donor {…}, converted {…}, ratio (decode tokens/s) and cache_ratio (bytes), converted ÷ donor; with
-    `reexpand` also reexpanded {…} and ratio_to_reexpanded (decode tokens/s, converted ÷ re-expanded).
+    Returns context, donor {…}, converted {…}, and ratio (decode tokens/s), prefill_ratio and cache_ratio (bytes),
+    converted ÷ donor; with `reexpand` also reexpanded {…} and ratio_to_reexpanded (decode tokens/s, converted ÷
+    re-expanded).
     """
     if load.compile:
         torch.compiler.reset()  # otherwise torch.compile would make the shapes dynamic from the second context on
@@ -183,6 +206,7 @@ def compare(
     for name in ("donor", "converted"):
         row[name] = runs[name].prefill_speed() | runs[name].decode_speed() | runs[name].cache_size()
     row["ratio"] = row["converted"]["decode_tokens_per_s"] / row["donor"]["decode_tokens_per_s"]
+    row["prefill_ratio"] = row["converted"]["prefill_tokens_per_s"] / row["donor"]["prefill_tokens_per_s"]
     row["cache_ratio"] = row["converted"]["cache_bytes"] / row["donor"]["cache_bytes"]
     if reexpand:
         reexpanded = row["reexpanded"] = runs["reexpanded"].decode_speed()

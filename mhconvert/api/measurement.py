@@ -137,6 +137,8 @@ def bench(
     kv_budget: float | None = None,
     kv_bits: str | int | None = None,
     kv_cache_dtype: str = "auto",
+    step_tokens: int = 1,
+    chunk_tokens: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
     on_progress: Listener | None = None,
@@ -154,21 +156,24 @@ def bench(
         random: a method: random weights of the donor's shape and of its conversion's are timed.
         kv_budget, kv_bits: of that conversion.
         kv_cache_dtype: of the checkpoint's cache, not the donor's; the checkpoint may then be the donor itself.
+        step_tokens: that a row reads in a step; more than one as assisted decoding verifies drafted ones.
+        chunk_tokens: the prompt is read in pieces of so many; None: at once.
         dtype: None: bfloat16 on CUDA, else float32.
         device: a torch device; None: CUDA if present.
         on_progress: called with the progress.
 
     Returns:
         The inputs, and rows, one a context: donor and converted {prefill_tokens_per_s, decode_tokens_per_s,
-        step_seconds, step_spread, steps, cache_bytes, cache_tokens}, ratio (of decode speeds, converted ÷ donor),
-        cache_ratio; with reexpand also reexpanded and ratio_to_reexpanded.
+        step_seconds, step_spread, steps, step_memory_bytes (a step's peak beside weights and cache; None: not known
+        here), step_memory_planned_bytes, cache_bytes, cache_tokens}, ratio (of decode speeds, converted ÷ donor),
+        prefill_ratio, cache_ratio; with reexpand also reexpanded and ratio_to_reexpanded.
 
     Raises:
         MhconvertError: Before weights are read: not converted, another shape, shorter than a context, too large.
     """
     from mhconvert.eval.speed import bench as timing
 
-    how = (static_cache, compile, reexpand, kv_cache_dtype)
+    how = (static_cache, compile, reexpand, kv_cache_dtype, step_tokens, chunk_tokens)
     options, tell = timing.Options(tuple(contexts), batch, new_tokens, dtype, *how), on_progress or ignore
     if random is not None:
         return timing.bench_random(checkpoint, random, kv_budget, options, device, tell, kv_bits)

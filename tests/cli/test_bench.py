@@ -18,12 +18,15 @@ TIMING = {
     "decode_tokens_per_s": 20.0,
     "step_seconds": 0.4,
     "step_spread": 0.05,
+    "step_memory_bytes": 2**26,
 }
 RESULT = {
     "checkpoint": "latent",
     "against": "donor",
     "batch": 8,
     "new_tokens": 16,
+    "step_tokens": 1,
+    "chunk_tokens": None,
     "device": "cpu",
     "threads": 2,
     "dtype": "float32",
@@ -33,9 +36,16 @@ RESULT = {
         {
             "context": 8192,
             "donor": TIMING | {"cache_bytes": 2**30},
-            "converted": TIMING | {"decode_tokens_per_s": 50.0, "cache_bytes": 2**28},
-            "reexpanded": {"decode_tokens_per_s": 5.0, "step_seconds": 1.6, "step_spread": 0.25},
+            "converted": TIMING
+            | {"decode_tokens_per_s": 50.0, "cache_bytes": 2**28, "step_memory_bytes": None},
+            "reexpanded": {
+                "decode_tokens_per_s": 5.0,
+                "step_seconds": 1.6,
+                "step_spread": 0.25,
+                "step_memory_bytes": 2**30,
+            },
             "ratio": 2.5,
+            "prefill_ratio": 1.25,
             "cache_ratio": 0.25,
             "ratio_to_reexpanded": 10.0,
         }
@@ -57,6 +67,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_every_option_reaches_the_library(main: Main, calls: list[dict[str, Any]]) -> None:
     words = "bench latent --against donor --contexts 64,128 --batch 3 --new-tokens 5 --reexpand --compile"
+    words += " --step-tokens 4 --chunk-tokens 16"
     assert main(*words.split(), "--static-cache", "--dtype", "bfloat16", "--device", "cpu", "-q") == 0
     assert main("bench", "donor", "--random", "--kv-bits", "16", "--kv-budget", "0.25", "-q") == 0
     for call in calls:
@@ -67,6 +78,8 @@ def test_every_option_reaches_the_library(main: Main, calls: list[dict[str, Any]
         "contexts": [64, 128],
         "batch": 3,
         "new_tokens": 5,
+        "step_tokens": 4,
+        "chunk_tokens": 16,
         "reexpand": True,
         "static_cache": True,
         "compile": True,
@@ -94,10 +107,14 @@ def test_the_table(main: Main, calls: list[dict[str, Any]], capsys: pytest.Captu
         for name in (" donor ", " converted ", " re-expanded ")
     )
     assert [cell.strip() for cell in donor.split("│")[1:-1]] == [
-        "8,192", "donor", "1,234", "20.0", "5 %", "× 1", "1 GiB", ""
+        "8,192", "donor", "1,234", "× 1", "20.0", "5 %", "× 1", "1 GiB", "100 %", "64 MiB"
     ]  # fmt: skip
-    assert [cell.strip() for cell in latent.split("│")[4:-1]] == ["50.0", "5 %", "× 2.5", "256 MiB", "25 %"]
-    assert [cell.strip() for cell in slow.split("│")[3:-1]] == ["", "5.0", "25 %", "× 0.25", "", ""]
+    assert [cell.strip() for cell in latent.split("│")[4:-1]] == [
+        "× 1.25", "50.0", "5 %", "× 2.5", "256 MiB", "25 %", ""
+    ]  # fmt: skip
+    assert [cell.strip() for cell in slow.split("│")[3:-1]] == [
+        "", "", "5.0", "25 %", "× 0.25", "", "", "1 GiB"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

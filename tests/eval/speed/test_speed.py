@@ -50,7 +50,7 @@ def test_models_take_turns_and_the_ratio_is_of_their_tokens_per_second(
     timed = clock(monkeypatch, alternating(0.4, 0.1, 0.5))
     heard: list[int] = []
     row = compare(donor, latent, Load(40, 3, 8), reexpand=True, on_step=lambda: heard.append(1))
-    assert len(timed) == 2 * PREFILLS + 3 * (WARM_STEPS + 8)
+    assert len(timed) == 2 * PREFILLS + 3 * 8
     assert len(heard) == 8
     assert row["context"] == 40
     assert row["donor"]["prefill_tokens_per_s"] == (40 - WARM_STEPS - 8) / 2.0
@@ -62,9 +62,31 @@ def test_models_take_turns_and_the_ratio_is_of_their_tokens_per_second(
         "step_seconds": 0.5,
         "step_spread": 0.0,
         "steps": 8,
+        "step_memory_bytes": row["reexpanded"]["step_memory_bytes"],
     }
     assert row["ratio"] == pytest.approx(4.0)
     assert row["ratio_to_reexpanded"] == pytest.approx(5.0)
+
+
+def test_drafted_tokens_and_a_prompt_in_pieces(
+    donor: Any, latent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock(monkeypatch, alternating(0.5))
+    lengths: list[int] = []
+    forward = type(latent).forward
+    monkeypatch.setattr(
+        type(latent),
+        "forward",
+        lambda self, input_ids, **rest: (
+            lengths.append(input_ids.shape[1]) or forward(self, input_ids=input_ids, **rest)
+        ),
+    )
+    row = compare(donor, latent, Load(50, 2, 3, step_tokens=4, chunk_tokens=12))
+    assert lengths == [12, 12, 6] * PREFILLS + [4] * (WARM_STEPS + 3)
+    assert row["converted"]["cache_tokens"] == 100
+    assert row["converted"]["decode_tokens_per_s"] == 2 * 4 / 0.5
+    assert row["converted"]["prefill_tokens_per_s"] == 30 / 4.0
+    assert row["prefill_ratio"] == 0.5
 
 
 def test_the_median_outlives_a_slow_step(donor: Any) -> None:
@@ -75,6 +97,7 @@ def test_the_median_outlives_a_slow_step(donor: Any) -> None:
         "step_seconds": 0.2,
         "step_spread": pytest.approx((0.3 - 0.2) / 0.2),
         "steps": 5,
+        "step_memory_bytes": None,
     }
 
 
@@ -108,7 +131,7 @@ def test_a_filled_batch_continues_as_its_row_would(latent: Any, static: bool) ->
 def test_re_expansion_runs_out_of_patience_and_the_others_do_not(
     donor: Any, latent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock(monkeypatch, alternating(1.0))
+    clock(monkeypatch, itertools.chain([2.0, 4.0], itertools.cycle([1.0])))
     monkeypatch.setattr(speed, "TIME_LIMIT", 2.5)
     row = compare(donor, latent, Load(40, 2, 9), reexpand=True)
     assert row["reexpanded"]["steps"] == 3
@@ -118,7 +141,7 @@ def test_re_expansion_runs_out_of_patience_and_the_others_do_not(
 def test_a_slow_prefill_is_not_repeated(donor: Any, latent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = clock(monkeypatch, itertools.chain([1.0, 99.0], itertools.cycle([1.0])))
     compare(donor, latent, Load(20, 2, 1))
-    assert len(timed) == 2 + 2 * (WARM_STEPS + 1)
+    assert len(timed) == 2 + 2
 
 
 def test_absorption_is_switched_off_for_re_expansion_alone(donor: Any, latent: Any) -> None:
