@@ -27,7 +27,7 @@ from .context import ConversionContext
 WANTED_PER_ELEMENT = 20  # tokens for each element of a layer's keys and values, which few_tokens names
 MOST_PER_ELEMENT = 80  # that are read: twice as many make the divergence less than 1 % smaller
 FEW_PER_ELEMENT = 2  # below it the transform fits the text that it was made from
-PASS_TOKENS = 8192  # that go through the layers at once
+PASS_TOKENS, STATE_BYTES = 8192, 2 << 30  # that go through the layers at once, at most
 STEP_TOKENS = 1024  # that go through a layer with its gradients at once
 ROW_TOKENS = 512
 # Beside the layers' inputs: the gradient behind a layer, and that before it, as rows and joined.
@@ -39,7 +39,8 @@ def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
     """The sensitivity of every layer, on the CPU."""
     elements = attention_facts(context.donor.config).kv_elements
     rows = surveyed_rows(context.rows.fit, elements)
-    passes = rows.split(max(1, PASS_TOKENS // rows.shape[1]))
+    tokens = pass_tokens(context.layers, context.donor.config.hidden_size)
+    passes = rows.split(max(1, tokens // rows.shape[1]))
     moments = [LayerMoments(elements) for _ in range(context.layers)]
     generator = torch.Generator().manual_seed(context.recipe.seed)
     steps, total = itertools.count(1), 2 * context.layers * len(passes) + len(rows)
@@ -69,6 +70,16 @@ def surveyed_shape(rows: int, length: int, elements: int) -> tuple[int, int]:
     return min(rows * (length // cut), -(-MOST_PER_ELEMENT * elements // cut)), cut
 
 
+def pass_tokens(layers: int, hidden: int) -> int:
+    """How many tokens go through the layers at once: the states at every layer's input are kept."""
+    return min(PASS_TOKENS, max(ROW_TOKENS, STATE_BYTES // _state_bytes(layers, hidden)))
+
+
+def _state_bytes(layers: int, hidden: int) -> int:
+    """Of one token."""
+    return 4 * (layers + STATE_COPIES) * hidden
+
+
 def stored_bytes(elements: int, layers: int) -> int:
     """Bytes of what a survey finds, in memory and in its file."""
     return layers * (8 * (elements + elements**2 + 1) + 4 * elements**2)
@@ -79,8 +90,8 @@ def peak_bytes(elements: int, layers: int, hidden: int, tokens: int) -> int:
 
     The states at each layer's input are those of one pass, and gone when the file's bytes are made in memory.
     """
-    tokens = min(tokens, PASS_TOKENS)
-    states = 4 * (layers + STATE_COPIES) * tokens * hidden
+    tokens = min(tokens, pass_tokens(layers, hidden))
+    states = tokens * _state_bytes(layers, hidden)
     part = 8 * (PART_COPIES * tokens * elements + SQUARE_COPIES * elements**2)
     found = stored_bytes(elements, layers)
     return found + max(states + part, found)
@@ -103,6 +114,7 @@ def _one_pass(
     each layer backward.
     """
     hidden, inputs = context.donor.embed(rows), []
+    context.donor.release()
     for index in range(context.layers):
         inputs.append(hidden)
         layer = layer_steps.read_layer(context, index, rows.shape[1])
@@ -114,6 +126,7 @@ def _one_pass(
     for row, behind in zip(hidden, gradient, strict=True):
         behind.copy_(_gradient_of_samples(context, row, generator))
         yield
+    context.donor.release()
     for index in reversed(range(context.layers)):
         values, gradients, gradient = _through_layer(context, index, inputs.pop(), gradient)
         moments[index].add(values, gradients)

@@ -21,6 +21,7 @@ from mhconvert.convert.layer_pass import resumable_run, sensitivity
 from mhconvert.convert.layer_pass.context import ConversionContext
 from mhconvert.convert.layer_pass.sensitivity import (
     measure_sensitivities,
+    pass_tokens,
     peak_bytes,
     stored_bytes,
     surveyed_rows,
@@ -176,10 +177,13 @@ def test_the_plan_counts_what_a_survey_holds_and_stores(
     assert disk[1] - disk[0] >= stored_bytes(64, 5)
     matrices = 32 * 2048**2 * 12
     assert stored_bytes(2048, 32) == pytest.approx(matrices, rel=1e-3)
-    states = 8192 * 4096 * 4 * 35  # of one pass of five: 40,960 tokens are read
-    part = 8192 * 2048 * 8 * 6 + 4 * 2048**2 * 8
-    assert peak_bytes(2048, 32, 4096, 40960) == pytest.approx(matrices + states + part, rel=1e-3)
-    assert peak_bytes(2048, 32, 4096, 2048) < states
+    tokens = 2**31 // (4096 * 4 * 35)  # of one pass: 40,960 tokens are read, and 2 GiB of states kept
+    part = tokens * 2048 * 8 * 6 + 4 * 2048**2 * 8
+    assert peak_bytes(2048, 32, 4096, 40960) == pytest.approx(matrices + 2**31 + part, rel=1e-3)
+    assert peak_bytes(2048, 32, 4096, 2048) < matrices + 2**31
+    assert pass_tokens(30, 576) == 8192
+    assert pass_tokens(80, 8192) == 2**31 // (8192 * 4 * 83) > 512
+    assert pass_tokens(400, 20000) == 512
 
 
 def test_one_layer_is_read_at_a_time(tmp_path: Path) -> None:
