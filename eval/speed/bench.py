@@ -18,13 +18,12 @@ from ...convert.methods.registry import build_method, register, settings_class
 from ...convert.open_model import OpenModel, open_model, recorded_donor
 from ...convert.storage.dtype_cast import DTYPES
 from ...convert.validation.option import declared
-from ..inspection import cache_elements, head_dim
 from ..kv_cache import serving
 from ..report.units import size
 from ..settings import OWN_CACHE
 from . import speed
-from .memory import available_memory
-from .random_models import parameters, random_model
+from .memory import available_memory, memory_needed, step_elements
+from .random_models import random_model
 
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -164,38 +163,6 @@ def bench_random(
     models = [random_model(model.config, dtype, place) for model in (donor, converted)]
     inputs = {"checkpoint": None, "against": reference, "random": method}
     return inputs | _time(models[0], models[1], options, on_progress)
-
-
-def memory_needed(
-    donor: Any, converted: Any, load: speed.Load, width: int, reexpand: bool
-) -> tuple[int, int]:
-    """(fixed, per_row): an estimate of the bytes needed to time two models, without and per row of the batch.
-
-    It counts the weights, the activations of one row's prefill, all caches, and the copy of a layer's cache that is
-    made when it grows.
-
-    Args:
-        donor, converted: configs.
-        width: bytes per element.
-        reexpand: whether the converted model is also timed without absorption.
-    """
-    text = converted.get_text_config()
-    caches = [cache_elements(config) for config in (donor, converted)]
-    expanded = (
-        6 * text.num_attention_heads * head_dim(text)
-    )  # keys and values, and the parts they are made of
-    prefill = max(map(sum, caches)) + 8 * text.hidden_size + 3 * text.intermediate_size + expanded
-    decoding = sum(map(sum, caches)) + max(map(step_elements, (donor, converted)))
-    decoding += reexpand * (sum(caches[1]) + expanded)
-    weights = parameters(donor) + parameters(converted)
-    return width * (weights + load.context * prefill), width * load.context * decoding
-
-
-def step_elements(config: Any) -> float:
-    """Elements for each cached token that a decode step has for a while: the copy of the layer's cache that grows, and
-    scores.
-    """
-    return max(cache_elements(config)) + 4 * config.get_text_config().num_attention_heads
 
 
 def _require(

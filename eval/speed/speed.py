@@ -23,6 +23,12 @@ TIME_LIMIT = (
     5.0  # seconds: a prefill that takes longer is not repeated; re-expanding decode steps end after it
 )
 MIN_REEXPANDED_STEPS = 2  # re-expanding decode steps that are timed even beyond the limit
+# Of the converted model's figure to the donor's.
+RATIOS = {
+    "ratio": "decode_tokens_per_s",
+    "prefill_ratio": "prefill_tokens_per_s",
+    "cache_ratio": "cache_bytes",
+}
 # Attributes of attention classes: the most query tokens for which the cache is read without expanding it.
 ABSORPTION_LIMITS = ("max_absorbed_tokens", "max_grouped_tokens")
 
@@ -68,8 +74,7 @@ class Run:
     def __init__(
         self, model: Any, load: Load, *, absorb: bool = True, kv_cache_dtype: str = OWN_CACHE
     ) -> None:
-        self.model, self.load, self.absorb = model, load, absorb
-        self.kv_cache_dtype = kv_cache_dtype
+        self.model, self.load, self.absorb, self.kv_cache_dtype = model, load, absorb, kv_cache_dtype
         self.prefills: list[float] = []
         self.steps: list[float] = []
         self.step_memory: int | None = None
@@ -103,11 +108,8 @@ class Run:
             self.cache = copy.deepcopy(row)
             self.cache.batch_repeat_interleave(load.batch)
             return
-        self.cache = (
-            StaticCache(config=config, max_cache_len=load.context)
-            if load.static_cache
-            else DynamicCache(config=config)
-        )
+        fixed = load.static_cache
+        self.cache = StaticCache(config, load.context) if fixed else DynamicCache(config=config)
         for index, layer in enumerate(row.layers):
             keys, values = (states.expand(load.batch, -1, -1, -1) for states in (layer.keys, layer.values))
             self.cache.update(keys, values, index)
@@ -133,9 +135,12 @@ class Run:
             return True
         return not self.absorb and len(self.steps) >= MIN_REEXPANDED_STEPS and sum(self.steps) > TIME_LIMIT
 
-    def prefill_speed(self) -> dict[str, Any]:
-        """`prefill_tokens_per_s` of one row, from the median of the repetitions."""
-        return {"prefill_tokens_per_s": self.load.prompt_tokens / statistics.median(self.prefills)}
+    def figures(self) -> dict[str, Any]:
+        """What was measured; without prefill and cache of a run that shares them with another."""
+        if not self.prefills:
+            return self.decode_speed()
+        prefill = self.load.prompt_tokens / statistics.median(self.prefills)
+        return {"prefill_tokens_per_s": prefill} | self.decode_speed() | self.cache_size()
 
     def decode_speed(self) -> dict[str, Any]:
         """The decode speed of the batch.
@@ -202,17 +207,12 @@ def compare(
         _decode(list(runs.values()), load, on_step)
     finally:
         switch_absorption(converted, True)
-    row: dict[str, Any] = {"context": load.context}
-    for name in ("donor", "converted"):
-        row[name] = runs[name].prefill_speed() | runs[name].decode_speed() | runs[name].cache_size()
-    row["ratio"] = row["converted"]["decode_tokens_per_s"] / row["donor"]["decode_tokens_per_s"]
-    row["prefill_ratio"] = row["converted"]["prefill_tokens_per_s"] / row["donor"]["prefill_tokens_per_s"]
-    row["cache_ratio"] = row["converted"]["cache_bytes"] / row["donor"]["cache_bytes"]
+    row: dict[str, Any] = {"context": load.context} | {name: run.figures() for name, run in runs.items()}
+    for name, figure in RATIOS.items():
+        row[name] = row["converted"][figure] / row["donor"][figure]
     if reexpand:
-        reexpanded = row["reexpanded"] = runs["reexpanded"].decode_speed()
-        row["ratio_to_reexpanded"] = (
-            row["converted"]["decode_tokens_per_s"] / reexpanded["decode_tokens_per_s"]
-        )
+        speeds = [row[name]["decode_tokens_per_s"] for name in ("converted", "reexpanded")]
+        row["ratio_to_reexpanded"] = speeds[0] / speeds[1]
     return row
 
 

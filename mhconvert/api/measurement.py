@@ -146,26 +146,21 @@ def bench(
     """Prefill and decode speed of a converted checkpoint and its donor, measured in turns, and their cache bytes.
 
     Args:
-        checkpoint: a converted checkpoint, or a donor with `random`.
-        against: the donor; None: the one named in `mhconvert.json`.
+        checkpoint, against: a converted one, or a donor with `random`; its donor, None: as in `mhconvert.json`.
         contexts: cached tokens a row when the last timed step is done.
         batch, new_tokens: rows, copies of one, whose prefill is what is timed; timed steps.
         reexpand: time the checkpoint without absorption too.
-        static_cache: decode with a cache of fixed size.
-        compile: torch.compile of the decode step, on a static cache.
-        random: a method: random weights of the donor's shape and of its conversion's are timed.
-        kv_budget, kv_bits: of that conversion.
+        static_cache, compile: decode with a cache of fixed size; and torch.compile of the step.
+        random, kv_budget, kv_bits: a method; random weights of the donor's shape and of such a conversion's are timed.
         kv_cache_dtype: of the checkpoint's cache, not the donor's; the checkpoint may then be the donor itself.
-        step_tokens: that a row reads in a step; more than one as assisted decoding verifies drafted ones.
-        chunk_tokens: the prompt is read in pieces of so many; None: at once.
-        dtype: None: bfloat16 on CUDA, else float32.
-        device: a torch device; None: CUDA if present.
+        step_tokens, chunk_tokens: that a row reads in a step, more than 1 as drafted ones; and of a prompt at once.
+        dtype, device: None: bfloat16 on CUDA if present, else float32 on the CPU.
         on_progress: called with the progress.
 
     Returns:
         The inputs, and rows, one a context: donor and converted {prefill_tokens_per_s, decode_tokens_per_s,
-        step_seconds, step_spread, steps, step_memory_bytes (a step's peak beside weights and cache; None: not known
-        here), step_memory_planned_bytes, cache_bytes, cache_tokens}, ratio (of decode speeds, converted ÷ donor),
+        step_seconds, step_spread, steps, step_memory_bytes (its peak beside weights and cache, or None),
+        step_memory_planned_bytes, cache_bytes, cache_tokens}, ratio (of decode speeds, converted ÷ donor),
         prefill_ratio, cache_ratio; with reexpand also reexpanded and ratio_to_reexpanded.
 
     Raises:

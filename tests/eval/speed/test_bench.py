@@ -169,7 +169,7 @@ def test_the_estimate_grows_with_the_load(pair: tuple[str, str]) -> None:
     donor, latent = (bench.open_model(reference, device="cpu").config for reference in pair)
 
     def needed(context: int, width: int = 4, reexpand: bool = False) -> tuple[int, int]:
-        return bench.memory_needed(donor, latent, bench.speed.Load(context, 1, 1), width, reexpand)
+        return memory.memory_needed(donor, latent, bench.speed.Load(context, 1, 1), width, reexpand)
 
     (fixed, row), (double_fixed, double_row) = needed(256), needed(512)
     assert double_row == 2 * row > 4 * 512 * (128 + 64)  # both caches at least
