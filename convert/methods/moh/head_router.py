@@ -104,7 +104,7 @@ class HeadRouter(nn.Module):
         scores = squares.clamp_min(torch.finfo(squares.dtype).tiny).log() / 2
         if self.shared_units:
             scores = scores.index_select(-1, constant(tuple(self.routed_units), scores))
-        if self.norm_scale is None:
+        if self.norm_scale is None or self.norm_offset is None:
             return scores
         scale, offset = (constant(each, scores, scores.dtype) for each in (self.norm_scale, self.norm_offset))
         return scores * scale + offset
