@@ -10,14 +10,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+KEPT: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+
+
+def constant(values: tuple[float, ...], like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """`values` on the device of `like`, made once for each: no buffer, so that neither checkpoints nor casts know it.
+
+    A graph that is compiled has its own, and so has a run without real tensors.
+    """
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return torch.tensor(values, dtype=dtype, device=like.device)
+    name = values, dtype, like.device
+    if name not in KEPT:
+        with torch.inference_mode(False):  # a later call may need gradients
+            KEPT[name] = torch.tensor(values, dtype=dtype, device=like.device)
+    return KEPT[name]
+
 
 class FloatLinear(nn.Linear):
     """A linear map in float32, whatever its weights are kept in: a choice must not hang on bfloat16's rounding."""
 
     def forward(self, input: Tensor) -> Tensor:
+        given = input.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+        if not torch.is_autocast_enabled(input.device.type):
+            return F.linear(*given)
         with torch.autocast(input.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(input.float(), self.weight.float(), bias)
+            return F.linear(*given)
 
 
 class HeadRouter(nn.Module):
@@ -45,8 +63,15 @@ class HeadRouter(nn.Module):
             }
             maps = {name: FloatLinear(width, size, bias=False) for name, size in sizes.items() if size}
             self.maps = nn.ModuleDict(maps)
+            self.stages = tuple(int(unit in self.routed_units) for unit in range(self.units))
+            counts = len(self.shared_units), self.chosen
+            # Each unit's share where the coefficients are equal.
+            self.equal = tuple(1 / counts[stage] / (2 if shared else 1) for stage in self.stages)
         elif config.norm_scale is not None:
-            self.norm_scale, self.norm_offset = config.norm_scale[layer_idx], config.norm_offset[layer_idx]
+            lists = config.norm_scale[layer_idx], config.norm_offset[layer_idx]
+            self.norm_scale, self.norm_offset = map(tuple, lists)
+        stored = [*self.routed_units, *self.shared_units]
+        self.places = tuple(stored.index(unit) for unit in range(self.units))
         self.last: tuple[Tensor, Tensor] | None = None  # of a forward pass in training
 
     def forward(self, hidden_states: Tensor, query: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -55,22 +80,20 @@ class HeadRouter(nn.Module):
         """
         scores = self.score(hidden_states) if self.learned else self.norms(query)
         # Of equal scores the first unit has precedence, however many tokens are read together.
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., : self.chosen], True)
-        active = self.spread(chosen, torch.ones_like(chosen[..., :1]))
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.chosen]
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+        active = self.spread(chosen)
         if self.training:
             probability = scores.softmax(-1) if self.straight_through else scores.softmax(-1).detach()
             self.last = probability, chosen
             routed = chosen.to(scores.dtype) + (probability - probability.detach())  # the value is 0 or 1
-            gates = self.spread(routed, torch.ones_like(routed[..., :1]))
-        else:
-            gates = active.to(scores.dtype)
+            gates = self.spread(routed)
+            return active, gates * self.coefficients(hidden_states, chosen) if self.learned else gates
         if not self.learned:
-            return active, gates if self.training else None
-        with torch.set_grad_enabled(
-            self.training and torch.is_grad_enabled()
-        ):  # a layer's fit leaves gates at 1
-            return active, gates * self.coefficients(hidden_states, chosen)
+            return active, None
+        with torch.no_grad():  # a layer's fit leaves gates at 1
+            gates = self.coefficients(hidden_states, chosen)
+            return active, gates if "routed" in self.maps else gates * active
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last": None}  # a graph is not copied
@@ -79,34 +102,35 @@ class HeadRouter(nn.Module):
         """[B, T, H d] -> [B, T, R], float32: ‖q‖ of each routed unit, by its logarithm."""
         squares = query.float().unflatten(-1, (self.units, -1)).square().sum(-1)
         scores = squares.clamp_min(torch.finfo(squares.dtype).tiny).log() / 2
-        scores = scores[..., torch.tensor(self.routed_units, device=scores.device)]
-        if self.norm_scale is None:
+        if self.shared_units:
+            scores = scores.index_select(-1, constant(tuple(self.routed_units), scores))
+        if self.norm_scale is None or self.norm_offset is None:
             return scores
-        return scores * scores.new_tensor(self.norm_scale) + scores.new_tensor(self.norm_offset)
+        scale, offset = (constant(each, scores, scores.dtype) for each in (self.norm_scale, self.norm_offset))
+        return scores * scale + offset
 
     def coefficients(self, hidden_states: Tensor, chosen: Tensor) -> Tensor:
         """[B, T, U]: of mean 1 among the shared units and among the chosen ones, and the two stages' α around it."""
-        maps, one = self.maps, chosen.new_ones(1, dtype=torch.float32).expand(*chosen.shape[:-1], 1)
-        routed, shared = one.expand(chosen.shape), one
+        maps, shared = self.maps, None
         if "routed" in maps:
-            routed = self.relative(
-                maps["routed"](hidden_states).masked_fill(~chosen, -torch.inf), self.chosen
-            )
+            routed = torch.where(chosen, maps["routed"](hidden_states), -torch.inf).softmax(-1)
+        else:
+            routed = torch.ones_like(chosen, dtype=torch.float32)
         if "shared" in maps:
-            shared = self.relative(maps["shared"](hidden_states), len(self.shared_units))
+            shared = maps["shared"](hidden_states).softmax(-1)
+        shares = self.spread(routed, shared)
         if "stage" in maps:
-            first, second = self.relative(maps["stage"](hidden_states), 2).split(1, -1)
-            routed, shared = routed * second, shared * first
-        return self.spread(routed, shared)
+            stage = maps["stage"](hidden_states).softmax(-1)
+            shares = shares * stage.index_select(-1, constant(self.stages, stage))
+        # A quotient of equal numbers is exactly 1; a product with the number of units is not, for 41 of them.
+        return shares / constant(self.equal, shares, shares.dtype)
 
-    @staticmethod
-    def relative(weights: Tensor, count: int) -> Tensor:
-        """`count` times the softmax; exactly 1 for equal weights."""
-        powers = (weights - weights.amax(-1, keepdim=True)).exp()
-        return powers * (count / powers.sum(-1, keepdim=True))
-
-    def spread(self, routed: Tensor, shared: Tensor) -> Tensor:
-        """[B, T, R] and [B, T, shared or 1] -> [B, T, U]."""
-        shared = shared.expand(*routed.shape[:-1], len(self.shared_units))
-        places = torch.tensor([*self.routed_units, *self.shared_units], device=routed.device).argsort()
-        return torch.cat((routed, shared), dim=-1)[..., places]
+    def spread(self, routed: Tensor, shared: Tensor | None = None) -> Tensor:
+        """[B, T, R] and [B, T, shared], None: 1 -> [B, T, U]."""
+        if not self.shared_units:
+            return routed
+        if shared is None:
+            whole = F.pad(routed, (0, len(self.shared_units)), value=1)
+        else:
+            whole = torch.cat((routed, shared), dim=-1)
+        return whole.index_select(-1, constant(self.places, whole))

@@ -9,7 +9,7 @@ Shapes: B batch, T query tokens, S cached tokens, H query heads, G KV heads, d h
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,11 @@ from . import configuration_moh
 from .configuration_moh import MixtureOfHeadFields
 from .head_router import HeadRouter
 
-PART_ELEMENTS = 1 << 18  # of scores that are computed together, so that they stay in a core's cache
 # From how many keys on it is worth while (two CPU cores): to leave heads out of a prompt, of a decoding step, and to
 # read a KV head for some rows of a batch only.
 LEAST_KEYS, LEAST_KEYS_OF_A_STEP, LEAST_KEYS_OF_A_ROW = 1024, 4096, 8192
+# The kernel behind sdpa on a CPU, which also tells the logarithm of a softmax's denominator; None: a torch without it.
+FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 class MixtureOfHeadAttention(nn.Module):
@@ -142,7 +143,7 @@ class MixtureOfHeadAttention(nn.Module):
         return (
             plain
             and (query.device.type, self.config._attn_implementation) == ("cpu", "sdpa")
-            and key.shape[2] >= (LEAST_KEYS if query.shape[2] > 1 else LEAST_KEYS_OF_A_STEP)
+            and (query.shape[2] == 1 or key.shape[2] >= LEAST_KEYS)
             and (attention_mask is None or (attention_mask.dim() == 4 and attention_mask.shape[1] == 1))
         )
 
@@ -173,61 +174,87 @@ class MixtureOfHeadAttention(nn.Module):
                 heads = slice(kv_head * size, (kv_head + 1) * size)
                 tokens, members = (active[row, :, heads] & ~every[heads]).nonzero(as_tuple=True)
                 if len(tokens):
-                    rows = query[row, heads][members, tokens] * self.scaling
+                    rows = query[row, heads][members, tokens]
                     # Without a mask these tokens begin the cache, which may have room behind them.
-                    seen = None if mask is None else mask[tokens]
-                    found = self.attend_rows(rows, key[row, kv_head], value[row, kv_head], tokens, seen)
+                    found = self.attend_rows(rows, key[row, kv_head], value[row, kv_head], tokens, mask)
                     output[row, tokens, members + heads.start] = found.to(output.dtype)
         return output
 
     def active_step(
         self, query: Tensor, key: Tensor, value: Tensor, active: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
-        """`active_attention` of one token a row: a KV head is read in place, where a row needs it; over many keys, for
-        the rows alone that do."""
-        output = value.new_zeros(query.shape)
-        read = active[:, 0].unflatten(-1, (self.kv_heads, -1)).any(-1)  # B G
-        first = 0 if attention_mask is not None or self.window is None else max(0, key.shape[2] - self.window)
-        for kv_head, heads in enumerate(torch.arange(self.heads).split(self.num_key_value_groups)):
-            rows = read[:, kv_head].nonzero().flatten().tolist()
-            whole = len(rows) == len(read) or (rows and key.shape[2] < LEAST_KEYS_OF_A_ROW)
-            parts = [slice(None)] if whole else [slice(row, row + 1) for row in rows]
-            for part in parts:
-                scores = query[part, heads, 0] * self.scaling @ key[part, kv_head, first:].mT  # B size S
-                mask = (
-                    None if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1)[part, 0]
-                )
-                weights = self.weights(scores, mask).to(value.dtype)
-                output[part, heads, 0] = (weights @ value[part, kv_head, first:]).to(output.dtype)
-        return output.transpose(1, 2)
+        """`active_attention` of one token a row: the queries that share a KV head meet it together. Of a long cache it
+        is read where a row needs it; over many keys, for the rows alone that do."""
+        seen, first = key.shape[2], 0
+        if attention_mask is None and self.window is not None:
+            first = max(0, seen - self.window)
+        grouped = query.squeeze(2).unflatten(1, (self.kv_heads, -1)).to(key.dtype)  # B G size d
+        if attention_mask is not None:
+            attention_mask = attention_mask.expand(len(query), -1, -1, -1)
 
-    def weights(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """The softmax of scores [..., S] under a boolean or additive mask."""
-        if mask is not None:
-            lowest = torch.finfo(scores.dtype).min
-            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        def attend(rows: slice, heads: slice) -> Tensor:
+            part = rows, heads, slice(first, None)
+            mask = None if attention_mask is None else attention_mask[rows]
+            given = grouped[rows, heads], key[part], value[part], mask
+            return F.scaled_dot_product_attention(*given, scale=self.scaling)
+
+        needed = self.rows_to_read(active, seen) if seen >= LEAST_KEYS_OF_A_STEP else None
+        if needed is None:
+            return attend(slice(None), slice(None)).flatten(1, 2).unsqueeze(1)
+        output = value.new_zeros(grouped.shape)
+        for kv_head, rows in enumerate(needed):
+            heads = slice(kv_head, kv_head + 1)
+            whole = len(rows) == len(query) or (rows and seen < LEAST_KEYS_OF_A_ROW)
+            for part in [slice(None)] if whole else [slice(row, row + 1) for row in rows]:
+                output[part, heads] = attend(part, heads).to(output.dtype)
+        return output.flatten(1, 2).unsqueeze(1)
+
+    def rows_to_read(self, active: Tensor, seen: int) -> list[list[int]] | None:
+        """Of each KV head, the rows of a step that need it: active [B, 1, H]; None where nearly all do."""
+        read = active[:, 0].unflatten(-1, (self.kv_heads, -1)).any(-1)  # B G
+        needed = [[row for row, wanted in enumerate(column) if wanted] for column in read.T.tolist()]
+        count = sum(map(len, needed))
+        whole = seen < LEAST_KEYS_OF_A_ROW or 8 * count >= 7 * read.numel()
+        return None if whole and all(needed) else needed
 
     def attend_rows(
         self, rows: Tensor, key: Tensor, value: Tensor, positions: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Scaled queries [P, d] at ascending places [P] in the cache, key and value [S, d], mask [P, S] -> [P, d]."""
-        found, begin = [], 0
-        while begin < len(rows):
-            reach = key.shape[0] if mask is not None else int(positions[begin]) + 1
-            part = slice(begin, begin + min(256, max(32, PART_ELEMENTS // reach)))
-            places, first, last = positions[part], 0, key.shape[0]
-            if mask is None:
-                last = int(places[-1]) + 1
-                first = 0 if self.window is None else max(0, int(places[0]) - self.window + 1)
-            scores = rows[part] @ key[first:last].mT
-            if mask is None:
-                known = int(places[0]) if self.window is None else 0  # keys that all of these queries see
-                scores[:, known:].masked_fill_(~self.visible(places, first + known, last), -torch.inf)
-            weights = self.weights(scores, None if mask is None else mask[part])
-            found.append(weights.to(value.dtype) @ value[first:last])
-            begin = part.stop
+        """Queries [P, d] at ascending places [P] in the cache, key and value [S, d], mask [T, S] -> [P, d]."""
+        found, size = [], 256 if len(key) < LEAST_KEYS_OF_A_STEP else 512
+        for part, places in zip(rows.to(key.dtype).split(size), positions.split(size), strict=True):
+            if mask is not None:
+                found.append(self.attend(part, key, value, mask[places]))
+                continue
+            # `known` keys are seen by all of these queries: those need no mask, where the two parts can be merged.
+            known, last, first = int(places[0]), int(places[-1]) + 1, 0
+            if self.window is not None:
+                first, known = max(0, known - self.window + 1), 0
+            merged = FLASH is not None and known > 0
+            start = known if merged else first
+            visible = self.visible(places, start, last)
+            bias = torch.zeros_like(visible, dtype=part.dtype).masked_fill_(~visible, -torch.inf)
+            if merged:
+                found.append(self.merged(part, key[:last], value[:last], bias))
+            else:
+                found.append(self.attend(part, key[start:last], value[start:last], bias))
         return torch.cat(found)
+
+    def attend(self, rows: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Queries [P, d], key and value [S, d], mask [P, S] -> [P, d]."""
+        given = (x[None, None] for x in (rows, key, value, mask))
+        return F.scaled_dot_product_attention(*given, scale=self.scaling)[0, 0]
+
+    def merged(self, rows: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Queries [P, d], key and value [S, d], bias [P, N] of the last N keys; those before are seen by all rows."""
+        known, flash = len(key) - bias.shape[1], cast(Any, FLASH)
+        query, key, value, bias = (x[None, None] for x in (rows, key, value, bias))
+        before, known_sum = flash(query, key[:, :, :known], value[:, :, :known], scale=self.scaling)
+        own, own_sum = flash(
+            query, key[:, :, known:], value[:, :, known:], attn_mask=bias, scale=self.scaling
+        )
+        share = (known_sum - own_sum).sigmoid().unsqueeze(-1)
+        return torch.lerp(own.to(share.dtype), before.to(share.dtype), share)[0, 0]
 
     def visible(self, places: Tensor, first: int, last: int) -> Tensor:
         """[P, last - first]: whether a key lies before or at a query's place, and inside its window."""

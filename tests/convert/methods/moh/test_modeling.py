@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from mhconvert.convert.methods.moh import modeling_moh
+from mhconvert.convert.methods.moh import head_router, modeling_moh
 from mhconvert.convert.methods.moh.head_router import HeadRouter
 from mhconvert.convert.methods.moh.modeling_moh import MixtureOfHeadAttention
 from mhconvert.convert.methods.moh.settings import MoHSettings
@@ -142,6 +142,39 @@ def test_active_pairs_alone_give_what_a_mask_leaves(
     assert (found - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("kernel", ["present", "absent"])
+def test_a_prompt_of_several_blocks_is_what_a_mask_leaves(
+    window: int | None, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check 4 in float64, also where torch does not tell the denominators with which blocks are merged."""
+    assert modeling_moh.FLASH is not None
+    calls: list[int] = []
+
+    def recorded(*given: Any, flash: Any = modeling_moh.FLASH, **options: Any) -> Any:
+        calls.append(given[0].shape[2])
+        return flash(*given, **options)
+
+    monkeypatch.setattr(modeling_moh, "FLASH", recorded if kernel == "present" else None)
+    donor = donor_model(0, heads=4, kv_heads=2)
+    attention = MixtureOfHeadAttention(donor.model.layers[0].self_attn, converted_config(donor), 0)
+    attention.window = window
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, 700, 16, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
+    )
+    active = torch.rand(1, 700, 4, generator=generator) < 0.7
+    found = attention.active_attention(query * 9, key, value, active, None) * active.unsqueeze(-1)
+    distance = torch.arange(700)[:, None] - torch.arange(700)
+    visible = (distance >= 0) & (distance < (window or 700))
+    scores = (query * 9 @ key.repeat_interleave(2, 1).mT * attention.scaling).masked_fill(
+        ~visible, -torch.inf
+    )
+    expected = (scores.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2) * active.unsqueeze(-1)
+    assert (found - expected).abs().max() < 1e-12
+    assert bool(calls) == (kernel == "present" and window is None)
+
+
 def converted_config(donor: Any) -> Any:
     return converted(donor, MoHSettings(1.0)).config
 
@@ -254,6 +287,36 @@ def test_the_gates_of_an_untrained_learned_router_are_exactly_one(shared: list[i
     assert gates is not None
     assert torch.equal(gates, active.float())
     assert torch.equal(active.sum(-1), torch.full((3, 50), count))
+
+
+def test_gates_are_exactly_one_for_any_number_of_heads() -> None:
+    """For 41, 47 and others the number times its float32 reciprocal is not 1."""
+    donor = donor_model(heads=64, kv_heads=2, hidden=128)
+    config = copy.deepcopy(converted_config(donor))
+    for count in range(2, 62):
+        config.shared_heads, config.active_heads = [[3, 9]] * 2, [2 + count] * 2
+        route = HeadRouter(config, 0).eval()
+        for parameter in route.maps.parameters():
+            parameter.data.zero_()
+        active, gates = route(torch.randn(1, 3, 128), torch.zeros(1, 3, 128))
+        assert torch.equal(gates, active.float())
+
+
+def test_tensors_kept_for_later_calls_are_in_no_checkpoint_and_hinder_no_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the first call was one of inference mode."""
+    monkeypatch.setattr(head_router, "KEPT", {})
+    route, _ = router("learned", shared_heads=[[0, 3]] * 2, active_heads=[3] * 2)
+    names, x = set(route.state_dict()), torch.randn(2, 7, 64)
+    with torch.inference_mode():
+        _, expected = route(x, x)
+    assert head_router.KEPT
+    assert set(route.state_dict()) == names == {name for name, _ in route.named_parameters()}
+    _, gates = route.train()(x, x)
+    gates.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in route.parameters())
+    torch.testing.assert_close(gates, expected)
 
 
 def test_coefficients_are_the_two_stages_of_the_paper() -> None:
