@@ -242,8 +242,8 @@ class MixtureOfHeadAttention(nn.Module):
 
     def attend(self, rows: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """Queries [P, d], key and value [S, d], mask [P, S] -> [P, d]."""
-        given = (x[None, None] for x in (rows, key, value, mask))
-        return F.scaled_dot_product_attention(*given, scale=self.scaling)[0, 0]
+        rows, key, value, mask = (x[None, None] for x in (rows, key, value, mask))
+        return F.scaled_dot_product_attention(rows, key, value, mask, scale=self.scaling)[0, 0]
 
     def merged(self, rows: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """Queries [P, d], key and value [S, d], bias [P, N] of the last N keys; those before are seen by all rows."""
