@@ -27,8 +27,8 @@ from .coded_method import CodedMLA
 from .converted_class import converted_class, latent_config
 from .observed import Observed
 from .rotary_components import kept_components, rotary_basis, series_components
-from .settings import MLASettings
 from .score_rank import SCORE_LOSS
+from .settings import MLASettings
 from .surgery import LatentWeights, convert_layer
 
 SURVEY_SHARES = (1 / 8, 3 / 16, 5 / 16, 1 / 2, 3 / 4)  # of the donor's cache elements of a layer
