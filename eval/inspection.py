@@ -94,7 +94,8 @@ def attention(config: Any) -> dict[str, Any]:
         facts["kind"] = "latent (MLA)"
         facts["kv_lora_rank"] = _one_or_all([text.latent_rank(i) for i in layers])
         facts["qk_rope_head_dim"] = _one_or_all([2 * len(text.layer_frequencies(i)) for i in layers])
-        facts["qk_nope_head_dim"], facts["v_head_dim"] = text.qk_nope_head_dim, text.v_head_dim
+        facts["qk_nope_head_dim"] = _one_or_all([text.nope_width(i) for i in layers])
+        facts["v_head_dim"] = text.v_head_dim
     elif getattr(text, "kv_code_counts", None) is not None:
         facts["kind"], facts["head_dim"] = "coded latents (MLA)", head_dim(text)
         facts["num_key_value_heads"] = _kv_heads(text)

@@ -119,7 +119,7 @@ RANGES: dict[str, Range] = {
     "long_factor": Range(0, above=True, lists=True),
     # converted checkpoints
     "kv_lora_rank": _whole(0, 1 << 20, lists=True),
-    "qk_nope_head_dim": _whole(0, 1 << 20),
+    "qk_nope_head_dim": _whole(0, 1 << 20, lists=True),
     "qk_rope_head_dim": _whole(0, 1 << 20),
     "v_head_dim": WIDTH,
     "rope_frequencies": _whole(0, 1 << 16, lists=True),
@@ -131,7 +131,8 @@ RANGES: dict[str, Range] = {
     "attention_softcap": POSITIVE,
 }
 PER_LAYER = (  # lists with an entry for each layer
-    *("layer_types", "no_rope_layers", "kv_lora_rank", "rope_frequencies", "kv_code_counts"),
+    *("layer_types", "no_rope_layers", "kv_lora_rank", "qk_nope_head_dim", "rope_frequencies"),
+    "kv_code_counts",
     *("k_head_map", "v_head_map", "shared_heads", "active_heads", "norm_scale", "norm_offset"),
 )
 ROPE = ("rope_parameters", "rope_scaling")  # mappings, or mappings of such by the type of layer

@@ -49,6 +49,8 @@ def test_a_whole_folder_with_measured_numbers(recipe: Callable[..., Recipe], tmp
     for layer in report["layers"]:
         assert layer["kv_lora_rank"] + layer["qk_rope_head_dim"] == layer["kv_elements"]["converted"]
         assert 0 <= layer["relative_error"] < 1
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["qk_nope_head_dim"] == [layer["qk_nope_head_dim"] for layer in report["layers"]]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["kl"] == report["kl"]
     provenance = json.loads((tmp_path / "out" / "mhconvert.json").read_text())
     assert hashes(tmp_path / "out").items() <= provenance["sha256"].items()
@@ -100,6 +102,9 @@ def test_resume_gives_the_same_bytes(recipe: Callable[..., Recipe], tmp_path: Pa
     assert first[0] > 0  # it did not begin again
     assert [layer["index"] for layer in report["layers"]] == list(range(LAYERS))
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("cut", "whole")]
+    assert configs[0]["qk_nope_head_dim"] == configs[1]["qk_nope_head_dim"]
+    assert min(configs[0]["qk_nope_head_dim"]) < 16
     assert len(hashes(tmp_path / "cut")) == (
         1 if shard == "5GB" else len(list((tmp_path / "whole").glob("*.safetensors")))
     )

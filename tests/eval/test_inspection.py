@@ -33,13 +33,14 @@ def test_converted_geometry() -> None:
         hidden_size=64,
         kv_lora_rank=[24, 20],
         rope_frequencies=[[0, 1, 2, 3], [0, 2]],
-        qk_nope_head_dim=16,
+        qk_nope_head_dim=[16, 12],
         v_head_dim=16,
     )
     assert cache_elements(config) == [24 + 8, 20 + 4]
     facts = attention(config)
     assert facts["kv_lora_rank"] == [24, 20]
     assert facts["qk_rope_head_dim"] == [8, 4]
+    assert (facts["qk_nope_head_dim"], facts["v_head_dim"]) == ([16, 12], 16)
 
 
 def test_a_donor(tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ def refusal(config: Any, to: str) -> str | None:
         "kv_lora_rank differs from layer to layer, and the class has one (convert with --profile portable)": (
             isinstance(config.kv_lora_rank, list)
         ),
+        "qk_nope_head_dim is not head_dim in every layer (convert with --profile portable)": any(
+            config.nope_width(index) != config.v_head_dim for index in range(config.num_hidden_layers)
+        ),
         "kv_b_proj reads the rotary key too (convert with --profile portable)": config.rope_in_latent,
         "o_proj has a bias, which the class would drop": config.attention_output_bias,
         "q_proj and kv_a_proj_with_mqa have biases, which the class would drop": config.attention_input_bias,

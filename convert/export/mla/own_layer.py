@@ -87,6 +87,9 @@ def refusal(config: Any) -> str | None:
         f"layers differ in kv_lora_rank {ranks} or qk_rope_head_dim {ropes} (convert with --profile portable)": (
             len(ranks) > 1 or len(ropes) > 1
         ),
+        "qk_nope_head_dim is not head_dim in every layer (convert with --profile portable)": any(
+            config.nope_width(index) != config.v_head_dim for index in layers
+        ),
         "its keys are divided by their RMS, which is cached beside latent and rotary key": (
             config.qk_norm is not None
         ),

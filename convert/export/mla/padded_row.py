@@ -66,7 +66,7 @@ def cost(config: Any, wider: int, element_bytes: int) -> dict[str, Any] | None:
     elements = {
         "from": rank + rope,
         "to": wider + rope,
-        "donor": 2 * (config.num_key_value_heads or config.num_attention_heads) * config.qk_nope_head_dim,
+        "donor": 2 * (config.num_key_value_heads or config.num_attention_heads) * config.v_head_dim,
     }
     of_all = {name: count * config.num_hidden_layers * element_bytes for name, count in elements.items()}
     return {"row": {name: elements[name] for name in ("from", "to")}, "kv_bytes_per_token": of_all}

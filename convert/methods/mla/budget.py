@@ -76,6 +76,17 @@ class LayerBudget:
         """The width of the latent, kv_lora_rank, beside `components` rotary components."""
         return self.elements - self.key_scales - 2 * components
 
+    def most_parameters(self, facts: AttentionFacts, hidden: int, effort: str, rope_in_latent: bool) -> int:
+        """Of a layer's attention at its widest keys, on a hidden state of `hidden` elements."""
+        choices, elements = self.component_choices(effort), self.elements - self.key_scales
+        heads, head_dim, rope = facts.heads, facts.head_dim, 2 * max(choices)
+        queries = hidden * heads * (head_dim + rope)
+        if facts.qk_norm is not None:
+            queries = heads * head_dim * (hidden + head_dim + rope) + facts.kv_heads * head_dim * hidden
+        projections = hidden * (elements + heads * head_dim + 1)
+        reads = elements if rope_in_latent else self.rank(min(choices))
+        return queries + projections + 2 * reads * heads * head_dim
+
 
 def layer_budget(config: Any, settings: MLASettings) -> LayerBudget:
     """The budget of each layer that `settings` leave a donor with `config`.

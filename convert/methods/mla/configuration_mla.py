@@ -17,7 +17,8 @@ class LatentAttentionFields:
     kv_lora_rank: width of the cached latent, one for all layers or one a layer.
     rope_frequencies: per layer, which of the donor's head_dim / 2 rotary frequencies each shared rotary
     component turns with; a frequency may occur several times. A layer's rotary key has twice as many elements.
-    qk_nope_head_dim, v_head_dim: per-head widths of the expanded non-rotary key and of the value.
+    qk_nope_head_dim: per-head width of the expanded non-rotary key, one for all layers or one a layer.
+    v_head_dim: per-head width of the value, the donor's head_dim.
     rope_in_latent: whether kv_b_proj reads the rotary key beside the latent; it is then cached before its rotation.
     attention_output_bias: whether o_proj has a bias (the share of the values that does not depend on the token).
     attention_input_bias: whether the projections that read the hidden state have biases.
@@ -29,7 +30,7 @@ class LatentAttentionFields:
 
     kv_lora_rank: int | list[int] | None = None
     rope_frequencies: list[list[int]] | None = None
-    qk_nope_head_dim: int | None = None
+    qk_nope_head_dim: int | list[int] | None = None
     v_head_dim: int | None = None
     rope_in_latent: bool = False
     attention_output_bias: bool = False
@@ -46,12 +47,20 @@ class LatentAttentionFields:
 
     def latent_rank(self, layer_idx: int) -> int:
         """Width of the cached latent of one layer."""
-        rank = self.kv_lora_rank
-        if isinstance(rank, list):
-            return rank[layer_idx]
-        if rank is None:
-            raise ValueError("config.json lacks kv_lora_rank")
-        return rank
+        return self.layer_width("kv_lora_rank", layer_idx)
+
+    def nope_width(self, layer_idx: int) -> int:
+        """Width of a head's non-rotary key in one layer."""
+        return self.layer_width("qk_nope_head_dim", layer_idx)
+
+    def layer_width(self, name: str, layer_idx: int) -> int:
+        """One layer's size in the field `name`, which holds one for all layers or one a layer."""
+        width: int | list[int] | None = getattr(self, name)
+        if isinstance(width, list):
+            return width[layer_idx]
+        if width is None:
+            raise ValueError(f"config.json lacks {name}")
+        return width
 
     def layer_frequencies(self, layer_idx: int) -> list[int]:
         """Indices into the donor's rotary frequencies, one for each rotary component of one layer."""

@@ -15,6 +15,7 @@ INFO = MethodInfo(
     sizes=(
         ("latent width", "kv_lora_rank"),
         ("rotary key width", "qk_rope_head_dim"),
+        ("key width without RoPE", "qk_nope_head_dim"),
         ("bytes of a code", "kv_code_bytes"),
     ),
     forms=(

@@ -27,6 +27,7 @@ from .coded_method import CodedMLA
 from .converted_class import converted_class, latent_config
 from .observed import Observed
 from .rotary_components import kept_components, rotary_basis, series_components
+from .score_rank import SCORE_LOSS
 from .settings import MLASettings
 from .surgery import LatentWeights, convert_layer
 
@@ -69,6 +70,8 @@ class MLA(Method):
         quality = settings.profile == "quality"
         bias = quality or self.facts.output_bias
         self.config = latent_config(config, output_bias=bias, rope_in_latent=quality)
+        if quality:
+            self.config.qk_nope_head_dim = [self.facts.head_dim] * config.num_hidden_layers
 
     def kv_elements(self) -> int:
         """Cache elements per token, all layers."""
@@ -108,17 +111,9 @@ class MLA(Method):
         return {}
 
     def new_parameters(self) -> int:
-        """Parameters of one layer's attention at its widest rotary key; of the mean layer where layers differ."""
-        facts, hidden = self.facts, self.donor_config.hidden_size
-        choices = self.budget.component_choices(self.effort)
-        heads, head_dim, rope = facts.heads, facts.head_dim, 2 * max(choices)
-        elements = self.budget.elements - facts.key_scales
-        queries = hidden * heads * (head_dim + rope)
-        if facts.qk_norm is not None:
-            queries = heads * head_dim * (hidden + head_dim + rope) + facts.kv_heads * head_dim * hidden
-        projections = hidden * (elements + heads * head_dim + 1)
-        reads = elements if self.config.rope_in_latent else self.budget.rank(min(choices))
-        return queries + projections + 2 * reads * heads * head_dim
+        """Parameters of one layer's attention at its widest keys; of the mean layer where layers differ."""
+        hidden, together = self.donor_config.hidden_size, self.config.rope_in_latent
+        return self.budget.most_parameters(self.facts, hidden, self.effort, together)
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
         """The weights of a donor's attention, and their statistics on the calibration text `inputs` (N, L, D)."""
@@ -166,17 +161,19 @@ class MLA(Method):
                 queue = [c for c in around if c not in tried and len(tried) < len(components) + 2]
         assert best is not None
         _, module, chosen = best
-        self._set(index, module.kv_lora_rank, module.rope_frequencies)
+        self._set(index, module.kv_lora_rank, module.rope_frequencies, module.qk_nope_head_dim)
         return module, {
             "kv_lora_rank": module.kv_lora_rank,
             "qk_rope_head_dim": module.qk_rope_head_dim,
+            "qk_nope_head_dim": module.qk_nope_head_dim,
             "rope_frequencies": module.rope_frequencies,
             "value_weight": chosen.value_weight,
         }
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
         """Take over a layer that an interrupted run finished."""
-        self._set(index, chosen["kv_lora_rank"], chosen["rope_frequencies"])
+        nope_width = chosen.get("qk_nope_head_dim", self.facts.head_dim)  # earlier versions do not name it
+        self._set(index, chosen["kv_lora_rank"], chosen["rope_frequencies"], nope_width)
 
     def finish(self) -> Any:
         """The configuration of the converted model with the sizes of every layer."""
@@ -193,7 +190,7 @@ class MLA(Method):
         components = min(choices, key=lambda count: abs(count - self.budget.elements / 8))
         frequencies = [index % self.budget.frequencies for index in range(components)]
         for index in range(self.donor_config.num_hidden_layers):
-            self._set(index, self.budget.rank(components), frequencies)
+            self._set(index, self.budget.rank(components), frequencies, self.facts.head_dim)
         return self.finish()
 
     @property
@@ -204,15 +201,12 @@ class MLA(Method):
     def _surgery(self, seen: Observed, index: int, choice: Candidate) -> LatentWeights:
         """The closed form of layer `index` for one way to spend its budget."""
         rank = self.budgets[index].rank(choice.components)
-        if self.settings.profile == "portable":
-            kept = series_components(seen.basis.damage, choice.components)
-        else:
-            kept = kept_components(seen.basis.damage, choice.components)
+        quality = self.settings.profile == "quality"
+        kept = (kept_components if quality else series_components)(seen.basis.damage, choice.components)
         # A mean left out of the keys cancels in the softmax only where no norm scales them.
         bias = self.config.attention_output_bias and self.facts.qk_norm is None
-        weights = seen.weights.linear
         return convert_layer(
-            weights,
+            seen.weights.linear,
             seen.statistics,
             seen.basis,
             kept,
@@ -220,18 +214,24 @@ class MLA(Method):
             choice.value_weight,
             bias,
             self.config.rope_in_latent,
-            spread=self.settings.profile == "portable",
+            spread=not quality,
+            score_loss=SCORE_LOSS if quality else None,
+            # A softcap takes a constant for a larger score, and a norm's scales make it one that differs by token.
+            constant_cancels=self.facts.qk_norm is None and self.facts.softcap is None,
         )
 
-    def _set(self, index: int, rank: int, frequencies: list[int]) -> None:
-        """Write rank and rotary frequencies of layer `index` into the configuration."""
+    def _set(self, index: int, rank: int, frequencies: list[int], nope_width: int) -> None:
+        """Write the sizes of layer `index` into the configuration, which has one nope width with profile portable."""
+        if isinstance(self.config.qk_nope_head_dim, list):
+            self.config.qk_nope_head_dim[index] = nope_width
         self.config.kv_lora_rank[index] = rank
         self.config.rope_frequencies[index] = list(frequencies)
 
     def _module(self, latent: LatentWeights, seen: Observed, index: int, device: torch.device) -> Any:
         """The attention module of layer `index` with the tensors of `latent`, float32 on `device`, in eval mode."""
         rotary = 2 * len(latent.frequencies)
-        self._set(index, len(latent.kv_a_proj_with_mqa) - rotary, latent.frequencies)
+        rank, width = len(latent.kv_a_proj_with_mqa) - rotary, latent.query_map.shape[1] - rotary
+        self._set(index, rank, latent.frequencies, width)
         with torch.device("meta"):
             module = modeling_mla.LatentAttention(copy.deepcopy(self.config), index)
         tensors = module_tensors(latent, seen.weights, self.facts, seen.output_bias)

@@ -91,7 +91,7 @@ class LatentAttention(nn.Module):
         self.kv_lora_rank = config.latent_rank(layer_idx)
         self.rope_frequencies = config.layer_frequencies(layer_idx)
         self.qk_rope_head_dim = 2 * len(self.rope_frequencies)
-        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_nope_head_dim = config.nope_width(layer_idx)
         self.v_head_dim = config.v_head_dim
         self.scaling = config.softmax_scale or config.head_dim**-0.5
         self.softcap = config.attention_softcap
@@ -107,7 +107,7 @@ class LatentAttention(nn.Module):
         if self.qk_norm is None:
             self.q_proj = nn.Linear(width, self.num_heads * query_width, bias=biased)
         else:
-            head_dim = self.qk_nope_head_dim
+            head_dim = config.v_head_dim  # the donor's
             self.q_proj = nn.Linear(width, self.num_heads * head_dim, bias=biased)
             self.q_b_proj = HeadwiseLinear(self.num_heads, head_dim, query_width)
             self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=biased)

@@ -2,7 +2,7 @@
 
 Shapes: H query heads, G KV heads, d head_dim, F = d / 2 rotary frequencies, D hidden_size, r kv_lora_rank,
 R rotary components kept (a rotary key of 2R elements, the two of each component side by side), n components without
-RoPE. The components are in `rotary_components`.
+RoPE, w qk_nope_head_dim. The components are in `rotary_components`.
 
 Sources: latent attention with a decoupled rotary key, DeepSeek-V2, arXiv 2405.04434, section 2.1; PCA of keys and
 values, TransMLA, arXiv 2502.07864. Different here: keys and values are factorised in the metric of the queries and of
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...attention.linalg import balance, low_rank, spreading_rotation
 from ...attention.weights import AttentionWeights, LayerStatistics
 from .rotary_components import RotaryBasis, SplitLayer, split_layer
+from .score_rank import narrowed
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-6  # of the rotary keys' mean energy; keeps components with almost no energy out of a regression
@@ -30,10 +31,10 @@ class LatentWeights:
 
     Attributes:
         frequencies: for each of the R rotary components, the index of its rotary frequency in the donor's.
-        query_map: (H, d + 2R, d), from a head's donor query to its converted one.
-        q_proj: (H (d + 2R), D), `query_map` times the donor's q_proj.
+        query_map: (H, w + 2R, d), from a head's donor query to its converted one.
+        q_proj: (H (w + 2R), D), `query_map` times the donor's q_proj.
         kv_a_proj_with_mqa: (r + 2R, D).
-        kv_b_proj: (H 2d, r), or (H 2d, r + 2R) where it reads the rotary key too.
+        kv_b_proj: (H (w + d), r), or (H (w + d), r + 2R) where it reads the rotary key too.
         o_proj: (D, H d).
         o_bias: (D,), what the latent leaves out of the values' means.
     """
@@ -57,6 +58,8 @@ def convert_layer(
     output_bias: bool = True,
     rope_in_latent: bool = False,
     spread: bool = False,
+    score_loss: float | None = None,
+    constant_cancels: bool = True,
 ) -> LatentWeights:
     """The latent attention nearest to `weights` that has R = kept.sum() rotary components and a latent of `rank`.
 
@@ -67,8 +70,7 @@ def convert_layer(
     regression, and the latent holds the residual.
 
     Args:
-        weights: of the donor's layer.
-        statistics: of the layer on the calibration text.
+        weights, statistics: of the donor's layer on the calibration text.
         basis: `rotary_basis` of the same weights and statistics.
         kept: (F, G) bool, the components that keep their RoPE.
         rank: r, the width of the latent.
@@ -76,16 +78,15 @@ def convert_layer(
         output_bias: whether o_proj may have a bias.
         rope_in_latent: whether kv_b_proj reads the rotary key beside the latent.
         spread: whether the latent is turned so that all its elements vary alike.
+        score_loss: share of the energy of the scores without RoPE that narrower keys may lose; None: w is d.
+        constant_cancels: whether narrower keys need not keep what is the same in all scores of a query.
     """
     split = split_layer(weights, statistics, basis, kept)
     price = value_weight * basis.score_energy
     reader, cached = _factorise(weights, statistics, split, rank, price, output_bias, rope_in_latent)
     missing = _missing_values(weights, statistics, split, reader, cached, output_bias)
-
-    kv_b, query_map, head_dim = _read_by_heads(weights, split, reader), split.query_map, weights.q.shape[1]
-    scale = _balance(cached, kv_b, query_map @ weights.q, rank)
-    query_map = torch.cat((query_map[:, :head_dim], query_map[:, head_dim:] / scale[rank:, None]), dim=1)
-    cached, kv_b = cached * scale[:, None], kv_b / scale[: kv_b.shape[1]]
+    query_map, kv_b = _heads(weights, statistics, split, reader, cached, score_loss, constant_cancels)
+    cached, kv_b, query_map = _balanced(cached, kv_b, query_map, weights.q, rank)
     if spread:
         cached, kv_b = _spread(cached, kv_b, rank)
     return LatentWeights(
@@ -99,12 +100,28 @@ def convert_layer(
     )
 
 
-def _read_by_heads(weights: AttentionWeights, split: SplitLayer, reader: Tensor) -> Tensor:
-    """(H 2d, r) or (H 2d, r + 2R): for each query head the keys without RoPE and the values, read by `reader`."""
+def _heads(
+    weights: AttentionWeights,
+    statistics: LayerStatistics,
+    split: SplitLayer,
+    reader: Tensor,
+    cached: Tensor,
+    score_loss: float | None,
+    constant_cancels: bool,
+) -> tuple[Tensor, Tensor]:
+    """What each query head reads with; the arguments are those of the other functions.
+
+    Returns:
+        query_map (H, w + 2R, d), and kv_b_proj: the keys of w elements without RoPE, and the values, by `reader`.
+    """
     keys, head_dim = len(split.key_rows), weights.q.shape[1]
+    nope_map, rope_map = split.query_map[:, :head_dim], split.query_map[:, head_dim:]
     key_up = (split.key_maps @ reader[:keys])[weights.group]  # H d r
     value_up = reader[keys:].unflatten(0, (-1, head_dim))[weights.group]  # H d r
-    return torch.cat((key_up, value_up), dim=1).flatten(0, 1)
+    if score_loss is not None:
+        moments = statistics.query_moment, _moment(cached[: reader.shape[1]], statistics, constant_cancels)
+        nope_map, key_up = narrowed(nope_map, key_up, weights.q, moments, score_loss, rope_map.shape[1])
+    return torch.cat((nope_map, rope_map), dim=1), torch.cat((key_up, value_up), dim=1).flatten(0, 1)
 
 
 def _spread(cached: Tensor, kv_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -140,8 +157,7 @@ def _factorise(
     rows, rope_keys = split.rows, split.rope_keys
     predictor = _regression(rows, rope_keys, statistics, output_bias) if rope_in_latent else None
     rest = rows if predictor is None else rows - predictor @ rope_keys
-    rest_mean = rest @ statistics.key_mean if output_bias else rows.new_zeros(len(rows))
-    moment = rest @ statistics.key_moment @ rest.mT - torch.outer(rest_mean, rest_mean)
+    moment = _moment(rest, statistics, output_bias)
     metric = _metric(weights, statistics, split, value_price)
     up, down = low_rank(moment, metric, rank)
     reader = up if predictor is None else torch.cat((up, predictor), dim=1)
@@ -165,8 +181,10 @@ def _missing_values(
     return missing[len(split.key_rows) :].view(-1, head_dim)[weights.group]
 
 
-def _balance(cached: Tensor, kv_b: Tensor, queries: Tensor, rank: int) -> Tensor:
-    """Factors for the cached elements, by whose inverses their readers are multiplied: both then have one magnitude.
+def _balanced(
+    cached: Tensor, kv_b: Tensor, query_map: Tensor, queries: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cached`, `kv_b` and `query_map` with factors that give what is cached and what reads it one magnitude.
 
     The function stays the same. Weights of one magnitude learn at one rate, and the fit's error is 3 to 9 % smaller.
     The two elements of a component have one factor. Factors are powers of two, so that nothing is rounded.
@@ -174,18 +192,26 @@ def _balance(cached: Tensor, kv_b: Tensor, queries: Tensor, rank: int) -> Tensor
     Args:
         cached: (r + 2R, D), rows of kv_a_proj_with_mqa.
         kv_b: (n, r) or (n, r + 2R).
-        queries: (H, d + 2R, D).
+        query_map: (H, w + 2R, d).
+        queries: (H, d, D), the donor's q_proj.
         rank: r, the width of the latent.
-
-    Returns:
-        (r + 2R,).
     """
     written, read = cached.square().mean(1), cached.new_zeros(len(cached))
     read[: kv_b.shape[1]] = kv_b.square().mean(0)
-    read[rank:] += queries[:, queries.shape[1] - len(cached) + rank :].square().mean((0, 2))
+    nope_map, rope_map = query_map.split([query_map.shape[1] - len(cached) + rank, len(cached) - rank], dim=1)
+    read[rank:] += (rope_map @ queries).square().mean((0, 2))
     pairs = [sizes[rank:].view(-1, 2).mean(1).repeat_interleave(2) for sizes in (written, read)]
     written, read = torch.cat((written[:rank], pairs[0])), torch.cat((read[:rank], pairs[1]))
-    return balance(written, read)
+    scale = balance(written, read)
+    query_map = torch.cat((nope_map, rope_map / scale[rank:, None]), dim=1)
+    return cached * scale[:, None], kv_b / scale[: kv_b.shape[1]], query_map
+
+
+def _moment(rows: Tensor, statistics: LayerStatistics, centred: bool) -> Tensor:
+    """(n, n), the second moment of rows · x for rows (n, D), about its mean or about zero."""
+    mean = rows @ statistics.key_mean
+    moment = rows @ statistics.key_moment @ rows.mT
+    return moment - torch.outer(mean, mean) if centred else moment
 
 
 def _regression(rows: Tensor, rope_keys: Tensor, statistics: LayerStatistics, centred: bool) -> Tensor:

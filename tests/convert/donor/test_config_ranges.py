@@ -183,6 +183,8 @@ def test_a_converted_checkpoint_is_asked_too(folder: Path, tmp_path: Path) -> No
     for changes, words in (
         ({"softmax_scale": math.inf}, "softmax_scale=Infinity is not a number above 0"),
         ({"kv_lora_rank": [8, -8]}, r"kv_lora_rank\[1\]=-8 is not a whole number from 0"),
+        ({"qk_nope_head_dim": [16, 0.5]}, r"qk_nope_head_dim\[1\]=0.5 is not a whole number from 0"),
+        ({"qk_nope_head_dim": [16]}, r"qk_nope_head_dim=\[16\] is not a list with an entry for each of 2"),
         (
             {"rope_frequencies": [[0]]},
             r"rope_frequencies=\[\[0\]\] is not a list with an entry for each of 2",

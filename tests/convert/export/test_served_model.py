@@ -298,6 +298,10 @@ def test_heads_may_be_divided_among_devices(pair: tuple[Any, Any]) -> None:
             {"rope_frequencies": [[1], [1, 2]]},
             "layers differ in kv_lora_rank [48] or qk_rope_head_dim [2, 4]",
         ),
+        (
+            {"qk_nope_head_dim": [64, 48]},
+            "qk_nope_head_dim is not head_dim in every layer (convert with --pr",
+        ),
         ({"qk_norm": "head"}, "its keys are divided by their RMS, which is cached beside latent"),
         ({"attention_softcap": 30.0}, "its scores pass through a softcap of 30.0, which engines leave out"),
         ({"sliding_window": 8}, "a window of 8 tokens, which engines leave out"),

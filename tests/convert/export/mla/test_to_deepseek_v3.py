@@ -184,6 +184,7 @@ def test_what_would_be_lost_is_refused(
         ({"qk_norm": "head"}, "qk_norm=head, which the class does not have"),
         ({"attention_softcap": 30.0}, "attention_softcap=30.0, which the class does not have"),
         ({"rope_in_latent": True}, "kv_b_proj reads the rotary key too"),
+        ({"qk_nope_head_dim": [64, 48]}, "qk_nope_head_dim is not head_dim in every layer"),
         (
             {"rope_frequencies": [[0, 0] * 16, list(range(32))]},
             "layer 0 turns with frequencies that are no geometric",

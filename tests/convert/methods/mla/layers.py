@@ -43,18 +43,23 @@ def random_statistics(seed: int = 0, gain: float = 1.0) -> LayerStatistics:
     return LayerStatistics(moment, moment, rows.mean(0), torch.polar(gain * radius, 7 * angle), gain)
 
 
+def nope_width(latent: LatentWeights) -> int:
+    """Elements of a head's key without RoPE."""
+    return latent.query_map.shape[1] - 2 * len(latent.frequencies)
+
+
 def nope_forms(latent: LatentWeights) -> Tensor:
     """(H, D, D): the score without RoPE of head h is x_qᵀ form[h] x_k."""
-    rank = latent.kv_b_proj.shape[1]
-    up = latent.kv_b_proj.view(HEADS, 2 * WIDTH, rank)[:, :WIDTH]
-    queries = latent.q_proj.view(HEADS, -1, HIDDEN)[:, :WIDTH]
+    rank, width = latent.kv_b_proj.shape[1], nope_width(latent)
+    up = latent.kv_b_proj.view(HEADS, width + WIDTH, rank)[:, :width]
+    queries = latent.q_proj.view(HEADS, -1, HIDDEN)[:, :width]
     return queries.mT @ up @ latent.kv_a_proj_with_mqa[:rank]
 
 
 def rope_forms(latent: LatentWeights) -> Tensor:
     """(H, R, D, D) complex: the score of one rotary component at distance Δ is Re x_qᵀ form exp(−iθΔ) x_k."""
-    keys = latent.kv_a_proj_with_mqa[latent.kv_b_proj.shape[1] :]
-    queries = latent.q_proj.view(HEADS, -1, HIDDEN)[:, WIDTH:]
+    keys = latent.kv_a_proj_with_mqa[len(latent.kv_a_proj_with_mqa) - 2 * len(latent.frequencies) :]
+    queries = latent.q_proj.view(HEADS, -1, HIDDEN)[:, nope_width(latent) :]
     q = torch.complex(queries[:, ::2], queries[:, 1::2])
     k = torch.complex(keys[::2], keys[1::2])
     return q.conj().unsqueeze(-1) * k.unsqueeze(-2)
@@ -63,6 +68,6 @@ def rope_forms(latent: LatentWeights) -> Tensor:
 def value_forms(latent: LatentWeights) -> Tensor:
     """(H, D, D): what head h adds to the output for a token that it reads with all its attention."""
     rank = latent.kv_b_proj.shape[1]
-    up = latent.kv_b_proj.view(HEADS, 2 * WIDTH, rank)[:, WIDTH:]
+    up = latent.kv_b_proj.view(HEADS, -1, rank)[:, -WIDTH:]
     out = latent.o_proj.view(HIDDEN, HEADS, WIDTH).transpose(0, 1)
     return out @ up @ latent.kv_a_proj_with_mqa[:rank]

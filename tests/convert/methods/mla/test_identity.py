@@ -36,6 +36,7 @@ from tests.convert.conversions import (
     rotary_of,
     token_ids,
 )
+from tests.convert.methods.mla.layers import nope_width
 
 FLOAT32, FLOAT64 = 1e-5, 1e-9
 ALL = MLASettings(kv_budget=1.0, kv_bits="16")
@@ -97,7 +98,7 @@ def latent_attention(donor: Any, latent: LatentWeights) -> LatentAttention:
     config.latent_rank = lambda _: config.kv_lora_rank
     config.rope_in_latent = latent.kv_b_proj.shape[1] > config.kv_lora_rank
     config.layer_frequencies = lambda _: latent.frequencies
-    config.qk_nope_head_dim = config.v_head_dim = config.head_dim
+    config.nope_width, config.v_head_dim = lambda _: nope_width(latent), config.head_dim
     config.attention_output_bias, config.attention_input_bias = True, False
     config.softmax_scale = config.attention_softcap = config.qk_norm = None
     config.num_key_scales, config.layer_window = 0, lambda _: None
@@ -251,8 +252,9 @@ def test_a_constant_on_the_keys_without_rope_changes_nothing() -> None:
     for layer in model.model.layers:
         attention = layer.self_attn
         up = nn.Linear(attention.kv_lora_rank, attention.kv_b_proj.out_features)
-        shift = torch.randn(4, 2, attention.v_head_dim, generator=generator)
-        shift[:, 1] = 0  # the values keep theirs
+        widths = [attention.qk_nope_head_dim, attention.v_head_dim]
+        shift = torch.randn(4, sum(widths), generator=generator)
+        shift[:, widths[0] :] = 0  # the values keep theirs
         up.weight.data, up.bias.data = attention.kv_b_proj.weight.data, shift.flatten()
         attention.kv_b_proj = up
     assert relative(logits(model, ids), expected) < FLOAT32

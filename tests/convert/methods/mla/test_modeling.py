@@ -14,6 +14,7 @@ from mhconvert.convert.bare_process.child import cache_storage
 from mhconvert.convert.methods.mla import register
 from mhconvert.convert.methods.mla.configuration_mla import MLALlamaConfig, latent_tp_plan
 from mhconvert.convert.methods.mla.converted_class import latent_config
+from mhconvert.convert.methods.mla.modeling_mla import LatentAttention
 from mhconvert.convert.methods.mla.settings import MLASettings
 from tests.convert.conversions import LLAMA3, YARN, converted, donor_model, logits, relative, token_ids
 from tests.donors import make_config
@@ -129,8 +130,37 @@ def test_the_configuration_round_trip(family: str, tmp_path: Path) -> None:
     assert [loaded.layer_frequencies(n) for n in range(2)] == FREQUENCIES
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "rope_in_latent"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+@pytest.mark.parametrize("widths", [[10, 3], [0, 16], 5], ids=str)
+def test_key_widths_of_each_layer(
+    family: str, widths: int | list[int], together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The expanded form without a cache is the absorbed form on one, whatever the widths; an int is for all layers."""
+    config = sized_config(family)
+    config.qk_nope_head_dim, config.rope_in_latent = widths, together
+    model, generator = model_of(config).eval(), torch.Generator().manual_seed(0)
+    for parameter in model.model.layers.parameters():
+        parameter.data.normal_(0, 0.1, generator=generator)
+    ids, expanded, expand = token_ids(2, 12), [], LatentAttention.expand_kv
+    monkeypatch.setattr(LatentAttention, "expand_kv", lambda *a: expanded.append(1) or expand(*a))
+    with torch.no_grad():
+        cache = DynamicCache(config=config)
+        first = model(input_ids=ids[:, :7], past_key_values=cache).logits
+        expanded.clear()
+        rest = model(input_ids=ids[:, 7:], past_key_values=cache).logits
+    assert not expanded
+    assert relative(torch.cat((first, rest), dim=1), logits(model, ids)) < 1e-5
+    assert len(expanded) == 2
+    for index, layer in enumerate(model.model.layers):
+        width = widths[index] if isinstance(widths, list) else widths
+        assert layer.self_attn.kv_b_proj.out_features == 4 * (width + 16)
+
+
 def test_a_configuration_without_sizes_says_so() -> None:
     config = MLALlamaConfig(num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"config\.json lacks qk_nope_head_dim"):
+        config.nope_width(0)
     with pytest.raises(ValueError, match=r"config\.json lacks kv_lora_rank"):
         config.latent_rank(0)
     with pytest.raises(ValueError, match=r"config\.json lacks rope_frequencies"):
@@ -166,6 +196,8 @@ def test_the_cache_is_latent_and_rotary_key_alone() -> None:
 def test_the_profile_decides_the_kind_of_rank(profile: Any, kind: type) -> None:
     model = converted(donor_model(head_dim=64), MLASettings(kv_budget=0.5, profile=profile, kv_bits="16"))
     assert isinstance(model.config.kv_lora_rank, kind)
+    assert isinstance(model.config.qk_nope_head_dim, kind)
+    assert profile == "quality" or model.config.qk_nope_head_dim == 64
     sizes = {model.config.latent_rank(n) + 2 * len(model.config.layer_frequencies(n)) for n in range(2)}
     assert sizes == {128}
     for layer in model.model.layers:

@@ -35,13 +35,14 @@ def written(folder: Path, settings: MLASettings, **config: Any) -> Any:
 @pytest.mark.parametrize(
     ("settings", "config"),
     [
-        (MLASettings(kv_budget=0.5, kv_bits="16"), {"rope": YARN}),
+        (MLASettings(kv_budget=0.5, kv_bits="16"), {"rope": YARN, "head_dim": 64}),
+        (MLASettings(kv_budget=0.5, kv_bits="16"), {"family": "qwen3", "head_dim": 32}),
         (
             MLASettings(kv_budget=0.4, profile="portable"),
             {"family": "mistral", "sliding_window": None, "tied": False, "head_dim": 64},
         ),
     ],
-    ids=["quality", "portable"],
+    ids=["quality", "qk-norm", "portable"],
 )
 def test_the_reloaded_logits_are_the_same_bits(
     tmp_path: Path, settings: MLASettings, config: dict[str, Any]
@@ -62,9 +63,11 @@ def test_the_reloaded_logits_are_the_same_bits(
     assert result["largest_logit_difference"] == 0
     assert result["module"] == "transformers_modules"
     assert result["model_class"] == type(model).__name__
+    narrower = model.config.nope_width(0) < model.config.v_head_dim
+    assert narrower == (settings.profile == "quality")
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
     sizes = [model.config.latent_rank(n) + 2 * len(model.config.layer_frequencies(n)) for n in range(2)]
-    assert result["cache"]["elements_per_token"] == sum(sizes)
+    assert result["cache"]["elements_per_token"] == sum(sizes) + 2 * model.config.num_key_scales
 
 
 def test_the_decoder_alone_loads_too(tmp_path: Path) -> None:
