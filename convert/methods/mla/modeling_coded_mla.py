@@ -28,7 +28,8 @@ from transformers.models.llama.modeling_llama import rotate_half
 from . import configuration_coded_mla
 from .configuration_coded_mla import CodedLatentFields
 from .latent_code import LatentCode
-from .modeling_mla import LatentAttention, LatentAttentionForCausalLM, LatentAttentionModel, SlotEmbeddings
+from .modeling_mla import LatentAttention, LatentAttentionForCausalLM, LatentAttentionModel
+from .slot_embeddings import SlotEmbeddings
 
 # Rows of the cache that are decoded at a time while a few tokens are generated: what fits in a CPU's cache.
 BLOCK_ROWS = 4096
@@ -73,6 +74,7 @@ class CodedLatentAttention(LatentAttention):
         self.window = config.layer_window(layer_idx)
         self.attention_dropout = config.attention_dropout
         self.slot_embeddings: SlotEmbeddings | None = None
+        self.frequencies = None  # no rotary component is left out
         self.code = LatentCode(config.layer_counts(layer_idx))
         rank, width = len(self.code.sink), config.hidden_size
         kv_width = self.num_key_value_heads * self.head_dim
@@ -161,10 +163,6 @@ class CodedLatentAttention(LatentAttention):
         """Decoded latent [B, S, n + 1] -> keys before RoPE and values, [B, G, S, d] each."""
         heads = self.kv_b_proj(latent).unflatten(-1, (2 * self.num_key_value_heads, self.head_dim))
         return heads.transpose(1, 2).chunk(2, dim=1)  # type: ignore[return-value]
-
-    def component_embeddings(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """All of the donor's cos and sin: no component is left out."""
-        return position_embeddings
 
     def cache_embeddings(  # type: ignore[override]
         self, length: int, seen: Any, hidden_states: Tensor, rows: Tensor, attention_mask: Any

@@ -22,6 +22,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  
 
 from . import configuration_mla
 from .configuration_mla import LatentAttentionFields
+from .slot_embeddings import SlotEmbeddings, rotated
 
 
 class HeadwiseLinear(nn.Module):
@@ -33,34 +34,6 @@ class HeadwiseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.matmul(x.transpose(1, 2), self.weight.mT)
-
-
-class SlotEmbeddings:
-    """cos and sin of the slots 0, 1, … of a cache, from the model's own rotary module; shared by layers alike.
-
-    Not a module, so that the rotary module keeps its one place in the model.
-    """
-
-    def __init__(self, rotary: nn.Module, layer_type: str | None):
-        by_type = hasattr(rotary, f"{layer_type}_inv_freq")  # some donors turn their local layers differently
-        self.rotary, self.arguments = rotary, (layer_type,) if by_type else ()
-        self.table: tuple[Tensor, Tensor] | None = None
-        self.made_like: tuple[torch.device, torch.dtype] | None = None
-
-    def __call__(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, length, rotary width) each, as the rotary module makes them for `like`, and on its device."""
-        if torch.compiler.is_compiling():
-            return self.embed(length, like)
-        kind = (like.device, like.dtype)
-        if self.table is None or self.table[0].shape[1] < length or self.made_like != kind:
-            self.table, self.made_like = self.embed(1 << (length - 1).bit_length(), like), kind
-        return self.table[0][:, :length], self.table[1][:, :length]
-
-    @torch.no_grad()
-    def embed(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        slots = torch.arange(length, device=like.device).unsqueeze(0)
-        cos, sin = self.rotary(like, slots, *self.arguments)
-        return cos.to(like.device), sin.to(like.device)  # the module may live on another device
 
 
 class LatentAttention(nn.Module):
@@ -90,6 +63,7 @@ class LatentAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.kv_lora_rank = config.latent_rank(layer_idx)
         self.rope_frequencies = config.layer_frequencies(layer_idx)
+        self.frequencies: tuple[int, ...] | None = tuple(self.rope_frequencies)
         self.qk_rope_head_dim = 2 * len(self.rope_frequencies)
         self.qk_nope_head_dim = config.nope_width(layer_idx)
         self.v_head_dim = config.v_head_dim
@@ -136,8 +110,8 @@ class LatentAttention(nn.Module):
             .unsqueeze(1)
             .split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         )
-        embeddings = self.component_embeddings(position_embeddings)
         if not self.rope_in_latent:
+            embeddings = self.component_embeddings(position_embeddings)
             q_rope, k_rope = rotated(q_rope, embeddings), rotated(k_rope, embeddings)
         scales = self.key_scales(hidden_states) if self.num_key_scales else k_rope[..., :0]
 
@@ -149,12 +123,13 @@ class LatentAttention(nn.Module):
         reads: tuple[Tensor, ...] = (latent,)
         if self.rope_in_latent:
             reads = (latent, k_rope)
-            of_keys = embeddings
-            if k_rope.shape[2] != length:
+            if k_rope.shape[2] == length:
+                of_queries = of_keys = self.component_embeddings(position_embeddings)
+            else:
                 assert past_key_values is not None
                 seen = past_key_values.get_seq_length(self.layer_idx)
-                embeddings, of_keys = self.cache_embeddings(length, seen, k_rope, attention_mask)
-            q_rope, k_rope = rotated(q_rope, embeddings), rotated(k_rope, of_keys)
+                of_queries, of_keys = self.cache_embeddings(length, seen, k_rope, attention_mask)
+            q_rope, k_rope = rotated(q_rope, of_queries), rotated(k_rope, of_keys)
 
         if (
             past_key_values is not None
@@ -243,14 +218,17 @@ class LatentAttention(nn.Module):
         if self.slot_embeddings is None:
             raise RuntimeError("a cache that holds tokens already can be read within a whole model only")
         slots = like.shape[2]
-        cos, sin = self.component_embeddings(self.slot_embeddings(slots, like))
+        cos, sin = self.slot_embeddings.components(slots, like, self.frequencies)
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
             mask = attention_mask[:, 0, :, :slots]
             visible = (mask if mask.dtype == torch.bool else mask == 0).any(1)
             positions = (visible.cumsum(-1) - 1).clamp_min(0)
             cos, sin = cos[0, positions], sin[0, positions]
-        last = seen.clamp(max=slots) if isinstance(seen, Tensor) else min(seen, slots)  # a window keeps fewer
-        queries = torch.arange(length, device=like.device) + (last - length)
+        if isinstance(seen, Tensor):
+            queries: Any = torch.arange(length, device=like.device) + (seen.clamp(max=slots) - length)
+        else:
+            last = min(seen, slots)  # a window keeps fewer
+            queries = slice(last - length, last)
         return (cos[:, queries], sin[:, queries]), (cos, sin)
 
     def expand_kv(self, reads: tuple[Tensor, ...], k_rope: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,25 +302,6 @@ class LatentAttention(nn.Module):
         output = torch.cat([torch.bmm(weights.flatten(1, 2), part.squeeze(1)) for part in reads], dim=-1)
         output = output.unflatten(1, (heads, length))
         return torch.einsum("bhtr,hvr->bthv", output, v_up).flatten(2), weights
-
-
-def rotated(x: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE: x [B, heads, T, p], the two elements of a component side by side, by cos and sin [B or 1, T, p / 2].
-
-    One complex product of whole rows, as decoding turns all that is cached: many times as fast as four real ones
-    of every other element. A compiler makes one pass of those, and of complex numbers none.
-    """
-    wide = x if x.dtype == torch.float64 else x.float()
-    cos, sin = (e.unsqueeze(1).to(wide.dtype) for e in embeddings)
-    pairs = wide.unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        left, right = pairs.unbind(-1)
-        turned = torch.stack((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    else:
-        if pairs.storage_offset() % 2 or not pairs.is_contiguous():
-            pairs = pairs.clone(memory_format=torch.contiguous_format)
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    return turned.flatten(-2).to(x.dtype)
 
 
 class LatentAttentionModel:

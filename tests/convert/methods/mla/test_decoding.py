@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
+from mhconvert.convert.methods.mla import slot_embeddings
+from mhconvert.convert.methods.mla.slot_embeddings import SlotEmbeddings
 from tests.convert.conversions import LLAMA3, converted, donor_model, logits, relative, token_ids
 
 FLOAT32 = 1e-5
@@ -97,6 +99,24 @@ def test_slots_follow_a_layer_to_its_device(model: Any) -> None:
     finally:
         slots.rotary = rotary
     assert all(t.device.type == "meta" for t in moved)
+
+
+@pytest.mark.parametrize(("most", "chosen_once"), [(1 << 16, True), (23, False)])
+def test_few_components_are_chosen_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch, most: int, chosen_once: bool
+) -> None:
+    monkeypatch.setattr(slot_embeddings, "KEPT", most)
+    slots, chosen = SlotEmbeddings(model.model.rotary_emb, None), (3, 0, 3)
+    for dtype in (torch.float32, torch.float64):
+        like = torch.zeros(1, dtype=dtype)
+        for length in (5, 7, 20):
+            found = slots.components(length, like, chosen)
+            for part, whole in zip(found, slots.embed(length, like), strict=True):
+                assert part.dtype == dtype
+                assert torch.equal(part, whole[..., list(chosen)])
+        again = slots.components(19, like, chosen)
+        assert (again[0].data_ptr() == found[0].data_ptr()) == chosen_once
+    assert torch.equal(slots.components(7, like, None)[0], slots.embed(7, like)[0])
 
 
 def test_a_batch_is_its_rows(model: Any) -> None:
