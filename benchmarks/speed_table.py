@@ -2,8 +2,8 @@
 
     python benchmarks/speed_table.py FOLDER [-o benchmarks/speed.json]
 
-The conversions are made in FOLDER, quickly, as their quality is not what is timed; those that are there are kept. It
-takes about half an hour on two cores, which have to be idle otherwise.
+The conversions are made in FOLDER, quickly, as their quality is not what is timed. It takes about three quarters of an
+hour on two cores, which have to be idle otherwise; the file is written at the end.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ COLUMNS = [
     {"key": "context", "label": "context", "format": "{context:,}"},
     {"key": "donor", "label": "donor, tokens/s"},
     {"key": "converted", "label": "converted, tokens/s"},
-    {"key": "decode", "label": "decoding", "format": "{decode} ×"},
-    {"key": "prompt", "label": "prompt", "format": "{prompt} ×"},
-    {"key": "donor_memory", "label": "memory of a step, donor", "format": "{donor_memory} MiB"},
-    {"key": "memory", "label": "converted", "format": "{memory} MiB"},
+    {"key": "decode", "label": "decoding", "format": "{decode:.2f} ×"},
+    {"key": "prompt", "label": "prompt", "format": "{prompt:.2f} ×"},
+    {"key": "donor_memory", "label": "memory of a step: donor", "format": "{donor_memory} MiB"},
+    {"key": "memory", "label": "its own", "format": "{memory} MiB"},
     {"key": "planned", "label": "counted before", "format": "{planned} MiB"},
 ]
 ABOUT = (
@@ -63,23 +63,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "speed.json")
     asked = parser.parse_args()
-    rows = []
+    facts, rows = about(), []
     for method, (setting, words) in CONVERSIONS.items():
-        converted = asked.folder / method.lower().replace(", ", "-")
-        if not (converted / "mhconvert.json").is_file():
-            mhconvert(f"{DONOR} {words} {QUICKLY} -o {converted}")
+        converted = str(asked.folder / method.lower().replace(", ", "-"))
+        mhconvert(DONOR, *words.split(), *QUICKLY.split(), "-o", converted, "--force")
         for load, options in LOADS.items():
-            found = json.loads(mhconvert(f"bench {converted} {options} --json"))
+            found = json.loads(mhconvert("bench", converted, *options.split(), "--json"))
             rows += [
                 {"method": method, "setting": setting, "load": load} | row(each) for each in found["rows"]
             ]
-            asked.output.write_text(text_of(rows), encoding="utf-8")
+    asked.output.write_text(text_of(facts, rows), encoding="utf-8")
 
 
-def mhconvert(words: str) -> str:
+def mhconvert(*words: str) -> str:
     """What a command prints; its progress is shown."""
-    print(f"mhconvert {words}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "mhconvert", *words.split()]
+    print("mhconvert", *words, file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "mhconvert", *words]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -97,12 +96,12 @@ def row(found: dict[str, Any]) -> dict[str, Any]:
         "converted": round(converted["decode_tokens_per_s"], 1),
         "decode": round(found["ratio"], 2),
         "prompt": round(found["prefill_ratio"], 2),
-    } | {name: round(size / 2**20) for name, size in memory.items() if size is not None}
+    } | {name: round(size / 2**20, 1) for name, size in memory.items() if size is not None}
 
 
-def text_of(rows: list[dict[str, Any]]) -> str:
-    """The file of the figure, a row a line."""
-    facts = {
+def about() -> dict[str, Any]:
+    """What holds for all rows."""
+    return {
         "title": "Speed beside the donor",
         "about": ABOUT,
         "command": ["make bench"],
@@ -111,6 +110,10 @@ def text_of(rows: list[dict[str, Any]]) -> str:
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__},
     }
+
+
+def text_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The file of the figure, a row a line."""
     lines = [
         f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in facts.items()
     ]

@@ -44,7 +44,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
         config = read_config(str(folder), made_by)
         dtype = _torch_dtype(config.dtype)
     try:
-        elements = sum(cache_elements(config))
+        elements, facts = sum(cache_elements(config)), attention(config)
     except (ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{reference}/config.json is not whole: {error}") from error
     bytes_per_token = elements * dtype.itemsize
@@ -54,7 +54,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
         "model_type": config.model_type,
         "converted_by": made_by or identity.made_by(reference),
         "dtype": str(dtype).removeprefix("torch."),
-        "attention": attention(config),
+        "attention": facts,
         "kv": {
             "elements_per_token": elements,
             "bytes_per_token": bytes_per_token,

@@ -206,6 +206,13 @@ def test_columns_of_a_rows_making_are_shown_when_named() -> None:
     assert "| 37.21 | 01d5cab | 2026-11-24 | 2 CPU cores, float32 | `mhconvert smollm2-135m --to mla" in table
 
 
+def test_what_make_bench_runs_are_commands() -> None:
+    for _, words in speed_table.CONVERSIONS.values():
+        parse(f"mhconvert {speed_table.DONOR} {words} {speed_table.QUICKLY} -o out --force")
+    for options in speed_table.LOADS.values():
+        parse(f"mhconvert bench out {options} --json")
+
+
 def test_what_make_bench_writes_is_a_figure(tmp_path: Path) -> None:
     donor = str(make_donor(tmp_path / "donor"))
     timed = {
@@ -220,10 +227,10 @@ def test_what_make_bench_writes_is_a_figure(tmp_path: Path) -> None:
     about = {"method": "DHA", "setting": "half", "load": "float32, batch 2"}
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/speed.json").write_text(
-        speed_table.text_of([about | speed_table.row(found)]), encoding="utf-8"
+        speed_table.text_of(speed_table.about(), [about | speed_table.row(found)]), encoding="utf-8"
     )
     made = figures.load(tmp_path)
     row = figures.table(made, "speed").splitlines()[2]
     assert row.startswith("| DHA | half | float32, batch 2 | 24 | ")
-    assert f"| {round(found['ratio'], 2)} × | {round(found['prefill_ratio'], 2)} × |" in row
+    assert f"| {found['ratio']:.2f} × | {found['prefill_ratio']:.2f} × |" in row
     assert figures.provenance(made["speed"], made["speed"]["rows"][0])["command"] == ["make bench"]

@@ -27,7 +27,10 @@ from .context import ConversionContext
 WANTED_PER_ELEMENT = 20  # tokens for each element of a layer's keys and values, which few_tokens names
 MOST_PER_ELEMENT = 80  # that are read: twice as many make the divergence less than 1 % smaller
 FEW_PER_ELEMENT = 2  # below it the transform fits the text that it was made from
-PASS_TOKENS, STATE_BYTES = 8192, 2 << 30  # that go through the layers at once, at most
+PASS_TOKENS = 8192  # that go through the layers at once, at most
+# Of their states: 2 GiB, or what two layers' weights have in float32, about 12 D² elements each. Every pass reads all
+# layers twice, so that a large donor should not have many.
+LEAST_STATE_BYTES, LAYER_SQUARES = 2 << 30, 24
 STEP_TOKENS = 1024  # that go through a layer with its gradients at once
 ROW_TOKENS = 512
 # Beside the layers' inputs: the gradient behind a layer, and that before it, as rows and joined.
@@ -72,7 +75,8 @@ def surveyed_shape(rows: int, length: int, elements: int) -> tuple[int, int]:
 
 def pass_tokens(layers: int, hidden: int) -> int:
     """How many tokens go through the layers at once: the states at every layer's input are kept."""
-    return min(PASS_TOKENS, max(ROW_TOKENS, STATE_BYTES // _state_bytes(layers, hidden)))
+    most = max(LEAST_STATE_BYTES, 4 * LAYER_SQUARES * hidden**2)
+    return min(PASS_TOKENS, max(ROW_TOKENS, most // _state_bytes(layers, hidden)))
 
 
 def _state_bytes(layers: int, hidden: int) -> int:

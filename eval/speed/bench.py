@@ -22,7 +22,7 @@ from ..kv_cache import serving
 from ..report.units import size
 from ..settings import OWN_CACHE
 from . import speed
-from .memory import available_memory, memory_needed, step_elements
+from .memory import available_memory, memory_needed, step_bytes
 from .random_models import random_model
 
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -77,7 +77,7 @@ class Options:
                 raise MhconvertError(
                     f"a context of {load.context} tokens has no room for {speed.WARM_STEPS} + {self.new_tokens} "
                     f"steps of {self.step_tokens}; use more than {load.context - load.prompt_tokens}, or fewer "
-                    "--new-tokens"
+                    "--new-tokens or --step-tokens"
                 )
 
     def loads(self) -> list[speed.Load]:
@@ -205,8 +205,8 @@ def _time(donor: Any, converted: Any, options: Options, on_progress: Listener) -
         timed = partial(speed.compare, donor, converted, load, reexpand=options.reexpand)
         row = timed(kv_cache_dtype=options.kv_cache_dtype, on_step=count_step)
         for name, model in (("donor", donor), ("converted", converted)):
-            elements = load.batch * load.context * step_elements(model.config)
-            row[name]["step_memory_planned_bytes"] = round(donor.dtype.itemsize * elements)
+            planned = load.batch * step_bytes(model.config, load, donor.dtype.itemsize)
+            row[name]["step_memory_planned_bytes"] = planned
         rows.append(row)
     return {
         "batch": options.batch,

@@ -17,7 +17,7 @@ from ..kv_cache.serving import make_cache
 from ..settings import OWN_CACHE
 from .memory import peak_bytes
 
-WARM_STEPS = 2  # untimed decode steps at the start, for allocations and compilation
+WARM_STEPS = 3  # untimed decode steps: for allocations and compilation, for the memory of one, and after it
 PREFILLS = 3
 TIME_LIMIT = (
     5.0  # seconds: a prefill that takes longer is not repeated; re-expanding decode steps end after it
@@ -115,19 +115,11 @@ class Run:
             self.cache.update(keys, values, index)
 
     @torch.no_grad()
-    def step(self, *, timed: bool = True) -> None:
+    def step(self) -> None:
         """Decode one token (or `step_tokens`) in every row: always the same, as speed does not depend on it."""
         switch_absorption(self.model, self.absorb)
         call = self.model.get_compiled_call(None) if self.load.compile else self.model
-        options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
-
-        def read() -> None:
-            call(input_ids=self._token, **options)
-
-        if timed:
-            self.steps.append(seconds(read, self.model.device))
-        else:
-            self.step_memory = peak_bytes(read, self.model.device)
+        call(input_ids=self._token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def finished(self) -> bool:
         """Whether all steps are done, or re-expansion has used up its time limit."""
@@ -218,13 +210,14 @@ def compare(
 
 def _decode(runs: list[Run], load: Load, on_step: Callable[[], None]) -> None:
     """Run the warm-up steps and the timed steps of all runs, alternating between them."""
-    for _ in range(WARM_STEPS):
-        for run in runs:
-            run.step(timed=False)
+    for run in runs:
+        run.step_memory = peak_bytes(run.step, run.model.device)
+    for run in runs:
+        run.step()
     for _ in range(load.new_tokens):
         for run in runs:
             if not run.finished():
-                run.step()
+                run.steps.append(seconds(run.step, run.model.device))
         on_step()
 
 

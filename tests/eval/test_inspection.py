@@ -66,6 +66,9 @@ def test_a_converted_config_that_is_not_whole(tmp_path: Path) -> None:
     MLALlamaConfig(num_hidden_layers=2, rope_frequencies=[[0], [0]]).save_pretrained(tmp_path)
     with pytest.raises(MhconvertError, match=r"is not whole: config\.json lacks kv_lora_rank"):
         api.inspect(str(tmp_path))
+    MLALlamaConfig(num_hidden_layers=2, rope_frequencies=[[0], [0]], kv_lora_rank=4).save_pretrained(tmp_path)
+    with pytest.raises(MhconvertError, match=r"is not whole: config\.json lacks qk_nope_head_dim"):
+        api.inspect(str(tmp_path))
 
 
 def test_refused_by_name(tmp_path: Path) -> None:

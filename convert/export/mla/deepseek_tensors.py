@@ -139,10 +139,10 @@ def plan(
         )
     series = [series_order(config.layer_frequencies(index)) for index in range(config.num_hidden_layers)]
     orders, step = [each[1] for each in series if each], next(each[0] for each in series if each)
-    rope, value = 2 * len(orders[0]), config.v_head_dim
-    wide = padded_value(config.qk_nope_head_dim, rope, value) if pad_values else value
+    nope, rope, value = config.nope_width(0), 2 * len(orders[0]), config.v_head_dim
+    wide = padded_value(nope, rope, value) if pad_values else value
     rank = padded_rank(config.kv_lora_rank, rope, pad_row)
-    shape = LatentShape(config.num_attention_heads, rank, config.qk_nope_head_dim, rope, value, wide)
+    shape = LatentShape(config.num_attention_heads, rank, nope, rope, value, wide)
     theta = series_theta(config.rope_parameters["rope_theta"], step, rope, config.head_dim)
     return Plan(to, _stock_config(config, to, shape, theta, dtype), shape, orders, dtype)
 

@@ -118,7 +118,7 @@ def served_config(config: Any, eps: float, pad_row: int | None = None) -> Any:
     values = class_free_values(config)
     for name in ("rope_in_latent", "attention_softcap", "qk_norm"):
         values.pop(name)
-    nope, rope = config.qk_nope_head_dim, 2 * len(config.layer_frequencies(0))
+    nope, rope = config.nope_width(0), 2 * len(config.layer_frequencies(0))
     rank = padded_rank(config.latent_rank(0), rope, pad_row)
     values |= {
         "head_dim": rank + rope,  # by which vLLM sizes the cache of a class that it does not know

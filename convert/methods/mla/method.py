@@ -172,8 +172,7 @@ class MLA(Method):
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
         """Take over a layer that an interrupted run finished."""
-        nope_width = chosen.get("qk_nope_head_dim", self.facts.head_dim)  # earlier versions do not name it
-        self._set(index, chosen["kv_lora_rank"], chosen["rope_frequencies"], nope_width)
+        self._set(index, chosen["kv_lora_rank"], chosen["rope_frequencies"], chosen["qk_nope_head_dim"])
 
     def finish(self) -> Any:
         """The configuration of the converted model with the sizes of every layer."""

@@ -21,10 +21,13 @@ def constant(values: tuple[float, ...], like: Tensor, dtype: torch.dtype = torch
     if torch.compiler.is_compiling() or type(like) is not Tensor:
         return torch.tensor(values, dtype=dtype, device=like.device)
     name = values, dtype, like.device
-    if name not in KEPT:
-        with torch.inference_mode(False):  # a later call may need gradients
-            KEPT[name] = torch.tensor(values, dtype=dtype, device=like.device)
-    return KEPT[name]
+    if name in KEPT:
+        return KEPT[name]
+    with torch.inference_mode(False):  # a later call may need gradients
+        made = torch.tensor(values, dtype=dtype, device=like.device)
+    if type(made) is Tensor:
+        KEPT[name] = made
+    return made
 
 
 class FloatLinear(nn.Linear):

@@ -138,10 +138,11 @@ class MixtureOfHeadAttention(nn.Module):
         return attention(self, query, key, value, attention_mask, sliding_window=self.window, **kwargs)
 
     def can_skip(self, query: Tensor, key: Tensor, attention_mask: Any) -> bool:
-        """Whether `active_attention` does what sdpa does here, and is worth its loop: on a CPU, over enough keys."""
+        """Whether `active_attention` does what sdpa does here, and is worth it: on a CPU, a prompt of enough keys."""
         plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return (
             plain
+            and not (self.training and self.attention_dropout)
             and (query.device.type, self.config._attn_implementation) == ("cpu", "sdpa")
             and (query.shape[2] == 1 or key.shape[2] >= LEAST_KEYS)
             and (attention_mask is None or (attention_mask.dim() == 4 and attention_mask.shape[1] == 1))
@@ -154,7 +155,8 @@ class MixtureOfHeadAttention(nn.Module):
         attention_mask [B or 1, 1, T, S] -> [B, T, H, d], whatever where a head is not active.
 
         Heads that every token has go to the usual kernel. Of the others each KV head meets the queries that read it in
-        the order of their tokens, and no further than the last of them sees. A KV head that none reads is not touched.
+        the order of their tokens, and no further than the last of them sees. A KV head that none reads is not touched,
+        but in steps over few keys.
         """
         batch, _, length, _ = query.shape
         if length == 1:
@@ -222,6 +224,7 @@ class MixtureOfHeadAttention(nn.Module):
     ) -> Tensor:
         """Queries [P, d] at ascending places [P] in the cache, key and value [S, d], mask [T, S] -> [P, d]."""
         found, size = [], 256 if len(key) < LEAST_KEYS_OF_A_STEP else 512
+        value = value.to(key.dtype)  # autocast rotates keys to float32, and leaves values in 16 bits
         for part, places in zip(rows.to(key.dtype).split(size), positions.split(size), strict=True):
             if mask is not None:
                 found.append(self.attend(part, key, value, mask[places]))
@@ -250,6 +253,8 @@ class MixtureOfHeadAttention(nn.Module):
         known, flash = len(key) - bias.shape[1], cast(Any, FLASH)
         query, key, value, bias = (x[None, None] for x in (rows, key, value, bias))
         before, known_sum = flash(query, key[:, :, :known], value[:, :, :known], scale=self.scaling)
+        if known_sum.shape != query.shape[:-1]:  # not the kernel that is known here
+            return self.attend(rows, key[0, 0], value[0, 0], F.pad(bias[0, 0], (known, 0)))
         own, own_sum = flash(
             query, key[:, :, known:], value[:, :, known:], attn_mask=bias, scale=self.scaling
         )

@@ -83,7 +83,7 @@ def test_what_a_rank_loses_is_the_tail_and_no_other_form_loses_less(seed: int, r
 @pytest.mark.parametrize(
     ("energy", "loss", "rotary", "width"),
     [
-        ([8.0, 1, 1, 0, 0, 0, 0, 0], 0.0, 6, 2 + 8),  # 3 + 6 elements: one vector more is 16
+        ([8.0, 1, 1, *[0.0] * 13], 0.0, 14, 10),  # 3 + 14 elements: of whole vectors 24
         ([8.0, 1, 1, 0, 0, 0, 0, 0], 0.15, 6, 2),  # 2 + 6 elements are one vector
         ([8.0, 1, 1, 0, 0, 0, 0, 0], 0.15, 8, 8),
         ([8.0, 0, 0, 0, 0, 0, 0, 0], 0.0, 2, 6),  # values are eight elements wide anyway
@@ -92,7 +92,7 @@ def test_what_a_rank_loses_is_the_tail_and_no_other_form_loses_less(seed: int, r
     ],
 )
 def test_the_least_width(energy: list[float], loss: float, rotary: int, width: int) -> None:
-    assert least_width(torch.tensor([energy, energy]), loss, rotary) == min(width, 8)
+    assert least_width(torch.tensor([energy, energy]), loss, rotary) == width
 
 
 def test_heads_share_what_may_be_lost() -> None:
@@ -112,19 +112,22 @@ def test_both_sides_are_of_one_magnitude() -> None:
     assert ratio.min() >= 2**-1.001
 
 
-def converted(groups: int, seed: int, **options: object) -> LatentWeights:
+def converted(groups: int, seed: int, rank: int, components: int, **options: object) -> LatentWeights:
     weights, statistics = random_weights(groups, seed), random_statistics(seed)
     basis = rotary_basis(weights, statistics)
-    return convert_layer(weights, statistics, basis, kept_components(basis.damage, 2), 5, 0.01, **options)  # type: ignore[arg-type]
+    kept = kept_components(basis.damage, components)
+    return convert_layer(weights, statistics, basis, kept, rank, 0.01, **options)  # type: ignore[arg-type]
 
 
 @quick
 @given(st.sampled_from([1, 2, 4]), seeds, st.booleans())
 def test_keys_of_a_low_rank_lose_nothing(groups: int, seed: int, told: bool) -> None:
     """A loss of next to nothing is none: the function stays the same, whatever kv_b_proj reads."""
-    whole = converted(groups, seed, rope_in_latent=told)
-    narrow = converted(groups, seed, rope_in_latent=told, score_loss=1e-20, constant_cancels=False)
+    sizes = (1, 1) if told else (3, 2)  # of what kv_b_proj reads: 3 elements
+    whole = converted(groups, seed, *sizes, rope_in_latent=told)
+    narrow = converted(groups, seed, *sizes, rope_in_latent=told, score_loss=1e-12, constant_cancels=False)
     assert nope_width(whole) == WIDTH
+    assert nope_width(narrow) == (6 if told else 4)  # with the rotary key one vector of eight
     for forms in (nope_forms, value_forms, rope_forms):
         exact = forms(whole)
         assert (forms(narrow) - exact).abs().max() < 1e-9 * exact.abs().max()

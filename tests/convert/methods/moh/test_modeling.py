@@ -476,6 +476,16 @@ def test_autocast_leaves_heads_out_too(choice: MoHSettings, skipping: None) -> N
     assert relative(found.float(), logits(model, ids)) < 0.15  # bfloat16, and a choice that it turns over
 
 
+def test_autocast_reads_a_long_prompt_without_a_cache() -> None:
+    """Several blocks, whose values are of another dtype than the keys."""
+    model, ids = converted(donor_model(2, heads=4, kv_heads=2), ROUTERS[0]), token_ids(1, 1100)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(input_ids=ids, use_cache=False).logits
+    assert relative(found.float(), expected) < 0.15  # bfloat16, and a choice that it turns over
+
+
 def test_a_mask_for_each_head_goes_to_the_kernel(skipping: None) -> None:
     model, ids = converted(donor_model(2, heads=4, kv_heads=2), ROUTERS[0]), token_ids(1, 12)
     mask = torch.ones(12, 12, dtype=torch.bool).tril().expand(1, 4, 12, 12)
