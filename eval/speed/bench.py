@@ -22,7 +22,8 @@ from ..kv_cache import serving
 from ..report.units import size
 from ..settings import OWN_CACHE
 from . import speed
-from .memory import available_memory, memory_needed, step_bytes
+from .memory import available_memory
+from .memory_estimate import memory_needed, step_bytes
 from .random_models import random_model
 
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")

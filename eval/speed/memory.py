@@ -1,4 +1,4 @@
-"""The free memory of a device, what a benchmark needs of it, and what a piece of work takes."""
+"""The free memory of a device, and what a piece of work takes of it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,8 @@ import ctypes
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-
-from ..inspection import cache_elements, head_dim
-from .random_models import parameters
-
-if TYPE_CHECKING:
-    from .speed import Load
 
 MEMINFO = Path("/proc/meminfo")
 PROCESS = Path("/proc/self")
@@ -45,40 +38,6 @@ def available_memory(device: torch.device) -> int | None:
         return min(free, int(limit) - int(used))
     except (OSError, ValueError):  # there is no control group, or its limit is "max"
         return free
-
-
-def memory_needed(donor: Any, converted: Any, load: Load, width: int, reexpand: bool) -> tuple[int, int]:
-    """(fixed, per_row): an estimate of the bytes needed to time two models, without and per row of the batch.
-
-    It counts the weights, the activations of one row's prefill, all caches, and the copy of a layer's cache that is
-    made when it grows.
-
-    Args:
-        donor, converted: configs.
-        width: bytes per element.
-        reexpand: whether the converted model is also timed without absorption.
-    """
-    text = converted.get_text_config()
-    caches = [cache_elements(config) for config in (donor, converted)]
-    expanded = (
-        6 * text.num_attention_heads * head_dim(text)
-    )  # keys and values, and the parts they are made of
-    prefill = max(map(sum, caches)) + 8 * text.hidden_size + 3 * text.intermediate_size + expanded
-    decoding = sum(map(sum, caches)) + reexpand * (sum(caches[1]) + expanded)
-    step = max(step_bytes(config, load, width) for config in (donor, converted))
-    weights = parameters(donor) + parameters(converted)
-    return width * (weights + load.context * prefill), width * load.context * decoding + step
-
-
-def step_bytes(config: Any, load: Load, width: int) -> int:
-    """Bytes that a decode step of one row has for a while: the copy of the layer's cache that grows, and twice its
-    scores, in float32.
-
-    Args:
-        width: bytes per element of the cache.
-    """
-    scores = 8 * config.get_text_config().num_attention_heads * load.step_tokens
-    return round(load.context * (width * max(cache_elements(config)) + scores))
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:

@@ -165,7 +165,7 @@ def test_an_adapter_loads_back(hub: WriteHub, tmp_path: Path) -> None:
 
 def test_the_command(main: Main, hub: WriteHub, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("push", checkpoint, REPO, "--dry-run") == 0
-    assert "13 files, " in capsys.readouterr().out
+    assert "14 files, " in capsys.readouterr().out
     assert hub.requests == []
     assert main("push", checkpoint, REPO, "--private", "--message", "first", "--json") == 0
     result = json.loads(capsys.readouterr().out)

@@ -12,7 +12,7 @@ import torch
 from mhconvert import api
 from mhconvert.convert.open_model import OpenModel
 from mhconvert.errors import BudgetError, MhconvertError
-from mhconvert.eval.speed import bench, memory
+from mhconvert.eval.speed import bench, memory, memory_estimate
 from tests.convert.conversions import converted, donor_model
 from tests.donors import make_config, make_donor
 
@@ -172,7 +172,7 @@ def test_the_estimate_grows_with_the_load(pair: tuple[str, str]) -> None:
     donor, latent = (bench.open_model(reference, device="cpu").config for reference in pair)
 
     def needed(context: int, width: int = 4, reexpand: bool = False) -> tuple[int, int]:
-        return memory.memory_needed(donor, latent, bench.speed.Load(context, 1, 1), width, reexpand)
+        return memory_estimate.memory_needed(donor, latent, bench.speed.Load(context, 1, 1), width, reexpand)
 
     (fixed, row), (double_fixed, double_row) = needed(256), needed(512)
     assert double_row == 2 * row > 4 * 512 * (128 + 64)  # both caches at least
@@ -181,7 +181,10 @@ def test_the_estimate_grows_with_the_load(pair: tuple[str, str]) -> None:
     assert needed(256, width=2)[0] == fixed // 2
     assert row / 2 < needed(256, width=2)[1] < row  # scores are float32 anyway
     assert needed(256, reexpand=True)[1] > row
-    assert memory.memory_needed(donor, latent, bench.speed.Load(256, 1, 1, step_tokens=9), 4, False)[1] > row
+    assert (
+        memory_estimate.memory_needed(donor, latent, bench.speed.Load(256, 1, 1, step_tokens=9), 4, False)[1]
+        > row
+    )
 
 
 def test_the_memory_that_a_step_takes_is_measured() -> None:

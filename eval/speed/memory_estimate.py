@@ -1,0 +1,43 @@
+"""The memory that a benchmark takes, counted from shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..inspection import cache_elements, head_dim
+from .random_models import parameters
+from .speed import Load
+
+
+def memory_needed(donor: Any, converted: Any, load: Load, width: int, reexpand: bool) -> tuple[int, int]:
+    """(fixed, per_row): an estimate of the bytes needed to time two models, without and per row of the batch.
+
+    It counts the weights, the activations of one row's prefill, all caches, and the copy of a layer's cache that is
+    made when it grows.
+
+    Args:
+        donor, converted: configs.
+        width: bytes per element.
+        reexpand: whether the converted model is also timed without absorption.
+    """
+    text = converted.get_text_config()
+    caches = [cache_elements(config) for config in (donor, converted)]
+    expanded = (
+        6 * text.num_attention_heads * head_dim(text)
+    )  # keys and values, and the parts they are made of
+    prefill = max(map(sum, caches)) + 8 * text.hidden_size + 3 * text.intermediate_size + expanded
+    decoding = sum(map(sum, caches)) + reexpand * (sum(caches[1]) + expanded)
+    step = max(step_bytes(config, load, width) for config in (donor, converted))
+    weights = parameters(donor) + parameters(converted)
+    return width * (weights + load.context * prefill), width * load.context * decoding + step
+
+
+def step_bytes(config: Any, load: Load, width: int) -> int:
+    """Bytes that a decode step of one row has for a while: the copy of the layer's cache that grows, and twice its
+    scores, in float32.
+
+    Args:
+        width: bytes per element of the cache.
+    """
+    scores = 8 * config.get_text_config().num_attention_heads * load.step_tokens
+    return round(load.context * (width * max(cache_elements(config)) + scores))
