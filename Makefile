@@ -24,7 +24,7 @@ demo: .venv/installed
 	@echo '$(DEMO).html shows the same in a browser'
 
 bench: .venv/installed-dev
-	$(BIN)/python benchmarks/speed_table.py bench
+	PYTHONPATH=. $(BIN)/python benchmarks/speed_table.py bench
 	$(BIN)/python benchmarks/figures.py
 	@cat benchmarks/speed.json
 

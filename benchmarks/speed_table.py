@@ -1,6 +1,6 @@
 """The table of speeds: SmolLM2-135M-Instruct's conversions beside their donor, in turns. `make bench` runs it.
 
-    python benchmarks/speed_table.py FOLDER [-o benchmarks/speed.json]
+    PYTHONPATH=. python benchmarks/speed_table.py FOLDER [-o benchmarks/speed.json]
 
 The conversions are made in FOLDER, quickly, as their quality is not what is timed. It takes about three quarters of an
 hour on two cores, which have to be idle otherwise; the file is written at the end.
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from tests.engines.engines_table import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 DONOR = "smollm2-135m"
@@ -105,7 +107,7 @@ def about() -> dict[str, Any]:
         "title": "Speed beside the donor",
         "about": ABOUT,
         "command": ["make bench"],
-        "commit": git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__},
@@ -121,12 +123,6 @@ def text_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         inner = ",\n".join(f"    {json.dumps(item, ensure_ascii=False)}" for item in items)
         lines.append(f'  "{name}": [\n{inner}\n  ]')
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def git(*words: str) -> str:
-    return subprocess.run(
-        ["git", *words], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
 
 
 def processor() -> str:

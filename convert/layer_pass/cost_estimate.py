@@ -22,7 +22,7 @@ from ..recipe.written_weights import dtype_name
 from ..storage.byte_size import SLACK_BYTES
 from ..storage.dtype_cast import DTYPES
 from .layer_steps import block_steps, layer_rows
-from .sensitivity import PASS_TOKENS, few_tokens, peak_bytes, stored_bytes, surveyed_shape
+from .sensitivity import few_tokens, peak_bytes, stored_bytes, surveyed_shape
 
 RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
 # Buffers that the survey holds at its peak for each layer so far: hidden states, a concatenated copy, attention inputs,
@@ -97,7 +97,8 @@ def _survey(method: Method, config: Any, elements: int, rows: int, length: int) 
         return 0, 0, 0
     layers = config.num_hidden_layers
     tokens = math.prod(surveyed_shape(rows, length, elements))
-    basis = 8 * (BASIS_SQUARES * elements**2 + BASIS_ROWS * min(rows * length, PASS_TOKENS) * elements)
+    read = min(rows * length, method.layer_tokens or rows * length)
+    basis = 8 * (BASIS_SQUARES * elements**2 + BASIS_ROWS * read * elements)
     kept = stored_bytes(elements, layers)
     return peak_bytes(elements, layers, config.hidden_size, tokens), basis, kept
 

@@ -52,7 +52,6 @@ def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
     for part in passes:
         for _ in _one_pass(context, part, generator, moments):
             context.on_progress(Progress("survey", next(steps), total))
-    context.donor.release()
     context.on_progress(Progress("survey", total, total, notice))
     return [each.sensitivity() for each in moments]
 

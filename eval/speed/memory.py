@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from ...convert.bare_process.child import peak_memory
+
 MEMINFO = Path("/proc/meminfo")
-PROCESS = Path("/proc/self")
+CLEAR_PEAK = Path("/proc/self/clear_refs")
 # glibc's mallopt: blocks from this size on are mapped, and unmapped when they are free. The larger one is what its own
 # adjustment ends with.
 MMAP_THRESHOLD, SMALL_BLOCK, LARGE_BLOCK = -3, 1 << 16, 32 << 20
@@ -64,7 +66,7 @@ def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
         library.malloc_trim(0)
         start = _reset_peak()
         work()
-        return None if start is None else max(0, (_resident("VmHWM") or 0) - start)
+        return None if start is None else peak_memory() - start
     finally:
         library.mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
 
@@ -72,13 +74,7 @@ def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
 def _reset_peak() -> int | None:
     """The resident bytes of this process, from which its peak starts again; None where Linux does not let us."""
     try:
-        (PROCESS / "clear_refs").write_text("5", encoding="ascii")
+        CLEAR_PEAK.write_text("5", encoding="ascii")
     except OSError:
         return None
-    return _resident("VmRSS")
-
-
-def _resident(field: str) -> int | None:
-    lines = (PROCESS / "status").read_text(encoding="utf-8").splitlines()
-    found = (int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-    return next(found, None)
+    return peak_memory()

@@ -29,7 +29,7 @@ def latent_config(donor_config: Any, output_bias: bool, rope_in_latent: bool = F
         **class_free_values(donor_config),
         kv_lora_rank=[0] * layers,
         rope_frequencies=[[] for _ in range(layers)],
-        qk_nope_head_dim=facts.head_dim,
+        qk_nope_head_dim=[facts.head_dim] * layers,
         v_head_dim=facts.head_dim,
         rope_in_latent=rope_in_latent,
         attention_output_bias=output_bias,

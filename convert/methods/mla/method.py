@@ -70,8 +70,6 @@ class MLA(Method):
         quality = settings.profile == "quality"
         bias = quality or self.facts.output_bias
         self.config = latent_config(config, output_bias=bias, rope_in_latent=quality)
-        if quality:
-            self.config.qk_nope_head_dim = [self.facts.head_dim] * config.num_hidden_layers
 
     def kv_elements(self) -> int:
         """Cache elements per token, all layers."""
@@ -177,10 +175,9 @@ class MLA(Method):
     def finish(self) -> Any:
         """The configuration of the converted model with the sizes of every layer."""
         config = copy.deepcopy(self.config)
-        ranks = set(config.kv_lora_rank)
-        if self.settings.profile == "portable":
-            assert len(ranks) == 1
-            config.kv_lora_rank = ranks.pop()
+        if self.settings.profile == "portable":  # layers are alike
+            [config.kv_lora_rank] = set(config.kv_lora_rank)
+            [config.qk_nope_head_dim] = set(config.qk_nope_head_dim)
         return config
 
     def example_config(self) -> Any:
@@ -220,10 +217,9 @@ class MLA(Method):
         )
 
     def _set(self, index: int, rank: int, frequencies: list[int], nope_width: int) -> None:
-        """Write the sizes of layer `index` into the configuration, which has one nope width with profile portable."""
-        if isinstance(self.config.qk_nope_head_dim, list):
-            self.config.qk_nope_head_dim[index] = nope_width
+        """Write the sizes of layer `index` into the configuration."""
         self.config.kv_lora_rank[index] = rank
+        self.config.qk_nope_head_dim[index] = nope_width
         self.config.rope_frequencies[index] = list(frequencies)
 
     def _module(self, latent: LatentWeights, seen: Observed, index: int, device: torch.device) -> Any:
