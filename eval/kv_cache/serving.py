@@ -59,7 +59,7 @@ def make_cache(config: Any, dtype: str) -> Cache:
 def _formats(text: Any, dtype: str) -> tuple[Format, Format]:
     """Of what the model caches as its keys and as its values.
 
-    Latent attention (mla) caches a latent and a rotary key in their places. The components of both differ in size as
+    Latent attention (mla) caches a latent and a rotary key instead. The components of both differ in size as
     the channels of keys do, so both are coded by channel.
     """
     if dtype == "fp8":

@@ -60,7 +60,7 @@ class CodedLatentAttention(LatentAttention):
     The keys of a donor with QK-norm are not linear in the hidden state. There k_proj, v_proj and k_norm are the
     donor's, and kv_a_proj_with_mqa reads the normed keys and the values.
 
-    Attributes inherited: `own_mask`, `cache_embeddings`.
+    Inherited: `own_mask`, `slots`, `cache_embeddings`, `can_absorb`.
     """
 
     def __init__(self, config: Any, layer_idx: int):
@@ -74,7 +74,6 @@ class CodedLatentAttention(LatentAttention):
         self.window = config.layer_window(layer_idx)
         self.attention_dropout = config.attention_dropout
         self.slot_embeddings: SlotEmbeddings | None = None
-        self.frequencies = None  # no rotary component is left out
         self.code = LatentCode(config.layer_counts(layer_idx))
         rank, width = len(self.code.sink), config.hidden_size
         kv_width = self.num_key_value_heads * self.head_dim
@@ -109,8 +108,8 @@ class CodedLatentAttention(LatentAttention):
             rows, _ = past_key_values.update(rows, rows[..., :0], self.layer_idx)
             self._require_rows(rows)
             if rows.shape[2] != length:
-                seen = past_key_values.get_seq_length(self.layer_idx)
-                of_queries, of_keys = self.cache_embeddings(length, seen, hidden_states, rows, attention_mask)
+                tables = self.slots()(rows.shape[2], hidden_states)
+                of_queries, of_keys = self.cache_embeddings(length, tables, past_key_values, attention_mask)
         query = rotate_half_split(query, *of_queries)
         if attention_mask is None:
             attention_mask = self.own_mask(hidden_states, rows.shape[2])
@@ -163,13 +162,6 @@ class CodedLatentAttention(LatentAttention):
         """Decoded latent [B, S, n + 1] -> keys before RoPE and values, [B, G, S, d] each."""
         heads = self.kv_b_proj(latent).unflatten(-1, (2 * self.num_key_value_heads, self.head_dim))
         return heads.transpose(1, 2).chunk(2, dim=1)  # type: ignore[return-value]
-
-    def cache_embeddings(  # type: ignore[override]
-        self, length: int, seen: Any, hidden_states: Tensor, rows: Tensor, attention_mask: Any
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(cos, sin) of the last `length` tokens and of all slots of a cache, whatever dtype its rows have."""
-        like = hidden_states.new_empty(()).expand(*rows.shape)
-        return super().cache_embeddings(length, seen, like, attention_mask)
 
     def _few(self, length: int, attention_mask: Any) -> bool:
         """Whether there are few query tokens, with a mask and weights that blocks can read."""

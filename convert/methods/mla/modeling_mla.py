@@ -8,7 +8,7 @@ Shapes: B batch, T query tokens, S cached tokens, H heads, r kv_lora_rank, p rot
 each rotary component, next to each other), n qk_nope_head_dim, v v_head_dim, D hidden_size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward  
 
 from . import configuration_mla
 from .configuration_mla import LatentAttentionFields
-from .slot_embeddings import SlotEmbeddings, rotated
+from .slot_embeddings import SlotEmbeddings, rotated, turns
 
 
 class HeadwiseLinear(nn.Module):
@@ -43,13 +43,14 @@ class LatentAttention(nn.Module):
     A few query tokens meet the cache in absorbed form; more of them expand it to per-head keys and values.
 
     With rope_in_latent, kv_b_proj reads latent and rotary key together, so the p elements serve values and
-    non-rotary keys too. The rotary key is then cached before its rotation, and rotated where it is read: scores
-    depend on distances alone, and those are the distances of the cache's slots, less the slots that are masked out.
+    non-rotary keys too, and the cache holds both in one row as its keys [B, 1, S, r + p]. The rotary key lies there
+    before its rotation, and is rotated where it is read: scores depend on distances alone, and those are the
+    distances of the cache's slots, less the slots that are masked out.
 
-    A donor with QK-norm divides a key head by its RMS. That is one number for each token and head, so the latent
-    and the rotary key stay linear in the hidden state, the cache holds k = num_key_scales numbers 1 / RMS behind the
-    rotary key, and each score is multiplied by its own: exact. `k_proj` is the donor's, read for its RMS alone;
-    `q_proj` is the donor's too, and `q_b_proj` takes a head's normed query to latent and rotary widths.
+    A donor with QK-norm divides a key head by its RMS. That is one number for each token and head, so the latent and
+    the rotary key stay linear in the hidden state, the cache's values end in k = num_key_scales numbers 1 / RMS, and
+    each score is multiplied by its own: exact. `k_proj` is the donor's, read for its RMS alone; `q_proj` is the
+    donor's too, and `q_b_proj` takes a head's normed query to latent and rotary widths.
     """
 
     num_key_value_groups = 1
@@ -63,7 +64,6 @@ class LatentAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.kv_lora_rank = config.latent_rank(layer_idx)
         self.rope_frequencies = config.layer_frequencies(layer_idx)
-        self.frequencies: tuple[int, ...] | None = tuple(self.rope_frequencies)
         self.qk_rope_head_dim = 2 * len(self.rope_frequencies)
         self.qk_nope_head_dim = config.nope_width(layer_idx)
         self.v_head_dim = config.v_head_dim
@@ -86,9 +86,10 @@ class LatentAttention(nn.Module):
             self.q_b_proj = HeadwiseLinear(self.num_heads, head_dim, query_width)
             self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=biased)
         self.kv_a_proj_with_mqa = nn.Linear(width, self.kv_lora_rank + self.qk_rope_head_dim, bias=biased)
-        self.read_widths = [self.kv_lora_rank] + [self.qk_rope_head_dim] * self.rope_in_latent
         self.kv_b_proj = nn.Linear(
-            sum(self.read_widths), self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
+            self.kv_lora_rank + self.qk_rope_head_dim * self.rope_in_latent,
+            self.num_heads * (self.qk_nope_head_dim + self.v_head_dim),
+            bias=False,
         )
         self.o_proj = nn.Linear(value_width, width, bias=config.attention_output_bias)
 
@@ -105,41 +106,37 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = self.queries(hidden_states).split(
             [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1
         )
-        latent, k_rope = (
-            self.kv_a_proj_with_mqa(hidden_states)
-            .unsqueeze(1)
-            .split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        )
+        row = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        scales = self.key_scales(hidden_states) if self.num_key_scales else row[..., :0]
         if not self.rope_in_latent:
-            embeddings = self.component_embeddings(position_embeddings)
-            q_rope, k_rope = rotated(q_rope, embeddings), rotated(k_rope, embeddings)
-        scales = self.key_scales(hidden_states) if self.num_key_scales else k_rope[..., :0]
-
+            row, k_rope = row.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            by = turns(*position_embeddings, self.rope_frequencies)
+            q_rope, k_rope = rotated(q_rope, by), rotated(k_rope, by)
+            scales = torch.cat((k_rope, scales), dim=-1) if self.num_key_scales else k_rope
         if past_key_values is not None:
-            cached = torch.cat((k_rope, scales), dim=-1) if self.num_key_scales else k_rope
-            latent, cached = past_key_values.update(latent, cached, self.layer_idx)
-            k_rope, scales = cached.split([self.qk_rope_head_dim, self.num_key_scales], dim=-1)
-
-        reads: tuple[Tensor, ...] = (latent,)
+            row, scales = past_key_values.update(row, scales, self.layer_idx)
         if self.rope_in_latent:
-            reads = (latent, k_rope)
-            if k_rope.shape[2] == length:
-                of_queries = of_keys = self.component_embeddings(position_embeddings)
+            k_rope = row[..., self.kv_lora_rank :]
+            if row.shape[2] == length:
+                of_queries = of_keys = turns(*position_embeddings, self.rope_frequencies)
             else:
-                assert past_key_values is not None
-                seen = past_key_values.get_seq_length(self.layer_idx)
-                of_queries, of_keys = self.cache_embeddings(length, seen, k_rope, attention_mask)
+                table = self.slots().components(row.shape[2], hidden_states, self.rope_frequencies)
+                [of_queries], [of_keys] = self.cache_embeddings(
+                    length, [table], past_key_values, attention_mask
+                )
             q_rope, k_rope = rotated(q_rope, of_queries), rotated(k_rope, of_keys)
+        else:
+            k_rope, scales = scales.split([self.qk_rope_head_dim, self.num_key_scales], dim=-1)
 
         if (
             past_key_values is not None
             and length <= self.max_absorbed_tokens
             and self.can_absorb(length, attention_mask)
         ):
-            output, weights = self.absorbed_attention(q_nope, q_rope, reads, k_rope, scales, attention_mask)
+            output, weights = self.absorbed_attention(q_nope, q_rope, row, k_rope, scales, attention_mask)
             return self.o_proj(output), weights
 
-        key, value = self.expand_kv(reads, k_rope, scales)
+        key, value = self.expand_kv(row, k_rope, scales)
         # The fused kernels want values as wide as keys: three times as fast as the kernel that takes both widths.
         value = F.pad(value, (0, max(0, key.shape[-1] - self.v_head_dim)))
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -199,47 +196,40 @@ class LatentAttention(nn.Module):
         lowest = torch.finfo(hidden_states.dtype).min
         return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(~visible, lowest)[None, None]
 
-    def component_embeddings(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The donor's cos and sin [B, T, head_dim] at this layer's rotary components: [B, T, p / 2].
-
-        The frequencies are Python integers, not a buffer: nothing is left uninitialised by `from_pretrained` or
-        rounded by `.to(torch.bfloat16)`.
-        """
-        cos, sin = position_embeddings
-        return cos[..., self.rope_frequencies], sin[..., self.rope_frequencies]
+    def slots(self) -> SlotEmbeddings:
+        if self.slot_embeddings is None:
+            raise RuntimeError("a cache that holds tokens already can be read within a whole model only")
+        return self.slot_embeddings
 
     def cache_embeddings(
-        self, length: int, seen: Any, like: Tensor, attention_mask: Any
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(cos, sin) of the last `length` of `seen` tokens and of all slots of `like`, [1 or B, T or S, p / 2].
+        self, length: int, tables: Sequence[Tensor], cache: Any, attention_mask: Any
+    ) -> tuple[Any, Any]:
+        """Rotary tables [1, S, …] of a cache's slots, at its last `length` tokens [1 or B, T, …] and at all slots
+        [1 or B, S, …].
 
         A mask [B, 1, T, S] numbers the slots that any query sees, as transformers numbers positions.
         """
-        if self.slot_embeddings is None:
-            raise RuntimeError("a cache that holds tokens already can be read within a whole model only")
-        slots = like.shape[2]
-        cos, sin = self.slot_embeddings.components(slots, like, self.frequencies)
+        slots, seen = tables[0].shape[1], cache.get_seq_length(self.layer_idx)
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
             mask = attention_mask[:, 0, :, :slots]
             visible = (mask if mask.dtype == torch.bool else mask == 0).any(1)
             positions = (visible.cumsum(-1) - 1).clamp_min(0)
-            cos, sin = cos[0, positions], sin[0, positions]
+            tables = [table[0, positions] for table in tables]
         if isinstance(seen, Tensor):
-            queries: Any = torch.arange(length, device=like.device) + (seen.clamp(max=slots) - length)
+            queries: Any = torch.arange(length, device=seen.device) + (seen.clamp(max=slots) - length)
         else:
             last = min(seen, slots)  # a window keeps fewer
             queries = slice(last - length, last)
-        return (cos[:, queries], sin[:, queries]), (cos, sin)
+        return [table[:, queries] for table in tables], tables
 
-    def expand_kv(self, reads: tuple[Tensor, ...], k_rope: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    def expand_kv(self, row: Tensor, k_rope: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [B, H, S, n + p] and values [B, H, S, v] from the cache.
 
-        reads: what kv_b_proj reads, [B, 1, S, r] and perhaps [B, 1, S, p]; k_rope [B, 1, S, p] rotated; scales
-        [B, 1, S, k].
+        row: what kv_b_proj reads, [B, 1, S, r or r + p]; k_rope [B, 1, S, p] rotated; scales [B, 1, S, k].
         """
         batch, _, length, _ = k_rope.shape
         widths = [self.qk_nope_head_dim, self.v_head_dim]
-        expanded = self.kv_b_proj(torch.cat(reads, dim=-1) if len(reads) > 1 else reads[0])
+        expanded = self.kv_b_proj(row)
         expanded = expanded.view(batch, length, -1, sum(widths)).transpose(1, 2)
         k_nope, value = expanded.split(widths, dim=-1)
         key = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
@@ -269,25 +259,26 @@ class LatentAttention(nn.Module):
         self,
         q_nope: Tensor,
         q_rope: Tensor,
-        reads: tuple[Tensor, ...],
+        row: Tensor,
         k_rope: Tensor,
         scales: Tensor,
         attention_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of a few query tokens on the cache as it is, kv_b_proj folded into query and output.
 
-        q_nope [B, H, T, n], q_rope [B, H, T, p]; reads, k_rope, scales: as for `expand_kv`
+        q_nope [B, H, T, n], q_rope [B, H, T, p]; row, k_rope, scales: as for `expand_kv`
         -> output [B, T, H v], weights [B, H, T, S].
         """
-        heads, length = q_nope.shape[1:3]
-        weight = self.kv_b_proj.weight.view(heads, -1, sum(self.read_widths))
+        batch, heads, length, _ = q_nope.shape
+        row = row.squeeze(1)
+        weight = self.kv_b_proj.weight.view(heads, -1, row.shape[-1])
         k_up, v_up = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # H n r, H v r
-        # Heads and tokens are rows of one product, as all of them read the same cache.
-        q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope * self.scaling, k_up).flatten(1, 2)
+        # A head's map serves the tokens of all sequences; a sequence's cache serves its tokens in all heads.
+        by_head = torch.bmm(q_nope.transpose(0, 1).reshape(heads, batch * length, -1), k_up)
+        q_latent = by_head.view(heads, batch, length, -1).transpose(0, 1).reshape(batch, heads * length, -1)
         scores = torch.bmm((q_rope * self.scaling).flatten(1, 2), k_rope.squeeze(1).mT)
-        for query, part in zip(q_latent.split(self.read_widths, dim=-1), reads, strict=True):
-            scores = torch.baddbmm(scores, query, part.squeeze(1).mT)
-        scores = scores.unflatten(1, (heads, length))  # B H T S
+        scores = torch.baddbmm(scores, q_latent, row.mT, alpha=self.scaling)
+        scores = scores.view(batch, heads, length, -1)
         if self.num_key_scales:
             scores = scores * self.head_scales(scales).unsqueeze(2)
         if self.softcap is not None:
@@ -299,9 +290,9 @@ class LatentAttention(nn.Module):
             else:
                 scores = scores + mask
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(k_rope.dtype)
-        output = torch.cat([torch.bmm(weights.flatten(1, 2), part.squeeze(1)) for part in reads], dim=-1)
-        output = output.unflatten(1, (heads, length))
-        return torch.einsum("bhtr,hvr->bthv", output, v_up).flatten(2), weights
+        output = torch.bmm(weights.flatten(1, 2), row).view(batch, heads, length, -1)
+        by_head = torch.bmm(output.transpose(0, 1).reshape(heads, batch * length, -1), v_up.mT)
+        return by_head.view(heads, batch, length, -1).permute(1, 2, 0, 3).flatten(2), weights
 
 
 class LatentAttentionModel:

@@ -6,7 +6,7 @@ This file is shipped inside converted checkpoints: it imports torch only.
 import torch
 from torch import Tensor, nn
 
-KEPT = 1 << 16  # elements of a layer's cos, and of its sin
+KEPT = 1 << 17  # turns that are kept for a layer; of eight bytes in float32
 
 
 class SlotEmbeddings:
@@ -20,7 +20,8 @@ class SlotEmbeddings:
         self.rotary, self.arguments = rotary, (layer_type,) if by_type else ()
         self.table: tuple[Tensor, Tensor] | None = None
         self.made_like: tuple[torch.device, torch.dtype] | None = None
-        self.kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # of the table, by frequencies
+        self.turns: Tensor | None = None  # of the table
+        self.kept: dict[tuple[int, ...], Tensor] = {}  # some columns of them, by frequencies
 
     def __call__(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(1, length, rotary width) each, as the rotary module makes them for `like`, and on its device."""
@@ -29,25 +30,25 @@ class SlotEmbeddings:
         kind = (like.device, like.dtype)
         if self.table is None or self.table[0].shape[1] < length or self.made_like != kind:
             self.table, self.made_like = self.embed(1 << (length - 1).bit_length(), like), kind
-            self.kept = {}
+            self.turns, self.kept = None, {}
         return self.table[0][:, :length], self.table[1][:, :length]
 
-    def components(
-        self, length: int, like: Tensor, frequencies: tuple[int, ...] | None
-    ) -> tuple[Tensor, Tensor]:
-        """The same at some of the rotary frequencies, (1, length, their number), or at all of them; where they are few
-        they are not chosen again in the next step.
+    def components(self, length: int, like: Tensor, frequencies: list[int]) -> Tensor:
+        """The turns of some of the rotary frequencies, (1, length, their number, 2); where they are few they are not
+        chosen again in the next step.
         """
         cos, sin = self(length, like)
-        if frequencies is None:
-            return cos, sin
-        chosen = list(frequencies)
-        if torch.compiler.is_compiling() or self.table is None or self.table[0].shape[1] * len(chosen) > KEPT:
-            return cos[..., chosen], sin[..., chosen]
-        if frequencies not in self.kept:
-            self.kept[frequencies] = self.table[0][..., chosen], self.table[1][..., chosen]
-        cos, sin = self.kept[frequencies]
-        return cos[:, :length], sin[:, :length]
+        if torch.compiler.is_compiling() or self.table is None:
+            return turns(cos, sin, frequencies)
+        if self.turns is None:
+            self.turns = turns(*self.table, list(range(cos.shape[-1] // 2)))
+        known, slots = tuple(frequencies), len(self.turns[0])
+        if known in self.kept:
+            return self.kept[known][:, :length]
+        if slots * len(known) > KEPT:
+            return columns(self.turns[:, :length], frequencies)
+        self.kept[known] = columns(self.turns, frequencies)
+        return self.kept[known][:, :length]
 
     @torch.no_grad()
     def embed(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,20 +57,31 @@ class SlotEmbeddings:
         return cos.to(like.device), sin.to(like.device)  # the module may live on another device
 
 
-def rotated(x: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE: x [B, heads, T, p], the two elements of a component side by side, by cos and sin [B or 1, T, p / 2].
+def turns(cos: Tensor, sin: Tensor, components: list[int]) -> Tensor:
+    """cos and sin [B, T, width] at some components, next to each other, at least float32: [B, T, their number, 2]."""
+    both = torch.stack((cos[..., components], sin[..., components]), dim=-1)
+    return both if both.dtype == torch.float64 else both.float()
+
+
+def columns(of: Tensor, components: list[int]) -> Tensor:
+    """Some of the turns [1, T, n, 2], as complex numbers: many times as fast as an index is."""
+    chosen = torch.tensor(components, device=of.device).expand(1, of.shape[1], -1)
+    return torch.view_as_real(torch.view_as_complex(of).gather(2, chosen))
+
+
+def rotated(x: Tensor, by: Tensor) -> Tensor:
+    """RoPE: x [B, heads, T, p], the two elements of a component side by side, by turns [B or 1, T, p / 2, 2].
 
     One complex product of whole rows, as decoding turns all that is cached: many times as fast as four real ones
     of every other element. A compiler makes one pass of those, and of complex numbers none.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    cos, sin = (e.unsqueeze(1).to(wide.dtype) for e in embeddings)
-    pairs = wide.unflatten(-1, (-1, 2))
+    pairs, by = wide.unflatten(-1, (-1, 2)), by.unsqueeze(1).to(wide.dtype)
     if torch.compiler.is_compiling():
-        left, right = pairs.unbind(-1)
+        (left, right), (cos, sin) = pairs.unbind(-1), by.unbind(-1)
         turned = torch.stack((left * cos - right * sin, right * cos + left * sin), dim=-1)
     else:
-        if pairs.storage_offset() % 2 or not pairs.is_contiguous():
+        if any(step % 2 for step in (pairs.storage_offset(), *pairs.stride()[:-1])):
             pairs = pairs.clone(memory_format=torch.contiguous_format)
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(by))
     return turned.flatten(-2).to(x.dtype)

@@ -35,7 +35,6 @@ DIFFERENT = {  # same name, other function
     "configuration: Fields.latent_rank": "the served form has one rank for all layers",
     "configuration: Fields.layer_frequencies": "the served form has one series of frequencies for all layers",
     "configuration: latent_tp_plan": "the served form has other projections",
-    "modeling: Attention.cache_embeddings": "codes are bytes, whose dtype the rotary embedding must not take",
     "modeling: Attention.expand_kv": "the served form is multi-query attention over the latent",
     "modeling: Attention.__init__": "the layers of each method",
     "modeling: Attention.forward": "the attention of each method",

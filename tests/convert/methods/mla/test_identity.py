@@ -20,9 +20,10 @@ from mhconvert.convert.attention.projections import attention_weights
 from mhconvert.convert.attention.weights import LayerStatistics
 from mhconvert.convert.bare_process.child import cache_storage
 from mhconvert.convert.families.facts import attention_facts
-from mhconvert.convert.methods.mla.modeling_mla import LatentAttention, rotated
+from mhconvert.convert.methods.mla.modeling_mla import LatentAttention
 from mhconvert.convert.methods.mla.rotary_components import rotary_basis
 from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.methods.mla.slot_embeddings import rotated, turns
 from mhconvert.convert.methods.mla.surgery import LatentWeights, convert_layer
 from tests.convert.conversions import (
     LINEAR,
@@ -222,8 +223,8 @@ def test_rotary_rows_turn_as_in_deepseeks_class_and_score_as_halves_do() -> None
     with torch.no_grad():
         q = attention.q_proj(x).view(2, 12, 4, -1).transpose(1, 2)[..., -width:]
         k = attention.kv_a_proj_with_mqa(x)[:, None, :, rank:]
-        cos, sin = attention.component_embeddings(rotary_of(model, 12))
-        ours = rotated(q, (cos, sin)), rotated(k, (cos, sin))
+        by = turns(*rotary_of(model, 12), attention.rope_frequencies)
+        ours, (cos, sin) = (rotated(q, by), rotated(k, by)), by.unbind(-1)
         theirs = apply_rotary_emb(q, k, torch.complex(cos, sin))
         split = apply_rotary_pos_emb(
             q[..., halves], k[..., halves], torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
@@ -240,7 +241,7 @@ def test_a_rotary_key_turns_wherever_it_lies_in_memory(dtype: torch.dtype, offse
     x = torch.randn(1, 1, 1, 7, generator=generator).to(dtype)[..., offset : offset + 6]
     angle = torch.rand(1, 1, 3, generator=generator, dtype=torch.float64) * 6
     z = torch.complex(x[..., 0::2].double(), x[..., 1::2].double()) * torch.exp(1j * angle)
-    found = rotated(x, (angle.cos(), angle.sin()))
+    found = rotated(x, torch.stack((angle.cos(), angle.sin()), dim=-1))
     assert found.dtype == dtype
     assert relative(found.double(), torch.view_as_real(z).flatten(-2)) < 4 * torch.finfo(dtype).eps
 

@@ -16,6 +16,7 @@ from mhconvert.convert.methods.mla.configuration_mla import MLALlamaConfig, late
 from mhconvert.convert.methods.mla.converted_class import latent_config
 from mhconvert.convert.methods.mla.modeling_mla import LatentAttention
 from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.methods.mla.slot_embeddings import turns
 from tests.convert.conversions import LLAMA3, YARN, converted, donor_model, logits, relative, token_ids
 from tests.donors import make_config
 
@@ -209,6 +210,5 @@ def test_the_profile_decides_the_kind_of_rank(profile: Any, kind: type) -> None:
 def test_the_shared_rotary_key_turns_with_its_own_frequencies() -> None:
     attention = model_of(sized_config()).model.layers[1].self_attn
     cos = torch.arange(16.0).expand(1, 3, 16)
-    found = attention.component_embeddings((cos, cos + 100))
-    assert found[0][0, 0].tolist() == [1, 7]
-    assert found[1][0, 0].tolist() == [101, 107]
+    found = turns(cos, cos + 100, attention.rope_frequencies)
+    assert found[0, 0].tolist() == [[1, 101], [7, 107]]
