@@ -207,7 +207,7 @@ class MixtureOfHeadAttention(nn.Module):
         for kv_head, rows in enumerate(needed):
             heads = slice(kv_head, kv_head + 1)
             whole = len(rows) == len(query) or (rows and seen < LEAST_KEYS_OF_A_ROW)
-            for part in [slice(None)] if whole else [slice(row, row + 1) for row in rows]:
+            for part in [slice(None)] if whole else runs(rows):
                 output[part, heads] = attend(part, heads).to(output.dtype)
         return output.flatten(1, 2).unsqueeze(1)
 
@@ -275,6 +275,13 @@ class MixtureOfHeadAttention(nn.Module):
         visible = self.visible(torch.arange(seen - length, seen, device=query.device), 0, seen)
         lowest = torch.finfo(query.dtype).min
         return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, lowest)[None, None]
+
+
+def runs(rows: list[int]) -> list[slice]:
+    """Ascending rows as slices of neighbours: the kernel divides a slice between threads, and a single row not."""
+    begins = [row for row in rows if row - 1 not in rows]
+    ends = [row + 1 for row in rows if row + 1 not in rows]
+    return [slice(*run) for run in zip(begins, ends, strict=True)]
 
 
 class MixtureOfHeadModel:
