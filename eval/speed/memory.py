@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ...convert.bare_process.child import peak_memory
 
@@ -42,12 +43,16 @@ def available_memory(device: torch.device) -> int | None:
         return free
 
 
-def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
+def peak_bytes(work: Callable[[], None], device: torch.device, compiled: bool = False) -> int | None:
     """Calls `work` twice: the bytes that the second time allocates at most beside those from before it; None if the
     machine does not tell.
 
-    On the CPU they are pages of this process, under Linux with glibc. For both calls blocks are mapped one by one, and
-    gone when they are free: otherwise what the allocator keeps at hand would hide some, and show others twice.
+    On the CPU they are pages of this process, under Linux with glibc. For both calls new blocks are mapped one by one,
+    and gone when they are free; free parts of older ones are given back before each module. Otherwise what the
+    allocator keeps at hand would hide some, and show others twice.
+
+    Args:
+        compiled: `work` is, and would be compiled anew for a hook on its modules: it goes without.
     """
     if device.type == "cuda":
         work()
@@ -61,14 +66,22 @@ def peak_bytes(work: Callable[[], None], device: torch.device) -> int | None:
         work()
         return None
     library.mallopt(MMAP_THRESHOLD, SMALL_BLOCK)
+    hooks = [] if compiled else [register_module_forward_pre_hook(lambda *_: _trim(library))]
     try:
         work()
-        library.malloc_trim(0)
+        _trim(library)
         start = _reset_peak()
         work()
         return None if start is None else peak_memory() - start
     finally:
         library.mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
+        for hook in hooks:
+            hook.remove()
+
+
+def _trim(library: ctypes.CDLL) -> None:
+    """Give free memory back to the machine."""
+    library.malloc_trim(0)
 
 
 def _reset_peak() -> int | None:

@@ -33,11 +33,15 @@ def memory_needed(donor: Any, converted: Any, load: Load, width: int, reexpand: 
 
 
 def step_bytes(config: Any, load: Load, width: int) -> int:
-    """Bytes that a decode step of one row has for a while: the copy of the layer's cache that grows, and twice its
-    scores, in float32.
+    """Bytes that a decode step of one row has for a while: the copy of the layer's cache that grows, the rotary keys
+    that are rotated where they are read, and twice its scores, these in float32.
 
     Args:
         width: bytes per element of the cache.
     """
-    scores = 8 * config.get_text_config().num_attention_heads * load.step_tokens
-    return round(load.context * (width * max(cache_elements(config)) + scores))
+    text = config.get_text_config()
+    scores = 8 * text.num_attention_heads * load.step_tokens
+    layers = [width * elements for elements in cache_elements(config)]
+    if getattr(text, "rope_in_latent", False):
+        layers = [size + 8 * len(text.layer_frequencies(i)) for i, size in enumerate(layers)]
+    return round(load.context * (max(layers) + scores))

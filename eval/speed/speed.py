@@ -211,7 +211,7 @@ def compare(
 def _decode(runs: list[Run], load: Load, on_step: Callable[[], None]) -> None:
     """Run the warm-up steps and the timed steps of all runs, alternating between them."""
     for run in runs:
-        run.step_memory = peak_bytes(run.step, run.model.device)
+        run.step_memory = peak_bytes(run.step, run.model.device, load.compile)
     for run in runs:
         run.step()
     for _ in range(load.new_tokens):

@@ -56,10 +56,8 @@ def test_a_result_has_a_row_for_every_context(pair: tuple[str, str]) -> None:
         assert row["ratio"] == speeds[1] / speeds[0]
         assert row["ratio_to_reexpanded"] == speeds[1] / speeds[2]
         assert row["cache_ratio"] == 0.5
-        for name, elements in (
-            ("donor", 64),
-            ("converted", 32),
-        ):  # a layer's copy and twice the scores of 4 heads
+        # A layer's copy, rotary keys of 16 elements that are rotated, and twice the scores of 4 heads.
+        for name, elements in (("donor", 64), ("converted", 32 + 16)):
             assert row[name]["step_memory_planned_bytes"] == 4 * 2 * row["context"] * (elements + 2 * 4)
     assert [event.done for event in events if event.stage == "speed"] == [0, 1, 2, 2, 3, 4]
     assert events[-1].total == 4
