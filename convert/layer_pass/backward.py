@@ -33,7 +33,7 @@ def gradients_of_samples(
     probabilities = logits.detach().float().softmax(-1)
     ids = random_ids(probabilities.cpu(), generator, samples).to(leaf.device)
     behind = probabilities.neg_()
-    gradients = []
+    gradients: list[Tensor] = []
     for sample in ids.split(1, dim=1):
         behind.scatter_add_(-1, sample, torch.ones_like(behind[:, :1]))
         gradients += torch.autograd.grad(logits, leaf, behind.to(logits), retain_graph=True)

@@ -81,7 +81,7 @@ def _layer_needs(context: ConversionContext, method: Method) -> list[LayerNeed]:
     for index in range(context.layers):
         context.on_progress(Progress("survey", index, total))
         errors.append(_survey_layer(context, index, methods, free, probed, streams))
-    divergences = []
+    divergences: list[float] = []
     for divergence in _divergences(context, streams):
         context.on_progress(Progress("survey", context.layers + len(divergences), total))
         divergences.append(divergence)
