@@ -97,8 +97,10 @@ def _sampled(model: Any, ids: Tensor, length: int, generator: torch.Generator) -
             output = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True)
 
 
-def random_ids(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """(rows, 1): an id of each row of (rows, ids) by one random number; `torch.multinomial` makes one for every id.
+def random_ids(probabilities: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
+    """(rows, count): ids of each row of (rows, ids), each by one random number.
+
+    `torch.multinomial` makes one for every id of the vocabulary.
 
     Raises CheckpointError for probabilities that are not finite.
     """
@@ -108,7 +110,7 @@ def random_ids(probabilities: Tensor, generator: torch.Generator) -> Tensor:
         raise CheckpointError(
             "the donor's predictions are not finite: its weights or its dtype overflow; try the donor in float32"
         )
-    threshold = torch.rand(len(summed), 1, generator=generator) * whole
+    threshold = torch.rand(len(summed), count, generator=generator) * whole
     # Rounding may give the whole, behind which there is no id.
     below = torch.nextafter(whole, torch.zeros(()))
     return torch.searchsorted(summed, threshold.minimum(below), right=True)

@@ -25,9 +25,9 @@ from .layer_steps import block_steps, layer_rows
 from .sensitivity import few_tokens, peak_bytes, stored_bytes, surveyed_shape
 
 RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
-# Buffers that the survey holds at its peak for each layer so far: hidden states, a concatenated copy, attention inputs,
-# attention outputs.
-SURVEY_COPIES = 4
+SURVEY_COPIES = (
+    2  # hidden states that a survey holds for each layer: before it, and how a conversion changes its output
+)
 # Float64 matrices, and rows of keys and values, that a layer's transform and levels take.
 BASIS_SQUARES, BASIS_ROWS = 10, 4
 STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a temporary result

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from mhconvert.device import half_products
 from mhconvert.progress import Progress
 
-from ..calibration.token_rows import random_ids
 from ..families.facts import attention_facts
 from ..methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensitivity
 from . import layer_steps
+from .backward import back_through, gradients_of_samples
 from .context import ConversionContext
 
 WANTED_PER_ELEMENT = 20  # tokens for each element of a layer's keys and values, which few_tokens names
@@ -31,7 +31,6 @@ PASS_TOKENS = 8192  # that go through the layers at once, at most
 # Of their states: 2 GiB, or what two layers' weights have in float32, about 12 D² elements each. Every pass reads all
 # layers twice, so that a large donor should not have many.
 LEAST_STATE_BYTES, LAYER_SQUARES = 2 << 30, 24
-STEP_TOKENS = 1024  # that go through a layer with its gradients at once
 ROW_TOKENS = 512
 # Beside the layers' inputs: the gradient behind a layer, and that before it, as rows and joined.
 STATE_COPIES = 3
@@ -127,26 +126,13 @@ def _one_pass(
         yield
     gradient = torch.empty_like(hidden)
     for row, behind in zip(hidden, gradient, strict=True):
-        behind.copy_(_gradient_of_samples(context, row, generator))
+        behind.copy_(gradients_of_samples(context, row, generator)[0])
         yield
     context.donor.release()
     for index in reversed(range(context.layers)):
         values, gradients, gradient = _through_layer(context, index, inputs.pop(), gradient)
         moments[index].add(values, gradients)
         yield
-
-
-def _gradient_of_samples(context: ConversionContext, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """∂ log p(tokens drawn from the donor's predictions) / ∂ hidden, (L, D), behind the last layer."""
-    leaf = hidden.to(context.device).requires_grad_()
-    with torch.enable_grad():
-        logits = context.donor.head(leaf)
-    probabilities = logits.detach().softmax(-1)
-    ids = random_ids(probabilities.cpu(), generator).to(leaf.device)
-    behind = probabilities.neg_()
-    logits.backward(behind.scatter_add_(-1, ids, torch.ones_like(behind[:, :1])))
-    assert leaf.grad is not None
-    return leaf.grad
 
 
 def _through_layer(
@@ -158,21 +144,11 @@ def _through_layer(
         hidden: (N, L, D), the layer's input; gradient: (N, L, D), at its output.
     """
     layer = layer_steps.read_layer(context, index, hidden.shape[1])
-    block = layer.block(layer.attention, nn.Identity())
-    before, written = [], []
+    written: list[tuple[Tensor, Tensor]] = []
     with _key_value_projections(layer.attention, context.donor.config) as read:
-        rows = max(1, STEP_TOKENS // hidden.shape[1])
-        for part, behind in zip(hidden.split(rows), gradient.split(rows), strict=True):
-            leaf = part.to(context.device).requires_grad_()
-            with torch.enable_grad():
-                with half_products(context.device):
-                    output = block(leaf, None)[0]
-                output.backward(behind.to(output))
-            assert leaf.grad is not None
-            before.append(leaf.grad.cpu())
-            written.append(read())
+        [before] = back_through(context, layer, hidden, gradient[None], lambda: written.append(read()))
     values, gradients = (torch.cat(parts) for parts in zip(*written, strict=True))
-    return values, gradients, torch.cat(before)
+    return values, gradients, before
 
 
 @contextmanager

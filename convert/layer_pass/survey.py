@@ -1,16 +1,19 @@
 """Measures what each layer's cache is worth, by closed forms only, before a budget is divided over the layers.
 
-Each layer is converted at several budgets, which says how its error falls; and at one of them it alone replaces the
-donor's, which says how much its error changes the model's predictions. Little text is enough for both.
+One pass forward converts each layer at several budgets, which says how its error falls. One pass backward says how much
+the change that one of these conversions makes behind its layer alters the model's predictions: with the gradient of the
+log-probability of tokens drawn from the donor's own, half the second moment of gradient · change is the divergence of a
+small change. Little text is enough for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mhconvert.device import half_products
 from mhconvert.errors import BudgetError
@@ -24,12 +27,15 @@ from ..methods.layer_sensitivity import LayerSensitivity
 from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
 from . import layer_steps
+from .backward import back_through, gradients_of_samples
 from .context import ConversionContext
 from .sensitivity import measure_sensitivities
 
 PROBE_BUDGET = 5 / 16  # one layer alone is converted at it, or at the nearest that the donor can express
-TOKENS = 8192  # of the calibration text that the statistics come from
-STRIDE = 4  # one position in so many is compared at the output
+TOKENS = 4096  # of the calibration text that the statistics come from
+# Positions whose changes count together. Errors of neighbours go together: all of a row would be exact on average, with
+# many times the sampling error.
+WINDOW, SAMPLES = 16, 4  # SAMPLES: tokens drawn at a position
 
 
 @dataclass
@@ -37,20 +43,21 @@ class _Streams:
     """Hidden states of the survey's text, float32 on the CPU.
 
     Attributes:
-        ids: (eval_rows, L), the rows on which each layer's conversion is measured.
         teacher: (N, L, D), rows for the statistics and then the evaluation rows, through the donor.
-        hidden_with_layer_converted: for each layer so far the evaluation rows, through the donor with that layer alone
-            converted.
+        eval_rows: on which each layer's conversion is measured.
+        inputs: of each layer so far, the evaluation rows (eval_rows, L, D) before it.
+        changes: what the conversion of that layer alone changes behind it.
     """
 
-    ids: Tensor
     teacher: Tensor
-    hidden_with_layer_converted: list[Tensor] = field(default_factory=list)
+    eval_rows: int
+    inputs: list[Tensor] = field(default_factory=list)
+    changes: list[Tensor] = field(default_factory=list)
 
     @property
     def fitted(self) -> int:
         """Rows for the statistics."""
-        return len(self.teacher) - len(self.ids)
+        return len(self.teacher) - self.eval_rows
 
 
 def measure_needs(context: ConversionContext) -> list[LayerNeed] | list[LayerSensitivity]:
@@ -69,16 +76,19 @@ def _layer_needs(context: ConversionContext, method: Method) -> list[LayerNeed]:
     probed = min(methods, key=lambda share: abs(share - PROBE_BUDGET))
     free = _unconstrained(context, method)
     streams = _embedded(context)
-    errors = []
-    for index in range(context.layers):
-        context.on_progress(Progress("survey", index, context.layers))
-        errors.append(_survey_layer(context, index, methods, free, probed, streams))
-    divergences = _divergences(context, streams)
     context.donor.release()
-    context.on_progress(Progress("survey", context.layers, context.layers))
+    errors, total = [], 2 * context.layers
+    for index in range(context.layers):
+        context.on_progress(Progress("survey", index, total))
+        errors.append(_survey_layer(context, index, methods, free, probed, streams))
+    divergences: list[float] = []
+    for divergence in _divergences(context, streams):
+        context.on_progress(Progress("survey", context.layers + len(divergences), total))
+        divergences.append(divergence)
+    context.on_progress(Progress("survey", total, total))
     return [
         LayerNeed(tuple(by_share), tuple(by_share.values()), probed, divergence, tuple(freely.items()))
-        for (by_share, freely), divergence in zip(errors, divergences, strict=True)
+        for (by_share, freely), divergence in zip(errors, reversed(divergences), strict=True)
     ]
 
 
@@ -117,7 +127,7 @@ def _embedded(context: ConversionContext) -> _Streams:
     eval_rows = calibration_rows.judging_rows(length, count)
     ids = rows[-eval_rows:, : calibration_rows.JUDGE_TOKENS]
     fitted = rows[: max(1, min(TOKENS // length, count - eval_rows)), : ids.shape[1]]
-    return _Streams(ids, context.donor.embed(torch.cat((fitted, ids))))
+    return _Streams(context.donor.embed(torch.cat((fitted, ids))), len(ids))
 
 
 def _survey_layer(
@@ -129,13 +139,9 @@ def _survey_layer(
     streams: _Streams,
 ) -> tuple[dict[float, float], dict[float, float]]:
     """The relative error of layer `index` by share, of `methods` and of `free`; all streams move behind the layer."""
-    layer = layer_steps.read_layer(context, index, streams.ids.shape[1])
+    layer = layer_steps.read_layer(context, index, streams.teacher.shape[1])
     before = streams.teacher[streams.fitted :].clone()
-    if streams.hidden_with_layer_converted:
-        earlier = torch.cat(streams.hidden_with_layer_converted)
-        with half_products(context.device):
-            layer.complete(earlier, layer.attend(layer.attention, layer.attention_inputs(earlier)))
-        streams.hidden_with_layer_converted = list(earlier.split(len(before)))
+    streams.inputs.append(before)
     targets = layer_steps.observe(context, layer, methods[probed], streams.teacher, streams.fitted)
     text = (targets.inputs, targets.targets, layer.position_embeddings)
 
@@ -147,23 +153,36 @@ def _survey_layer(
         found = output(method)
         errors[share] = relative_error(found, targets.held_targets)
         if share == probed:
-            layer.complete(before, found)
+            changed = before.clone()
+            layer.complete(changed, found)
+            streams.changes.append(changed.sub_(streams.teacher[streams.fitted :]))
     for share, method in free.items():
         freely[share] = relative_error(output(method), targets.held_targets)
-    streams.hidden_with_layer_converted.append(before)
     return errors, freely
 
 
-@torch.inference_mode()
-def _divergences(context: ConversionContext, streams: _Streams) -> list[float]:
-    """KL(donor ‖ donor with one layer converted) of each layer, from the hidden states behind the last."""
-    donor, predictions = context.donor, [context.measure() for _ in streams.hidden_with_layer_converted]
-    teacher = streams.teacher[streams.fitted :]
-    following = streams.ids[:, 1::STRIDE]
-    positions = torch.arange(following.shape[1]) * STRIDE
-    for row, targets in enumerate(following):
-        expected = donor.head(teacher[row, positions].to(context.device)).cpu()
-        for hidden, prediction in zip(streams.hidden_with_layer_converted, predictions, strict=True):
-            logits = donor.head(hidden[row, positions].to(context.device)).cpu()
-            prediction.add(expected, logits, targets)
-    return [prediction.result()["kl"] for prediction in predictions]
+def _divergences(context: ConversionContext, streams: _Streams) -> Iterator[float]:
+    """KL(donor ‖ donor with one layer converted) of each layer, as it is estimated, from the last to the first."""
+    generator = torch.Generator().manual_seed(context.recipe.seed)
+    behind = streams.teacher[streams.fitted :]
+    gradients = torch.empty(SAMPLES, *behind.shape)
+    for row, at_row in zip(behind, gradients.unbind(1), strict=True):
+        with half_products(context.device):
+            at_row.copy_(gradients_of_samples(context, row, generator, SAMPLES))
+    context.donor.release()
+    for index in reversed(range(context.layers)):
+        yield divergence_of(streams.changes.pop(), gradients)
+        if index:
+            layer = layer_steps.read_layer(context, index, behind.shape[1])
+            gradients = back_through(context, layer, streams.inputs.pop(), gradients)
+
+
+def divergence_of(change: Tensor, gradients: Tensor) -> float:
+    """The divergence of the predictions, nats per token, that a `change` of hidden states makes.
+
+    Args:
+        change: (N, L, D); gradients: (samples, N, L, D), of the log-probability of tokens drawn from the predictions.
+    """
+    products = torch.stack([(gradient * change).sum(-1) for gradient in gradients])
+    windows = pad(products, (0, -products.shape[-1] % WINDOW)).unflatten(-1, (-1, WINDOW)).sum(-1)
+    return 0.5 * float(windows.square().sum()) / products.numel()

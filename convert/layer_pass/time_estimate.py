@@ -23,7 +23,7 @@ from .conversion_report import PROBE_ROWS
 from .cost_estimate import layer_parameters
 from .layer_steps import FIT_TOKENS, block_steps, layer_fit_steps, layer_rows
 from .sensitivity import surveyed_shape
-from .survey import STRIDE
+from .survey import SAMPLES, TOKENS
 
 PROBE_SECONDS = 0.12  # for each of four rates
 SIZE = 1024  # of the matrices that are multiplied
@@ -131,6 +131,7 @@ def _survey(method: Method, config: Any, rows: int, length: int, layer: int, rat
             + 4 * layers * elements**2 / rates.double
         )
         return SURVEY_FACTOR * tokens * products
-    judged = min(JUDGE_TOKENS, rows * length)
-    alone = layers * judged * layer * (layers + 2 * len(method.survey_shares)) / rates.single
-    return NEEDS_FACTOR * (alone + 2 * layers * judged * head / STRIDE / rates.single)
+    judged, fitted = (min(most, rows * length) for most in (JUDGE_TOKENS, TOKENS))
+    forward = 2 * layers * layer * (fitted + judged * (2 + len(method.survey_shares))) / rates.single
+    backward = 2 * judged * (1 + SAMPLES) * (layers * layer + head) / rates.half
+    return NEEDS_FACTOR * (forward + backward)

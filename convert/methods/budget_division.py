@@ -18,7 +18,8 @@ class LayerNeed:
         shares: budgets of the layer as shares of the donor's cache elements, increasing.
         errors: at each of them, the relative squared error of the attention output after the closed form.
         probed: the one of `shares` at which `divergence` was measured.
-        divergence: KL(donor ‖ donor with this layer alone converted), nats per token.
+        divergence: of the predictions with this layer alone converted from the donor's, nats per token, as it is
+            estimated for a small change.
         free: (share, error) of the same layer without a constraint that `errors` were measured under; empty: none.
     """
 

@@ -10,7 +10,7 @@ from functools import cache
 Cluster = tuple[int, ...]
 Cost = Callable[[Cluster], float]
 
-EXACT_HEADS = 9  # 511 subsets, and 19,683 ways to split them
+EXACT_HEADS = 9  # 511 subsets, of which some 100 have to be priced, and 19,683 ways to split them
 RESTARTS = 8
 
 
@@ -20,7 +20,8 @@ def best_clusters(count: int, clusters: int, cost: Cost, equal: bool = False) ->
     Exact up to EXACT_HEADS heads, the best of several local searches beyond.
 
     Args:
-        cost: of a cluster.
+        cost: of a cluster: the least error that one head for all of its members can have. So it is no less than the
+            costs of its parts together, by which the exact search skips clusters.
         equal: whether all clusters have one size; `clusters` then has to divide `count`.
     """
     assert 1 <= clusters <= count
@@ -32,27 +33,50 @@ def best_clusters(count: int, clusters: int, cost: Cost, equal: bool = False) ->
 
 
 def _exact(count: int, clusters: int, cost: Cost, size: int | None) -> list[Cluster]:
-    """By dynamic programming: of the heads that are left, the cluster of the first one is chosen."""
+    """By dynamic programming: of the heads that are left, the cluster of the first one is chosen.
+
+    Clusters are tried in the order of their least possible costs, until these are more than the best split's.
+    """
+    least = cache(at_least(cost))
 
     @cache
     def best(left: Cluster, number: int) -> tuple[float, tuple[Cluster, ...]]:
-        first, rest = left[0], left[1:]
         if number == 1:
             return cost(left), (left,)
         best_split: tuple[float, tuple[Cluster, ...]] | None = None
         sizes = [size] if size else range(1, len(left) - number + 2)
-        for others in itertools.chain.from_iterable(itertools.combinations(rest, n - 1) for n in sizes):
-            cluster = (first, *others)
+        choices = []
+        for others in itertools.chain.from_iterable(itertools.combinations(left[1:], n - 1) for n in sizes):
+            cluster, rest = (left[0], *others), tuple(h for h in left[1:] if h not in others)
+            behind = least(rest) if number == 2 else 0.0
+            choices.append((least(cluster) + behind, behind, cluster, rest))
+        for bound, behind, cluster, rest in sorted(choices):
+            if best_split is not None and bound >= best_split[0]:
+                break
             lost = cost(cluster)
-            if best_split is not None and lost >= best_split[0]:
+            if best_split is not None and lost + behind >= best_split[0]:
                 continue
-            more, chosen = best(tuple(h for h in rest if h not in others), number - 1)
+            more, chosen = best(rest, number - 1)
             if best_split is None or lost + more < best_split[0]:
                 best_split = (lost + more, (cluster, *chosen))
         assert best_split is not None
         return best_split
 
     return list(best(tuple(range(count)), clusters)[1])
+
+
+def at_least(cost: Cost) -> Cost:
+    """A lower bound of a cluster's cost from the costs of its pairs.
+
+    In all pairs together each of n heads occurs n − 1 times, and a cost is in proportion to the weights of its heads.
+    """
+
+    of_pair = cache(cost)
+
+    def bound(cluster: Cluster) -> float:
+        return sum(map(of_pair, itertools.combinations(cluster, 2))) / max(1, len(cluster) - 1)
+
+    return bound
 
 
 def pairwise(cost: Cost) -> Cost:

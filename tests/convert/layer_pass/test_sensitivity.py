@@ -17,7 +17,7 @@ import mhconvert
 from mhconvert.convert import pipeline
 from mhconvert.convert.calibration import calibration_rows
 from mhconvert.convert.donor.donor import open_donor
-from mhconvert.convert.layer_pass import resumable_run, sensitivity
+from mhconvert.convert.layer_pass import backward, resumable_run, sensitivity
 from mhconvert.convert.layer_pass.context import ConversionContext
 from mhconvert.convert.layer_pass.sensitivity import (
     measure_sensitivities,
@@ -57,7 +57,8 @@ def context_of(recipe: Recipe) -> ConversionContext:
 
 @pytest.fixture
 def whole_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "half_products", lambda _: nullcontext())
+    for module in (sensitivity, backward):
+        monkeypatch.setattr(module, "half_products", lambda _: nullcontext())
 
 
 @pytest.mark.usefixtures("whole_products")
@@ -84,7 +85,8 @@ def test_products_of_16_bits_change_the_prices_little(
     context = context_of(dataclasses.replace(recipe(tmp_path / "out"), model=donor, settings=CODED))
     measured = []
     for products in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
-        monkeypatch.setattr(sensitivity, "half_products", lambda _, products=products: products)
+        for module in (sensitivity, backward):
+            monkeypatch.setattr(module, "half_products", lambda _, products=products: products)
         measured.append(measure_sensitivities(context))
     for index, (exact, rounded) in enumerate(zip(*measured, strict=True)):
         moved = (rounded.covariance - exact.covariance).norm() / exact.covariance.norm()
