@@ -25,9 +25,8 @@ from .layer_steps import block_steps, layer_rows
 from .sensitivity import few_tokens, peak_bytes, stored_bytes, surveyed_shape
 
 RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
-SURVEY_COPIES = (
-    2  # hidden states that a survey holds for each layer: before it, and how a conversion changes its output
-)
+# Hidden states that a survey holds for each layer: before it, and how a conversion changes its output.
+SURVEY_COPIES = 2
 # Float64 matrices, and rows of keys and values, that a layer's transform and levels take.
 BASIS_SQUARES, BASIS_ROWS = 10, 4
 STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a temporary result
