@@ -15,6 +15,10 @@ LEAST_GAIN = -8  # log2; the largest is 2^10, as some tokens have a hundred time
 NOT_FINITE = 127  # the gain of a token that is not finite: it decodes as NaN, as the donor would spread it
 SINK = 128  # the bit of a row's first byte that says which centre the token was coded about
 LEVELS = sum(2**width for width in WIDTHS)
+FEW_TOKENS = (
+    64  # are quantised in one search for all widths, which takes fewer operations and more time for each
+)
+LARGEST, APART = 2.0**10, 2.0**12  # of a component, and between the levels of two widths in that search
 
 
 def row_bytes(counts: list[int]) -> int:
@@ -26,6 +30,63 @@ def row_bytes(counts: list[int]) -> int:
 def level_offset(width: int) -> int:
     """Where the levels of `width` begin in a layer's `levels`."""
     return sum(2**wider for wider in WIDTHS if wider > width)
+
+
+def interval(x: Tensor, boundaries: Tensor) -> Tensor:
+    """How many of the ascending boundaries are less than x: uint8. Few are compared faster than they are searched."""
+    if len(boundaries) > 7:
+        return torch.bucketize(x, boundaries).to(torch.uint8)
+    found = (x > boundaries[0]).to(torch.uint8)
+    for boundary in boundaries[1:]:
+        found.add_(x > boundary)
+    return found
+
+
+class Constants:
+    """Tensors that belong to no checkpoint, on the device where they are asked for: no buffers, which a model that is
+    made without memory leaves undefined."""
+
+    def __init__(self, *tensors: Tensor):
+        self.on = {torch.device("cpu"): tensors}
+
+    def __call__(self, like: Tensor) -> tuple[Tensor, ...]:
+        if like.device in self.on:
+            return self.on[like.device]
+        with torch.inference_mode(False):
+            copies = tuple(tensor.to(like.device) for tensor in self.on[torch.device("cpu")])
+        if not torch.compiler.is_compiling() and type(like) is Tensor:
+            self.on[like.device] = copies
+        return copies
+
+
+class BitMoves:
+    """Bytes (count, T), each put together of bits of others (sources, T)."""
+
+    def __init__(self, moves: list[tuple[int, int, int, int, int]], count: int):
+        """moves: (source, target, bits to the right, mask of what is left, bits to the left)."""
+        of_target: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
+        for source, target, right, mask, left in moves:
+            of_target[target].append((source, right, mask, left))
+        self.depth = max(map(len, of_target))
+        nothing = (0, 0, 0, 0)
+        table = torch.tensor(
+            [[*one, *[nothing] * (self.depth - len(one))] for one in of_target], device="cpu"
+        ).transpose(0, 1)
+        columns = table.reshape(-1, 4).unbind(1)
+        self.constants = Constants(columns[0], *(each.to(torch.uint8).unsqueeze(1) for each in columns[1:]))
+
+    def __call__(self, of: Tensor) -> Tensor:
+        at_once = 1 if of.shape[1] > FEW_TOKENS else self.depth
+        parts = zip(
+            *(each.split(len(each) // self.depth * at_once) for each in self.constants(of)), strict=True
+        )
+        found = None
+        for source, right, mask, left in parts:
+            part = of.index_select(0, source).bitwise_right_shift_(right).bitwise_and_(mask)
+            part.bitwise_left_shift_(left)
+            found = part if found is None else found.bitwise_or_(part)
+        assert found is not None
+        return found.unflatten(0, (at_once, -1)).sum(0, dtype=torch.uint8) if at_once > 1 else found
 
 
 class LatentCode(nn.Module):
@@ -69,6 +130,28 @@ class LatentCode(nn.Module):
             if users:
                 size = -(-sum(stop - start for _, start, stop in users) * field // 8)
                 self.fields.append((field, size, users))
+        moves = self._bit_moves()
+        self.pack = BitMoves(moves, self.bytes - 1)
+        self.unpack = BitMoves([(to, of, left, mask, right) for of, to, right, mask, left in moves], n)
+        widths = [width for width, start, stop in self.ranges for _ in range(start, stop)]
+        first = torch.tensor([level_offset(width) for width in widths], dtype=torch.int32, device="cpu")
+        places = [place * APART for place, width in enumerate(WIDTHS) for _ in range(2**width)]
+        apart = torch.tensor(places, dtype=torch.float64, device="cpu")
+        self.of_levels = Constants(
+            first.unsqueeze(1), apart[first].unsqueeze(1), (apart[1:] + apart[:-1]) / 2
+        )
+
+    def _bit_moves(self) -> list[tuple[int, int, int, int, int]]:
+        """(component, byte behind the gain, …) of each field, for BitMoves. Byte i of a kind of field holds components
+        i, i + size, i + 2 size, …; a width's fields hold its bits from the highest."""
+        moves, begin = [], 0
+        for field, size, users in self.fields:
+            having = [(width, n) for width, start, stop in users for n in range(start, stop)]
+            for at, (width, n) in enumerate(having):
+                place, byte = divmod(at, size)
+                moves.append((n, begin + byte, width % field, 2**field - 1, place * field))
+            begin += size
+        return moves
 
     def forward(self, z: Tensor) -> Tensor:
         """What decoding gives of z (..., n): (..., n + 1), the latent as readers of the cache see it."""
@@ -87,11 +170,9 @@ class LatentCode(nn.Module):
         rest = rest / torch.exp2(step / GAIN_STEPS + LEAST_GAIN)
         gain = torch.where(energy.isfinite(), step, NOT_FINITE).to(torch.uint8)
         first = gain + SINK * nearer.to(torch.uint8)
-        codes = [
-            torch.bucketize(rest[..., start:stop].contiguous(), self._boundaries(width)).to(torch.uint8)
-            for width, start, stop in self.ranges
-        ]
-        return torch.cat((first, self._packed(torch.cat(codes, dim=-1))), dim=-1)
+        codes = self._nearest(rest.flatten(0, -2).mT.contiguous())
+        columns = torch.cat((first.flatten(0, -2).mT, self.pack(codes)))
+        return columns.mT.contiguous().unflatten(0, z.shape[:-1])
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows (..., R) -> (n + 1, T) of `dtype`: components about their centre, and whether that is the sink.
@@ -101,52 +182,28 @@ class LatentCode(nn.Module):
         is then on long vectors.
         """
         columns = rows.flatten(0, -2).mT.contiguous()
-        codes, levels = self._unpacked(columns[1:]), self.levels.to(dtype)
+        levels, codes = self.levels.to(dtype), self.unpack(columns[1:])
         latent = levels.new_empty(len(self.sink) + 1, columns.shape[1])
-        for width, start, stop in self.ranges:
-            of_width = levels[level_offset(width) : level_offset(width) + 2**width]
-            torch.index_select(
-                of_width, 0, codes[start:stop].flatten().int(), out=latent[start:stop].view(-1)
-            )
+        few, first = columns.shape[1] <= FEW_TOKENS, self.of_levels(codes)[0]
+        for start, stop in [(0, len(codes))] if few else [each[1:] for each in self.ranges]:
+            at = codes[start:stop].int().add_(first[start:stop]).flatten()
+            torch.index_select(levels, 0, at, out=latent[start:stop].view(-1))
         step = columns[:1] % SINK
         gain = torch.exp2(step.float() / GAIN_STEPS + LEAST_GAIN).masked_fill(step == NOT_FINITE, torch.nan)
         latent[:-1].mul_(gain.to(dtype))
         latent[-1:] = columns[:1] >= SINK
         return latent
 
-    def _boundaries(self, width: int) -> Tensor:
-        levels = self.levels[level_offset(width) : level_offset(width) + 2**width].float()
-        return (levels[1:] + levels[:-1]) / 2
-
-    def _packed(self, codes: Tensor) -> Tensor:
-        """Codes (..., n) -> bytes (..., R - 1). Byte i of a field holds components i, i + size, i + 2 size, …"""
-        packed = []
-        for field, size, users in self.fields:
-            # A width's fields hold its bits from the highest: what is below this field is shifted out.
-            parts = [
-                (codes[..., start:stop] >> (width % field)) & (2**field - 1) for width, start, stop in users
-            ]
-            values, each = torch.cat(parts, dim=-1), 8 // field
-            values = nn.functional.pad(values, (0, size * each - values.shape[-1])).unflatten(
-                -1, (each, size)
-            )
-            byte = values[..., 0, :]
-            for place in range(1, each):
-                byte = byte | values[..., place, :] << (place * field)
-            packed.append(byte)
-        return torch.cat(packed, dim=-1)
-
-    def _unpacked(self, columns: Tensor) -> Tensor:
-        """Bytes (R - 1, T) -> codes (n, T), uint8."""
-        codes = columns.new_empty(len(self.sink), columns.shape[1])
-        begin = 0
-        for field, size, users in self.fields:
-            byte, begin = columns[begin : begin + size], begin + size
-            places = torch.arange(0, 8, field, dtype=torch.uint8, device=byte.device).view(-1, 1, 1)
-            values, at = (torch.bitwise_right_shift(byte, places) & (2**field - 1)).flatten(0, 1), 0
-            for width, start, stop in users:
-                part = values[at : at + stop - start] * 2 ** (width % field)
-                first = width < 2 * field
-                (codes[start:stop].copy_ if first else codes[start:stop].bitwise_or_)(part)
-                at += stop - start
-        return codes
+    def _nearest(self, components: Tensor) -> Tensor:
+        """The codes of components (n, T), those of the nearest levels of their widths: uint8."""
+        levels = self.levels.float()
+        boundaries = (levels[1:] + levels[:-1]) / 2
+        if components.shape[1] > FEW_TOKENS:
+            parts = []
+            for width, start, stop in self.ranges:
+                begin = level_offset(width)
+                parts.append(interval(components[start:stop], boundaries[begin : begin + 2**width - 1]))
+            return torch.cat(parts)
+        first, apart, between = self.of_levels(components)
+        found = torch.bucketize(components.clamp(-LARGEST, LARGEST) + apart, boundaries + between)
+        return (found - first).to(torch.uint8)

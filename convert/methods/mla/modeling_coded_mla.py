@@ -207,21 +207,30 @@ class CodedLatentAttention(LatentAttention):
         groups = [slice(begin, begin + together) for begin in range(0, len(query), together)]
         # A sequence that is alone is read in parts, so that every thread has one.
         part = -(-seen // min(-(-threads // len(groups)), -(-seen // step)))
-        keys = KeyHalves(self, query, of_keys)
+        keys = RebuiltKeys(self, query, of_keys)
         shared = attention_mask is None or len(attention_mask) == 1
 
+        def mask_of(own: slice) -> Tensor | None:
+            return attention_mask if shared else attention_mask[own]  # type: ignore[index]
+
         def read(own: slice, begin: int) -> tuple[Tensor, Tensor, Tensor]:
-            mask = attention_mask if shared else attention_mask[own]  # type: ignore[index]
-            return self._part_of(
-                keys, own, rows[own, 0], range(begin, min(begin + part, seen)), step // together, mask
-            )
+            tokens = range(begin, min(begin + part, seen))
+            return self._part_of(keys, own, rows[own, 0], tokens, step // together, mask_of(own))
+
+        def read_at_once(own: slice, _: int) -> Tensor:
+            latent = self.code.decode(rows[own, 0], query.dtype)
+            weights = self._scores(keys, latent, own, slice(0, seen), mask_of(own)).softmax(-1)
+            return weighted(weights, latent)
 
         begins = range(0, seen, part)
-        found = on_threads(read, [(own, begin) for own in groups for begin in begins], threads)
+        work = [(own, begin) for own in groups for begin in begins]
+        if seen <= step // together:
+            return torch.cat(on_threads(read_at_once, work, threads))
+        found = on_threads(read, work, threads)
         return torch.cat([joined(found[i : i + len(begins)]) for i in range(0, len(found), len(begins))])
 
     def _part_of(
-        self, keys: "KeyHalves", own: slice, rows: Tensor, tokens: range, step: int, mask: Tensor | None
+        self, keys: "RebuiltKeys", own: slice, rows: Tensor, tokens: range, step: int, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Decoded latents of `tokens` of the sequences `own`, summed with weights exp(score - peak), `step` at a time.
 
@@ -238,54 +247,62 @@ class CodedLatentAttention(LatentAttention):
         for start in range(tokens.start, tokens.stop, step):
             block = slice(start, min(start + step, tokens.stop))
             latent = self.code.decode(rows[:, block], query.dtype)  # n+1, b t
-            scores = keys.scores(latent, own, block).reshape(batch, heads, peak.shape[2], -1).float()
-            if self.softcap is not None:
-                scores = torch.tanh(scores / self.softcap) * self.softcap
-            if mask is not None:
-                seen, lowest = mask[..., block], torch.finfo(query.dtype).min
-                scores = scores.masked_fill(~seen, lowest) if seen.dtype == torch.bool else scores + seen
+            scores = self._scores(keys, latent, own, block, mask)
             # Finite, so that a block in which nothing is visible adds nothing, even with masks of -inf.
             highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
             highest = highest.clamp_min(torch.finfo(peak.dtype).min)
             weights, kept = (scores - highest).exp(), (peak - highest).exp()
-            by_sequence = latent.unflatten(1, (batch, -1)).permute(1, 2, 0)  # b t n+1
-            read = product(weights.flatten(1, 2).to(latent.dtype), by_sequence)
-            latent_sum = latent_sum * kept + read.view_as(latent_sum)
+            latent_sum = latent_sum * kept + weighted(weights, latent)
             total, peak = total * kept + weights.sum(-1, keepdim=True), highest
         return latent_sum, peak, total
 
+    def _scores(
+        self, keys: "RebuiltKeys", latent: Tensor, own: slice, block: slice, mask: Tensor | None
+    ) -> Tensor:
+        """[b, H, T, t], fp32, of the decoded tokens `block` of the sequences `own`; arguments as of `_part_of`."""
+        scores = keys.scores(latent, own, block)
+        scores = scores.view(len(scores), self.num_heads, -1, scores.shape[-1]).float()
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is None:
+            return scores
+        seen, lowest = mask[..., block], torch.finfo(latent.dtype).min
+        return scores.masked_fill(~seen, lowest) if seen.dtype == torch.bool else scores + seen
 
-class KeyHalves:
-    """Scores of decoded latents, with the elements of all heads' keys in the order in which RoPE is fastest.
 
-    These are all first halves, all second halves, the rest. Queries are as wide: zero outside of their own head.
-    """
+class RebuiltKeys:
+    """Scores of decoded latents, by the keys of all KV heads. Queries are as wide: zero outside of their own head."""
 
     def __init__(self, layer: CodedLatentAttention, query: Tensor, of_keys: tuple[Tensor, Tensor]):
         """query: [B, H, T, d] with RoPE; of_keys: cos, sin [1 or B, S, w]."""
-        groups, head_dim, width = layer.num_key_value_heads, layer.head_dim, of_keys[0].shape[-1]
-        place = torch.arange(groups * head_dim, device=query.device).view(groups, head_dim)
-        halves = place.split([width // 2, width // 2, head_dim - width], dim=1)
-        order = torch.cat([half.flatten() for half in halves])
-        own = torch.eye(groups, dtype=query.dtype, device=query.device).view(groups, 1, groups, 1)
-        wide = (query * layer.scaling).reshape(len(query), groups, -1, 1, head_dim) * own
-        self.query = wide.flatten(3).flatten(1, 2)[..., order]  # B, H T, G d
-        self.up, self.mean = layer.kv_b_proj.weight[order], layer.kv_b_proj.bias[order].unsqueeze(-1)
-        self.half = groups * (width // 2)
-        self.turns = [
-            each[..., : width // 2].repeat(1, 1, groups).permute(2, 0, 1).contiguous() for each in of_keys
-        ]
+        self.heads, self.half = layer.num_key_value_heads, of_keys[0].shape[-1] // 2
+        grouped = (query * layer.scaling).reshape(len(query), self.heads, -1, layer.head_dim)
+        wide = grouped.new_zeros(*grouped.shape[:3], self.heads, layer.head_dim)
+        wide.diagonal(dim1=1, dim2=3).copy_(grouped.permute(0, 2, 3, 1))
+        self.query = wide.flatten(3).flatten(1, 2)  # B, H T, G d
+        width = self.query.shape[-1]
+        self.up, self.mean = layer.kv_b_proj.weight[:width], layer.kv_b_proj.bias[:width].unsqueeze(-1)
+        by_component = [each[..., : self.half].permute(2, 0, 1) for each in of_keys]
+        self.turns = [each if each.stride(-1) == 1 else each.contiguous() for each in by_component]
 
     def scores(self, latent: Tensor, own: slice, block: slice) -> Tensor:
         """[b, H T, t] of the latents [n + 1, b t] of the tokens `block` of the sequences `own`."""
         query = self.query[own]
-        key = torch.addmm(self.mean, self.up, latent).unflatten(1, (len(query), -1))
-        first, second = key[: self.half], key[self.half : 2 * self.half]
+        key = torch.addmm(self.mean, self.up, latent).view(
+            self.heads, -1, len(query), latent.shape[1] // len(query)
+        )
+        first, second = key[:, : self.half], key[:, self.half : 2 * self.half]
         cos, sin = ((each if each.shape[1] == 1 else each[:, own])[..., block] for each in self.turns)
         across = first * sin
         first.mul_(cos).addcmul_(second, sin, value=-1)
         second.mul_(cos).add_(across)
-        return product(query, key.transpose(0, 1))
+        return product(query, key.flatten(0, 1).transpose(0, 1))
+
+
+def weighted(weights: Tensor, latent: Tensor) -> Tensor:
+    """Sums of latents [n + 1, b t] with weights [b, H, T, t]: [b, H, T, n + 1], fp32."""
+    by_sequence = latent.unflatten(1, (len(weights), -1)).permute(1, 2, 0)  # b t n+1
+    return product(weights.flatten(1, 2).to(latent.dtype), by_sequence).view(*weights.shape[:3], -1).float()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -24,12 +24,15 @@ class SlotEmbeddings:
         self.kept: dict[tuple[int, ...], Tensor] = {}  # some columns of them, by frequencies
 
     def __call__(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, length, rotary width) each, as the rotary module makes them for `like`, and on its device."""
+        """(1, length, rotary width) each, as the rotary module makes them for `like`, and on its device. In memory the
+        slots of a component lie next to each other, as rebuilt keys read them.
+        """
         if torch.compiler.is_compiling():
             return self.embed(length, like)
         kind = (like.device, like.dtype)
         if self.table is None or self.table[0].shape[1] < length or self.made_like != kind:
-            self.table, self.made_like = self.embed(1 << (length - 1).bit_length(), like), kind
+            cos, sin = self.embed(1 << (length - 1).bit_length(), like)
+            self.table, self.made_like = (cos.mT.contiguous().mT, sin.mT.contiguous().mT), kind
             self.turns, self.kept = None, {}
         return self.table[0][:, :length], self.table[1][:, :length]
 

@@ -48,7 +48,8 @@ def test_the_donors_work_is_done_once(recipe: Build, tmp_path: Path, monkeypatch
     monkeypatch.setattr(Donor, "decoder_layer", lambda self, n, *a: read.append(n) or stock(self, n, *a))
     monkeypatch.chdir(tmp_path)
     result = mhconvert.curve(recipe(tmp_path / "out", fit_steps=0), (0.25, 0.5, 0.5, 1.0))
-    assert read == [*range(LAYERS)] * 2  # in the survey, and in the pass
+    survey = [*range(LAYERS), *reversed(range(1, LAYERS))]  # forward, and backward to behind the first
+    assert read == [*survey, *range(LAYERS)]
     assert [point["kv_budget"] for point in result["points"]] == [1.0, 0.5, 0.25]
     assert result["points"][0]["kl"] < 1e-6
     assert result["points"][0]["perplexity_ratio"] == pytest.approx(1, abs=1e-5)

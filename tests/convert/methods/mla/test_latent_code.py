@@ -38,10 +38,10 @@ def test_bytes_hold_every_code(counts: list[int], seed: int) -> None:
         ],
         dim=-1,
     )
-    packed = coder._packed(codes)
-    assert packed.shape == (3, row_bytes(counts) - 1)
+    packed = coder.pack(codes.mT)
+    assert packed.shape == (row_bytes(counts) - 1, 3)
     assert packed.dtype == torch.uint8
-    assert torch.equal(coder._unpacked(packed.mT).mT, codes)
+    assert torch.equal(coder.unpack(packed).mT, codes)
     bits = sum(width * count for width, count in zip(WIDTHS, counts, strict=True))
     assert (
         bits / 8 <= row_bytes(counts) - 1 < bits / 8 + 4
