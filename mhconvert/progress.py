@@ -13,8 +13,8 @@ class Progress:
     """A progress event: `done` of `total` units of `stage` are finished.
 
     The stages of each command, in order, with their units:
-        convert: donor, calibrate (tokens), search (of a tolerance's budget), survey (decoder layers),
-            layers (decoder layers), verify, done.
+        convert: donor, calibrate (tokens), search (of a tolerance's budget), survey (decoder layers,
+            forward and backward), layers (decoder layers), verify, done.
         heal: donor, text, measure, blocks (layers), heal (tokens), measure, verify, done.
         merge, export of an adapter: donor, merge (tensors) or export (modules), done.
         export: donor, measure, write (layers), verify, done.

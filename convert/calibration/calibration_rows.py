@@ -100,7 +100,7 @@ def check(recipe: Recipe, config: Any) -> None:
 def judging_rows(length: int, rows: int) -> int:
     """The number of rows on which a survey measures layers, out of `rows` rows of `length` tokens.
 
-    It is limited because the survey keeps the outputs of all layers for these rows.
+    It is limited because the survey keeps the inputs of all layers for these rows, and how conversions change outputs.
     """
     return max(1, min(JUDGES, JUDGE_TOKENS // length, rows // 4))
 

@@ -23,10 +23,12 @@ from ..storage.byte_size import SLACK_BYTES
 from ..storage.dtype_cast import DTYPES
 from .layer_steps import block_steps, layer_rows
 from .sensitivity import few_tokens, peak_bytes, stored_bytes, surveyed_shape
+from .survey import SAMPLES
 
 RUNTIME_BYTES = 600 << 20  # Python with torch and transformers
 # Hidden states that a survey holds for each layer: before it, and how a conversion changes its output.
 SURVEY_COPIES = 2
+SURVEY_STREAMS = 2 * SAMPLES + 4  # besides: gradients before and behind a layer, the donor's own and results
 # Float64 matrices, and rows of keys and values, that a layer's transform and levels take.
 BASIS_SQUARES, BASIS_ROWS = 10, 4
 STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a temporary result
@@ -56,7 +58,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     streams = 4 * config.hidden_size * (both * fitted + 2 * held)
     eval_tokens = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
     surveyed, work, kept = _survey(method, config, elements, rows, length)
-    survey = SURVEY_COPIES * 4 * config.hidden_size * layers * eval_tokens if method.divisible else 0
+    survey = 4 * config.hidden_size * (SURVEY_COPIES * layers + SURVEY_STREAMS) * eval_tokens
     output_bytes = converted * width
     layer_memory = 4 * (per_layer + method.new_parameters() * 4)
     embedding = config.vocab_size * config.hidden_size * donor.dtype.itemsize
@@ -77,7 +79,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + kept + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES
-        + max(STREAM_COPIES * streams + work, surveyed or survey)
+        + max(STREAM_COPIES * streams + work, surveyed or survey * method.divisible)
         + layer_memory
         + embedding
         + probe,

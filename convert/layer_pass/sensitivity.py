@@ -32,8 +32,8 @@ PASS_TOKENS = 8192  # that go through the layers at once, at most
 # layers twice, so that a large donor should not have many.
 LEAST_STATE_BYTES, LAYER_SQUARES = 2 << 30, 24
 ROW_TOKENS = 512
-# Beside the layers' inputs: the gradient behind a layer, and that before it, as rows and joined.
-STATE_COPIES = 3
+# Beside the layers' inputs: the gradients behind a layer and before it.
+STATE_COPIES = 2
 PART_COPIES, SQUARE_COPIES = 6, 4  # of keys, values and gradients, and of their products, float64
 
 

@@ -32,7 +32,7 @@ from .context import ConversionContext
 from .sensitivity import measure_sensitivities
 
 PROBE_BUDGET = 5 / 16  # one layer alone is converted at it, or at the nearest that the donor can express
-TOKENS = 4096  # of the calibration text that the statistics come from
+LEAST_TOKENS = 4096  # of the calibration text that the statistics come from
 # Positions whose changes count together. Errors of neighbours go together: all of a row would be exact on average, with
 # many times the sampling error.
 WINDOW, SAMPLES = 16, 4  # SAMPLES: tokens drawn at a position
@@ -120,13 +120,19 @@ def _unconstrained(context: ConversionContext, method: Method) -> dict[float, Me
     return _methods(recipe, context.donor, _at_any_budget(recipe, context.donor).survey_shares)
 
 
+def statistics_tokens(hidden: int) -> int:
+    """Tokens of the calibration text that a survey's statistics come from: second moments of so many elements."""
+    return max(LEAST_TOKENS, 2 * hidden)
+
+
 def _embedded(context: ConversionContext) -> _Streams:
     """The streams before the first layer: of the fit's text, its first rows and its last ones."""
     rows = context.rows.fit
     count, length = rows.shape
     eval_rows = calibration_rows.judging_rows(length, count)
     ids = rows[-eval_rows:, : calibration_rows.JUDGE_TOKENS]
-    fitted = rows[: max(1, min(TOKENS // length, count - eval_rows)), : ids.shape[1]]
+    wanted = statistics_tokens(context.donor.config.hidden_size) // length
+    fitted = rows[: max(1, min(wanted, count - eval_rows)), : ids.shape[1]]
     return _Streams(context.donor.embed(torch.cat((fitted, ids))), len(ids))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mhconvert.device import half_products
 
-from ..calibration.calibration_rows import JUDGE_TOKENS, fitted_rows, row_length, sampled_texts
+from ..calibration.calibration_rows import JUDGE_TOKENS, fitted_rows, judging_rows, row_length, sampled_texts
 from ..calibration.token_rows import batches_of
 from ..donor.donor import Donor
 from ..families.facts import attention_facts
@@ -23,7 +23,7 @@ from .conversion_report import PROBE_ROWS
 from .cost_estimate import layer_parameters
 from .layer_steps import FIT_TOKENS, block_steps, layer_fit_steps, layer_rows
 from .sensitivity import surveyed_shape
-from .survey import SAMPLES, TOKENS
+from .survey import SAMPLES, statistics_tokens
 
 PROBE_SECONDS = 0.12  # for each of four rates
 SIZE = 1024  # of the matrices that are multiplied
@@ -131,7 +131,8 @@ def _survey(method: Method, config: Any, rows: int, length: int, layer: int, rat
             + 4 * layers * elements**2 / rates.double
         )
         return SURVEY_FACTOR * tokens * products
-    judged, fitted = (min(most, rows * length) for most in (JUDGE_TOKENS, TOKENS))
+    judged = judging_rows(length, rows) * min(length, JUDGE_TOKENS)
+    fitted = min(statistics_tokens(config.hidden_size), rows * length)
     forward = 2 * layers * layer * (fitted + judged * (2 + len(method.survey_shares))) / rates.single
     backward = 2 * judged * (1 + SAMPLES) * (layers * layer + head) / rates.half
     return NEEDS_FACTOR * (forward + backward)

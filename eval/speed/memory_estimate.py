@@ -43,5 +43,8 @@ def step_bytes(config: Any, load: Load, width: int) -> int:
     scores = 8 * text.num_attention_heads * load.step_tokens
     layers = [width * elements for elements in cache_elements(config)]
     if getattr(text, "rope_in_latent", False):
-        layers = [size + 8 * len(text.layer_frequencies(i)) for i, size in enumerate(layers)]
+        turned = (
+            8 if width >= 4 else 20
+        )  # of a component: its product; in 16 bits that, both operands and the result
+        layers = [size + turned * len(text.layer_frequencies(i)) for i, size in enumerate(layers)]
     return round(load.context * (max(layers) + scores))

@@ -68,7 +68,8 @@ def _exact(count: int, clusters: int, cost: Cost, size: int | None) -> list[Clus
 def at_least(cost: Cost) -> Cost:
     """A lower bound of a cluster's cost from the costs of its pairs.
 
-    In all pairs together each of n heads occurs n − 1 times, and a cost is in proportion to the weights of its heads.
+    A cost is a sum over the heads of a cluster, each of which occurs in n − 1 of the pairs; and a head that all members
+    share is one that a pair could have.
     """
 
     of_pair = cache(cost)

@@ -57,12 +57,13 @@ def _product(a, b, so_far, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _turned(first, second, cos, sin, inside, half, PAIRS: tl.constexpr):
-    """RoPE of keys [TILE, C] by cos, sin: pointers to a token's angles [TILE]. Pairs from `half` on are left alone."""
+def _turned(first, second, cos, sin, inside, turn_pair, half, PAIRS: tl.constexpr):
+    """RoPE of keys [TILE, C], but for pairs from `half` on. cos, sin: pointers to a token's first angle [TILE]."""
     pair = tl.arange(0, first.shape[1]) % PAIRS
     turns = inside[:, None] & (pair < half)[None, :]
-    c = tl.load(cos[:, None] + pair[None, :], mask=turns, other=1.0).to(tl.float32)
-    s = tl.load(sin[:, None] + pair[None, :], mask=turns, other=0.0).to(tl.float32)
+    angle = pair[None, :].to(tl.int64) * turn_pair
+    c = tl.load(cos[:, None] + angle, mask=turns, other=1.0).to(tl.float32)
+    s = tl.load(sin[:, None] + angle, mask=turns, other=0.0).to(tl.float32)
     return first * c - second * s, second * c + first * s
 
 
@@ -87,7 +88,7 @@ def _seen_scores(
 def _partial_means(
     query, rows, k_up, k_mean, cos, sin, mask, tables, gains, levels, sums, peaks, totals,
     seen, part, row_batch, row_token, mask_batch, mask_head, mask_query, turn_batch, turn_token,
-    n, queries, tokens, heads_queries, half, programs,
+    turn_pair, n, queries, tokens, heads_queries, half, programs,
     P: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, HIDDEN: tl.constexpr, EXACT: tl.constexpr,
 ):
@@ -119,7 +120,7 @@ def _partial_means(
             first = _product(latent, tl.load(up), first, EXACT)
             second = _product(latent, tl.load(up + C), second, EXACT)
         turn = batch * turn_batch + token * turn_token
-        first, second = _turned(first, second, cos + turn, sin + turn, inside, half, PAIRS)
+        first, second = _turned(first, second, cos + turn, sin + turn, inside, turn_pair, half, PAIRS)
         scores = _product(q_first, tl.trans(first.to(dtype)), tl.zeros([M, TILE], tl.float32), EXACT)
         scores = _product(q_second, tl.trans(second.to(dtype)), scores, EXACT)
         scores = _seen_scores(scores, mask, token, inside, SOFTCAP, MASK, HIDDEN)
@@ -222,7 +223,7 @@ def latent_mean(
     programs, (table, gains) = -(-queries // m), tables(code, query)
     order = pair_order(head_dim, of_keys[0].shape[-1], query.device)
     k_up, k_mean = packed_keys(layer.kv_b_proj, order, groups, each, table.shape[1], columns)
-    cos, sin = (e.contiguous().expand(batch, -1, -1) for e in of_keys)
+    cos, sin = (e.expand(batch, -1, -1) for e in of_keys)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     kind, mask_strides, masks = "none", [0, 0, 0], query
     if mask is not None:
@@ -239,7 +240,7 @@ def latent_mean(
         _partial_means[grid](
             (query * layer.scaling)[..., order.flatten()].contiguous(), rows, k_up, k_mean, cos, sin, masks, table,
             gains, code.levels, sums, peaks, totals, seen, part * tile, rows.stride(0), rows.stride(2), *mask_strides,
-            *cos.stride()[:2], len(code.sink), queries, length, heads // kv_heads * length, of_keys[0].shape[-1] // 2,
+            *cos.stride(), len(code.sink), queries, length, heads // kv_heads * length, of_keys[0].shape[-1] // 2,
             programs, table.shape[1], columns, pairs, m, tile, CHUNK, layer.softcap or 0.0, kind,
             torch.finfo(query.dtype).min, not query.is_cuda, num_warps=8, num_stages=2,
         )  # fmt: skip

@@ -15,9 +15,8 @@ LEAST_GAIN = -8  # log2; the largest is 2^10, as some tokens have a hundred time
 NOT_FINITE = 127  # the gain of a token that is not finite: it decodes as NaN, as the donor would spread it
 SINK = 128  # the bit of a row's first byte that says which centre the token was coded about
 LEVELS = sum(2**width for width in WIDTHS)
-FEW_TOKENS = (
-    64  # are quantised in one search for all widths, which takes fewer operations and more time for each
-)
+# Up to so many tokens the number of operations is what takes time: all widths go through them together.
+FEW_TOKENS = 64
 LARGEST, APART = 2.0**10, 2.0**12  # of a component, and between the levels of two widths in that search
 
 
@@ -137,9 +136,8 @@ class LatentCode(nn.Module):
         first = torch.tensor([level_offset(width) for width in widths], dtype=torch.int32, device="cpu")
         places = [place * APART for place, width in enumerate(WIDTHS) for _ in range(2**width)]
         apart = torch.tensor(places, dtype=torch.float64, device="cpu")
-        self.of_levels = Constants(
-            first.unsqueeze(1), apart[first].unsqueeze(1), (apart[1:] + apart[:-1]) / 2
-        )
+        self.first_levels = Constants(first.unsqueeze(1))
+        self.apart = Constants(apart[first].unsqueeze(1), (apart[1:] + apart[:-1]) / 2)
 
     def _bit_moves(self) -> list[tuple[int, int, int, int, int]]:
         """(component, byte behind the gain, …) of each field, for BitMoves. Byte i of a kind of field holds components
@@ -184,7 +182,7 @@ class LatentCode(nn.Module):
         columns = rows.flatten(0, -2).mT.contiguous()
         levels, codes = self.levels.to(dtype), self.unpack(columns[1:])
         latent = levels.new_empty(len(self.sink) + 1, columns.shape[1])
-        few, first = columns.shape[1] <= FEW_TOKENS, self.of_levels(codes)[0]
+        few, first = columns.shape[1] <= FEW_TOKENS, self.first_levels(codes)[0]
         for start, stop in [(0, len(codes))] if few else [each[1:] for each in self.ranges]:
             at = codes[start:stop].int().add_(first[start:stop]).flatten()
             torch.index_select(levels, 0, at, out=latent[start:stop].view(-1))
@@ -198,12 +196,12 @@ class LatentCode(nn.Module):
         """The codes of components (n, T), those of the nearest levels of their widths: uint8."""
         levels = self.levels.float()
         boundaries = (levels[1:] + levels[:-1]) / 2
-        if components.shape[1] > FEW_TOKENS:
+        if components.shape[1] > FEW_TOKENS or components.device.type == "mps":  # which has no float64
             parts = []
             for width, start, stop in self.ranges:
                 begin = level_offset(width)
                 parts.append(interval(components[start:stop], boundaries[begin : begin + 2**width - 1]))
             return torch.cat(parts)
-        first, apart, between = self.of_levels(components)
+        [first], (apart, between) = self.first_levels(components), self.apart(components)
         found = torch.bucketize(components.clamp(-LARGEST, LARGEST) + apart, boundaries + between)
         return (found - first).to(torch.uint8)

@@ -174,7 +174,7 @@ class CodedLatentAttention(LatentAttention):
     def read_in_blocks(
         self, query: Tensor, rows: Tensor, of_keys: tuple[Tensor, Tensor], attention_mask: Tensor | None
     ) -> Tensor:
-        """Attention of a few tokens that decodes a block of rows at a time, with a running softmax.
+        """Attention of a few tokens that decodes a block of rows at a time, with a running softmax over several.
 
         Values stay latents until the end: their projection is linear, so it follows the sum over tokens.
 
@@ -283,7 +283,7 @@ class RebuiltKeys:
         width = self.query.shape[-1]
         self.up, self.mean = layer.kv_b_proj.weight[:width], layer.kv_b_proj.bias[:width].unsqueeze(-1)
         by_component = [each[..., : self.half].permute(2, 0, 1) for each in of_keys]
-        self.turns = [each if each.stride(-1) == 1 else each.contiguous() for each in by_component]
+        self.cos_sin = [each if each.stride(-1) == 1 else each.contiguous() for each in by_component]
 
     def scores(self, latent: Tensor, own: slice, block: slice) -> Tensor:
         """[b, H T, t] of the latents [n + 1, b t] of the tokens `block` of the sequences `own`."""
@@ -292,7 +292,7 @@ class RebuiltKeys:
             self.heads, -1, len(query), latent.shape[1] // len(query)
         )
         first, second = key[:, : self.half], key[:, self.half : 2 * self.half]
-        cos, sin = ((each if each.shape[1] == 1 else each[:, own])[..., block] for each in self.turns)
+        cos, sin = ((each if each.shape[1] == 1 else each[:, own])[..., block] for each in self.cos_sin)
         across = first * sin
         first.mul_(cos).addcmul_(second, sin, value=-1)
         second.mul_(cos).add_(across)

@@ -42,10 +42,10 @@ class LatentAttention(nn.Module):
     The cache holds the latent [B, 1, S, r] as its keys and the shared rotary key [B, 1, S, p] as its values.
     A few query tokens meet the cache in absorbed form; more of them expand it to per-head keys and values.
 
-    With rope_in_latent, kv_b_proj reads latent and rotary key together, so the p elements serve values and
-    non-rotary keys too, and the cache holds both in one row as its keys [B, 1, S, r + p]. The rotary key lies there
-    before its rotation, and is rotated where it is read: scores depend on distances alone, and those are the
-    distances of the cache's slots, less the slots that are masked out.
+    With rope_in_latent, kv_b_proj reads latent and rotary key together, so the p elements serve values and non-rotary
+    keys too, and the cache holds both in one row as its keys [B, 1, S, r + p]; its values are empty. The rotary key
+    lies there before its rotation, and is rotated where it is read: scores depend on distances alone, and those are
+    the distances of the cache's slots, less the slots that are masked out.
 
     A donor with QK-norm divides a key head by its RMS. That is one number for each token and head, so the latent and
     the rotary key stay linear in the hidden state, the cache's values end in k = num_key_scales numbers 1 / RMS, and
@@ -114,6 +114,7 @@ class LatentAttention(nn.Module):
             q_rope, k_rope = rotated(q_rope, by), rotated(k_rope, by)
             scales = torch.cat((k_rope, scales), dim=-1) if self.num_key_scales else k_rope
         if past_key_values is not None:
+            self.require_rows(past_key_values)
             row, scales = past_key_values.update(row, scales, self.layer_idx)
         if self.rope_in_latent:
             k_rope = row[..., self.kv_lora_rank :]
@@ -196,6 +197,14 @@ class LatentAttention(nn.Module):
         lowest = torch.finfo(hidden_states.dtype).min
         return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(~visible, lowest)[None, None]
 
+    def require_rows(self, cache: Any) -> None:
+        """Raise ValueError for a cache that quantises keys and values itself, the latter being empty here."""
+        if self.rope_in_latent and hasattr(next(iter(cache.layers[self.layer_idx :]), None), "_quantize"):
+            raise ValueError(
+                f"layer {self.layer_idx} caches one row for latent and rotary key, which transformers' QuantizedCache "
+                "does not take; `mhconvert generate --kv-cache-dtype int4` quantises it"
+            )
+
     def slots(self) -> SlotEmbeddings:
         if self.slot_embeddings is None:
             raise RuntimeError("a cache that holds tokens already can be read within a whole model only")
@@ -274,10 +283,11 @@ class LatentAttention(nn.Module):
         weight = self.kv_b_proj.weight.view(heads, -1, row.shape[-1])
         k_up, v_up = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # H n r, H v r
         # A head's map serves the tokens of all sequences; a sequence's cache serves its tokens in all heads.
-        by_head = torch.bmm(q_nope.transpose(0, 1).reshape(heads, batch * length, -1), k_up)
+        of_heads = (q_nope * self.scaling).transpose(0, 1).reshape(heads, batch * length, -1)
+        by_head = torch.bmm(of_heads, k_up)
         q_latent = by_head.view(heads, batch, length, -1).transpose(0, 1).reshape(batch, heads * length, -1)
         scores = torch.bmm((q_rope * self.scaling).flatten(1, 2), k_rope.squeeze(1).mT)
-        scores = torch.baddbmm(scores, q_latent, row.mT, alpha=self.scaling)
+        scores = torch.baddbmm(scores, q_latent, row.mT)
         scores = scores.view(batch, heads, length, -1)
         if self.num_key_scales:
             scores = scores * self.head_scales(scales).unsqueeze(2)

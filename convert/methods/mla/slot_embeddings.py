@@ -6,7 +6,29 @@ This file is shipped inside converted checkpoints: it imports torch only.
 import torch
 from torch import Tensor, nn
 
-KEPT = 1 << 17  # turns that are kept for a layer; of eight bytes in float32
+KEPT = 1 << 17  # turns of a layer that are not chosen again in the next step; of eight bytes in float32
+
+
+class RotaryTable:
+    """cos and sin of many slots, (1, S, rotary width) each, and the turns of the components that were asked for.
+
+    A turn is cos and sin of one component at one slot. In memory the slots of a component lie next to each other, as
+    rebuilt keys read them.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor):
+        self.cos, self.sin = cos.mT.contiguous().mT, sin.mT.contiguous().mT
+        self.turns = turns(cos, sin, list(range(cos.shape[-1] // 2)))
+        self.kept: dict[tuple[int, ...], Tensor] = {}
+
+    def components(self, length: int, frequencies: list[int]) -> Tensor:
+        """The turns of some frequencies at the first slots, (1, length, their number, 2)."""
+        known = tuple(frequencies)
+        if self.turns.shape[1] * len(known) > KEPT:
+            return columns(self.turns[:, :length], frequencies)
+        if known not in self.kept:
+            self.kept[known] = columns(self.turns, frequencies)
+        return self.kept[known][:, :length]
 
 
 class SlotEmbeddings:
@@ -18,40 +40,30 @@ class SlotEmbeddings:
     def __init__(self, rotary: nn.Module, layer_type: str | None):
         by_type = hasattr(rotary, f"{layer_type}_inv_freq")  # some donors turn their local layers differently
         self.rotary, self.arguments = rotary, (layer_type,) if by_type else ()
-        self.table: tuple[Tensor, Tensor] | None = None
-        self.made_like: tuple[torch.device, torch.dtype] | None = None
-        self.turns: Tensor | None = None  # of the table
-        self.kept: dict[tuple[int, ...], Tensor] = {}  # some columns of them, by frequencies
+        self.tables: dict[torch.device, RotaryTable] = {}
 
     def __call__(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, length, rotary width) each, as the rotary module makes them for `like`, and on its device. In memory the
-        slots of a component lie next to each other, as rebuilt keys read them.
-        """
+        """(1, length, rotary width) each, as the rotary module makes them for `like`, and on its device."""
         if torch.compiler.is_compiling():
             return self.embed(length, like)
-        kind = (like.device, like.dtype)
-        if self.table is None or self.table[0].shape[1] < length or self.made_like != kind:
-            cos, sin = self.embed(1 << (length - 1).bit_length(), like)
-            self.table, self.made_like = (cos.mT.contiguous().mT, sin.mT.contiguous().mT), kind
-            self.turns, self.kept = None, {}
-        return self.table[0][:, :length], self.table[1][:, :length]
+        table = self.table(length, like)
+        return table.cos[:, :length], table.sin[:, :length]
 
     def components(self, length: int, like: Tensor, frequencies: list[int]) -> Tensor:
-        """The turns of some of the rotary frequencies, (1, length, their number, 2); where they are few they are not
-        chosen again in the next step.
-        """
-        cos, sin = self(length, like)
-        if torch.compiler.is_compiling() or self.table is None:
-            return turns(cos, sin, frequencies)
-        if self.turns is None:
-            self.turns = turns(*self.table, list(range(cos.shape[-1] // 2)))
-        known, slots = tuple(frequencies), len(self.turns[0])
-        if known in self.kept:
-            return self.kept[known][:, :length]
-        if slots * len(known) > KEPT:
-            return columns(self.turns[:, :length], frequencies)
-        self.kept[known] = columns(self.turns, frequencies)
-        return self.kept[known][:, :length]
+        """The turns of some of the rotary frequencies, (1, length, their number, 2)."""
+        if torch.compiler.is_compiling():
+            return turns(*self.embed(length, like), frequencies)
+        with torch.inference_mode(False), torch.no_grad():
+            return self.table(length, like).components(length, frequencies)
+
+    def table(self, length: int, like: Tensor) -> RotaryTable:
+        """At least `length` slots, in the dtype and on the device of `like`; a later call may need gradients."""
+        found = self.tables.get(like.device)
+        if found is None or found.cos.shape[1] < length or found.cos.dtype != like.dtype:
+            with torch.inference_mode(False):
+                found = RotaryTable(*self.embed(1 << (length - 1).bit_length(), like))
+            self.tables[like.device] = found
+        return found
 
     @torch.no_grad()
     def embed(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +96,8 @@ def rotated(x: Tensor, by: Tensor) -> Tensor:
         (left, right), (cos, sin) = pairs.unbind(-1), by.unbind(-1)
         turned = torch.stack((left * cos - right * sin, right * cos + left * sin), dim=-1)
     else:
-        if any(step % 2 for step in (pairs.storage_offset(), *pairs.stride()[:-1])):
+        steps = (pairs.storage_offset(), *pairs.stride()[:-1])
+        if pairs.stride(-1) != 1 or any(step % 2 for step in steps):
             pairs = pairs.clone(memory_format=torch.contiguous_format)
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(by))
     return turned.flatten(-2).to(x.dtype)

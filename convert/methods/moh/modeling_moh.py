@@ -279,8 +279,9 @@ class MixtureOfHeadAttention(nn.Module):
 
 def runs(rows: list[int]) -> list[slice]:
     """Ascending rows as slices of neighbours: the kernel divides a slice between threads, and a single row not."""
-    begins = [row for row in rows if row - 1 not in rows]
-    ends = [row + 1 for row in rows if row + 1 not in rows]
+    known = set(rows)
+    begins = [row for row in rows if row - 1 not in known]
+    ends = [row + 1 for row in rows if row + 1 not in known]
     return [slice(*run) for run in zip(begins, ends, strict=True)]
 
 

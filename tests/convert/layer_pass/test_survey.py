@@ -65,7 +65,7 @@ def test_a_layer_that_is_not_heard_gets_less(recipe: Build, tmp_path: Path, laye
 def test_a_need_is_what_the_model_with_that_layer_converted_says(
     recipe: Build, tmp_path: Path, seed: int
 ) -> None:
-    """The divergence, computed here on whole models at every position; the survey takes every fourth."""
+    """The divergence, computed here on whole models; the survey estimates it."""
     donor = quietened(tmp_path / "donor", 1, seed)
     asked = dataclasses.replace(recipe(tmp_path / "out"), model=donor)
     needs, rows = surveyed(asked)

@@ -123,6 +123,31 @@ def test_threads_read_their_parts_of_the_cache(
     assert len(calls) == 2 * 2 * 2 * 2  # contexts, tokens, layers, and two parts or two sequences
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_whole_sequences_in_groups(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three padded sequences fit a block: they are read at once, and so is the third."""
+    model, ids, pad = coded(donor_model(), 0.25), token_ids(3, 40), [0, 5, 11]
+    mask = torch.tensor([[0] * n + [1] * (40 - n) for n in pad])
+    monkeypatch.setattr(modeling_coded_mla, "BLOCK_ROWS", 85)
+    monkeypatch.setattr(modeling_coded_mla.CodedLatentAttention, "_part_of", None)
+    before, cache = torch.get_num_threads(), DynamicCache()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids[:, :38], attention_mask=mask[:, :38], past_key_values=cache)
+            read = [
+                model(
+                    input_ids=ids[:, n : n + 1], attention_mask=mask[:, : n + 1], past_key_values=cache
+                ).logits
+                for n in (38, 39)
+            ]
+    finally:
+        torch.set_num_threads(before)
+    for row, n in enumerate(pad):
+        alone = logits(model, ids[row : row + 1, n:])[0, -2:]
+        assert relative(torch.cat(read, 1)[row], alone) < SAME
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_windows_and_softcaps_in_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = coded(donor_model(family=family, sliding_window=9), 0.25), token_ids(2, 30)

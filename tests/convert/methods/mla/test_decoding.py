@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from mhconvert.convert.methods.mla import slot_embeddings
 from mhconvert.convert.methods.mla.slot_embeddings import SlotEmbeddings
@@ -116,6 +117,31 @@ def test_few_components_are_chosen_once(
                 assert torch.equal(part, whole[..., chosen])
         again = slots.components(19, like, chosen)
         assert (again.data_ptr() == found.data_ptr()) == chosen_once
+
+
+def test_a_table_of_a_run_without_gradients_serves_one_with_them() -> None:
+    model, ids = converted(donor_model()), token_ids(1, 9)
+    with torch.inference_mode():
+        cache = DynamicCache()
+        model(input_ids=ids[:, :8], past_key_values=cache)
+        expected = model(input_ids=ids[:, 8:], past_key_values=cache).logits.clone()
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids[:, :8], past_key_values=cache)
+    found = model(input_ids=ids[:, 8:], past_key_values=cache).logits
+    found.sum().backward()
+    assert relative(found.detach(), expected) < FLOAT32
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_cache_that_quantises_is_refused(model: Any) -> None:
+    class Quantised(DynamicLayer):
+        def _quantize(self, tensor: Tensor) -> Tensor:
+            return tensor
+
+    cache = Cache(layers=[Quantised() for _ in range(2)])
+    with pytest.raises(ValueError, match="layer 0 caches one row .* --kv-cache-dtype"):
+        model(input_ids=token_ids(1, 5), past_key_values=cache)
 
 
 def test_a_batch_is_its_rows(model: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhconvert.convert.methods.mla.bit_allocation import DISTORTION
 from mhconvert.convert.methods.mla.code_levels import fitted_levels, layer_levels, normal_levels
-from mhconvert.convert.methods.mla.latent_code import SINK, WIDTHS, LatentCode, row_bytes
+from mhconvert.convert.methods.mla.latent_code import FEW_TOKENS, SINK, WIDTHS, LatentCode, row_bytes
 
 COUNTS = [3, 2, 1, 5, 7, 4, 9, 11]
 
@@ -81,6 +81,25 @@ def test_levels_of_a_width_with_few_samples_stay_normal() -> None:
     levels = layer_levels(tokens(8, 41).flatten(0, 1) * 3, coder.ranges)
     assert torch.equal(levels[:256], normal_levels(8))
     assert levels[-2:].tolist() != normal_levels(1).tolist()
+
+
+@pytest.mark.parametrize(
+    "counts", [COUNTS, [0] * 7 + [1], [3] + [0] * 7, [0, 0, 9, 0, 0, 17, 0, 0], [20] * 8], ids=str
+)
+def test_many_tokens_have_the_codes_that_each_has_alone(counts: list[int]) -> None:
+    """More than FEW_TOKENS go through other operations, in both directions."""
+    coder, z = code(counts), tokens(FEW_TOKENS, sum(counts), seed=7)
+    coder.sink.data = tokens(1, sum(counts), seed=8)[0, 0] * 6
+    z[1, 3], z[1, 5] = coder.sink, torch.nan
+    together = coder.encode(z)
+    alone = torch.cat([coder.encode(part) for part in z.flatten(0, 1).split(3)]).view_as(together)
+    finite = z.isfinite().all(-1)
+    assert torch.equal(together[finite], alone[finite])
+    assert (together[~finite, 0] == alone[~finite, 0]).all()
+    decoded = coder.decode(together, torch.float32)
+    parts = [coder.decode(part, torch.float32) for part in together.flatten(0, 1).split(3)]
+    torch.testing.assert_close(decoded, torch.cat(parts, dim=1), rtol=1e-6, atol=0, equal_nan=True)  # gains
+    assert decoded[:-1].isnan().any(0).sum() == 1
 
 
 def test_a_sink_is_told_from_other_tokens_and_costs_nothing_else() -> None:
