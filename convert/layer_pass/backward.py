@@ -62,8 +62,8 @@ def back_through(
         leaf = part.to(context.device).requires_grad_()
         with torch.enable_grad(), half_products(context.device):
             output = block(leaf, None)[0]
-        for left, (sample, target) in enumerate(zip(behind, before, strict=True), start=1 - len(behind)):
-            output.backward(sample.to(output), retain_graph=left < 0)
+        for number, (sample, target) in enumerate(zip(behind, before, strict=True), start=1):
+            output.backward(sample.to(output), retain_graph=number < len(behind))
             assert leaf.grad is not None
             target.copy_(leaf.grad)
             leaf.grad = None

@@ -43,8 +43,7 @@ def step_bytes(config: Any, load: Load, width: int) -> int:
     scores = 8 * text.num_attention_heads * load.step_tokens
     layers = [width * elements for elements in cache_elements(config)]
     if getattr(text, "rope_in_latent", False):
-        turned = (
-            8 if width >= 4 else 20
-        )  # of a component: its product; in 16 bits that, both operands and the result
+        # Of a component its product; in 16 bits besides a float32 copy and the result.
+        turned = 8 if width >= 4 else 20
         layers = [size + turned * len(text.layer_frequencies(i)) for i, size in enumerate(layers)]
     return round(load.context * (max(layers) + scores))

@@ -71,13 +71,8 @@ def at_least(cost: Cost) -> Cost:
     A cost is a sum over the heads of a cluster, each of which occurs in n − 1 of the pairs; and a head that all members
     share is one that a pair could have.
     """
-
-    of_pair = cache(cost)
-
-    def bound(cluster: Cluster) -> float:
-        return sum(map(of_pair, itertools.combinations(cluster, 2))) / max(1, len(cluster) - 1)
-
-    return bound
+    pairs = of_all_pairs(cost)
+    return lambda cluster: pairs(cluster) / max(1, len(cluster) - 1)
 
 
 def pairwise(cost: Cost) -> Cost:
@@ -86,13 +81,14 @@ def pairwise(cost: Cost) -> Cost:
     It is exact for two heads, and for heads with nothing in common. Where more than two share a part it can be wrong
     by tens of percent either way.
     """
+    pairs = of_all_pairs(cost)
+    return lambda cluster: pairs(cluster) * 2 / len(cluster)
+
+
+def of_all_pairs(cost: Cost) -> Cost:
+    """The costs of a cluster's pairs together."""
     of_pair = cache(cost)
-
-    def lost(cluster: Cluster) -> float:
-        pairs = itertools.combinations(cluster, 2)
-        return sum(map(of_pair, pairs)) * 2 / len(cluster)
-
-    return lost
+    return lambda cluster: sum(map(of_pair, itertools.combinations(cluster, 2)))
 
 
 def _search(count: int, clusters: int, cost: Cost, size: int | None) -> list[Cluster]:

@@ -60,7 +60,7 @@ class CodedLatentAttention(LatentAttention):
     The keys of a donor with QK-norm are not linear in the hidden state. There k_proj, v_proj and k_norm are the
     donor's, and kv_a_proj_with_mqa reads the normed keys and the values.
 
-    Inherited: `own_mask`, `slots`, `cache_embeddings`, `can_absorb`.
+    Inherited: `own_mask`, `slots`, `cache_embeddings`, `can_absorb`, `capped_and_masked`.
     """
 
     def __init__(self, config: Any, layer_idx: int):
@@ -262,12 +262,7 @@ class CodedLatentAttention(LatentAttention):
         """[b, H, T, t], fp32, of the decoded tokens `block` of the sequences `own`; arguments as of `_part_of`."""
         scores = keys.scores(latent, own, block)
         scores = scores.view(len(scores), self.num_heads, -1, scores.shape[-1]).float()
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        if mask is None:
-            return scores
-        seen, lowest = mask[..., block], torch.finfo(latent.dtype).min
-        return scores.masked_fill(~seen, lowest) if seen.dtype == torch.bool else scores + seen
+        return self.capped_and_masked(scores, None if mask is None else mask[..., block], latent.dtype)
 
 
 class RebuiltKeys:

@@ -264,6 +264,16 @@ class LatentAttention(nn.Module):
             return plain and length == 1  # more without a mask: the kernel knows which of them are causal
         return plain and isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
 
+    def capped_and_masked(self, scores: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Scores [B, H, T, S] with the donor's softcap; what a boolean mask hides gets the least number of `dtype`."""
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is None:
+            return scores
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, torch.finfo(dtype).min)
+        return scores + mask
+
     def absorbed_attention(
         self,
         q_nope: Tensor,
@@ -291,14 +301,8 @@ class LatentAttention(nn.Module):
         scores = scores.view(batch, heads, length, -1)
         if self.num_key_scales:
             scores = scores * self.head_scales(scales).unsqueeze(2)
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        if attention_mask is not None:
-            mask = attention_mask[..., : scores.shape[-1]]
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-            else:
-                scores = scores + mask
+        mask = None if attention_mask is None else attention_mask[..., : scores.shape[-1]]
+        scores = self.capped_and_masked(scores, mask, scores.dtype)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(k_rope.dtype)
         output = torch.bmm(weights.flatten(1, 2), row).view(batch, heads, length, -1)
         by_head = torch.bmm(output.transpose(0, 1).reshape(heads, batch * length, -1), v_up.mT)

@@ -3,6 +3,8 @@
 This file is shipped inside converted checkpoints: it imports torch only.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -18,16 +20,22 @@ class RotaryTable:
 
     def __init__(self, cos: Tensor, sin: Tensor):
         self.cos, self.sin = cos.mT.contiguous().mT, sin.mT.contiguous().mT
-        self.turns = turns(cos, sin, list(range(cos.shape[-1] // 2)))
         self.kept: dict[tuple[int, ...], Tensor] = {}
+
+    @cached_property
+    def turns(self) -> Tensor:
+        """(1, S, rotary width / 2, 2)."""
+        with torch.inference_mode(False):  # a later call may need gradients
+            return turns(self.cos, self.sin, list(range(self.cos.shape[-1] // 2)))
 
     def components(self, length: int, frequencies: list[int]) -> Tensor:
         """The turns of some frequencies at the first slots, (1, length, their number, 2)."""
         known = tuple(frequencies)
-        if self.turns.shape[1] * len(known) > KEPT:
+        if self.cos.shape[1] * len(known) > KEPT:
             return columns(self.turns[:, :length], frequencies)
         if known not in self.kept:
-            self.kept[known] = columns(self.turns, frequencies)
+            with torch.inference_mode(False):
+                self.kept[known] = columns(self.turns, frequencies)
         return self.kept[known][:, :length]
 
 
@@ -53,8 +61,7 @@ class SlotEmbeddings:
         """The turns of some of the rotary frequencies, (1, length, their number, 2)."""
         if torch.compiler.is_compiling():
             return turns(*self.embed(length, like), frequencies)
-        with torch.inference_mode(False), torch.no_grad():
-            return self.table(length, like).components(length, frequencies)
+        return self.table(length, like).components(length, frequencies)
 
     def table(self, length: int, like: Tensor) -> RotaryTable:
         """At least `length` slots, in the dtype and on the device of `like`; a later call may need gradients."""
