@@ -44,39 +44,51 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device, compiled: bool = False) -> int | None:
-    """Calls `work` twice: the bytes that the second time allocates at most beside those from before it; None if the
-    machine does not tell.
+    """Calls `work` three times: the bytes that the second or third time, the smaller, allocates at most beside those
+    from before it; None if the machine does not tell.
 
-    On the CPU they are pages of this process, under Linux with glibc. For both calls new blocks are mapped one by one,
-    and gone when they are free; free parts of older ones are given back before each module. Otherwise what the
-    allocator keeps at hand would hide some, and show others twice.
+    On the CPU they are pages of this process, under Linux with glibc. What other threads map meanwhile would count too,
+    hence two measurements. For all calls new blocks are mapped one by one, and gone when they are free; free parts of
+    older ones are given back before each module. Otherwise what the allocator keeps at hand would hide some, and show
+    others twice.
 
     Args:
         compiled: `work` is, and would be compiled anew for a hook on its modules: it goes without.
     """
     if device.type == "cuda":
         work()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
+        return min(_added_cuda_bytes(work, device) for _ in range(2))
     library = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
-    if library is None or not hasattr(library, "mallopt"):
-        work()
-        work()
+    if library is None or not hasattr(library, "mallopt") or not _reset_peak():
+        for _ in range(3):
+            work()
         return None
     library.mallopt(MMAP_THRESHOLD, SMALL_BLOCK)
     hooks = [] if compiled else [register_module_forward_pre_hook(lambda *_: _trim(library))]
     try:
         work()
-        _trim(library)
-        start = _reset_peak()
-        work()
-        return None if start is None else peak_memory() - start
+        return min(_added_bytes(work, library) for _ in range(2))
     finally:
         library.mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
         for hook in hooks:
             hook.remove()
+
+
+def _added_cuda_bytes(work: Callable[[], None], device: torch.device) -> int:
+    """The bytes that a call of `work` allocates at most on a GPU beside those from before it."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _added_bytes(work: Callable[[], None], library: ctypes.CDLL) -> int:
+    """The bytes by which the peak of a call of `work` exceeds the resident bytes from before it."""
+    _trim(library)
+    _reset_peak()
+    start = peak_memory()
+    work()
+    return peak_memory() - start
 
 
 def _trim(library: ctypes.CDLL) -> None:
@@ -84,10 +96,10 @@ def _trim(library: ctypes.CDLL) -> None:
     library.malloc_trim(0)
 
 
-def _reset_peak() -> int | None:
-    """The resident bytes of this process, from which its peak starts again; None where Linux does not let us."""
+def _reset_peak() -> bool:
+    """Whether Linux let this process's peak start again from its resident bytes."""
     try:
         CLEAR_PEAK.write_text("5", encoding="ascii")
     except OSError:
-        return None
-    return peak_memory()
+        return False
+    return True

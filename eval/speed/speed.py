@@ -17,7 +17,9 @@ from ..kv_cache.serving import make_cache
 from ..settings import OWN_CACHE
 from .memory import peak_bytes
 
-WARM_STEPS = 3  # untimed decode steps: for allocations and compilation, for the memory of one, and after it
+WARM_STEPS = (
+    4  # untimed decode steps: for allocations and compilation, two for the memory of one, and after them
+)
 PREFILLS = 3
 TIME_LIMIT = (
     5.0  # seconds: a prefill that takes longer is not repeated; re-expanding decode steps end after it

@@ -130,8 +130,8 @@ def test_a_donor_of_another_shape_is_refused(
     ("options", "words"),
     [
         ({"contexts": [24, 513]}, "reads at most 512 tokens and 513 are asked for"),
-        ({"contexts": [5]}, r"a context of 5 tokens has no room for 3 \+ 2 steps of 1; use more than 5"),
-        ({"step_tokens": 5}, r"a context of 24 tokens has no room for 3 \+ 2 steps of 5; use more than 25"),
+        ({"contexts": [5]}, r"a context of 5 tokens has no room for 4 \+ 2 steps of 1; use more than 6"),
+        ({"step_tokens": 5}, r"a context of 24 tokens has no room for 4 \+ 2 steps of 5; use more than 30"),
         ({"step_tokens": 0}, "start at 1"),
         ({"chunk_tokens": 0}, "start at 1"),
         ({"chunk_tokens": -1}, "start at 1"),

@@ -81,9 +81,9 @@ def test_drafted_tokens_and_a_prompt_in_pieces(
             lengths.append(input_ids.shape[1]) or forward(self, input_ids=input_ids, **rest)
         ),
     )
-    row = compare(donor, latent, Load(54, 2, 3, step_tokens=4, chunk_tokens=12))
+    row = compare(donor, latent, Load(58, 2, 3, step_tokens=4, chunk_tokens=12))
     assert lengths == [12, 12, 6] * PREFILLS + [4] * (WARM_STEPS + 3)
-    assert row["converted"]["cache_tokens"] == 108
+    assert row["converted"]["cache_tokens"] == 116
     assert row["converted"]["decode_tokens_per_s"] == 2 * 4 / 0.5
     assert row["converted"]["prefill_tokens_per_s"] == 30 / 4.0
     assert row["prefill_ratio"] == 0.5
@@ -165,5 +165,5 @@ def test_compiled_steps_call_the_compiled_model(
         compiled = lambda name=name, model=model, **inputs: calls.append(name) or model(**inputs)  # noqa: E731
         monkeypatch.setattr(model, "get_compiled_call", lambda _, compiled=compiled: compiled, raising=False)
     row = compare(donor, latent, Load(20, 2, 3, static_cache=True, compile=True))
-    assert calls == ["donor"] * 2 + ["converted"] * 2 + ["donor", "converted"] * (WARM_STEPS - 2 + 3)
+    assert calls == ["donor"] * 3 + ["converted"] * 3 + ["donor", "converted"] * (WARM_STEPS - 3 + 3)
     assert row["converted"]["cache_tokens"] == 40
