@@ -58,8 +58,8 @@ class Donor:
         self._resolved = resolved
         self._trust = trust_remote_code
         self.reference, self.name, self.hub_id = resolved.reference, resolved.name, resolved.hub_id
-        self.folder, self.licence = resolved.folder, resolved.licence
-        self.generation_file = resolved.generation_file
+        self.folder, self.generation_file = resolved.folder, resolved.generation_file
+        self.licence, self._last_layer = resolved.licence, -1
         self._notices = list(resolved.notices)
         self.config: Any = resolved.config
         self.config._attn_implementation = attention_implementation(self.config)
@@ -163,19 +163,23 @@ class Donor:
     def decoder_layer(
         self, index: int, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> nn.Module:
-        """Decoder layer `index`, a module of transformers in eval mode without gradients, not kept here."""
+        """Decoder layer `index`, a module of transformers in eval mode without gradients, not kept here.
+
+        Layers are read in order, forwards or backwards: the file is read ahead for the next one.
+        """
         prefix = f"{self.layout.layer_prefix}{index}."
-        return self._loaded(
+        layer = self._loaded(
             self.layout.layers[index],
             lambda name: self.source.read(prefix + name).to(device=device, dtype=dtype),
         )
+        following, self._last_layer = 2 * index - self._last_layer, index
+        for name in self.layer_tensor_names(following):
+            self.source.read_ahead(name)
+        return layer
 
     def norm_behind(self, index: int, device: torch.device | str) -> nn.Module:
-        """The norm that reads the output of decoder layer `index`, in float32.
-
-        It is the next layer's attention norm, the identity in families without one, or after the last layer the
-        final norm.
-        """
+        """The norm that reads the output of decoder layer `index`, in float32: the next layer's attention norm, the
+        identity in families without one, or after the last layer the final norm."""
         if index + 1 == self.config.num_hidden_layers:
             return self._final_norm(self.dtype, device)
         name = self.family.attention_norm
@@ -222,10 +226,8 @@ class Donor:
         return whole_model(*weights, self.rotary(device), self.generation_config(), device, dtype)
 
     def _final_norm(self, stored: torch.dtype, device: torch.device | str) -> nn.Module:
-        name = self.family.final_norm
-        return self._norm(
-            getattr(self.layout.base, name), f"{self.layout.base_prefix}{name}.", stored, device
-        )
+        norm = getattr(self.layout.base, name := self.family.final_norm)
+        return self._norm(norm, f"{self.layout.base_prefix}{name}.", stored, device)
 
     def _norm(
         self, stock: nn.Module, prefix: str, stored: torch.dtype, device: torch.device | str

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mhconvert.errors import CheckpointError
 
-from ..storage.safetensors_reader import require_finite
+from ..storage.safetensors_reader import read_ahead, require_finite
 from .gguf_architectures import Architecture
 from .gguf_config import architecture_of, gguf_config
 from .gguf_entries import GGUFTensor
@@ -77,6 +77,10 @@ class GGUFSource:
             if ".k_proj." in name:
                 return _half_split(tensor, self._config.num_key_value_heads)
         return tensor
+
+    def read_ahead(self, name: str) -> None:
+        for piece in self._stored(name):
+            read_ahead(piece.file, piece.offset, piece.nbytes)
 
     def _stored(self, name: str) -> list[GGUFTensor]:
         if name not in self._pieces:

@@ -83,6 +83,10 @@ class TransformersNames:
     def read(self, name: str) -> Tensor:
         return self._fused(name, self.stored.read)
 
+    def read_ahead(self, name: str) -> None:
+        for stored in self._parts_of(name):
+            self.stored.read_ahead(stored)
+
     def _resolve(self, stored: str) -> tuple[str, str]:
         """(name, pattern of its converter or "") of a stored tensor, in transformers' own order of attempts."""
         prefix, own = self._model.base_model_prefix, self._own_names

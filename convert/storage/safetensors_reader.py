@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -41,6 +43,10 @@ class TensorSource(Protocol):
         """The tensor on the CPU, in new memory; raises CheckpointError for NaN or infinite values."""
         ...
 
+    def read_ahead(self, name: str) -> None:
+        """Tell the operating system that the tensor is read soon."""
+        ...
+
 
 class SafetensorsSource:
     """A TensorSource of the weights of a model folder: model.safetensors, or shards with their index.
@@ -74,6 +80,10 @@ class SafetensorsSource:
 
     def read(self, name: str) -> Tensor:
         return read_tensor(name, self._entry(name))
+
+    def read_ahead(self, name: str) -> None:
+        entry = self._entry(name)
+        read_ahead(entry.file, entry.offset, entry.nbytes)
 
     def _entry(self, name: str) -> StoredTensor:
         if name not in self._tensors:
@@ -172,6 +182,16 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
     if done < nbytes:
         raise CheckpointError(f"{file} is truncated: it ends {nbytes - done} bytes early; download it again")
     return raw
+
+
+def read_ahead(file: Path, offset: int, nbytes: int) -> None:
+    """Let the operating system read a part of `file` into its cache meanwhile, where it can do so.
+
+    An error is told by the read itself.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError), file.open("rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def require_finite(tensor: Tensor, name: str, file: Path) -> None:

@@ -1,6 +1,7 @@
 """A donor hands out transformers' own layers with the stored weights; what cannot be one is refused by name."""
 
 import json
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,26 @@ def test_layer_by_layer_equals_transformers(place):
         hidden = layer(hidden, position_embeddings=positions, attention_mask=None)
     assert torch.equal(donor.head(hidden), reference(IDS).logits)
     assert torch.equal(donor.model("cpu")(IDS).logits, reference(IDS).logits)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be told what is read soon")
+def test_the_next_layer_is_read_ahead_forwards_and_backwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor = open_donor(str(make_donor(tmp_path / "donor", layers=4, shards=3)))
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, nbytes, advice: told.append((offset, nbytes)))
+    advised = []
+    for index in (0, 1, 2, 3, 3, 2, 1, 0):
+        told.clear()
+        donor.decoder_layer(index, "cpu")
+        advised.append(list(told))
+    of_layer = dict(zip((1, 2, 3), advised, strict=False))
+    assert advised[3:] == [[], of_layer[3], of_layer[1], advised[6], []]
+    assert sorted(advised[6]) != sorted(of_layer[1])
+    assert sum(nbytes for _, nbytes in of_layer[1]) == sum(
+        donor.source.nbytes(name) for name in donor.layer_tensor_names(1)
+    )
 
 
 def test_every_stored_tensor_belongs_to_a_layer_or_outside(place):
