@@ -11,7 +11,7 @@ NOISE = "≈: within two standard errors of the paired difference from the first
 
 
 def show(result: dict[str, Any], console: Any) -> None:
-    """Print the tables that an evaluation has: models and texts, tasks, retrieval."""
+    """Print the tables that an evaluation has: models and texts, tasks, retrieval, generation."""
     names = [model["name"] for model in result["models"]]
     for model in result["left_out"]:
         console.out(f"{model['reference']} is left out: {model['why']}", highlight=False)
@@ -21,6 +21,8 @@ def show(result: dict[str, Any], console: Any) -> None:
         _tasks(result, names, console)
     if result["retrieval"]:
         _retrieval(result, names, console)
+    if result["generation"]:
+        _generation(result, names, console)
     for file in result.get("kept_aside", ()):
         console.out(f"earlier figures, measured in other settings, are kept in {file}", highlight=False)
 
@@ -110,3 +112,19 @@ def _retrieval(result: dict[str, Any], names: list[str], console: Any) -> None:
         shares = [sum(row) / len(row) for row in model["recalled"]]
         table.add_row(name, *(f"{share:.0%}" for share in shares), f"{model['share']:.0%}")
     console.print(table)
+
+
+def _generation(result: dict[str, Any], names: list[str], console: Any) -> None:
+    from rich.table import Column, Table
+
+    from ..eval.page.writing_table import figure_rows, sentence, title
+
+    found = result["generation"]
+    console.out(f"generation: {title(found)}", highlight=False)
+    table = Table("", *(Column(name, justify="right") for name in names))
+    for label, *cells in figure_rows(found):
+        name = f"{label.text}, {label.note}" if label.note else label.text
+        table.add_row(name, *(f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in cells))
+    console.print(table)
+    for name, model in list(zip(names, found["models"], strict=True))[1:]:
+        console.out(f"{name}: {sentence(model)}", highlight=False)

@@ -1,4 +1,4 @@
-"""`mhconvert eval`: a donor and models made from it, compared on texts, on lm-eval tasks and in retrieval."""
+"""`mhconvert eval`: a donor and models made from it, on texts, on lm-eval tasks, in retrieval and as writers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mhconvert.errors import MhconvertError
 from mhconvert.library_versions import versions
 from mhconvert.progress import Listener, Progress
 
 from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
-from . import fidelity, retrieval, texts
+from . import fidelity, retrieval_results, texts
 from .compared_models import candidates_of, describe, open_models
 from .result_cache import Store
 from .settings import EvalSettings
@@ -27,6 +26,9 @@ from .tasks.harness import OnRows
 from .tasks.language_model import language_model
 from .tasks.task_choice import TaskSet, resolve
 from .vllm.engine import EngineError, installed, loadable
+from .writing.comparison import measure as measure_writing
+from .writing.prompts import Prompt, prompt_rows
+from .writing.prompts import read as read_prompts
 
 
 def evaluate(
@@ -40,7 +42,8 @@ def evaluate(
     fresh: bool = False,
     store: Store | None = None,
 ) -> dict[str, Any]:
-    """The results of all models, the donor first: models, texts, cache, tasks, average, retrieval, settings, versions.
+    """The results of all models, the donor first: models, texts, cache, tasks, average, retrieval,
+    generation, settings, versions.
 
     Args:
         checkpoints: references of the models.
@@ -57,13 +60,16 @@ def evaluate(
     started = time.perf_counter()
     harness.require_available(settings)
     store = store if store is not None else Store()
+    prompts = read_prompts(settings.prompts_file) if settings.generation else []
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
         need_donor, kv = bool(settings.text), settings.kv_cache_dtype
         opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress, kv)
         text_rows = _text_rows(settings, opened)
+        asked = [prompt_rows(each, prompts, settings.max_new_tokens) for each in opened if prompts]
         candidates, run = candidates_of(opened, settings), Run(settings, store, fresh, on_progress)
         on_texts = _measure_texts(run, candidates, text_rows)
+        writing = _measure_writing(run, candidates, prompts, asked)
         candidates, left_out = _without_unloadable(run, candidates, checkpoints, tasks)
         outcomes, probes = _measure_models(run, candidates, tasks)
     if harness.rank() != 0:
@@ -74,7 +80,8 @@ def evaluate(
         "left_out": left_out,
         **on_texts,
         **_task_results(tasks, outcomes),
-        "retrieval": _retrieval(probes),
+        "retrieval": retrieval_results.table(probes),
+        "generation": writing,
         "settings": _recorded_settings(settings, candidates[0]),
         "versions": _versions(tasks is not None, settings),
         "seconds": time.perf_counter() - started,
@@ -106,6 +113,16 @@ def _measure_texts(run: Run, candidates: list[Candidate], rows: dict[str, Tensor
     return texts.measure(candidates, rows, run.store, fresh=run.fresh, on_rows=on_rows)
 
 
+def _measure_writing(
+    run: Run, candidates: list[Candidate], prompts: list[Prompt], asked: list[list[list[int]]]
+) -> dict[str, Any] | None:
+    """What `writing.comparison.measure` returns, in the first process; None without prompts."""
+    if not prompts or harness.rank() != 0:
+        return None
+    on_rows = _row_listener(run.on_progress)
+    return measure_writing(candidates, prompts, asked, run.store, fresh=run.fresh, on_rows=on_rows)
+
+
 def _measure_models(
     run: Run, candidates: list[Candidate], tasks: TaskSet | None
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
@@ -124,7 +141,11 @@ def _measure_models(
                     harness.evaluate(candidate, tasks, run.store, fresh=run.fresh, on_rows=on_rows)
                 )
             if run.settings.retrieval and harness.rank() == 0:
-                probes.append(_probe(candidate, run.fresh, run.store, run.on_progress))
+                probes.append(
+                    retrieval_results.probe(
+                        candidate, run.fresh, run.store, _row_listener(run.on_progress, candidate)
+                    )
+                )
         finally:
             candidate.release()
     return outcomes, probes
@@ -143,7 +164,8 @@ def _without_unloadable(
         return candidates, []
     for each in others:
         loadable(each.opened)
-    if settings.text or settings.retrieval or not others or donor.opened.reference in asked:
+    beside_tasks = settings.text or settings.retrieval or settings.generation
+    if beside_tasks or not others or donor.opened.reference in asked:
         return candidates, []
     if not run.fresh and harness.all_stored(donor, tasks, run.store):
         return candidates, []  # it was loaded once, and need not be now
@@ -178,40 +200,6 @@ def _text_rows(settings: EvalSettings, opened: list[OpenModel]) -> dict[str, Ten
     for model in opened if rows else []:
         model.require_length(settings.sequence_length)
     return rows
-
-
-def _probe(candidate: Candidate, fresh: bool, store: Store, on_progress: Listener) -> dict[str, Any]:
-    """The retrieval results of one model, with the lengths left out because they exceed what it reads."""
-    limit = getattr(candidate.opened.config.get_text_config(), "max_position_embeddings", None)
-    lengths, left_out = retrieval.usable_lengths(limit, retrieval.LENGTHS)
-    if not lengths:
-        raise MhconvertError(
-            f"{candidate.opened.reference} reads {limit} tokens, fewer than the shortest text of the retrieval probe "
-            f"({min(retrieval.LENGTHS)}); leave out --retrieval"
-        )
-    key = candidate.key() | {"probe": lengths}
-    result = None if fresh else store.load(key)
-    if result is None:
-        if candidate.settings.backend == "vllm":
-            candidate.release()  # its process holds the device's memory
-        model = candidate.lm.model if candidate.lm is not None else candidate.load(candidate.dtype)
-        on_rows = _row_listener(on_progress, candidate)
-        result = retrieval.probe(
-            model,
-            candidate.opened.tokenizer(),
-            lengths=lengths,
-            on_cell=lambda done, total: on_rows("retrieval", done, total),
-        )
-        store.save(key, result)
-    return result | {"left_out": left_out}
-
-
-def _retrieval(probes: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What all models were probed with, and models, with each one's results; None without probes."""
-    if not probes:
-        return None
-    shared = {name: probes[0][name] for name in ("lengths", "depths", "trials", "left_out")}
-    return shared | {"models": probes}
 
 
 def _row_listener(on_progress: Listener, candidate: Candidate | None = None) -> OnRows:

@@ -54,13 +54,10 @@ class Fidelity:
             following = targets[rows, None]
             reference = donor[rows].float().log_softmax(-1)
             candidate = converted[rows].float().log_softmax(-1)
-            self.donor_nll -= _sum(reference.gather(1, following))
-            self.converted_nll -= _sum(candidate.gather(1, following))
+            self.donor_nll -= _sums(reference.gather(1, following)).sum().item()
+            self.converted_nll -= _sums(candidate.gather(1, following)).sum().item()
             self.agreements += int((reference.argmax(-1) == candidate.argmax(-1)).sum())
-            probability = reference.exp()
-            # A token of probability 0 in both models adds 0, one of probability 0 in the converted model only infinity.
-            terms = torch.where(probability > 0, probability * (reference - candidate), 0.0)
-            self.divergence += _sum(terms)
+            self.divergence += divergences(reference, candidate).sum().item()
         self.tokens += targets.shape[0]
 
     def result(self) -> dict[str, Any]:
@@ -69,13 +66,23 @@ class Fidelity:
             raise MhconvertError("there is no prediction to measure; rows need at least 2 tokens")
         return {
             "perplexity": {
-                "donor": _perplexity(self.donor_nll, self.tokens),
-                "converted": _perplexity(self.converted_nll, self.tokens),
+                "donor": perplexity(self.donor_nll, self.tokens),
+                "converted": perplexity(self.converted_nll, self.tokens),
             },
             "kl": self.divergence / self.tokens,
             "top1_agreement": self.agreements / self.tokens,
             "tokens": self.tokens,
         }
+
+
+def divergences(reference: Tensor, candidate: Tensor) -> Tensor:
+    """KL(reference ‖ candidate) in nats at each position: (positions,) float64, on the CPU.
+
+    reference, candidate: log-probabilities (positions, vocab_size), float32.
+    """
+    probability = reference.exp()
+    # A token of probability 0 in both adds 0, one of probability 0 in the candidate only infinity.
+    return _sums(torch.where(probability > 0, probability * (reference - candidate), 0.0))
 
 
 def compare_rows(
@@ -144,13 +151,13 @@ def _logits(model: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _sum(values: Tensor) -> float:
-    """The sum of (positions, n) in float64; of a position in float32 where the device has no float64."""
+def _sums(values: Tensor) -> Tensor:
+    """The sums (positions,) of (positions, n) in float64; in float32 where the device has no float64."""
     dtype = torch.float32 if values.device.type == "mps" else torch.float64
-    return values.sum(-1, dtype=dtype).cpu().double().sum().item()
+    return values.sum(-1, dtype=dtype).cpu().double()
 
 
-def _perplexity(nll: float, tokens: int) -> float:
+def perplexity(nll: float, tokens: int) -> float:
     """exp(nll / tokens); infinity where float64 overflows."""
     try:
         return math.exp(nll / tokens)

@@ -5,7 +5,6 @@ It shows damage to long-range attention that multiple-choice averages and perple
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from mhconvert.errors import MhconvertError
 
+from .last_logits import last_logits
 from .needle_text import Case, make_case
 
 LENGTHS = (256, 512, 1024, 2048)
@@ -97,12 +97,7 @@ def measure(model: Any, case: Case) -> tuple[bool, float]:
     after those before.
     """
     ids = torch.tensor([case.ids], device=model.device)
-    inputs: dict[str, Any] = {"input_ids": ids[:, :-1], "use_cache": False}
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" in inspect.signature(unwrapped.forward).parameters:
-        inputs["logits_to_keep"] = case.answer
-    with torch.inference_mode():
-        logits = model(**inputs).logits[0, -case.answer :].float()
+    logits = last_logits(model, ids[:, :-1], case.answer).float()
     answer = ids[0, -case.answer :]
     nll = -logits.log_softmax(-1).gather(1, answer[:, None]).cpu().double().mean().item()
     return bool((logits.argmax(-1) == answer).all()), nll

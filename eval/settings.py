@@ -34,7 +34,7 @@ def one_name(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EvalSettings(Settings):
-    """Evaluation beside the donor: a suite, tasks, text or retrieval, of which at least one is named."""
+    """Evaluation beside the donor: a suite, tasks, text, retrieval or generation, of which at least one is named."""
 
     fault = RecipeError
 
@@ -83,6 +83,18 @@ class EvalSettings(Settings):
     retrieval: Annotated[bool, Option("A number hidden in texts of several lengths: is it found again?")] = (
         False
     )
+    generation: Annotated[
+        bool, Option("Texts that each model writes, beside its donor's: do they drift, loop or end?")
+    ] = False
+    prompts: Annotated[
+        Takes[str | None, str | PurePath | None],
+        Option(
+            "Of generation: one a line, or JSON lines with 'prompt', perhaps 'kind', 'language' and 'format'.",
+            "FILE",
+            default="forty of our own",
+        ),
+    ] = default(None)
+    max_new_tokens: Annotated[int, Option("Of generation: tokens of a text at most.", "N", ge=1)] = 256
     sequences: Annotated[
         int, Option("Rows of text: its first N × sequence_length tokens are used.", "N", ge=1)
     ] = 16
@@ -98,8 +110,9 @@ class EvalSettings(Settings):
     dtype: Annotated[
         str | None,
         Option(
-            "Of the weights in tasks and retrieval: float32, bfloat16 or float16; texts are measured in float32.",
-            default="their own",
+            "Of the weights in tasks, retrieval and generation: float32, bfloat16 or float16; texts are measured in "
+            "float32.",
+            default="their own; of generation float32",
             parse=dtype_name,
             also=str,
             words=DTYPES,
@@ -122,15 +135,20 @@ class EvalSettings(Settings):
 
     def check(self) -> None:
         """Raise RecipeError where nothing is to be evaluated."""
-        if not (self.suite or self.tasks or self.text or self.retrieval):
+        if not (self.suite or self.tasks or self.text or self.retrieval or self.generation):
             raise RecipeError(
-                "there is nothing to evaluate; name a suite, tasks or text, or set retrieval: true"
+                "there is nothing to evaluate; name a suite, tasks or text, or set retrieval or generation: true"
             )
 
     @property
     def text_files(self) -> tuple[Path, ...]:
         """The text files, with ~ expanded."""
         return tuple(Path(name).expanduser() for name in self.text)
+
+    @property
+    def prompts_file(self) -> Path | None:
+        """The file of prompts, with ~ expanded; None for our own."""
+        return Path(self.prompts).expanduser() if self.prompts else None
 
     @property
     def data_folder(self) -> Path | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from . import cache_size, fidelity
 from .result_cache import Store
-from .tasks.candidate import Candidate
+from .tasks.candidate import Candidate, LazyModel
 from .tasks.harness import OnRows
 
 
@@ -39,7 +39,7 @@ def measure(
     if not rows:
         return {"texts": [], "cache": None}
     donor, *others = candidates
-    donor_model = _LazyModel(donor)
+    donor_model = LazyModel(donor)
     results = [_measure_model(each, donor_model, rows, store, fresh, on_rows) for each in others or [donor]]
     texts = []
     for index, (text, ids) in enumerate(rows.items()):
@@ -54,20 +54,9 @@ def measure(
     return {"texts": texts, "cache": [{"kv_elements_per_token": elements} for elements in caches]}
 
 
-class _LazyModel:
-    """A candidate whose model is loaded when it is first needed."""
-
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate = candidate
-
-    @cached_property
-    def model(self) -> Any:
-        return self.candidate.load()
-
-
 def _measure_model(
     candidate: Candidate,
-    donor: _LazyModel,
+    donor: LazyModel,
     rows: Mapping[str, Tensor],
     store: Store,
     fresh: bool,

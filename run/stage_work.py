@@ -22,6 +22,7 @@ from ..convert.storage.output_folder import PARTIAL
 from ..eval.page import page
 from ..eval.tasks.harness import require_available
 from ..eval.tasks.task_choice import resolve
+from ..eval.writing import prompts
 from ..heal import packed_rows
 from .ledger import Ledger
 from .stage_settings import export_fault
@@ -65,6 +66,8 @@ def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
         for text in settings.text_files:
             if not text.is_file():
                 raise TextError(f"text file {text} of the recipe's eval is not there")
+        if settings.generation:
+            prompts.read(settings.prompts_file)
         if settings.has_tasks:
             with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
                 resolve(settings, Path(folder))

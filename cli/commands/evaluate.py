@@ -1,4 +1,4 @@
-"""`mhconvert eval`: how near converted checkpoints stay to their donor, on texts, on tasks and on needles."""
+"""`mhconvert eval`: how near converted checkpoints stay to their donor: texts, tasks, needles and what they write."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ Pages = Annotated[
         "--report", metavar="FILE", help="Write the report as one page, .html or .md; may be repeated."
     ),
 ]
-MEASURED = ("text", "tasks", "suite", "retrieval")  # of which at least one is given
+MEASURED = ("text", "tasks", "suite", "retrieval", "generation")  # of which at least one is given
 OF_TASKS = (
     "data",
     "include_path",
     "limit",
     "num_fewshot",
     "chat_template",
-    "batch_size",
     "max_length",
     "backend",
 )
 OF_TEXT = ("sequences", "sequence_length")
+OF_GENERATION = ("prompts", "max_new_tokens")
 GROUP = Group("What is measured", EvalSettings)
 
 
@@ -69,7 +69,7 @@ def command(
     debug: common.Debug = False,
     **options: Any,
 ) -> None:
-    """Measure CKPTs beside their donor: perplexity and KL on texts, lm-eval's tasks, retrieval at length.
+    """Measure CKPTs beside their donor: perplexity and KL on texts, lm-eval's tasks, retrieval at length, generation.
 
     Several GPUs: accelerate launch --num_processes N -m mhconvert eval CKPT ...
     """
@@ -79,7 +79,9 @@ def command(
 
     def work(_: TextIO) -> dict[str, Any]:
         if not any(options[name] for name in MEASURED):
-            raise MhconvertError("there is nothing to measure; give --text, --tasks, --suite or --retrieval")
+            raise MhconvertError(
+                "there is nothing to measure; give --text, --tasks, --suite, --retrieval or --generation"
+            )
         settings = EvalSettings(**values_of(GROUP, options))
         calm_harness(debug)
         from mhconvert import api
@@ -109,19 +111,29 @@ def command(
 
 def _refuse_ignored(options: Mapping[str, Any]) -> None:
     """Raise BadParameter for an option of what is not measured."""
-    if not (options["tasks"] or options["suite"]):
-        refuse_ignored(options, OF_TASKS, "is of tasks: name some with --tasks or --suite, or leave it out")
-        if not options["retrieval"]:
-            refuse_ignored(
-                options,
-                ("dtype",),
-                "is of tasks and --retrieval; texts are measured in float32: leave it out",
-            )
-    if options["backend"] != "vllm":
-        refuse_ignored(options, ("python",), "is of --backend vllm: give that too, or leave it out")
-    else:
-        refuse_ignored(
-            options, ("batch_size",), "is of --backend hf; vllm makes its own batches: leave it out"
-        )
-    if not options["text"]:
-        refuse_ignored(options, OF_TEXT, "is of texts: name one with --text, or leave it out")
+    tasks = options["tasks"] or options["suite"]
+    own_dtype = tasks or options["retrieval"] or options["generation"]
+    rules = (
+        (tasks, OF_TASKS, "is of tasks: name some with --tasks or --suite, or leave it out"),
+        (tasks or options["generation"], ("batch_size",), "is of tasks and --generation: leave it out"),
+        (
+            own_dtype,
+            ("dtype",),
+            "is of tasks, --retrieval and --generation; texts are measured in float32: leave it out",
+        ),
+        (options["text"], OF_TEXT, "is of texts: name one with --text, or leave it out"),
+        (options["generation"], OF_GENERATION, "is of --generation: give that too, or leave it out"),
+        (
+            options["backend"] == "vllm",
+            ("python",),
+            "is of --backend vllm: give that too, or leave it out",
+        ),
+        (
+            options["backend"] != "vllm" or options["generation"],
+            ("batch_size",),
+            "is of --backend hf; vllm makes its own batches: leave it out",
+        ),
+    )
+    for used, names, words in rules:
+        if not used:
+            refuse_ignored(options, names, words)

@@ -12,6 +12,7 @@ from .blocks import Block, Cell, Code, Heading, Paragraph, Table
 from .figures import curves, layers
 from .task_table import tasks
 from .verdict import cache_shares, conversions, kind, ratio, title, verdict
+from .writing_table import writing
 
 Result = Mapping[str, Any]
 Reports = Sequence[Mapping[str, Any]]
@@ -32,6 +33,7 @@ def blocks(result: Result, reports: Reports, recipe: str | None) -> list[Block]:
     page += models(result)
     page += tasks(result)
     page += retrieval(result)
+    page += writing(result)
     page += curves(result)
     page += layers(result, reports)
     page += healing(result, reports)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..report.conversion_tables import method_title
 from ..report.units import share
+from .writing_table import sentence
 
 SAME_CACHE = 0.995  # fraction of the donor's cache from which on it is called the whole cache
 
@@ -55,7 +56,7 @@ def ratio(value: float | None, base: float | None) -> float | None:
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
-    """A paragraph on each model after the first: cache, perplexity, accuracy, retrieval; and who was left out, why."""
+    """A paragraph on each model after the first: cache, perplexity, accuracy, retrieval, writing; who was left out."""
     models, left_out = result["models"], result.get("left_out") or ()
     missing = [f"{each['reference']} is left out: {each['why']}" for each in left_out]
     if len(models) == 1:
@@ -75,7 +76,8 @@ def _model_summary(result: Mapping[str, Any], index: int, kept: float | None) ->
         )
     clauses += _perplexity(result, index)
     first = f"{name} {', and '.join(clauses)}." if clauses else f"{name}."
-    return " ".join(filter(None, [first, _accuracy(result, index), _retrieval(result, index)]))
+    sentences = [first, _accuracy(result, index), _retrieval(result, index), _writing(result, index)]
+    return " ".join(filter(None, sentences))
 
 
 def _perplexity(result: Mapping[str, Any], index: int) -> list[str]:
@@ -128,3 +130,9 @@ def _retrieval(result: Mapping[str, Any], index: int) -> str:
         return ""
     ours, theirs = (share(scores[at]["share"]) for at in (index, 0))
     return f"It recalls {ours} of the numbers hidden in long text; the donor {theirs}."
+
+
+def _writing(result: Mapping[str, Any], index: int) -> str:
+    """A sentence with the verdict on what it writes; empty if it was not measured."""
+    found = result.get("generation")
+    return f"In its own texts it {sentence(found['models'][index])}." if found else ""

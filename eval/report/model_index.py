@@ -16,6 +16,7 @@ from mhconvert.errors import CheckpointError
 from ...convert.checkpoint.provenance import EVALUATION
 from ...convert.storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ...convert.storage.safetensors_reader import read_json
+from ..page.writing_table import sentence
 from ..settings import OWN_CACHE
 from .units import count, number, share
 
@@ -98,6 +99,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
             _add_task(evaluation, task, pair)
         if content.get("retrieval"):
             _add_retrieval(evaluation, content["retrieval"], *pair.select(content["retrieval"]["models"]))
+        if content.get("generation"):
+            _add_generation(evaluation, content["generation"], pair)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file} is not what mhconvert eval writes ({type(error).__name__}: {error}); "
@@ -207,6 +210,22 @@ def _add_retrieval(
     span = f"{count(min(lengths))} to {count(max(lengths))} tokens"
     row = (f"retrieval, {span}", share(donor.get("share")), share(this.get("share")), "of places, recalled")
     evaluation.rows.append(row)
+
+
+def _add_generation(evaluation: Evaluation, generation: dict[str, Any], pair: Pair) -> None:
+    """Add the verdict on what the model writes, and the figures of its sampled texts."""
+    donor, this = pair.select(generation["models"])
+    arguments = {key: generation.get(key) for key in ("prompts", "count", "max_new_tokens", "temperature")}
+    if donor:
+        kl = "KL from the base model on its own text, nats a token"
+        evaluation.add("generation", "kl", kl, this["kl"], arguments)
+        error = {"value": this["kl"], "stderr": this["kl_stderr"]}
+        evaluation.rows.append(("generation: KL on its own text", "0", _with_error(error), "nats a token"))
+        evaluation.settings.append(f"In its own texts it {sentence(this)}.")
+    for name, label in (("loops", "texts that loop"), ("ends", "texts that end by themselves")):
+        theirs, ours = (share(side["sampled"][name]["value"]) if side else "" for side in (donor, this))
+        evaluation.add("generation", name, label, this["sampled"][name]["value"], arguments)
+        evaluation.rows.append((f"generation: {label}", theirs, ours, _difference(this["sampled"][name])))
 
 
 def _with_error(cell: dict[str, Any]) -> str:

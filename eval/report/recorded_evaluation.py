@@ -77,9 +77,11 @@ def _merged(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 def _loses(earlier: dict[str, Any], whole: dict[str, Any]) -> bool:
     """Whether `whole` lacks figures of `earlier`, other than those of the same models in the same settings."""
     try:
-        if not any(earlier.get(name) for name in ("texts", "tasks", "retrieval")):
+        if not any(earlier.get(name) for name in ("texts", "tasks", "retrieval", "generation")):
             return False
         if any(_comparable(earlier, name) != _comparable(whole, name) for name in COMPARED):
+            return True
+        if earlier.get("generation") and _asked(earlier) != _asked(whole):
             return True
         return any(_measured(earlier, *each) - _measured(whole, *each) for each in HOW)
     except (KeyError, TypeError, AttributeError):  # a record of another version, or edited
@@ -89,6 +91,11 @@ def _loses(earlier: dict[str, Any], whole: dict[str, Any]) -> bool:
 def _measured(result: dict[str, Any], part: str, *fields: str) -> set[tuple[Any, ...]]:
     """What each row of a part measures: the text or task, and how."""
     return {tuple(row[name] for name in fields) for row in result.get(part) or []}
+
+
+def _asked(result: dict[str, Any]) -> dict[str, Any]:
+    """How texts were asked for: all of `generation` but its figures."""
+    return {key: value for key, value in result["generation"].items() if key != "models"}
 
 
 def _kept_aside(file: Path) -> Path:
@@ -112,6 +119,7 @@ def _together(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]
         "cache": result["cache"] or earlier.get("cache"),
         "versions": earlier["versions"] | result["versions"],
         "retrieval": result["retrieval"] or earlier.get("retrieval"),
+        "generation": result["generation"] or earlier.get("generation"),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,14 @@ class Candidate:
         if self.lm is not None and self.settings.backend == "vllm":
             self.lm.engine.close()
         self.lm = None
+
+
+class LazyModel:
+    """A candidate whose model is loaded, in `dtype`, when it is first needed."""
+
+    def __init__(self, candidate: Candidate, dtype: torch.dtype = torch.float32) -> None:
+        self.candidate, self.dtype = candidate, dtype
+
+    @cached_property
+    def model(self) -> Any:
+        return self.candidate.load(self.dtype)

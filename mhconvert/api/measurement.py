@@ -22,7 +22,7 @@ def evaluate(
     trust_remote_code: bool = False,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
-    """A donor and checkpoints side by side, on texts, on lm-eval's tasks, and on a needle in a long text.
+    """A donor and checkpoints side by side, on texts, on lm-eval's tasks, on a needle in a long text, and as writers.
 
     What earlier runs measured on the same files is read from the user's cache.
 
@@ -39,9 +39,10 @@ def evaluate(
     Returns:
         With the donor first wherever there are models: models (name, role, method, fingerprint, dtype), texts
         (perplexity, kl(donor ‖ model) in nats a token, top1_agreement), cache (kv_elements_per_token, measured), tasks
-        (metrics and their paired differences from the donor, with standard errors), average, retrieval, settings,
-        versions, seconds, and where `record` kept earlier figures aside kept_aside (files). Of the processes of
-        `accelerate launch` the first returns it, the others {}.
+        (metrics and their paired differences from the donor, with standard errors), average, retrieval, generation
+        (figures of the texts that each writes, and a verdict), settings, versions, seconds, and where `record` kept
+        earlier figures aside kept_aside (files). Of the processes of `accelerate launch` the first returns it, the
+        others {}.
 
     Raises:
         MhconvertError: What a user can correct.

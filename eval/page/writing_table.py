@@ -1,0 +1,109 @@
+"""What the models write: the table of its figures, for the page and the terminal, and the section of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..report.units import number
+from .blocks import Block, Cell, Heading, Paragraph, Table
+from .task_table import LEGEND, difference_text, value_text
+
+SHARES = ("distinct_2", "distinct_4", "loops", "ends", "format")  # written in percent
+LABELS = {
+    "distinct_2": "different pairs of tokens",
+    "distinct_4": "different runs of four",
+    "longest_loop": "longest loop, tokens",
+    "loops": "texts that loop",
+    "ends": "end by themselves",
+    "tokens": "length, tokens",
+    "format": "keep the format",
+}
+HOW = ("greedy", "sampled")
+Generation = Mapping[str, Any]  # `generation` of a result of `mhconvert eval`
+
+
+def writing(result: Mapping[str, Any]) -> list[Block]:
+    """The section of the page; empty where generation was not measured."""
+    found = result.get("generation")
+    if not found:
+        return []
+    names = [model["name"] for model in result["models"]]
+    rows: list[list[str | Cell]] = [list(row) for row in figure_rows(found)]
+    note = (
+        f"{title(found)}. {LEGEND}, or no more than another seed of the donor differs. KL is KL(model ‖ donor) on the "
+        "model's own sampled texts; JSON and Python are parsed, and no code is run."
+    )
+    page: list[Block] = [Heading("What they write"), Table(["", *names], rows), Paragraph(note)]
+    return [*page, *_by(found, names, "kind"), *_by(found, names, "language")]
+
+
+def title(found: Generation) -> str:
+    """What was written, in a line."""
+    prompts = "our" if found["prompts"] == "own" else f"{found['prompts']}'s"
+    return (
+        f"{prompts} {found['count']} prompts, texts of at most {found['max_new_tokens']} tokens, greedy and sampled at "
+        f"temperature {found['temperature']:g}, {found['dtype']}"
+    )
+
+
+def sentence(model: Generation) -> str:
+    """The verdict on a converted model without subject: "drifts after about 20 tokens, writes shorter texts"."""
+    return ", ".join([model["words"], *model["notes"]])
+
+
+def figure_rows(found: Generation) -> list[list[Cell]]:
+    """A row for each figure: its name, then a cell for each model, the donor first."""
+    others = found["models"][1:]
+    rows = [
+        [Cell("KL on its own text, nats a token"), Cell("0"), *map(_kl, others)],
+        [
+            Cell("the donor's perplexity on it"),
+            *(Cell(number(each["perplexity"])) for each in found["models"]),
+        ],
+        [
+            Cell("tokens until half of its texts are told apart"),
+            Cell(""),
+            *(Cell(str(each["drift_tokens"] or "never")) for each in others),
+        ],
+        [Cell("tokens until greedy texts differ"), Cell(""), *map(_divergence, others)],
+        [
+            Cell("log-probability in the donor of what is then written"),
+            Cell(""),
+            *(Cell(number(each["divergence"]["log_prob"])) for each in others),
+        ],
+    ]
+    for name, label in LABELS.items():
+        for how in HOW:
+            cells = [_cell(each[how][name], name in SHARES) for each in found["models"]]
+            if any(cell.text for cell in cells):
+                rows.append([Cell(label, how), *cells])
+    return rows if others else [row for row in rows if row[0].note or row[1].text not in ("", "0")]
+
+
+def _kl(model: Generation) -> Cell:
+    stderr = model["kl_stderr"]
+    return Cell(number(model["kl"]) + (f" ± {stderr:.2g}" if stderr is not None else ""))
+
+
+def _divergence(model: Generation) -> Cell:
+    found = model["divergence"]
+    median = "" if found["tokens"] is None else f"{found['tokens']:g}"
+    return Cell(median or "never", f"{found['equal']:.0%} the same" if median else "")
+
+
+def _cell(found: Generation, percent: bool) -> Cell:
+    """A figure with its difference from the donor's; of the donor with what another seed changes."""
+    text = value_text(found, percent)
+    seed = found.get("another_seed")
+    if seed is not None:
+        return Cell(text, f"another seed {difference_text({'difference': seed}, percent)}")
+    return Cell(text, difference_text(found, percent))
+
+
+def _by(found: Generation, names: Sequence[str], field: str) -> list[Block]:
+    """The KL by the prompts' kind or language, folded; empty where they have none or there is no conversion."""
+    others = found["models"][1:]
+    groups = list(others[0]["kl_by"][field]) if others else []
+    rows = [[group, *(number(model["kl_by"][field][group]) for model in others)] for group in groups]
+    return [Table([field, *names[1:]], rows, folded=f"KL by {field} of the prompt")] if rows else []

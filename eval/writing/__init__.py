@@ -1,0 +1,1 @@
+"""How a model writes: texts of its own, beside its donor's."""

@@ -1,0 +1,196 @@
+"""How models write beside their donor: texts of each, written greedily and sampled, and figures of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..generation import Options
+from ..result_cache import Store
+from ..settings import OWN_CACHE, EvalSettings
+from ..tasks.candidate import Candidate, LazyModel
+from ..tasks.harness import OnRows
+from . import continuations
+from .continuations import Judged, Text
+from .prompts import Prompt, has_template
+from .text_figures import first_difference
+from .writing_figures import Divergence, Figures, compared, donor_figures, of_texts, with_nats
+
+BATCH = 20  # prompts together; one where left padding would move the groups of a quantised cache
+SEEDS = (0, 1)  # of the donor's sampled texts; a converted model's have the first
+TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model, how it is asked, and where its texts are kept."""
+
+    lazy: LazyModel
+    rows: list[list[int]]
+    store: Store
+    fresh: bool
+    on_rows: OnRows
+
+    @property
+    def candidate(self) -> Candidate:
+        return self.lazy.candidate
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.candidate.opened.tokenizer()
+
+    def key(self) -> dict[str, Any]:
+        """Everything beside prompt and options on which its texts depend."""
+        of = self.candidate
+        facts = {"model": of.fingerprint, "dtype": str(self.lazy.dtype), "device": of.opened.device}
+        return facts | of.cache_key()
+
+    def texts(self, options: Options) -> list[Text]:
+        """Its texts; those of a batch are kept as soon as they are written."""
+        own_cache = self.candidate.kv_cache_dtype == OWN_CACHE
+        size = (self.candidate.settings.batch_size or BATCH) if own_cache else 1
+        texts: list[Text] = []
+        for start in range(0, len(self.rows), size):
+            batch = self.rows[start : start + size]
+            how = [options.max_new_tokens, options.temperature, options.seed]
+            key = {"written": _digest([batch, how]), **self.key()}
+            found = None if self.fresh else self.store.load(key)
+            if found is None:
+                found = continuations.write(self.lazy.model, batch, options)
+                self.store.save(key, found)
+            texts += found
+            manner = f"seed {options.seed}" if options.temperature else "greedy"
+            self.on_rows(f"{self.candidate.name}: texts, {manner}", len(texts), len(self.rows))
+        return texts
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    prompts: Sequence[Prompt],
+    asked: Sequence[list[list[int]]],
+    store: Store,
+    *,
+    fresh: bool,
+    on_rows: OnRows,
+) -> dict[str, Any]:
+    """The texts' figures, in float32 unless the settings name a dtype; at most two models are in memory.
+
+    Args:
+        candidates: the models, the donor first.
+        prompts: what they are asked.
+        asked: of each model, `prompt_rows` of the prompts.
+        store: keeps texts and readings between runs.
+        fresh: writes and reads everything anew.
+        on_rows: called with the model and what it does, the texts done and the texts in all.
+
+    Returns:
+        prompts (the file's name), count, max_new_tokens, temperature, seeds, dtype; models: `donor_figures` of the
+        first, `compared` of the others.
+    """
+    settings = candidates[0].settings
+    dtype = getattr(torch, settings.dtype or "float32")
+    donor = Writer(LazyModel(candidates[0], dtype), asked[0], store, fresh, on_rows)
+    names = ("greedy", "sampled", "again")
+    texts = {how: donor.texts(each) for how, each in zip(names, _options(settings), strict=True)}
+    theirs = {how: of_texts(prompts, donor.tokenizer, found) for how, found in texts.items()}
+    for how in ("sampled", "again"):
+        theirs[how] = with_nats(theirs[how], texts[how], texts[how])
+    models = [donor_figures(**theirs)]
+    for candidate, rows in zip(candidates[1:], asked[1:], strict=True):
+        writer = Writer(LazyModel(candidate, dtype), rows, store, fresh, on_rows)
+        models.append(_beside(prompts, writer, donor, texts["greedy"], theirs))
+    return {
+        "prompts": settings.prompts_file.name if settings.prompts_file else "own",
+        "count": len(prompts),
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": TEMPERATURE,
+        "seeds": list(SEEDS),
+        "dtype": str(dtype).removeprefix("torch."),
+        "models": models,
+    }
+
+
+def _beside(
+    prompts: Sequence[Prompt],
+    writer: Writer,
+    donor: Writer,
+    donor_greedy: list[Text],
+    theirs: dict[str, Figures],
+) -> dict[str, Any]:
+    """What `compared` returns of the writer, whose texts are written and read by the donor for it."""
+    greedy, sampled = (writer.texts(options) for options in _options(writer.candidate.settings)[:2])
+    judged = _judged(writer, donor, sampled)
+    ours = {
+        "greedy": of_texts(prompts, writer.tokenizer, greedy),
+        "sampled": with_nats(of_texts(prompts, writer.tokenizer, sampled), sampled, judged),
+    }
+    return compared(
+        prompts,
+        ours,
+        theirs,
+        [each["kl"] for each in judged],
+        _divergences(donor, writer, donor_greedy, greedy),
+        _asked_otherwise(writer, donor),
+    )
+
+
+def _options(settings: EvalSettings) -> list[Options]:
+    """How texts are written: greedily, sampled, and sampled with another seed."""
+    tokens = settings.max_new_tokens
+    return [Options(tokens), *(Options(tokens, temperature=TEMPERATURE, seed=seed) for seed in SEEDS)]
+
+
+def _judged(writer: Writer, donor: Writer, texts: Sequence[Text]) -> list[Judged]:
+    """What the donor makes of each text of the writer."""
+    found: list[Judged] = []
+    for asked, donor_asked, text in zip(writer.rows, donor.rows, texts, strict=True):
+        key = {"judged": _digest([asked, donor_asked, text["tokens"]]), **_pair(writer, donor)}
+        judged = None if writer.fresh else writer.store.load(key)
+        if judged is None:
+            judged = continuations.judge(writer.lazy.model, donor.lazy.model, asked, donor_asked, text)
+            writer.store.save(key, judged)
+        found.append(judged)
+        writer.on_rows(f"{writer.candidate.name}: the donor's reading", len(found), len(texts))
+    return found
+
+
+def _divergences(
+    donor: Writer, writer: Writer, theirs: Sequence[Text], ours: Sequence[Text]
+) -> list[Divergence]:
+    """Where each greedy text of the writer leaves the donor's."""
+    found: list[Divergence] = []
+    for asked, there, here in zip(donor.rows, theirs, ours, strict=True):
+        at = first_difference(here["tokens"], there["tokens"])
+        log_prob = None
+        if at is not None and at < len(here["tokens"]):
+            before, token = [*asked, *here["tokens"][:at]], here["tokens"][at]
+            key = {"log_prob": _digest([before, token]), **donor.key()}
+            log_prob = None if writer.fresh else donor.store.load(key)
+            if log_prob is None:
+                log_prob = continuations.log_prob(donor.lazy.model, before, token)
+                donor.store.save(key, log_prob)
+        found.append(Divergence(at, log_prob))
+    return found
+
+
+def _pair(writer: Writer, donor: Writer) -> dict[str, Any]:
+    return {"writer": writer.key(), "donor": donor.key()}
+
+
+def _asked_otherwise(writer: Writer, donor: Writer) -> str | None:
+    """How the writer's prompts differ from the donor's, in words; None where they are the same tokens."""
+    if writer.rows == donor.rows:
+        return None
+    ours, theirs = (has_template(each.candidate.opened) for each in (writer, donor))
+    if theirs and not ours:
+        return "has lost its donor's chat template"
+    return "makes other tokens of the prompts than its donor: the tokenizer or the chat template is another"
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

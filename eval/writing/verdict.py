@@ -1,0 +1,76 @@
+"""The verdict on how a converted model writes, in words, and the thresholds that decide it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ODDS = 20  # to one, at which a text counts as told apart from the donor's
+ERRORS = 3.0  # standard errors from which on a figure is another than the donor's
+MORE_LOOPS = 0.15  # share of texts that loop, beyond the donor's
+
+AS_DONOR, DRIFTS, LOOPS = "writes as its donor does", "drifts", "loops"
+LESS_MORE = {  # a figure of sampled texts -> what is said where it is smaller, and where it is larger
+    "nats": ("writes what the donor finds likelier", "writes what the donor finds less likely"),
+    "distinct_4": ("repeats itself more", "repeats itself less"),
+    "ends": ("ends by itself less often", "ends by itself more often"),
+    "tokens": ("writes shorter texts", "writes longer texts"),
+    "format": ("keeps the format less often", "keeps the format more often"),
+}
+
+
+def drift_tokens(kl: Sequence[Sequence[float]]) -> int | None:
+    """Tokens after which half of the texts can be told from the donor's: the median over texts; None: never.
+
+    A text is told apart at the token where the sum of its KL(writer ‖ donor), which is the expected logarithm of the
+    odds for the writer, reaches ln(ODDS).
+    """
+    reached = sorted(_reached(costs) for costs in kl)
+    median = statistics.median_low(reached) if reached else math.inf
+    return int(median) if math.isfinite(median) else None
+
+
+def _reached(costs: Sequence[float]) -> float:
+    total = 0.0
+    for at, cost in enumerate(costs, 1):
+        total += cost
+        if total >= math.log(ODDS):
+            return at
+    return math.inf
+
+
+def verdict(model: Mapping[str, Any], template: str | None) -> dict[str, Any]:
+    """verdict, of AS_DONOR, DRIFTS and LOOPS; words, the same without a subject; notes, what else differs.
+
+    model: the figures of a converted model, with drift_tokens. template: how its prompts differ from the donor's.
+    """
+    notes = [template] if template else []
+    notes += [
+        words[difference > 0]
+        for name, words in LESS_MORE.items()
+        if (difference := _beyond(model["sampled"][name])) is not None
+    ]
+    loops = [model[how]["loops"] for how in ("greedy", "sampled")]
+    worst = max(loops, key=lambda found: found["difference"] or 0.0)
+    tokens = model["drift_tokens"]
+    drift = f"drifts after about {tokens} token{'s' * (tokens != 1)}" if tokens else ""
+    if (worst["difference"] or 0.0) > MORE_LOOPS and _beyond(worst) is not None:
+        kind, words = LOOPS, f"loops in {worst['value']:.0%} of its texts"
+        notes = [drift, *notes] if drift else notes
+    elif drift:
+        kind, words = DRIFTS, drift
+    elif notes:
+        kind, words = DRIFTS, "drifts in what its texts are like, not in their words"
+    else:
+        kind, words = AS_DONOR, AS_DONOR
+    return {"verdict": kind, "words": words, "notes": notes}
+
+
+def _beyond(found: Mapping[str, Any]) -> float | None:
+    """The difference from the donor, where it is more than noise."""
+    difference, stderr = found["difference"], found["difference_stderr"]
+    if difference is None or found["within_noise"]:
+        return None
+    return difference if abs(difference) > ERRORS * (stderr or 0.0) else None
