@@ -117,7 +117,8 @@ def _retrieval(result: dict[str, Any], names: list[str], console: Any) -> None:
 def _generation(result: dict[str, Any], names: list[str], console: Any) -> None:
     from rich.table import Column, Table
 
-    from ..eval.page.writing_table import figure_rows, sentence, title
+    from ..eval.page.writing_table import figure_rows, title
+    from ..eval.writing.verdict import sentence
 
     found = result["generation"]
     console.out(f"generation: {title(found)}", highlight=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..report.conversion_tables import method_title
 from ..report.units import share
-from .writing_table import sentence
+from ..writing.verdict import sentence
 
 SAME_CACHE = 0.995  # fraction of the donor's cache from which on it is called the whole cache
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,20 +48,12 @@ def title(found: Generation) -> str:
     )
 
 
-def sentence(model: Generation) -> str:
-    """The verdict on a converted model without subject: "drifts after about 20 tokens, writes shorter texts"."""
-    return ", ".join([model["words"], *model["notes"]])
-
-
 def figure_rows(found: Generation) -> list[list[Cell]]:
     """A row for each figure: its name, then a cell for each model, the donor first."""
     others = found["models"][1:]
     rows = [
-        [Cell("KL on its own text, nats a token"), Cell("0"), *map(_kl, others)],
-        [
-            Cell("the donor's perplexity on it"),
-            *(Cell(number(each["perplexity"])) for each in found["models"]),
-        ],
+        [Cell("KL on its sampled texts, nats a token"), Cell("0"), *map(_kl, others)],
+        [Cell("the donor's perplexity on them"), *map(_perplexity, found["models"])],
         [
             Cell("tokens until half of its texts are told apart"),
             Cell(""),
@@ -84,6 +77,18 @@ def figure_rows(found: Generation) -> list[list[Cell]]:
 def _kl(model: Generation) -> Cell:
     stderr = model["kl_stderr"]
     return Cell(number(model["kl"]) + (f" ± {stderr:.2g}" if stderr is not None else ""))
+
+
+def _perplexity(model: Generation) -> Cell:
+    """The donor's perplexity, and how many times that on its own texts it is; of the donor on those of another seed."""
+    nats = model["sampled"]["nats"]
+    seed = "another_seed" in nats
+    difference = nats["another_seed" if seed else "difference"]
+    if difference is None or not math.isfinite(difference):
+        return Cell(number(model["perplexity"]))
+    noise = " ≈" if nats.get("within_noise") else ""
+    times = f"× {math.exp(difference):.3f}{noise}"
+    return Cell(number(model["perplexity"]), f"another seed {times}" if seed else times)
 
 
 def _divergence(model: Generation) -> Cell:

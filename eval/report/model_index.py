@@ -16,8 +16,8 @@ from mhconvert.errors import CheckpointError
 from ...convert.checkpoint.provenance import EVALUATION
 from ...convert.storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ...convert.storage.safetensors_reader import read_json
-from ..page.writing_table import sentence
 from ..settings import OWN_CACHE
+from ..writing.verdict import sentence
 from .units import count, number, share
 
 TASK_TYPE = "text-generation"  # the Hub's name of the evaluated task

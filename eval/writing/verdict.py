@@ -68,6 +68,11 @@ def verdict(model: Mapping[str, Any], template: str | None) -> dict[str, Any]:
     return {"verdict": kind, "words": words, "notes": notes}
 
 
+def sentence(found: Mapping[str, Any]) -> str:
+    """A verdict and its notes without a subject: "drifts after about 20 tokens, writes shorter texts"."""
+    return ", ".join([found["words"], *found["notes"]])
+
+
 def _beyond(found: Mapping[str, Any]) -> float | None:
     """The difference from the donor, where it is more than noise."""
     difference, stderr = found["difference"], found["difference_stderr"]

@@ -70,7 +70,9 @@ def test_everything_in_one_command(
         ),
         (["--suite", "quick", "--report", "page.pdf"], "page.pdf ends in none of .html, .md"),
         (["--suite", "quick", "--backend", "vllm"], "needs vllm, which is not installed here"),
-        ([], "give --text, --tasks, --suite or --retrieval"),
+        ([], "give --text, --tasks, --suite, --retrieval or --generation"),
+        (["--generation", "--prompts", "{empty}/none.txt"], "none.txt cannot be read: No such file"),
+        (["--generation", "--max-new-tokens", "500"], "choose fewer with --max-new-tokens"),
     ],
 )
 def test_faults(
@@ -85,6 +87,44 @@ def test_faults(
         pytest.skip("vllm is installed")
     assert main("eval", pair[0], *(word.format(empty=tmp_path) for word in words), "--quiet") == 1
     assert message in capsys.readouterr().err
+
+
+def test_what_models_write(here: Cli, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    donor, twin = pair
+    prompts, pages = tmp_path / "mine.txt", [tmp_path / "report.html", tmp_path / "report.md"]
+    prompts.write_text("The river\nThe boats\n", encoding="utf-8")
+    words = [
+        *("eval", twin, "--against", donor, "--generation", "--prompts", prompts, "--max-new-tokens", 8),
+        *("--device", "cpu", "--report", pages[0], "--report", pages[1]),
+    ]
+    done = here(*words, COLUMNS="160")
+    assert done.returncode == 0, done.stderr
+    assert "tiny: texts, greedy" in done.stderr
+    title = "mine.txt's 2 prompts, texts of at most 8 tokens, greedy and sampled at temperature 1, float32"
+    assert f"generation: {title}" in done.stdout
+    found = json.loads(here(*words, "--json").stdout)["generation"]["models"][1]
+    assert f"twin: {found['words']}" in done.stdout
+    for page in pages:
+        content = page.read_text(encoding="utf-8")
+        assert title.replace("'", "&#x27;") in content or title in content
+        assert f"In its own texts it {found['words']}" in content
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--suite", "quick", "--prompts", "a.txt"], "--prompts is of --generation: give that too"),
+        (["--suite", "quick", "--max-new-tokens", "9"], "--max-new-tokens is of --generation"),
+        (["--generation", "--limit", "9"], "--limit is of tasks: name some"),
+        (["--retrieval", "--batch-size", "9"], "--batch-size is of tasks and --generation"),
+        (["--text", "a.txt", "--dtype", "float32"], "--dtype is of tasks, --retrieval and --generation"),
+    ],
+)
+def test_options_of_what_is_not_measured(
+    main: Main, capsys: pytest.CaptureFixture[str], pair: tuple[Path, Path], words: list[str], message: str
+) -> None:
+    assert main("eval", pair[0], *words) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_a_checkpoint_without_tokenizer(

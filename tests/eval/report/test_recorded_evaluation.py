@@ -24,7 +24,14 @@ def result(folder: Path, **changed: Any) -> dict[str, Any]:
     ]
     text = {"text": "a.txt", "sequences": 4, "sequence_length": 64, "models": []}
     task = {"task": "piqa", "num_fewshot": 0, "models": []}
-    parts = {"texts": [text], "tasks": [task], "retrieval": None, "cache": None, "average": None}
+    parts = {
+        "texts": [text],
+        "tasks": [task],
+        "retrieval": None,
+        "generation": None,
+        "cache": None,
+        "average": None,
+    }
     settings = {"suite": None, "limit": 5, "batch_size": 8, "device": "cpu"}
     return {"models": models, **parts, "settings": settings, "versions": {"torch": "2"}} | changed
 
@@ -80,3 +87,16 @@ def test_a_file_of_another_kind(tmp_path: Path, text: str, aside: int) -> None:
     (tmp_path / "evaluation.json").write_text(text)
     assert len(record_evaluation(result(tmp_path)).get("kept_aside", [])) == aside
     assert recorded(tmp_path / "evaluation.json")["tasks"]
+
+
+def test_texts_of_other_lengths_are_kept_aside(tmp_path: Path) -> None:
+    """The same texts anew take the place of earlier ones; what lacks them keeps them."""
+    short, long = ({"prompts": "own", "max_new_tokens": size, "models": [size]} for size in (64, 256))
+    assert record_evaluation(result(tmp_path, generation=short)) == {}
+    assert record_evaluation(result(tmp_path)) == {}
+    assert recorded(tmp_path / "evaluation.json")["generation"] == short
+    assert record_evaluation(result(tmp_path, generation=short | {"models": [1]})) == {}
+    assert recorded(tmp_path / "evaluation.json")["generation"]["models"] == [1]
+    aside = {"kept_aside": [str(tmp_path / "evaluation-1.json")]}
+    assert record_evaluation(result(tmp_path, generation=long)) == aside
+    assert recorded(tmp_path / "evaluation.json")["generation"] == long
