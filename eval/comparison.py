@@ -26,9 +26,9 @@ from .tasks.harness import OnRows
 from .tasks.language_model import language_model
 from .tasks.task_choice import TaskSet, resolve
 from .vllm.engine import EngineError, installed, loadable
+from .writing import prompts
 from .writing.comparison import measure as measure_writing
-from .writing.prompts import Prompt, prompt_rows
-from .writing.prompts import read as read_prompts
+from .writing.prompts import Asked
 
 
 def evaluate(
@@ -60,16 +60,16 @@ def evaluate(
     started = time.perf_counter()
     harness.require_available(settings)
     store = store if store is not None else Store()
-    prompts = read_prompts(settings.prompts_file) if settings.generation else []
+    asked = prompts.asked(settings)
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
         need_donor, kv = bool(settings.text), settings.kv_cache_dtype
         opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress, kv)
         text_rows = _text_rows(settings, opened)
-        asked = [prompt_rows(each, prompts, settings.max_new_tokens) for each in opened if prompts]
-        candidates, run = candidates_of(opened, settings), Run(settings, store, fresh, on_progress)
+        prompt_rows = [prompts.prompt_rows(each, asked) for each in opened if asked]
+        candidates, run = candidates_of(opened, settings), Run(settings, asked, store, fresh, on_progress)
         on_texts = _measure_texts(run, candidates, text_rows)
-        writing = _measure_writing(run, candidates, prompts, asked)
+        writing = _measure_writing(run, candidates, prompt_rows)
         candidates, left_out = _without_unloadable(run, candidates, checkpoints, tasks)
         outcomes, probes = _measure_models(run, candidates, tasks)
     if harness.rank() != 0:
@@ -94,12 +94,14 @@ class Run:
 
     Attributes:
         settings: what is evaluated.
+        asked: what the models write; None: nothing.
         store: keeps results between runs.
         fresh: measures everything anew.
         on_progress: called with the progress.
     """
 
     settings: EvalSettings
+    asked: Asked | None
     store: Store
     fresh: bool
     on_progress: Listener
@@ -114,13 +116,13 @@ def _measure_texts(run: Run, candidates: list[Candidate], rows: dict[str, Tensor
 
 
 def _measure_writing(
-    run: Run, candidates: list[Candidate], prompts: list[Prompt], asked: list[list[list[int]]]
+    run: Run, candidates: list[Candidate], rows: list[list[list[int]]]
 ) -> dict[str, Any] | None:
-    """What `writing.comparison.measure` returns, in the first process; None without prompts."""
-    if not prompts or harness.rank() != 0:
+    """What `writing.comparison.measure` returns, in the first process; None where nothing is asked."""
+    if run.asked is None or harness.rank() != 0:
         return None
     on_rows = _row_listener(run.on_progress)
-    return measure_writing(candidates, prompts, asked, run.store, fresh=run.fresh, on_rows=on_rows)
+    return measure_writing(candidates, run.asked, rows, run.store, fresh=run.fresh, on_rows=on_rows)
 
 
 def _measure_models(
@@ -164,7 +166,7 @@ def _without_unloadable(
         return candidates, []
     for each in others:
         loadable(each.opened)
-    beside_tasks = settings.text or settings.retrieval or settings.generation
+    beside_tasks = settings.text or settings.retrieval or run.asked
     if beside_tasks or not others or donor.opened.reference in asked:
         return candidates, []
     if not run.fresh and harness.all_stored(donor, tasks, run.store):

@@ -12,7 +12,7 @@ from ..convert.recipe.written_weights import DTYPES, dtype_name
 from ..convert.validation.option import Names, Option, Takes, default
 from ..convert.validation.settings import Settings
 
-Suite = Literal["quick", "transmla", "moh", "dha", "open-llm"]
+Suite = Literal["quick", "standard", "transmla", "moh", "dha", "open-llm"]
 Backend = Literal["hf", "vllm"]
 KvCacheDtype = Literal["auto", "int8", "int4", "int3", "int2", "fp8"]
 OWN_CACHE: KvCacheDtype = "auto"
@@ -41,7 +41,8 @@ class EvalSettings(Settings):
     suite: Annotated[
         Suite | None,
         Option(
-            "A list of lm-eval tasks with their shots: quick needs no download, the others are those of the papers."
+            "A list of lm-eval tasks with their shots: quick and standard, with texts that the models write, need no "
+            "download, the others are those of the papers."
         ),
     ] = None
     tasks: Annotated[

@@ -66,8 +66,7 @@ def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
         for text in settings.text_files:
             if not text.is_file():
                 raise TextError(f"text file {text} of the recipe's eval is not there")
-        if settings.generation:
-            prompts.read(settings.prompts_file)
+        prompts.asked(settings)
         if settings.has_tasks:
             with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
                 resolve(settings, Path(folder))

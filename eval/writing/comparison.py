@@ -12,12 +12,12 @@ import torch
 
 from ..generation import Options
 from ..result_cache import Store
-from ..settings import OWN_CACHE, EvalSettings
+from ..settings import OWN_CACHE
 from ..tasks.candidate import Candidate, LazyModel
 from ..tasks.harness import OnRows
 from . import continuations
 from .continuations import Judged, Text
-from .prompts import Prompt, has_template
+from .prompts import Asked, Prompt, has_template
 from .text_figures import first_difference
 from .writing_figures import Divergence, Figures, compared, donor_figures, of_texts, with_nats
 
@@ -71,8 +71,8 @@ class Writer:
 
 def measure(
     candidates: Sequence[Candidate],
-    prompts: Sequence[Prompt],
-    asked: Sequence[list[list[int]]],
+    asked: Asked,
+    rows: Sequence[list[list[int]]],
     store: Store,
     *,
     fresh: bool,
@@ -82,8 +82,8 @@ def measure(
 
     Args:
         candidates: the models, the donor first.
-        prompts: what they are asked.
-        asked: of each model, `prompt_rows` of the prompts.
+        asked: what they are asked.
+        rows: of each model, `prompt_rows` of that.
         store: keeps texts and readings between runs.
         fresh: writes and reads everything anew.
         on_rows: called with the model and what it does, the texts done and the texts in all.
@@ -92,22 +92,25 @@ def measure(
         prompts (the file's name), count, max_new_tokens, temperature, seeds, dtype; models: `donor_figures` of the
         first, `compared` of the others.
     """
-    settings = candidates[0].settings
-    dtype = getattr(torch, settings.dtype or "float32")
-    donor = Writer(LazyModel(candidates[0], dtype), asked[0], store, fresh, on_rows)
+    dtype, prompts = getattr(torch, candidates[0].settings.dtype or "float32"), asked.prompts
+    options = [Options(asked.max_new_tokens)]
+    options += [Options(asked.max_new_tokens, temperature=TEMPERATURE, seed=seed) for seed in SEEDS]
+    donor, *writers = (
+        Writer(LazyModel(candidate, dtype), of_model, store, fresh, on_rows)
+        for candidate, of_model in zip(candidates, rows, strict=True)
+    )
     names = ("greedy", "sampled", "again")
-    texts = {how: donor.texts(each) for how, each in zip(names, _options(settings), strict=True)}
+    texts = {how: donor.texts(each) for how, each in zip(names, options, strict=True)}
     theirs = {how: of_texts(prompts, donor.tokenizer, found) for how, found in texts.items()}
     for how in ("sampled", "again"):
         theirs[how] = with_nats(theirs[how], texts[how], texts[how])
     models = [donor_figures(**theirs)]
-    for candidate, rows in zip(candidates[1:], asked[1:], strict=True):
-        writer = Writer(LazyModel(candidate, dtype), rows, store, fresh, on_rows)
-        models.append(_beside(prompts, writer, donor, texts["greedy"], theirs))
+    while writers:  # which are let go of, with their models, one after the other
+        models.append(_beside(prompts, writers.pop(0), donor, options, texts["greedy"], theirs))
     return {
-        "prompts": settings.prompts_file.name if settings.prompts_file else "own",
+        "prompts": asked.source,
         "count": len(prompts),
-        "max_new_tokens": settings.max_new_tokens,
+        "max_new_tokens": asked.max_new_tokens,
         "temperature": TEMPERATURE,
         "seeds": list(SEEDS),
         "dtype": str(dtype).removeprefix("torch."),
@@ -119,11 +122,12 @@ def _beside(
     prompts: Sequence[Prompt],
     writer: Writer,
     donor: Writer,
+    options: Sequence[Options],
     donor_greedy: list[Text],
     theirs: dict[str, Figures],
 ) -> dict[str, Any]:
     """What `compared` returns of the writer, whose texts are written and read by the donor for it."""
-    greedy, sampled = (writer.texts(options) for options in _options(writer.candidate.settings)[:2])
+    greedy, sampled = map(writer.texts, options[:2])
     judged = _judged(writer, donor, sampled)
     ours = {
         "greedy": of_texts(prompts, writer.tokenizer, greedy),
@@ -137,12 +141,6 @@ def _beside(
         _divergences(donor, writer, donor_greedy, greedy),
         _asked_otherwise(writer, donor),
     )
-
-
-def _options(settings: EvalSettings) -> list[Options]:
-    """How texts are written: greedily, sampled, and sampled with another seed."""
-    tokens = settings.max_new_tokens
-    return [Options(tokens), *(Options(tokens, temperature=TEMPERATURE, seed=seed) for seed in SEEDS)]
 
 
 def _judged(writer: Writer, donor: Writer, texts: Sequence[Text]) -> list[Judged]:

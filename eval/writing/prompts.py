@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,8 @@ from ...convert.calibration.token_rows import require_embedded
 from ...convert.open_model import OpenModel
 from ...convert.storage.unicode_text import lone_surrogate
 from ..generation import encode
+from ..settings import EvalSettings
+from ..tasks.task_choice import suites
 from .text_figures import FORMATS
 
 OWN = "prompts.jsonl"  # in this package
@@ -35,6 +36,35 @@ class Prompt:
     kind: str = ""
     language: str = ""
     format: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the models are asked.
+
+    Attributes:
+        prompts: at least one.
+        source: the name of their file; "own" for our own.
+        max_new_tokens: of a text.
+    """
+
+    prompts: list[Prompt]
+    source: str
+    max_new_tokens: int
+
+
+def asked(settings: EvalSettings) -> Asked | None:
+    """What the settings, or else the suite that they name, ask the models to write; None where they do not.
+
+    Raises TextError as `read`.
+    """
+    if settings.generation:
+        file = settings.prompts_file
+        return Asked(read(file), file.name if file else "own", settings.max_new_tokens)
+    of_suite = suites()[settings.suite].get("generation") if settings.suite else None
+    if of_suite is None:
+        return None
+    return Asked(read(None)[: of_suite["prompts"]], "own", of_suite["max_new_tokens"])
 
 
 def read(path: Path | None) -> list[Prompt]:
@@ -71,15 +101,15 @@ def has_template(opened: OpenModel) -> bool:
     return bool(getattr(opened.tokenizer(), "chat_template", None))
 
 
-def prompt_rows(opened: OpenModel, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
+def prompt_rows(opened: OpenModel, asked: Asked) -> list[list[int]]:
     """Token ids of each prompt: a user message in the model's chat template, plain text where it has none.
 
     Raises:
         MhconvertError: the template refuses a prompt, one has no tokens or one without an embedding, or the model
-            reads fewer tokens than a prompt and `new_tokens`.
+            reads fewer tokens than a prompt and the new ones.
     """
     tokenizer, chat, rows = opened.tokenizer(), has_template(opened), []
-    for number, prompt in enumerate(prompts, 1):
+    for number, prompt in enumerate(asked.prompts, 1):
         try:
             ids = encode(tokenizer, prompt.text, chat, remedy="take that prompt out")["input_ids"]
         except MhconvertError as error:
@@ -88,7 +118,7 @@ def prompt_rows(opened: OpenModel, prompts: Sequence[Prompt], new_tokens: int) -
             raise MhconvertError(f"{opened.reference}, prompt {number}: it has no tokens; take it out")
         require_embedded(ids, tokenizer, opened.vocab_size)
         rows.append(ids[0].tolist())
-    longest = max(map(len, rows))
+    longest, new_tokens = max(map(len, rows)), asked.max_new_tokens
     try:
         opened.require_length(longest + new_tokens)
     except MhconvertError as error:

@@ -11,8 +11,10 @@ from mhconvert import api
 from mhconvert.convert.open_model import open_model
 from mhconvert.errors import MhconvertError, TextError
 from mhconvert.eval.settings import EvalSettings
-from mhconvert.eval.writing.prompts import Prompt, prompt_rows, read
+from mhconvert.eval.writing.prompts import Asked, Prompt, asked, prompt_rows, read
 from tests.donors import make_donor
+
+RIVER = Asked([Prompt("The river")], "own", 8)
 
 
 def test_our_own_are_of_several_kinds_and_languages() -> None:
@@ -32,6 +34,15 @@ def test_a_file_of_lines_and_one_of_json(tmp_path: Path) -> None:
     )
     assert read(lines) == [Prompt("One"), Prompt("Two")]
     assert read(records) == [Prompt("One"), Prompt("Two", "k", "", "json")]
+
+
+def test_the_standard_suite_asks_the_first_of_them() -> None:
+    of_suite = asked(EvalSettings(suite="standard"))
+    assert of_suite is not None
+    assert of_suite.prompts == read(None)[: len(of_suite.prompts)]
+    assert {prompt.format for prompt in of_suite.prompts} == {None, "json", "python"}
+    assert asked(EvalSettings(suite="standard", generation=True)) == Asked(read(None), "own", 256)
+    assert asked(EvalSettings(suite="quick")) is None
 
 
 @pytest.mark.parametrize(
@@ -59,11 +70,11 @@ def test_files_that_are_no_prompts(tmp_path: Path, name: str, content: bytes, wo
 
 def test_a_template_is_used_where_there_is_one(tmp_path: Path) -> None:
     donor = make_donor(tmp_path / "tiny", layers=1)
-    (row,) = prompt_rows(open_model(str(donor)), [Prompt("The river")], 8)
+    (row,) = prompt_rows(open_model(str(donor)), RIVER)
     tokenizer = AutoTokenizer.from_pretrained(donor)
     assert tokenizer.decode(row) == "<|bos|>user\nThe river<|eos|>\n<|bos|>assistant\n"
     (donor / "chat_template.jinja").unlink()
-    (row,) = prompt_rows(open_model(str(donor)), [Prompt("The river")], 8)
+    (row,) = prompt_rows(open_model(str(donor)), RIVER)
     assert row == tokenizer("The river")["input_ids"]
 
 
@@ -73,7 +84,7 @@ def test_what_a_model_cannot_be_asked(tmp_path: Path) -> None:
     with pytest.raises(
         MhconvertError, match=r"reads at most 512 tokens and \d+ are asked for: \d+ of the longest"
     ):
-        prompt_rows(opened, [Prompt("The river")], 500)
+        prompt_rows(opened, Asked(RIVER.prompts, "own", 500))
     (donor / "chat_template.jinja").write_text(
         "{% if 'boat' in messages[0]['content'] %}{{ raise_exception('no boats') }}{% endif %}x"
     )
