@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..report.units import number
+from ..report.units import number, share
 from .blocks import Block, Cell, Heading, Paragraph, Table
 from .task_table import LEGEND, difference_text, value_text
 
@@ -66,6 +66,13 @@ def figure_rows(found: Generation) -> list[list[Cell]]:
             *(Cell(number(each["divergence"]["log_prob"])) for each in others),
         ],
     ]
+    rows.append(
+        [
+            Cell("length of sampled texts, times the donor's"),
+            Cell(""),
+            *(Cell(number(each["length_ratio"])) for each in others),
+        ]
+    )
     for name, label in LABELS.items():
         for how in HOW:
             cells = [_cell(each[how][name], name in SHARES) for each in found["models"]]
@@ -94,7 +101,7 @@ def _perplexity(model: Generation) -> Cell:
 def _divergence(model: Generation) -> Cell:
     found = model["divergence"]
     median = "" if found["tokens"] is None else f"{found['tokens']:g}"
-    return Cell(median or "never", f"{found['equal']:.0%} the same" if median else "")
+    return Cell(median or "never", f"{share(found['equal'])} the same" if median else "")
 
 
 def _cell(found: Generation, percent: bool) -> Cell:

@@ -57,7 +57,7 @@ def verdict(model: Mapping[str, Any], template: str | None) -> dict[str, Any]:
     tokens = model["drift_tokens"]
     drift = f"drifts after about {tokens} token{'s' * (tokens != 1)}" if tokens else ""
     if (worst["difference"] or 0.0) > MORE_LOOPS and _beyond(worst) is not None:
-        kind, words = LOOPS, f"loops in {worst['value']:.0%} of its texts"
+        kind, words = LOOPS, f"loops in {100 * worst['value']:.3g} % of its texts"
         notes = [drift, *notes] if drift else notes
     elif drift:
         kind, words = DRIFTS, drift

@@ -15,7 +15,7 @@ import pytest
 from mhconvert.errors import OutputError
 from mhconvert.eval.page import page, plots
 from mhconvert.eval.page.blocks import Code, Paragraph, Table, to_html, to_markdown
-from tests.eval.page_sample import RECIPE, REPORTS, RESULT, measured, model, report
+from tests.eval.page_sample import GENERATION, RECIPE, REPORTS, RESULT, measured, model, report
 
 HOSTILE = "<script>alert('x')</script> & $a_b$ | `c`"
 
@@ -68,7 +68,7 @@ def two_models() -> dict[str, Any]:
     for one in result["tasks"]:
         for found in one["metrics"]:
             found["models"] = found["models"][:2]
-    for key in ("average", "retrieval"):
+    for key in ("average", "retrieval", "generation"):
         result[key]["models"] = result[key]["models"][:2]
     return result | {"models": result["models"][:2], "cache": result["cache"][:2]}
 
@@ -79,7 +79,14 @@ def test_the_numbers_are_the_measured_ones() -> None:
         "3 conversions of smollm2-135m",
         "mla-half (MLA, converted) keeps 50 % of the KV cache, and its perplexity is 1.024 times the donor's on "
         "wiki.test.raw and 1.024 times on books.txt. Its accuracy over 2 tasks is 0.4 points (± 0.7) below "
-        "the donor's, which is inside the noise. It recalls 100 % of the numbers hidden in long text; the donor 95 %.",
+        "the donor's, which is inside the noise. It recalls 100 % of the numbers hidden in long text; the donor 95 %. "
+        "In its own texts it writes as its donor does.",
+        "In its own texts it loops in 80 % of its texts, drifts after about 3 tokens, repeats itself more.",
+        "texts that loop sampled 25.0 % another seed +1.0 26.0 ± 2.0 % +1.0 ± 1.0 ≈ 150.0 ± 2.0 % +125.0 ± 1.0",
+        "the donor's perplexity on them 4 another seed × 1.010 4.5 × 1.010 ≈ 4.5 × 3.490",
+        "tokens until half of its texts are told apart — never 3 7",
+        "our 40 prompts, texts of at most 128 tokens",
+        "kind mla-half mla-eighth mla-eighth-healed story 0.01 1.25 0.5 json 0.02 2.5 1",
         "which is more than noise",
         "23.3 × 1.024",
         "43.0 ± 2.2 % 42.6 ± 2.2 % −0.4 ± 1.1 ≈ 28.1 ± 2.0 % −14.9 ± 1.0",
@@ -135,6 +142,9 @@ def test_names_are_text(name: str) -> None:
     result["tasks"][0]["task"] = name
     result["tasks"][0]["local"] = name
     result["settings"]["suite"] = name
+    result["generation"]["prompts"] = name
+    for one in result["generation"]["models"][1:]:
+        one["kl_by"]["kind"] = {name: 0.5}
     written = page.html(result, REPORTS, name)
     reader = Reader(written)
     assert "script" not in reader.tags
@@ -223,6 +233,10 @@ def test_what_is_not_finite_or_not_known_is_said() -> None:
     result["texts"][1]["models"][3] = {"perplexity": float("inf"), "kl": float("inf"), "top1_agreement": 0.1}
     result["tasks"][0]["metrics"][0]["models"][2] = dict.fromkeys(measured(0, 0, 0, None))
     result["retrieval"]["models"][1] = None
+    unknown = dict.fromkeys(("kl", "kl_stderr", "perplexity", "drift_tokens"))
+    nothing = dict.fromkeys(("value", "stderr", "difference", "difference_stderr", "within_noise"))
+    figures = dict.fromkeys(GENERATION["models"][1]["sampled"], nothing)
+    result["generation"]["models"][1] |= {**unknown, "sampled": figures, "greedy": figures}
     written = page.html(result, [{}, {"layers": []}])
     said = Reader(written).text
     assert "books.txt; it is not finite on wiki.test.raw" in said
