@@ -42,8 +42,7 @@ def evaluate(
     fresh: bool = False,
     store: Store | None = None,
 ) -> dict[str, Any]:
-    """The results of all models, the donor first: models, texts, cache, tasks, average, retrieval,
-    generation, settings, versions.
+    """What `api.evaluate` returns: the results of all models, the donor first.
 
     Args:
         checkpoints: references of the models.
@@ -51,25 +50,22 @@ def evaluate(
         against: the donor; by default the one that the first checkpoint was made from.
         device: by default CUDA where there is one.
         trust_remote_code: lets a checkpoint run its own code.
-        on_progress: called with the progress.
-        fresh: measures everything anew.
+        on_progress, fresh: as in `Run`.
         store: keeps results between runs; what was finished before an error is not measured again.
 
-    Raises MhconvertError where a model cannot be read, or the models have different vocabularies.
+    Raises MhconvertError as `open_models`.
     """
     started = time.perf_counter()
     harness.require_available(settings)
-    store = store if store is not None else Store()
-    asked = prompts.asked(settings)
+    store, asked = store if store is not None else Store(), prompts.asked(settings)
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
-        need_donor, kv = bool(settings.text), settings.kv_cache_dtype
-        opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress, kv)
+        how = (bool(settings.text), device, trust_remote_code, on_progress, settings.kv_cache_dtype)
+        opened = open_models(checkpoints, against, *how)
         text_rows = _text_rows(settings, opened)
         prompt_rows = [prompts.prompt_rows(each, asked) for each in opened if asked]
         candidates, run = candidates_of(opened, settings), Run(settings, asked, store, fresh, on_progress)
-        on_texts = _measure_texts(run, candidates, text_rows)
-        writing = _measure_writing(run, candidates, prompt_rows)
+        on_texts = _measure_texts(run, candidates, text_rows, prompt_rows)
         candidates, left_out = _without_unloadable(run, candidates, checkpoints, tasks)
         outcomes, probes = _measure_models(run, candidates, tasks)
     if harness.rank() != 0:
@@ -81,7 +77,6 @@ def evaluate(
         **on_texts,
         **_task_results(tasks, outcomes),
         "retrieval": retrieval_results.table(probes),
-        "generation": writing,
         "settings": _recorded_settings(settings, candidates[0]),
         "versions": _versions(tasks is not None, settings),
         "seconds": time.perf_counter() - started,
@@ -107,22 +102,19 @@ class Run:
     on_progress: Listener
 
 
-def _measure_texts(run: Run, candidates: list[Candidate], rows: dict[str, Tensor]) -> dict[str, Any]:
-    """What `texts.measure` returns of `rows`, token ids by the text's name, in the first process; {} in the others."""
+def _measure_texts(
+    run: Run, candidates: list[Candidate], rows: dict[str, Tensor], prompts: list[list[list[int]]]
+) -> dict[str, Any]:
+    """Texts that are read and written: `texts.measure` of `rows`, by the text's name, and generation, which is
+    `writing.comparison.measure` of the token ids of each model's prompts, None where nothing is asked.
+
+    In the first process; {} in the others.
+    """
     if harness.rank() != 0:
         return {}
-    on_rows = _row_listener(run.on_progress)
-    return texts.measure(candidates, rows, run.store, fresh=run.fresh, on_rows=on_rows)
-
-
-def _measure_writing(
-    run: Run, candidates: list[Candidate], rows: list[list[list[int]]]
-) -> dict[str, Any] | None:
-    """What `writing.comparison.measure` returns, in the first process; None where nothing is asked."""
-    if run.asked is None or harness.rank() != 0:
-        return None
-    on_rows = _row_listener(run.on_progress)
-    return measure_writing(candidates, run.asked, rows, run.store, fresh=run.fresh, on_rows=on_rows)
+    kept: dict[str, Any] = {"fresh": run.fresh, "on_rows": _row_listener(run.on_progress)}
+    written = measure_writing(candidates, run.asked, prompts, run.store, **kept) if run.asked else None
+    return texts.measure(candidates, rows, run.store, **kept) | {"generation": written}
 
 
 def _measure_models(

@@ -41,6 +41,7 @@ Pages = Annotated[
     ),
 ]
 MEASURED = ("text", "tasks", "suite", "retrieval", "generation")  # of which at least one is given
+NOTHING = "there is nothing to measure; give --text, --tasks, --suite, --retrieval or --generation"
 OF_TASKS = (
     "data",
     "include_path",
@@ -79,9 +80,7 @@ def command(
 
     def work(_: TextIO) -> dict[str, Any]:
         if not any(options[name] for name in MEASURED):
-            raise MhconvertError(
-                "there is nothing to measure; give --text, --tasks, --suite, --retrieval or --generation"
-            )
+            raise MhconvertError(NOTHING)
         settings = EvalSettings(**values_of(GROUP, options))
         calm_harness(debug)
         from mhconvert import api

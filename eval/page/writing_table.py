@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..report.units import number, share
+from ..writing.verdict import HOW
 from .blocks import Block, Cell, Heading, Paragraph, Table
 from .task_table import LEGEND, difference_text, value_text
 
@@ -20,7 +21,6 @@ LABELS = {
     "tokens": "length, tokens",
     "format": "keep the format",
 }
-HOW = ("greedy", "sampled")
 Generation = Mapping[str, Any]  # `generation` of a result of `mhconvert eval`
 
 
@@ -51,34 +51,17 @@ def title(found: Generation) -> str:
 def figure_rows(found: Generation) -> list[list[Cell]]:
     """A row for each figure: its name, then a cell for each model, the donor first."""
     others = found["models"][1:]
-    rows = [
-        [Cell("KL on its sampled texts, nats a token"), Cell("0"), *map(_kl, others)],
-        [Cell("the donor's perplexity on them"), *map(_perplexity, found["models"])],
-        [
-            Cell("tokens until half of its texts are told apart"),
-            Cell(""),
-            *(Cell(str(each["drift_tokens"] or "never")) for each in others),
-        ],
-        [Cell("tokens until greedy texts differ"), Cell(""), *map(_divergence, others)],
-        [
-            Cell("log-probability in the donor of what is then written"),
-            Cell(""),
-            *(Cell(number(each["divergence"]["log_prob"])) for each in others),
-        ],
-    ]
-    rows.append(
-        [
-            Cell("length of sampled texts, times the donor's"),
-            Cell(""),
-            *(Cell(number(each["length_ratio"])) for each in others),
-        ]
-    )
+    rows = [[Cell("the donor's perplexity on sampled texts"), *map(_perplexity, found["models"])]]
+    if others:
+        rows = [[Cell("KL on sampled texts, nats a token"), Cell("0"), *map(_kl, others)], *rows]
+    for label, cell in OF_PAIRS.items() if others else ():
+        rows.append([Cell(label), Cell(""), *map(cell, others)])
     for name, label in LABELS.items():
         for how in HOW:
             cells = [_cell(each[how][name], name in SHARES) for each in found["models"]]
             if any(cell.text for cell in cells):
                 rows.append([Cell(label, how), *cells])
-    return rows if others else [row for row in rows if row[0].note or row[1].text not in ("", "0")]
+    return rows
 
 
 def _kl(model: Generation) -> Cell:
@@ -102,6 +85,16 @@ def _divergence(model: Generation) -> Cell:
     found = model["divergence"]
     median = "" if found["tokens"] is None else f"{found['tokens']:g}"
     return Cell(median or "never", f"{share(found['equal'])} the same" if median else "")
+
+
+OF_PAIRS: dict[str, Callable[[Generation], Cell]] = {  # what only a converted model has
+    "tokens until half of them are told apart": lambda model: Cell(str(model["drift_tokens"] or "never")),
+    "tokens until greedy texts differ": _divergence,
+    "log-probability in the donor of what is then written": lambda model: Cell(
+        number(model["divergence"]["log_prob"])
+    ),
+    "length of sampled texts, times the donor's": lambda model: Cell(number(model["length_ratio"])),
+}
 
 
 def _cell(found: Generation, percent: bool) -> Cell:

@@ -147,7 +147,11 @@ def _judged(writer: Writer, donor: Writer, texts: Sequence[Text]) -> list[Judged
     """What the donor makes of each text of the writer."""
     found: list[Judged] = []
     for asked, donor_asked, text in zip(writer.rows, donor.rows, texts, strict=True):
-        key = {"judged": _digest([asked, donor_asked, text["tokens"]]), **_pair(writer, donor)}
+        key = {
+            "judged": _digest([asked, donor_asked, text["tokens"]]),
+            "writer": writer.key(),
+            "donor": donor.key(),
+        }
         judged = None if writer.fresh else writer.store.load(key)
         if judged is None:
             judged = continuations.judge(writer.lazy.model, donor.lazy.model, asked, donor_asked, text)
@@ -174,10 +178,6 @@ def _divergences(
                 donor.store.save(key, log_prob)
         found.append(Divergence(at, log_prob))
     return found
-
-
-def _pair(writer: Writer, donor: Writer) -> dict[str, Any]:
-    return {"writer": writer.key(), "donor": donor.key()}
 
 
 def _asked_otherwise(writer: Writer, donor: Writer) -> str | None:

@@ -12,7 +12,8 @@ ERRORS = 3.0  # standard errors from which on a figure is another than the donor
 MORE_LOOPS = 0.15  # share of texts that loop, beyond the donor's
 
 AS_DONOR, DRIFTS, LOOPS = "writes as its donor does", "drifts", "loops"
-LESS_MORE = {  # a figure of sampled texts -> what is said where it is smaller, and where it is larger
+HOW = ("greedy", "sampled")
+LESS_MORE = {  # a figure -> what is said where it is smaller, and where it is larger
     "nats": ("writes what the donor finds likelier", "writes what the donor finds less likely"),
     "distinct_4": ("repeats itself more", "repeats itself less"),
     "ends": ("ends by itself less often", "ends by itself more often"),
@@ -47,12 +48,8 @@ def verdict(model: Mapping[str, Any], template: str | None) -> dict[str, Any]:
     model: the figures of a converted model, with drift_tokens. template: how its prompts differ from the donor's.
     """
     notes = [template] if template else []
-    notes += [
-        words[difference > 0]
-        for name, words in LESS_MORE.items()
-        if (difference := _beyond(model["sampled"][name])) is not None
-    ]
-    loops = [model[how]["loops"] for how in ("greedy", "sampled")]
+    notes += [words for name in LESS_MORE for words in _noted(model, name)]
+    loops = [model[how]["loops"] for how in HOW]
     worst = max(loops, key=lambda found: found["difference"] or 0.0)
     tokens = model["drift_tokens"]
     drift = f"drifts after about {tokens} token{'s' * (tokens != 1)}" if tokens else ""
@@ -66,6 +63,14 @@ def verdict(model: Mapping[str, Any], template: str | None) -> dict[str, Any]:
     else:
         kind, words = AS_DONOR, AS_DONOR
     return {"verdict": kind, "words": words, "notes": notes}
+
+
+def _noted(model: Mapping[str, Any], name: str) -> list[str]:
+    """What is said of a figure, once, where it is another than the donor's."""
+    found = (_beyond(model[how][name]) for how in HOW if name in model[how])
+    return list(
+        dict.fromkeys(LESS_MORE[name][difference > 0] for difference in found if difference is not None)
+    )
 
 
 def sentence(found: Mapping[str, Any]) -> str:

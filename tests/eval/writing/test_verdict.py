@@ -109,6 +109,15 @@ def test_other_figures_are_told_beyond_three_errors(changed: dict[str, Any], wor
     assert other["verdict"] == ("drifts" if words else "writes as its donor does")
 
 
+def test_greedy_texts_are_looked_at_too() -> None:
+    other = found(greedy={"format": [None, 0.0] * 4}, sampled={"format": [None, 0.0] * 4})
+    assert (
+        other["notes"]
+        == found(greedy={"format": [None, 0.0] * 4})["notes"]
+        == ["keeps the format less often"]
+    )
+
+
 def test_a_lost_template_is_said_first() -> None:
     assert found(template="has lost its donor's chat template")["notes"] == [
         "has lost its donor's chat template"
