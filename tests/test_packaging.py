@@ -60,7 +60,9 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     expected = {"mhconvert/py.typed"}
     for name, place in code_folders().items():
-        files = [file for kind in ("py", "yaml", "sha256") for file in (ROOT / place).glob(f"*.{kind}")]
+        files = [
+            file for kind in ("py", "yaml", "jsonl", "sha256") for file in (ROOT / place).glob(f"*.{kind}")
+        ]
         data = [
             file
             for folder in (ROOT / place).iterdir()

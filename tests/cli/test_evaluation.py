@@ -110,23 +110,6 @@ def test_what_models_write(here: Cli, pair: tuple[Path, Path], tmp_path: Path) -
         assert f"In its own texts it {found['words']}" in content
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--suite", "quick", "--prompts", "a.txt"], "--prompts is of --generation: give that too"),
-        (["--suite", "quick", "--max-new-tokens", "9"], "--max-new-tokens is of --generation"),
-        (["--generation", "--limit", "9"], "--limit is of tasks: name some"),
-        (["--retrieval", "--batch-size", "9"], "--batch-size is of tasks and --generation"),
-        (["--text", "a.txt", "--dtype", "float32"], "--dtype is of tasks, --retrieval and --generation"),
-    ],
-)
-def test_options_of_what_is_not_measured(
-    main: Main, capsys: pytest.CaptureFixture[str], pair: tuple[Path, Path], words: list[str], message: str
-) -> None:
-    assert main("eval", pair[0], *words) == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
-
-
 def test_a_checkpoint_without_tokenizer(
     main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -100,7 +100,11 @@ def test_every_stage_is_read(file: Path) -> None:
             "clip: 1",
             "line 8: there is nothing to do; say how many tokens to heal on, for example 20M",
         ),
-        ("quick", "slow", "line 12: eval.suite: 'slow' is not one of quick, transmla, moh, dha, open-llm"),
+        (
+            "quick",
+            "slow",
+            "line 12: eval.suite: 'slow' is not one of quick, standard, transmla, moh, dha, open-llm",
+        ),
         ("piqa", "[piqa, '']", "line 13: eval.tasks has an empty name"),
         ("tasks: piqa", "limit: 0", "line 13: eval.limit=0 is too small; use at least 1"),
         ("tasks: piqa", "chat_template: maybe", "line 13: eval.chat_template: 'maybe' is not true or false"),
@@ -263,8 +267,8 @@ def test_overrides_take_stages_out_and_begin_them(file: Path) -> None:
         ("eval.limit=0", "--set eval.limit=0: eval.limit=0 is too small; use at least 1"),
         (
             "eval={limit: 3}",
-            "--set eval={limit: 3}: there is nothing to evaluate; name a suite, tasks or text, or set retrieval: "
-            "true",
+            "--set eval={limit: 3}: there is nothing to evaluate; name a suite, tasks or text, or set retrieval "
+            "or generation: true",
         ),
         (
             "heal={token: 3}",
@@ -283,8 +287,11 @@ def test_overrides_that_are_refused(file: Path, override: str, expected: str) ->
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({}, "there is nothing to evaluate; name a suite, tasks or text, or set retrieval: true"),
-        ({"suite": "slow"}, "suite 'slow' is not one of quick, transmla, moh, dha, open-llm"),
+        (
+            {},
+            "there is nothing to evaluate; name a suite, tasks or text, or set retrieval or generation: true",
+        ),
+        ({"suite": "slow"}, "suite 'slow' is not one of quick, standard, transmla, moh, dha, open-llm"),
         ({"suite": "quick", "backend": "x"}, "backend 'x' is not one of hf, vllm"),
         ({"retrieval": True, "sequence_length": 4}, "sequence_length=4 is too small; use at least 8"),
         ({"text": "a.txt", "num_fewshot": -1}, "num_fewshot=-1 is too small; use at least 0"),
@@ -414,7 +421,7 @@ def test_faults_of_all_stages_are_told_together(file: Path) -> None:
     said = message(file, text)
     for part in (
         "run.yaml, line 5: settings.kv_budget=3 is outside (0, 1]; it is a share of the donor's KV cache; ",
-        "; run.yaml, line 12: eval.suite: 'slow' is not one of quick, transmla, moh, dha, open-llm; ",
+        "; run.yaml, line 12: eval.suite: 'slow' is not one of quick, standard, transmla, moh, dha, open-llm; ",
         "; run.yaml, line 13: eval.limit=0 is too small; use at least 1; ",
         f"; run.yaml, line 15: export has no key 'too'; did you mean to? (it has {EXPORT_KEYS}); ",
         "; run.yaml, line 14: export: the key 'to' is missing; ",
