@@ -67,7 +67,7 @@ def generate(
     """See `mhconvert.api.generate`."""
     serving.require(opened, options.kv_cache_dtype)
     tokenizer = opened.tokenizer()
-    encoded = _encode(tokenizer, prompt, options.chat)
+    encoded = encode(tokenizer, prompt, options.chat)
     if encoded["input_ids"].shape[1] == 0:
         raise MhconvertError("the prompt has no tokens; give some text")
     require_embedded(encoded["input_ids"], tokenizer, opened.vocab_size)
@@ -76,7 +76,8 @@ def generate(
     if on_text is not None and not options.chat:
         on_text(prompt)
     started = time.perf_counter()
-    output = _generate(model, encoded, options, _CallbackStreamer(tokenizer, on_text) if on_text else None)
+    streamer = _CallbackStreamer(tokenizer, on_text) if on_text else None
+    output = continue_rows(model, encoded, options, streamer=streamer)
     generated = output.sequences[0, encoded["input_ids"].shape[1] :]
     cache = output.past_key_values
     return {
@@ -91,7 +92,13 @@ def generate(
     }
 
 
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
+def encode(
+    tokenizer: Any, prompt: str, chat: bool, remedy: str = "leave --chat away"
+) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (1, length) of the prompt, of a user message in the chat template with `chat`.
+
+    Raises MhconvertError, with the remedy, where the template refuses it.
+    """
     if chat and not tokenizer.chat_template:
         raise MhconvertError(
             "this model has no chat template; leave --chat away to continue the prompt as text"
@@ -99,21 +106,25 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
     if (fault := lone_surrogate(prompt)) is not None:
         raise MhconvertError(f"the prompt cannot be used: {fault}")
     if chat:
-        prompt = _in_template(tokenizer, prompt)
+        prompt = _in_template(tokenizer, prompt, remedy)
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def _in_template(tokenizer: Any, prompt: str) -> str:
+def _in_template(tokenizer: Any, prompt: str, remedy: str) -> str:
     messages = [{"role": "user", "content": prompt}]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program, which raises errors of many classes
         reason = " ".join(str(error).split())
-        raise MhconvertError(f"the chat template refuses the prompt: {reason}; leave --chat away") from error
+        raise MhconvertError(f"the chat template refuses the prompt: {reason}; {remedy}") from error
 
 
-def _generate(model: Any, encoded: dict[str, torch.Tensor], options: Options, streamer: Any) -> Any:
+def continue_rows(model: Any, encoded: dict[str, torch.Tensor], options: Options, **arguments: Any) -> Any:
+    """What transformers' `generate` returns of rows (rows, length) that are padded on the left.
+
+    options: max_new_tokens, temperature and seed are used. arguments: more of `generate`.
+    """
     sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
     greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     torch.manual_seed(options.seed)
@@ -123,5 +134,5 @@ def _generate(model: Any, encoded: dict[str, torch.Tensor], options: Options, st
             **(sampling if options.temperature > 0 else greedy),
             max_new_tokens=options.max_new_tokens,
             return_dict_in_generate=True,
-            streamer=streamer,
+            **arguments,
         )
