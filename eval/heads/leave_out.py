@@ -28,7 +28,7 @@ Head = tuple[int, int]  # (layer, head)
 class Texts:
     """Rows of token ids, each (T,), and whether only the prediction behind the last token counts."""
 
-    rows: Sequence[Tensor]
+    rows: Sequence[Tensor] | Tensor
     last: bool
 
 
