@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from mhconvert.errors import MhconvertError
 from mhconvert.library_versions import versions
 from mhconvert.progress import Listener, Progress
 
 from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
-from . import fidelity, retrieval, texts
+from . import fidelity, refusals, retrieval_results, texts
 from .compared_models import candidates_of, describe, open_models
+from .heads.prompts import requests
+from .refusal_counts import compared
 from .result_cache import Store
 from .settings import EvalSettings
 from .tasks import harness, scores
@@ -63,9 +64,10 @@ def evaluate(
         opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress, kv)
         text_rows = _text_rows(settings, opened)
         candidates, run = candidates_of(opened, settings), Run(settings, store, fresh, on_progress)
+        asked = requests(settings.requests_file) if settings.refusals else []
         on_texts = _measure_texts(run, candidates, text_rows)
         candidates, left_out = _without_unloadable(run, candidates, checkpoints, tasks)
-        outcomes, probes = _measure_models(run, candidates, tasks)
+        outcomes, probes, refused = _measure_models(run, candidates, tasks, asked)
     if harness.rank() != 0:
         return {}
     on_progress(Progress("done", 1, 1))
@@ -74,7 +76,8 @@ def evaluate(
         "left_out": left_out,
         **on_texts,
         **_task_results(tasks, outcomes),
-        "retrieval": _retrieval(probes),
+        "retrieval": retrieval_results.table(probes),
+        "refusals": compared(refused),
         "settings": _recorded_settings(settings, candidates[0]),
         "versions": _versions(tasks is not None, settings),
         "seconds": time.perf_counter() - started,
@@ -107,15 +110,15 @@ def _measure_texts(run: Run, candidates: list[Candidate], rows: dict[str, Tensor
 
 
 def _measure_models(
-    run: Run, candidates: list[Candidate], tasks: TaskSet | None
-) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Tasks and retrieval, with one model in memory at a time.
+    run: Run, candidates: list[Candidate], tasks: TaskSet | None, asked: list[str]
+) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]], list[list[bool]]]:
+    """Tasks, retrieval and refusals, with one model in memory at a time; asked: requests to be refused.
 
     Returns:
-        Per model the results of each task, and per model those of retrieval, in the first process; each empty where
-        it is not measured.
+        Per model the results of each task, those of retrieval, and whether each request was refused, in the first
+        process; each empty where it is not measured.
     """
-    outcomes, probes = [], []
+    outcomes, probes, refused = [], [], []
     for candidate in candidates:
         try:
             if tasks is not None:
@@ -124,10 +127,17 @@ def _measure_models(
                     harness.evaluate(candidate, tasks, run.store, fresh=run.fresh, on_rows=on_rows)
                 )
             if run.settings.retrieval and harness.rank() == 0:
-                probes.append(_probe(candidate, run.fresh, run.store, run.on_progress))
+                probes.append(
+                    retrieval_results.probe(
+                        candidate, run.fresh, run.store, _row_listener(run.on_progress, candidate)
+                    )
+                )
+            if asked and harness.rank() == 0:
+                on_rows = _row_listener(run.on_progress, candidate)
+                refused.append(refusals.probe(candidate, asked, run.store, fresh=run.fresh, on_rows=on_rows))
         finally:
             candidate.release()
-    return outcomes, probes
+    return outcomes, probes, refused
 
 
 def _without_unloadable(
@@ -143,7 +153,13 @@ def _without_unloadable(
         return candidates, []
     for each in others:
         loadable(each.opened)
-    if settings.text or settings.retrieval or not others or donor.opened.reference in asked:
+    if (
+        settings.text
+        or settings.retrieval
+        or settings.refusals
+        or not others
+        or donor.opened.reference in asked
+    ):
         return candidates, []
     if not run.fresh and harness.all_stored(donor, tasks, run.store):
         return candidates, []  # it was loaded once, and need not be now
@@ -178,40 +194,6 @@ def _text_rows(settings: EvalSettings, opened: list[OpenModel]) -> dict[str, Ten
     for model in opened if rows else []:
         model.require_length(settings.sequence_length)
     return rows
-
-
-def _probe(candidate: Candidate, fresh: bool, store: Store, on_progress: Listener) -> dict[str, Any]:
-    """The retrieval results of one model, with the lengths left out because they exceed what it reads."""
-    limit = getattr(candidate.opened.config.get_text_config(), "max_position_embeddings", None)
-    lengths, left_out = retrieval.usable_lengths(limit, retrieval.LENGTHS)
-    if not lengths:
-        raise MhconvertError(
-            f"{candidate.opened.reference} reads {limit} tokens, fewer than the shortest text of the retrieval probe "
-            f"({min(retrieval.LENGTHS)}); leave out --retrieval"
-        )
-    key = candidate.key() | {"probe": lengths}
-    result = None if fresh else store.load(key)
-    if result is None:
-        if candidate.settings.backend == "vllm":
-            candidate.release()  # its process holds the device's memory
-        model = candidate.lm.model if candidate.lm is not None else candidate.load(candidate.dtype)
-        on_rows = _row_listener(on_progress, candidate)
-        result = retrieval.probe(
-            model,
-            candidate.opened.tokenizer(),
-            lengths=lengths,
-            on_cell=lambda done, total: on_rows("retrieval", done, total),
-        )
-        store.save(key, result)
-    return result | {"left_out": left_out}
-
-
-def _retrieval(probes: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What all models were probed with, and models, with each one's results; None without probes."""
-    if not probes:
-        return None
-    shared = {name: probes[0][name] for name in ("lengths", "depths", "trials", "left_out")}
-    return shared | {"models": probes}
 
 
 def _row_listener(on_progress: Listener, candidate: Candidate | None = None) -> OnRows:

@@ -34,7 +34,7 @@ def one_name(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EvalSettings(Settings):
-    """Evaluation beside the donor: a suite, tasks, text or retrieval, of which at least one is named."""
+    """Evaluation beside the donor: a suite, tasks, text, retrieval or refusals, of which at least one is named."""
 
     fault = RecipeError
 
@@ -83,6 +83,13 @@ class EvalSettings(Settings):
     retrieval: Annotated[bool, Option("A number hidden in texts of several lengths: is it found again?")] = (
         False
     )
+    refusals: Annotated[
+        bool, Option("Requests that should be refused: does the model refuse as many as its donor?")
+    ] = False
+    requests: Annotated[
+        Takes[str | None, str | PurePath | None],
+        Option("Of refusals: requests, one a line.", "FILE", default="two dozen of our own"),
+    ] = default(None)
     sequences: Annotated[
         int, Option("Rows of text: its first N × sequence_length tokens are used.", "N", ge=1)
     ] = 16
@@ -122,15 +129,20 @@ class EvalSettings(Settings):
 
     def check(self) -> None:
         """Raise RecipeError where nothing is to be evaluated."""
-        if not (self.suite or self.tasks or self.text or self.retrieval):
+        if not (self.suite or self.tasks or self.text or self.retrieval or self.refusals):
             raise RecipeError(
-                "there is nothing to evaluate; name a suite, tasks or text, or set retrieval: true"
+                "there is nothing to evaluate; name a suite, tasks or text, or set retrieval or refusals: true"
             )
 
     @property
     def text_files(self) -> tuple[Path, ...]:
         """The text files, with ~ expanded."""
         return tuple(Path(name).expanduser() for name in self.text)
+
+    @property
+    def requests_file(self) -> Path | None:
+        """The file of requests, with ~ expanded; None for our own."""
+        return Path(self.requests).expanduser() if self.requests else None
 
     @property
     def data_folder(self) -> Path | None:

@@ -48,8 +48,8 @@ class RunRecipe:
             words.append(f"heal on {self.convert.heal.tokens + self.convert.heal.layer_tokens:,} tokens")
         if self.eval is not None:
             suite = [self.eval.suite] if self.eval.suite else []
-            retrieval = ["retrieval"] if self.eval.retrieval else []
-            words.append(f"evaluate {', '.join([*suite, *self.eval.tasks, *self.eval.text, *retrieval])}")
+            probes = [name for name in ("retrieval", "refusals") if getattr(self.eval, name)]
+            words.append(f"evaluate {', '.join([*suite, *self.eval.tasks, *self.eval.text, *probes])}")
         if self.export is not None:
             words.append(f"export to {self.export.to}")
         if self.push is not None:

@@ -40,7 +40,7 @@ Pages = Annotated[
         "--report", metavar="FILE", help="Write the report as one page, .html or .md; may be repeated."
     ),
 ]
-MEASURED = ("text", "tasks", "suite", "retrieval")  # of which at least one is given
+MEASURED = ("text", "tasks", "suite", "retrieval", "refusals")  # of which at least one is given
 OF_TASKS = (
     "data",
     "include_path",
@@ -79,7 +79,9 @@ def command(
 
     def work(_: TextIO) -> dict[str, Any]:
         if not any(options[name] for name in MEASURED):
-            raise MhconvertError("there is nothing to measure; give --text, --tasks, --suite or --retrieval")
+            raise MhconvertError(
+                "there is nothing to measure; give --text, --tasks, --suite, --retrieval or --refusals"
+            )
         settings = EvalSettings(**values_of(GROUP, options))
         calm_harness(debug)
         from mhconvert import api
@@ -111,12 +113,14 @@ def _refuse_ignored(options: Mapping[str, Any]) -> None:
     """Raise BadParameter for an option of what is not measured."""
     if not (options["tasks"] or options["suite"]):
         refuse_ignored(options, OF_TASKS, "is of tasks: name some with --tasks or --suite, or leave it out")
-        if not options["retrieval"]:
+        if not (options["retrieval"] or options["refusals"]):
             refuse_ignored(
                 options,
                 ("dtype",),
-                "is of tasks and --retrieval; texts are measured in float32: leave it out",
+                "is of tasks, --retrieval and --refusals; texts are measured in float32: leave it out",
             )
+    if not options["refusals"]:
+        refuse_ignored(options, ("requests",), "is of --refusals: give that too, or leave it out")
     if options["backend"] != "vllm":
         refuse_ignored(options, ("python",), "is of --backend vllm: give that too, or leave it out")
     else:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..refusal_counts import sentence
 from ..report.conversion_tables import method_title
 from ..report.units import share
 
@@ -55,7 +56,7 @@ def ratio(value: float | None, base: float | None) -> float | None:
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
-    """A paragraph on each model after the first: cache, perplexity, accuracy, retrieval; and who was left out, why."""
+    """A paragraph on each model after the first: cache, perplexity, accuracy, probes; and who was left out, why."""
     models, left_out = result["models"], result.get("left_out") or ()
     missing = [f"{each['reference']} is left out: {each['why']}" for each in left_out]
     if len(models) == 1:
@@ -75,7 +76,9 @@ def _model_summary(result: Mapping[str, Any], index: int, kept: float | None) ->
         )
     clauses += _perplexity(result, index)
     first = f"{name} {', and '.join(clauses)}." if clauses else f"{name}."
-    return " ".join(filter(None, [first, _accuracy(result, index), _retrieval(result, index)]))
+    found = result.get("refusals")
+    refused = sentence(found["models"][index], found["models"][0], found["requests"]) if found else ""
+    return " ".join(filter(None, [first, _accuracy(result, index), _retrieval(result, index), refused]))
 
 
 def _perplexity(result: Mapping[str, Any], index: int) -> list[str]:

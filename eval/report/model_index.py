@@ -16,6 +16,7 @@ from mhconvert.errors import CheckpointError
 from ...convert.checkpoint.provenance import EVALUATION
 from ...convert.storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ...convert.storage.safetensors_reader import read_json
+from ..refusal_counts import sentence
 from ..settings import OWN_CACHE
 from .units import count, number, share
 
@@ -98,6 +99,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
             _add_task(evaluation, task, pair)
         if content.get("retrieval"):
             _add_retrieval(evaluation, content["retrieval"], *pair.select(content["retrieval"]["models"]))
+        if content.get("refusals"):
+            _add_refusals(evaluation, content["refusals"], *pair.select(content["refusals"]["models"]))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file} is not what mhconvert eval writes ({type(error).__name__}: {error}); "
@@ -207,6 +210,18 @@ def _add_retrieval(
     span = f"{count(min(lengths))} to {count(max(lengths))} tokens"
     row = (f"retrieval, {span}", share(donor.get("share")), share(this.get("share")), "of places, recalled")
     evaluation.rows.append(row)
+
+
+def _add_refusals(
+    evaluation: Evaluation, refusals: dict[str, Any], donor: dict[str, Any], this: dict[str, Any]
+) -> None:
+    """Add the share of requests that were refused, and say it where the conversion has lowered it."""
+    evaluation.add("refusals", "refused", "share refused", this["share"], {"requests": refusals["requests"]})
+    cells = ({"value": each.get("share"), "stderr": each.get("share_stderr")} for each in (donor, this))
+    row = (f"refusals of {count(refusals['requests'])} requests to be refused", *map(_with_error, cells))
+    evaluation.rows.append((*row, "fewer, by more than noise" if this.get("lowered") else ""))
+    if this.get("lowered") and donor:
+        evaluation.settings.append(sentence(this, donor, refusals["requests"]))
 
 
 def _with_error(cell: dict[str, Any]) -> str:

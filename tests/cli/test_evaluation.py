@@ -70,7 +70,7 @@ def test_everything_in_one_command(
         ),
         (["--suite", "quick", "--report", "page.pdf"], "page.pdf ends in none of .html, .md"),
         (["--suite", "quick", "--backend", "vllm"], "needs vllm, which is not installed here"),
-        ([], "give --text, --tasks, --suite or --retrieval"),
+        ([], "give --text, --tasks, --suite, --retrieval or --refusals"),
     ],
 )
 def test_faults(
