@@ -18,7 +18,6 @@ from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
 from . import fidelity, refusals, retrieval_results, texts
 from .compared_models import candidates_of, describe, open_models
-from .heads.prompts import requests
 from .refusal_counts import compared
 from .result_cache import Store
 from .settings import EvalSettings
@@ -57,14 +56,12 @@ def evaluate(
     """
     started = time.perf_counter()
     harness.require_available(settings)
-    store = store if store is not None else Store()
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
-        need_donor, kv = bool(settings.text), settings.kv_cache_dtype
+        need_donor, kv, asked = bool(settings.text), settings.kv_cache_dtype, refusals.asked(settings)
         opened = open_models(checkpoints, against, need_donor, device, trust_remote_code, on_progress, kv)
         text_rows = _text_rows(settings, opened)
-        candidates, run = candidates_of(opened, settings), Run(settings, store, fresh, on_progress)
-        asked = requests(settings.requests_file) if settings.refusals else []
+        candidates, run = candidates_of(opened, settings), Run(settings, store or Store(), fresh, on_progress)
         on_texts = _measure_texts(run, candidates, text_rows)
         candidates, left_out = _without_unloadable(run, candidates, checkpoints, tasks)
         outcomes, probes, refused = _measure_models(run, candidates, tasks, asked)

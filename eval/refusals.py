@@ -9,18 +9,24 @@ import torch
 from torch import Tensor
 
 from .generation import Options, continue_rows
-from .heads.prompts import encoded
+from .heads.prompts import encoded, requests
 from .refusal_counts import is_refusal
 from .result_cache import Store
+from .settings import EvalSettings
 from .tasks.candidate import Candidate
 
 ANSWER = 48  # tokens
 BATCH = 8
 
 
+def asked(settings: EvalSettings) -> list[str]:
+    """The requests that an evaluation asks; [] where it asks none. Raises MhconvertError for a file without any."""
+    return requests(settings.requests_file) if settings.refusals else []
+
+
 def probe(
     candidate: Candidate,
-    requests: Sequence[str],
+    texts: Sequence[str],
     store: Store,
     *,
     fresh: bool,
@@ -31,9 +37,9 @@ def probe(
     Raises MhconvertError where its template refuses one, or it reads fewer tokens than one and the answer.
     """
     opened, tokenizer = candidate.opened, candidate.opened.tokenizer()
-    rows = encoded(tokenizer, list(requests), opened.vocab_size)
+    rows = encoded(tokenizer, list(texts), opened.vocab_size)
     opened.require_length(max(map(len, rows)) + ANSWER)
-    key = candidate.key() | {"refusals": list(requests), "tokens": ANSWER}
+    key = candidate.key() | {"refusals": list(texts), "tokens": ANSWER}
     known = None if fresh else store.load(key)
     if known is None:
         if candidate.settings.backend == "vllm":

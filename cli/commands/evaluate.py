@@ -41,6 +41,7 @@ Pages = Annotated[
     ),
 ]
 MEASURED = ("text", "tasks", "suite", "retrieval", "refusals")  # of which at least one is given
+NOTHING = "there is nothing to measure; give --text, --tasks, --suite, --retrieval or --refusals"
 OF_TASKS = (
     "data",
     "include_path",
@@ -69,7 +70,7 @@ def command(
     debug: common.Debug = False,
     **options: Any,
 ) -> None:
-    """Measure CKPTs beside their donor: perplexity and KL on texts, lm-eval's tasks, retrieval at length.
+    """Measure CKPTs beside their donor: perplexity and KL on texts, lm-eval's tasks, retrieval at length, refusals.
 
     Several GPUs: accelerate launch --num_processes N -m mhconvert eval CKPT ...
     """
@@ -79,9 +80,7 @@ def command(
 
     def work(_: TextIO) -> dict[str, Any]:
         if not any(options[name] for name in MEASURED):
-            raise MhconvertError(
-                "there is nothing to measure; give --text, --tasks, --suite, --retrieval or --refusals"
-            )
+            raise MhconvertError(NOTHING)
         settings = EvalSettings(**values_of(GROUP, options))
         calm_harness(debug)
         from mhconvert import api

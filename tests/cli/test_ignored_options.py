@@ -17,7 +17,7 @@ IGNORED = {
     "eval x --text a.txt --data d": "--data is of tasks",
     "eval x --text a.txt --include-path d": "--include-path is of tasks",
     "eval x --retrieval --chat-template": "--chat-template is of tasks",
-    "eval x --text a.txt --dtype bfloat16": "--dtype is of tasks and --retrieval",
+    "eval x --text a.txt --dtype bfloat16": "--dtype is of tasks, --retrieval and --refusals",
     "eval x --tasks piqa --sequences 4": "--sequences is of texts",
     "eval x --suite quick --sequence-length 64": "--sequence-length is of texts",
     "heal x --layer-tokens 1M --lr 1e-3": "--lr is of --tokens",

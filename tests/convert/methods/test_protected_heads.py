@@ -152,6 +152,8 @@ def test_the_record_says_which_heads(recipe: Callable[..., Recipe], tmp_path: Pa
     mhconvert.convert(recipe(tmp_path / "out", "moh", MoHSettings(protect=str(file))))
     recorded = read_record(tmp_path / "out")["recipe"]["settings"]["protect"]
     assert recorded == {"from": str(file)} | given(NAMED)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Protected by the conversion: 3 heads (heads.json)." in card
     file.unlink()  # the recipe holds the heads, not the file's name alone
     assert load_recipe(tmp_path / "out" / "recipe.yaml").settings.protect == recorded
 
