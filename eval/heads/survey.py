@@ -21,7 +21,7 @@ from ...convert.open_model import OpenModel, open_model
 from ..fidelity import text_rows
 from ..needle_text import make_case
 from .attention_scores import repetition, retrieval
-from .leave_out import Head, Texts, estimated, greedy_set, measured
+from .leave_out import Head, Texts, estimated, greedy_set, measured, shape
 from .prompts import encoded, requests
 
 ROWS, ROW = 8, 128  # of calibration text, and tokens of a row
@@ -85,7 +85,7 @@ def survey(
         work.left_out("importance", Texts(work.rows(), last=False), ROW_SAMPLES, found)
     if "safety" in asked.kinds:
         work.left_out("safety", Texts(prompts, last=True), PROMPT_SAMPLES, found)
-    layers, heads = len(model.get_decoder().layers), model.config.get_text_config().num_attention_heads
+    layers, heads = shape(model)
     settings = {"prompts": len(prompts), "rows": ROWS, "row": ROW, "text": str(asked.text or "self")}
     on_progress(Progress("heads", 1, 1))
     found |= {"layers": layers, "heads": heads, "protect": protected(found, layers)}
@@ -102,19 +102,22 @@ class Work:
     on_progress: Listener
 
     def retrieval(self) -> dict[str, Any]:
-        """retrieval: how often a head looks most at the token to be copied; needle_attention: its attention to it."""
+        """retrieval: how often a head looks most at the token to be copied; needle_attention: its attention to it.
+
+        {} where the model reads fewer tokens than such a text has, or cuts a number otherwise behind the question, so
+        that it is not copied token by token.
+        """
         limit = getattr(self.opened.config, "max_position_embeddings", None) or NEEDLE_TEXT
-        tokenizer, length = self.opened.tokenizer(), min(NEEDLE_TEXT, limit)
+        if limit < NEEDLE_TEXT:
+            return {}
+        tokenizer = self.opened.tokenizer()
         cases = [
-            make_case(tokenizer, length, depth, trial=trial)
+            make_case(tokenizer, NEEDLE_TEXT, depth, trial=trial)
             for depth, trial in itertools.product(DEPTHS, range(TRIALS))
         ]
         found = retrieval(self.model, cases)
         if found is None:
-            raise MhconvertError(
-                "the tokenizer cuts a number in a text otherwise than behind a question, so that no head can copy it "
-                "token by token; heads that retrieve cannot be told for this model"
-            )
+            return {}
         most, attention = found.unbind(1)
         return {"retrieval": most.tolist(), "needle_attention": attention.tolist()}
 

@@ -10,7 +10,7 @@ from typing import Any
 from mhconvert.convert.methods.registry import ADAPTERS
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
-from mhconvert.errors import MhconvertError
+from mhconvert.errors import BudgetError, MhconvertError
 from mhconvert.progress import Listener, ignore
 
 
@@ -54,7 +54,10 @@ def _with_measured_heads(recipe: Recipe, on_progress: Listener) -> Recipe:
 
     pipeline.plan(recipe)  # whose refusals come first
     found = survey(recipe.model, Asked((word,)), recipe.device, recipe.trust_remote_code, on_progress)
-    settings = dataclasses.replace(recipe.settings, protect=found["protect"][word])
+    heads = found["protect"].get(word, {"layers": []})
+    if not any(layer["heads"] for layer in heads["layers"]):
+        raise BudgetError(f"protect {word}: no head of {recipe.model} was found to do that; leave it out")
+    settings = dataclasses.replace(recipe.settings, protect=heads)
     return dataclasses.replace(recipe, settings=settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,17 @@ def test_a_word_is_measured_on_the_donor(recipe: Callable[..., Recipe], tmp_path
     assert sum(len(layer["heads"]) for layer in measured["protect"]["safety"]["layers"]) == 2  # 5 % of 24
     for layer, said in zip(record["layers"], measured["protect"]["safety"]["layers"], strict=True):
         assert set(said["heads"]) <= set(layer["shared_heads"])
+
+
+def test_a_donor_without_such_heads(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Random weights copy nothing; and a donor that reads short texts alone is not asked to."""
+    short = make_donor(tmp_path / "short", max_position_embeddings=128)
+    for model in (None, str(short)):
+        asked = recipe(tmp_path / "out", "moh", MoHSettings(protect="retrieval"))
+        asked = replace(asked, model=model) if model else asked
+        with pytest.raises(BudgetError, match="protect retrieval: no head of .* was found to do that"):
+            mhconvert.convert(asked)
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
