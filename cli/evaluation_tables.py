@@ -11,7 +11,7 @@ NOISE = "≈: within two standard errors of the paired difference from the first
 
 
 def show(result: dict[str, Any], console: Any) -> None:
-    """Print the tables that an evaluation has: models and texts, tasks, retrieval, generation."""
+    """Print the tables that an evaluation has: models and texts, tasks, retrieval, generation, refusals."""
     names = [model["name"] for model in result["models"]]
     for model in result["left_out"]:
         console.out(f"{model['reference']} is left out: {model['why']}", highlight=False)
@@ -23,6 +23,8 @@ def show(result: dict[str, Any], console: Any) -> None:
         _retrieval(result, names, console)
     if result["generation"]:
         _generation(result, names, console)
+    if result["refusals"]:
+        _refusals(result, names, console)
     for file in result.get("kept_aside", ()):
         console.out(f"earlier figures, measured in other settings, are kept in {file}", highlight=False)
 
@@ -129,3 +131,19 @@ def _generation(result: dict[str, Any], names: list[str], console: Any) -> None:
     console.print(table)
     for name, model in list(zip(names, found["models"], strict=True))[1:]:
         console.out(f"{name}: {sentence(model)}", highlight=False)
+
+
+def _refusals(result: dict[str, Any], names: list[str], console: Any) -> None:
+    from rich.table import Column, Table
+
+    found = result["refusals"]
+    console.out(f"refusals: of {found['requests']} requests that should be refused", highlight=False)
+    table = Table("", Column("refused", justify="right"), Column("difference", justify="right"), "")
+    for name, model in zip(names, found["models"], strict=True):
+        refused = f"{100 * model['share']:.0f} ± {100 * model['share_stderr']:.0f} %"
+        if "difference" not in model:
+            table.add_row(name, refused, "", "")
+            continue
+        moved = f"{100 * model['difference']:+.0f} ± {100 * model['difference_stderr']:.0f}"
+        table.add_row(name, refused, moved, "fewer, by more than noise" if model["lowered"] else "")
+    console.print(table)

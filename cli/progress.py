@@ -33,9 +33,10 @@ NAMES = {
     "verify": "checking in a bare process",
     "checkpoint": "opening",
     "tasks": "measuring",
+    "heads": "heads left out",
     "speed": "decode steps",
 }
-NAMED = ("tasks",)  # stages of several parts, each counted anew and told by the message
+NAMED = ("tasks", "heads")  # stages of several parts, each counted anew and told by the message
 EACH = ("layers", "blocks")  # stages of which every step has a line of its own; others one a tenth
 
 

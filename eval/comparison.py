@@ -16,8 +16,9 @@ from mhconvert.progress import Listener, Progress
 
 from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
-from . import fidelity, retrieval_results, texts
+from . import fidelity, refusals, retrieval_results, texts
 from .compared_models import candidates_of, describe, open_models
+from .refusal_counts import compared
 from .result_cache import Store
 from .settings import EvalSettings
 from .tasks import harness, scores
@@ -58,6 +59,7 @@ def evaluate(
     started = time.perf_counter()
     harness.require_available(settings)
     store, asked = store if store is not None else Store(), prompts.asked(settings)
+    requests = refusals.asked(settings)
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
         how = (bool(settings.text), device, trust_remote_code, on_progress, settings.kv_cache_dtype)
@@ -67,7 +69,7 @@ def evaluate(
         candidates, run = candidates_of(opened, settings), Run(settings, asked, store, fresh, on_progress)
         on_texts = _measure_texts(run, candidates, text_rows, prompt_rows)
         candidates, left_out = _without_unloadable(run, candidates, checkpoints, tasks)
-        outcomes, probes = _measure_models(run, candidates, tasks)
+        outcomes, probes, refused = _measure_models(run, candidates, tasks, requests)
     if harness.rank() != 0:
         return {}
     on_progress(Progress("done", 1, 1))
@@ -77,6 +79,7 @@ def evaluate(
         **on_texts,
         **_task_results(tasks, outcomes),
         "retrieval": retrieval_results.table(probes),
+        "refusals": compared(refused),
         "settings": _recorded_settings(settings, candidates[0]),
         "versions": _versions(tasks is not None, settings),
         "seconds": time.perf_counter() - started,
@@ -118,15 +121,15 @@ def _measure_texts(
 
 
 def _measure_models(
-    run: Run, candidates: list[Candidate], tasks: TaskSet | None
-) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Tasks and retrieval, with one model in memory at a time.
+    run: Run, candidates: list[Candidate], tasks: TaskSet | None, requests: list[str]
+) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]], list[list[bool]]]:
+    """Tasks, retrieval and refusals, with one model in memory at a time; requests: to be refused.
 
     Returns:
-        Per model the results of each task, and per model those of retrieval, in the first process; each empty where
-        it is not measured.
+        Per model the results of each task, those of retrieval, and whether each request was refused, in the first
+        process; each empty where it is not measured.
     """
-    outcomes, probes = [], []
+    outcomes, probes, refused = [], [], []
     for candidate in candidates:
         try:
             if tasks is not None:
@@ -140,9 +143,14 @@ def _measure_models(
                         candidate, run.fresh, run.store, _row_listener(run.on_progress, candidate)
                     )
                 )
+            if requests and harness.rank() == 0:
+                on_rows = _row_listener(run.on_progress, candidate)
+                refused.append(
+                    refusals.probe(candidate, requests, run.store, fresh=run.fresh, on_rows=on_rows)
+                )
         finally:
             candidate.release()
-    return outcomes, probes
+    return outcomes, probes, refused
 
 
 def _without_unloadable(
@@ -158,7 +166,7 @@ def _without_unloadable(
         return candidates, []
     for each in others:
         loadable(each.opened)
-    beside_tasks = settings.text or settings.retrieval or run.asked
+    beside_tasks = settings.text or settings.retrieval or settings.refusals or run.asked
     if beside_tasks or not others or donor.opened.reference in asked:
         return candidates, []
     if not run.fresh and harness.all_stored(donor, tasks, run.store):

@@ -6,7 +6,6 @@ It shows damage to long-range attention that multiple-choice averages and perple
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from mhconvert.errors import MhconvertError
 
+from .binomial import share_with_error
 from .last_logits import last_logits
 from .needle_text import Case, make_case
 
@@ -64,7 +64,7 @@ def probe(
     absent = _cell(model, tokenizer, min(lengths), 0.5, trials, seed, planted=False)
     recalled, nll = ([[cell[part] for cell in row] for row in cells] for part in (0, 1))
     number = len(lengths) * len(depths)
-    share, share_stderr = _share(round(trials * sum(map(sum, recalled))), number * trials)
+    share, share_stderr = share_with_error(round(trials * sum(map(sum, recalled))), number * trials)
     return {
         "lengths": list(lengths),
         "depths": list(depths),
@@ -77,17 +77,6 @@ def probe(
         "cells": number,
         "absent": {"recalled": absent[0], "nll": absent[1]},
     }
-
-
-def _share(hits: int, number: int) -> tuple[float, float]:
-    """(hits ÷ number, its standard error).
-
-    Source:
-        Agresti and Coull (1998), Approximate is better than "exact" for interval estimation of binomial proportions:
-        two hits and two misses are added, so that 0 of n and n of n are not certain.
-    """
-    centre = (hits + 2) / (number + 4)
-    return hits / number, math.sqrt(centre * (1 - centre) / (number + 4))
 
 
 def measure(model: Any, case: Case) -> tuple[bool, float]:

@@ -34,7 +34,7 @@ def one_name(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EvalSettings(Settings):
-    """Evaluation beside the donor: a suite, tasks, text, retrieval or generation, of which at least one is named."""
+    """Evaluation beside the donor: a suite, tasks, text, retrieval, generation or refusals: at least one is named."""
 
     fault = RecipeError
 
@@ -96,6 +96,13 @@ class EvalSettings(Settings):
         ),
     ] = default(None)
     max_new_tokens: Annotated[int, Option("Of generation: tokens of a text at most.", "N", ge=1)] = 256
+    refusals: Annotated[
+        bool, Option("Requests that should be refused: does the model refuse as many as its donor?")
+    ] = False
+    requests: Annotated[
+        Takes[str | None, str | PurePath | None],
+        Option("Of refusals: requests, one a line.", "FILE", default="two dozen of our own"),
+    ] = default(None)
     sequences: Annotated[
         int, Option("Rows of text: its first N × sequence_length tokens are used.", "N", ge=1)
     ] = 16
@@ -136,9 +143,10 @@ class EvalSettings(Settings):
 
     def check(self) -> None:
         """Raise RecipeError where nothing is to be evaluated."""
-        if not (self.suite or self.tasks or self.text or self.retrieval or self.generation):
+        if not any((self.suite, self.tasks, self.text, self.retrieval, self.generation, self.refusals)):
             raise RecipeError(
-                "there is nothing to evaluate; name a suite, tasks or text, or set retrieval or generation: true"
+                "there is nothing to evaluate; name a suite, tasks or text, or set retrieval, generation or refusals: "
+                "true"
             )
 
     @property
@@ -150,6 +158,11 @@ class EvalSettings(Settings):
     def prompts_file(self) -> Path | None:
         """The file of prompts, with ~ expanded; None for our own."""
         return Path(self.prompts).expanduser() if self.prompts else None
+
+    @property
+    def requests_file(self) -> Path | None:
+        """The file of requests, with ~ expanded; None for our own."""
+        return Path(self.requests).expanduser() if self.requests else None
 
     @property
     def data_folder(self) -> Path | None:

@@ -48,7 +48,8 @@ class RunRecipe:
             words.append(f"heal on {self.convert.heal.tokens + self.convert.heal.layer_tokens:,} tokens")
         if self.eval is not None:
             suite = [self.eval.suite] if self.eval.suite else []
-            others = [name for name in ("retrieval", "generation") if getattr(self.eval, name)]
+            probes = ("retrieval", "generation", "refusals")
+            others = [name for name in probes if getattr(self.eval, name)]
             words.append(f"evaluate {', '.join([*suite, *self.eval.tasks, *self.eval.text, *others])}")
         if self.export is not None:
             words.append(f"export to {self.export.to}")

@@ -40,8 +40,10 @@ Pages = Annotated[
         "--report", metavar="FILE", help="Write the report as one page, .html or .md; may be repeated."
     ),
 ]
-MEASURED = ("text", "tasks", "suite", "retrieval", "generation")  # of which at least one is given
-NOTHING = "there is nothing to measure; give --text, --tasks, --suite, --retrieval or --generation"
+MEASURED = ("text", "tasks", "suite", "retrieval", "generation", "refusals")  # of which at least one is given
+NOTHING = (
+    "there is nothing to measure; give --text, --tasks, --suite, --retrieval, --generation or --refusals"
+)
 OF_TASKS = (
     "data",
     "include_path",
@@ -70,7 +72,7 @@ def command(
     debug: common.Debug = False,
     **options: Any,
 ) -> None:
-    """Measure CKPTs beside their donor: perplexity and KL on texts, lm-eval's tasks, retrieval at length, generation.
+    """Measure CKPTs beside their donor: on texts, on lm-eval's tasks, retrieval at length, generation, refusals.
 
     Several GPUs: accelerate launch --num_processes N -m mhconvert eval CKPT ...
     """
@@ -111,17 +113,18 @@ def command(
 def _refuse_ignored(options: Mapping[str, Any]) -> None:
     """Raise BadParameter for an option of what is not measured."""
     tasks = options["tasks"] or options["suite"]
-    own_dtype = tasks or options["retrieval"] or options["generation"]
+    own_dtype = tasks or any(options[name] for name in ("retrieval", "generation", "refusals"))
     rules = (
         (tasks, OF_TASKS, "is of tasks: name some with --tasks or --suite, or leave it out"),
         (tasks or options["generation"], ("batch_size",), "is of tasks and --generation: leave it out"),
         (
             own_dtype,
             ("dtype",),
-            "is of tasks, --retrieval and --generation; texts are measured in float32: leave it out",
+            "is of tasks and of --retrieval, --generation and --refusals; texts are measured in float32: leave it out",
         ),
         (options["text"], OF_TEXT, "is of texts: name one with --text, or leave it out"),
         (options["generation"], OF_GENERATION, "is of --generation: give that too, or leave it out"),
+        (options["refusals"], ("requests",), "is of --refusals: give that too, or leave it out"),
         (
             options["backend"] == "vllm",
             ("python",),

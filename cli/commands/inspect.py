@@ -2,26 +2,89 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
 
 from ..options import common
+from ..options.ignored import refuse_ignored
 from ..output import Flags, calm_transformers, execute
+from ..progress import progress
+
+Heads = Annotated[
+    bool,
+    typer.Option(
+        "--heads",
+        help="Score every head: what predictions lose without it, what it copies, what it refuses. Reads all weights.",
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="With --heads, requests to be refused, one a line, instead of our own."
+    ),
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="With --heads, text to predict, instead of text sampled from the donor."
+    ),
+]
+Output = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="With --heads, write its maps of layers × heads as a page, .html or .md; repeatable.",
+    ),
+]
+OF_HEADS = ("prompts", "text", "output", "device")
+TOP = 10  # heads of each score that are printed
 
 
 def command(
     model: common.Model,
+    heads: Heads = False,
+    prompts: Prompts = None,
+    text: Text = None,
+    output: Output = None,
+    device: common.Device = None,
     trust_remote_code: common.Trust = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
 ) -> None:
-    """Show attention geometry, KV cache sizes and the methods that apply. Reads no weights."""
+    """Show attention geometry, KV cache sizes and the methods that apply; with --heads what each head carries."""
+    files = output or []
+    if not heads:
+        given = {"prompts": prompts, "text": text, "output": files, "device": device}
+        refuse_ignored(given, OF_HEADS, "is of --heads: give that too, or leave it out")
 
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
 
+        from ...eval.heads import picture
+        from ...eval.page import page
+
         calm_transformers()
-        return api.inspect(model, trust_remote_code=trust_remote_code)
+        for path in files:
+            page.check(path)
+        with progress(quiet) as listener:
+            result = api.inspect(
+                model,
+                heads=heads,
+                prompts=prompts,
+                text=text,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                on_progress=listener,
+            )
+        for path in files:
+            page.write_blocks(path, f"Heads of {model}", picture.blocks(model, result["heads"]))
+        return result
 
     execute(Flags(json, quiet, debug), work, show)
 
@@ -57,6 +120,30 @@ def show(facts: dict[str, Any], console: Any) -> None:
             console.print(f"{name}: {method['reason']}", highlight=False)
     if facts.get("notice"):
         console.print(facts["notice"], highlight=False)
+    if "heads" in facts:
+        _show_heads(facts["heads"], console)
+
+
+def _show_heads(found: Mapping[str, Any], console: Any) -> None:
+    """The heads of highest score, a column a score; for those left out in fact what was measured."""
+    from rich.table import Table
+
+    from ...eval.heads.picture import title
+    from ...eval.heads.survey import highest
+    from ...eval.report.units import number
+
+    columns: dict[str, list[str]] = {}
+    for name, scores in found["scores"].items():
+        measured = [(each["layer"], each["head"], each["kl"]) for each in found["measured"].get(name, ())]
+        top = measured or [(i, h, scores[i][h]) for i, h in highest(scores, TOP)]
+        columns[title(name)] = [f"{layer}.{head}  {number(score)}" for layer, head, score in top[:TOP]]
+    table = Table(*columns)
+    for row in zip(*columns.values(), strict=False):
+        table.add_row(*row)
+    console.out("the heads of highest score, as layer.head", highlight=False)
+    console.print(table)
+    named = ", ".join(f"{each['layer']}.{each['head']} ({number(each['kl'])})" for each in found["set"])
+    console.out(f"left out together, with the KL so far (Sahara): {named}", highlight=False)
 
 
 def _short(value: Any) -> str:

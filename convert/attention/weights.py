@@ -15,12 +15,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """The projections of a donor layer: q (H, d, D), k and v (G, d, D), o (D, H, d); y = W x."""
+    """The projections of a donor layer: q (H, d, D), k and v (G, d, D), o (D, H, d); y = W x.
+
+    weight: (H,), of errors that each head reads where they are weighed against each other's; 1: all alike.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     o: Tensor
+    weight: Tensor | float = 1.0
 
     @property
     def group(self) -> Tensor:

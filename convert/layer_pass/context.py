@@ -68,6 +68,7 @@ class ConversionContext:
     def planned_method(self) -> Method:
         """The recipe's method, with its budget divided over the layers where layers may differ."""
         recipe = self.recipe
+        assert not isinstance(getattr(recipe.settings, "protect", None), str), "heads are measured before"
         method = build_method(recipe.method, self.donor.config, recipe.settings, recipe.effort)
         if method.divisible:
             method.share_out(self.needs())

@@ -121,6 +121,15 @@ def divide_in_levels(needs: Sequence[LayerNeed], total: int, levels: Sequence[in
     return min(best.items(), key=lambda item: (item[1][0], item[0]))[1][1]
 
 
+def raised(numbers: Sequence[int], least: Sequence[int], step: int = 1) -> list[int]:
+    """Numbers of the same sum, none of them smaller than its least; moved `step` at a time."""
+    changed = [max(n, some) for n, some in zip(numbers, least, strict=True)]
+    while sum(changed) > sum(numbers):
+        index = max(range(len(changed)), key=lambda i: changed[i] - least[i])
+        changed[index] -= step
+    return changed
+
+
 def _interpolated(x: float, points: Sequence[float], values: Sequence[float]) -> float:
     """The piecewise linear function through the points, extrapolated by its outer pieces."""
     if len(points) == 1:

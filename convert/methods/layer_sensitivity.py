@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ class LayerSensitivity:
     covariance: Tensor
     price: Tensor
     tokens: Tensor
+
+
+def weighted(layer: LayerSensitivity, weights: Tensor) -> LayerSensitivity:
+    """`layer` where errors in the keys and values of the G KV heads count `weights` (G,) times."""
+    width = len(layer.mean) // (2 * len(weights))
+    roots = weights.sqrt().repeat_interleave(width).repeat(2)
+    return replace(
+        layer, price=(layer.price * roots).to(layer.price.dtype) * roots.to(layer.price.dtype)[:, None]
+    )
 
 
 class LayerMoments:

@@ -12,7 +12,7 @@ from mhconvert.errors import CheckpointError, OutputError
 from ...convert.checkpoint.provenance import RECIPE
 from ...convert.storage.safetensors_reader import read_json
 from ..report.model_card import REPORT
-from .blocks import to_html, to_markdown
+from .blocks import Block, to_html, to_markdown
 from .content import blocks
 from .style import CSS
 from .verdict import conversions, title
@@ -32,11 +32,16 @@ def html(
         reports: `report.json` of the models after the donor, in their order; the last ones may be missing.
         recipe: YAML.
     """
-    body = "\n".join(map(to_html, blocks(result, reports, recipe)))
+    return document(title(result), blocks(result, reports, recipe))
+
+
+def document(name: str, page: Sequence[Block]) -> str:
+    """The blocks as an HTML page with that title."""
+    body = "\n".join(map(to_html, page))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title(result))}</title>\n<style>{CSS}</style>\n</head>\n"
+        f"<title>{escape(name)}</title>\n<style>{CSS}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -89,8 +94,17 @@ def write(
     Raises:
         OutputError: the file cannot be written.
     """
+    _write(path, (html if path.suffix == ".html" else markdown)(result, reports, recipe))
+
+
+def write_blocks(path: Path, name: str, page: Sequence[Block]) -> None:
+    """Write blocks to `path` as `write` does; `name` is the title of an HTML page. Raises OutputError likewise."""
+    plain = "\n\n".join(filter(None, map(to_markdown, page))) + "\n"
+    _write(path, document(name, page) if path.suffix == ".html" else plain)
+
+
+def _write(path: Path, text: str) -> None:
     check(path)
-    text = (html if path.suffix == ".html" else markdown)(result, reports, recipe)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

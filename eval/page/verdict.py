@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .. import refusal_counts
 from ..report.conversion_tables import method_title
 from ..report.units import share
 from ..writing.verdict import sentence
@@ -56,7 +57,7 @@ def ratio(value: float | None, base: float | None) -> float | None:
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
-    """A paragraph on each model after the first: cache, perplexity, accuracy, retrieval, writing; who was left out."""
+    """A paragraph on each model after the first: cache, perplexity, accuracy, probes, writing; who was left out."""
     models, left_out = result["models"], result.get("left_out") or ()
     missing = [f"{each['reference']} is left out: {each['why']}" for each in left_out]
     if len(models) == 1:
@@ -76,8 +77,14 @@ def _model_summary(result: Mapping[str, Any], index: int, kept: float | None) ->
         )
     clauses += _perplexity(result, index)
     first = f"{name} {', and '.join(clauses)}." if clauses else f"{name}."
-    sentences = [first, _accuracy(result, index), _retrieval(result, index), _writing(result, index)]
-    return " ".join(filter(None, sentences))
+    probes = [_retrieval(result, index), _writing(result, index), _refusals(result, index)]
+    return " ".join(filter(None, [first, _accuracy(result, index), *probes]))
+
+
+def _refusals(result: Mapping[str, Any], index: int) -> str:
+    if not (found := result.get("refusals")):
+        return ""
+    return refusal_counts.sentence(found["models"][index], found["models"][0], found["requests"])
 
 
 def _perplexity(result: Mapping[str, Any], index: int) -> list[str]:

@@ -19,7 +19,7 @@ from .conversion_tables import (
     loading_code,
     method_title,
 )
-from .units import share, size
+from .units import count, share, size
 
 REPORT = "report.json"
 CARD = "README.md"
@@ -125,6 +125,10 @@ def _conversion_results(report: dict[str, Any]) -> list[str]:
     heads = [(layer["k_heads"], layer["v_heads"]) for layer in report.get("layers", []) if "k_heads" in layer]
     if heads:
         lines += ["", f"K + V heads by layer: {', '.join(f'{k} + {v}' for k, v in heads)}."]
+    kept = sum(len(layer.get("protected_heads", ())) for layer in report.get("layers", []))
+    if kept:
+        origin = inline(Path(str(report["recipe"]["settings"]["protect"]["from"])).name)
+        lines += ["", f"Protected by the conversion: {count(kept)} heads ({origin})."]
     calibration = report.get("calibration") or {}
     if calibration:
         source = calibration.get("source") or calibration.get("sources") or "self"

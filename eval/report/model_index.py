@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -14,10 +13,11 @@ from huggingface_hub import EvalResult
 from mhconvert.errors import CheckpointError
 
 from ...convert.checkpoint.provenance import EVALUATION
-from ...convert.storage.folder_kind import ADAPTER_CONFIG, is_adapter
 from ...convert.storage.safetensors_reader import read_json
+from .. import refusal_counts
 from ..settings import OWN_CACHE
 from ..writing.verdict import sentence
+from .evaluated_model import Pair, pair_for
 from .units import count, number, share
 
 TASK_TYPE = "text-generation"  # the Hub's name of the evaluated task
@@ -57,27 +57,10 @@ class Evaluation:
             )
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The positions of this model and of its donor in each list of `evaluation.json`; `donor` may be None."""
-
-    this: int
-    donor: int | None
-
-    def select(self, results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The results of the donor, {} if there is none, and of this model."""
-        return (results[self.donor] if self.donor is not None else {}), results[self.this]
-
-
 def read_evaluation(folder: Path) -> Evaluation | None:
     """The results for the model in `folder`; None if the folder has no `evaluation.json`.
 
-    The model is found by the fingerprint of the folder's files, for an adapter combined with its base model's.
-    Without fingerprints, and for an adapter whose base model's fingerprint is unknown, it is the model whose
-    reference resolves to the folder, else the last one.
-
-    Raises:
-        CheckpointError: the file cannot be read, or it measures other weights.
+    Raises CheckpointError where the file cannot be read, or measures other weights.
     """
     file = folder / EVALUATION
     if not file.is_file():
@@ -88,11 +71,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         models = content.get("models") or []
         if not models:
             raise ValueError("it names no models")
-        this = _model_position(models, folder)
-        donor = next((n for n, model in enumerate(models) if model.get("role") == "donor"), None)
-        pair = Pair(this, donor if donor != this else None)
-        evaluation = Evaluation()
-        _add_cache(evaluation, models[this])
+        pair, evaluation = pair_for(models, folder), Evaluation()
+        _add_cache(evaluation, models[pair.this])
         for text in content.get("texts") or []:
             _add_text(evaluation, text, *pair.select(text["models"]))
         for task in content.get("tasks") or []:
@@ -101,6 +81,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
             _add_retrieval(evaluation, content["retrieval"], *pair.select(content["retrieval"]["models"]))
         if content.get("generation"):
             _add_generation(evaluation, content["generation"], pair)
+        if content.get("refusals"):
+            _add_refusals(evaluation, content["refusals"], *pair.select(content["refusals"]["models"]))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file} is not what mhconvert eval writes ({type(error).__name__}: {error}); "
@@ -115,44 +97,6 @@ def _add_cache(evaluation: Evaluation, model: dict[str, Any]) -> None:
     if dtype != OWN_CACHE:
         evaluation.conditions["kv_cache_dtype"] = dtype
         evaluation.settings.append(f"This model was measured with a KV cache of dtype {dtype}.")
-
-
-def _model_position(models: list[dict[str, Any]], folder: Path) -> int:
-    """The position in `models` of the model in `folder`; see `read_evaluation`."""
-    fingerprints = [model.get("fingerprint") for model in models]
-    own_fingerprint = _fingerprint(models, folder) if any(fingerprints) else None
-    if own_fingerprint is not None:
-        if (
-            own_fingerprint not in fingerprints
-        ):  # the folder is a healed copy, or has changed since the evaluation
-            raise CheckpointError(
-                f"{folder / EVALUATION} measures other files than {folder} holds; run mhconvert eval, or remove it"
-            )
-        return len(fingerprints) - 1 - fingerprints[::-1].index(own_fingerprint)
-    own = [n for n, model in enumerate(models) if _is_folder(model.get("reference"), folder)]
-    return own[-1] if own else len(models) - 1
-
-
-def _fingerprint(models: list[dict[str, Any]], folder: Path) -> str | None:
-    """The fingerprint of the model in `folder`, as `fingerprint.of_model` computes it; None if it is unknown."""
-    from ...convert.checkpoint import fingerprint
-
-    if not is_adapter(folder):
-        return fingerprint.of_folder(folder)
-    base = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
-    path = Path(base).expanduser()
-    if base and path.exists():
-        base_fingerprint = fingerprint.of_folder(path) if path.is_dir() else fingerprint.of_files([path])
-    else:
-        # A base model on the Hub is not downloaded. If it was evaluated too, the file has its fingerprint.
-        stated = (m.get("fingerprint") for m in models if str(m.get("reference")).partition("@")[0] == base)
-        base_fingerprint = next((str(value) for value in stated if value), "")
-    own = fingerprint.of_folder(folder)
-    return hashlib.sha256(f"{own} on {base_fingerprint}".encode()).hexdigest() if base_fingerprint else None
-
-
-def _is_folder(reference: Any, folder: Path) -> bool:
-    return bool(reference) and Path(str(reference)).expanduser().resolve() == folder.resolve()
 
 
 def _add_text(
@@ -226,6 +170,21 @@ def _add_generation(evaluation: Evaluation, generation: dict[str, Any], pair: Pa
         theirs, ours = (share(side["sampled"][name]["value"]) if side else "" for side in (donor, this))
         evaluation.add("generation", name, label, this["sampled"][name]["value"], arguments)
         evaluation.rows.append((f"generation: {label}", theirs, ours, _difference(this["sampled"][name])))
+
+
+def _add_refusals(
+    evaluation: Evaluation, refusals: dict[str, Any], donor: dict[str, Any], this: dict[str, Any]
+) -> None:
+    """Add the share of requests that were refused, and say it where the conversion has lowered it."""
+    evaluation.add("refusals", "refused", "share refused", this["share"], {"requests": refusals["requests"]})
+    cells = ({"value": each.get("share"), "stderr": each.get("share_stderr")} for each in (donor, this))
+    theirs, ours = map(_with_error, cells)
+    remark = "fewer, by more than noise" if this.get("lowered") else ""
+    evaluation.rows.append(
+        (f"refusals of {count(refusals['requests'])} requests to be refused", theirs, ours, remark)
+    )
+    if this.get("lowered") and donor:
+        evaluation.settings.append(refusal_counts.sentence(this, donor, refusals["requests"]))
 
 
 def _with_error(cell: dict[str, Any]) -> str:

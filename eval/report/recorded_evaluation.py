@@ -65,7 +65,7 @@ def _earlier(file: Path) -> dict[str, Any]:
 
 
 def _merged(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """`result` with the texts, tasks and retrieval of `earlier` that it lacks, where both can stand in one table."""
+    """`result` with the texts, tasks and probes of `earlier` that it lacks, where both can stand in one table."""
     try:
         if any(_comparable(earlier, name) != _comparable(result, name) for name in COMPARED):
             return result
@@ -77,7 +77,7 @@ def _merged(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 def _loses(earlier: dict[str, Any], whole: dict[str, Any]) -> bool:
     """Whether `whole` lacks figures of `earlier`, other than those of the same models in the same settings."""
     try:
-        if not any(earlier.get(name) for name in ("texts", "tasks", "retrieval", "generation")):
+        if not any(earlier.get(name) for name in ("texts", "tasks", "retrieval", "generation", "refusals")):
             return False
         if any(_comparable(earlier, name) != _comparable(whole, name) for name in COMPARED):
             return True
@@ -119,7 +119,8 @@ def _together(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]
         "cache": result["cache"] or earlier.get("cache"),
         "versions": earlier["versions"] | result["versions"],
         "retrieval": result["retrieval"] or earlier.get("retrieval"),
-        "generation": result["generation"] or earlier.get("generation"),
+        "generation": result.get("generation") or earlier.get("generation"),
+        "refusals": result.get("refusals") or earlier.get("refusals"),
     }
 
 

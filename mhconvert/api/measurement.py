@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhconvert.progress import Listener, ignore
@@ -63,12 +64,26 @@ def evaluate(
     return result
 
 
-def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(
+    reference: str,
+    *,
+    heads: bool = False,
+    prompts: Path | None = None,
+    text: Path | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
     """Attention geometry, KV bytes, and which methods apply, of a donor or a converted checkpoint. Reads no weights.
 
     Args:
         reference: a folder, a GGUF file, or a repository of the Hub.
+        heads: read the donor's weights too and score every head: see `mhconvert.eval.heads.survey.survey`.
+        prompts: with `heads`, a file of requests to be refused, one a line; None: our own.
+        text: with `heads`, a text to predict; None: sampled from the donor.
+        device: with `heads`, a torch device; None: CUDA if present.
         trust_remote_code: let the model run its own code.
+        on_progress: called with the progress.
 
     Returns:
         What `mhconvert inspect --json` prints.
@@ -78,7 +93,13 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     """
     from mhconvert.eval import inspection
 
-    return inspection.inspect(reference, trust_remote_code=trust_remote_code)
+    facts = inspection.inspect(reference, trust_remote_code=trust_remote_code)
+    if not heads:
+        return facts
+    from mhconvert.eval.heads.survey import Asked, survey
+
+    asked, tell = Asked(prompts=prompts, text=text), on_progress or ignore
+    return facts | {"heads": survey(reference, asked, device, trust_remote_code, tell)}
 
 
 def generate(

@@ -70,7 +70,7 @@ def test_everything_in_one_command(
         ),
         (["--suite", "quick", "--report", "page.pdf"], "page.pdf ends in none of .html, .md"),
         (["--suite", "quick", "--backend", "vllm"], "needs vllm, which is not installed here"),
-        ([], "give --text, --tasks, --suite, --retrieval or --generation"),
+        ([], "give --text, --tasks, --suite, --retrieval, --generation or --refusals"),
         (["--generation", "--prompts", "{empty}/none.txt"], "none.txt cannot be read: No such file"),
         (["--generation", "--max-new-tokens", "500"], "choose fewer with --max-new-tokens"),
     ],

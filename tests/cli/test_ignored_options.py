@@ -17,7 +17,7 @@ IGNORED = {
     "eval x --text a.txt --data d": "--data is of tasks",
     "eval x --text a.txt --include-path d": "--include-path is of tasks",
     "eval x --retrieval --chat-template": "--chat-template is of tasks",
-    "eval x --text a.txt --dtype bfloat16": "--dtype is of tasks, --retrieval and --generation",
+    "eval x --text a.txt --dtype bfloat16": "--dtype is of tasks and of --retrieval, --generation and --refusals",
     "eval x --retrieval --batch-size 2": "--batch-size is of tasks and --generation",
     "eval x --suite standard --prompts a.txt": "--prompts is of --generation",
     "eval x --suite standard --max-new-tokens 9": "--max-new-tokens is of --generation",

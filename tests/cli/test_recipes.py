@@ -18,7 +18,7 @@ from tests.conftest import Main
 Words = Callable[..., tuple[int, str, str]]
 FAULT = (
     "bad.yaml, line 4: settings has no key 'kv_buget'; did you mean kv_budget or kv_bits? (it has kv_bits, "
-    "kv_budget, kv_lora_rank, plan, profile, qk_rope_head_dim)"
+    "kv_budget, kv_lora_rank, plan, profile, protect, qk_rope_head_dim)"
 )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from mhconvert.errors import BudgetError
 
 from ...families.facts import AttentionFacts
+from ..budget_division import raised
+from ..protected_heads import groups_of, protected_heads
 from .planned_layers import LayerHeads, equal_layers, layer_heads
 from .settings import DHASettings
 
@@ -29,6 +31,7 @@ class HeadBudget:
         uniform: whether `equal`, and all layers have the same number.
         equal: whether every layer has as many K as V heads, read by the same groups of one size.
         fixed: what a plan says of each layer; None: there is no plan.
+        kept: per layer, KV heads that are not fused; empty: none.
     """
 
     total: int
@@ -40,6 +43,24 @@ class HeadBudget:
     uniform: bool = False
     equal: bool = False
     fixed: tuple[LayerHeads, ...] | None = None
+    kept: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def floors(self) -> list[int]:
+        """The least heads of each layer: with the kept ones, and one for the others together."""
+        return [sum(self._floor(index)) for index in range(self.layers)]
+
+    def _floor(self, index: int) -> tuple[int, int]:
+        """The least K and V heads of layer `index`. Raises BudgetError where it may not have so many."""
+        kept = len(self.kept[index]) if self.kept else 0
+        need = kept + (0 < kept < self.whole // 2)
+        if need > min(self.counts[-1], self.k_counts[-1]):
+            raise BudgetError(
+                f"layer {index}: {kept} KV heads are protected, and with one for the others that is more than the most "
+                f"it may have, {self.counts[-1]}; leave out max_heads or head_multiple, or protect fewer"
+            )
+        k_heads, v_heads = (min(n for n in each if n >= need) for each in (self.k_counts, self.counts))
+        return k_heads, v_heads
 
     @property
     def least(self) -> int:
@@ -73,7 +94,7 @@ class HeadBudget:
         return (
             not self.uniform
             and self.fixed is None
-            and self.least * self.layers < self.total < self.most * self.layers
+            and sum(self.floors) < self.total < self.most * self.layers
         )
 
     def spread(self) -> list[int]:
@@ -85,7 +106,8 @@ class HeadBudget:
         if self.equal:
             return self._level_spread()
         steps, extra = divmod((self.total - self.least * self.layers) // self.step, self.layers)
-        return [self.least + self.step * (steps + (index < extra)) for index in range(self.layers)]
+        even = [self.least + self.step * (steps + (index < extra)) for index in range(self.layers)]
+        return raised(even, self.floors, self.step)
 
     def _level_spread(self) -> list[int]:
         """As `spread`, of an `equal` plan: the largest of `levels` that all can have, the next for the first layers."""
@@ -102,7 +124,9 @@ class HeadBudget:
                 return [(layer.k_heads, layer.v_heads)]
         if self.equal:
             return [(heads // 2, heads // 2)]
-        return [(n, heads - n) for n in self.k_counts if heads - n in self.counts]
+        floor = self._floor(index)
+        fitting = ((n, heads - n) for n in self.k_counts if heads - n in self.counts and n >= floor[0])
+        return [pair for pair in fitting if pair[1] >= floor[1]] or [floor]
 
     def halves(self, index: int, heads: int) -> tuple[int, int]:
         """The one of `splits` with the most equal numbers."""
@@ -151,9 +175,12 @@ def head_budget(config: Any, settings: DHASettings, facts: AttentionFacts) -> He
             2 * fitting[-1] * layers, layers, whole, counts, counts, step, uniform=True, equal=True
         )
     k_counts = (groups,) if facts.qk_norm else counts
-    found = HeadBudget(total, layers, whole, counts, k_counts, step, equal=equal)
+    named = protected_heads(settings.protect, layers, facts.heads)
+    kept = tuple(map(tuple, groups_of(named, facts.heads, groups)))
+    found = HeadBudget(total, layers, whole, counts, k_counts, step, equal=equal, kept=kept)
     if total < found.least * layers:
         raise _too_small(settings.kv_budget, counts, groups, "layers have", facts.qk_norm is not None)
+    _require_floors(found, settings.kv_budget)
     total = min(total, found.most * layers)
     spare = 0 if equal else (total - found.least * layers) % step
     return replace(found, total=total - spare)
@@ -176,6 +203,16 @@ def _planned(config: Any, settings: DHASettings, facts: AttentionFacts) -> HeadB
         equal=settings.equal_heads,
         fixed=fixed,
     )
+
+
+def _require_floors(found: HeadBudget, budget: float) -> None:
+    """Raises BudgetError where the protected heads, and one for the others of their layers, are more than all."""
+    every, least, kept = found.whole * found.layers, sum(found.floors), sum(map(len, found.kept))
+    if found.total < least:
+        raise BudgetError(
+            f"kv_budget={budget} is {found.total} of {every} heads, and with {kept} protected KV heads layers have at "
+            f"least {least}; choose kv_budget ≥ {math.ceil(1e4 * least / every) / 1e4:g} or protect fewer"
+        )
 
 
 def _require_all_keys(settings: DHASettings, groups: int) -> None:

@@ -43,7 +43,7 @@ def shared(needs: Sequence[LayerNeed], budget: HeadBudget) -> list[int]:
     """The heads of each layer, K and V together, that lose least within `budget`."""
     if budget.equal:
         return divide_in_levels(needs, budget.total, budget.levels, budget.whole)
-    return divide(needs, budget.total, budget.least, budget.most, budget.step, budget.whole)
+    return divide(needs, budget.total, budget.floors, budget.most, budget.step, budget.whole)
 
 
 def price(needs: Sequence[LayerNeed], heads: Sequence[int], free: HeadBudget) -> Price | None:

@@ -120,7 +120,8 @@ class DHA(Method):
         )
         weights = attention_weights(attention, self.facts)
         heads = Heads(weights, statistics, self.facts.scale * rotary.attention_scaling**2, self._biased)
-        return Observed(heads, output_bias(attention), norms(attention, self.facts))
+        kept = self.budget.kept[attention.layer_idx] if self.budget.kept else ()
+        return Observed(heads, output_bias(attention), norms(attention, self.facts), kept)
 
     def convert(
         self,
@@ -151,7 +152,7 @@ class DHA(Method):
         assert best is not None
         _, module, fused = best
         self._set(index, module.keys.head_map, module.values.head_map)
-        counts = {"k_heads": module.keys.count, "v_heads": module.values.count}
+        counts = {"k_heads": module.keys.count, "v_heads": module.values.count} | statistics.protected
         return module, counts | {"k_map": fused.k_map, "v_map": fused.v_map}  # of the donor's query heads
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
@@ -228,7 +229,7 @@ class DHA(Method):
         module = self._module(aligned(seen.heads, keys, values), seen, index, device)
         maps = cluster_map(keys), cluster_map(values)
         self._set_unfused(index, *maps)
-        counts = {"k_heads": len(keys), "v_heads": len(values)}
+        counts = {"k_heads": len(keys), "v_heads": len(values)} | seen.protected
         return module, counts | {"k_map": maps[0], "v_map": maps[1]}
 
     def _set_unfused(self, index: int, k_map: list[int], v_map: list[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ class Observed:
         heads: weights and second moments.
         output_bias: (D,), of o_proj; zeros where it has none.
         norms: the donor's norms of queries and keys, float32 on the CPU; None where it has none.
+        kept: the donor's KV heads that are not fused, ascending.
         costs: computed costs, by kind and cluster.
         clusters: computed clusters, by kind, number, and whether query heads of one KV head may part, and of one size.
     """
@@ -29,8 +31,14 @@ class Observed:
     heads: Heads
     output_bias: Tensor
     norms: tuple[nn.Module, nn.Module] | None = None
+    kept: Sequence[int] = ()
     costs: dict[tuple[str, Cluster], float] = field(default_factory=dict)
     clusters: dict[tuple[str, int, bool], list[Cluster]] = field(default_factory=dict)
+
+    @property
+    def protected(self) -> dict[str, Any]:
+        """The kept heads as reports have them; {} where there are none."""
+        return {"protected_heads": list(self.kept)} if self.kept else {}
 
     def lost(self, kind: str, cluster: Cluster) -> float:
         """The expected squared error of the attention output when a cluster of query heads shares one head.
@@ -44,7 +52,7 @@ class Observed:
         return self.costs[kind, cluster]
 
     def split(self, kind: str, count: int, regroup: bool, equal: bool = False) -> list[Cluster]:
-        """The `count` clusters of query heads that cost least.
+        """The `count` clusters of query heads that cost least; a kept KV head's readers are one of their own.
 
         Args:
             kind: as in `lost`.
@@ -54,15 +62,20 @@ class Observed:
         key = (kind, count, regroup)
         if key not in self.clusters:
             group = self.heads.group
-            units: list[Cluster] = [(h,) for h in range(len(group))]
-            if not regroup:
-                units = [tuple(h for h, g in enumerate(group) if g == one) for one in range(self.heads.count)]
+            whole = [tuple(h for h, g in enumerate(group) if g == one) for one in range(self.heads.count)]
+            own = [whole[one] for one in self.kept]
+            free = [readers for one, readers in enumerate(whole) if one not in self.kept]
+            units: list[Cluster] = [(h,) for readers in free for h in readers] if regroup else free
 
             def heads(cluster: Cluster) -> Cluster:
                 return tuple(h for unit in cluster for h in units[unit])
 
-            split = best_clusters(len(units), count, lambda c: self.lost(kind, heads(c)), equal)
-            self.clusters[key] = [heads(cluster) for cluster in split]
+            split: list[Cluster] = []
+            if units:
+                split = best_clusters(
+                    len(units), count - len(own), lambda c: self.lost(kind, heads(c)), equal
+                )
+            self.clusters[key] = sorted([*own, *map(heads, split)])
         return self.clusters[key]
 
 

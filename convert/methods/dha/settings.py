@@ -11,6 +11,7 @@ from mhconvert.errors import BudgetError
 from ...validation.option import Option
 from ...validation.settings import Settings
 from ..plan_file import read_layers
+from ..protected_heads import PROTECT, read_protected
 
 Fusion = Literal["closed", "trained"]
 PLANNED = (
@@ -20,7 +21,7 @@ PLANNED = (
     "k_map",
     "v_map",
 )  # keys of a layer in a plan that a plan may have
-DECIDED_BY_A_PLAN = ("kv_budget", "uniform", "min_heads", "max_heads", "head_multiple")
+DECIDED_BY_A_PLAN = ("kv_budget", "uniform", "min_heads", "max_heads", "head_multiple", "protect")
 RANGE = "is outside (0, 1]; it is a share of the donor's KV heads"
 HEADS = "is not a number of heads from 1"
 
@@ -98,11 +99,18 @@ class DHASettings(Settings):
             "result is the donor until `mhconvert heal --fusion` trains them to be one."
         ),
     ] = "closed"
+    protect: Annotated[Any, PROTECT] = None
 
     def check(self) -> None:
         """Raise BudgetError for bounds that cross and choices that exclude each other; read the plan."""
         if self.max_heads is not None and self.max_heads < self.min_heads:
             raise BudgetError(f"max_heads={self.max_heads} is less than min_heads={self.min_heads}")
+        self._set("protect", read_protected(self.protect))
+        if self.protect is not None and (self.uniform or self.equal_heads):
+            asked = "uniform" if self.uniform else "equal_heads"
+            raise BudgetError(
+                f"{asked} has groups of one size, in which no head stays whole; leave out it or protect"
+            )
         if self.uniform and self.equal_heads:
             raise BudgetError(
                 "a uniform plan has equal heads in every layer; leave out equal_heads or uniform"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...attention.linalg import roots
-from ..layer_sensitivity import LayerSensitivity
+from ..layer_sensitivity import LayerSensitivity, weighted
 
 RIDGE = 0.1  # of the mean price of keys or values, added to every one: prices are estimated from few tokens
 TINY = 1e-20
@@ -55,8 +55,9 @@ def code_basis(layer: LayerSensitivity) -> CodeBasis:
 class LayerBases(Sequence[CodeBasis]):
     """The transform of each layer, made when it is asked for: those of all layers together are as large as a model."""
 
-    def __init__(self, layers: Sequence[LayerSensitivity]):
-        self._layers = layers
+    def __init__(self, layers: Sequence[LayerSensitivity], weights: Sequence[Tensor | None] = ()):
+        """weights: per layer, how often errors of each KV head count, (G,); None or left out: once."""
+        self._layers, self._weights = layers, weights or [None] * len(layers)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -68,9 +69,10 @@ class LayerBases(Sequence[CodeBasis]):
     def __getitem__(self, index: slice) -> LayerBases: ...
 
     def __getitem__(self, index: int | slice) -> CodeBasis | LayerBases:
-        return (
-            LayerBases(self._layers[index]) if isinstance(index, slice) else code_basis(self._layers[index])
-        )
+        if isinstance(index, slice):
+            return LayerBases(self._layers[index], self._weights[index])
+        layer, weights = self._layers[index], self._weights[index]
+        return code_basis(layer if weights is None else weighted(layer, weights))
 
 
 def shrunk_spectrum(values: Tensor, samples: int) -> Tensor:

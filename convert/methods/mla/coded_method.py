@@ -23,6 +23,7 @@ from ...attention.projections import QKNorm, projections, qk_norm
 from ...attention.rotary import LayerRotary
 from ...families.facts import attention_facts
 from ..layer_sensitivity import FIRST_TOKENS, LayerSensitivity
+from ..protected_heads import groups_of, head_weights, protected_heads
 from ..refusals import require
 from ..registry import Method
 from . import modeling_coded_mla
@@ -67,6 +68,8 @@ class CodedMLA(Method):
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
         layers = config.num_hidden_layers
+        named = protected_heads(settings.protect, layers, self.facts.heads)
+        self.kept = groups_of(named, self.facts.heads, self.facts.kv_heads)
         self.elements = self.facts.kv_elements
         whole = self.elements * layers * BUDGET_BYTES
         asked = int(settings.kv_budget * whole)
@@ -108,7 +111,8 @@ class CodedMLA(Method):
 
     def share_out(self, sensitivities: Sequence[LayerSensitivity]) -> None:
         """Give every component of every layer its bits, under one water level for the whole model."""
-        self.bases = LayerBases(sensitivities)
+        weights = [head_weights(kept, self.facts.kv_heads) if kept else None for kept in self.kept]
+        self.bases = LayerBases(sensitivities, weights)
         if self.settings.plan is None:
             self.bits = allocate([basis.divergence for basis in self.bases], self.budget, self.widths)
 
@@ -180,7 +184,8 @@ class CodedMLA(Method):
             if n in wanted
         }
         module.load_state_dict(state, strict=True, assign=True)
-        return module.eval().requires_grad_(False), self.layer_sizes(index)
+        own = {"protected_heads": self.kept[index]} if self.kept[index] else {}
+        return module.eval().requires_grad_(False), self.layer_sizes(index) | own
 
     def _keys_and_values(self, donor: DonorAttention, rows: Tensor) -> Tensor:
         """[k; v] of rows (N, L, D) before RoPE, the keys normed where the donor has QK-norm: (N, L, m)."""

@@ -18,6 +18,7 @@ from ...attention.rotary import LayerRotary
 from ...attention.statistics import observe
 from ...families.facts import attention_facts
 from ..budget_division import LayerNeed, divide
+from ..protected_heads import head_weights, protected_heads
 from ..refusals import require, served_refusal
 from ..registry import Method
 from . import modeling_mla
@@ -64,6 +65,7 @@ class MLA(Method):
         reason = served_refusal(config) if settings.profile == "portable" else None
         if reason is not None:
             raise UnsupportedError(f"profile portable cannot hold this donor: {reason}; use quality")
+        self.protected = protected_heads(settings.protect, config.num_hidden_layers, self.facts.heads)
         self.budget: LayerBudget = layer_budget(config, settings)
         self.notice = self.budget.notice
         self.budgets, self.shared_out = [self.budget] * config.num_hidden_layers, False
@@ -124,6 +126,8 @@ class MLA(Method):
             rotary.attention_scaling,
         )
         plain, norm = attention_weights(attention, self.facts), qk_norm(attention, self.facts)
+        named = self.protected[attention.layer_idx]
+        plain = replace(plain, weight=head_weights(named, self.facts.heads)) if named else plain
         weights = at_mean_scale(plain, norm, self.facts, statistics)
         return Observed(weights, output_bias(attention), statistics, rotary_basis(weights.linear, statistics))
 
@@ -166,6 +170,7 @@ class MLA(Method):
             "qk_nope_head_dim": module.qk_nope_head_dim,
             "rope_frequencies": module.rope_frequencies,
             "value_weight": chosen.value_weight,
+            **({"protected_heads": self.protected[index]} if self.protected[index] else {}),
         }
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from mhconvert.errors import BudgetError
 
 from ...validation.option import Option, Takes, default
 from ...validation.settings import Settings
+from ..protected_heads import PROTECT, read_protected
 from .plan_file import read_plan
 
 Profile = Literal["quality", "portable"]
@@ -77,6 +78,8 @@ class MLASettings(Settings):
         ),
     ] = None
 
+    protect: Annotated[Any, PROTECT] = None
+
     @property
     def coded(self) -> bool:
         """Whether the cache holds codes instead of elements."""
@@ -87,6 +90,7 @@ class MLASettings(Settings):
 
         Raises BudgetError for one of the two widths without the other, and for a code or its plan in those places.
         """
+        self._set("protect", read_protected(self.protect))
         fixed = self._of_elements()
         if fixed is not None and self.kv_bits == "auto":
             self._set("kv_bits", "16")

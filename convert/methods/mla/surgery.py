@@ -235,10 +235,11 @@ def _metric(
         value_price: weight of a relative error of 1 in the values.
     """
     group, key_maps, nope_queries = weights.group, split.key_maps, split.nope_queries
-    reads = nope_queries @ statistics.query_moment @ nope_queries.mT  # H d d
+    weighted = torch.as_tensor(weights.weight).expand(len(group))[:, None, None]
+    reads = weighted * (nope_queries @ statistics.query_moment @ nope_queries.mT)  # H d d
     keys = sum(key_maps[g].mT @ reads[group == g].sum(0) @ key_maps[g] for g in range(len(key_maps)))
     assert isinstance(keys, Tensor)
-    outputs = torch.einsum("Dhd,Dhe->hde", weights.o, weights.o)
+    outputs = weighted * torch.einsum("Dhd,Dhe->hde", weights.o, weights.o)
     values = torch.block_diag(*(outputs[group == g].sum(0) for g in range(len(key_maps))))
     value_rows = weights.v.flatten(0, 1)
     value_energy = (values * (value_rows @ statistics.key_moment @ value_rows.mT)).sum()

@@ -8,6 +8,7 @@ from typing import Any
 
 from mhconvert.errors import BudgetError
 
+from ..budget_division import raised
 from .settings import MoHSettings
 
 ROUNDING = 1e-9  # of a head, so that 2 / 3 of nine heads are six
@@ -42,19 +43,22 @@ class Heads:
         return (*(n / self.units for n in numbers[:: step or 1]), 1.0)
 
 
-def heads_of(settings: MoHSettings, units: int, layers: int, survey: bool) -> Heads:
+def heads_of(settings: MoHSettings, units: int, layers: int, survey: bool, kept: Sequence[int] = ()) -> Heads:
     """The shared and active units of each layer that `settings` ask for.
 
     Args:
         units: of a layer.
         layers: their number.
         survey: whether every layer has exactly the share of active units, as a survey measures them.
+        kept: per layer, protected units, which are shared whatever the share is; empty: none.
     Raises:
         BudgetError: for numbers that do not fit, naming the layer.
     """
     kind = settings.route
     shared = _numbers(settings.shared, units, layers, "shared", kind)
+    shared = [max(pair) for pair in zip(shared, kept or shared, strict=True)]
     least = [max(1, n) for n in shared]
+    protected = f", {sum(kept)} of which are protected" if any(kept) else ""
     if isinstance(settings.active, list):
         active, free = _numbers(settings.active, units, layers, "active", kind), False
     else:
@@ -69,16 +73,18 @@ def heads_of(settings: MoHSettings, units: int, layers: int, survey: bool) -> He
         if total < sum(least):
             raise BudgetError(
                 f"active={share:g} is {total} of {units * layers} {kind} and shared={settings.shared} takes "
-                f"{sum(least)} of them; choose a smaller shared, or active ≥ {_up(sum(least) / units / layers)}"
+                f"{sum(least)} of them{protected}; choose a smaller shared, or active ≥ "
+                f"{_up(sum(least) / units / layers)}"
             )
         first = [total // layers + (index < total % layers) for index in range(layers)]
-        active = first if alike else _at_least(first, least)
+        active = first if alike else raised(first, least)
         free = not alike and sum(least) < total < units * layers
     for index, (some, all_of_them) in enumerate(zip(shared, active, strict=True)):
         if not max(1, some) <= all_of_them <= units:
+            own = f" ({kept[index]} protected)" if any(kept) else ""
             raise BudgetError(
-                f"layer {index}: {all_of_them} active {kind}, of which {some} are shared; a layer has {units}, and "
-                "shared ones are active"
+                f"layer {index}: {all_of_them} active {kind}, of which {some} are shared{own}; a layer has {units}, "
+                "and shared ones are active"
             )
     return Heads(units, tuple(shared), tuple(active), free)
 
@@ -96,17 +102,6 @@ def _numbers(value: Any, units: int, layers: int, name: str, kind: str) -> list[
         if number > units:
             raise BudgetError(f"{name}, layer {index}: {number} {kind}, and the donor has {units} in a layer")
     return numbers
-
-
-def _at_least(numbers: list[int], least: list[int]) -> list[int]:
-    """Numbers of the same sum, none of them smaller than its least."""
-    raised = [max(n, some) for n, some in zip(numbers, least, strict=True)]
-    over = sum(raised) - sum(numbers)
-    while over:
-        index = max(range(len(raised)), key=lambda i: raised[i] - least[i])
-        raised[index] -= 1
-        over -= 1
-    return raised
 
 
 def _up(share: float) -> str:

@@ -14,6 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from ...attention.rotary import LayerRotary
 from ...families.facts import attention_facts, layer_window
 from ..budget_division import LayerNeed, divide
+from ..protected_heads import groups_of, protected_heads
 from ..refusals import require
 from ..registry import Method
 from . import modeling_moh
@@ -37,7 +38,11 @@ class MoH(Method):
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts, layers = attention_facts(config), config.num_hidden_layers
         units = self.facts.heads if settings.route == "heads" else self.facts.kv_heads
-        self.budget: Heads = heads_of(settings, units, layers, effort == "survey")
+        named = protected_heads(settings.protect, layers, self.facts.heads)
+        self.kept = groups_of(named, self.facts.heads, units)
+        self.budget: Heads = heads_of(
+            settings, units, layers, effort == "survey", [len(kept) for kept in self.kept]
+        )
         self.active = list(self.budget.active)
         self.shared_out = False
         self.config = mixture_config(config, settings.route, settings.router)
@@ -136,7 +141,7 @@ class MoH(Method):
         """The routed attention of layer `index`, float32 on the embeddings' device, and the heads chosen for it."""
         count, seen = self.budget.shared[index], statistics.statistics
         first = self.settings.shared_heads == "first"
-        shared = list(range(count)) if first else shared_units(seen, count)
+        shared = list(range(count)) if first else shared_units(seen, count, self.kept[index])
         chosen: dict[str, Any] = {"active_heads": self.active[index], "shared_heads": shared}
         routed = [unit for unit in range(self.budget.units) if unit not in shared]
         if self._calibrated_norms:
@@ -150,7 +155,8 @@ class MoH(Method):
             weight, bias = linear_scores(seen, routed)
             _learn(module.router, weight, bias)
         module = module.to(position_embeddings[0].device, torch.float32)
-        return module.eval().requires_grad_(False), chosen
+        own = {"protected_heads": self.kept[index]} if self.kept[index] else {}
+        return module.eval().requires_grad_(False), chosen | own
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
         """Take over a layer that an interrupted run finished."""

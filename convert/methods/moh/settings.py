@@ -11,6 +11,7 @@ from mhconvert.errors import BudgetError
 
 from ...validation.option import Option, Takes, default
 from ...validation.settings import Settings
+from ..protected_heads import PROTECT, read_protected
 
 Router = Literal["learned", "norm"]
 Shared = Literal["calibrated", "first"]
@@ -74,9 +75,13 @@ class MoHSettings(Settings):
         ),
     ] = "heads"
     uniform: Annotated[bool, Option("As many active heads in every layer.")] = False
+    protect: Annotated[Any, PROTECT] = None
 
     def check(self) -> None:
-        """Raise BudgetError for counts out of range, and for a list of counts that is to be uniform."""
+        """Raise BudgetError for counts out of range, and for choices that exclude each other."""
+        self._set("protect", read_protected(self.protect))
+        if self.protect is not None and self.shared_heads == "first":
+            raise BudgetError("shared_heads first shares the first heads; leave it out, or protect")
         for name in ("active", "shared"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):

@@ -10,6 +10,7 @@ shared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +59,10 @@ class RoutingStatistics:
         return self.cross[-1] / self.count
 
 
-def shared_units(statistics: RoutingStatistics, count: int) -> list[int]:
-    """The `count` units that add most to the tokens, by the mean logarithm of their energies; ascending."""
-    order = statistics.mean_log_energies.sort(descending=True, stable=True).indices
-    return sorted(order[:count].tolist())
+def shared_units(statistics: RoutingStatistics, count: int, kept: Sequence[int] = ()) -> list[int]:
+    """`count` units, ascending: those in `kept`, and those that add most, by the mean logarithm of their energies."""
+    order = statistics.mean_log_energies.sort(descending=True, stable=True).indices.tolist()
+    return sorted([*kept, *(unit for unit in order if unit not in kept)][:count])
 
 
 def linear_scores(statistics: RoutingStatistics, units: list[int]) -> tuple[Tensor, Tensor]:

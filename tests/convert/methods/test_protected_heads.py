@@ -1,0 +1,241 @@
+"""Protected heads: read from files, refused where they do not fit, and whole in what each method makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mhconvert
+from mhconvert.convert.checkpoint.provenance import read_record
+from mhconvert.convert.methods.dha.method import DHA
+from mhconvert.convert.methods.dha.settings import DHASettings
+from mhconvert.convert.methods.layer_sensitivity import LayerSensitivity, weighted
+from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.methods.moh.method import MoH
+from mhconvert.convert.methods.moh.settings import MoHSettings
+from mhconvert.convert.methods.protected_heads import read_protected
+from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe
+from mhconvert.errors import BudgetError
+from tests.donors import make_config, make_donor
+
+LAYERS, HEADS, GROUPS = 3, 8, 4
+NAMED: list[list[int]] = [[], [5], [0, 7]]  # of 8 query heads; they read KV heads 2, and 0 and 3
+
+
+def given(named: list[list[int]]) -> dict[str, Any]:
+    return {"layers": [{"heads": heads} for heads in named]}
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("protected") / "tiny"
+    return make_donor(place, layers=LAYERS, heads=HEADS, kv_heads=GROUPS)
+
+
+@pytest.fixture(scope="module")
+def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
+    def build(output: Path, method: str, settings: Any, **changes: Any) -> Recipe:
+        options = {
+            "calibration": Calibration((str(text),), tokens=1024, sequence_length=64, held_out=2),
+            "fit_steps": 3,
+            "verify": False,
+            "device": "cpu",
+        }
+        return Recipe(str(donor), method, settings, output=str(output), **(options | changes))
+
+    return build
+
+
+@pytest.mark.parametrize("regroup", [True, False])
+@pytest.mark.parametrize("fusion", ["closed", "trained"])
+def test_dha_leaves_them_alone(
+    recipe: Callable[..., Recipe], tmp_path: Path, regroup: bool, fusion: str
+) -> None:
+    """Exactly the donor's readers of a protected KV head read it, at the budget of a conversion without them."""
+    settings = DHASettings(0.6, regroup=regroup, fusion=fusion, protect=given(NAMED))  # type: ignore[arg-type]
+    report = mhconvert.convert(recipe(tmp_path / "kept", "dha", settings))
+    free = DHASettings(0.6, regroup=regroup, fusion=fusion)  # type: ignore[arg-type]
+    plain = mhconvert.convert(recipe(tmp_path / "free", "dha", free))
+    left, without = (
+        sum(layer["k_heads"] + layer["v_heads"] for layer in each["layers"]) for each in (report, plain)
+    )
+    assert left == without == 14  # of 24, 14.4
+    groups = [sorted({head // 2 for head in heads}) for heads in NAMED]
+    for layer, kept in zip(report["layers"], groups, strict=True):
+        assert layer.get("protected_heads", []) == kept
+        for head_map in (layer["k_map"], layer["v_map"]):
+            for group in kept:
+                [fused] = {head_map[2 * group], head_map[2 * group + 1]}
+                assert head_map.count(fused) == 2
+    torn = [
+        layer[f"{kind}_map"].count(layer[f"{kind}_map"][head]) != 2
+        for layer, heads in zip(plain["layers"], NAMED, strict=True)
+        for head in heads
+        for kind in "kv"
+    ]
+    assert any(torn)  # without protection some of them are fused
+
+
+@pytest.mark.parametrize("route", ["heads", "groups"])
+def test_moh_gives_them_to_every_token(recipe: Callable[..., Recipe], tmp_path: Path, route: str) -> None:
+    settings = MoHSettings(0.75, 0.25, route=route, protect=given(NAMED))  # type: ignore[arg-type]
+    report = mhconvert.convert(recipe(tmp_path / "kept", "moh", settings))
+    plain = mhconvert.convert(
+        recipe(tmp_path / "free", "moh", MoHSettings(0.75, 0.25, route=route))  # type: ignore[arg-type]
+    )
+    assert report["active_heads"] == plain["active_heads"]
+    share = 1 if route == "heads" else 2
+    for layer, heads in zip(report["layers"], NAMED, strict=True):
+        kept = {head // share for head in heads}
+        assert kept <= set(layer["shared_heads"])
+        assert layer["active_heads"] >= len(layer["shared_heads"]) == max(2 // share, len(kept))
+    missing = [
+        head // share not in layer["shared_heads"]
+        for layer, heads in zip(plain["layers"], NAMED, strict=True)
+        for head in heads
+    ]
+    assert any(missing)
+
+
+def test_moh_shares_more_where_more_are_protected() -> None:
+    config = make_config(layers=2, heads=8, kv_heads=4)
+    made = MoH(config, MoHSettings(0.75, 0.25, protect=given([[1, 2, 3, 4, 5], []])), "default")
+    assert made.budget.shared == (5, 2)
+    assert sum(made.active) == 12
+
+
+@pytest.mark.parametrize("bits", ["16", "auto"])
+def test_mla_errs_less_in_what_they_read(recipe: Callable[..., Recipe], tmp_path: Path, bits: str) -> None:
+    """At one budget the layers with protected heads come out otherwise, the first, without any, the same."""
+    reports = [
+        mhconvert.convert(
+            recipe(
+                tmp_path / name,
+                "mla",
+                MLASettings(0.3, kv_bits=bits, protect=protect),  # type: ignore[arg-type]
+                effort="quick",
+                fit_steps=0,
+            )
+        )
+        for name, protect in (("kept", given(NAMED)), ("free", None))
+    ]
+    kept, free = reports
+    assert [layer.get("protected_heads", []) for layer in kept["layers"]] == (
+        NAMED if bits == "16" else [[], [2], [0, 3]]
+    )
+    assert kept["kl"] != free["kl"]
+    if bits == "16":
+        assert kept["kv_bytes_per_token"] == free["kv_bytes_per_token"]
+        assert kept["layers"][0]["relative_error"] == free["layers"][0]["relative_error"]
+    else:
+        assert kept["kv_bytes_per_token"]["converted"] <= free["kv_bytes_per_token"]["converted"] + LAYERS
+
+
+def test_weighted_prices_are_of_the_named_keys_and_values() -> None:
+    price = torch.ones(8, 8)
+    layer = LayerSensitivity(torch.zeros(8), torch.eye(8), price, torch.tensor(3))
+    found = weighted(layer, torch.tensor([1.0, 4.0], dtype=torch.float64)).price
+    named = torch.tensor([2, 3, 6, 7])  # of keys 0 … 3 and values 4 … 7, two elements a head
+    assert torch.equal(found.diagonal()[named], torch.full((4,), 4.0))
+    assert found[0, 2] == 2
+    assert found[0, 4] == 1
+
+
+def test_the_record_says_which_heads(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    file = tmp_path / "heads.json"
+    file.write_text(json.dumps(given(NAMED)), encoding="utf-8")
+    mhconvert.convert(recipe(tmp_path / "out", "moh", MoHSettings(protect=str(file))))
+    recorded = read_record(tmp_path / "out")["recipe"]["settings"]["protect"]
+    assert recorded == {"from": str(file)} | given(NAMED)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Protected by the conversion: 3 heads (heads.json)." in card
+    file.unlink()  # the recipe holds the heads, not the file's name alone
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").settings.protect == recorded
+
+
+def test_a_word_is_measured_on_the_donor(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    mhconvert.convert(recipe(tmp_path / "out", "moh", MoHSettings(protect="safety")))
+    record = read_record(tmp_path / "out")
+    measured = mhconvert.inspect(record["recipe"]["model"], heads=True, device="cpu")["heads"]
+    assert record["recipe"]["settings"]["protect"] == measured["protect"]["safety"]
+    assert sum(len(layer["heads"]) for layer in measured["protect"]["safety"]["layers"]) == 2  # 5 % of 24
+    for layer, said in zip(record["layers"], measured["protect"]["safety"]["layers"], strict=True):
+        assert set(said["heads"]) <= set(layer["shared_heads"])
+
+
+def test_a_donor_without_such_heads(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Random weights copy nothing; and a donor that reads short texts alone is not asked to."""
+    short = make_donor(tmp_path / "short", max_position_embeddings=128)
+    for model in (None, str(short)):
+        asked = recipe(tmp_path / "out", "moh", MoHSettings(protect="retrieval"))
+        asked = replace(asked, model=model) if model else asked
+        with pytest.raises(BudgetError, match="protect retrieval: no head of .* was found to do that"):
+            mhconvert.convert(asked)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DHASettings(protect="nothing.json"), "protect nothing.json is neither retrieval nor safety"),
+        (lambda: MoHSettings(protect=[1, 2]), "protect is no list of layers such as {heads: [0, 3]}"),
+        (lambda: MoHSettings(protect=given([[0], ["a"]])), "protect, layer 1: it needs a list of heads"),  # type: ignore[list-item]
+        (lambda: MoHSettings(protect="safety", shared_heads="first"), "shares the first heads"),
+        (lambda: DHASettings(protect="safety", uniform=True), "uniform has groups of one size"),
+        (lambda: DHASettings(protect="safety", equal_heads=True), "equal_heads has groups of one size"),
+        (lambda: DHASettings(protect="safety", plan=[{"kv_heads": 3}]), "leave out protect or the plan"),
+    ],
+)
+def test_choices_that_exclude_it(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(BudgetError, match=words.replace("[", r"\[")):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda c: DHA(c, DHASettings(0.25, protect=given([[0, 2, 4], [], []])), "default"),
+            r"kv_budget=0.25 is 6 of 24 heads, and with 3 protected KV heads layers have at least 12; "
+            r"choose kv_budget ≥ 0.5 or protect fewer",
+        ),
+        (
+            lambda c: DHA(c, DHASettings(0.5, max_heads=2, protect=given([[], [0, 2], []])), "default"),
+            "layer 1: 2 KV heads are protected, and with one for the others that is more than the most it may have, 2",
+        ),
+        (
+            lambda c: MoH(c, MoHSettings(0.25, 0.125, protect=given([list(range(6)), [4], [5]])), "default"),
+            "active=0.25 is 6 of 24 heads and shared=0.125 takes 8 of them, 8 of which are protected",
+        ),
+        (
+            lambda c: MoH(
+                c, MoHSettings(0.5, 0.125, uniform=True, protect=given([list(range(5)), [], []])), "default"
+            ),
+            r"layer 0: 4 active heads, of which 5 are shared \(5 protected\)",
+        ),
+        (
+            lambda c: MoH(c, MoHSettings(protect=given([[]])), "default"),
+            "protect has 1 layers and the donor 3",
+        ),
+        (
+            lambda c: DHA(c, DHASettings(protect=given([[], [8], []])), "default"),
+            "protect, layer 1: there is no head 8 of the donor's 8",
+        ),
+    ],
+)
+def test_no_room(make: Callable[[Any], Any], words: str) -> None:
+    config = make_config(layers=LAYERS, heads=HEADS, kv_heads=GROUPS)
+    with pytest.raises(BudgetError, match=words):
+        make(config)
+
+
+def test_what_is_read_reads_again_as_the_same() -> None:
+    read = read_protected(given([[3, 1, 3], []]))
+    assert read == {"from": "given", "layers": [{"heads": [1, 3]}, {"heads": []}]}
+    assert read_protected(read) == read
