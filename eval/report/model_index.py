@@ -217,9 +217,14 @@ def _add_refusals(
 ) -> None:
     """Add the share of requests that were refused, and say it where the conversion has lowered it."""
     evaluation.add("refusals", "refused", "share refused", this["share"], {"requests": refusals["requests"]})
-    cells = ({"value": each.get("share"), "stderr": each.get("share_stderr")} for each in (donor, this))
-    row = (f"refusals of {count(refusals['requests'])} requests to be refused", *map(_with_error, cells))
-    evaluation.rows.append((*row, "fewer, by more than noise" if this.get("lowered") else ""))
+    theirs, ours = (
+        _with_error({"value": each.get("share"), "stderr": each.get("share_stderr")})
+        for each in (donor, this)
+    )
+    fewer = "fewer, by more than noise" if this.get("lowered") else ""
+    evaluation.rows.append(
+        (f"refusals of {count(refusals['requests'])} requests to be refused", theirs, ours, fewer)
+    )
     if this.get("lowered") and donor:
         evaluation.settings.append(sentence(this, donor, refusals["requests"]))
 
