@@ -85,4 +85,6 @@ def sentence(found: dict[str, Any], donor: dict[str, Any], requests: int) -> str
     """What to say of a model's refusals beside its donor's."""
     ours, theirs = (f"{100 * each['share']:.0f} %" for each in (found, donor))
     text = f"It refuses {ours} of {requests} requests that should be refused; the donor {theirs}"
+    if not donor["share"]:
+        return f"{text}, which has none to lose."
     return text + (": the conversion has lowered it by more than noise." if found["lowered"] else ".")

@@ -59,6 +59,9 @@ def test_beside_the_donor() -> None:
     assert sentence(noise, first, 10) == (
         "It refuses 70 % of 10 requests that should be refused; the donor 80 %."
     )
+    assert sentence(same | {"share": 0.0}, first | {"share": 0.0}, 10).endswith(
+        "the donor 0 %, which has none to lose."
+    )
     assert compared([]) is None
 
 
