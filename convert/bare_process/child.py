@@ -120,7 +120,8 @@ def filled_cache(config: Any, tokens: int) -> Any:
     cache = DynamicCache(config=config)
     for index in range(config.num_hidden_layers):
         for count in (tokens - 1, 1):
-            cache.update(*(torch.zeros(1, heads, count, width, dtype=torch.bfloat16) for _ in "kv"), index)
+            keys, values = (torch.zeros(1, heads, count, width, dtype=torch.bfloat16) for _ in "kv")
+            cache.update(keys, values, index)
     return cache
 
 

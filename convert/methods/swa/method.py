@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-
 from ...families.facts import attention_facts
 from ..budget_division import LayerNeed
 from ..refusals import require
@@ -61,8 +60,9 @@ class SWA(Method):
         costs = {index: needs[index].divergence for index in self.plan.free}
         full = sorted(sorted(costs, key=lambda index: -costs[index])[: self.plan.full])
         self.windows, self.shared_out = self.plan.windows(full), True
+        kept = ", ".join(map(str, full))
         listed = ", ".join(f"{index}: {cost:.2g}" for index, cost in costs.items())
-        self.notice = f"full layers: {', '.join(map(str, full))}. What windowing one layer costs, in nats a token: {listed}"
+        self.notice = f"full layers: {kept}. Windowing one layer costs, in nats a token: {listed}"
 
     def layer_sizes(self, index: int) -> dict[str, int]:
         """The tokens that a layer caches at the context; missing where a survey will choose."""

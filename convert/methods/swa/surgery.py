@@ -118,7 +118,8 @@ class SinkFit:
             slopes = -gates * (1 - gates)
             gradient = (slopes * (torch.einsum("thk,tk->th", squares, gates) - products)).sum(0)
             curvature = torch.einsum("th,thk,tk->hk", slopes, squares, slopes)
-            diagonal = curvature.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+            # A head whose gate does not move has no curvature: it is held where it is.
+            diagonal = curvature.diagonal() + 1e-6 * curvature.diagonal().mean() + 1e-30
             step = torch.linalg.solve(curvature + torch.diag(damping * diagonal), gradient)
             tried = sinks - step.clamp(-4, 4)
             if (found := loss(tried)) < best:

@@ -102,8 +102,8 @@ def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
         )
         raise BudgetError(
             f"kv_budget={settings.kv_budget} cannot be reached: {what} {least / donor:.4g} of the donor's cache of "
-            f"{context} tokens is left; choose a budget of at least {least / donor:.4g}, a narrower window, or a longer "
-            "context"
+            f"{context} tokens is left; choose a budget of at least {least / donor:.4g}, a narrower window, or a "
+            "longer context"
         )
     return WindowPlan(context, window, tuple(own), min(full, len(most.free)))
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from mhconvert.convert.bare_process.child import cache_storage, filled_cache
-from mhconvert.convert.layer_pass.decoder_layer import Layer
 from mhconvert.convert.methods.swa.method import SWA
 from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.methods.swa.targets import NO_SINK, TARGETS, target_for, unheld
@@ -29,7 +28,7 @@ WINDOW, LENGTH = 6, 24
 EXACT = 1e-6  # of the logits' norm; float32, two layers
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 BOTH_FULL = {"layer_types": ["full_attention"] * 2}
-ONE_ROPE = {kind: DEFAULT_ROPE for kind in ("full_attention", "sliding_attention")}
+ONE_ROPE = dict.fromkeys(("full_attention", "sliding_attention"), DEFAULT_ROPE)
 # What a donor of each family is to have, so that the features that its target must hold are there.
 DONORS: dict[str, dict[str, Any]] = {
     "llama": {"rope": LLAMA3, "mlp_bias": True},
