@@ -58,7 +58,9 @@ def fit_steps(recipe: Recipe) -> int:
 
 def layer_fit_steps(recipe: Recipe, method: Method) -> int:
     """Return the optimiser steps per layer of a conversion by `method`; 0 where its closed form is all there is."""
-    return 0 if method.closed_form else fit_steps(recipe)
+    if method.closed_form:
+        return 0
+    return fit_steps(recipe) if recipe.fit_steps is not None else int(method.fit_share * fit_steps(recipe))
 
 
 def block_steps(recipe: Recipe, rows: int, length: int) -> int:

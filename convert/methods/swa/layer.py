@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .surgery import SinkFit, dropped, windowed
@@ -21,11 +22,17 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float, **options: Any
 ) -> tuple[Tensor, None]:
     """The attention function of transformers for `windowed_attention`; the mask is made here."""
-    heads, sums = windowed(query, key, value, module.window, scaling, options.get("softcap"))
+    softcap = options.get("softcap")
+    if module.window is None and softcap is None:
+        whole = scaled_dot_product_attention(
+            query, key, value, scale=scaling, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return whole.transpose(1, 2).contiguous(), None
+    heads, sums = windowed(query, key, value, module.window or query.shape[2], scaling, softcap)
     if module.seen is not None:
         lost = dropped(query, key, sums, module.window, scaling) if query.shape[2] > module.window else None
         module.seen.append((heads, sums, lost))
-    if module.sinks is not None:
+    if module.sinks is not None and module.window is not None:
         heads = heads * (sums - module.sinks).sigmoid()[..., None]
     return heads.contiguous(), None
 
@@ -33,12 +40,20 @@ def _attend(
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attend)
 
 
-def windowed_attention(attention: Any, window: int) -> Any:
-    """A copy of a donor's attention that sees `window` tokens."""
+def windowed_attention(attention: Any, window: int | None) -> Any:
+    """A copy of a donor's attention that sees `window` tokens, or all before it, whatever mask it is given."""
     module = copy.deepcopy(attention)
     module.config = copy.copy(attention.config)
     module.config._attn_implementation = IMPLEMENTATION
     module.window, module.sinks, module.seen = window, None, None
+    forward = module.forward
+
+    def without_mask(
+        hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None, **options: Any
+    ) -> Any:
+        return forward(hidden_states, position_embeddings, attention_mask=None, **options)
+
+    module.forward = without_mask
     return module
 
 
@@ -58,7 +73,7 @@ def fitted_sinks(
     bias = module.o_proj.bias
     for row, wanted in zip(inputs.split(1), targets.split(1), strict=True):
         module.seen = []
-        module(row.to(output.device), position_embeddings, None)
+        module(row.to(output.device), position_embeddings)
         [(heads, sums, lost)] = module.seen
         wanted = wanted[0].to(output.device)
         fit.add(heads[0], sums[0], output, wanted if bias is None else wanted - bias)

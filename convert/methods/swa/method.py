@@ -12,29 +12,36 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...families.facts import attention_facts
 from ..budget_division import LayerNeed
+from ..method_info import MethodInfo
 from ..refusals import require
 from ..registry import Method
+from .info import INFO
 from .layer import fitted_sinks, windowed_attention, with_sinks
 from .settings import SWASettings
 from .targets import NO_SINK, target_for, windowed_config
 from .window_plan import Windows, cached_tokens, window_plan
 
-LAYER_TOKENS = 8192  # that a layer's sinks are fitted on: a number for each head
+LAYER_TOKENS = 32768  # that a layer is fitted on: a few hundred steps read no more
+SINK_TOKENS = 8192  # that the closed form of its sinks reads: a number for each head
 
 
 class SWA(Method):
     """Attention on the whole text → on a window of it, in the layers that need the rest least."""
 
     replaced = ("self_attn.",)
-    closed_form = True
     layer_tokens = LAYER_TOKENS
+    fit_share = (
+        MethodInfo.row_tokens / INFO.row_tokens
+    )  # a step reads a row at least, and the rows are so much longer
 
     def __init__(self, config: Any, settings: SWASettings, effort: str):
         require(config, "swa")
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
         self.plan = window_plan(config, settings)
-        self.target = target_for(config, settings.sinks)
+        windowless = self.plan.full == len(self.plan.free)
+        self.target = target_for(config, settings.sinks or ("none" if windowless else None))
+        self.learns_sinks = self.target.sinks and settings.sinks != "none"
         self.windows: Windows = self.plan.windows(self.plan.spread())
         self.least_row = self.plan.window + 1
         self.cache_context = self.plan.context
@@ -85,7 +92,7 @@ class SWA(Method):
             "window": self.plan.window,
             "full_layers": self.windows.count(None),
             "class": self.target.model_type,
-            "sinks": self.target.sinks,
+            "sinks": self.learns_sinks,
             "shares": {str(length): self.plan.share(self.windows, length) for length in lengths},
         }
         return {"windows": facts}
@@ -119,13 +126,12 @@ class SWA(Method):
     ) -> tuple[Any, dict[str, Any]]:
         """The attention of layer `index`, float32 on the embeddings' device, and its window."""
         window = self.windows[index]
-        if window is None or self.plan.own[index]:
-            module, sinks = copy.deepcopy(statistics), torch.full((self.facts.heads,), NO_SINK)
-        else:
-            module = windowed_attention(statistics, window)
-            if self.target.sinks:
-                sinks = fitted_sinks(module, inputs, targets, position_embeddings)
+        module = windowed_attention(statistics, window)
         if self.target.sinks:
+            sinks = torch.full((self.facts.heads,), NO_SINK)
+            if self.learns_sinks and window and not self.plan.own[index]:
+                rows = max(1, SINK_TOKENS // inputs.shape[1])
+                sinks = fitted_sinks(module, inputs[:rows], targets[:rows], position_embeddings)
             with_sinks(module, sinks)
         module.cache_elements = self.facts.kv_elements * (window or self.plan.context) / self.plan.context
         return module.eval().requires_grad_(False), {"window": window}

@@ -46,11 +46,12 @@ def test_it_writes_a_stock_class_whose_cache_is_as_planned(
 ) -> None:
     settings = SWASettings(0.6, window=WINDOW, context=CONTEXT, sinks=sinks)
     planned = mhconvert.plan(recipe(tmp_path / "out", settings))
-    report = mhconvert.convert(recipe(tmp_path / "out", settings))
+    report = mhconvert.convert(recipe(tmp_path / "out", settings, fit_steps=0))
     assert report["verified"]["model_class"] == (
         "GraniteSWAForCausalLM" if sinks == "learnt" else "CwmForCausalLM"
     )
-    assert not report["remote_code"] and not list((tmp_path / "out").glob("*.py"))
+    assert not report["remote_code"]
+    assert not list((tmp_path / "out").glob("*.py"))
     assert report["verified"]["cache"]["tokens"] == CONTEXT > WINDOW
     assert report["kv_bytes_per_token"] == planned["kv_bytes_per_token"]
     assert report["windows"]["full_layers"] == 2
@@ -66,7 +67,7 @@ def test_sinks_lower_the_error_of_the_layers(tmp_path: Path, recipe: Callable[..
     errors = {}
     for sinks in ("learnt", "none"):
         settings: Any = SWASettings(full_layers=[], window=WINDOW, context=CONTEXT, sinks=sinks)  # type: ignore[arg-type]
-        report = mhconvert.convert(recipe(tmp_path / sinks, settings, verify=False))
+        report = mhconvert.convert(recipe(tmp_path / sinks, settings, verify=False, fit_steps=0))
         errors[sinks] = [layer["relative_error"] for layer in report["layers"]]
     assert sum(errors["learnt"]) < sum(errors["none"])
 
@@ -85,7 +86,8 @@ def test_the_survey_says_what_each_layer_costs(tmp_path: Path, donor: Path, text
     options = ["--window", WINDOW, "--context", CONTEXT, "--kv-budget", 0.6, "--calibration", text]
     asked = ["--calibration-tokens", 1024, "--sequence-length", 64, "--dry-run", "--survey"]
     shown = cli(donor, "--to", "swa", *options, *asked).stdout
-    assert "Windowing one layer costs" in shown and "128: 56.2 %" in shown
+    assert "Windowing one layer costs" in shown
+    assert "128: 56.2 %" in shown
 
 
 def test_rows_that_show_nothing_of_the_window_are_refused(
@@ -103,3 +105,21 @@ def test_a_dtype_keeps_the_sinks_that_say_no_sink(tmp_path: Path, recipe: Callab
         model = AutoModelForCausalLM.from_pretrained(tmp_path / dtype)
         gates = (torch.tensor(-20.0) - model.model.layers[0].self_attn.sinks.float()).sigmoid()
         assert (gates == 1).all()
+
+
+def test_the_fit_lowers_the_error_and_leaves_full_layers_alone(
+    tmp_path: Path, donor: Path, recipe: Callable[..., Recipe]
+) -> None:
+    settings = SWASettings(full_layers=[0, 1], window=WINDOW, context=CONTEXT)
+    errors = {}
+    for steps in (0, 40):
+        report = mhconvert.convert(recipe(tmp_path / str(steps), settings, verify=False, fit_steps=steps))
+        errors[steps] = [layer["relative_error"] for layer in report["layers"]]
+    assert all(after < before for before, after in zip(errors[0][2:], errors[40][2:], strict=True))
+    assert max(errors[40][:2]) < 1e-10
+    found, given = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "40", donor)
+    )
+    for index in (0, 1):
+        name = f"model.layers.{index}.self_attn.q_proj.weight"
+        assert torch.equal(found[name], given[name])

@@ -111,7 +111,7 @@ def test_the_layer_of_the_pass_is_the_layer_of_the_class(family: str, sinks: boo
     hook = model.model.layers[0].self_attn.register_forward_hook(keep, with_kwargs=True)
     logits(model, ids)
     hook.remove()
-    found = layers[0](seen[0], rotary_of(donor, LENGTH), None)[0]
+    found = layers[0](seen[0], rotary_of(donor, LENGTH))[0]
     assert relative(found, seen[1]) < EXACT
 
 
