@@ -28,7 +28,7 @@ from .decoder_layer import Layer, Streams
 
 MAX_RELATIVE_ERROR = 100.0  # of a layer; above this the conversion is considered broken
 FIT_STEPS = {"quick": 0, "default": 180, "high": 360}
-FIT_TOKENS = 1024  # tokens per optimiser step
+FIT_TOKENS = 1024  # tokens per optimiser step, or a row where that is longer
 BLOCK_ROUNDS = {"quick": 0, "default": 0, "high": 1}  # how often the block's fit reads the calibration text
 
 
@@ -66,7 +66,7 @@ def layer_fit_steps(recipe: Recipe, method: Method) -> int:
 def block_steps(recipe: Recipe, rows: int, length: int) -> int:
     """Return the optimiser steps of the whole block's fit on `rows` rows of `length` tokens; 0 for none."""
     rounds = BLOCK_ROUNDS[recipe.effort] if fit_steps(recipe) else 0
-    return rounds * max(1, rows * length // FIT_TOKENS)
+    return rounds * max(1, rows * length // max(FIT_TOKENS, length))
 
 
 def layer_rows(recipe: Recipe, method: Method, rows: int, length: int) -> int:

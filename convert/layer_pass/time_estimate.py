@@ -90,8 +90,9 @@ def expected_seconds(
     rows = fitted_rows(recipe, config, device)
     held = recipe.calibration.held_out * length
     text = layer_rows(recipe, method, rows, length) * length
-    fitted = FIT_TOKENS * layer_fit_steps(recipe, method) * method.new_parameters()
-    blocks = FIT_TOKENS * block_steps(recipe, rows, length) * layer
+    step = max(FIT_TOKENS, length)
+    fitted = step * layer_fit_steps(recipe, method) * method.new_parameters()
+    blocks = step * block_steps(recipe, rows, length) * layer
     passed = 2 * layers * layer * (text + 2 * held) / rates.single
     return {
         "donor": START_SECONDS,
