@@ -76,8 +76,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "kv_bytes_per_token": {"donor": donor_elements * width, "converted": method.kv_bytes(width)},
         "parameters": {"donor": outer + layers * per_layer, "converted": converted},
         **method.totals(),
-        **({"notice": method.notice} if method.notice else {}),
-        **({"cache_context": method.cache_context} if method.cache_context else {}),
+        **{name: getattr(method, name) for name in ("notice", "cache_context") if getattr(method, name)},
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + kept + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES
