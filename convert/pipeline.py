@@ -104,7 +104,7 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     donor.check_files()
     largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)
     method = build_method(recipe.method, donor.config, largest.settings, recipe.effort)
-    calibration_rows.check(recipe, donor.config)
+    calibration_rows.check(recipe, donor.config, method.least_row)
     dtype = cost_estimate.output_dtype(recipe, donor)
     twin = build_method(recipe.method, donor.config, largest.settings, recipe.effort)  # an example changes it
     if method.notice and recipe.tolerance is None:

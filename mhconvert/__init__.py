@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mhconvert.convert.methods.hydra.settings import HydraSettings as HydraSettings
     from mhconvert.convert.methods.mla.settings import MLASettings as MLASettings
     from mhconvert.convert.methods.moh.settings import MoHSettings as MoHSettings
+    from mhconvert.convert.methods.swa.settings import SWASettings as SWASettings
     from mhconvert.convert.recipe.heal_settings import HealSettings as HealSettings
     from mhconvert.convert.recipe.recipe import Calibration as Calibration
     from mhconvert.convert.recipe.recipe import Recipe as Recipe
@@ -56,6 +57,7 @@ _PUBLIC = {
     "mhconvert.convert.methods.mla.settings": ("MLASettings",),
     "mhconvert.convert.methods.dha.settings": ("DHASettings",),
     "mhconvert.convert.methods.moh.settings": ("MoHSettings",),
+    "mhconvert.convert.methods.swa.settings": ("SWASettings",),
     "mhconvert.convert.methods.hydra.settings": ("HydraSettings",),
     "mhconvert.convert.methods.hydra": ("HydraConfig",),
     "mhconvert.errors": ("MhconvertError",),

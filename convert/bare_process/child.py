@@ -107,10 +107,31 @@ def _compare(model: Any, probe: str) -> dict[str, float]:
     }
 
 
+def filled_cache(config: Any, tokens: int) -> Any:
+    """The cache that `generate` makes for a model of stock layers, as it is when it has read `tokens` tokens.
+
+    The last one comes alone, as in decoding: behind a window the cache then lets go of what it read before.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    heads = config.num_key_value_heads or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = DynamicCache(config=config)
+    for index in range(config.num_hidden_layers):
+        for count in (tokens - 1, 1):
+            keys, values = (torch.zeros(1, heads, count, width, dtype=torch.bfloat16) for _ in "kv")
+            cache.update(keys, values, index)
+    return cache
+
+
 def _generate(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, element_bytes: int
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, element_bytes: int, context: int | None
 ) -> dict[str, Any]:
-    """A greedy continuation of `prompt`, as "sample", and the size of the cache after `generate`, as "cache"."""
+    """A greedy continuation of `prompt`, as "sample", and the size of the cache after `generate`, as "cache".
+
+    context: tokens with which the cache is filled instead; None: it is measured as `generate` leaves it.
+    """
     encoded = tokenizer(prompt, return_tensors="pt")
     output = model.generate(
         input_ids=encoded["input_ids"],
@@ -119,7 +140,7 @@ def _generate(
         do_sample=False,
         return_dict_in_generate=True,
     )
-    cache = output.past_key_values
+    cache = filled_cache(model.config, context) if context else output.past_key_values
     tokens = int(cache.get_seq_length())
     size, elements = cache_storage(cache, element_bytes)
     return {
@@ -162,7 +183,14 @@ def main(folder: str, probe: str, options: dict[str, Any]) -> dict[str, Any]:
         result: dict[str, Any] = _compare(model, probe)
         written = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype
         element_bytes = (written or torch.float32).itemsize
-        result |= _generate(model, tokenizer, options["prompt"], options["max_new_tokens"], element_bytes)
+        result |= _generate(
+            model,
+            tokenizer,
+            options["prompt"],
+            options["max_new_tokens"],
+            element_bytes,
+            options.get("context"),
+        )
     return result | {
         "model_class": type(model).__name__,
         "module": type(model).__module__.split(".")[0],

@@ -42,6 +42,7 @@ def verify(
     threads: int | None = None,
     python: str | None = None,
     trusted: bool = False,
+    context: int | None = None,
 ) -> dict[str, Any]:
     """What `folder` computes with plain transformers: it loads, reproduces the logits of `probe`, and generates.
 
@@ -53,6 +54,7 @@ def verify(
         threads: of torch in the process; None: its default.
         python: the interpreter of another environment, with torch and some transformers; None: this one.
         trusted: whether code in the folder that this package does not ship may run.
+        context: tokens with which the measured cache is filled; None: it is the one that `generate` leaves.
 
     Returns:
         largest_logit_difference, relative_logit_error, logit_spread; sample {prompt, text}; cache {type, tokens, bytes,
@@ -67,7 +69,7 @@ def verify(
     if not trusted:
         require_known_code(folder)
     resident = _resident()
-    options = {"prompt": prompt, "max_new_tokens": max_new_tokens, "threads": threads}
+    options = {"prompt": prompt, "max_new_tokens": max_new_tokens, "threads": threads, "context": context}
     result = _run_child(folder, probe, options, python or sys.executable)
     result["peak_rss_bytes"] += resident
     if not result.pop("finite"):

@@ -12,12 +12,13 @@ from mhconvert.errors import CalibrationError
 from mhconvert.progress import Listener
 
 from ..donor.donor import Donor
+from ..methods.method_info import MethodInfo
+from ..methods.registry import info
 from ..recipe.calibration_settings import SHORTEST_ROW
 from ..recipe.recipe import Recipe
 from .documents import check_sources
 from .token_rows import require_embedded, sampled_rows, text_rows
 
-DEFAULT_ROW = 512  # tokens
 # That are sampled on end for a row of no asked length: each takes a step, and half as many steps of twice as many rows
 # take half the time.
 SAMPLED_TEXT = 256
@@ -55,10 +56,11 @@ def token_count(recipe: Recipe, device: torch.device) -> int:
 
 
 def row_length(recipe: Recipe, config: Any) -> int:
-    """The tokens per row: the recipe's, or DEFAULT_ROW limited by the donor's context."""
-    limit = getattr(config, "max_position_embeddings", None) or DEFAULT_ROW
+    """The tokens per row: the recipe's, or its method's limited by the donor's context."""
+    wanted = info(recipe.method).row_tokens
+    limit = getattr(config, "max_position_embeddings", None) or wanted
     chosen = recipe.calibration.sequence_length
-    return min(DEFAULT_ROW, limit) if chosen is None else chosen
+    return min(wanted, limit) if chosen is None else chosen
 
 
 def fitted_rows(recipe: Recipe, config: Any, device: torch.device) -> int:
@@ -69,12 +71,15 @@ def fitted_rows(recipe: Recipe, config: Any, device: torch.device) -> int:
 def sampled_texts(recipe: Recipe, config: Any) -> tuple[int, int]:
     """How many sampled texts a row is made of, and how many tokens each has: the last may be cut."""
     length = row_length(recipe, config)
-    texts = 1 if recipe.calibration.sequence_length else -(-length // SAMPLED_TEXT)
+    whole = recipe.calibration.sequence_length or info(recipe.method).row_tokens > MethodInfo.row_tokens
+    texts = 1 if whole else -(-length // SAMPLED_TEXT)
     return texts, -(-length // texts)
 
 
-def check(recipe: Recipe, config: Any) -> None:
+def check(recipe: Recipe, config: Any, least: int = 0) -> None:
     """Check the calibration settings against the donor's config, before any text is read.
+
+    least: tokens that a row needs for the method to show in it.
 
     Raises:
         CalibrationError: no text can satisfy the settings.
@@ -88,6 +93,11 @@ def check(recipe: Recipe, config: Any) -> None:
         )
     if length < SHORTEST_ROW:
         raise CalibrationError(f"the donor reads {length} tokens, too few for a row; it takes {SHORTEST_ROW}")
+    if length < least:
+        raise CalibrationError(
+            f"rows of {length} tokens show nothing of a window of {least - 1}; choose --sequence-length > {least - 1}, "
+            "best several times as long, or a narrower window"
+        )
     if calibration.tokens is not None and calibration.tokens < length:
         raise CalibrationError(
             f"{calibration.tokens} calibration tokens do not fill one row of {length}; ask for more, or for "
@@ -95,6 +105,11 @@ def check(recipe: Recipe, config: Any) -> None:
         )
     if calibration.sources != ("self",):
         check_sources(calibration.sources)
+
+
+def judged_tokens(recipe: Recipe) -> int:
+    """The most tokens of a row that a survey measures layers on."""
+    return max(JUDGE_TOKENS, info(recipe.method).row_tokens)
 
 
 def judging_rows(length: int, rows: int) -> int:

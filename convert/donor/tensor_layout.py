@@ -26,10 +26,13 @@ UNUSED = re.compile(
 )
 
 
+WITH_SINKS = ("gpt_oss", "granite_swa")
+
+
 def attention_implementation(config: Any) -> str:
     """The attention implementation of transformers for this model: sdpa, or eager for what sdpa does not compute."""
     softcap = getattr(config, "attn_logit_softcapping", None)
-    return "eager" if softcap or config.model_type == "gpt_oss" else "sdpa"  # gpt-oss has sinks
+    return "eager" if softcap or config.model_type in WITH_SINKS else "sdpa"
 
 
 def meta_model(config: Any) -> Any:

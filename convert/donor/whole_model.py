@@ -28,7 +28,11 @@ def whole_model(
     weights = {name: source.read(name).to(device=device, dtype=dtype) for name in layout.shapes}
     weights.setdefault(LM_HEAD, weights[layout.output])
     model.load_state_dict(weights, strict=True, assign=True)
-    setattr(getattr(model, family.base), family.rotary, rotary)
+    base = getattr(model, family.base)
+    setattr(base, family.rotary, rotary)
+    if hasattr(base, "rotary_embs"):  # of granite_swa, for each base of its layers' RoPE
+        made = (type(rotary)(each.config).to(device) for each in base.rotary_embs)
+        base.rotary_embs = nn.ModuleList(made)
     for module in model.modules():  # buffers that are derived from the config
         if hasattr(module, "scalar_embed_scale"):
             module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)

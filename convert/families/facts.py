@@ -45,6 +45,7 @@ BIASES: Any = {"input_bias": "attention_bias", "output_bias": "attention_bias"}
 PAIRS = "its RoPE turns neighbouring elements of a head together, and conversions rewrite a RoPE of halves"
 NO_ROPE = "some of its layers have no RoPE, and a converted attention has one in every layer"
 SINKS = "its softmax has learned sinks (self_attn.sinks), which a converted attention does not have"
+WINDOWED = "its class is that of a Llama with windowed layers; convert the Llama that it was made from"
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
@@ -77,6 +78,8 @@ FAMILIES: dict[str, Family] = {
         Family("glm4", input_bias="attention_bias", partial_rotary=True, refused=PAIRS),
         Family("ernie4_5", input_bias="use_bias", output_bias="use_bias", refused=PAIRS),
         Family("gpt_oss", **BIASES, window=True, refused=SINKS),
+        Family("granite_swa", **BIASES, window=True, refused=SINKS),
+        Family("cwm", window=True, refused=WINDOWED),
     )
 }
 

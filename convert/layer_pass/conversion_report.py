@@ -16,7 +16,7 @@ from ..methods.registry import info
 from ..storage.dtype_cast import DTYPES
 from .context import ConversionContext
 
-PROBE_ROWS = 2  # whose logits a reload is compared with
+PROBE_ROWS, PROBE_TOKENS = 2, 4096  # the most whose logits a reload is compared with; one row at least
 
 
 def conversion_facts(
@@ -44,7 +44,7 @@ def conversion_facts(
             for side in ("donor", "converted")
         },
         "parameters": dict(sizes["parameters"]),
-        **{name: sizes[name] for name in info(recipe.method).totals if name in sizes},
+        **{name: sizes[name] for name in (*info(recipe.method).totals, "cache_context") if name in sizes},
         "layers": layers,
         "calibration": calibration_facts(context)
         | {name: text for name, text in sizes["calibration"].items() if name == "notice"},
@@ -82,7 +82,7 @@ def held_out_fidelity(
             for number, (student, prediction) in enumerate(zip(students, predictions, strict=True)):
                 converted = donor.head(student[index].to(context.device), context.dtype).cpu()
                 prediction.add(expected, converted[:-1], row[1:])
-                if probe is not None and number == 0 and index < PROBE_ROWS:
+                if probe is not None and number == 0 and index < probe_rows(held_out.shape[1]):
                     kept.append(converted)
     if probe is not None:
         write_probe(probe, held_out[: len(kept)], torch.stack(kept))
@@ -90,9 +90,17 @@ def held_out_fidelity(
     return [{key: result[key] for key in ("perplexity", "kl", "top1_agreement")} for result in results]
 
 
+def probe_rows(length: int) -> int:
+    """How many rows of `length` tokens a reload is compared on."""
+    return max(1, min(PROBE_ROWS, PROBE_TOKENS // length))
+
+
 def add_reload(report: dict[str, Any], folder: Path, probe: Path, trusted: bool) -> None:
     """Reload `folder` in a bare process; the cache that `generate` leaves there is the one that is reported."""
-    result = verify(folder, probe, prompt=PROMPT, threads=torch.get_num_threads(), trusted=trusted)
+    context = report.get("cache_context")
+    result = verify(
+        folder, probe, prompt=PROMPT, threads=torch.get_num_threads(), trusted=trusted, context=context
+    )
     report["verified"] = result
     report["parameters"]["converted"] = result["parameters"]
     report["sample"] = {"prompt": result["sample"]["prompt"], "converted": result["sample"]["text"]}

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..calibration.calibration_rows import (
-    JUDGE_TOKENS,
     fitted_rows,
+    judged_tokens,
     judging_rows,
     row_length,
     token_count,
@@ -56,7 +56,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     both = 2 if block_steps(recipe, rows, length) else 1  # the student has the fitted rows too
     fitted = layer_rows(recipe, method, rows, length) * length
     streams = 4 * config.hidden_size * (both * fitted + 2 * held)
-    eval_tokens = min(length * judging_rows(length, tokens // length), JUDGE_TOKENS)
+    eval_tokens = min(length * judging_rows(length, tokens // length), judged_tokens(recipe))
     surveyed, work, kept = _survey(method, config, elements, rows, length)
     states = SURVEY_COPIES * layers + SURVEY_STREAMS
     survey = 4 * config.hidden_size * states * eval_tokens if method.divisible else 0
@@ -76,7 +76,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "kv_bytes_per_token": {"donor": donor_elements * width, "converted": method.kv_bytes(width)},
         "parameters": {"donor": outer + layers * per_layer, "converted": converted},
         **method.totals(),
-        **({"notice": method.notice} if method.notice else {}),
+        **{name: getattr(method, name) for name in ("notice", "cache_context") if getattr(method, name)},
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + kept + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES

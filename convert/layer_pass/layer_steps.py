@@ -28,7 +28,7 @@ from .decoder_layer import Layer, Streams
 
 MAX_RELATIVE_ERROR = 100.0  # of a layer; above this the conversion is considered broken
 FIT_STEPS = {"quick": 0, "default": 180, "high": 360}
-FIT_TOKENS = 1024  # tokens per optimiser step
+FIT_TOKENS = 1024  # tokens per optimiser step, or a row where that is longer
 BLOCK_ROUNDS = {"quick": 0, "default": 0, "high": 1}  # how often the block's fit reads the calibration text
 
 
@@ -58,13 +58,15 @@ def fit_steps(recipe: Recipe) -> int:
 
 def layer_fit_steps(recipe: Recipe, method: Method) -> int:
     """Return the optimiser steps per layer of a conversion by `method`; 0 where its closed form is all there is."""
-    return 0 if method.closed_form else fit_steps(recipe)
+    if method.closed_form:
+        return 0
+    return fit_steps(recipe) if recipe.fit_steps is not None else int(method.fit_share * fit_steps(recipe))
 
 
 def block_steps(recipe: Recipe, rows: int, length: int) -> int:
     """Return the optimiser steps of the whole block's fit on `rows` rows of `length` tokens; 0 for none."""
     rounds = BLOCK_ROUNDS[recipe.effort] if fit_steps(recipe) else 0
-    return rounds * max(1, rows * length // FIT_TOKENS)
+    return rounds * max(1, rows * length // max(FIT_TOKENS, length))
 
 
 def layer_rows(recipe: Recipe, method: Method, rows: int, length: int) -> int:
@@ -173,7 +175,9 @@ def advance_student(layer: Layer, attention: Any, targets: LayerTargets, student
             f"layer {layer.index}: the converted attention's relative error is {error:.3g}; its weights or "
             "statistics are not usable. Try other calibration text or a larger budget"
         )
-    elements = layer.cache_elements(attention, targets.held_inputs)
+    elements = getattr(attention, "cache_elements", None)  # where it depends on the length of the text
+    if elements is None:
+        elements = layer.cache_elements(attention, targets.held_inputs)
     layer.complete(student, layer.attend(attention, layer.attention_inputs(student)))
     return {"relative_error": error, "kv_elements": {"donor": targets.kv_elements, "converted": elements}}
 

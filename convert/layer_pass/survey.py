@@ -130,7 +130,7 @@ def _embedded(context: ConversionContext) -> _Streams:
     rows = context.rows.fit
     count, length = rows.shape
     eval_rows = calibration_rows.judging_rows(length, count)
-    ids = rows[-eval_rows:, : calibration_rows.JUDGE_TOKENS]
+    ids = rows[-eval_rows:, : calibration_rows.judged_tokens(context.recipe)]
     wanted = statistics_tokens(context.donor.config.hidden_size) // length
     fitted = rows[: max(1, min(wanted, count - eval_rows)), : ids.shape[1]]
     return _Streams(context.donor.embed(torch.cat((fitted, ids))), len(ids))
@@ -172,9 +172,11 @@ def _divergences(context: ConversionContext, streams: _Streams) -> Iterator[floa
     generator = torch.Generator().manual_seed(context.recipe.seed)
     behind = streams.teacher[streams.fitted :]
     gradients = torch.empty(SAMPLES, *behind.shape)
+    step = calibration_rows.JUDGE_TOKENS  # of whose logits there are several copies
     for row, at_row in zip(behind, gradients.unbind(1), strict=True):
-        with half_products(context.device):
-            at_row.copy_(gradients_of_samples(context, row, generator, SAMPLES))
+        for part, at_part in zip(row.split(step), at_row.split(step, dim=1), strict=True):
+            with half_products(context.device):
+                at_part.copy_(gradients_of_samples(context, part, generator, SAMPLES))
     context.donor.release()
     for index in reversed(range(context.layers)):
         yield divergence_of(streams.changes.pop(), gradients)

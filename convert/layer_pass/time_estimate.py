@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mhconvert.device import half_products
 
-from ..calibration.calibration_rows import JUDGE_TOKENS, fitted_rows, judging_rows, row_length, sampled_texts
+from ..calibration.calibration_rows import fitted_rows, judged_tokens, judging_rows, row_length, sampled_texts
 from ..calibration.token_rows import batches_of
 from ..donor.donor import Donor
 from ..families.facts import attention_facts
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe
-from .conversion_report import PROBE_ROWS
+from .conversion_report import probe_rows
 from .cost_estimate import layer_parameters
 from .layer_steps import FIT_TOKENS, block_steps, layer_fit_steps, layer_rows
 from .sensitivity import surveyed_shape
@@ -90,20 +90,21 @@ def expected_seconds(
     rows = fitted_rows(recipe, config, device)
     held = recipe.calibration.held_out * length
     text = layer_rows(recipe, method, rows, length) * length
-    fitted = FIT_TOKENS * layer_fit_steps(recipe, method) * method.new_parameters()
-    blocks = FIT_TOKENS * block_steps(recipe, rows, length) * layer
+    step = max(FIT_TOKENS, length)
+    fitted = step * layer_fit_steps(recipe, method) * method.new_parameters()
+    blocks = step * block_steps(recipe, rows, length) * layer
     passed = 2 * layers * layer * (text + 2 * held) / rates.single
     return {
         "donor": START_SECONDS,
         "calibrate": _calibration(
             recipe, donor, rows + recipe.calibration.held_out, outer + layers * layer, rates
         ),
-        "survey": _survey(method, config, rows, length, layer, rates) if method.divisible else 0.0,
+        "survey": _survey(recipe, method, config, rows, length, layer, rates) if method.divisible else 0.0,
         "layers": PASS_FACTOR * passed
         + FIT_FACTOR * 6 * layers * (fitted + blocks) / rates.half
         + SURGERY_PRODUCTS * 2 * layers * config.hidden_size**3 / rates.double,
         "verify": START_SECONDS
-        + PASS_FACTOR * 2 * (layers * layer + head) * PROBE_ROWS * length / rates.single
+        + PASS_FACTOR * 2 * (layers * layer + head) * probe_rows(length) * length / rates.single
         if recipe.verify
         else 0.0,
     }
@@ -119,7 +120,9 @@ def _calibration(recipe: Recipe, donor: Donor, rows: int, parameters: int, rates
     return products + steps * 4 * parameters / rates.read
 
 
-def _survey(method: Method, config: Any, rows: int, length: int, layer: int, rates: Rates) -> float:
+def _survey(
+    recipe: Recipe, method: Method, config: Any, rows: int, length: int, layer: int, rates: Rates
+) -> float:
     """Of `rows` rows of `length` tokens, through layers of `layer` parameters."""
     layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
     if method.surveys_sensitivity:
@@ -131,7 +134,7 @@ def _survey(method: Method, config: Any, rows: int, length: int, layer: int, rat
             + 4 * layers * elements**2 / rates.double
         )
         return SURVEY_FACTOR * tokens * products
-    judged = judging_rows(length, rows) * min(length, JUDGE_TOKENS)
+    judged = judging_rows(length, rows) * min(length, judged_tokens(recipe))
     fitted = min(statistics_tokens(config.hidden_size), rows * length)
     forward = 2 * layers * layer * (fitted + judged * (2 + len(method.survey_shares))) / rates.single
     backward = 2 * judged * (1 + SAMPLES) * (layers * layer + head) / rates.half

@@ -39,6 +39,7 @@ class MethodInfo:
     checks: names of the checks in `methods.refusals` that a donor's configuration has to pass.
     shrinks_cache: whether a conversion at `kv_budget` < 1 leaves a smaller KV cache.
     caches_key_scales: whether the cache also holds the numbers 1 / RMS of a donor's normed keys.
+    row_tokens: of a calibration row that the user asks no other length for.
     sizes: (label, key) of the sizes of a layer that plans show; keys are those of `Method.layer_sizes`.
     totals: keys of `Method.totals` that a report keeps.
     forms: the formats that `mhconvert export` writes of its results, in the order in which `--to auto` tries them.
@@ -55,6 +56,7 @@ class MethodInfo:
     checks: tuple[str, ...] = ATTENTION_CHECKS
     shrinks_cache: bool = False
     caches_key_scales: bool = False
+    row_tokens: int = 512
     sizes: tuple[tuple[str, str], ...] = ()
     totals: tuple[str, ...] = ()
     forms: tuple[Form, ...] = ()

@@ -19,6 +19,7 @@ FOLDERS = (
     "mla",
     "dha",
     "moh",
+    "swa",
     "hydra",
 )
 
@@ -75,6 +76,9 @@ class Method(Protocol):
 
     replaced: tuple[str, ...]
     closed_form: bool = False  # whether no fit follows `convert`
+    fit_share: float = 1.0  # of the optimiser steps that an effort means
+    least_row: int = 0  # tokens that a calibration row needs to show what the method changes
+    cache_context: int | None = None  # tokens for which cache sizes a token are stated; None: any number
     layer_tokens: int | None = None  # of calibration text that a layer is converted from; None: all of it
     added_tensors: int = 2  # by which a written layer has more than the donor's, at most
     notice: str = ""  # a sentence for the user about the plan, if there is anything to say

@@ -35,6 +35,17 @@ def _cache_row(report: dict[str, Any]) -> tuple[str, str, str, str]:
     return "KV cache a token", size(donor), size(converted), part + ", measured"
 
 
+def windows_text(windows: dict[str, Any]) -> list[tuple[str, str]]:
+    """(quantity, value) of a plan's `windows`: what is full, in which class, and the share of the cache by length."""
+    shares = ", ".join(f"{int(length):,}: {share(part)}" for length, part in windows["shares"].items())
+    sinks = "with sinks" if windows["sinks"] else "without sinks"
+    return [
+        ("full layers", f"{windows['full_layers']}; the others see {windows['window']:,} tokens"),
+        ("share of the cache by length", shares),
+        ("class", f"{windows['class']}, {sinks}"),
+    ]
+
+
 def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The rows (quantity, donor, converted, remark) of a conversion's table, without a header.
 
@@ -73,6 +84,8 @@ def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if flops:
         part = f"{share(flops['converted'] / flops['donor'])} behind {flops['context']:,} tokens"
         table.append(("attention FLOPs a token", number(flops["donor"]), number(flops["converted"]), part))
+    for quantity, value in windows_text(report["windows"]) if report.get("windows") else ():
+        table.append((quantity, "", "", value))
     parameters = report.get("parameters") or {}
     if parameters:
         table.append(("parameters", count(parameters.get("donor")), count(parameters.get("converted")), ""))

@@ -96,7 +96,7 @@ def test_list(recipes: Words) -> None:
     assert set(found[0]) == {"name", "about", "model", "method", "settings", "stages"}
     lines = recipes("list")[1].splitlines()
     assert lines[0].split() == ["recipe", "model", "method", "settings", "stages"]
-    wanted = "smollm2-135m-moh smollm2-135m moh active 0.75, shared 0.5 convert, eval"
+    wanted = "smollm2-135m-swa smollm2-135m swa kv_budget 0.5625 convert, eval"
     assert " ".join(lines[-1].split()) == wanted
 
 

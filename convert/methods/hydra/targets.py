@@ -23,6 +23,7 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
     **dict.fromkeys(("mistral", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "seed_oss"), _BLOCK),
     **dict.fromkeys(("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"), _ATTENTION),
     **dict.fromkeys(("cohere", "cohere2", "ernie4_5", "glm", "glm4", "smollm3", "stablelm"), _BLOCK),
+    **dict.fromkeys(("cwm", "granite_swa"), _BLOCK),
     "gpt_oss": _ATTENTION,
     "starcoder2": ["o_proj", "c_proj"],
 }

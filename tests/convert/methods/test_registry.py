@@ -63,7 +63,9 @@ def test_an_info_names_what_there_is(name: str) -> None:
 
 
 def test_unknown_and_doubled_names_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="method 'gqa' is unknown; choose one of mla, dha, moh, hydra"):
+    with pytest.raises(
+        UnsupportedError, match="method 'gqa' is unknown; choose one of mla, dha, moh, swa, hydra"
+    ):
         registry.info("gqa")
     with pytest.raises(
         MhconvertError, match="there is a method 'mla' already, in mhconvert.convert.methods.mla"

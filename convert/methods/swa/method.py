@@ -1,0 +1,157 @@
+"""Windowed layers as the pass over the layers sees them: plan, then one layer at a time, then the configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ...families.facts import attention_facts
+from ..budget_division import LayerNeed
+from ..method_info import MethodInfo
+from ..refusals import require
+from ..registry import Method
+from .info import INFO
+from .layer import fitted_sinks, windowed_attention, with_sinks
+from .settings import SWASettings
+from .targets import NO_SINK, target_for, windowed_config
+from .window_plan import Windows, cached_tokens, window_plan
+
+LAYER_TOKENS = 32768  # that a layer is fitted on: a few hundred steps read no more
+SINK_TOKENS = 8192  # that the closed form of its sinks reads: a number for each head
+
+
+class SWA(Method):
+    """Attention on the whole text → on a window of it, in the layers that need the rest least."""
+
+    replaced = ("self_attn.",)
+    layer_tokens = LAYER_TOKENS
+    fit_share = (
+        MethodInfo.row_tokens / INFO.row_tokens
+    )  # a step reads a row at least, and the rows are so much longer
+
+    def __init__(self, config: Any, settings: SWASettings, effort: str):
+        require(config, "swa")
+        self.donor_config, self.settings, self.effort = config, settings, effort
+        self.facts = attention_facts(config)
+        self.plan = window_plan(config, settings)
+        windowless = self.plan.full == len(self.plan.free)
+        self.target = target_for(config, settings.sinks or ("none" if windowless else None))
+        self.learns_sinks = self.target.sinks and settings.sinks != "none"
+        self.windows: Windows = self.plan.windows(self.plan.spread())
+        self.least_row = self.plan.window + 1
+        self.cache_context = self.plan.context
+        self.shared_out = False
+
+    def kv_elements(self) -> int:
+        """Cache elements per token of the context, all layers, rounded up."""
+        elements = self.facts.kv_elements * cached_tokens(self.windows, self.plan.context)
+        return -(-elements // self.plan.context)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether there is a choice of layers."""
+        return self.effort != "survey" and self.plan.divisible
+
+    @property
+    def survey_shares(self) -> tuple[float, ...]:
+        """The one at which every layer is windowed: a layer is one or the other."""
+        return (self.plan.least_share,)
+
+    def share_out(self, needs: Sequence[LayerNeed]) -> None:
+        """Keep those layers full whose windowing was measured to cost most."""
+        costs = {index: needs[index].divergence for index in self.plan.free}
+        full = sorted(sorted(costs, key=lambda index: -costs[index])[: self.plan.full])
+        self.windows, self.shared_out = self.plan.windows(full), True
+        kept = ", ".join(map(str, full))
+        listed = ", ".join(f"{index}: {cost:.2g}" for index, cost in costs.items())
+        self.notice = f"full layers: {kept}. Windowing one layer costs, in nats a token: {listed}"
+
+    def layer_sizes(self, index: int) -> dict[str, int]:
+        """The tokens that a layer caches at the context; missing where a survey will choose."""
+        if self.divisible and not self.shared_out:
+            return {}
+        window = self.windows[index]
+        return {"cached_tokens": window or self.plan.context} | ({"window": window} if window else {})
+
+    def totals(self) -> dict[str, Any]:
+        """What a plan says of the windows.
+
+        Returns:
+            windows: {context, window, full_layers: how many, class, shares: length -> share of the donor's cache}.
+        """
+        context, lengths = self.plan.context, [self.plan.window]
+        while lengths[-1] < context:
+            lengths.append(min(2 * lengths[-1], context))
+        facts = {
+            "context": context,
+            "window": self.plan.window,
+            "full_layers": self.windows.count(None),
+            "class": self.target.model_type,
+            "sinks": self.learns_sinks,
+            "shares": {str(length): self.plan.share(self.windows, length) for length in lengths},
+        }
+        return {"windows": facts}
+
+    def new_parameters(self) -> int:
+        """Parameters of one layer's attention, its sinks included."""
+        config = copy.deepcopy(self.finish())
+        config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+        with torch.device("meta"):
+            attention = self.model_class(config).get_decoder().layers[0].self_attn
+        return sum(parameter.numel() for parameter in attention.parameters())
+
+    def stored(self, attention: Any) -> dict[str, Tensor]:
+        """The tensors of a layer; the class has biases in all four maps or in none."""
+        state = dict(attention.state_dict())
+        if self.target.sinks and self.facts.input_bias and not self.facts.output_bias:
+            state["o_proj.bias"] = state["o_proj.weight"].new_zeros(self.donor_config.hidden_size)
+        return state
+
+    def observe(self, attention: Any, inputs: Tensor, rotary: Any) -> Any:
+        """The donor's attention itself: the text is read when the sinks are fitted."""
+        return attention
+
+    def convert(
+        self,
+        statistics: Any,
+        index: int,
+        inputs: Tensor,
+        targets: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> tuple[Any, dict[str, Any]]:
+        """The attention of layer `index`, float32 on the embeddings' device, and its window."""
+        window = self.windows[index]
+        module = windowed_attention(statistics, window)
+        if self.target.sinks:
+            sinks = torch.full((self.facts.heads,), NO_SINK)
+            if self.learns_sinks and window and not self.plan.own[index]:
+                rows = max(1, SINK_TOKENS // inputs.shape[1])
+                sinks = fitted_sinks(module, inputs[:rows], targets[:rows], position_embeddings)
+            with_sinks(module, sinks)
+        module.cache_elements = self.facts.kv_elements * (window or self.plan.context) / self.plan.context
+        return module.eval().requires_grad_(False), {"window": window}
+
+    def restore(self, index: int, chosen: dict[str, Any]) -> None:
+        """Take over a layer that an interrupted run finished."""
+        self.windows[index] = chosen["window"]
+
+    def finish(self) -> Any:
+        """The configuration of the converted model."""
+        return windowed_config(self.donor_config, self.target, self.windows)
+
+    def example_config(self) -> Any:
+        """The same: which layers are windowed changes no size."""
+        return self.finish()
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers class that holds the result."""
+        return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[self.target.model_type]]
+
+
+METHOD = SWA

@@ -1,0 +1,133 @@
+"""A budget at one length of text as a number of full layers. Pure: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mhconvert.errors import BudgetError
+
+from .settings import SWASettings
+from .targets import own_windows
+
+LONGEST_CONTEXT = 32768  # tokens: the default is not more
+# A window of 1024 tokens is measured on rows of 4096, which a survey can read of any donor; half the layers of a donor
+# that reads 8192 then leave 56 % of its cache, and of one that reads 32768, 52 %.
+DEFAULT_WINDOW, CONTEXT_PART = 1024, 8
+ROUNDING = 1e-9  # of a layer
+Windows = list[int | None]  # of each layer; None: it sees the whole text
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """How many layers a conversion may keep full.
+
+    Attributes:
+        context: tokens at which the budget is counted.
+        window: of a layer that becomes windowed.
+        own: the donor's windows, which are kept.
+        full: how many of the layers without a window stay so.
+        fixed: which these are, if the user said so.
+    """
+
+    context: int
+    window: int
+    own: tuple[int | None, ...]
+    full: int
+    fixed: tuple[int, ...] | None = None
+
+    @property
+    def free(self) -> list[int]:
+        """The layers that may become windowed."""
+        return [index for index, window in enumerate(self.own) if window is None]
+
+    @property
+    def divisible(self) -> bool:
+        """Whether there is a choice of layers."""
+        return self.fixed is None and 0 < self.full < len(self.free)
+
+    @property
+    def least_share(self) -> float:
+        """The share of the donor's cache when every layer is windowed."""
+        return self.share(self.windows(()))
+
+    def windows(self, full: Sequence[int]) -> Windows:
+        """Those of all layers when `full` keep the whole text."""
+        return [own or (None if index in full else self.window) for index, own in enumerate(self.own)]
+
+    def spread(self) -> list[int]:
+        """The full layers before a survey: at equal distances, the last layer first."""
+        if self.fixed is not None:
+            return list(self.fixed)
+        free = self.free
+        return [
+            index
+            for number, index in enumerate(free)
+            if (number + 1) * self.full // len(free) > number * self.full // len(free)
+        ]
+
+    def share(self, windows: Sequence[int | None], length: int | None = None) -> float:
+        """Of the donor's cache when both hold `length` tokens; None: as many as the context."""
+        length = length or self.context
+        return cached_tokens(windows, length) / cached_tokens(self.own, length)
+
+
+def cached_tokens(windows: Sequence[int | None], length: int) -> int:
+    """Tokens that all layers together hold of a text of `length`."""
+    return sum(min(length, window or length) for window in windows)
+
+
+def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
+    """The plan of `settings` for a donor. Raises BudgetError for settings that no plan fulfils."""
+    own = own_windows(config)
+    reads = getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
+    context = settings.context or min(reads, LONGEST_CONTEXT)
+    if context > reads:
+        raise BudgetError(f"context={context} is more than the {reads} tokens that the donor reads")
+    window = _window(settings, own, context)
+    if window >= context:
+        raise BudgetError(
+            f"window={window} is not shorter than context={context}: no layer would drop a token"
+        )
+    most = WindowPlan(context, window, tuple(own), 0)
+    if settings.full_layers is not None:
+        return _fixed(most, settings.full_layers)
+    donor, least = cached_tokens(own, context), cached_tokens(most.windows(()), context)
+    left = settings.kv_budget * donor - least
+    full = int(left / (context - window) + ROUNDING)
+    if left < -ROUNDING * donor:
+        what = (
+            "every layer has a window of its own" if not most.free else f"with window={window} in every layer"
+        )
+        raise BudgetError(
+            f"kv_budget={settings.kv_budget} cannot be reached: {what} {least / donor:.4g} of the donor's cache of "
+            f"{context} tokens is left; choose a budget of at least {least / donor:.4g}, a narrower window, or a "
+            "longer context"
+        )
+    return WindowPlan(context, window, tuple(own), min(full, len(most.free)))
+
+
+def _window(settings: SWASettings, own: Windows, context: int) -> int:
+    known = {window for window in own if window}
+    if not known:
+        return settings.window or max(1, min(DEFAULT_WINDOW, context // CONTEXT_PART))
+    [width] = known
+    if settings.window not in (None, width):
+        raise BudgetError(
+            f"window={settings.window}: layer {own.index(width)} has a window of {width} already, which is kept, and "
+            f"a class has one width for all; leave out --window, or choose {width}"
+        )
+    return width
+
+
+def _fixed(plan: WindowPlan, layers: Sequence[int]) -> WindowPlan:
+    """`plan` with the full layers that the user names."""
+    for index in layers:
+        if not 0 <= index < len(plan.own):
+            raise BudgetError(f"full_layers has {index}, and the donor's layers are 0 to {len(plan.own) - 1}")
+        if plan.own[index]:
+            raise BudgetError(
+                f"full_layers has {index}, which has a window of {plan.own[index]} in the donor; windows are kept"
+            )
+    return WindowPlan(plan.context, plan.window, plan.own, len(layers), tuple(layers))

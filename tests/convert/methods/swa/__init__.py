@@ -1,0 +1,1 @@
+"""Windowed layers in stock classes."""

@@ -1,0 +1,125 @@
+"""Windowed layers through the whole pass: what is written, measured, resumed, and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import mhconvert
+from mhconvert.convert.methods.swa.settings import SWASettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
+from mhconvert.errors import CalibrationError
+from tests.conftest import Cli
+from tests.convert.conversions import logits, relative, token_ids
+from tests.convert.test_pipeline import hashes, stop_after
+from tests.donors import make_donor
+
+LAYERS, WINDOW, CONTEXT = 4, 16, 128
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_donor(tmp_path_factory.mktemp("swa") / "tiny", layers=LAYERS, std=0.1)
+
+
+@pytest.fixture(scope="module")
+def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
+    def build(output: Path, settings: SWASettings | None = None, **changes: Any) -> Recipe:
+        options = {
+            "settings": settings or SWASettings(0.6, window=WINDOW, context=CONTEXT),
+            "calibration": Calibration((str(text),), tokens=1024, sequence_length=64, held_out=2),
+            "device": "cpu",
+        }
+        return Recipe(**({"model": str(donor), "method": "swa", "output": str(output)} | options | changes))
+
+    return build
+
+
+@pytest.mark.parametrize("sinks", ["learnt", "none"])
+def test_it_writes_a_stock_class_whose_cache_is_as_planned(
+    tmp_path: Path, donor: Path, recipe: Callable[..., Recipe], sinks: Any
+) -> None:
+    settings = SWASettings(0.6, window=WINDOW, context=CONTEXT, sinks=sinks)
+    planned = mhconvert.plan(recipe(tmp_path / "out", settings))
+    report = mhconvert.convert(recipe(tmp_path / "out", settings, fit_steps=0))
+    assert report["verified"]["model_class"] == (
+        "GraniteSWAForCausalLM" if sinks == "learnt" else "CwmForCausalLM"
+    )
+    assert not report["remote_code"]
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert report["verified"]["cache"]["tokens"] == CONTEXT > WINDOW
+    assert report["kv_bytes_per_token"] == planned["kv_bytes_per_token"]
+    assert report["windows"]["full_layers"] == 2
+    assert [layer["window"] for layer in report["layers"]].count(None) == 2
+    assert report["kl"] > 0
+    model, original = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", donor))
+    ids = token_ids(1, 12)  # shorter than the window
+    if sinks == "none":
+        assert relative(logits(model, ids), logits(original, ids)) < 1e-6
+
+
+def test_sinks_lower_the_error_of_the_layers(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    errors = {}
+    for sinks in ("learnt", "none"):
+        settings: Any = SWASettings(full_layers=[], window=WINDOW, context=CONTEXT, sinks=sinks)  # type: ignore[arg-type]
+        report = mhconvert.convert(recipe(tmp_path / sinks, settings, verify=False, fit_steps=0))
+        errors[sinks] = [layer["relative_error"] for layer in report["layers"]]
+    assert sum(errors["learnt"]) < sum(errors["none"])
+
+
+def test_a_resumed_run_writes_the_same(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    mhconvert.convert(recipe(tmp_path / "whole", verify=False))
+    interrupted = recipe(tmp_path / "resumed", verify=False)
+    with pytest.raises(KeyboardInterrupt):
+        mhconvert.convert(interrupted, on_progress=stop_after(2, KeyboardInterrupt()))
+    mhconvert.convert(interrupted, resume=True)
+    weights = "model.safetensors"
+    assert hashes(tmp_path / "whole")[weights] == hashes(tmp_path / "resumed")[weights]
+
+
+def test_the_survey_says_what_each_layer_costs(tmp_path: Path, donor: Path, text: Path, cli: Cli) -> None:
+    options = ["--window", WINDOW, "--context", CONTEXT, "--kv-budget", 0.6, "--calibration", text]
+    asked = ["--calibration-tokens", 1024, "--sequence-length", 64, "--dry-run", "--survey"]
+    shown = cli(donor, "--to", "swa", *options, *asked).stdout
+    assert "Windowing one layer costs" in shown
+    assert "128: 56.2 %" in shown
+
+
+def test_rows_that_show_nothing_of_the_window_are_refused(
+    tmp_path: Path, recipe: Callable[..., Recipe]
+) -> None:
+    with pytest.raises(CalibrationError, match="rows of 64 tokens show nothing of a window of 64"):
+        mhconvert.plan(recipe(tmp_path / "out", SWASettings(0.7, window=64, context=CONTEXT)))
+
+
+def test_a_dtype_keeps_the_sinks_that_say_no_sink(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    """In 16 bits too a layer without a window is the donor's."""
+    settings = SWASettings(full_layers=[0, 1, 2], window=WINDOW, context=CONTEXT)
+    for dtype in ("float16", "bfloat16"):
+        mhconvert.convert(recipe(tmp_path / dtype, settings, dtype=dtype, verify=False))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / dtype)
+        gates = (torch.tensor(-20.0) - model.model.layers[0].self_attn.sinks.float()).sigmoid()
+        assert (gates == 1).all()
+
+
+def test_the_fit_lowers_the_error_and_leaves_full_layers_alone(
+    tmp_path: Path, donor: Path, recipe: Callable[..., Recipe]
+) -> None:
+    settings = SWASettings(full_layers=[0, 1], window=WINDOW, context=CONTEXT)
+    errors = {}
+    for steps in (0, 40):
+        report = mhconvert.convert(recipe(tmp_path / str(steps), settings, verify=False, fit_steps=steps))
+        errors[steps] = [layer["relative_error"] for layer in report["layers"]]
+    assert all(after < before for before, after in zip(errors[0][2:], errors[40][2:], strict=True))
+    assert max(errors[40][:2]) < 1e-10
+    found, given = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "40", donor)
+    )
+    for index in (0, 1):
+        name = f"model.layers.{index}.self_attn.q_proj.weight"
+        assert torch.equal(found[name], given[name])

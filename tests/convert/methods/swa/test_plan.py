@@ -1,0 +1,104 @@
+"""The budget as full layers, and every setting that cannot be had."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mhconvert.convert.methods.budget_division import LayerNeed
+from mhconvert.convert.methods.swa.method import SWA
+from mhconvert.convert.methods.swa.settings import SWASettings
+from mhconvert.convert.methods.swa.window_plan import DEFAULT_WINDOW, LONGEST_CONTEXT, window_plan
+from mhconvert.errors import BudgetError
+from tests.donors import make_config
+
+LAYERS = 8
+
+
+def config(**changes: Any) -> Any:
+    return make_config(**{"layers": LAYERS, "max_position_embeddings": 8192} | changes)
+
+
+def plan(settings: SWASettings, **changes: Any) -> Any:
+    return window_plan(config(**changes), settings)
+
+
+def test_defaults_come_from_what_the_donor_reads() -> None:
+    assert (plan(SWASettings()).context, plan(SWASettings()).window) == (8192, 1024)
+    short = plan(SWASettings(), max_position_embeddings=512)
+    assert (short.context, short.window) == (512, 64)
+    long = plan(SWASettings(), max_position_embeddings=131072)
+    assert (long.context, long.window) == (LONGEST_CONTEXT, DEFAULT_WINDOW)
+
+
+@pytest.mark.parametrize("budget", [0.125, 0.13, 0.3, 0.5, 0.5625, 0.99, 1.0])
+def test_as_many_layers_are_full_as_the_budget_pays_for(budget: float) -> None:
+    found = plan(SWASettings(kv_budget=budget))
+    share = found.share(found.windows(found.spread()))
+    assert share <= budget + 1e-9
+    assert found.full == LAYERS or share + (1 - 1024 / 8192) / LAYERS > budget + 1e-9
+    assert len(found.spread()) == found.full
+
+
+def test_layers_are_full_whose_windowing_costs_most() -> None:
+    method = SWA(config(), SWASettings(kv_budget=0.5625), "quick")
+    costs = [0.1, 0.5, 0.2, 0.9, 0.05, 0.3, 0.01, 0.4]
+    least = method.plan.least_share
+    assert method.survey_shares == (least,)
+    assert method.layer_sizes(0) == {}
+    method.share_out([LayerNeed((least,), (0.1,), least, cost) for cost in costs])
+    assert [i for i, window in enumerate(method.windows) if window is None] == [1, 3, 5, 7]
+    assert method.layer_sizes(1) == {"cached_tokens": 8192}
+    assert method.layer_sizes(0) == {"cached_tokens": 1024, "window": 1024}
+    assert "full layers: 1, 3, 5, 7." in method.notice
+    shares = method.totals()["windows"]["shares"]
+    assert shares == {"1024": 1.0, "2048": 0.75, "4096": 0.625, "8192": 0.5625}
+    assert method.kv_elements() == method.facts.kv_elements * LAYERS * 0.5625
+
+
+def test_windows_of_the_donor_are_kept() -> None:
+    own = {"family": "gemma2", "sliding_window": 2048, "max_position_embeddings": 8192}
+    found = plan(SWASettings(kv_budget=0.5), **own)
+    kinds = config(**own).layer_types
+    assert found.window == 2048
+    windows = found.windows(found.spread())
+    assert all(w == 2048 for w, kind in zip(windows, kinds, strict=True) if kind == "sliding_attention")
+    with pytest.raises(BudgetError, match="window=1024: layer 0 has a window of 2048 already, which is kept"):
+        plan(SWASettings(window=1024), **own)
+    with pytest.raises(BudgetError, match="full_layers has 0, which has a window of 2048 in the donor"):
+        plan(SWASettings(full_layers=[0]), **own)
+
+
+def test_a_donor_without_a_full_layer_has_nothing_to_window() -> None:
+    own = {"family": "mistral", "sliding_window": 2048}
+    with pytest.raises(BudgetError, match="every layer has a window of its own 1 of the donor's cache"):
+        plan(SWASettings(kv_budget=0.5), **own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 0}, "window=0 is not a number of tokens from 1"),
+        ({"window": 8192}, "window=8192 is not shorter than context=8192"),
+        ({"context": 16384}, "context=16384 is more than the 8192 tokens that the donor reads"),
+        (
+            {"kv_budget": 0.1},
+            "with window=1024 in every layer 0.125 of the donor's cache of 8192 tokens is left",
+        ),
+        ({"kv_budget": 0.0}, "kv_budget=0.0 is outside"),
+        ({"full_layers": [8]}, "full_layers has 8, and the donor's layers are 0 to 7"),
+        ({"full_layers": [1], "kv_budget": 0.3}, "leave out kv_budget or full_layers"),
+        ({"window": 64, "context": 64}, "window=64 is not shorter than context=64"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        plan(SWASettings(**settings))
+
+
+def test_a_list_of_layers_fixes_the_budget() -> None:
+    found = plan(SWASettings(full_layers=[7, 0, 0]))
+    assert (found.full, found.spread(), found.divisible) == (2, [0, 7], False)
+    with pytest.raises(BudgetError, match="full_layers fixes the KV budget"):
+        SWASettings(full_layers=[0]).at_budget(0.5)
