@@ -89,7 +89,16 @@ def measured(asked: Asked, checkpoints: list[Path], **settings: Any) -> Found:
         device=asked.device,
     )
     if settings:
-        return {"models": [model["name"] for model in result["models"]], "tasks": result["tasks"]}
+        primary = {
+            task["task"]: [
+                model["value"]
+                for metric in task["metrics"]
+                if metric["primary"]
+                for model in metric["models"]
+            ]
+            for task in result["tasks"]
+        }
+        return {"models": [model["name"] for model in result["models"]], "tasks": primary}
     texts = result["texts"][0]["models"]
     return {model["role"]: figures for model, figures in zip(result["models"], texts, strict=True)}
 

@@ -75,7 +75,7 @@ def commands() -> dict[str, Command]:
         "generate, int4 cache": Command(generated("mla-16") + " --kv-cache-dtype int4", lambda r: r["text"]),
         "eval, quick suite": Command(
             "eval {converted}/mla-16 --suite quick --limit 4 --fresh --device {device}",
-            lambda r: [model["value"] for model in r["average"]["models"]] if r["average"] else None,
+            lambda r: [model["value"] for model in r["tasks"][0]["metrics"][0]["models"]],
         ),
         "eval, retrieval": Command("eval {converted}/mla-coded --retrieval --fresh --device {device}"),
         "bench, random": Command(
