@@ -23,7 +23,7 @@ PROMPT = "Once upon a time"
 CONVERSIONS = {
     "mla-coded": "--to mla --kv-budget 0.25",
     "mla-16": "--to mla --kv-bits 16 --kv-budget 0.5 --fit-steps 4",
-    "dha": "--to dha --kv-budget 0.5 --uniform --fit-steps 4",
+    "dha": "--to dha --kv-budget 0.5 --equal-heads --fit-steps 4",
     "moh": "--to moh --active 0.75 --fit-steps 4",
 }
 # How far the figures of one command may lie apart on two devices, relative, and why.
@@ -84,8 +84,7 @@ def commands() -> dict[str, Command]:
         "bench, compiled": Command(
             "bench {converted}/mla-16 --compile --contexts 64 --batch 2 --new-tokens 2 --device {device}"
         ),
-        "export, dha": Command("export {converted}/dha --to llama -o {made}/llama --device {device}"),
-        "export, own": Command("export {converted}/mla-16 --to auto --dry-run"),
+        "export, dha": Command("export {converted}/dha --to nemotron-nas -o {made}/nas --device {device}"),
         "export, lora": Command("export {converted}/hydra --to lora -o {made}/lora --device {device}"),
         "merge": Command("merge {converted}/hydra -o {made}/merged"),
         "verify": Command("verify {converted}/mla-coded"),
