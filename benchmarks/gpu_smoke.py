@@ -105,7 +105,7 @@ def commands() -> dict[str, Command]:
                 "--device {device}",
                 lambda r: r["rows"][0]["converted"]["cache_bytes"],
             )
-        trained = "hydra" if name == "hydra" else "attention" if name == "dha" else "lora"
+        trained = "hydra --loss ce" if name == "hydra" else "attention" if name == "dha" else "lora"
         found[f"heal, {name}"] = Command(
             f"heal {{converted}}/{name} --tokens 1k --layer-tokens {0 if name == 'hydra' else 128} --data {{text}} "
             f"--sequence-length 64 --batch-tokens 256 --train {trained} --device {{device}} -o {{made}}/{name}-healed",
