@@ -2,6 +2,7 @@
 # make fuzz: damaged inputs of every kind for an hour.  make faults: each command killed at every change of a file.
 # make test-vllm: exports in a real vLLM, installed into .venv-vllm; fills the engines' table of the documentation.
 # make test-llamacpp: exports in llama.cpp's server, installed into .venv-llamacpp; fills the same table.
+# make gpu-inputs: what a GPU machine without network needs, into gpu_inputs/.  make gpu: everything that it should be asked, there.
 # make figures: tables and plots of README and docs from benchmarks/*.json.
 # make docs: the documentation into site/.
 # Needs python3 >= 3.11 and nothing else; everything is installed into .venv.
@@ -11,7 +12,11 @@ BIN := .venv/bin
 SOURCES := mhconvert convert cli eval heal hub run tests benchmarks docs examples
 DEMO := demo/smollm2-135m-mla
 
-.PHONY: demo bench test test-vllm test-llamacpp fuzz faults lint format figures docs clean
+DATA ?= $(MHCONVERT_DATA)
+GPU_PYTHON ?= $(PYTHON)
+GPU_OPTIONS ?= --out gpu_results
+
+.PHONY: demo bench gpu gpu-inputs test test-vllm test-llamacpp fuzz faults lint format figures docs clean
 
 demo: .venv/installed
 	$(BIN)/mhconvert smollm2-135m --to mla --kv-budget 0.125 --effort quick --calibration-tokens 8192 -o $(DEMO) --force
@@ -27,6 +32,15 @@ bench: .venv/installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/speed_table.py bench
 	$(BIN)/python benchmarks/figures.py
 	@cat benchmarks/speed.json
+
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_run.py $(GPU_OPTIONS)
+
+gpu-inputs: .venv/installed
+	$(GPU_PYTHON) -m pip wheel --quiet --no-deps -w build/gpu_wheels -r benchmarks/gpu_wheels.txt
+	PYTHONPATH=. $(BIN)/python benchmarks/gpu_pack.py gpu_inputs --donor smollm2-135m --wheels build/gpu_wheels \
+	  --small $(DATA)/checkpoints/stories260k-gqa --text $(DATA)/eval/wikitext2/wiki.test.raw --data $(DATA)/eval \
+	  --calibration $(DATA)/calib/openstax-*.jsonl $(DATA)/calib/classic-books.jsonl
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -64,7 +78,7 @@ docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-vllm .venv-llamacpp demo bench site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-llamacpp demo bench gpu_inputs gpu_results site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

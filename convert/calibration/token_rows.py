@@ -90,7 +90,7 @@ def _sampled(model: Any, ids: Tensor, length: int, generator: torch.Generator) -
     cache = growing_cache()
     output = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
     while ids.shape[1] < length:
-        token = random_ids(output.logits[:, -1].float().softmax(-1).cpu(), generator)
+        token = random_ids(output.logits[:, -1].float().softmax(-1), generator).cpu()
         ids = torch.cat((ids, token), dim=1)
         yield ids
         if ids.shape[1] < length:
@@ -98,7 +98,7 @@ def _sampled(model: Any, ids: Tensor, length: int, generator: torch.Generator) -
 
 
 def random_ids(probabilities: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:
-    """(rows, count): ids of each row of (rows, ids), each by one random number.
+    """(rows, count): ids of each row of (rows, ids), each by one random number of the CPU's, where the rows are.
 
     `torch.multinomial` makes one for every id of the vocabulary.
 
@@ -110,9 +110,9 @@ def random_ids(probabilities: Tensor, generator: torch.Generator, count: int = 1
         raise CheckpointError(
             "the donor's predictions are not finite: its weights or its dtype overflow; try the donor in float32"
         )
-    threshold = torch.rand(len(summed), count, generator=generator) * whole
+    threshold = torch.rand(len(summed), count, generator=generator).to(whole.device) * whole
     # Rounding may give the whole, behind which there is no id.
-    below = torch.nextafter(whole, torch.zeros(()))
+    below = torch.nextafter(whole, torch.zeros_like(whole))
     return torch.searchsorted(summed, threshold.minimum(below), right=True)
 
 

@@ -31,7 +31,7 @@ def gradients_of_samples(
     with torch.enable_grad():
         logits = context.donor.head(leaf)
     probabilities = logits.detach().float().softmax(-1)
-    ids = random_ids(probabilities.cpu(), generator, samples).to(leaf.device)
+    ids = random_ids(probabilities, generator, samples)
     behind = probabilities.neg_()
     gradients: list[Tensor] = []
     for sample in ids.split(1, dim=1):

@@ -1,0 +1,108 @@
+"""The run for a GPU machine, on a CPU: its steps fail and overrun alone, and the inputs travel in pieces."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.donors import TEXT, make_donor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu_pack  # noqa: E402
+import gpu_run  # noqa: E402
+import gpu_smoke  # noqa: E402
+from gpu_asked import SIZES, Asked  # noqa: E402
+from gpu_healing import heal  # noqa: E402
+
+
+def test_a_step_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    donor, text = make_donor(tmp_path / "donor"), tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    words = ["--out", str(tmp_path / "out"), "--device", "cpu", "--minutes", "4", "--donor", str(donor)]
+    words += ["--text", str(text), "--calibration", str(tmp_path / "none.txt"), "--steps", "convert,bench"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/gpu_run.py"), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    report = json.loads((tmp_path / "out/gpu.json").read_text(encoding="utf-8"))
+    steps = report["steps"]
+    assert done.returncode == 1
+    assert {name: step["status"] for name, step in steps.items()} == {"convert": "failed", "bench": "done"}
+    assert "none.txt" in steps["convert"]["last_lines"][-1]
+    assert "none.txt" in steps["convert"]["found"]["moh"]["error"]  # the last conversion was tried too
+    rows = {name: found["rows"] for name, found in steps["bench"]["found"].items()}
+    assert rows["mla, coded"][0]["cache_ratio"] == pytest.approx(0.125 / 2, rel=0.2)  # of elements of 32 bits
+    assert report["versions"]["torch"]
+
+
+def test_healing_takes_the_tokens_that_fit(tmp_path: Path) -> None:
+    donor, text = str(make_donor(tmp_path / "donor")), tmp_path / "text.txt"
+    text.write_text(TEXT * 80, encoding="utf-8")
+    record = tmp_path / "record.json"
+    texts = [str(text)]
+    asked = Asked(donor, donor, texts, texts, None, "cpu", 0.0, str(tmp_path), str(record))
+    heal(asked, "mla, 16 bits")
+    found = json.loads(record.read_text(encoding="utf-8"))
+    assert found["trial"]["trained_tokens"] == SIZES["cpu"]["trial"]
+    assert found["healing"]["trained_tokens"] == SIZES["cpu"]["batch"]  # no time was left: one step
+    assert found["before"]["donor"]["kl"] == 0 < found["before"]["converted"]["kl"]
+    assert found["after"]["healed"]["perplexity"] > 1
+
+
+def test_a_step_that_overruns_is_ended_with_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/gpu_steps.py").write_text(
+        "import json, sys, time\n"
+        "open(json.loads(sys.argv[2])['record'], 'w').write('{\"so far\": 1}')\n"
+        "print('slow', flush=True)\n"
+        "time.sleep(60)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
+    inputs = gpu_run.Inputs("donor", "donor", [], [], None)
+    step = gpu_run.run("smoke", "cpu", inputs, gpu_run.LEAST_SECONDS, tmp_path, dict(os.environ))
+    assert (step["status"], step["found"], step["last_lines"]) == ("overran", {"so far": 1}, ["slow"])
+    assert gpu_run.run("smoke", "cpu", inputs, 0.0, tmp_path, {})["status"].startswith("left out")
+
+
+def test_inputs_travel_in_pieces(tmp_path: Path) -> None:
+    text, donor = tmp_path / "text.txt", make_donor(tmp_path / "tiny")
+    text.write_bytes(os.urandom(3000))
+    trips = gpu_pack.packed({"text": [text], "donor": [donor]}, tmp_path / "packed", 100_000)
+    assert trips > 1
+    assert all(file.stat().st_size <= 100_000 for file in (tmp_path / "packed").rglob("*") if file.is_file())
+    found = gpu_run.unpacked(tmp_path / "packed", tmp_path)
+    assert (found / "text/text.txt").read_bytes() == text.read_bytes()
+    asked = gpu_run.arguments(["--out", str(tmp_path), "--calibration", str(text)])
+    assert gpu_run.chosen(asked, found).donor == str(found / "donor/tiny")
+    asked = gpu_run.arguments(["--out", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit, match="run make gpu-inputs"):
+        gpu_run.chosen(asked, tmp_path / "nothing")
+
+
+def test_figures_agree_within_their_tolerance() -> None:
+    assert gpu_smoke.agree(100.05, 100.0, gpu_smoke.ONE_MODEL)
+    assert not gpu_smoke.agree(101.0, 100.0, gpu_smoke.ONE_MODEL)
+    assert gpu_smoke.agree("the same", "the same", gpu_smoke.SAME)
+    assert not gpu_smoke.agree("a text", "another", gpu_smoke.SAME)
+    assert not gpu_smoke.agree(None, None, gpu_smoke.SAME)  # both failed
+    assert not gpu_smoke.agree(float("nan"), float("nan"), gpu_smoke.ONE_RECIPE)
+
+
+def test_an_unknown_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_run.arguments(["--out", "x", "--steps", "smoke,smok"])
+    assert "there is no step smok; there are smoke, convert" in capsys.readouterr().err
