@@ -103,8 +103,17 @@ def check(recipe: Recipe, config: Any, least: int = 0) -> None:
             f"{calibration.tokens} calibration tokens do not fill one row of {length}; ask for more, or for "
             "shorter rows with --sequence-length"
         )
-    if calibration.sources != ("self",):
-        check_sources(calibration.sources)
+    check_sources(texts_of(recipe))
+
+
+def texts_of(recipe: Recipe) -> tuple[str, ...]:
+    """The sources that are read, not sampled from the donor."""
+    return tuple(source for source in recipe.calibration.sources if source != "self")
+
+
+def rows_to_sample(recipe: Recipe, rows: int) -> int:
+    """How many of `rows` rows are sampled from the donor: all, none, or the part of one source, rounded up."""
+    return -(-rows // len(recipe.calibration.sources)) if "self" in recipe.calibration.sources else 0
 
 
 def judged_tokens(recipe: Recipe) -> int:
@@ -130,14 +139,19 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
     calibration, length = recipe.calibration, row_length(recipe, donor.config)
     fit_rows = fitted_rows(recipe, donor.config, device)
     rows = fit_rows + calibration.held_out
+    sampled = rows_to_sample(recipe, rows)
     tokenizer = donor.tokenizer()
-    if calibration.sources == ("self",):
+    parts: list[Tensor] = []
+    if rows > sampled:  # first, so that too little text is told before anything is sampled
+        parts.append(text_rows(texts_of(recipe), tokenizer, rows - sampled, length, recipe.seed))
+        require_embedded(parts[0], tokenizer, donor.config.vocab_size)
+    if sampled:
         dtype = torch.float32 if device.type == "cpu" else donor.dtype
         texts, tokens = sampled_texts(recipe, donor.config)
         model = donor.model(device, dtype)
-        ids = sampled_rows(model, tokenizer, rows * texts, tokens, recipe.seed, on_progress)
-        ids = ids.reshape(rows, -1)[:, :length]
-    else:
-        ids = text_rows(calibration.sources, tokenizer, rows, length, recipe.seed)
-    require_embedded(ids, tokenizer, donor.config.vocab_size)
+        ids = sampled_rows(model, tokenizer, sampled * texts, tokens, recipe.seed, on_progress)
+        parts.append(ids.reshape(sampled, -1)[:, :length])
+    ids = torch.cat(parts)
+    if len(parts) > 1:
+        ids = ids[torch.randperm(rows, generator=torch.Generator().manual_seed(recipe.seed))]
     return Rows(ids[:fit_rows], ids[fit_rows:])

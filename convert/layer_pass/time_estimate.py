@@ -13,7 +13,14 @@ from torch import Tensor
 
 from mhconvert.device import half_products
 
-from ..calibration.calibration_rows import fitted_rows, judged_tokens, judging_rows, row_length, sampled_texts
+from ..calibration.calibration_rows import (
+    fitted_rows,
+    judged_tokens,
+    judging_rows,
+    row_length,
+    rows_to_sample,
+    sampled_texts,
+)
 from ..calibration.token_rows import batches_of
 from ..donor.donor import Donor
 from ..families.facts import attention_facts
@@ -111,9 +118,8 @@ def expected_seconds(
 
 
 def _calibration(recipe: Recipe, donor: Donor, rows: int, parameters: int, rates: Rates) -> float:
-    """Of `rows` rows of text; `parameters` of the whole donor."""
-    if recipe.calibration.sources != ("self",):
-        return 0.0  # tokenising takes seconds at most
+    """Of the sampled ones of `rows` rows: tokenising takes seconds at most; `parameters` of the whole donor."""
+    rows = rows_to_sample(recipe, rows)
     texts, length = sampled_texts(recipe, donor.config)
     steps = length * batches_of(rows * texts, length)
     products = SAMPLING_FACTOR * 2 * parameters * rows * texts * length / rates.single

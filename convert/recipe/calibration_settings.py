@@ -28,7 +28,7 @@ class Calibration(Settings):
         Takes[tuple[str, ...], Names],
         Option(
             "Text to calibrate on: files (text, JSON lines or Parquet with `text` or a conversation, quoted globs) or "
-            "datasets, may be repeated; self: sampled from the donor.",
+            "datasets, may be repeated; self: sampled from the donor, as many rows as of one other source.",
             "FILE|DATASET|self",
             parse=one_source,
             also=str,
@@ -69,8 +69,8 @@ class Calibration(Settings):
     ] = 4
 
     def check(self) -> None:
-        """Raise CalibrationError where there is no text, and for `self` beside other text."""
+        """Raise CalibrationError where there is no text, and for `self` named twice."""
         if not self.sources:
             raise CalibrationError("sources is empty; name files, datasets, or self")
-        if "self" in self.sources and len(self.sources) > 1:
-            raise CalibrationError("sources has self beside other text; leave self out to use files")
+        if self.sources.count("self") > 1:
+            raise CalibrationError("sources has self more than once; name it once")

@@ -529,8 +529,8 @@ def test_tasks_may_be_one_text(file: Path) -> None:
         ("calibration.held_out=1", "calibration.held_out=1 rows measure nothing; use at least 2"),
         ("calibration.sources=[]", "calibration.sources is empty; name files, datasets, or self"),
         (
-            "calibration.sources=[self, a]",
-            "calibration.sources has self beside other text; leave self out to use files",
+            "calibration.sources=[self, a, self]",
+            "calibration.sources has self more than once; name it once",
         ),
         (
             "export.to=zzz",

@@ -18,6 +18,7 @@ class MixtureOfHeadFields:
     shared_heads: per layer, the units that every token has. active_heads: per layer, how many units a token has, the
     shared ones included. head_router: "learned": scores are a linear map of the attention's input; "norm": they are
     norm_scale · log ‖q‖ + norm_offset of a unit's queries, these two per layer and routed unit (None: 1 and 0).
+    whole_start: whether the token at position 0 has all heads where others are routed.
     softmax_scale: what scores of keys are multiplied by. attention_softcap: c where they pass through c · tanh(s / c).
     """
 
@@ -27,6 +28,7 @@ class MixtureOfHeadFields:
     head_router: Literal["learned", "norm"] = "learned"
     norm_scale: list[list[float]] | None = None
     norm_offset: list[list[float]] | None = None
+    whole_start: bool = False
     softmax_scale: float | None = None
     attention_softcap: float | None = None
 

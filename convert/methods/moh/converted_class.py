@@ -31,6 +31,7 @@ def mixture_config(donor_config: Any, route: str = "heads", router: str = "learn
         head_router=router,
         shared_heads=[list(range(units)) for _ in range(layers)],
         active_heads=[units] * layers,
+        whole_start=True,
         softmax_scale=facts.scale,
         attention_softcap=facts.softcap,
     )

@@ -58,6 +58,7 @@ class MixtureOfHeadAttention(nn.Module):
         _, self.routed_units, self.chosen = config.layer_routing(layer_idx)
         if 0 < self.chosen < len(self.routed_units):
             self.router = HeadRouter(config, layer_idx)
+        self.whole_start = config.whole_start and hasattr(self, "router")
 
     def forward(
         self,
@@ -70,6 +71,12 @@ class MixtureOfHeadAttention(nn.Module):
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, d] -> output [B, T, D], weights."""
         raw, key, value = self.projections(hidden_states)
         active, gates = self.routing(hidden_states, raw)
+        if active is not None and self.whole_start:
+            # The later tokens attend to the first one, and what makes it their sink may be any of its heads. Only its
+            # angles are zero; the fastest is, as the first one, no multiple of π at any other position.
+            start = (position_embeddings[1][..., :1] == 0).expand(*hidden_states.shape[:2], 1)
+            active = active | start
+            gates = None if gates is None else gates.masked_fill(start, 1)
         query, key = self.normed(raw, key)
         partial = position_embeddings[0].shape[-1] < self.head_dim
         query, key = (apply_rotary_pos_emb if partial else self.donor_rotary)(

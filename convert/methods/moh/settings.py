@@ -52,7 +52,7 @@ class MoHSettings(Settings):
             parse=head_counts,
             also=str,
         ),
-    ] = default(0.5)
+    ] = default(0.25)
     router: Annotated[
         Router,
         Option(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from mhconvert.convert.calibration import calibration_rows
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
@@ -31,3 +34,33 @@ def test_what_a_donor_cannot_read(calibration: Calibration, limit: int, message:
     config = SimpleNamespace(max_position_embeddings=limit)
     with pytest.raises(CalibrationError, match=message):
         calibration_rows.check(Recipe("x", "mla", calibration=calibration), config)
+
+
+@pytest.mark.parametrize(
+    ("sources", "sampled"), [(("self",), 42), (("a", "self", "b"), 14), (("a", "b"), 0), (("self", "a"), 21)]
+)
+def test_sampled_text_beside_files_is_as_many_rows_as_of_one_source(
+    sources: tuple[str, ...], sampled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def text(read: tuple[str, ...], _: object, rows: int, length: int, __: int) -> Tensor:
+        assert "self" not in read
+        return torch.zeros(rows, length, dtype=torch.long)
+
+    def sample(_: object, __: object, rows: int, length: int, *___: object) -> Tensor:
+        return torch.ones(rows, length, dtype=torch.long)
+
+    monkeypatch.setattr(calibration_rows, "text_rows", text)
+    monkeypatch.setattr(calibration_rows, "sampled_rows", sample)
+    donor: Any = SimpleNamespace(
+        config=SimpleNamespace(max_position_embeddings=64, vocab_size=2),
+        tokenizer=lambda: None,
+        model=lambda *_: None,
+        dtype=torch.float32,
+    )
+    calibration = Calibration(sources, tokens=640, sequence_length=16, held_out=2)
+    recipe = Recipe("x", "mla", calibration=calibration)
+    rows = calibration_rows.draw(recipe, donor, torch.device("cpu"), lambda _: None)
+    assert (len(rows.fit), len(rows.held_out)) == (40, 2)
+    kinds = torch.cat((rows.fit, rows.held_out)).float().mean(1)
+    assert int(kinds.sum()) == sampled
+    assert len(kinds[:20].unique()) == len(kinds.unique())  # in no order

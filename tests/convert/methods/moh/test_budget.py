@@ -24,7 +24,7 @@ from tests.donors import make_config
         ({"active": 2 / 3, "shared": 0}, (6, 5, 5), (0, 0, 0)),  # of 24: exactly 16
         ({"active": [7, 0.5, 8], "shared": [3, 0, 8]}, (7, 4, 8), (3, 0, 8)),
         ({"active": 1, "shared": 1.0}, (8, 8, 8), (8, 8, 8)),
-        ({"active": 0.75, "shared_heads": "first"}, (6, 6, 6), (4, 4, 4)),
+        ({"active": 0.75, "shared_heads": "first"}, (6, 6, 6), (2, 2, 2)),
         ({"active": 0.5, "shared": [8, 1, 1]}, (8, 2, 2), (8, 1, 1)),
     ],
 )
@@ -103,8 +103,8 @@ def test_numbers_that_the_donor_has_not_are_refused_before_it_is_read(
 def test_what_is_refused_says_the_smallest_share_that_is_not() -> None:
     config = make_config(heads=9, kv_heads=3, hidden=144, head_dim=16)
     with pytest.raises(BudgetError, match=r"active ≥ 0\.4445"):
-        MoH(config, MoHSettings(0.4), "quick")
-    MoH(config, MoHSettings(0.4445), "quick")
+        MoH(config, MoHSettings(0.4, 0.5), "quick")
+    MoH(config, MoHSettings(0.4445, 0.5), "quick")
 
 
 def test_heads_go_where_a_survey_heard_them_missed() -> None:

@@ -355,7 +355,9 @@ def test_gradients_reach_the_scores_of_heads_that_were_not_chosen(kind: str) -> 
     model = converted(donor, MoHSettings(0.75, 0.25, router=kind, uniform=True))  # type: ignore[arg-type]
     attention = model.model.layers[0].self_attn
     x = torch.randn(2, 9, 64)
-    place = model.model.rotary_emb(x, torch.arange(9)[None])
+    place = model.model.rotary_emb(
+        x, torch.arange(1, 10)[None]
+    )  # behind the first token, which has all heads
     kept: dict[str, Tensor] = {}
 
     def dense(*given: Any, compute: Any = attention.dense_attention) -> Any:
@@ -521,3 +523,23 @@ def test_a_config_that_does_not_fit_says_where(fields: dict[str, Any], words: st
     values = config.to_dict() | {"shared_heads": [[0], [1]], "active_heads": [2, 3]} | fields
     with pytest.raises(Exception, match=words):
         type(config)(**values)
+
+
+@pytest.mark.parametrize("choice", ROUTERS[:5], ids=str)
+def test_the_first_token_has_all_heads_and_the_field_says_whether(
+    choice: MoHSettings, skipping: None
+) -> None:
+    """Prompts, steps and left padding; without the field, as configurations before it were, it has its share."""
+    donor, ids = donor_model(2, heads=4, kv_heads=2), token_ids(2, 24)
+    model = converted(donor, choice)
+    expected = logits(model, ids)
+    assert relative(expected[:, 0], logits(donor, ids)[:, 0]) < FLOAT32
+    assert relative(expected[:, 1], logits(donor, ids)[:, 1]) > 1e-3
+    assert relative(by_steps(model, ids, 1), expected) < FLOAT32
+    assert (
+        relative(model.eval()(input_ids=ids).logits, expected) < FLOAT32
+    )  # with gradients, every head is computed
+    for layer in model.model.layers:
+        layer.self_attn.whole_start = False
+    assert not type(model.config)().whole_start
+    assert relative(logits(model, ids)[:, 0], expected[:, 0]) > 1e-3

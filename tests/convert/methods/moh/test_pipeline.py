@@ -201,7 +201,7 @@ def test_the_command_line(main: Main, donor: Path, text: Path, tmp_path: Path, c
         (["--active", "3,9,3"], 1, "active, layer 1: 9 heads, and the donor has 4 in a layer"),
         (["--kv-budget", "0.5"], 2, "--kv-budget does not apply to moh"),
         (["--router", "random"], 2, "'random' is not one of"),
-        (["--active", "0.2"], 1, "choose a smaller shared, or active ≥ 0.5"),
+        (["--active", "0.2"], 1, "choose a smaller shared, or active ≥ 0.25"),
     ],
 )
 def test_bad_numbers_are_named(
