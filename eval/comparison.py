@@ -51,25 +51,24 @@ def evaluate(
         against: the donor; by default the one that the first checkpoint was made from.
         device: by default CUDA where there is one.
         trust_remote_code: lets a checkpoint run its own code.
-        on_progress, fresh: as in `Run`.
-        store: keeps results between runs; what was finished before an error is not measured again.
+        on_progress, fresh, store: as in `Run`; what was finished before an error is not measured again.
 
     Raises MhconvertError as `open_models`.
     """
     started = time.perf_counter()
     harness.require_available(settings)
-    store, asked = store if store is not None else Store(), prompts.asked(settings)
-    requests = refusals.asked(settings)
+    kept = store if store is not None else Store()
+    run = Run(settings, prompts.asked(settings), refusals.asked(settings), kept, fresh, on_progress)
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
         how = (bool(settings.text), device, trust_remote_code, on_progress, settings.kv_cache_dtype)
         opened = open_models(checkpoints, against, *how)
         text_rows = _text_rows(settings, opened)
-        prompt_rows = [prompts.prompt_rows(each, asked) for each in opened if asked]
-        candidates, run = candidates_of(opened, settings), Run(settings, asked, store, fresh, on_progress)
+        prompt_rows = [prompts.prompt_rows(each, run.asked) for each in opened if run.asked]
+        candidates = candidates_of(opened, settings)
         on_texts = _measure_texts(run, candidates, text_rows, prompt_rows)
         candidates, left_out = _without_unloadable(run, candidates, checkpoints, tasks)
-        outcomes, probes, refused = _measure_models(run, candidates, tasks, requests)
+        outcomes, probes, refused = _measure_models(run, candidates, tasks)
     if harness.rank() != 0:
         return {}
     on_progress(Progress("done", 1, 1))
@@ -93,6 +92,7 @@ class Run:
     Attributes:
         settings: what is evaluated.
         asked: what the models write; None: nothing.
+        requests: to be refused.
         store: keeps results between runs.
         fresh: measures everything anew.
         on_progress: called with the progress.
@@ -100,6 +100,7 @@ class Run:
 
     settings: EvalSettings
     asked: Asked | None
+    requests: list[str]
     store: Store
     fresh: bool
     on_progress: Listener
@@ -121,9 +122,9 @@ def _measure_texts(
 
 
 def _measure_models(
-    run: Run, candidates: list[Candidate], tasks: TaskSet | None, requests: list[str]
+    run: Run, candidates: list[Candidate], tasks: TaskSet | None
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]], list[list[bool]]]:
-    """Tasks, retrieval and refusals, with one model in memory at a time; requests: to be refused.
+    """Tasks, retrieval and refusals, with one model in memory at a time.
 
     Returns:
         Per model the results of each task, those of retrieval, and whether each request was refused, in the first
@@ -143,10 +144,10 @@ def _measure_models(
                         candidate, run.fresh, run.store, _row_listener(run.on_progress, candidate)
                     )
                 )
-            if requests and harness.rank() == 0:
+            if run.requests and harness.rank() == 0:
                 on_rows = _row_listener(run.on_progress, candidate)
                 refused.append(
-                    refusals.probe(candidate, requests, run.store, fresh=run.fresh, on_rows=on_rows)
+                    refusals.probe(candidate, run.requests, run.store, fresh=run.fresh, on_rows=on_rows)
                 )
         finally:
             candidate.release()

@@ -40,7 +40,7 @@ push:
   repo: someone/model
 """
 EXPORT_KEYS = "dtype, duplicate, engine, kind, output, pad_row, to"
-MLA_KEYS = "kv_bits, kv_budget, kv_lora_rank, plan, profile, qk_rope_head_dim"
+MLA_KEYS = "kv_bits, kv_budget, kv_lora_rank, plan, profile, protect, qk_rope_head_dim"
 
 
 @pytest.fixture
@@ -138,8 +138,8 @@ def test_every_stage_is_read(file: Path) -> None:
         ("export:\n  to: own", "export: own", "line 14: export: 'own' is not a mapping of settings"),
         ("model: smollm2-135m", "model:", "line 2: model: null is not text"),
         ("model: smollm2-135m\n", "", "the key 'model' is missing"),
-        ("method: mla\n", "", "the method is missing; choose one of mla, dha, moh, hydra"),
-        ("mla", "mlaa", "line 3: unknown method 'mlaa'; choose one of mla, dha, moh, hydra"),
+        ("method: mla\n", "", "the method is missing; choose one of mla, dha, moh, swa, hydra"),
+        ("mla", "mlaa", "line 3: unknown method 'mlaa'; choose one of mla, dha, moh, swa, hydra"),
         ("own\n", "own\nfit_steps: many\n", "line 16: fit_steps: 'many' is not a whole number"),
         ("own\n", "own\neffort: some\n", "line 16: effort: 'some' is not one of quick, default, high"),
         ("own\n", "own\nexport: {to: x}\n", "line 16: export is given twice, first in line 14"),
@@ -289,7 +289,7 @@ def test_overrides_that_are_refused(file: Path, override: str, expected: str) ->
     [
         (
             {},
-            "there is nothing to evaluate; name a suite, tasks or text, or set retrieval or generation: true",
+            "there is nothing to evaluate; name a suite, tasks or text, or set retrieval, generation or refusals: true",
         ),
         ({"suite": "slow"}, "suite 'slow' is not one of quick, standard, transmla, moh, dha, open-llm"),
         ({"suite": "quick", "backend": "x"}, "backend 'x' is not one of hf, vllm"),
@@ -430,7 +430,7 @@ def test_faults_of_all_stages_are_told_together(file: Path) -> None:
         assert part in f"; {said}; "
     said = message(file, text.replace("method: mla", "method: mqa"))
     assert said.startswith(
-        "run.yaml, line 3: unknown method 'mqa'; choose one of mla, dha, moh, hydra; run.yaml, line 12:"
+        "run.yaml, line 3: unknown method 'mqa'; choose one of mla, dha, moh, swa, hydra; run.yaml, line 12:"
     )
 
 

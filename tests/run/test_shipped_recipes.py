@@ -16,8 +16,8 @@ from mhconvert.run.whole_recipe import load
 
 EVERY_METHOD = ("llama3-8b", "llama3.1-8b", "smollm2-135m")
 SHIPPED = sorted(
-    [f"{model}-{method}" for model in EVERY_METHOD for method in METHOD_NAMES]
-    + ["qwen2.5-7b-mla", "mistral-7b-mla", "smollm2-135m-mla-healed"]
+    [f"{model}-{method}" for model in EVERY_METHOD for method in METHOD_NAMES if method != "swa"]
+    + ["qwen2.5-7b-mla", "mistral-7b-mla", "smollm2-135m-mla-healed", "smollm2-135m-swa"]
 )
 EXAMPLE = "#   mhconvert run "
 

@@ -95,7 +95,9 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 def test_a_recipe_without_a_model() -> None:
     with pytest.raises(MhconvertError, match=r"recipe: .*'model'"):
         Recipe.from_dict({"method": "mla"})
-    with pytest.raises(MhconvertError, match="the method is missing; choose one of mla, dha, moh, hydra"):
+    with pytest.raises(
+        MhconvertError, match="the method is missing; choose one of mla, dha, moh, swa, hydra"
+    ):
         Recipe.from_dict({"model": "x"})
 
 
