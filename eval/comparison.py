@@ -49,8 +49,7 @@ def evaluate(
         checkpoints: references of the models.
         settings: what is evaluated.
         against: the donor; by default the one that the first checkpoint was made from.
-        device: by default CUDA where there is one.
-        trust_remote_code: lets a checkpoint run its own code.
+        device, trust_remote_code: CUDA by default where there is one; lets a checkpoint run its own code.
         on_progress, fresh, store: as in `Run`; what was finished before an error is not measured again.
 
     Raises MhconvertError as `open_models`.

@@ -267,8 +267,8 @@ def test_overrides_take_stages_out_and_begin_them(file: Path) -> None:
         ("eval.limit=0", "--set eval.limit=0: eval.limit=0 is too small; use at least 1"),
         (
             "eval={limit: 3}",
-            "--set eval={limit: 3}: there is nothing to evaluate; name a suite, tasks or text, or set retrieval "
-            "or generation: true",
+            "--set eval={limit: 3}: there is nothing to evaluate; name a suite, tasks or text, or set retrieval, "
+            "generation or refusals: true",
         ),
         (
             "heal={token: 3}",
