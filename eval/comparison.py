@@ -18,7 +18,6 @@ from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
 from . import fidelity, refusals, retrieval_results, texts
 from .compared_models import candidates_of, describe, open_models
-from .refusal_counts import compared
 from .result_cache import Store
 from .settings import EvalSettings
 from .tasks import harness, scores
@@ -63,7 +62,7 @@ def evaluate(
         how = (bool(settings.text), device, trust_remote_code, on_progress, settings.kv_cache_dtype)
         opened = open_models(checkpoints, against, *how)
         text_rows = _text_rows(settings, opened)
-        prompt_rows = [prompts.prompt_rows(each, run.asked) for each in opened if run.asked]
+        prompt_rows = _prompt_rows(run, opened)
         candidates = candidates_of(opened, settings)
         on_texts = _measure_texts(run, candidates, text_rows, prompt_rows)
         candidates, left_out = _without_unloadable(run, candidates, checkpoints, tasks)
@@ -77,7 +76,7 @@ def evaluate(
         **on_texts,
         **_task_results(tasks, outcomes),
         "retrieval": retrieval_results.table(probes),
-        "refusals": compared(refused),
+        "refusals": refusals.table(settings, run.requests, refused),
         "settings": _recorded_settings(settings, candidates[0]),
         "versions": _versions(tasks is not None, settings),
         "seconds": time.perf_counter() - started,
@@ -202,6 +201,13 @@ def _text_rows(settings: EvalSettings, opened: list[OpenModel]) -> dict[str, Ten
     for model in opened if rows else []:
         model.require_length(settings.sequence_length)
     return rows
+
+
+def _prompt_rows(run: Run, opened: list[OpenModel]) -> list[list[list[int]]]:
+    """Token ids of each model's prompts, before anything is measured; of requests, whether each model can read them."""
+    for each in opened if run.requests else ():
+        refusals.token_rows(each, run.requests)
+    return [prompts.prompt_rows(each, run.asked) for each in opened if run.asked]
 
 
 def _row_listener(on_progress: Listener, candidate: Candidate | None = None) -> OnRows:

@@ -91,6 +91,11 @@ class Store:
         return self.folder / f"{_digest(key)}.json"
 
 
+def digest(facts: Any) -> str:
+    """The SHA-256 of what JSON makes of `facts`: a short stand-in for them in a key."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 def _digest(key: dict[str, Any]) -> str:
     """The hash of a key, and of the libraries that make an outcome."""
     facts = key | {"versions": versions() | {"lm_eval": _harness_version()}}

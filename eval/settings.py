@@ -118,8 +118,8 @@ class EvalSettings(Settings):
     dtype: Annotated[
         str | None,
         Option(
-            "Of the weights in tasks, retrieval and generation: float32, bfloat16 or float16; texts are measured in "
-            "float32.",
+            "Of the weights in tasks, retrieval, generation and refusals: float32, bfloat16 or float16; texts are "
+            "measured in float32.",
             default="their own; of generation float32",
             parse=dtype_name,
             also=str,
@@ -148,6 +148,10 @@ class EvalSettings(Settings):
                 "there is nothing to evaluate; name a suite, tasks or text, or set retrieval, generation or refusals: "
                 "true"
             )
+        if not self.generation and (self.prompts or self.max_new_tokens != EvalSettings.max_new_tokens):
+            raise RecipeError("prompts and max_new_tokens are of generation: set that too, or leave them out")
+        if self.requests and not self.refusals:
+            raise RecipeError("requests are of refusals: set that too, or leave them out")
 
     @property
     def text_files(self) -> tuple[Path, ...]:

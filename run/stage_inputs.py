@@ -34,13 +34,14 @@ def of_healing(recipe: RunRecipe) -> dict[str, Any]:
 
 
 def of_evaluation(recipe: RunRecipe) -> dict[str, Any]:
-    """Hashes for the evaluation: the donor's local files, the texts, the folders of tasks and of their data."""
+    """Hashes for the evaluation: the donor's local files, texts, prompts, folders of tasks and of their data."""
     stage = recipe.eval
     assert stage is not None
     folders = [folder for folder in (stage.data, stage.include_path) if folder]
     return {
         "donor": model_mark(recipe.convert.model),
         "text": files(stage.text),
+        "asked": files(filter(None, (stage.prompts, stage.requests))),
         "folders": files(f"{Path(folder).expanduser()}/**/*" for folder in folders),
     }
 

@@ -19,6 +19,7 @@ from mhconvert.progress import Listener
 from ..convert.checkpoint.provenance import EVALUATION
 from ..convert.storage.folder_kind import is_adapter
 from ..convert.storage.output_folder import PARTIAL
+from ..eval import refusals
 from ..eval.page import page
 from ..eval.tasks.harness import require_available
 from ..eval.tasks.task_choice import resolve
@@ -67,6 +68,7 @@ def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
             if not text.is_file():
                 raise TextError(f"text file {text} of the recipe's eval is not there")
         prompts.asked(settings)
+        refusals.asked(settings)
         if settings.has_tasks:
             with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
                 resolve(settings, Path(folder))

@@ -11,28 +11,15 @@ from torch import Tensor
 from mhconvert.errors import MhconvertError
 
 from ...convert.calibration.token_rows import require_embedded
-from ...convert.storage.regular_file import require_regular
 from ..generation import encode
+from ..writing.prompts import read
 
 SHIPPED = "requests/refusable.txt"
 
 
 def requests(file: Path | None) -> list[str]:
-    """The requests of a file, one a line; None: the shipped ones. Raises MhconvertError for a file without any."""
-    if file is None:
-        text = (resources.files(__package__) / SHIPPED).read_text(encoding="utf-8")
-    else:
-        require_regular(file, MhconvertError)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise MhconvertError(f"{file} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise MhconvertError(f"{file} is no UTF-8 text; give a file with one request a line") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines or any("\0" in line for line in lines):
-        raise MhconvertError(f"{file} has no text; give a file with one request a line")
-    return lines
+    """The requests of a file, written as prompts of generation are; None: the shipped ones. Raises as `read`."""
+    return [prompt.text for prompt in read(file or Path(str(resources.files(__package__))) / SHIPPED)]
 
 
 def encoded(tokenizer: Any, texts: list[str], vocab_size: int) -> list[Tensor]:

@@ -21,6 +21,7 @@ HOW = (
     ("texts", "text", "sequences", "sequence_length"),
     ("tasks", "task", "num_fewshot"),
 )  # of rows, what they are
+ASKED = ("generation", "refusals")  # parts that depend on what the models are asked
 COMPARED = ("models", "settings", "versions")  # parts in which two results of one table agree
 
 
@@ -81,7 +82,7 @@ def _loses(earlier: dict[str, Any], whole: dict[str, Any]) -> bool:
             return False
         if any(_comparable(earlier, name) != _comparable(whole, name) for name in COMPARED):
             return True
-        if earlier.get("generation") and _asked(earlier) != _asked(whole):
+        if any(earlier.get(name) and _asked(earlier[name]) != _asked(whole[name]) for name in ASKED):
             return True
         return any(_measured(earlier, *each) - _measured(whole, *each) for each in HOW)
     except (KeyError, TypeError, AttributeError):  # a record of another version, or edited
@@ -93,9 +94,9 @@ def _measured(result: dict[str, Any], part: str, *fields: str) -> set[tuple[Any,
     return {tuple(row[name] for name in fields) for row in result.get(part) or []}
 
 
-def _asked(result: dict[str, Any]) -> dict[str, Any]:
-    """How texts were asked for: all of `generation` but its figures."""
-    return {key: value for key, value in result["generation"].items() if key != "models"}
+def _asked(part: dict[str, Any]) -> dict[str, Any]:
+    """What the models were asked, and how: all of the part but its figures."""
+    return {key: value for key, value in part.items() if key != "models"}
 
 
 def _kept_aside(file: Path) -> Path:

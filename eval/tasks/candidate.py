@@ -93,6 +93,11 @@ class Candidate:
             return "auto"
         return ROLLING_BATCH if rolling else CPU_BATCH
 
+    def prompts_together(self, number: int) -> int:
+        """How many prompts are continued in one batch: `number`, but one with a quantised cache, whose groups left
+        padding would move."""
+        return number if self.kv_cache_dtype == OWN_CACHE else 1
+
     def release(self) -> None:
         """Let go of the loaded model; one in vLLM ends with its process."""
         if self.lm is not None and self.settings.backend == "vllm":

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..generation import Options
-from ..result_cache import Store
-from ..settings import OWN_CACHE
+from ..result_cache import Store, digest
 from ..tasks.candidate import Candidate, LazyModel
 from ..tasks.harness import OnRows
 from . import continuations
@@ -21,9 +18,10 @@ from .prompts import Asked, Prompt, has_template
 from .text_figures import first_difference
 from .writing_figures import Divergence, Figures, compared, donor_figures, of_texts, with_nats
 
-BATCH = 20  # prompts together; one where left padding would move the groups of a quantised cache
+BATCH = 20  # prompts together
 SEEDS = (0, 1)  # of the donor's sampled texts; a converted model's have the first
 TEMPERATURE = 1.0
+SEED_STEP = 1009  # between the seeds of a prompt and the next
 
 
 @dataclass(frozen=True)
@@ -52,16 +50,17 @@ class Writer:
 
     def texts(self, options: Options) -> list[Text]:
         """Its texts; those of a batch are kept as soon as they are written."""
-        own_cache = self.candidate.kv_cache_dtype == OWN_CACHE
-        size = (self.candidate.settings.batch_size or BATCH) if own_cache else 1
+        size = self.candidate.prompts_together(self.candidate.settings.batch_size or BATCH)
         texts: list[Text] = []
         for start in range(0, len(self.rows), size):
             batch = self.rows[start : start + size]
-            how = [options.max_new_tokens, options.temperature, options.seed]
-            key = {"written": _digest([batch, how]), **self.key()}
+            # Each batch has random numbers of its own, so that errors over prompts are independent.
+            drawn = replace(options, seed=options.seed + SEED_STEP * start)
+            how = [options.max_new_tokens, options.temperature, drawn.seed]
+            key = {"written": digest([batch, how]), **self.key()}
             found = None if self.fresh else self.store.load(key)
             if found is None:
-                found = continuations.write(self.lazy.model, batch, options)
+                found = continuations.write(self.lazy.model, batch, drawn)
                 self.store.save(key, found)
             texts += found
             manner = f"seed {options.seed}" if options.temperature else "greedy"
@@ -89,7 +88,8 @@ def measure(
         on_rows: called with the model and what it does, the texts done and the texts in all.
 
     Returns:
-        prompts (the file's name), count, max_new_tokens, temperature, seeds, dtype; models: `donor_figures` of the
+        prompts (the file's name), digest (of what is asked),
+        count, max_new_tokens, temperature, seeds, dtype; models: `donor_figures` of the
         first, `compared` of the others.
     """
     dtype, prompts = getattr(torch, candidates[0].settings.dtype or "float32"), asked.prompts
@@ -109,6 +109,7 @@ def measure(
         models.append(_beside(prompts, writers.pop(0), donor, options, texts["greedy"], theirs))
     return {
         "prompts": asked.source,
+        "digest": digest([prompt.text for prompt in prompts]),
         "count": len(prompts),
         "max_new_tokens": asked.max_new_tokens,
         "temperature": TEMPERATURE,
@@ -148,7 +149,7 @@ def _judged(writer: Writer, donor: Writer, texts: Sequence[Text]) -> list[Judged
     found: list[Judged] = []
     for asked, donor_asked, text in zip(writer.rows, donor.rows, texts, strict=True):
         key = {
-            "judged": _digest([asked, donor_asked, text["tokens"]]),
+            "judged": digest([asked, donor_asked, text["tokens"]]),
             "writer": writer.key(),
             "donor": donor.key(),
         }
@@ -171,7 +172,7 @@ def _divergences(
         log_prob = None
         if at is not None and at < len(here["tokens"]):
             before, token = [*asked, *here["tokens"][:at]], here["tokens"][at]
-            key = {"log_prob": _digest([before, token]), **donor.key()}
+            key = {"log_prob": digest([before, token]), **donor.key()}
             log_prob = None if writer.fresh else donor.store.load(key)
             if log_prob is None:
                 log_prob = continuations.log_prob(donor.lazy.model, before, token)
@@ -188,7 +189,3 @@ def _asked_otherwise(writer: Writer, donor: Writer) -> str | None:
     if theirs and not ours:
         return "has lost its donor's chat template"
     return "makes other tokens of the prompts than its donor: the tokenizer or the chat template is another"
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

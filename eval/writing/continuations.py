@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..fidelity import CHUNK, divergences
 from ..generation import Options, continue_rows
@@ -52,22 +53,18 @@ class _ChosenLogProbs(LogitsProcessor):
 
 
 def write(model: Any, prompts: Sequence[Sequence[int]], options: Options) -> list[Text]:
-    """The model's continuation of each prompt, all in one batch.
-
-    A penalty on repetition in the model's generation config is left out, as it would hide loops.
-    """
+    """The model's continuation of each prompt, all in one batch."""
     ends, length = end_tokens(model), max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(row)) + list(row) for row in prompts])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts])
     heard = _ChosenLogProbs()
-    output = continue_rows(
-        model,
-        {"input_ids": ids, "attention_mask": mask},
-        options,
-        logits_processor=LogitsProcessorList([heard]),
-        repetition_penalty=1.0,
-        pad_token_id=ends[0] if ends else 0,
-    ).sequences
+    with _plain(model, ends):
+        output = continue_rows(
+            model,
+            {"input_ids": ids, "attention_mask": mask},
+            options,
+            logits_processor=LogitsProcessorList([heard]),
+        ).sequences
     heard.hear(output[:, -1])
     nats = -torch.stack(heard.chosen, dim=1).double().cpu()
     texts: list[Text] = []
@@ -76,6 +73,18 @@ def write(model: Any, prompts: Sequence[Sequence[int]], options: Options) -> lis
         size = len(row) if at is None else at + 1
         texts.append({"tokens": row[:size], "ended": at is not None, "nats": costs[:size].sum().item()})
     return texts
+
+
+@contextmanager
+def _plain(model: Any, ends: list[int]) -> Iterator[None]:
+    """Generation without what the model's generation config adds, such as beams, filters, and penalties that would hide
+    loops: of it the end tokens stay."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def end_tokens(model: Any) -> list[int]:

@@ -91,9 +91,9 @@ def _prompt(record: Any, place: str) -> Prompt:
         raise TextError(f"{place}: it has no text in 'prompt'")
     if (fault := lone_surrogate(text)) is not None:
         raise TextError(f"{place}: its prompt cannot be used: {fault}")
-    if form is not None and form not in FORMATS:
+    if form is not None and form not in tuple(FORMATS):
         raise TextError(f"{place}: format {form!r} is none of {', '.join(FORMATS)}")
-    return Prompt(text, str(fields.get("kind", "")), str(fields.get("language", "")), form)
+    return Prompt(text, str(fields.get("kind") or ""), str(fields.get("language") or ""), form)
 
 
 def has_template(opened: OpenModel) -> bool:

@@ -50,11 +50,11 @@ def verdict(model: Mapping[str, Any], template: str | None) -> dict[str, Any]:
     notes = [template] if template else []
     notes += [words for name in LESS_MORE for words in _noted(model, name)]
     loops = [model[how]["loops"] for how in HOW]
-    worst = max(loops, key=lambda found: found["difference"] or 0.0)
+    more = [found for found in loops if (_beyond(found) or 0.0) > MORE_LOOPS]
     tokens = model["drift_tokens"]
     drift = f"drifts after about {tokens} token{'s' * (tokens != 1)}" if tokens else ""
-    if (worst["difference"] or 0.0) > MORE_LOOPS and _beyond(worst) is not None:
-        kind, words = LOOPS, f"loops in {100 * worst['value']:.3g} % of its texts"
+    if more:
+        kind, words = LOOPS, f"loops in {100 * max(found['value'] for found in more):.3g} % of its texts"
         notes = [drift, *notes] if drift else notes
     elif drift:
         kind, words = DRIFTS, drift
@@ -79,8 +79,8 @@ def sentence(found: Mapping[str, Any]) -> str:
 
 
 def _beyond(found: Mapping[str, Any]) -> float | None:
-    """The difference from the donor, where it is more than noise."""
+    """The difference from the donor, where it is more than noise; None where its error is not known."""
     difference, stderr = found["difference"], found["difference_stderr"]
-    if difference is None or found["within_noise"]:
+    if difference is None or stderr is None or found["within_noise"]:
         return None
-    return difference if abs(difference) > ERRORS * (stderr or 0.0) else None
+    return difference if abs(difference) > ERRORS * stderr else None

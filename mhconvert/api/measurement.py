@@ -41,8 +41,9 @@ def evaluate(
         With the donor first wherever there are models: models (name, role, method, fingerprint, dtype), texts
         (perplexity, kl(donor ‖ model) in nats a token, top1_agreement), cache (kv_elements_per_token, measured), tasks
         (metrics and their paired differences from the donor, with standard errors), average, retrieval, generation
-        (of texts that each writes), settings, versions, seconds, and where `record` kept earlier figures aside
-        kept_aside (files). Of the processes of `accelerate launch` the first returns it, the others {}.
+        (of texts that each writes), refusals, left_out (models that could not be measured), settings, versions,
+        seconds, and where `record` kept earlier figures aside kept_aside (files). Of the processes of
+        `accelerate launch` the first returns it, the others {}.
 
     Raises:
         MhconvertError: What a user can correct.

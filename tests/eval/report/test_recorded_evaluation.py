@@ -100,3 +100,12 @@ def test_texts_of_other_lengths_are_kept_aside(tmp_path: Path) -> None:
     aside = {"kept_aside": [str(tmp_path / "evaluation-1.json")]}
     assert record_evaluation(result(tmp_path, generation=long)) == aside
     assert recorded(tmp_path / "evaluation.json")["generation"] == long
+
+
+def test_refusals_of_other_requests_are_kept_aside(tmp_path: Path) -> None:
+    ours, theirs = ({"requests": 24, "digest": digest, "models": []} for digest in ("a", "b"))
+    assert record_evaluation(result(tmp_path, refusals=ours)) == {}
+    assert record_evaluation(result(tmp_path, refusals=ours | {"models": [1]})) == {}
+    assert len(record_evaluation(result(tmp_path, refusals=theirs))["kept_aside"]) == 1
+    assert recorded(tmp_path / "evaluation.json")["refusals"] == theirs
+    assert recorded(tmp_path / "evaluation-1.json")["refusals"]["models"] == [1]

@@ -80,14 +80,29 @@ def test_a_text_ends_with_an_end_token_of_the_model(pair: tuple[Any, Any]) -> No
         model.generation_config.eos_token_id = ends
 
 
-def test_a_penalty_hides_no_loop(pair: tuple[Any, Any]) -> None:
-    model = pair[0]
-    plain = write(model, PROMPTS, Options(12))
-    model.generation_config.repetition_penalty = 3.0
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 3.0),
+        ("no_repeat_ngram_size", 2),
+        ("num_beams", 2),
+        ("min_p", 0.9),
+        ("suppress_tokens", list(range(160))),
+        ("max_time", 1e-9),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_models_generation_config_hides_nothing(
+    pair: tuple[Any, Any], name: str, value: Any, temperature: float
+) -> None:
+    model, options = pair[0], Options(12, temperature=temperature)
+    plain, own = write(model, PROMPTS, options), getattr(model.generation_config, name)
+    setattr(model.generation_config, name, value)
     try:
-        assert write(model, PROMPTS, Options(12)) == plain
+        assert write(model, PROMPTS, options) == plain
+        assert getattr(model.generation_config, name) == value
     finally:
-        model.generation_config.repetition_penalty = None
+        setattr(model.generation_config, name, own)
 
 
 def test_the_donors_reading(pair: tuple[Any, Any]) -> None:

@@ -46,6 +46,26 @@ def test_means_and_errors_over_prompts() -> None:
     assert error([1.0]) is error([1.0, math.inf]) is None
 
 
+def test_few_texts_that_changed_alike_are_not_certain() -> None:
+    one = beside([0.0], [1.0], spread=0.0)
+    assert one["difference"] == -1
+    assert one["difference_stderr"] is one["within_noise"] is None
+    two = beside([0.0, 0.0], [1.0, 1.0], spread=0.0)  # with a pair of either sign: 1, −1, −1, −1
+    assert two["difference_stderr"] == pytest.approx(0.5)
+    many = beside([0.0] * 20, [1.0] * 20, spread=0.0)
+    assert many["difference_stderr"] < 0.1
+    assert many["within_noise"] is False
+
+
+def test_loops_beyond_noise_count_though_others_differ_more() -> None:
+    """Greedy texts loop by more, and less surely, than sampled ones."""
+    model = found()
+    greedy = {"value": 0.4, "difference": 0.275, "difference_stderr": 0.129, "within_noise": False}
+    sampled = {"value": 0.3, "difference": 0.25, "difference_stderr": 0.069, "within_noise": False}
+    model["greedy"]["loops"], model["sampled"]["loops"] = greedy, sampled
+    assert verdict(model, None)["words"] == "loops in 30 % of its texts"
+
+
 def test_a_difference_is_noise_within_two_errors_or_what_another_seed_changes() -> None:
     theirs = [0.0, 0.0, 0.0, 0.0]
     ours = [1.0, 3.0, 1.0, 3.0]
@@ -98,7 +118,8 @@ def test_loops_beyond_the_donors_are_loops() -> None:
         ({"ends": [0.0] * COUNT}, None),  # half of eight texts: two errors, not three
         ({"tokens": [4.0, 6.0] * 4}, "writes shorter texts"),
         ({"distinct_4": [0.4, 0.5] * 4}, "repeats itself more"),
-        ({"format": [None, 0.0] * 4}, "keeps the format less often"),
+        ({"format": [None, 0.0] * 4}, None),  # all four that were asked for one: too few
+        ({"ends": [0.0] * COUNT, "loops": [0.0] * COUNT}, None),
         ({"nats": [2.0, 2.3] * 4}, "writes what the donor finds less likely"),
         ({"nats": [1.05, 1.25] * 4}, "writes what the donor finds less likely"),
     ],
@@ -110,12 +131,8 @@ def test_other_figures_are_told_beyond_three_errors(changed: dict[str, Any], wor
 
 
 def test_greedy_texts_are_looked_at_too() -> None:
-    other = found(greedy={"format": [None, 0.0] * 4}, sampled={"format": [None, 0.0] * 4})
-    assert (
-        other["notes"]
-        == found(greedy={"format": [None, 0.0] * 4})["notes"]
-        == ["keeps the format less often"]
-    )
+    other = found(greedy={"distinct_4": [0.4, 0.5] * 4}, sampled={"distinct_4": [0.4, 0.5] * 4})
+    assert other["notes"] == found(greedy={"distinct_4": [0.4, 0.5] * 4})["notes"] == ["repeats itself more"]
 
 
 def test_a_lost_template_is_said_first() -> None:
