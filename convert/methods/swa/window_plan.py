@@ -8,7 +8,7 @@ from typing import Any
 
 from mhconvert.errors import BudgetError
 
-from .settings import SWASettings
+from .settings import LEAST_WINDOW, SWASettings
 from .targets import own_windows
 
 LONGEST_CONTEXT = 32768  # tokens: the default is not more
@@ -111,7 +111,7 @@ def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
 def _window(settings: SWASettings, own: Windows, context: int) -> int:
     known = {window for window in own if window}
     if not known:
-        return settings.window or max(1, min(DEFAULT_WINDOW, context // CONTEXT_PART))
+        return settings.window or max(LEAST_WINDOW, min(DEFAULT_WINDOW, context // CONTEXT_PART))
     [width] = known
     if settings.window not in (None, width):
         raise BudgetError(

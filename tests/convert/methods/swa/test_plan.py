@@ -28,6 +28,7 @@ def test_defaults_come_from_what_the_donor_reads() -> None:
     assert (plan(SWASettings()).context, plan(SWASettings()).window) == (8192, 1024)
     short = plan(SWASettings(), max_position_embeddings=512)
     assert (short.context, short.window) == (512, 64)
+    assert plan(SWASettings(), max_position_embeddings=8).window == 2
     long = plan(SWASettings(), max_position_embeddings=131072)
     assert (long.context, long.window) == (LONGEST_CONTEXT, DEFAULT_WINDOW)
 
@@ -79,7 +80,7 @@ def test_a_donor_without_a_full_layer_has_nothing_to_window() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"window": 0}, "window=0 is not a number of tokens from 1"),
+        ({"window": 1}, "window=1 is not a number of tokens from 2"),
         ({"window": 8192}, "window=8192 is not shorter than context=8192"),
         ({"context": 16384}, "context=16384 is more than the 8192 tokens that the donor reads"),
         (
