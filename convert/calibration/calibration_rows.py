@@ -57,10 +57,16 @@ def token_count(recipe: Recipe, device: torch.device) -> int:
 
 def row_length(recipe: Recipe, config: Any) -> int:
     """The tokens per row: the recipe's, or its method's limited by the donor's context."""
-    wanted = info(recipe.method).row_tokens
+    wanted = _telling_row(recipe, config)
     limit = getattr(config, "max_position_embeddings", None) or wanted
     chosen = recipe.calibration.sequence_length
     return min(wanted, limit) if chosen is None else chosen
+
+
+def _telling_row(recipe: Recipe, config: Any) -> int:
+    """The tokens that a row of the recipe's method should have."""
+    method = info(recipe.method)
+    return max(method.row_tokens, method.telling_row(config, recipe.settings) if method.telling_row else 0)
 
 
 def fitted_rows(recipe: Recipe, config: Any, device: torch.device) -> int:
@@ -116,9 +122,9 @@ def rows_to_sample(recipe: Recipe, rows: int) -> int:
     return -(-rows // len(recipe.calibration.sources)) if "self" in recipe.calibration.sources else 0
 
 
-def judged_tokens(recipe: Recipe) -> int:
+def judged_tokens(recipe: Recipe, config: Any) -> int:
     """The most tokens of a row that a survey measures layers on."""
-    return max(JUDGE_TOKENS, info(recipe.method).row_tokens)
+    return max(JUDGE_TOKENS, _telling_row(recipe, config))
 
 
 def judging_rows(length: int, rows: int) -> int:

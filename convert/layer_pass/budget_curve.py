@@ -109,8 +109,8 @@ def _resolve(
     by_size: dict[int, list[float]] = {}
     for each in recipes:
         by_size.setdefault(planned_elements(each, donor), []).append(each.settings.kv_budget)
-    largest = build_method(recipe.method, donor.config, recipes[0].settings, recipe.effort)
-    calibration_rows.check(recipe, donor.config, largest.least_row)
+    smallest = build_method(recipe.method, donor.config, recipes[-1].settings, recipe.effort)
+    calibration_rows.check(recipe, donor.config, smallest.least_row)
     same_size = [{"kv_budget": share, "as": least} for *more, least in by_size.values() for share in more]
     return donor, at_budgets(recipe, [shares[-1] for shares in by_size.values()]), same_size
 

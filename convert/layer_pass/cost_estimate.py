@@ -56,7 +56,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     both = 2 if block_steps(recipe, rows, length) else 1  # the student has the fitted rows too
     fitted = layer_rows(recipe, method, rows, length) * length
     streams = 4 * config.hidden_size * (both * fitted + 2 * held)
-    eval_tokens = min(length * judging_rows(length, tokens // length), judged_tokens(recipe))
+    eval_tokens = min(length * judging_rows(length, tokens // length), judged_tokens(recipe, config))
     surveyed, work, kept = _survey(method, config, elements, rows, length)
     states = SURVEY_COPIES * layers + SURVEY_STREAMS
     survey = 4 * config.hidden_size * states * eval_tokens if method.divisible else 0

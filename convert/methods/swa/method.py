@@ -43,7 +43,7 @@ class SWA(Method):
         self.target = target_for(config, settings.sinks or ("none" if windowless else None))
         self.learns_sinks = self.target.sinks and settings.sinks != "none"
         self.windows: Windows = self.plan.windows(self.plan.spread())
-        self.least_row = self.plan.window + 1
+        self.least_row = 0 if windowless else self.plan.window + 1
         self.cache_context = self.plan.context
         self.shared_out = False
 

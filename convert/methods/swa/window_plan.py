@@ -78,8 +78,8 @@ def cached_tokens(windows: Sequence[int | None], length: int) -> int:
     return sum(min(length, window or length) for window in windows)
 
 
-def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
-    """The plan of `settings` for a donor. Raises BudgetError for settings that no plan fulfils."""
+def every_layer_windowed(config: Any, settings: SWASettings) -> WindowPlan:
+    """The plan that leaves least, whatever the budget. Raises BudgetError for a window that drops nothing."""
     own = own_windows(config)
     reads = getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
     context = settings.context or min(reads, LONGEST_CONTEXT)
@@ -90,7 +90,13 @@ def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
         raise BudgetError(
             f"window={window} is not shorter than context={context}: no layer would drop a token"
         )
-    most = WindowPlan(context, window, tuple(own), 0)
+    return WindowPlan(context, window, tuple(own), 0)
+
+
+def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
+    """The plan of `settings` for a donor. Raises BudgetError for settings that no plan fulfils."""
+    most = every_layer_windowed(config, settings)
+    context, window, own = most.context, most.window, most.own
     if settings.full_layers is not None:
         return _fixed(most, settings.full_layers)
     donor, least = cached_tokens(own, context), cached_tokens(most.windows(()), context)
@@ -105,7 +111,7 @@ def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
             f"{context} tokens is left; choose a budget of at least {least / donor:.4g}, a narrower window, or a "
             "longer context"
         )
-    return WindowPlan(context, window, tuple(own), min(full, len(most.free)))
+    return WindowPlan(context, window, own, min(full, len(most.free)))
 
 
 def _window(settings: SWASettings, own: Windows, context: int) -> int:

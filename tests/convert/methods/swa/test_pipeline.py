@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mhconvert
+from mhconvert.convert.calibration import calibration_rows
+from mhconvert.convert.methods import registry
 from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import CalibrationError
@@ -88,6 +91,16 @@ def test_the_survey_says_what_each_layer_costs(tmp_path: Path, donor: Path, text
     shown = cli(donor, "--to", "swa", *options, *asked).stdout
     assert "Windowing one layer costs" in shown
     assert "128: 56.2 %" in shown
+
+
+def test_a_survey_reads_rows_beyond_a_wide_window(
+    tmp_path: Path, donor: Path, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the rows that layers are usually judged on are not longer than the window."""
+    monkeypatch.setattr(calibration_rows, "JUDGE_TOKENS", WINDOW)
+    monkeypatch.setitem(registry._ALL, "swa", replace(registry.info("swa"), row_tokens=WINDOW))
+    report = mhconvert.convert(recipe(tmp_path / "out", fit_steps=0, verify=False))
+    assert report["windows"]["full_layers"] == 2
 
 
 def test_rows_that_show_nothing_of_the_window_are_refused(

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from mhconvert.convert.calibration.calibration_rows import judged_tokens, row_length
 from mhconvert.convert.methods.budget_division import LayerNeed
 from mhconvert.convert.methods.swa.method import SWA
 from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.methods.swa.window_plan import DEFAULT_WINDOW, LONGEST_CONTEXT, window_plan
+from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.errors import BudgetError
 from tests.donors import make_config
 
@@ -69,6 +71,24 @@ def test_windows_of_the_donor_are_kept() -> None:
         plan(SWASettings(window=1024), **own)
     with pytest.raises(BudgetError, match="full_layers has 0, which has a window of 2048 in the donor"):
         plan(SWASettings(full_layers=[0]), **own)
+
+
+def test_a_row_needs_more_than_the_window_only_where_a_layer_is_windowed() -> None:
+    rows = [SWA(config(), SWASettings(budget), "quick").least_row for budget in (0.5, 1.0)]
+    assert rows == [DEFAULT_WINDOW + 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("window", "reads", "row", "judged"),
+    [(512, 8192, 4096, 4096), (4096, 6000, 6000, 8192), (4096, 16384, 8192, 8192)],
+)
+def test_rows_are_longer_than_the_window_and_judged_whole(
+    window: int, reads: int, row: int, judged: int
+) -> None:
+    donor = config(family="gemma2", sliding_window=window, max_position_embeddings=reads)
+    recipe = Recipe("x", "swa", settings=SWASettings(0.9))
+    assert row_length(recipe, donor) == row
+    assert judged_tokens(recipe, donor) == judged
 
 
 def test_a_donor_without_a_full_layer_has_nothing_to_window() -> None:
