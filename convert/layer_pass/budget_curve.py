@@ -25,7 +25,7 @@ from ..bare_process.child import peak_memory
 from ..calibration import calibration_rows
 from ..calibration.token_rows import require_embedded
 from ..donor.donor import Donor, open_donor
-from ..methods.registry import Method, build_method
+from ..methods.registry import Method, build_method, whole_elements
 from ..recipe.recipe import Recipe
 from . import conversion_report, cost_estimate, layer_steps, survey
 from .context import ConversionContext, Fit, Measure
@@ -170,7 +170,7 @@ def trace(context: ConversionContext, recipes: Sequence[Recipe]) -> dict[str, An
     hidden = [student.streams.student_held for student in students]
     results = conversion_report.held_out_fidelity(context, teacher[fitted:], hidden)
     donor.release()
-    elements = sum(layer["kv_elements"]["donor"] for layer in students[0].layers)
+    elements = _elements(students[0], "donor")
     return {
         "perplexity": results[0]["perplexity"]["donor"],
         "kv_elements_per_token": elements,
@@ -195,12 +195,17 @@ def _pass_layer(context: ConversionContext, index: int, students: list[Student])
         student.seconds += time.perf_counter() - begun
 
 
+def _elements(student: Student, side: str) -> float:
+    elements = sum(layer["kv_elements"][side] for layer in student.layers)
+    return whole_elements(elements, student.method.cache_context)
+
+
 def _point(student: Student, result: dict[str, Any]) -> dict[str, Any]:
     """What one budget costs and keeps, named as in a conversion's report.
 
     `seconds` are those of its own surgery and fit, without the work that all budgets share.
     """
-    elements = sum(layer["kv_elements"]["converted"] for layer in student.layers)
+    elements = _elements(student, "converted")
     perplexity = result["perplexity"]
     return {
         "kv_budget": student.context.recipe.settings.kv_budget,

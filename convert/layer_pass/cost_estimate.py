@@ -46,7 +46,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     config, dtype = donor.config, output_dtype(recipe, donor)
     layers, width = config.num_hidden_layers, dtype.itemsize
     elements = attention_facts(config).kv_elements
-    donor_elements = elements * layers
+    donor_elements = method.donor_kv_elements(elements, layers)
     outer, per_layer, attention = layer_parameters(donor, method)
     converted = outer + layers * (per_layer - attention + method.new_parameters())
     tokens = token_count(recipe, device)

@@ -40,7 +40,7 @@ class LayerTargets:
         inputs, targets: of the attention on the fitted rows, (N, L, D) float32 on the CPU.
         held_inputs, held_targets: the same on the held-out rows.
         statistics: what the method keeps of the layer.
-        kv_elements: what one token leaves in a cache object.
+        kv_elements: what one token leaves in a cache object, in the mean of the method's `cache_context`.
     """
 
     inputs: Tensor
@@ -115,6 +115,9 @@ def observe(
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)
     elements = layer.cache_elements(layer.attention, held_inputs)
+    window = layer_window(context.donor.config, layer.index)
+    if method.cache_context and window:
+        elements *= min(window / method.cache_context, 1.0)
     with half_products(context.device):
         layer.complete(fit, targets)
     layer.complete(held, held_targets)

@@ -67,6 +67,11 @@ for _folder in FOLDERS:
     add(importlib.import_module(f"{__package__}.{_folder}.info").INFO)
 
 
+def whole_elements(elements: float, context: int | None) -> float:
+    """Cache elements per token of `context` tokens, rounded up; as they are where the context is None."""
+    return elements if context is None else -(-round(elements * context) // context)
+
+
 class Method(Protocol):
     """One conversion of one donor: all that the pass over the layers knows of a method.
 
@@ -102,6 +107,10 @@ class Method(Protocol):
     def kv_elements(self) -> int:
         """Cache elements per token of the converted model, all layers together."""
         ...
+
+    def donor_kv_elements(self, elements: int, layers: int) -> int:
+        """The same of the donor, whose layers have `elements` for each token that they cache."""
+        return elements * layers
 
     @property
     def divisible(self) -> bool:

@@ -14,7 +14,7 @@ from ...families.facts import attention_facts
 from ..budget_division import LayerNeed
 from ..method_info import MethodInfo
 from ..refusals import require
-from ..registry import Method
+from ..registry import Method, whole_elements
 from .info import INFO
 from .layer import fitted_sinks, windowed_attention, with_sinks
 from .settings import SWASettings
@@ -49,8 +49,13 @@ class SWA(Method):
 
     def kv_elements(self) -> int:
         """Cache elements per token of the context, all layers, rounded up."""
-        elements = self.facts.kv_elements * cached_tokens(self.windows, self.plan.context)
-        return -(-elements // self.plan.context)
+        share = cached_tokens(self.windows, self.plan.context) / self.plan.context
+        return int(whole_elements(self.facts.kv_elements * share, self.plan.context))
+
+    def donor_kv_elements(self, elements: int, layers: int) -> int:
+        """The same of the donor, whose own windows count."""
+        share = cached_tokens(self.plan.own, self.plan.context) / self.plan.context
+        return int(whole_elements(elements * share, self.plan.context))
 
     @property
     def divisible(self) -> bool:

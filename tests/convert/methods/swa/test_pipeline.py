@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,25 @@ def test_it_writes_a_stock_class_whose_cache_is_as_planned(
     ids = token_ids(1, 12)  # shorter than the window
     if sinks == "none":
         assert relative(logits(model, ids), logits(original, ids)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "budget", "context"), [("llama", 0.8, 131), ("gemma2", 1.0, CONTEXT), ("gemma2", 0.8, CONTEXT)]
+)
+def test_plan_and_report_count_the_same_bytes_and_the_donor_own_windows(
+    tmp_path: Path, recipe: Callable[..., Recipe], family: str, budget: float, context: int
+) -> None:
+    """A gemma2 donor has windows of 17 in layers 0 and 2."""
+    own: dict[str, Any] = {} if family == "llama" else {"family": family, "sliding_window": 17}
+    model = make_donor(tmp_path / "own", layers=LAYERS, **own)
+    settings = SWASettings(budget, window=17, context=context)
+    asked = recipe(tmp_path / "out", settings, model=str(model), fit_steps=0)
+    planned, report = mhconvert.plan(asked), mhconvert.convert(asked)
+    assert report["kv_bytes_per_token"] == planned["kv_bytes_per_token"]
+    donor, converted = report["kv_bytes_per_token"].values()
+    assert converted <= budget * donor + 4
+    held = LAYERS * context if family == "llama" else 2 * context + 2 * 17
+    assert donor == 4 * math.ceil(held * 2 * 2 * 16 / context)
 
 
 def test_sinks_lower_the_error_of_the_layers(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
