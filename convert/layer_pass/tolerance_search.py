@@ -109,7 +109,9 @@ def find_budget(context: ConversionContext) -> dict[str, Any]:
     if fits:
         budget = min(budget, most)
         fractions = REFINE_FRACTIONS if budget < most else (REFINE_FRACTIONS[1], 1.0)
-        refined = sorted({round_up(max(grid[0], fraction * budget)) for fraction in fractions})
+        refined = _different(
+            context, sorted({round_up(max(grid[0], fraction * budget)) for fraction in fractions})
+        )
         measurements += _measured(context, refined, full_recipe=True)
         budget = smallest_budget_within(points(measurements, target, full_recipe=True), goal)
         while grid[0] < budget < refined[0] / REACH * 1.001:  # the fit saves more than was expected

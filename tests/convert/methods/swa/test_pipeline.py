@@ -86,6 +86,18 @@ def test_plan_and_report_count_the_same_bytes_and_the_donor_own_windows(
     assert donor == 4 * math.ceil(held * 2 * 2 * 16 / context)
 
 
+def test_a_tolerance_does_not_come_back_with_the_donor(
+    tmp_path: Path, recipe: Callable[..., Recipe]
+) -> None:
+    """Four layers have five sizes: neighbouring budgets of one size say nothing of the slope."""
+    settings = SWASettings(window=WINDOW, context=CONTEXT)
+    report = mhconvert.convert(
+        recipe(tmp_path / "out", settings, tolerance="kl=0.02", fit_steps=20, verify=False)
+    )
+    assert report["kl"] <= 0.02
+    assert report["windows"]["full_layers"] < LAYERS
+
+
 def test_sinks_lower_the_error_of_the_layers(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
     errors = {}
     for sinks in ("learnt", "none"):
