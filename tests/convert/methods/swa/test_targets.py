@@ -173,7 +173,14 @@ def test_sinks_that_no_class_holds_are_refused_by_name() -> None:
         target_for(donor_of("qwen3").config, "learnt")
 
 
-@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"eos_token_id": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True},
+        {"eos_token_id": None},
+        {"bos_token_id": None},
+    ],
+)
 def test_a_llama_that_cwm_lacks_a_feature_of_goes_to_the_other_class(changes: dict[str, Any]) -> None:
     donor, ids = donor_model(**changes), token_ids(2, LENGTH)
     method = SWA(donor.config, settings_of(False, full_layers=[0, 1]), "quick")
