@@ -98,7 +98,7 @@ def expected_seconds(
     held = recipe.calibration.held_out * length
     text = layer_rows(recipe, method, rows, length) * length
     step = max(FIT_TOKENS, length)
-    fitted = step * layer_fit_steps(recipe, method) * method.new_parameters()
+    fitted = step * layer_fit_steps(recipe, method, length) * method.new_parameters()
     blocks = step * block_steps(recipe, rows, length) * layer
     passed = 2 * layers * layer * (text + 2 * held) / rates.single
     return {

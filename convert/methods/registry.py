@@ -81,7 +81,6 @@ class Method(Protocol):
 
     replaced: tuple[str, ...]
     closed_form: bool = False  # whether no fit follows `convert`
-    fit_share: float = 1.0  # of the optimiser steps that an effort means
     least_row: int = 0  # tokens that a calibration row needs to show what the method changes
     cache_context: int | None = None  # tokens for which cache sizes a token are stated; None: any number
     layer_tokens: int | None = None  # of calibration text that a layer is converted from; None: all of it

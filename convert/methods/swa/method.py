@@ -12,10 +12,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...families.facts import attention_facts
 from ..budget_division import LayerNeed
-from ..method_info import MethodInfo
 from ..refusals import require
 from ..registry import Method, whole_elements
-from .info import INFO
 from .layer import fitted_sinks, windowed_attention, with_sinks
 from .settings import SWASettings
 from .targets import NO_SINK, target_for, windowed_config
@@ -30,9 +28,6 @@ class SWA(Method):
 
     replaced = ("self_attn.",)
     layer_tokens = LAYER_TOKENS
-    fit_share = (
-        MethodInfo.row_tokens / INFO.row_tokens
-    )  # a step reads a row at least, and the rows are so much longer
 
     def __init__(self, config: Any, settings: SWASettings, effort: str):
         require(config, "swa")

@@ -86,9 +86,7 @@ def test_plan_and_report_count_the_same_bytes_and_the_donor_own_windows(
     assert donor == 4 * math.ceil(held * 2 * 2 * 16 / context)
 
 
-def test_a_tolerance_does_not_come_back_with_the_donor(
-    tmp_path: Path, recipe: Callable[..., Recipe]
-) -> None:
+def test_a_tolerance_does_not_come_back_with_the_donor(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
     """Four layers have five sizes: neighbouring budgets of one size say nothing of the slope."""
     settings = SWASettings(window=WINDOW, context=CONTEXT)
     report = mhconvert.convert(
