@@ -12,6 +12,7 @@ from mhconvert.errors import CalibrationError
 from mhconvert.progress import Listener
 
 from ..donor.donor import Donor
+from ..families.facts import layer_window
 from ..methods.method_info import MethodInfo
 from ..methods.registry import info
 from ..recipe.calibration_settings import SHORTEST_ROW
@@ -100,9 +101,10 @@ def check(recipe: Recipe, config: Any, least: int = 0) -> None:
     if length < SHORTEST_ROW:
         raise CalibrationError(f"the donor reads {length} tokens, too few for a row; it takes {SHORTEST_ROW}")
     if length < least:
+        own = any(layer_window(config, index) for index in range(config.num_hidden_layers))
         raise CalibrationError(
             f"rows of {length} tokens show nothing of a window of {least - 1}; choose --sequence-length > {least - 1}, "
-            "best several times as long, or a narrower window"
+            f"best several times as long{'' if own else ', or a narrower window'}"
         )
     if calibration.tokens is not None and calibration.tokens < length:
         raise CalibrationError(

@@ -85,7 +85,16 @@ def every_layer_windowed(config: Any, settings: SWASettings) -> WindowPlan:
     context = settings.context or min(reads, LONGEST_CONTEXT)
     if context > reads:
         raise BudgetError(f"context={context} is more than the {reads} tokens that the donor reads")
+    if all(own):
+        raise BudgetError(
+            f"every layer has a window of its own, of {own[0]} tokens: there is nothing to window"
+        )
     window = _window(settings, own, context)
+    if window >= context and window in own:
+        raise BudgetError(
+            f"context={context} is not longer than the window of {window} that layer {own.index(window)} of the donor "
+            f"has, and a class has one width for all; choose --context > {window}"
+        )
     if window >= context:
         raise BudgetError(
             f"window={window} is not shorter than context={context}: no layer would drop a token"
@@ -103,13 +112,11 @@ def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
     left = settings.kv_budget * donor - least
     full = int(left / (context - window) + ROUNDING)
     if left < -ROUNDING * donor:
-        what = (
-            "every layer has a window of its own" if not most.free else f"with window={window} in every layer"
-        )
+        narrower = "" if any(own) else ", a narrower window"
         raise BudgetError(
-            f"kv_budget={settings.kv_budget} cannot be reached: {what} {least / donor:.4g} of the donor's cache of "
-            f"{context} tokens is left; choose a budget of at least {least / donor:.4g}, a narrower window, or a "
-            "longer context"
+            f"kv_budget={settings.kv_budget} cannot be reached: with window={window} in every layer "
+            f"{least / donor:.4g} of the donor's cache of {context} tokens is left; choose a budget of at least "
+            f"{least / donor:.4g}{narrower}, or a longer context"
         )
     return WindowPlan(context, window, own, min(full, len(most.free)))
 

@@ -69,6 +69,10 @@ def test_windows_of_the_donor_are_kept() -> None:
     assert all(w == 2048 for w, kind in zip(windows, kinds, strict=True) if kind == "sliding_attention")
     with pytest.raises(BudgetError, match="window=1024: layer 0 has a window of 2048 already, which is kept"):
         plan(SWASettings(window=1024), **own)
+    with pytest.raises(BudgetError, match="context=2048 is not longer than the window of 2048 that layer 0"):
+        plan(SWASettings(context=2048), **own)
+    with pytest.raises(BudgetError, match=r"at least 0\.\d+, or a longer context"):
+        plan(SWASettings(kv_budget=0.1), **own)
     with pytest.raises(BudgetError, match="full_layers has 0, which has a window of 2048 in the donor"):
         plan(SWASettings(full_layers=[0]), **own)
 
@@ -93,7 +97,7 @@ def test_rows_are_longer_than_the_window_and_judged_whole(
 
 def test_a_donor_without_a_full_layer_has_nothing_to_window() -> None:
     own = {"family": "mistral", "sliding_window": 2048}
-    with pytest.raises(BudgetError, match="every layer has a window of its own 1 of the donor's cache"):
+    with pytest.raises(BudgetError, match="a window of its own, of 2048 tokens: there is nothing to window"):
         plan(SWASettings(kv_budget=0.5), **own)
 
 
