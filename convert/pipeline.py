@@ -28,10 +28,11 @@ from .calibration import calibration_rows
 from .checkpoint import provenance
 from .donor.donor import Donor, open_donor
 from .layer_pass import conversion_report, cost_estimate, layer_steps, survey, time_estimate
+from .layer_pass.budget_curve import expressible
 from .layer_pass.context import ConversionContext, Fit, Measure
 from .layer_pass.decoder_layer import Streams
 from .layer_pass.resumable_run import Workspace
-from .layer_pass.tolerance_search import convert_within_tolerance
+from .layer_pass.tolerance_search import GRID, convert_within_tolerance
 from .methods.registry import Method, build_method
 from .recipe.recipe import Recipe
 from .storage import output_folder
@@ -104,13 +105,21 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     donor.check_files()
     largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)
     method = build_method(recipe.method, donor.config, largest.settings, recipe.effort)
-    calibration_rows.check(recipe, donor.config, method.least_row)
+    calibration_rows.check(recipe, donor.config, _least_row(recipe, donor, method))
     dtype = cost_estimate.output_dtype(recipe, donor)
     twin = build_method(recipe.method, donor.config, largest.settings, recipe.effort)  # an example changes it
     if method.notice and recipe.tolerance is None:
         on_progress(Progress("donor", 1, 1, method.notice))
     provenance.try_config(twin.example_config(), twin.model_class, donor, dtype)
     return donor, method
+
+
+def _least_row(recipe: Recipe, donor: Donor, method: Method) -> int:
+    """Tokens that a calibration row needs: those of the smallest budget where the budget is searched."""
+    if recipe.tolerance is None:
+        return method.least_row
+    smallest = recipe.at_budget(expressible(recipe, donor, GRID)[0])
+    return build_method(recipe.method, donor.config, smallest.settings, recipe.effort).least_row
 
 
 def _convert_layers(context: ConversionContext, space: Workspace) -> tuple[Method, dict[str, Any]]:

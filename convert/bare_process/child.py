@@ -107,22 +107,29 @@ def _compare(model: Any, probe: str) -> dict[str, float]:
     }
 
 
-def filled_cache(config: Any, tokens: int) -> Any:
-    """The cache that `generate` makes for a model of stock layers, as it is when it has read `tokens` tokens.
+def filled_cache(config: Any, tokens: int, element_bytes: int = 2) -> tuple[str, int, float]:
+    """Class name, bytes and elements of the cache that `generate` makes for a model of stock layers that read `tokens`.
 
-    The last one comes alone, as in decoding: behind a window the cache then lets go of what it read before.
+    The last token comes alone, as in decoding: behind a window the cache then lets go of what it read before. One layer
+    at a time is in memory.
     """
+    from types import SimpleNamespace
+
     import torch
     from transformers import DynamicCache
 
     heads = config.num_key_value_heads or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = DynamicCache(config=config)
+    cache, size, elements = DynamicCache(config=config), 0, 0.0
     for index in range(config.num_hidden_layers):
         for count in (tokens - 1, 1):
             keys, values = (torch.zeros(1, heads, count, width, dtype=torch.bfloat16) for _ in "kv")
             cache.update(keys, values, index)
-    return cache
+        layer: Any = cache.layers[index]
+        of_layer = cache_storage(SimpleNamespace(layers=[layer]), element_bytes)
+        size, elements = size + of_layer[0], elements + of_layer[1]
+        layer.keys = layer.values = None
+    return type(cache).__name__, size, elements
 
 
 def _generate(
@@ -140,9 +147,12 @@ def _generate(
         do_sample=False,
         return_dict_in_generate=True,
     )
-    cache = filled_cache(model.config, context) if context else output.past_key_values
-    tokens = int(cache.get_seq_length())
-    size, elements = cache_storage(cache, element_bytes)
+    if context:
+        tokens, (name, size, elements) = context, filled_cache(model.config, context, element_bytes)
+    else:
+        cache = output.past_key_values
+        name, tokens = type(cache).__name__, int(cache.get_seq_length())
+        size, elements = cache_storage(cache, element_bytes)
     return {
         "sample": {
             "prompt": prompt,
@@ -151,7 +161,7 @@ def _generate(
             ),
         },
         "cache": {
-            "type": type(cache).__name__,
+            "type": name,
             "tokens": tokens,
             "bytes": size,
             "bytes_per_token": size / tokens,

@@ -12,6 +12,7 @@ from mhconvert.errors import CalibrationError
 from mhconvert.progress import Listener
 
 from ..donor.donor import Donor
+from ..families.facts import layer_window
 from ..methods.method_info import MethodInfo
 from ..methods.registry import info
 from ..recipe.calibration_settings import SHORTEST_ROW
@@ -57,10 +58,16 @@ def token_count(recipe: Recipe, device: torch.device) -> int:
 
 def row_length(recipe: Recipe, config: Any) -> int:
     """The tokens per row: the recipe's, or its method's limited by the donor's context."""
-    wanted = info(recipe.method).row_tokens
+    wanted = _telling_row(recipe, config)
     limit = getattr(config, "max_position_embeddings", None) or wanted
     chosen = recipe.calibration.sequence_length
     return min(wanted, limit) if chosen is None else chosen
+
+
+def _telling_row(recipe: Recipe, config: Any) -> int:
+    """The tokens that a row of the recipe's method should have."""
+    method = info(recipe.method)
+    return max(method.row_tokens, method.telling_row(config, recipe.settings) if method.telling_row else 0)
 
 
 def fitted_rows(recipe: Recipe, config: Any, device: torch.device) -> int:
@@ -94,9 +101,10 @@ def check(recipe: Recipe, config: Any, least: int = 0) -> None:
     if length < SHORTEST_ROW:
         raise CalibrationError(f"the donor reads {length} tokens, too few for a row; it takes {SHORTEST_ROW}")
     if length < least:
+        own = any(layer_window(config, index) for index in range(config.num_hidden_layers))
         raise CalibrationError(
             f"rows of {length} tokens show nothing of a window of {least - 1}; choose --sequence-length > {least - 1}, "
-            "best several times as long, or a narrower window"
+            f"best several times as long{'' if own else ', or a narrower window'}"
         )
     if calibration.tokens is not None and calibration.tokens < length:
         raise CalibrationError(
@@ -116,9 +124,9 @@ def rows_to_sample(recipe: Recipe, rows: int) -> int:
     return -(-rows // len(recipe.calibration.sources)) if "self" in recipe.calibration.sources else 0
 
 
-def judged_tokens(recipe: Recipe) -> int:
+def judged_tokens(recipe: Recipe, config: Any) -> int:
     """The most tokens of a row that a survey measures layers on."""
-    return max(JUDGE_TOKENS, info(recipe.method).row_tokens)
+    return max(JUDGE_TOKENS, _telling_row(recipe, config))
 
 
 def judging_rows(length: int, rows: int) -> int:

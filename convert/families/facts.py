@@ -45,7 +45,7 @@ BIASES: Any = {"input_bias": "attention_bias", "output_bias": "attention_bias"}
 PAIRS = "its RoPE turns neighbouring elements of a head together, and conversions rewrite a RoPE of halves"
 NO_ROPE = "some of its layers have no RoPE, and a converted attention has one in every layer"
 SINKS = "its softmax has learned sinks (self_attn.sinks), which a converted attention does not have"
-WINDOWED = "its class is that of a Llama with windowed layers; convert the Llama that it was made from"
+WINDOWED = "its class is that of a Llama some of whose layers have windows; if it was made from a Llama, convert that"
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (

@@ -25,7 +25,7 @@ from ..bare_process.child import peak_memory
 from ..calibration import calibration_rows
 from ..calibration.token_rows import require_embedded
 from ..donor.donor import Donor, open_donor
-from ..methods.registry import Method, build_method
+from ..methods.registry import Method, build_method, whole_elements
 from ..recipe.recipe import Recipe
 from . import conversion_report, cost_estimate, layer_steps, survey
 from .context import ConversionContext, Fit, Measure
@@ -109,8 +109,8 @@ def _resolve(
     by_size: dict[int, list[float]] = {}
     for each in recipes:
         by_size.setdefault(planned_elements(each, donor), []).append(each.settings.kv_budget)
-    largest = build_method(recipe.method, donor.config, recipes[0].settings, recipe.effort)
-    calibration_rows.check(recipe, donor.config, largest.least_row)
+    smallest = build_method(recipe.method, donor.config, recipes[-1].settings, recipe.effort)
+    calibration_rows.check(recipe, donor.config, smallest.least_row)
     same_size = [{"kv_budget": share, "as": least} for *more, least in by_size.values() for share in more]
     return donor, at_budgets(recipe, [shares[-1] for shares in by_size.values()]), same_size
 
@@ -170,12 +170,12 @@ def trace(context: ConversionContext, recipes: Sequence[Recipe]) -> dict[str, An
     hidden = [student.streams.student_held for student in students]
     results = conversion_report.held_out_fidelity(context, teacher[fitted:], hidden)
     donor.release()
-    elements = sum(layer["kv_elements"]["donor"] for layer in students[0].layers)
+    elements = _elements(students[0], "donor")
     return {
         "perplexity": results[0]["perplexity"]["donor"],
         "kv_elements_per_token": elements,
         "kv_bytes_per_token": elements * context.dtype.itemsize,
-        "fit_steps": layer_steps.layer_fit_steps(context.recipe, methods[0]),
+        "fit_steps": layer_steps.layer_fit_steps(context.recipe, methods[0], rows.fit.shape[1]),
         "measured_tokens": rows.held_out.numel() - len(rows.held_out),  # the first of a row is not predicted
         "points": [_point(student, result) for student, result in zip(students, results, strict=True)],
     }
@@ -195,12 +195,17 @@ def _pass_layer(context: ConversionContext, index: int, students: list[Student])
         student.seconds += time.perf_counter() - begun
 
 
+def _elements(student: Student, side: str) -> float:
+    elements = sum(layer["kv_elements"][side] for layer in student.layers)
+    return whole_elements(elements, student.method.cache_context)
+
+
 def _point(student: Student, result: dict[str, Any]) -> dict[str, Any]:
     """What one budget costs and keeps, named as in a conversion's report.
 
     `seconds` are those of its own surgery and fit, without the work that all budgets share.
     """
-    elements = sum(layer["kv_elements"]["converted"] for layer in student.layers)
+    elements = _elements(student, "converted")
     perplexity = result["perplexity"]
     return {
         "kv_budget": student.context.recipe.settings.kv_budget,

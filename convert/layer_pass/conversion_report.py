@@ -12,7 +12,7 @@ from torch import Tensor
 from mhconvert.library_versions import versions
 
 from ..bare_process.reload import PROMPT, verify, write_probe
-from ..methods.registry import info
+from ..methods.registry import info, whole_elements
 from ..storage.dtype_cast import DTYPES
 from .context import ConversionContext
 
@@ -40,7 +40,10 @@ def conversion_facts(
         "remote_code": remote_code,
         "dtype": sizes["dtype"],
         "kv_bytes_per_token": {
-            side: sum(layer["kv_elements"][side] for layer in layers) * width
+            side: whole_elements(
+                sum(layer["kv_elements"][side] for layer in layers), sizes.get("cache_context")
+            )
+            * width
             for side in ("donor", "converted")
         },
         "parameters": dict(sizes["parameters"]),
@@ -105,4 +108,6 @@ def add_reload(report: dict[str, Any], folder: Path, probe: Path, trusted: bool)
     report["parameters"]["converted"] = result["parameters"]
     report["sample"] = {"prompt": result["sample"]["prompt"], "converted": result["sample"]["text"]}
     width = DTYPES[report["dtype"]].itemsize
-    report["kv_bytes_per_token"]["converted"] = result["cache"]["elements_per_token"] * width
+    report["kv_bytes_per_token"]["converted"] = (
+        whole_elements(result["cache"]["elements_per_token"], context) * width
+    )

@@ -46,7 +46,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     config, dtype = donor.config, output_dtype(recipe, donor)
     layers, width = config.num_hidden_layers, dtype.itemsize
     elements = attention_facts(config).kv_elements
-    donor_elements = elements * layers
+    donor_elements = method.donor_kv_elements(elements, layers)
     outer, per_layer, attention = layer_parameters(donor, method)
     converted = outer + layers * (per_layer - attention + method.new_parameters())
     tokens = token_count(recipe, device)
@@ -56,7 +56,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     both = 2 if block_steps(recipe, rows, length) else 1  # the student has the fitted rows too
     fitted = layer_rows(recipe, method, rows, length) * length
     streams = 4 * config.hidden_size * (both * fitted + 2 * held)
-    eval_tokens = min(length * judging_rows(length, tokens // length), judged_tokens(recipe))
+    eval_tokens = min(length * judging_rows(length, tokens // length), judged_tokens(recipe, config))
     surveyed, work, kept = _survey(method, config, elements, rows, length)
     states = SURVEY_COPIES * layers + SURVEY_STREAMS
     survey = 4 * config.hidden_size * states * eval_tokens if method.divisible else 0

@@ -40,7 +40,7 @@ class LayerTargets:
         inputs, targets: of the attention on the fitted rows, (N, L, D) float32 on the CPU.
         held_inputs, held_targets: the same on the held-out rows.
         statistics: what the method keeps of the layer.
-        kv_elements: what one token leaves in a cache object.
+        kv_elements: what one token leaves in a cache object, in the mean of the method's `cache_context`.
     """
 
     inputs: Tensor
@@ -56,11 +56,15 @@ def fit_steps(recipe: Recipe) -> int:
     return FIT_STEPS[recipe.effort] if recipe.fit_steps is None else recipe.fit_steps
 
 
-def layer_fit_steps(recipe: Recipe, method: Method) -> int:
-    """Return the optimiser steps per layer of a conversion by `method`; 0 where its closed form is all there is."""
+def layer_fit_steps(recipe: Recipe, method: Method, length: int) -> int:
+    """Return the optimiser steps per layer of a conversion by `method`; 0 where its closed form is all there is.
+
+    Those that an effort means are fewer on rows of a `length` that is more than a step otherwise reads.
+    """
     if method.closed_form:
         return 0
-    return fit_steps(recipe) if recipe.fit_steps is not None else int(method.fit_share * fit_steps(recipe))
+    steps = fit_steps(recipe)
+    return steps if recipe.fit_steps is not None else steps * FIT_TOKENS // max(FIT_TOKENS, length)
 
 
 def block_steps(recipe: Recipe, rows: int, length: int) -> int:
@@ -115,6 +119,9 @@ def observe(
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)
     elements = layer.cache_elements(layer.attention, held_inputs)
+    window = layer_window(context.donor.config, layer.index)
+    if method.cache_context and window:
+        elements *= min(window / method.cache_context, 1.0)
     with half_products(context.device):
         layer.complete(fit, targets)
     layer.complete(held, held_targets)
@@ -129,7 +136,7 @@ def convert_attention(
     """The new attention, closed form and fit, rounded as it will be written; and what was chosen for it."""
     text = (targets.inputs, targets.targets, layer.position_embeddings)
     attention, chosen = method.convert(targets.statistics, layer.index, *text)
-    steps = layer_fit_steps(context.recipe, method)
+    steps = layer_fit_steps(context.recipe, method, targets.inputs.shape[1])
     if steps:
         context.fit(attention, *text, steps=steps, **_fit_options(context, layer, targets.inputs))
     _round_to(attention, context.dtype, f"layer {layer.index}: self_attn.")

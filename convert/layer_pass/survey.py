@@ -130,7 +130,7 @@ def _embedded(context: ConversionContext) -> _Streams:
     rows = context.rows.fit
     count, length = rows.shape
     eval_rows = calibration_rows.judging_rows(length, count)
-    ids = rows[-eval_rows:, : calibration_rows.judged_tokens(context.recipe)]
+    ids = rows[-eval_rows:, : calibration_rows.judged_tokens(context.recipe, context.donor.config)]
     wanted = statistics_tokens(context.donor.config.hidden_size) // length
     fitted = rows[: max(1, min(wanted, count - eval_rows)), : ids.shape[1]]
     return _Streams(context.donor.embed(torch.cat((fitted, ids))), len(ids))

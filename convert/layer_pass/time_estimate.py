@@ -98,7 +98,7 @@ def expected_seconds(
     held = recipe.calibration.held_out * length
     text = layer_rows(recipe, method, rows, length) * length
     step = max(FIT_TOKENS, length)
-    fitted = step * layer_fit_steps(recipe, method) * method.new_parameters()
+    fitted = step * layer_fit_steps(recipe, method, length) * method.new_parameters()
     blocks = step * block_steps(recipe, rows, length) * layer
     passed = 2 * layers * layer * (text + 2 * held) / rates.single
     return {
@@ -140,7 +140,7 @@ def _survey(
             + 4 * layers * elements**2 / rates.double
         )
         return SURVEY_FACTOR * tokens * products
-    judged = judging_rows(length, rows) * min(length, judged_tokens(recipe))
+    judged = judging_rows(length, rows) * min(length, judged_tokens(recipe, config))
     fitted = min(statistics_tokens(config.hidden_size), rows * length)
     forward = 2 * layers * layer * (fitted + judged * (2 + len(method.survey_shares))) / rates.single
     backward = 2 * judged * (1 + SAMPLES) * (layers * layer + head) / rates.half

@@ -109,7 +109,9 @@ def find_budget(context: ConversionContext) -> dict[str, Any]:
     if fits:
         budget = min(budget, most)
         fractions = REFINE_FRACTIONS if budget < most else (REFINE_FRACTIONS[1], 1.0)
-        refined = sorted({round_up(max(grid[0], fraction * budget)) for fraction in fractions})
+        refined = _different(
+            context, sorted({round_up(max(grid[0], fraction * budget)) for fraction in fractions})
+        )
         measurements += _measured(context, refined, full_recipe=True)
         budget = smallest_budget_within(points(measurements, target, full_recipe=True), goal)
         while grid[0] < budget < refined[0] / REACH * 1.001:  # the fit saves more than was expected
@@ -127,8 +129,9 @@ def _fits(context: ConversionContext) -> bool:
     """Whether a conversion by the recipe trains anything, so that closed forms say less than the whole."""
     recipe = context.recipe
     method = build_method(recipe.method, context.donor.config, recipe.at_budget(1.0).settings, recipe.effort)
-    of_layers = layer_steps.layer_fit_steps(recipe, method)
-    return of_layers > 0 or layer_steps.block_steps(recipe, *context.rows.fit.shape) > 0
+    rows, length = context.rows.fit.shape
+    of_layers = layer_steps.layer_fit_steps(recipe, method, length)
+    return of_layers > 0 or layer_steps.block_steps(recipe, rows, length) > 0
 
 
 def _different(context: ConversionContext, budgets: Sequence[float]) -> list[float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # Names of checks in methods/refusals.py that a donor's configuration has to pass.
 MODEL_CHECKS = ("multimodal", "not_causal", "unknown_family", "quantised")
@@ -40,6 +41,8 @@ class MethodInfo:
     shrinks_cache: whether a conversion at `kv_budget` < 1 leaves a smaller KV cache.
     caches_key_scales: whether the cache also holds the numbers 1 / RMS of a donor's normed keys.
     row_tokens: of a calibration row that the user asks no other length for.
+    telling_row: (donor's config, settings) -> tokens of a row that shows well what the method changes, where that may
+        be more than `row_tokens`.
     sizes: (label, key) of the sizes of a layer that plans show; keys are those of `Method.layer_sizes`.
     totals: keys of `Method.totals` that a report keeps.
     forms: the formats that `mhconvert export` writes of its results, in the order in which `--to auto` tries them.
@@ -57,6 +60,7 @@ class MethodInfo:
     shrinks_cache: bool = False
     caches_key_scales: bool = False
     row_tokens: int = 512
+    telling_row: Callable[[Any, Any], int] | None = None
     sizes: tuple[tuple[str, str], ...] = ()
     totals: tuple[str, ...] = ()
     forms: tuple[Form, ...] = ()

@@ -67,6 +67,11 @@ for _folder in FOLDERS:
     add(importlib.import_module(f"{__package__}.{_folder}.info").INFO)
 
 
+def whole_elements(elements: float, context: int | None) -> float:
+    """Cache elements per token of `context` tokens, rounded up; as they are where the context is None."""
+    return elements if context is None else -(-round(elements * context) // context)
+
+
 class Method(Protocol):
     """One conversion of one donor: all that the pass over the layers knows of a method.
 
@@ -76,7 +81,6 @@ class Method(Protocol):
 
     replaced: tuple[str, ...]
     closed_form: bool = False  # whether no fit follows `convert`
-    fit_share: float = 1.0  # of the optimiser steps that an effort means
     least_row: int = 0  # tokens that a calibration row needs to show what the method changes
     cache_context: int | None = None  # tokens for which cache sizes a token are stated; None: any number
     layer_tokens: int | None = None  # of calibration text that a layer is converted from; None: all of it
@@ -102,6 +106,10 @@ class Method(Protocol):
     def kv_elements(self) -> int:
         """Cache elements per token of the converted model, all layers together."""
         ...
+
+    def donor_kv_elements(self, elements: int, layers: int) -> int:
+        """The same of the donor, whose layers have `elements` for each token that they cache."""
+        return elements * layers
 
     @property
     def divisible(self) -> bool:

@@ -12,10 +12,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...families.facts import attention_facts
 from ..budget_division import LayerNeed
-from ..method_info import MethodInfo
 from ..refusals import require
-from ..registry import Method
-from .info import INFO
+from ..registry import Method, whole_elements
 from .layer import fitted_sinks, windowed_attention, with_sinks
 from .settings import SWASettings
 from .targets import NO_SINK, target_for, windowed_config
@@ -30,9 +28,6 @@ class SWA(Method):
 
     replaced = ("self_attn.",)
     layer_tokens = LAYER_TOKENS
-    fit_share = (
-        MethodInfo.row_tokens / INFO.row_tokens
-    )  # a step reads a row at least, and the rows are so much longer
 
     def __init__(self, config: Any, settings: SWASettings, effort: str):
         require(config, "swa")
@@ -43,14 +38,19 @@ class SWA(Method):
         self.target = target_for(config, settings.sinks or ("none" if windowless else None))
         self.learns_sinks = self.target.sinks and settings.sinks != "none"
         self.windows: Windows = self.plan.windows(self.plan.spread())
-        self.least_row = self.plan.window + 1
+        self.least_row = 0 if windowless else self.plan.window + 1
         self.cache_context = self.plan.context
         self.shared_out = False
 
     def kv_elements(self) -> int:
         """Cache elements per token of the context, all layers, rounded up."""
-        elements = self.facts.kv_elements * cached_tokens(self.windows, self.plan.context)
-        return -(-elements // self.plan.context)
+        share = cached_tokens(self.windows, self.plan.context) / self.plan.context
+        return int(whole_elements(self.facts.kv_elements * share, self.plan.context))
+
+    def donor_kv_elements(self, elements: int, layers: int) -> int:
+        """The same of the donor, whose own windows count."""
+        share = cached_tokens(self.plan.own, self.plan.context) / self.plan.context
+        return int(whole_elements(elements * share, self.plan.context))
 
     @property
     def divisible(self) -> bool:

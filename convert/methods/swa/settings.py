@@ -15,6 +15,8 @@ from ...validation.settings import Settings
 Sinks = Literal["learnt", "none"]
 RANGE = "is outside (0, 1]; it is a share of the donor's cache at the context"
 TOKENS = "is not a number of tokens from 1"
+# transformers' cache of a layer keeps the last `window - 1` tokens as [1 - window:], which of a window of 1 is all.
+LEAST_WINDOW = 2
 
 
 def layer_list(text: str) -> list[int]:
@@ -58,8 +60,8 @@ class SWASettings(Settings):
         Option(
             "Tokens, itself included, that a token of a windowed layer sees.",
             "TOKENS",
-            ge=1,
-            range_hint=TOKENS,
+            ge=LEAST_WINDOW,
+            range_hint=f"is not a number of tokens from {LEAST_WINDOW}",
             default="the donor's own, else 1024, at most an eighth of the context",
         ),
     ] = None

@@ -42,6 +42,7 @@ def _no_cwm(config: Any) -> str | None:
     reasons = {
         "attention_bias=True: its q, k, v and o have no biases": getattr(config, "attention_bias", False),
         "eos_token_id is missing, and it would take one of its own": config.eos_token_id is None,
+        "bos_token_id is missing, and it would take one of its own": config.bos_token_id is None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

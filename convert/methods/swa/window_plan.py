@@ -8,7 +8,7 @@ from typing import Any
 
 from mhconvert.errors import BudgetError
 
-from .settings import SWASettings
+from .settings import LEAST_WINDOW, SWASettings
 from .targets import own_windows
 
 LONGEST_CONTEXT = 32768  # tokens: the default is not more
@@ -78,40 +78,53 @@ def cached_tokens(windows: Sequence[int | None], length: int) -> int:
     return sum(min(length, window or length) for window in windows)
 
 
-def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
-    """The plan of `settings` for a donor. Raises BudgetError for settings that no plan fulfils."""
+def every_layer_windowed(config: Any, settings: SWASettings) -> WindowPlan:
+    """The plan that leaves least, whatever the budget. Raises BudgetError for a window that drops nothing."""
     own = own_windows(config)
     reads = getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
     context = settings.context or min(reads, LONGEST_CONTEXT)
     if context > reads:
         raise BudgetError(f"context={context} is more than the {reads} tokens that the donor reads")
+    if all(own):
+        raise BudgetError(
+            f"every layer has a window of its own, of {own[0]} tokens: there is nothing to window"
+        )
     window = _window(settings, own, context)
+    if window >= context and window in own:
+        raise BudgetError(
+            f"context={context} is not longer than the window of {window} that layer {own.index(window)} of the donor "
+            f"has, and a class has one width for all; choose --context > {window}"
+        )
     if window >= context:
         raise BudgetError(
             f"window={window} is not shorter than context={context}: no layer would drop a token"
         )
-    most = WindowPlan(context, window, tuple(own), 0)
+    return WindowPlan(context, window, tuple(own), 0)
+
+
+def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
+    """The plan of `settings` for a donor. Raises BudgetError for settings that no plan fulfils."""
+    most = every_layer_windowed(config, settings)
+    context, window, own = most.context, most.window, most.own
     if settings.full_layers is not None:
         return _fixed(most, settings.full_layers)
     donor, least = cached_tokens(own, context), cached_tokens(most.windows(()), context)
     left = settings.kv_budget * donor - least
     full = int(left / (context - window) + ROUNDING)
     if left < -ROUNDING * donor:
-        what = (
-            "every layer has a window of its own" if not most.free else f"with window={window} in every layer"
-        )
+        narrower = "" if any(own) else ", a narrower window"
         raise BudgetError(
-            f"kv_budget={settings.kv_budget} cannot be reached: {what} {least / donor:.4g} of the donor's cache of "
-            f"{context} tokens is left; choose a budget of at least {least / donor:.4g}, a narrower window, or a "
-            "longer context"
+            f"kv_budget={settings.kv_budget} cannot be reached: with window={window} in every layer "
+            f"{least / donor:.4g} of the donor's cache of {context} tokens is left; choose a budget of at least "
+            f"{least / donor:.4g}{narrower}, or a longer context"
         )
-    return WindowPlan(context, window, tuple(own), min(full, len(most.free)))
+    return WindowPlan(context, window, own, min(full, len(most.free)))
 
 
 def _window(settings: SWASettings, own: Windows, context: int) -> int:
     known = {window for window in own if window}
     if not known:
-        return settings.window or max(1, min(DEFAULT_WINDOW, context // CONTEXT_PART))
+        return settings.window or max(LEAST_WINDOW, min(DEFAULT_WINDOW, context // CONTEXT_PART))
     [width] = known
     if settings.window not in (None, width):
         raise BudgetError(

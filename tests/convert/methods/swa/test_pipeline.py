@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mhconvert
+from mhconvert.convert.calibration import calibration_rows
+from mhconvert.convert.methods import registry
 from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import CalibrationError
@@ -63,6 +67,35 @@ def test_it_writes_a_stock_class_whose_cache_is_as_planned(
         assert relative(logits(model, ids), logits(original, ids)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("family", "budget", "context"), [("llama", 0.8, 131), ("gemma2", 1.0, CONTEXT), ("gemma2", 0.8, CONTEXT)]
+)
+def test_plan_and_report_count_the_same_bytes_and_the_donor_own_windows(
+    tmp_path: Path, recipe: Callable[..., Recipe], family: str, budget: float, context: int
+) -> None:
+    """A gemma2 donor has windows of 17 in layers 0 and 2."""
+    own: dict[str, Any] = {} if family == "llama" else {"family": family, "sliding_window": 17}
+    model = make_donor(tmp_path / "own", layers=LAYERS, **own)
+    settings = SWASettings(budget, window=17, context=context)
+    asked = recipe(tmp_path / "out", settings, model=str(model), fit_steps=0)
+    planned, report = mhconvert.plan(asked), mhconvert.convert(asked)
+    assert report["kv_bytes_per_token"] == planned["kv_bytes_per_token"]
+    donor, converted = report["kv_bytes_per_token"].values()
+    assert converted <= budget * donor + 4
+    held = LAYERS * context if family == "llama" else 2 * context + 2 * 17
+    assert donor == 4 * math.ceil(held * 2 * 2 * 16 / context)
+
+
+def test_a_tolerance_does_not_come_back_with_the_donor(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    """Four layers have five sizes: neighbouring budgets of one size say nothing of the slope."""
+    settings = SWASettings(window=WINDOW, context=CONTEXT)
+    report = mhconvert.convert(
+        recipe(tmp_path / "out", settings, tolerance="kl=0.02", fit_steps=20, verify=False)
+    )
+    assert report["kl"] <= 0.02
+    assert report["windows"]["full_layers"] < LAYERS
+
+
 def test_sinks_lower_the_error_of_the_layers(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
     errors = {}
     for sinks in ("learnt", "none"):
@@ -88,6 +121,16 @@ def test_the_survey_says_what_each_layer_costs(tmp_path: Path, donor: Path, text
     shown = cli(donor, "--to", "swa", *options, *asked).stdout
     assert "Windowing one layer costs" in shown
     assert "128: 56.2 %" in shown
+
+
+def test_a_survey_reads_rows_beyond_a_wide_window(
+    tmp_path: Path, donor: Path, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the rows that layers are usually judged on are not longer than the window."""
+    monkeypatch.setattr(calibration_rows, "JUDGE_TOKENS", WINDOW)
+    monkeypatch.setitem(registry._ALL, "swa", replace(registry.info("swa"), row_tokens=WINDOW))
+    report = mhconvert.convert(recipe(tmp_path / "out", fit_steps=0, verify=False))
+    assert report["windows"]["full_layers"] == 2
 
 
 def test_rows_that_show_nothing_of_the_window_are_refused(

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from mhconvert.convert.calibration.calibration_rows import judged_tokens, row_length
 from mhconvert.convert.methods.budget_division import LayerNeed
 from mhconvert.convert.methods.swa.method import SWA
 from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.methods.swa.window_plan import DEFAULT_WINDOW, LONGEST_CONTEXT, window_plan
+from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.errors import BudgetError
 from tests.donors import make_config
 
@@ -28,6 +30,7 @@ def test_defaults_come_from_what_the_donor_reads() -> None:
     assert (plan(SWASettings()).context, plan(SWASettings()).window) == (8192, 1024)
     short = plan(SWASettings(), max_position_embeddings=512)
     assert (short.context, short.window) == (512, 64)
+    assert plan(SWASettings(), max_position_embeddings=8).window == 2
     long = plan(SWASettings(), max_position_embeddings=131072)
     assert (long.context, long.window) == (LONGEST_CONTEXT, DEFAULT_WINDOW)
 
@@ -66,20 +69,42 @@ def test_windows_of_the_donor_are_kept() -> None:
     assert all(w == 2048 for w, kind in zip(windows, kinds, strict=True) if kind == "sliding_attention")
     with pytest.raises(BudgetError, match="window=1024: layer 0 has a window of 2048 already, which is kept"):
         plan(SWASettings(window=1024), **own)
+    with pytest.raises(BudgetError, match="context=2048 is not longer than the window of 2048 that layer 0"):
+        plan(SWASettings(context=2048), **own)
+    with pytest.raises(BudgetError, match=r"at least 0\.\d+, or a longer context"):
+        plan(SWASettings(kv_budget=0.1), **own)
     with pytest.raises(BudgetError, match="full_layers has 0, which has a window of 2048 in the donor"):
         plan(SWASettings(full_layers=[0]), **own)
 
 
+def test_a_row_needs_more_than_the_window_only_where_a_layer_is_windowed() -> None:
+    rows = [SWA(config(), SWASettings(budget), "quick").least_row for budget in (0.5, 1.0)]
+    assert rows == [DEFAULT_WINDOW + 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("window", "reads", "row", "judged"),
+    [(512, 8192, 4096, 4096), (4096, 6000, 6000, 8192), (4096, 16384, 8192, 8192)],
+)
+def test_rows_are_longer_than_the_window_and_judged_whole(
+    window: int, reads: int, row: int, judged: int
+) -> None:
+    donor = config(family="gemma2", sliding_window=window, max_position_embeddings=reads)
+    recipe = Recipe("x", "swa", settings=SWASettings(0.9))
+    assert row_length(recipe, donor) == row
+    assert judged_tokens(recipe, donor) == judged
+
+
 def test_a_donor_without_a_full_layer_has_nothing_to_window() -> None:
     own = {"family": "mistral", "sliding_window": 2048}
-    with pytest.raises(BudgetError, match="every layer has a window of its own 1 of the donor's cache"):
+    with pytest.raises(BudgetError, match="a window of its own, of 2048 tokens: there is nothing to window"):
         plan(SWASettings(kv_budget=0.5), **own)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"window": 0}, "window=0 is not a number of tokens from 1"),
+        ({"window": 1}, "window=1 is not a number of tokens from 2"),
         ({"window": 8192}, "window=8192 is not shorter than context=8192"),
         ({"context": 16384}, "context=16384 is more than the 8192 tokens that the donor reads"),
         (
