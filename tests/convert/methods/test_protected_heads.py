@@ -20,6 +20,7 @@ from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.moh.method import MoH
 from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.methods.protected_heads import read_protected
+from mhconvert.convert.methods.registry import build_method
 from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe
 from mhconvert.errors import BudgetError
 from tests.donors import make_config, make_donor
@@ -80,6 +81,24 @@ def test_dha_leaves_them_alone(
         for kind in "kv"
     ]
     assert any(torn)  # without protection some of them are fused
+
+
+@pytest.mark.parametrize("name", ["dha", "moh"])
+def test_a_survey_measures_every_layer_at_its_share(name: str) -> None:
+    """And at every share: a layer with protected heads is measured at the size that the share says."""
+    config = make_config(layers=4, heads=8, kv_heads=4)
+    protect = given([[0, 2], [], [], []])
+    settings = (
+        DHASettings(0.5, protect=protect) if name == "dha" else MoHSettings(0.5, 0.125, protect=protect)
+    )
+    whole = 8  # K and V heads of a donor's layer, or its query heads
+    shares = build_method(name, config, settings, "default").survey_shares
+    assert len(shares) > 2
+    for share in shares:
+        survey: Any = build_method(name, config, settings.at_budget(share), "survey")
+        assert list(survey.heads if name == "dha" else survey.active) == [round(share * whole)] * 4
+    planned: Any = build_method(name, config, settings, "default")
+    assert planned.budget.kept[0] if name == "dha" else planned.kept[0]  # the conversion itself keeps them
 
 
 @pytest.mark.parametrize("route", ["heads", "groups"])
