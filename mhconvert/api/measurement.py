@@ -42,8 +42,7 @@ def evaluate(
         (perplexity, kl(donor ‖ model) in nats a token, top1_agreement), cache (kv_elements_per_token, measured), tasks
         (metrics and their paired differences from the donor, with standard errors), average, retrieval, generation
         (of texts that each writes), refusals, left_out (models that could not be measured), settings, versions,
-        seconds, and where `record` kept earlier figures aside kept_aside (files). Of the processes of
-        `accelerate launch` the first returns it, the others {}.
+        seconds, and with `record` kept_aside (files). The first process of `accelerate launch` returns it, others {}.
 
     Raises:
         MhconvertError: What a user can correct.

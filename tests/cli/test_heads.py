@@ -72,10 +72,10 @@ def test_a_table_for_people_and_a_text_of_ones_own(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "has no text; give a file with one request a line"),
-        (b"\n \n", "has no text"),
-        (b"a\0b", "has no text"),
-        (b"\xff\xfe\x00", "is no UTF-8 text"),
+        (b"", "has no prompts; write one a line"),
+        (b"\n \n", "has no prompts"),
+        (b"a\0b", "it has zero bytes"),
+        (b"\xff\xfe\x00", "it is not UTF-8 text"),
         (None, "cannot be read"),
     ],
 )

@@ -56,8 +56,7 @@ class DHA(Method):
         # A survey files every layer under one share, which a layer with protected heads might not come to.
         asked_for = replace(settings, protect=None) if effort == "survey" else settings
         self.budget: HeadBudget = head_budget(config, asked_for, self.facts)
-        self.heads = self.budget.spread()
-        self.shared_out = False
+        self.heads, self.shared_out = self.budget.spread(), False
         self.price: Price | None = None
         free = settings.equal_heads and settings.plan is None
         self.unconstrained = replace(settings, equal_heads=False) if free else None

@@ -541,7 +541,9 @@ def test_the_first_token_has_all_heads_and_the_field_says_whether(
     )  # with gradients, every head is computed
     pads = torch.tensor([[0] * 3 + [1] * 24] * 2)
     padded = torch.cat((ids[:, :3], ids), dim=1)
-    positions = (pads.cumsum(1) - 1).clamp_min(0)  # as `generate` gives them; without, the first token is at 3
+    positions = (pads.cumsum(1) - 1).clamp_min(
+        0
+    )  # as `generate` gives them; without, the first token is at 3
     with torch.no_grad():
         found = model(input_ids=padded, attention_mask=pads, position_ids=positions).logits[:, 3:]
     assert relative(found, expected) < FLOAT32
