@@ -107,20 +107,28 @@ def _compare(model: Any, probe: str) -> dict[str, float]:
     }
 
 
-def filled_cache(config: Any, tokens: int) -> Any:
-    """The cache that `generate` makes for a model of stock layers, as it is when it has read `tokens` tokens.
+def filled_cache(model: Any, tokens: int) -> Any:
+    """The cache that `generate` makes for a model of stock layers or codes, as it is when it has read `tokens` tokens.
 
     The last one comes alone, as in decoding: behind a window the cache then lets go of what it read before.
     """
     import torch
     from transformers import DynamicCache
 
+    config = model.config
     heads = config.num_key_value_heads or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = DynamicCache(config=config)
+    coded = getattr(config, "kv_windows", None)
+    if coded:
+        sys.modules[type(model).__module__].place_windows(cache, coded, False)
     for index in range(config.num_hidden_layers):
         for count in (tokens - 1, 1):
             keys, values = (torch.zeros(1, heads, count, width, dtype=torch.bfloat16) for _ in "kv")
+            if coded:
+                size = model.get_decoder().layers[index].self_attn.code.bytes
+                keys = torch.zeros(1, 1, count, size, dtype=torch.uint8)
+                values = keys[..., :0]
             cache.update(keys, values, index)
     return cache
 
@@ -140,7 +148,7 @@ def _generate(
         do_sample=False,
         return_dict_in_generate=True,
     )
-    cache = filled_cache(model.config, context) if context else output.past_key_values
+    cache = filled_cache(model, context) if context else output.past_key_values
     tokens = int(cache.get_seq_length())
     size, elements = cache_storage(cache, element_bytes)
     return {

@@ -45,7 +45,7 @@ class WindowRows(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(rows, value_states)
             self.keys = rows.new_zeros(*rows.shape[:2], FIRST, rows.shape[-1])
-        at = first_slots(starts) - self.seen
+        at = first_slots(rows.new_zeros(1).long() if starts is None else starts) - self.seen
         inside = (at >= 0) & (at < rows.shape[2])
         first = torch.where(inside[:, None, :, None], rows_at(rows, at), self.keys[:, :, :FIRST])
         whole = torch.cat((first, self.keys[:, :, FIRST:], rows), dim=2)

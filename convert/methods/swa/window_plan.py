@@ -8,7 +8,7 @@ from typing import Any
 
 from mhconvert.errors import BudgetError
 
-from .settings import SWASettings
+from .settings import SWASettings, require_shorter
 from .targets import own_windows
 
 LONGEST_CONTEXT = 32768  # tokens: the default is not more
@@ -86,10 +86,7 @@ def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
     if context > reads:
         raise BudgetError(f"context={context} is more than the {reads} tokens that the donor reads")
     window = _window(settings, own, context)
-    if window >= context:
-        raise BudgetError(
-            f"window={window} is not shorter than context={context}: no layer would drop a token"
-        )
+    require_shorter(window, context)
     most = WindowPlan(context, window, tuple(own), 0)
     if settings.full_layers is not None:
         return _fixed(most, settings.full_layers)
