@@ -286,7 +286,9 @@ def test_a_folder_named_almost_as_a_subcommand_is_a_donor(
     assert "did you mean 'mhconvert donors'?" in capsys.readouterr().err
     Path("donor").mkdir()
     assert main("donor") == 2
-    assert "Missing option '--to'. Choose one of mla, dha, moh, swa, mla+swa, hydra" in capsys.readouterr().err
+    assert (
+        "Missing option '--to'. Choose one of mla, dha, moh, swa, mla+swa, hydra" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +32,22 @@ from .code_levels import layer_levels
 from .code_plan import planned_bits
 from .coded_class import coded_class, coded_config
 from .latent_code import WIDTHS, row_bytes
-from .settings import MLASettings
-
-if TYPE_CHECKING:
-    from ..mla_swa.settings import MLASWASettings
 
 BUDGET_BYTES = 2  # of a donor's cache element, of which the budget is a share
 LEVEL_TOKENS = 8192  # whose components the levels are fitted to
 EXAMPLE_WIDTH = 4
 LEAST_RMS = 1e-6  # of a token's components, by which they are divided
+
+
+class CodeSettings(Protocol):
+    """What coded latents read of a user's choices."""
+
+    @property
+    def kv_budget(self) -> float: ...
+    @property
+    def kv_bits(self) -> str: ...
+    @property
+    def plan(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class CodedMLA(Method):
     surveys_sensitivity = True
     survey_shares: tuple[float, ...] = ()
 
-    def __init__(self, config: Any, settings: MLASettings | MLASWASettings, effort: str):
+    def __init__(self, config: Any, settings: CodeSettings, effort: str):
         """Raises UnsupportedError or BudgetError before any weight is read."""
         require(config, "mla")
         self.donor_config, self.settings, self.effort = config, settings, effort
