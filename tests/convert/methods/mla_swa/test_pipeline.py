@@ -40,6 +40,11 @@ def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
     return build
 
 
+def tokens(layer: dict[str, Any], length: int) -> int:
+    """That a layer of a report holds of a text of `length`."""
+    return 4 + layer["window"] - 1 if layer["window"] else length
+
+
 @pytest.mark.parametrize("full", [None, [1]], ids=["chosen", "given"])
 def test_the_cache_beyond_the_window_has_the_planned_bytes(
     tmp_path: Path, recipe: Callable[..., Recipe], full: list[int] | None
@@ -56,6 +61,9 @@ def test_the_cache_beyond_the_window_has_the_planned_bytes(
     assert cache["bytes"] == used
     assert report["kv_bytes_per_token"]["converted"] == pytest.approx(used / CONTEXT)
     assert report["windows"]["shares"][str(CONTEXT)] == pytest.approx(used / (DONOR_BYTES * CONTEXT))
+    inspected = mhconvert.inspect(str(tmp_path / "out"))
+    held = sum(one["kv_code_bytes"] * tokens(one, 8192) for one in report["layers"])
+    assert inspected["kv"]["bytes"]["8192"] == held
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["kv_windows"] == windows
     assert (tmp_path / "out" / "modeling_coded_window.py").exists()
