@@ -16,6 +16,7 @@ from ..convert.families import facts as family_facts
 from ..convert.layer_pass import cost_estimate
 from ..convert.methods import refusals
 from ..convert.methods.mla.latent_code import row_bytes
+from ..convert.methods.mla.modeling_coded_window import FIRST
 from ..convert.methods.registry import ADAPTERS, METHODS, build_method
 from ..convert.open_model import read_config
 from ..convert.recipe.recipe import Recipe
@@ -44,10 +45,10 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
         config = read_config(str(folder), made_by)
         dtype = _torch_dtype(config.dtype)
     try:
-        elements, facts = sum(cache_elements(config)), attention(config)
+        layers, facts = cache_elements(config), attention(config)
     except (ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{reference}/config.json is not whole: {error}") from error
-    bytes_per_token = elements * dtype.itemsize
+    elements = sum(layers)
     return {
         "reference": reference,
         "notice": getattr(donor, "notice", None),
@@ -57,8 +58,12 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
         "attention": facts,
         "kv": {
             "elements_per_token": elements,
-            "bytes_per_token": bytes_per_token,
-            "bytes": {str(length): length * bytes_per_token for length in CONTEXTS},
+            "bytes_per_token": elements * dtype.itemsize,
+            "bytes": {
+                str(length): sum(e * n for e, n in zip(layers, cached_tokens(config, length), strict=True))
+                * dtype.itemsize
+                for length in CONTEXTS
+            },
         },
         "methods": _methods(donor, config, made_by),
     }
@@ -81,6 +86,13 @@ def cache_elements(config: Any) -> list[float]:
     return [2 * _kv_heads(text) * head_dim(text) for _ in layers]
 
 
+def cached_tokens(config: Any, length: int) -> list[int]:
+    """(layers,), the tokens of a text of `length` that each layer's cache holds; windows are those of coded latents."""
+    text = config.get_text_config()
+    windows = getattr(text, "kv_windows", None) or [None] * text.num_hidden_layers
+    return [length if window is None else FIRST + min(length, window - 1) for window in windows]
+
+
 def attention(config: Any) -> dict[str, Any]:
     """Heads, widths and RoPE of the attention, by the names of the config's fields."""
     text = config.get_text_config()
@@ -100,6 +112,8 @@ def attention(config: Any) -> dict[str, Any]:
         facts["kind"], facts["head_dim"] = "coded latents (MLA)", head_dim(text)
         facts["num_key_value_heads"] = _kv_heads(text)
         facts["kv_lora_rank"] = _one_or_all([sum(counts) for counts in text.kv_code_counts])
+        if text.kv_windows is not None:
+            facts["kv_windows"] = [window or "full" for window in text.kv_windows]
         facts["kv_code_bytes"] = _one_or_all([row_bytes(counts) for counts in text.kv_code_counts])
     elif hasattr(text, "shared_heads"):
         layers = range(text.num_hidden_layers)

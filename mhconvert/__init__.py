@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mhconvert.convert.methods.hydra import HydraConfig as HydraConfig
     from mhconvert.convert.methods.hydra.settings import HydraSettings as HydraSettings
     from mhconvert.convert.methods.mla.settings import MLASettings as MLASettings
+    from mhconvert.convert.methods.mla_swa.settings import MLASWASettings as MLASWASettings
     from mhconvert.convert.methods.moh.settings import MoHSettings as MoHSettings
     from mhconvert.convert.methods.swa.settings import SWASettings as SWASettings
     from mhconvert.convert.recipe.heal_settings import HealSettings as HealSettings
@@ -56,6 +57,7 @@ _PUBLIC = {
     "mhconvert.convert.recipe.heal_settings": ("HealSettings",),
     "mhconvert.convert.methods.mla.settings": ("MLASettings",),
     "mhconvert.convert.methods.dha.settings": ("DHASettings",),
+    "mhconvert.convert.methods.mla_swa.settings": ("MLASWASettings",),
     "mhconvert.convert.methods.moh.settings": ("MoHSettings",),
     "mhconvert.convert.methods.swa.settings": ("SWASettings",),
     "mhconvert.convert.methods.hydra.settings": ("HydraSettings",),

@@ -107,8 +107,9 @@ def _compare(model: Any, probe: str) -> dict[str, float]:
     }
 
 
-def filled_cache(config: Any, tokens: int, element_bytes: int = 2) -> tuple[str, int, float]:
-    """Class name, bytes and elements of the cache that `generate` makes for a model of stock layers that read `tokens`.
+def filled_cache(model: Any, tokens: int, element_bytes: int = 2) -> tuple[str, int, float]:
+    """Class name, bytes and elements of the cache that `generate` makes for `model`, of stock layers or of codes, when
+    it has read `tokens`.
 
     The last token comes alone, as in decoding: behind a window the cache then lets go of what it read before. One layer
     at a time is in memory.
@@ -118,12 +119,20 @@ def filled_cache(config: Any, tokens: int, element_bytes: int = 2) -> tuple[str,
     import torch
     from transformers import DynamicCache
 
+    config = model.config
     heads = config.num_key_value_heads or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache, size, elements = DynamicCache(config=config), 0, 0.0
+    coded = getattr(config, "kv_windows", None)
+    if coded:
+        sys.modules[type(model).__module__].place_windows(cache, coded, False)
     for index in range(config.num_hidden_layers):
         for count in (tokens - 1, 1):
             keys, values = (torch.zeros(1, heads, count, width, dtype=torch.bfloat16) for _ in "kv")
+            if coded:
+                row = model.get_decoder().layers[index].self_attn.code.bytes
+                keys = torch.zeros(1, 1, count, row, dtype=torch.uint8)
+                values = keys[..., :0]
             cache.update(keys, values, index)
         layer: Any = cache.layers[index]
         of_layer = cache_storage(SimpleNamespace(layers=[layer]), element_bytes)
@@ -148,7 +157,7 @@ def _generate(
         return_dict_in_generate=True,
     )
     if context:
-        tokens, (name, size, elements) = context, filled_cache(model.config, context, element_bytes)
+        tokens, (name, size, elements) = context, filled_cache(model, context, element_bytes)
     else:
         cache = output.past_key_values
         name, tokens = type(cache).__name__, int(cache.get_seq_length())

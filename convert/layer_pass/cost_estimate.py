@@ -59,7 +59,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     eval_tokens = min(length * judging_rows(length, tokens // length), judged_tokens(recipe, config))
     surveyed, work, kept = _survey(method, config, elements, rows, length)
     states = SURVEY_COPIES * layers + SURVEY_STREAMS
-    survey = 4 * config.hidden_size * states * eval_tokens if method.divisible else 0
+    survey = 4 * config.hidden_size * states * eval_tokens if method.divisible and method.survey_shares else 0
     output_bytes = converted * width
     layer_memory = 4 * (per_layer + method.new_parameters() * 4)
     embedding = config.vocab_size * config.hidden_size * donor.dtype.itemsize
@@ -80,7 +80,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + kept + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES
-        + max(STREAM_COPIES * streams + work, surveyed or survey)
+        + max(STREAM_COPIES * streams + work, surveyed, survey)
         + layer_memory
         + embedding
         + probe,

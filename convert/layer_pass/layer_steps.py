@@ -183,7 +183,9 @@ def advance_student(layer: Layer, attention: Any, targets: LayerTargets, student
             "statistics are not usable. Try other calibration text or a larger budget"
         )
     elements = getattr(attention, "cache_elements", None)  # where it depends on the length of the text
-    if elements is None:
+    if hasattr(attention, "cache_bytes"):
+        elements = attention.cache_bytes / layer.element_bytes
+    elif elements is None:
         elements = layer.cache_elements(attention, targets.held_inputs)
     layer.complete(student, layer.attend(attention, layer.attention_inputs(student)))
     return {"relative_error": error, "kv_elements": {"donor": targets.kv_elements, "converted": elements}}

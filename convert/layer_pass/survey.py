@@ -63,9 +63,13 @@ class _Streams:
 def measure_needs(context: ConversionContext) -> list[LayerNeed] | list[LayerSensitivity]:
     """What the method's `share_out` wants to know of every layer, whatever the recipe's own budget."""
     method = _at_any_budget(context.recipe, context.donor)
-    if method.surveys_sensitivity:
-        return measure_sensitivities(context)
-    return _layer_needs(context, method)
+    if not method.surveys_sensitivity:
+        return _layer_needs(context, method)
+    found = measure_sensitivities(context)
+    if not method.survey_shares:
+        return found
+    costs = [torch.tensor(need.divergence).double() for need in _layer_needs(context, method)]
+    return [replace(layer, window_cost=cost) for layer, cost in zip(found, costs, strict=True)]
 
 
 def _layer_needs(context: ConversionContext, method: Method) -> list[LayerNeed]:

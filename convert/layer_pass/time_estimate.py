@@ -139,9 +139,13 @@ def _survey(
             + 4 * head / rates.single
             + 4 * layers * elements**2 / rates.double
         )
-        return SURVEY_FACTOR * tokens * products
+        seconds = SURVEY_FACTOR * tokens * products
+        if not method.survey_shares:
+            return seconds
+    else:
+        seconds = 0.0
     judged = judging_rows(length, rows) * min(length, judged_tokens(recipe, config))
     fitted = min(statistics_tokens(config.hidden_size), rows * length)
     forward = 2 * layers * layer * (fitted + judged * (2 + len(method.survey_shares))) / rates.single
     backward = 2 * judged * (1 + SAMPLES) * (layers * layer + head) / rates.half
-    return NEEDS_FACTOR * (forward + backward)
+    return seconds + NEEDS_FACTOR * (forward + backward)

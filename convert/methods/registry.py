@@ -20,6 +20,7 @@ FOLDERS = (
     "dha",
     "moh",
     "swa",
+    "mla_swa",
     "hydra",
 )
 

@@ -54,7 +54,7 @@ class Calibration(Settings):
             "N",
             ge=SHORTEST_ROW,
             range_hint=f"is too short; use at least {SHORTEST_ROW}",
-            default="512, with swa 4096, or twice a wider window; at most what the donor reads",
+            default="512, with swa and mla+swa 4096, or twice a wider window; at most what the donor reads",
         ),
     ] = None
     held_out: Annotated[

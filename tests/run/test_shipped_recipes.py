@@ -16,8 +16,14 @@ from mhconvert.run.whole_recipe import load
 
 EVERY_METHOD = ("llama3-8b", "llama3.1-8b", "smollm2-135m")
 SHIPPED = sorted(
-    [f"{model}-{method}" for model in EVERY_METHOD for method in METHOD_NAMES if method != "swa"]
-    + ["qwen2.5-7b-mla", "mistral-7b-mla", "smollm2-135m-mla-healed", "smollm2-135m-swa"]
+    [f"{model}-{method}" for model in EVERY_METHOD for method in METHOD_NAMES if "swa" not in method]
+    + [
+        "qwen2.5-7b-mla",
+        "mistral-7b-mla",
+        "smollm2-135m-mla-healed",
+        "smollm2-135m-swa",
+        "smollm2-135m-mla-swa",
+    ]
 )
 EXAMPLE = "#   mhconvert run "
 
@@ -29,7 +35,7 @@ def test_names() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_is_what_its_name_says(name: str) -> None:
     found = shipped_recipes.entry(shipped_recipes.find(name))
-    assert name.removesuffix("-healed") == f"{found.model}-{found.method}"
+    assert name.removesuffix("-healed") == f"{found.model}-{found.method.replace('+', '-')}"
     assert found.model in ALIASES
     recipe = load(shipped_recipes.find(name))
     kind = settings_class(found.method)

@@ -33,16 +33,9 @@ def most_bytes(layers: int, elements: int, width: int = WIDTHS[0]) -> int:
     return layers * row_bytes([elements * (width == each) for each in WIDTHS])
 
 
-def require_bytes(layers: int, budget: int, width: int = WIDTHS[-1]) -> None:
-    """Raise BudgetError with the least possible where `budget` bytes a token hold no code of `layers` layers."""
-    least = least_bytes(layers, width)
-    if budget < least:
-        raise BudgetError(
-            f"a token's codes need at least {least} bytes in {layers} layers, and the budget gives {budget}"
-        )
-
-
-def allocate(spectra: Sequence[Tensor], budget: int, widths: Sequence[int] = ANY) -> list[Tensor]:
+def allocate(
+    spectra: Sequence[Tensor], budget: float, widths: Sequence[int] = ANY, tokens: Sequence[int] | None = None
+) -> list[Tensor]:
     """Bits of every component, 0 or one of `widths`: as little divergence of the model as `budget` bytes allow.
 
     Every component's bits are where another bit would save less than the water level, which is one for the model. A
@@ -50,21 +43,28 @@ def allocate(spectra: Sequence[Tensor], budget: int, widths: Sequence[int] = ANY
 
     Args:
         spectra: for each layer (n,), the divergence that leaving out each component adds, in nats per token.
-        budget: bytes of a token's rows in all layers.
+        budget: bytes of the tokens' rows in all layers.
         widths: the bits that a component may have beside none.
+        tokens: how many each layer holds; None: the budget is that of one token.
     Returns:
         For each layer (n,), int64.
     Raises:
-        BudgetError: The budget is smaller than `least_bytes`.
+        BudgetError: The budget is smaller than one component in each layer needs.
     """
-    require_bytes(len(spectra), budget, min(widths))
+    tokens = [1] * len(spectra) if tokens is None else tokens
+    least = most_bytes(1, 1, min(widths)) * sum(tokens)
+    if budget < least:
+        raise BudgetError(
+            f"a token's codes need at least {least} bytes in {len(spectra)} layers, and the budget gives {budget}"
+        )
     highest = max(float(spectrum.max()) for spectrum in spectra)
-    low, high = highest * LEAST_LEVEL, max(highest, 1e-30) * 2
+    low, high = highest * LEAST_LEVEL / max(tokens), max(highest, 1e-30) * 2
     for _ in range(BISECTIONS):
         level = (low * high) ** 0.5
-        fits = sum(row_bytes(width_counts(bits)) for bits in _at_level(spectra, level, widths)) <= budget
-        low, high = (low, level) if fits else (level, high)
-    return _at_level(spectra, high, widths)
+        bits = at_level(spectra, level, widths, tokens)
+        used = sum(t * row_bytes(width_counts(b)) for t, b in zip(tokens, bits, strict=True))
+        low, high = (low, level) if used <= budget else (level, high)
+    return at_level(spectra, high, widths, tokens)
 
 
 def width_counts(bits: Tensor) -> list[int]:
@@ -78,10 +78,16 @@ def expected_divergence(spectra: Sequence[Tensor], bits: Sequence[Tensor]) -> fl
     return sum(float((spectrum * table[b]).sum()) for spectrum, b in zip(spectra, bits, strict=True))
 
 
-def _at_level(spectra: Sequence[Tensor], level: float, widths: Sequence[int]) -> list[Tensor]:
+def at_level(
+    spectra: Sequence[Tensor], level: float, widths: Sequence[int], tokens: Sequence[int]
+) -> list[Tensor]:
+    """Bits of every component at a price `level` of a bit of each token that a layer holds."""
     allowed = torch.tensor([0, *sorted(widths)])
     table = torch.tensor(DISTORTION, dtype=torch.float64)[allowed]
-    bits = [allowed[(spectrum.unsqueeze(-1) * table + level * allowed).argmin(-1)] for spectrum in spectra]
+    bits = [
+        allowed[(spectrum.unsqueeze(-1) * table + level * held * allowed).argmin(-1)]
+        for spectrum, held in zip(spectra, tokens, strict=True)
+    ]
     for spectrum, chosen in zip(spectra, bits, strict=True):
         if not chosen.any():
             chosen[spectrum.argmax()] = min(widths)

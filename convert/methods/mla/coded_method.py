@@ -33,7 +33,7 @@ from .code_levels import layer_levels
 from .code_plan import planned_bits
 from .coded_class import coded_class, coded_config
 from .latent_code import WIDTHS, row_bytes
-from .settings import MLASettings
+from .settings import CodeSettings
 
 BUDGET_BYTES = 2  # of a donor's cache element, of which the budget is a share
 LEVEL_TOKENS = 8192  # whose components the levels are fitted to
@@ -62,7 +62,7 @@ class CodedMLA(Method):
     surveys_sensitivity = True
     survey_shares: tuple[float, ...] = ()
 
-    def __init__(self, config: Any, settings: MLASettings, effort: str):
+    def __init__(self, config: Any, settings: CodeSettings, effort: str):
         """Raises UnsupportedError or BudgetError before any weight is read."""
         require(config, "mla")
         self.donor_config, self.settings, self.effort = config, settings, effort
@@ -75,12 +75,7 @@ class CodedMLA(Method):
         asked = int(settings.kv_budget * whole)
         self.widths = ANY if settings.kv_bits == "auto" else (int(settings.kv_bits),)
         self.budget = min(asked, most_bytes(layers, self.elements, max(self.widths)))
-        least = least_bytes(layers, min(self.widths))
-        if self.budget < least:
-            raise BudgetError(
-                f"kv_budget={settings.kv_budget:g} gives {self.budget} bytes a token, and its codes need at least "
-                f"{least} in {layers} layers; the least is kv_budget={math.ceil(1e4 * least / whole) / 1e4:g}"
-            )
+        self._require_budget(whole)
         if self.budget < asked:
             self.notice = (
                 f"the budget of {asked:,} bytes a token is cut to {self.budget:,}, the most that "
@@ -91,6 +86,16 @@ class CodedMLA(Method):
         self.bits: list[Tensor] = []
         if settings.plan is not None:
             self.bits = planned_bits(settings.plan, layers, self.elements, self.widths, self.budget)
+
+    def _require_budget(self, whole: int) -> None:
+        """Raise BudgetError where the smallest codes are over the budget; whole: bytes of the donor."""
+        layers = self.donor_config.num_hidden_layers
+        least = least_bytes(layers, min(self.widths))
+        if self.budget < least:
+            raise BudgetError(
+                f"kv_budget={self.settings.kv_budget:g} gives {self.budget} bytes a token, and its codes need at least "
+                f"{least} in {layers} layers; the least is kv_budget={math.ceil(1e4 * least / whole) / 1e4:g}"
+            )
 
     def kv_elements(self) -> int:
         """Cache elements of two bytes per token, all layers."""

@@ -15,6 +15,8 @@ class CodedLatentFields:
     """The fields that coded latents add to a donor's configuration.
 
     kv_code_counts: per layer, how many components of the latent have 8, 7, …, 1 bits.
+    kv_windows: per layer, how many tokens, itself included, a query sees beside the first ones, and the cache holds;
+        None: what the donor's sees. The field itself is None where no layer has such a window.
     attention_input_bias, attention_output_bias: whether q_proj and whether o_proj have biases.
     qk_norm: "head" where the donor divides each head of its queries and keys by its RMS, "width" where it divides
         them whole.
@@ -23,6 +25,7 @@ class CodedLatentFields:
     """
 
     kv_code_counts: list[list[int]] | None = None
+    kv_windows: list[int | None] | None = None
     attention_input_bias: bool = False
     attention_output_bias: bool = False
     qk_norm: str | None = None
@@ -34,6 +37,10 @@ class CodedLatentFields:
         if self.kv_code_counts is None:
             raise ValueError("config.json lacks kv_code_counts")
         return self.kv_code_counts[layer_idx]
+
+    def kv_window(self, layer_idx: int) -> int | None:
+        """The window that a conversion gave one layer; None: none."""
+        return None if self.kv_windows is None else self.kv_windows[layer_idx]
 
     def layer_window(self, layer_idx: int) -> int | None:
         """How many tokens, itself included, a query of one layer sees; None: all before it."""

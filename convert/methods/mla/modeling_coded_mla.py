@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from . import configuration_coded_mla
 from .configuration_coded_mla import CodedLatentFields
 from .latent_code import LatentCode
+from .modeling_coded_window import attend_in_window, place_windows
 from .modeling_mla import LatentAttention, LatentAttentionForCausalLM, LatentAttentionModel
 from .slot_embeddings import SlotEmbeddings
 
@@ -71,7 +72,7 @@ class CodedLatentAttention(LatentAttention):
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         self.scaling = config.softmax_scale or self.head_dim**-0.5
         self.softcap = config.attention_softcap
-        self.window = config.layer_window(layer_idx)
+        self.window, self.kv_window = config.layer_window(layer_idx), config.kv_window(layer_idx)
         self.attention_dropout = config.attention_dropout
         self.slot_embeddings: SlotEmbeddings | None = None
         self.code = LatentCode(config.layer_counts(layer_idx))
@@ -101,6 +102,11 @@ class CodedLatentAttention(LatentAttention):
         batch, length, _ = hidden_states.shape
         query, written = self.queries_and_latent(hidden_states)
         rows = self.code.encode(written).unsqueeze(1)
+        if self.kv_window is not None:
+            seen = (position_embeddings, attention_mask, past_key_values)
+            return self.o_proj(
+                attend_in_window(self, query, written, rows, *seen, rotate_half_split, kwargs)
+            ), None
         of_queries = of_keys = position_embeddings
         if past_key_values is not None:
             cached: list[Any] = past_key_values.layers[self.layer_idx : self.layer_idx + 1]
@@ -370,6 +376,12 @@ class CodedLatentAttentionModel(LatentAttentionModel):
 
 class CodedLatentAttentionForCausalLM(LatentAttentionForCausalLM):
     """Mixed into the donor's causal language model: its decoder stack is `decoder_class`."""
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> bool:
+        made: bool = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        if (cache := model_kwargs.get("past_key_values")) is not None:
+            place_windows(cache, self.config.kv_windows or [], generation_config.is_assistant)  # type: ignore[attr-defined]
+        return made
 
 
 def __getattr__(name: str) -> Any:

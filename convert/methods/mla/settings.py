@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from mhconvert.errors import BudgetError
 
@@ -16,6 +16,19 @@ from .plan_file import read_plan
 Profile = Literal["quality", "portable"]
 Bits = Literal["16", "auto", "2", "3", "4", "5", "6", "7", "8"]
 RANGE = "is outside (0, 1]; it is a share of the donor's KV cache"
+
+
+class CodeSettings(Protocol):
+    """What coded latents read of a user's choices."""
+
+    @property
+    def kv_budget(self) -> float: ...
+    @property
+    def kv_bits(self) -> str: ...
+    @property
+    def plan(self) -> Any: ...
+    @property
+    def protect(self) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,14 @@ def layer_list(text: str) -> list[int]:
         raise BudgetError(f"'{text}' is no list of layers such as 0,3,7, and not 'none'") from None
 
 
+def require_shorter(window: int | None, context: int | None) -> None:
+    """Raise BudgetError for a window that a context does not exceed, where both are given."""
+    if window is not None and context is not None and window >= context:
+        raise BudgetError(
+            f"window={window} is not shorter than context={context}: no layer would drop a token"
+        )
+
+
 @dataclass(frozen=True)
 class SWASettings(Settings):
     """How wide the window is, and how many layers keep the whole text."""
@@ -86,10 +94,7 @@ class SWASettings(Settings):
 
     def check(self) -> None:
         """Raise BudgetError for a window that the context does not exceed, and for a list beside a budget."""
-        if self.window is not None and self.context is not None and self.window >= self.context:
-            raise BudgetError(
-                f"window={self.window} is not shorter than context={self.context}: no layer would drop a token"
-            )
+        require_shorter(self.window, self.context)
         if self.full_layers is not None:
             self._set("full_layers", sorted(set(self.full_layers)))
             if self.kv_budget != type(self).kv_budget:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mhconvert.errors import BudgetError
 
-from .settings import LEAST_WINDOW, SWASettings
+from .settings import LEAST_WINDOW, SWASettings, require_shorter
 from .targets import own_windows
 
 LONGEST_CONTEXT = 32768  # tokens: the default is not more
@@ -95,10 +95,7 @@ def every_layer_windowed(config: Any, settings: SWASettings) -> WindowPlan:
             f"context={context} is not longer than the window of {window} that layer {own.index(window)} of the donor "
             f"has, and a class has one width for all; choose --context > {window}"
         )
-    if window >= context:
-        raise BudgetError(
-            f"window={window} is not shorter than context={context}: no layer would drop a token"
-        )
+    require_shorter(window, context)
     return WindowPlan(context, window, tuple(own), 0)
 
 

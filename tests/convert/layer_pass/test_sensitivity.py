@@ -73,7 +73,7 @@ def test_layer_by_layer_is_the_whole_model(recipe: Build, tmp_path: Path, family
     for found, wanted in zip(measure_sensitivities(context), expected, strict=True):
         for field in dataclasses.fields(found):
             one, other = (getattr(each, field.name).double() for each in (found, wanted))
-            assert (one - other).norm() < 1e-4 * other.norm(), field.name  # fp32 sums in another order
+            assert (one - other).norm() <= 1e-4 * other.norm(), field.name  # fp32 sums in another order
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
@@ -133,7 +133,7 @@ def test_several_passes_are_one(recipe: Build, tmp_path: Path, monkeypatch: pyte
     for found, wanted in zip(measure_sensitivities(context), whole, strict=True):
         for field in dataclasses.fields(found):
             one, other = (getattr(each, field.name).double() for each in (found, wanted))
-            assert (one - other).norm() < 1e-5 * other.norm(), field.name
+            assert (one - other).norm() <= 1e-5 * other.norm(), field.name
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_the_report_has_the_bytes_of_the_cache_object(recipe: Build, tmp_path: P
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "mla_coded_llama"
     files = {"latent_code.py", "modeling_coded_mla.py", "modeling_mla.py", "configuration_coded_mla.py"}
-    files |= {"coded_kernel.py"}
+    files |= {"coded_kernel.py", "modeling_coded_window.py"}
     assert files <= {path.name for path in (tmp_path / "out").iterdir()}
 
 

@@ -129,7 +129,7 @@ def test_decoding_with_the_class_own_cache_is_the_full_forward(family: str, sink
     assert relative(torch.cat(parts, dim=1), whole) < 1e-5
     planned = method.facts.kv_elements * (WINDOW + LENGTH)
     assert cache_storage(cache)[1] == planned * len(ids)
-    assert filled_cache(model.config, LENGTH)[1:] == (2 * planned, planned)
+    assert filled_cache(model, LENGTH)[1:] == (2 * planned, planned)
     assert method.kv_elements() == planned / LENGTH
 
 

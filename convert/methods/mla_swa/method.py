@@ -1,0 +1,161 @@
+"""Coded latents with windows as the pass over the layers sees them: both are planned together, then layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mhconvert.errors import BudgetError
+
+from ..layer_sensitivity import LayerSensitivity
+from ..mla.bit_allocation import allocate, most_bytes
+from ..mla.code_basis import LayerBases
+from ..mla.coded_method import BUDGET_BYTES, CodedMLA
+from ..mla.modeling_coded_window import FIRST
+from ..refusals import require
+from ..swa.settings import SWASettings
+from ..swa.window_plan import Windows, cached_tokens, window_plan
+from .settings import MLASWASettings
+from .survey_layer import windowed_donor
+from .window_bits import choose
+
+
+class WindowedCodedMLA(CodedMLA):
+    """Attention whose cache is the code of one latent a layer; in some layers of a window and the first tokens."""
+
+    def __init__(self, config: Any, settings: MLASWASettings, effort: str):
+        """Raises UnsupportedError or BudgetError before any weight is read."""
+        require(config, "mla+swa")
+        super().__init__(config, settings, effort)
+        every: dict[str, Any] = {"full_layers": settings.full_layers}
+        if settings.full_layers is None:
+            every = {"kv_budget": 1.0}
+        self.plan = plan = window_plan(
+            config, SWASettings(context=settings.context, window=settings.window, **every)
+        )
+        self.cache_context, self.least_row = plan.context, plan.window + 1
+        self.held = FIRST + plan.window - 1  # tokens of a windowed layer
+        self.windows: Windows = [None] * config.num_hidden_layers
+        if plan.fixed is None:
+            self.survey_shares = (1.0,)
+        else:
+            self._set_windows(
+                [index in set(plan.free) - set(plan.fixed) for index in range(len(self.windows))]
+            )
+        self.donor_bytes = self.elements * BUDGET_BYTES * cached_tokens(plan.own, plan.context)
+        most = most_bytes(config.num_hidden_layers, self.elements, max(self.widths)) * plan.context
+        self.total = min(int(settings.kv_budget * self.donor_bytes), most)
+        self._require_total()
+
+    def kv_bytes(self, element_bytes: int) -> int:
+        """Bytes per token of the context, all layers, rounded up."""
+        used = (
+            sum(b * t for b, t in zip(self.layer_bytes(), self.cached(), strict=True))
+            if self.bits
+            else self.total
+        )
+        return -(-used // self.plan.context)
+
+    def cached(self, length: int | None = None) -> list[int]:
+        """Tokens that each layer holds of a text of `length`; None: of the context."""
+        length = length or self.plan.context
+        return [
+            FIRST + min(length, window - 1) if window else min(length, own or length)
+            for window, own in zip(self.windows, self.plan.own, strict=True)
+        ]
+
+    def share_out(self, sensitivities: Sequence[LayerSensitivity]) -> None:
+        """Choose the layers with windows and the bits of every component, by one price of a byte."""
+        self.bases = LayerBases(sensitivities)
+        spectra = [basis.divergence for basis in self.bases]
+        if self.plan.fixed is not None:
+            self.bits = allocate(spectra, self.total, self.widths, self.cached())
+            return
+        free = set(self.plan.free)
+        costs = [float(one.window_cost) if i in free else None for i, one in enumerate(sensitivities)]
+        found = choose(spectra, costs, self.cached(), self.held, self.total, self.widths)
+        self._set_windows(found.windowed)
+        self.bits = found.bits
+        listed = ", ".join(f"{i}: {cost:.2g}" for i, cost in enumerate(costs) if cost is not None)
+        self.notice = (
+            f"windowed layers: {', '.join(str(i) for i, one in enumerate(found.windowed) if one) or 'none'}; windows "
+            f"and codes are expected to cost {found.divergence:.2g} nats a token. A window in one layer costs {listed}"
+        )
+
+    def layer_sizes(self, index: int) -> dict[str, Any]:
+        """As of coded latents, and the tokens that the layer caches at the context; nothing before the choice."""
+        sizes = super().layer_sizes(index)
+        return sizes and sizes | {"cached_tokens": self.cached()[index], "window": self.windows[index]}
+
+    def totals(self) -> dict[str, Any]:
+        """What a plan says of the windows, once they are chosen: {"windows": …} as of `--to swa`."""
+        if not self.bits:
+            return {}
+        context, lengths = self.plan.context, [self.plan.window]
+        while lengths[-1] < context:
+            lengths.append(min(2 * lengths[-1], context))
+        facts = {
+            "context": context,
+            "window": self.plan.window,
+            "full_layers": self.windows.count(None),
+            "class": self.config.model_type,
+            "sinks": True,
+            "shares": {str(length): self._share(length) for length in lengths},
+        }
+        return {"windows": facts}
+
+    def observe(self, attention: Any, inputs: Tensor, rotary: Any) -> Any:
+        """The projections of a donor's attention; itself in a survey of windows."""
+        return attention if self.effort == "survey" else super().observe(attention, inputs, rotary)
+
+    def convert(
+        self,
+        statistics: Any,
+        index: int,
+        inputs: Tensor,
+        targets: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The coded attention of layer `index`, float32; in a survey the donor's with a window, nothing coded."""
+        if self.effort == "survey":
+            own = self.plan.own[index]
+            return windowed_donor(statistics, own or self.plan.window) if not own else statistics, {}
+        module: Any
+        module, chosen = super().convert(statistics, index, inputs, targets, position_embeddings)
+        module.cache_bytes = self.layer_bytes()[index] * self.cached()[index] / self.plan.context
+        return module, chosen
+
+    def restore(self, index: int, chosen: dict[str, Any]) -> None:
+        """Take over a layer that an interrupted run finished."""
+        super().restore(index, chosen)
+        self.windows[index] = self.config.kv_windows[index] = chosen["window"]
+
+    def _set_windows(self, windowed: Sequence[bool]) -> None:
+        self.windows = [self.plan.window if narrow else None for narrow in windowed]
+        self.config.kv_windows = list(self.windows)
+
+    def _share(self, length: int) -> float:
+        used = sum(b * t for b, t in zip(self.layer_bytes(), self.cached(length), strict=True))
+        return used / (self.elements * BUDGET_BYTES * cached_tokens(self.plan.own, length))
+
+    def _require_budget(self, whole: int) -> None:
+        """The budget is that of a length of text: see `_require_total`."""
+
+    def _require_total(self) -> None:
+        """Raise BudgetError where the smallest codes in as many windows as there may be are over the budget."""
+        full = self.cached()
+        tokens = full
+        if self.plan.fixed is None:
+            tokens = [self.held if i in set(self.plan.free) else held for i, held in enumerate(full)]
+        least = most_bytes(1, 1, min(self.widths)) * sum(tokens)
+        if least > self.total:
+            share = -(-10000 * least // self.donor_bytes) / 10000
+            raise BudgetError(
+                f"kv_budget={self.settings.kv_budget:g} gives {self.total:,} bytes at {self.plan.context} tokens, and "
+                f"the smallest codes need {least:,}; the least is kv_budget={share:g}"
+            )
+
+
+METHOD = WindowedCodedMLA

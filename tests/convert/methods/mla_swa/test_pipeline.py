@@ -1,0 +1,115 @@
+"""Coded latents with windows through the whole pass: what is planned, written, measured, resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mhconvert
+from mhconvert.convert.methods.mla_swa.settings import MLASWASettings
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
+from mhconvert.errors import BudgetError, CalibrationError
+from tests.convert.test_pipeline import hashes, stop_after
+from tests.donors import make_donor
+
+LAYERS, WINDOW, CONTEXT = 4, 16, 128
+DONOR_BYTES = LAYERS * 64 * 2  # of a token
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_donor(tmp_path_factory.mktemp("mla_swa") / "tiny", layers=LAYERS, std=0.1)
+
+
+@pytest.fixture(scope="module")
+def recipe(donor: Path, text: Path) -> Callable[..., Recipe]:
+    def build(output: Path, settings: MLASWASettings | None = None, **changes: Any) -> Recipe:
+        options = {
+            "settings": settings or MLASWASettings(0.1, window=WINDOW, context=CONTEXT),
+            "calibration": Calibration((str(text),), tokens=2048, sequence_length=64, held_out=2),
+            "device": "cpu",
+        }
+        return Recipe(
+            **({"model": str(donor), "method": "mla+swa", "output": str(output)} | options | changes)
+        )
+
+    return build
+
+
+def tokens(layer: dict[str, Any], length: int) -> int:
+    """That a layer of a report holds of a text of `length`."""
+    return 4 + layer["window"] - 1 if layer["window"] else length
+
+
+@pytest.mark.parametrize("full", [None, [1]], ids=["chosen", "given"])
+def test_the_cache_beyond_the_window_has_the_planned_bytes(
+    tmp_path: Path, recipe: Callable[..., Recipe], full: list[int] | None
+) -> None:
+    settings = MLASWASettings(0.04, window=WINDOW, context=CONTEXT, full_layers=full)
+    report = mhconvert.convert(recipe(tmp_path / "out", settings))
+    windows = [layer["window"] for layer in report["layers"]]
+    assert set(windows) == {None, WINDOW}
+    assert full is None or [i for i, window in enumerate(windows) if window is None] == full
+    used = sum(layer["kv_code_bytes"] * layer["cached_tokens"] for layer in report["layers"])
+    assert 0.8 * 0.04 < used / (DONOR_BYTES * CONTEXT) <= 0.04
+    cache = report["verified"]["cache"]
+    assert cache["tokens"] == CONTEXT
+    assert cache["bytes"] == used
+    assert report["kv_bytes_per_token"]["converted"] == pytest.approx(used / CONTEXT)
+    assert report["windows"]["shares"][str(CONTEXT)] == pytest.approx(used / (DONOR_BYTES * CONTEXT))
+    inspected = mhconvert.inspect(str(tmp_path / "out"))
+    held = sum(one["kv_code_bytes"] * tokens(one, 8192) for one in report["layers"])
+    assert inspected["kv"]["bytes"]["8192"] == held
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["kv_windows"] == windows
+    assert (tmp_path / "out" / "modeling_coded_window.py").exists()
+    assert report["verified"]["module"] == "transformers_modules"
+
+
+def test_a_surveyed_plan_is_that_of_the_conversion(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    from mhconvert.eval.fidelity import Fidelity
+
+    asked = recipe(tmp_path / "out", verify=False)
+    assert "windows" not in mhconvert.plan(asked)
+    from mhconvert.convert import pipeline
+
+    planned = pipeline.plan(asked, surveyed=Fidelity)
+    report = mhconvert.convert(asked)
+    assert planned["windows"] == report["windows"]
+    assert planned["kv_bytes_per_token"]["converted"] == pytest.approx(
+        report["kv_bytes_per_token"]["converted"], abs=1
+    )
+
+
+def test_a_resumed_run_writes_the_same(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    mhconvert.convert(recipe(tmp_path / "whole", verify=False))
+    interrupted = recipe(tmp_path / "resumed", verify=False)
+    with pytest.raises(KeyboardInterrupt):
+        mhconvert.convert(interrupted, on_progress=stop_after(2, KeyboardInterrupt()))
+    mhconvert.convert(interrupted, resume=True)
+    assert hashes(tmp_path / "resumed") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_budget": 0.0005}, "smallest codes need"),
+        ({"kv_budget": 0.1, "window": 600}, "window=600 is not shorter than context=512"),
+        ({"kv_budget": 0.1, "full_layers": [9]}, "full_layers has 9, and the donor's layers are 0 to 3"),
+        ({"kv_budget": 0.1, "context": 10**6}, "more than the 512 tokens that the donor reads"),
+    ],
+)
+def test_what_no_plan_fulfils_is_refused(
+    tmp_path: Path, recipe: Callable[..., Recipe], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BudgetError, match=message):
+        mhconvert.plan(recipe(tmp_path / "out", MLASWASettings(**({"window": 16} | settings))))
+
+
+def test_rows_within_the_window_are_refused(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(CalibrationError, match="rows of 64 tokens show nothing of a window of 100"):
+        mhconvert.plan(recipe(tmp_path / "out", MLASWASettings(0.1, window=100)))
