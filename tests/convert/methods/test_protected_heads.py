@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mhconvert
+from mhconvert.convert import finished_conversion, pipeline
 from mhconvert.convert.checkpoint.provenance import read_record
 from mhconvert.convert.methods.dha.method import DHA
 from mhconvert.convert.methods.dha.settings import DHASettings
@@ -22,7 +23,9 @@ from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.methods.protected_heads import read_protected
 from mhconvert.convert.methods.registry import build_method
 from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe
-from mhconvert.errors import BudgetError
+from mhconvert.errors import BudgetError, OutputError
+from mhconvert.eval.heads import measured_heads
+from mhconvert.eval.heads.survey import Asked, survey
 from tests.donors import make_config, make_donor
 
 LAYERS, HEADS, GROUPS = 3, 8, 4
@@ -186,6 +189,56 @@ def test_a_word_is_measured_on_the_donor(recipe: Callable[..., Recipe], tmp_path
     assert sum(len(layer["heads"]) for layer in measured["protect"]["safety"]["layers"]) == 2  # 5 % of 24
     for layer, said in zip(record["layers"], measured["protect"]["safety"]["layers"], strict=True):
         assert set(said["heads"]) <= set(layer["shared_heads"])
+
+
+@pytest.fixture
+def surveys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The words that the donor is read for from here on; nothing is kept from before."""
+    monkeypatch.setenv("MHCONVERT_EVAL_CACHE", str(tmp_path / "kept"))
+    asked: list[str] = []
+
+    def counted(reference: str, wanted: Asked, *others: Any) -> dict[str, Any]:
+        asked.extend(wanted.kinds)
+        return survey(reference, wanted, *others)
+
+    monkeypatch.setattr(measured_heads, "survey", counted)
+    return asked
+
+
+def test_cheap_refusals_come_before_the_heads_are_measured(
+    recipe: Callable[..., Recipe], tmp_path: Path, surveys: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists; choose another folder"):
+        mhconvert.convert(recipe(tmp_path / "out", "moh", MoHSettings(protect="safety")))
+    with pytest.raises(BudgetError, match="is 0 of 24 heads and"):
+        mhconvert.convert(recipe(tmp_path / "new", "moh", MoHSettings(0.1, 0.1, protect="safety")))
+    assert surveys == []
+
+
+def test_heads_are_measured_once(
+    recipe: Callable[..., Recipe], tmp_path: Path, surveys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run takes them, and so does the rest of an interrupted one; what is finished needs them not at all."""
+    asked = recipe(tmp_path / "out", "moh", MoHSettings(protect="safety"), seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_complete_folder", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mhconvert.convert(asked)
+    assert surveys == ["safety"]
+    mhconvert.convert(asked, resume=True)
+    assert surveys == ["safety"]
+    other = recipe(tmp_path / "other", "moh", MoHSettings(0.9, protect="safety"))
+    mhconvert.convert(other)
+    assert surveys == ["safety"]
+    of = [read_record(tmp_path / name)["recipe"]["settings"]["protect"] for name in ("out", "other")]
+    assert of[0] == of[1]
+    assert finished_conversion.written(asked) == str(tmp_path / "out")
+    assert finished_conversion.written(replace(asked, output=str(tmp_path / "other"))) is None
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_donor_without_such_heads(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
