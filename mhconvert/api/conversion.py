@@ -164,6 +164,7 @@ def curve(
         raise MhconvertError(f"{recipe.method} leaves the KV cache as it is, so there is no curve of it")
     from mhconvert.convert.layer_pass import budget_curve
     from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.heads.measured_heads import with_measured_heads
     from mhconvert.eval.kv_cache.rivals import Beside
     from mhconvert.heal import layer_fit
 
@@ -174,6 +175,7 @@ def curve(
             budgets,
             fit=layer_fit.fit,
             measure=Fidelity,
+            complete=with_measured_heads,
             held_out=beside.held_out,
             on_progress=on_progress,
         )

@@ -23,7 +23,7 @@ from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.methods.protected_heads import read_protected
 from mhconvert.convert.methods.registry import build_method
 from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe
-from mhconvert.errors import BudgetError, OutputError
+from mhconvert.errors import BudgetError, MhconvertError, OutputError
 from mhconvert.eval.heads import measured_heads
 from mhconvert.eval.heads.survey import Asked, survey
 from tests.donors import make_config, make_donor
@@ -239,6 +239,23 @@ def test_heads_are_measured_once(
 
 def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_curve_measures_the_heads_of_a_word(
+    recipe: Callable[..., Recipe], tmp_path: Path, surveys: list[str]
+) -> None:
+    asked = recipe(tmp_path / "out", "dha", DHASettings(protect="safety"), effort="quick", fit_steps=0)
+    found = mhconvert.curve(asked, (0.75, 0.5))
+    assert surveys == ["safety"]
+    heads = found["recipe"]["settings"]["protect"]
+    assert sum(len(layer["heads"]) for layer in heads["layers"]) == 2  # 5 % of 24, rounded up
+    named = replace(asked, settings=replace(asked.settings, protect=heads))
+    assert [point["kl"] for point in found["points"]] == [
+        point["kl"] for point in mhconvert.curve(named, (0.75, 0.5))["points"]
+    ]
+    with pytest.raises(MhconvertError, match="a curve needs at least one budget"):
+        mhconvert.curve(replace(asked, settings=DHASettings(protect="retrieval")), ())
+    assert surveys == ["safety"]
 
 
 def test_a_donor_without_such_heads(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
