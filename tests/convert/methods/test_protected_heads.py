@@ -174,7 +174,7 @@ def test_the_record_says_which_heads(recipe: Callable[..., Recipe], tmp_path: Pa
     file.write_text(json.dumps(given(NAMED)), encoding="utf-8")
     mhconvert.convert(recipe(tmp_path / "out", "moh", MoHSettings(protect=str(file))))
     recorded = read_record(tmp_path / "out")["recipe"]["settings"]["protect"]
-    assert recorded == {"from": str(file)} | given(NAMED)
+    assert recorded == {"from": "heads.json"} | given(NAMED)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "Protected by the conversion: 3 heads (heads.json)." in card
     file.unlink()  # the recipe holds the heads, not the file's name alone
@@ -322,6 +322,21 @@ def test_no_room(make: Callable[[Any], Any], words: str) -> None:
     config = make_config(layers=LAYERS, heads=HEADS, kv_heads=GROUPS)
     with pytest.raises(BudgetError, match=words):
         make(config)
+
+
+def test_where_heads_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list is given; a file has its name, however its path is spelled."""
+    layers = given(NAMED)["layers"]
+    assert read_protected(layers) == {"from": "given", "layers": layers}
+    (tmp_path / "keep.json").write_text(json.dumps({"layers": layers}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    whole = tmp_path / "keep.json"
+    for spelled in ("keep.json", "./keep.json", "~/keep.json", str(whole), whole):
+        assert read_protected(spelled) == {"from": "keep.json", "layers": layers}
+    with pytest.raises(BudgetError, match="protect ~nobody-here/keep.json is neither"):
+        read_protected("~nobody-here/keep.json")
 
 
 def test_what_is_read_reads_again_as_the_same() -> None:
