@@ -72,7 +72,7 @@ def test_dha_leaves_them_alone(
     assert left == without == 14  # of 24, 14.4
     groups = [sorted({head // 2 for head in heads}) for heads in NAMED]
     for layer, kept in zip(report["layers"], groups, strict=True):
-        assert layer.get("protected_heads", []) == kept
+        assert layer.get("protected_kv_heads", []) == kept
         for head_map in (layer["k_map"], layer["v_map"]):
             for group in kept:
                 [fused] = {head_map[2 * group], head_map[2 * group + 1]}
@@ -148,9 +148,9 @@ def test_mla_errs_less_in_what_they_read(recipe: Callable[..., Recipe], tmp_path
         for name, protect in (("kept", given(NAMED)), ("free", None))
     ]
     kept, free = reports
-    assert [layer.get("protected_heads", []) for layer in kept["layers"]] == (
-        NAMED if bits == "16" else [[], [2], [0, 3]]
-    )
+    assert [
+        layer.get("weighted_heads" if bits == "16" else "weighted_kv_heads", []) for layer in kept["layers"]
+    ] == (NAMED if bits == "16" else [[], [2], [0, 3]])
     assert kept["kl"] != free["kl"]
     if bits == "16":
         assert kept["kv_bytes_per_token"] == free["kv_bytes_per_token"]
@@ -322,6 +322,24 @@ def test_no_room(make: Callable[[Any], Any], words: str) -> None:
     config = make_config(layers=LAYERS, heads=HEADS, kv_heads=GROUPS)
     with pytest.raises(BudgetError, match=words):
         make(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "named", "said"),
+    [
+        ("moh", MoHSettings(), [[], [5], []], "Protected by the conversion: 1 head (given)."),
+        ("moh", MoHSettings(route="groups"), NAMED, "Protected by the conversion: 3 KV heads (given)."),
+        ("dha", DHASettings(0.75), [[], [4, 5], []], "Protected by the conversion: 1 KV head (given)."),
+        ("mla", MLASettings(kv_bits="16"), NAMED, "Weighed more by the conversion: 3 heads (given)."),
+        ("mla", MLASettings(kv_bits="auto"), NAMED, "Weighed more by the conversion: 3 KV heads (given)."),
+    ],
+)
+def test_the_card_says_what_was_done(
+    recipe: Callable[..., Recipe], tmp_path: Path, method: str, settings: Any, named: Any, said: str
+) -> None:
+    settings = replace(settings, protect=given(named))
+    mhconvert.convert(recipe(tmp_path / "out", method, settings, effort="quick", fit_steps=0))
+    assert said in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_where_heads_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
