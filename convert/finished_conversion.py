@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,12 @@ def differing(folder: Path, recipe: Recipe) -> str | None:
             return "tolerance"
         budget = made.get("settings", {}).get("kv_budget")
         recipe = recipe.at_budget(budget) if budget else recipe
+    protect = made.get("settings", {}).get("protect")
+    if isinstance(protect, dict) and protect.get("from") == getattr(recipe.settings, "protect", None):
+        heads = dataclasses.replace(
+            recipe.settings, protect=protect
+        )  # that were measured for the recipe's word
+        recipe = dataclasses.replace(recipe, settings=heads)
     wanted = json.loads(json.dumps(recipe.to_dict()))
     keys = [key for key in {**wanted, **made} if key not in NOT_THE_RESULT]
     return next((key for key in keys if made.get(key) != wanted.get(key)), None)

@@ -28,11 +28,10 @@ from .calibration import calibration_rows
 from .checkpoint import provenance
 from .donor.donor import Donor, open_donor
 from .layer_pass import conversion_report, cost_estimate, layer_steps, survey, time_estimate
-from .layer_pass.budget_curve import expressible
-from .layer_pass.context import ConversionContext, Fit, Measure
+from .layer_pass.context import Complete, ConversionContext, Fit, Measure, as_it_is
 from .layer_pass.decoder_layer import Streams
 from .layer_pass.resumable_run import Workspace
-from .layer_pass.tolerance_search import GRID, convert_within_tolerance
+from .layer_pass.tolerance_search import convert_within_tolerance, least_row
 from .methods.registry import Method, build_method
 from .recipe.recipe import Recipe
 from .storage import output_folder
@@ -48,6 +47,7 @@ def convert_checkpoint(
     fit: Fit,
     measure: Measure,
     finish: Finish,
+    complete: Complete = as_it_is,
     step: Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -59,6 +59,7 @@ def convert_checkpoint(
         fit: trains a converted attention in place (`heal.layer_fit.fit`).
         measure: makes an accumulator of predictions (`eval.fidelity.Fidelity`).
         finish: writes report and card into the folder (`eval.report.model_card.write_report`).
+        complete: measures what the recipe leaves to be measured, behind the refusals that need no weights.
         step: a folder to write instead of the recipe's, marked as a step to something else.
         resume: continue an interrupted run of the same recipe.
         force: replace an existing output folder.
@@ -70,6 +71,7 @@ def convert_checkpoint(
     device, fit = pick_device(recipe.device), on_progress.timed("layers: fit", fit)
     donor, method = _resolve(recipe, on_progress)
     output_folder.check_free(output := step or recipe.output_folder(donor.name), force, donor.folder)
+    recipe, method = _completed(recipe, method, complete, on_progress)
     donor.open_weights(on_progress)
     needed = cost_estimate.plan(recipe, donor, method, device)["disk_needed_bytes"]
     with Workspace(output, recipe, needed, resume=resume, force=force) as space:
@@ -78,11 +80,7 @@ def convert_checkpoint(
         unplanned = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)
         needs = partial(space.needs, partial(survey.measure_needs, unplanned))
         context = replace(unplanned, needs=needs)
-        convert = partial(_convert_layers, space=space)
-        if recipe.tolerance is None:
-            method, report = convert(context)
-        else:
-            recipe, method, report = convert_within_tolerance(context, space, convert)
+        recipe, method, report = _convert_within_budget(context, space)
         _complete_folder(context, method, space, report)
         seconds = time.perf_counter() - started + space.earlier_seconds
         report |= {"output": str(output), "seconds": seconds, "peak_rss_bytes": peak_rss(report)}
@@ -105,7 +103,7 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     donor.check_files()
     largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)
     method = build_method(recipe.method, donor.config, largest.settings, recipe.effort)
-    calibration_rows.check(recipe, donor.config, _least_row(recipe, donor, method))
+    calibration_rows.check(recipe, donor.config, least_row(recipe, donor, method))
     dtype = cost_estimate.output_dtype(recipe, donor)
     twin = build_method(recipe.method, donor.config, largest.settings, recipe.effort)  # an example changes it
     if method.notice and recipe.tolerance is None:
@@ -114,12 +112,22 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     return donor, method
 
 
-def _least_row(recipe: Recipe, donor: Donor, method: Method) -> int:
-    """Tokens that a calibration row needs: those of the smallest budget where the budget is searched."""
-    if recipe.tolerance is None:
-        return method.least_row
-    smallest = recipe.at_budget(expressible(recipe, donor, GRID)[0])
-    return build_method(recipe.method, donor.config, smallest.settings, recipe.effort).least_row
+def _completed(
+    recipe: Recipe, method: Method, complete: Complete, on_progress: Listener
+) -> tuple[Recipe, Method]:
+    """The recipe behind `complete`, and the method for it. Raises BudgetError where what was measured has no room."""
+    measured = complete(recipe, on_progress)
+    return (recipe, method) if measured is recipe else (measured, _resolve(measured, on_progress)[1])
+
+
+def _convert_within_budget(
+    context: ConversionContext, space: Workspace
+) -> tuple[Recipe, Method, dict[str, Any]]:
+    """Convert every layer at the recipe's budget, or at the one that its tolerance asks for."""
+    convert = partial(_convert_layers, space=space)
+    if context.recipe.tolerance is not None:
+        return convert_within_tolerance(context, space, convert)
+    return (context.recipe, *convert(context))
 
 
 def _convert_layers(context: ConversionContext, space: Workspace) -> tuple[Method, dict[str, Any]]:
@@ -194,7 +202,11 @@ def _complete_folder(
 
 
 def plan(
-    recipe: Recipe, *, surveyed: Measure | None = None, on_progress: Listener | None = None
+    recipe: Recipe,
+    *,
+    surveyed: Measure | None = None,
+    complete: Complete = as_it_is,
+    on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """What `convert_checkpoint` would do: sizes, KV arithmetic, disk, memory, time. Reads no weights, writes nothing.
 
@@ -204,15 +216,15 @@ def plan(
     Args:
         surveyed: `measure` as in `convert_checkpoint`: the weights are read for a survey, and each layer's part of the
             budget is known.
+        complete: as in `convert_checkpoint`.
     """
     device, on_progress = pick_device(recipe.device), on_progress or ignore
     donor, method = _resolve(recipe, on_progress)
     output_folder.check_free(recipe.output_folder(donor.name), True, donor.folder)
     if surveyed is not None:
-        if recipe.tolerance is not None or not method.divisible:
-            raise MhconvertError(
-                "there is nothing to survey: no budget that layers would have parts of; leave it out"
-            )
+        _require_parts(recipe, method)
+        recipe, method = _completed(recipe, method, complete, on_progress)
+        _require_parts(recipe, method)
         rows = calibration_rows.draw(recipe, donor, device, on_progress)
         dtype = cost_estimate.output_dtype(recipe, donor)
         context = ConversionContext(recipe, donor, device, dtype, rows, _no_fit, surveyed, on_progress)
@@ -224,6 +236,14 @@ def plan(
         return sizes
     rates = time_estimate.probe(device)
     return sizes | {"expected_seconds": time_estimate.expected_seconds(recipe, donor, method, device, rates)}
+
+
+def _require_parts(recipe: Recipe, method: Method) -> None:
+    """Raises MhconvertError where a survey would divide no budget."""
+    if recipe.tolerance is not None or not method.divisible:
+        raise MhconvertError(
+            "there is nothing to survey: no budget that layers would have parts of; leave it out"
+        )
 
 
 def _no_fit(*_: Any, **__: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -138,7 +139,7 @@ def _show_heads(found: Mapping[str, Any], console: Any) -> None:
         top = measured or [(i, h, scores[i][h]) for i, h in highest(scores, TOP)]
         columns[title(name)] = [f"{layer}.{head}  {number(score)}" for layer, head, score in top[:TOP]]
     table = Table(*columns)
-    for row in zip(*columns.values(), strict=False):
+    for row in itertools.zip_longest(*columns.values(), fillvalue=""):
         table.add_row(*row)
     console.out("the heads of highest score, as layer.head", highlight=False)
     console.print(table)

@@ -28,7 +28,7 @@ from ..donor.donor import Donor, open_donor
 from ..methods.registry import Method, build_method, whole_elements
 from ..recipe.recipe import Recipe
 from . import conversion_report, cost_estimate, layer_steps, survey
-from .context import ConversionContext, Fit, Measure
+from .context import Complete, ConversionContext, Fit, Measure, as_it_is
 from .decoder_layer import Streams
 
 BUDGETS = (0.75, 0.5, 0.375, 0.3125, 0.25, 0.1875, 0.125)
@@ -53,6 +53,7 @@ def measure_curve(
     *,
     fit: Fit,
     measure: Measure,
+    complete: Complete = as_it_is,
     held_out: HeldOut | None = None,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def measure_curve(
     Args:
         recipe: of the conversion.
         budgets: shares of the donor's cache; None: of BUDGETS those that the donor can have.
-        fit, measure: as in `pipeline.convert_checkpoint`.
+        fit, measure, complete: as in `pipeline.convert_checkpoint`.
         held_out: rows to measure on, instead of the calibration text's own.
 
     Returns:
@@ -74,6 +75,8 @@ def measure_curve(
     started, on_progress = time.perf_counter(), on_progress or ignore
     device = pick_device(recipe.device)
     donor, recipes, same_size = _resolve(recipe, budgets, on_progress)
+    if (measured := complete(recipe, on_progress)) is not recipe:
+        donor, recipes, same_size = _resolve(recipe := measured, budgets, on_progress)
     dtype = cost_estimate.output_dtype(recipe, donor)
     rows = _rows(recipe, donor, device, held_out, on_progress)
     context = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)

@@ -19,6 +19,12 @@ from ..recipe.recipe import Recipe
 
 Fit = Callable[..., None]  # `heal.layer_fit.fit`
 Measure = Callable[[], Any]  # makes an accumulator of predictions (`eval.fidelity.Fidelity`)
+Complete = Callable[[Recipe, Listener], Recipe]  # `eval.heads.measured_heads.with_measured_heads`
+
+
+def as_it_is(recipe: Recipe, _: Listener) -> Recipe:
+    """The recipe, in which nothing is to be measured first."""
+    return recipe
 
 
 def _no_survey() -> Any:

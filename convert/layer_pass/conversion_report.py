@@ -40,10 +40,7 @@ def conversion_facts(
         "remote_code": remote_code,
         "dtype": sizes["dtype"],
         "kv_bytes_per_token": {
-            side: whole_elements(
-                sum(layer["kv_elements"][side] for layer in layers), sizes.get("cache_context")
-            )
-            * width
+            side: _counted(sum(layer["kv_elements"][side] for layer in layers), layers, sizes) * width
             for side in ("donor", "converted")
         },
         "parameters": dict(sizes["parameters"]),
@@ -108,6 +105,11 @@ def add_reload(report: dict[str, Any], folder: Path, probe: Path, trusted: bool)
     report["parameters"]["converted"] = result["parameters"]
     report["sample"] = {"prompt": result["sample"]["prompt"], "converted": result["sample"]["text"]}
     width = DTYPES[report["dtype"]].itemsize
-    report["kv_bytes_per_token"]["converted"] = (
-        whole_elements(result["cache"]["elements_per_token"], context) * width
-    )
+    elements = _counted(result["cache"]["elements_per_token"], report["layers"], report)
+    report["kv_bytes_per_token"]["converted"] = elements * width
+
+
+def _counted(elements: float, layers: list[dict[str, Any]], sizes: dict[str, Any]) -> float:
+    """Cache elements per token as plans count them: codes by their bytes, others rounded up at the context."""
+    coded = any("kv_code_bytes" in layer for layer in layers)
+    return elements if coded else whole_elements(elements, sizes.get("cache_context"))

@@ -18,6 +18,7 @@ from mhconvert.errors import BudgetError
 from mhconvert.progress import Progress
 
 from ..calibration.calibration_rows import Rows
+from ..donor.donor import Donor
 from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
 from ..recipe.tolerance import Tolerance, parse
@@ -42,6 +43,14 @@ Point = tuple[float, float]  # budget, and loss: how far beyond the donor the co
 Attempt = Callable[
     [ConversionContext], tuple[Method, dict[str, Any]]
 ]  # converts all layers: method and report
+
+
+def least_row(recipe: Recipe, donor: Donor, method: Method) -> int:
+    """Tokens that a calibration row needs: those of the smallest budget where the budget is searched."""
+    if recipe.tolerance is None:
+        return method.least_row
+    smallest = recipe.at_budget(budget_curve.expressible(recipe, donor, GRID)[0])
+    return build_method(recipe.method, donor.config, smallest.settings, recipe.effort).least_row
 
 
 def convert_within_tolerance(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,14 @@ def read_protected(value: Any) -> Any:
     """
     if value is None or value in WORDS:
         return value
-    given = isinstance(value, dict)
-    source, layers = (value.get("from", "given"), value.get("layers")) if given else (str(value), value)
-    if isinstance(value, (str, Path)) and not Path(value).exists():
-        raise BudgetError(f"protect {value} is neither {' nor '.join(WORDS)}, and there is no such file")
+    source, layers = "given", value
+    if isinstance(value, dict):
+        source, layers = value.get("from", source), value.get("layers")
+    elif isinstance(value, (str, Path)):
+        layers = Path(os.path.expanduser(value))  # without an error where there is no such user
+        source = layers.name  # not where it lies: the same heads make the same recipe
+        if not layers.exists():
+            raise BudgetError(f"protect {value} is neither {' nor '.join(WORDS)}, and there is no such file")
     read = read_layers(layers, EXAMPLE, "protect")
     for index, layer in enumerate(read):
         heads = layer.get("heads")

@@ -47,17 +47,20 @@ def needle(case: Case) -> int | None:
     return next((at for at in places if ids[at : at + case.answer] == answer), None)
 
 
-def retrieval(model: Any, cases: Sequence[Case]) -> Tensor | None:
+def retrieval(
+    model: Any, cases: Sequence[Case], on_case: Callable[[], object] = lambda: None
+) -> Tensor | None:
     """(N, 2, H): how often a head looks most at the token that is to be copied next, and its attention to it.
 
     Means over the answers' tokens of all cases, which are read as they are, whether or not the model would write them.
     None where no case has its answer in the text, token by token.
     """
-    scores = [
-        attention_scores(model, case.ids, _copied(len(case.ids) - case.answer - 1, at, case.answer))
-        for case in cases
-        if (at := needle(case)) is not None
-    ]
+    scores = []
+    for case in cases:
+        if (at := needle(case)) is not None:
+            copied = _copied(len(case.ids) - case.answer - 1, at, case.answer)
+            scores.append(attention_scores(model, case.ids, copied))
+        on_case()
     return torch.stack(scores).mean(0) if scores else None
 
 

@@ -116,7 +116,12 @@ def measured(
 
 
 def greedy_set(
-    model: Any, texts: Texts, candidates: Sequence[Head], alone: Sequence[float], size: int
+    model: Any,
+    texts: Texts,
+    candidates: Sequence[Head],
+    alone: Sequence[float],
+    size: int,
+    on_row: Callable[[], object] = lambda: None,
 ) -> list[tuple[Head, float]]:
     """Heads whose absence together changes predictions most: each next one is what adds most to those before.
 
@@ -134,5 +139,5 @@ def greedy_set(
         found.append((left.pop(best), scores[best]))
         chosen = [head for head, _ in found]
         if left and len(found) < size:
-            scores = measured(model, texts, [[*chosen, head] for head in left])
+            scores = measured(model, texts, [[*chosen, head] for head in left], on_row)
     return found

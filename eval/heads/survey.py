@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ def survey(
     if "repetition" in asked.kinds:
         kinds = repetition(model, opened.tokenizer(), SEED).unbind(1)
         found["scores"] |= dict(zip(OF_REPETITION, map(Tensor.tolist, kinds), strict=True))
+        work.steps("repetition", 1)()
     if "importance" in asked.kinds:
         work.left_out("importance", Texts(work.rows(), last=False), ROW_SAMPLES, found)
     if "safety" in asked.kinds:
@@ -101,6 +102,11 @@ class Work:
     asked: Asked
     on_progress: Listener
 
+    def steps(self, name: str, total: int) -> Callable[[], None]:
+        """What is called behind each of `total` steps of the scores `name`, and reports it."""
+        done = itertools.count(1)
+        return lambda: self.on_progress(Progress("heads", next(done), total, name))
+
     def retrieval(self) -> dict[str, Any]:
         """retrieval: how often a head looks most at the token to be copied; needle_attention: its attention to it.
 
@@ -115,7 +121,7 @@ class Work:
             make_case(tokenizer, NEEDLE_TEXT, depth, trial=trial)
             for depth, trial in itertools.product(DEPTHS, range(TRIALS))
         ]
-        found = retrieval(self.model, cases)
+        found = retrieval(self.model, cases, self.steps("retrieval", len(cases)))
         if found is None:
             return {}
         most, attention = found.unbind(1)
@@ -134,19 +140,19 @@ class Work:
 
     def left_out(self, name: str, texts: Texts, samples: int, found: dict[str, Any]) -> None:
         """Add to `found` the estimates of all heads, the measurements of the highest, and for safety the set."""
-        total, done = 2 * len(texts.rows), itertools.count(1)
-
-        def on_row() -> None:
-            self.on_progress(Progress("heads", min(next(done), total), total, name))
-
+        number = math.ceil(CHECKED * math.prod(shape(self.model)))
+        grown = (
+            min(SET, number) - 1 if name == "safety" else 0
+        )  # times that the set is tried with one head more
+        on_row = self.steps(name, (2 + grown) * len(texts.rows))
         scores = estimated(self.model, texts, samples, SEED, on_row)
         found["scores"][name] = scores.tolist()
-        heads = highest(scores.tolist(), math.ceil(CHECKED * scores.numel()))
+        heads = highest(scores.tolist(), number)
         alone = measured(self.model, texts, [[head] for head in heads], on_row)
         ordered = sorted(zip(heads, alone, strict=True), key=lambda pair: -pair[1])
         found["measured"][name] = _named(ordered)
         if name == "safety":
-            found["set"] = _named(greedy_set(self.model, texts, heads, alone, SET))
+            found["set"] = _named(greedy_set(self.model, texts, heads, alone, SET, on_row))
 
 
 def highest(scores: Sequence[Sequence[float]], count: int) -> list[Head]:

@@ -118,6 +118,18 @@ def _healing_results(report: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _protected(report: dict[str, Any]) -> list[str]:
+    """The line on the heads that the conversion kept whole, or whose errors it weighed more; [] without any."""
+    for kind, done in (("protected", "Protected"), ("weighted", "Weighed more")):
+        for key, unit in ((f"{kind}_heads", "head"), (f"{kind}_kv_heads", "KV head")):
+            number = sum(len(layer.get(key, ())) for layer in report.get("layers", []))
+            if number:
+                origin = inline(Path(str(report["recipe"]["settings"]["protect"]["from"])).name)
+                heads = f"{count(number)} {unit}{'s' * (number > 1)}"
+                return ["", f"{done} by the conversion: {heads} ({origin})."]
+    return []
+
+
 def _conversion_results(report: dict[str, Any]) -> list[str]:
     """The section with the results of a converted checkpoint."""
     lines = ["## Measured", "", "| | base model | this model | |", "|---|---:|---:|---|"]
@@ -125,10 +137,7 @@ def _conversion_results(report: dict[str, Any]) -> list[str]:
     heads = [(layer["k_heads"], layer["v_heads"]) for layer in report.get("layers", []) if "k_heads" in layer]
     if heads:
         lines += ["", f"K + V heads by layer: {', '.join(f'{k} + {v}' for k, v in heads)}."]
-    kept = sum(len(layer.get("protected_heads", ())) for layer in report.get("layers", []))
-    if kept:
-        origin = inline(Path(str(report["recipe"]["settings"]["protect"]["from"])).name)
-        lines += ["", f"Protected by the conversion: {count(kept)} heads ({origin})."]
+    lines += _protected(report)
     calibration = report.get("calibration") or {}
     if calibration:
         source = calibration.get("source") or calibration.get("sources") or "self"

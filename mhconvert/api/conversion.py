@@ -10,7 +10,7 @@ from typing import Any
 from mhconvert.convert.methods.registry import ADAPTERS
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
-from mhconvert.errors import BudgetError, MhconvertError
+from mhconvert.errors import MhconvertError
 from mhconvert.progress import Listener, ignore
 
 
@@ -38,27 +38,9 @@ def convert(
         if resume:
             raise MhconvertError(f"{recipe.method} writes an adapter at once; there is nothing to resume")
         return create.create_adapter(recipe, force=force, on_progress=on_progress)
-    recipe = _with_measured_heads(recipe, on_progress or ignore)
     if recipe.heal is not None:
         return _convert_and_heal(recipe, recipe.heal, resume=resume, force=force, on_progress=on_progress)
     return _convert(recipe, resume=resume, force=force, on_progress=on_progress)
-
-
-def _with_measured_heads(recipe: Recipe, on_progress: Listener) -> Recipe:
-    """`recipe` with the heads that its word for `protect` means for the donor, which is read as a whole for that."""
-    word = getattr(recipe.settings, "protect", None)
-    if not isinstance(word, str):
-        return recipe
-    from mhconvert.convert import pipeline
-    from mhconvert.eval.heads.survey import Asked, survey
-
-    pipeline.plan(recipe)  # whose refusals come first
-    found = survey(recipe.model, Asked((word,)), recipe.device, recipe.trust_remote_code, on_progress)
-    heads = found["protect"].get(word, {"layers": []})
-    if not any(layer["heads"] for layer in heads["layers"]):
-        raise BudgetError(f"protect {word}: no head of {recipe.model} was found to do that; leave it out")
-    settings = dataclasses.replace(recipe.settings, protect=heads)
-    return dataclasses.replace(recipe, settings=settings)
 
 
 def _convert(
@@ -67,11 +49,13 @@ def _convert(
     """The conversion alone; `step` as `pipeline.convert_checkpoint` has it."""
     from mhconvert.convert import pipeline
     from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.heads.measured_heads import with_measured_heads
     from mhconvert.eval.report.model_card import write_report
     from mhconvert.heal import layer_fit
 
     return pipeline.convert_checkpoint(
         recipe,
+        complete=with_measured_heads,
         fit=layer_fit.fit,
         measure=Fidelity,
         finish=write_report,
@@ -139,9 +123,11 @@ def plan(recipe: Recipe, *, survey: bool = False, on_progress: Listener | None =
         return create.plan(recipe)
     from mhconvert.convert import pipeline
     from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.heads.measured_heads import with_measured_heads
 
-    recipe = _with_measured_heads(recipe, on_progress or ignore) if survey else recipe
-    return pipeline.plan(recipe, surveyed=Fidelity if survey else None, on_progress=on_progress)
+    if not survey:
+        return pipeline.plan(recipe, on_progress=on_progress)
+    return pipeline.plan(recipe, surveyed=Fidelity, complete=with_measured_heads, on_progress=on_progress)
 
 
 def curve(
@@ -178,6 +164,7 @@ def curve(
         raise MhconvertError(f"{recipe.method} leaves the KV cache as it is, so there is no curve of it")
     from mhconvert.convert.layer_pass import budget_curve
     from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.heads.measured_heads import with_measured_heads
     from mhconvert.eval.kv_cache.rivals import Beside
     from mhconvert.heal import layer_fit
 
@@ -188,6 +175,7 @@ def curve(
             budgets,
             fit=layer_fit.fit,
             measure=Fidelity,
+            complete=with_measured_heads,
             held_out=beside.held_out,
             on_progress=on_progress,
         )

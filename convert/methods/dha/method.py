@@ -53,8 +53,7 @@ class DHA(Method):
                 f"a plan with {asked} fuses K heads too, and this donor's keys are divided by their RMS, which a fused "
                 f"head does not have; leave out {asked}, and V heads alone are fused"
             )
-        # A survey files every layer under one share, which a layer with protected heads might not come to.
-        asked_for = replace(settings, protect=None) if effort == "survey" else settings
+        asked_for = replace(settings, protect=None) if effort == "survey" else settings  # layers of one size
         self.budget: HeadBudget = head_budget(config, asked_for, self.facts)
         self.heads, self.shared_out = self.budget.spread(), False
         self.price: Price | None = None

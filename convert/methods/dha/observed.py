@@ -38,7 +38,7 @@ class Observed:
     @property
     def protected(self) -> dict[str, Any]:
         """The kept heads as reports have them; {} where there are none."""
-        return {"protected_heads": list(self.kept)} if self.kept else {}
+        return {"protected_kv_heads": list(self.kept)} if self.kept else {}
 
     def lost(self, kind: str, cluster: Cluster) -> float:
         """The expected squared error of the attention output when a cluster of query heads shares one head.

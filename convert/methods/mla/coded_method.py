@@ -189,7 +189,7 @@ class CodedMLA(Method):
             if n in wanted
         }
         module.load_state_dict(state, strict=True, assign=True)
-        own = {"protected_heads": self.kept[index]} if self.kept[index] else {}
+        own = {"weighted_kv_heads": self.kept[index]} if self.kept[index] else {}
         return module.eval().requires_grad_(False), self.layer_sizes(index) | own
 
     def _keys_and_values(self, donor: DonorAttention, rows: Tensor) -> Tensor:

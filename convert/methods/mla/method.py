@@ -170,7 +170,7 @@ class MLA(Method):
             "qk_nope_head_dim": module.qk_nope_head_dim,
             "rope_frequencies": module.rope_frequencies,
             "value_weight": chosen.value_weight,
-            **({"protected_heads": self.protected[index]} if self.protected[index] else {}),
+            **({"weighted_heads": self.protected[index]} if self.protected[index] else {}),
         }
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:

@@ -155,7 +155,8 @@ class MoH(Method):
             weight, bias = linear_scores(seen, routed)
             _learn(module.router, weight, bias)
         module = module.to(position_embeddings[0].device, torch.float32)
-        own = {"protected_heads": self.kept[index]} if self.kept[index] else {}
+        name = "protected_heads" if self.settings.route == "heads" else "protected_kv_heads"
+        own = {name: self.kept[index]} if self.kept[index] else {}
         return module.eval().requires_grad_(False), chosen | own
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mhconvert
+from mhconvert.convert import finished_conversion, pipeline
 from mhconvert.convert.checkpoint.provenance import read_record
 from mhconvert.convert.methods.dha.method import DHA
 from mhconvert.convert.methods.dha.settings import DHASettings
@@ -22,7 +23,9 @@ from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.methods.protected_heads import read_protected
 from mhconvert.convert.methods.registry import build_method
 from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe
-from mhconvert.errors import BudgetError
+from mhconvert.errors import BudgetError, MhconvertError, OutputError
+from mhconvert.eval.heads import measured_heads
+from mhconvert.eval.heads.survey import Asked, survey
 from tests.donors import make_config, make_donor
 
 LAYERS, HEADS, GROUPS = 3, 8, 4
@@ -69,7 +72,7 @@ def test_dha_leaves_them_alone(
     assert left == without == 14  # of 24, 14.4
     groups = [sorted({head // 2 for head in heads}) for heads in NAMED]
     for layer, kept in zip(report["layers"], groups, strict=True):
-        assert layer.get("protected_heads", []) == kept
+        assert layer.get("protected_kv_heads", []) == kept
         for head_map in (layer["k_map"], layer["v_map"]):
             for group in kept:
                 [fused] = {head_map[2 * group], head_map[2 * group + 1]}
@@ -145,9 +148,9 @@ def test_mla_errs_less_in_what_they_read(recipe: Callable[..., Recipe], tmp_path
         for name, protect in (("kept", given(NAMED)), ("free", None))
     ]
     kept, free = reports
-    assert [layer.get("protected_heads", []) for layer in kept["layers"]] == (
-        NAMED if bits == "16" else [[], [2], [0, 3]]
-    )
+    assert [
+        layer.get("weighted_heads" if bits == "16" else "weighted_kv_heads", []) for layer in kept["layers"]
+    ] == (NAMED if bits == "16" else [[], [2], [0, 3]])
     assert kept["kl"] != free["kl"]
     if bits == "16":
         assert kept["kv_bytes_per_token"] == free["kv_bytes_per_token"]
@@ -171,7 +174,7 @@ def test_the_record_says_which_heads(recipe: Callable[..., Recipe], tmp_path: Pa
     file.write_text(json.dumps(given(NAMED)), encoding="utf-8")
     mhconvert.convert(recipe(tmp_path / "out", "moh", MoHSettings(protect=str(file))))
     recorded = read_record(tmp_path / "out")["recipe"]["settings"]["protect"]
-    assert recorded == {"from": str(file)} | given(NAMED)
+    assert recorded == {"from": "heads.json"} | given(NAMED)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "Protected by the conversion: 3 heads (heads.json)." in card
     file.unlink()  # the recipe holds the heads, not the file's name alone
@@ -186,6 +189,73 @@ def test_a_word_is_measured_on_the_donor(recipe: Callable[..., Recipe], tmp_path
     assert sum(len(layer["heads"]) for layer in measured["protect"]["safety"]["layers"]) == 2  # 5 % of 24
     for layer, said in zip(record["layers"], measured["protect"]["safety"]["layers"], strict=True):
         assert set(said["heads"]) <= set(layer["shared_heads"])
+
+
+@pytest.fixture
+def surveys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The words that the donor is read for from here on; nothing is kept from before."""
+    monkeypatch.setenv("MHCONVERT_EVAL_CACHE", str(tmp_path / "kept"))
+    asked: list[str] = []
+
+    def counted(reference: str, wanted: Asked, *others: Any) -> dict[str, Any]:
+        asked.extend(wanted.kinds)
+        return survey(reference, wanted, *others)
+
+    monkeypatch.setattr(measured_heads, "survey", counted)
+    return asked
+
+
+def test_cheap_refusals_come_before_the_heads_are_measured(
+    recipe: Callable[..., Recipe], tmp_path: Path, surveys: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists; choose another folder"):
+        mhconvert.convert(recipe(tmp_path / "out", "moh", MoHSettings(protect="safety")))
+    with pytest.raises(BudgetError, match="is 0 of 24 heads and"):
+        mhconvert.convert(recipe(tmp_path / "new", "moh", MoHSettings(0.1, 0.1, protect="safety")))
+    assert surveys == []
+
+
+def test_heads_are_measured_once(
+    recipe: Callable[..., Recipe], tmp_path: Path, surveys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run takes them, and so does the rest of an interrupted one; what is finished needs them not at all."""
+    asked = recipe(tmp_path / "out", "moh", MoHSettings(protect="safety"), seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_complete_folder", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mhconvert.convert(asked)
+    assert surveys == ["safety"]
+    mhconvert.convert(asked, resume=True)
+    assert surveys == ["safety"]
+    other = recipe(tmp_path / "other", "moh", MoHSettings(0.9, protect="safety"))
+    mhconvert.convert(other)
+    assert surveys == ["safety"]
+    of = [read_record(tmp_path / name)["recipe"]["settings"]["protect"] for name in ("out", "other")]
+    assert of[0] == of[1]
+    assert finished_conversion.written(asked) == str(tmp_path / "out")
+    assert finished_conversion.written(replace(asked, output=str(tmp_path / "other"))) is None
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_curve_measures_the_heads_of_a_word(
+    recipe: Callable[..., Recipe], tmp_path: Path, surveys: list[str]
+) -> None:
+    asked = recipe(tmp_path / "out", "dha", DHASettings(protect="safety"), effort="quick", fit_steps=0)
+    found = mhconvert.curve(asked, (0.75, 0.5))
+    assert surveys == ["safety"]
+    heads = found["recipe"]["settings"]["protect"]
+    assert sum(len(layer["heads"]) for layer in heads["layers"]) == 2  # 5 % of 24, rounded up
+    named = replace(asked, settings=replace(asked.settings, protect=heads))
+    assert [point["kl"] for point in found["points"]] == [
+        point["kl"] for point in mhconvert.curve(named, (0.75, 0.5))["points"]
+    ]
+    with pytest.raises(MhconvertError, match="a curve needs at least one budget"):
+        mhconvert.curve(replace(asked, settings=DHASettings(protect="retrieval")), ())
+    assert surveys == ["safety"]
 
 
 def test_a_donor_without_such_heads(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -252,6 +322,39 @@ def test_no_room(make: Callable[[Any], Any], words: str) -> None:
     config = make_config(layers=LAYERS, heads=HEADS, kv_heads=GROUPS)
     with pytest.raises(BudgetError, match=words):
         make(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "named", "said"),
+    [
+        ("moh", MoHSettings(), [[], [5], []], "Protected by the conversion: 1 head (given)."),
+        ("moh", MoHSettings(route="groups"), NAMED, "Protected by the conversion: 3 KV heads (given)."),
+        ("dha", DHASettings(0.75), [[], [4, 5], []], "Protected by the conversion: 1 KV head (given)."),
+        ("mla", MLASettings(kv_bits="16"), NAMED, "Weighed more by the conversion: 3 heads (given)."),
+        ("mla", MLASettings(kv_bits="auto"), NAMED, "Weighed more by the conversion: 3 KV heads (given)."),
+    ],
+)
+def test_the_card_says_what_was_done(
+    recipe: Callable[..., Recipe], tmp_path: Path, method: str, settings: Any, named: Any, said: str
+) -> None:
+    settings = replace(settings, protect=given(named))
+    mhconvert.convert(recipe(tmp_path / "out", method, settings, effort="quick", fit_steps=0))
+    assert said in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_where_heads_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list is given; a file has its name, however its path is spelled."""
+    layers = given(NAMED)["layers"]
+    assert read_protected(layers) == {"from": "given", "layers": layers}
+    (tmp_path / "keep.json").write_text(json.dumps({"layers": layers}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    whole = tmp_path / "keep.json"
+    for spelled in ("keep.json", "./keep.json", "~/keep.json", str(whole), whole):
+        assert read_protected(spelled) == {"from": "keep.json", "layers": layers}
+    with pytest.raises(BudgetError, match="protect ~nobody-here/keep.json is neither"):
+        read_protected("~nobody-here/keep.json")
 
 
 def test_what_is_read_reads_again_as_the_same() -> None:

@@ -1,0 +1,51 @@
+"""The heads that a word for `protect` means: measured on the donor once, and kept for the next run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from mhconvert.errors import BudgetError, OutputError
+from mhconvert.progress import Listener
+
+from ...convert.open_model import of_model, open_model
+from ...convert.recipe.recipe import Recipe
+from ..result_cache import Store
+from .prompts import requests
+from .survey import Asked, survey
+
+
+def with_measured_heads(recipe: Recipe, on_progress: Listener) -> Recipe:
+    """`recipe` with the heads that its word for `protect` means for the donor; `recipe` itself without a word.
+
+    Where no run before has measured them, the donor is read as a whole. Raises BudgetError where it has no such head.
+    """
+    word = getattr(recipe.settings, "protect", None)
+    if not isinstance(word, str):
+        return recipe
+    store, key = Store(), _key(recipe, word)
+    heads = store.load(key)
+    if heads is None:
+        found = survey(recipe.model, Asked((word,)), recipe.device, recipe.trust_remote_code, on_progress)
+        heads = found["protect"].get(word, {"from": word, "layers": []})
+        with suppress(OutputError):  # the next run measures again
+            store.save(key, heads)
+    if not any(layer["heads"] for layer in heads["layers"]):
+        raise BudgetError(f"protect {word}: no head of {recipe.model} was found to do that; leave it out")
+    return dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, protect=heads))
+
+
+def _key(recipe: Recipe, word: str) -> dict[str, Any]:
+    """What the measured heads depend on, beside the versions of libraries."""
+    opened = open_model(recipe.model, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+    asked = "\n".join(requests(None)) if word == "safety" else ""
+    return {
+        "protect": word,
+        "model": of_model(opened),
+        "device": torch.device(opened.device).type,
+        "prompts": hashlib.sha256(asked.encode()).hexdigest(),
+    }
