@@ -27,7 +27,7 @@ REASONS = {
     "ernie4_5": "its RoPE turns neighbouring elements",
     "gpt_oss": r"its softmax has learned sinks \(self_attn\.sinks\)",
     "granite_swa": r"its softmax has learned sinks \(self_attn\.sinks\)",
-    "cwm": "its class is that of a Llama with windowed layers",
+    "cwm": "its class is that of a Llama some of whose layers have windows",
 }
 SMALL: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 2, "sliding_window": None},
