@@ -17,11 +17,14 @@ from mhconvert.convert.checkpoint.provenance import read_record
 from mhconvert.convert.methods.dha.method import DHA
 from mhconvert.convert.methods.dha.settings import DHASettings
 from mhconvert.convert.methods.layer_sensitivity import LayerSensitivity, weighted
+from mhconvert.convert.methods.mla.bit_allocation import DISTORTION, allocate
+from mhconvert.convert.methods.mla.code_basis import LayerBases
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.moh.method import MoH
 from mhconvert.convert.methods.moh.settings import MoHSettings
-from mhconvert.convert.methods.protected_heads import read_protected
+from mhconvert.convert.methods.protected_heads import head_weights, read_protected
 from mhconvert.convert.methods.registry import build_method
+from mhconvert.convert.open_model import open_model
 from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe
 from mhconvert.errors import BudgetError, MhconvertError, OutputError
 from mhconvert.eval.heads import measured_heads
@@ -133,9 +136,8 @@ def test_moh_shares_more_where_more_are_protected() -> None:
 
 
 @pytest.mark.parametrize("bits", ["16", "auto"])
-def test_mla_errs_less_in_what_they_read(recipe: Callable[..., Recipe], tmp_path: Path, bits: str) -> None:
-    """At one budget the layers with protected heads come out otherwise, the first, without any, the same."""
-    reports = [
+def test_mla_weighs_them_within_one_budget(recipe: Callable[..., Recipe], tmp_path: Path, bits: str) -> None:
+    kept, free = (
         mhconvert.convert(
             recipe(
                 tmp_path / name,
@@ -146,17 +148,77 @@ def test_mla_errs_less_in_what_they_read(recipe: Callable[..., Recipe], tmp_path
             )
         )
         for name, protect in (("kept", given(NAMED)), ("free", None))
-    ]
-    kept, free = reports
-    assert [
-        layer.get("weighted_heads" if bits == "16" else "weighted_kv_heads", []) for layer in kept["layers"]
-    ] == (NAMED if bits == "16" else [[], [2], [0, 3]])
-    assert kept["kl"] != free["kl"]
+    )
+    key, named = ("weighted_heads", NAMED) if bits == "16" else ("weighted_kv_heads", [[], [2], [0, 3]])
+    assert [layer.get(key, []) for layer in kept["layers"]] == named
     if bits == "16":
         assert kept["kv_bytes_per_token"] == free["kv_bytes_per_token"]
-        assert kept["layers"][0]["relative_error"] == free["layers"][0]["relative_error"]
+        assert (
+            kept["layers"][0]["relative_error"] == free["layers"][0]["relative_error"]
+        )  # it has none of them
     else:
         assert kept["kv_bytes_per_token"]["converted"] <= free["kv_bytes_per_token"]["converted"] + LAYERS
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mla_errs_less_in_their_values(
+    recipe: Callable[..., Recipe], tmp_path: Path, text: Path, seed: int
+) -> None:
+    """At one size, on the same hidden states; the other heads' values pay for it."""
+    donor = make_donor(tmp_path / "donor", layers=1, heads=HEADS, kv_heads=GROUPS, seed=seed)
+    of_donor = head_values(str(donor), text)
+    errors, sizes = [], []
+    for name, protect in (("kept", given([[4, 5]])), ("free", None)):
+        settings = MLASettings(kv_lora_rank=24, qk_rope_head_dim=8, kv_bits="16", protect=protect)
+        asked = recipe(tmp_path / name, "mla", settings, effort="quick", fit_steps=0)
+        sizes.append(mhconvert.convert(replace(asked, model=str(donor)))["kv_bytes_per_token"])
+        error = head_values(str(tmp_path / name), text) - of_donor
+        errors.append((error - error.mean(0)).square().sum((0, 2)))  # o_proj has a bias for the mean
+    kept, free = errors
+    assert sizes[0] == sizes[1]
+    assert kept[4:6].sum() < free[4:6].sum()
+    assert kept.sum() - kept[4:6].sum() > free.sum() - free[4:6].sum()
+
+
+def head_values(model: str, text: Path) -> torch.Tensor:
+    """(T, H, D): the values that each head of the first layer reads, through o_proj, of the first 256 tokens."""
+    opened = open_model(model, device="cpu")
+    loaded = opened.model()
+    attention = loaded.get_decoder().layers[0].self_attn
+    seen: list[torch.Tensor] = []
+    of_donor = hasattr(attention, "v_proj")
+    read = attention.v_proj if of_donor else attention.kv_b_proj
+    read.register_forward_hook(lambda _, __, output: seen.append(output.squeeze(1)[0]))
+    ids = opened.tokenizer()(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :256]
+    with torch.inference_mode():
+        loaded(input_ids=ids, use_cache=False)
+        columns = attention.o_proj.weight.unflatten(-1, (HEADS, -1))  # D H v
+        heads = seen[0].unflatten(-1, (GROUPS if of_donor else HEADS, -1))[..., -columns.shape[2] :]  # T H v
+        heads = heads.repeat_interleave(HEADS // heads.shape[1], dim=1)
+        return torch.einsum("thv,dhv->thd", heads, columns)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_codes_err_less_in_their_keys_and_values(seed: int) -> None:
+    """Of KV head 1 of 4, in the price that its errors have: at the same bytes less is expected to be lost."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, width = 4, 8
+    elements = 2 * heads * width
+    mixed = torch.randn(2, elements, elements, generator=generator, dtype=torch.float64)
+    spectrum = torch.logspace(0, -2, elements, dtype=torch.float64)
+    covariance, price = mixed * spectrum @ mixed.mT
+    layer = LayerSensitivity(
+        torch.zeros(elements, dtype=torch.float64), covariance, price.float(), torch.tensor(4096)
+    )
+    own = torch.arange(elements) // width % heads == 1
+
+    def lost(weights: torch.Tensor | None) -> float:
+        basis = LayerBases([layer], [weights])[0]
+        [bits] = allocate([basis.divergence], 24)
+        error = basis.up * torch.tensor(DISTORTION, dtype=torch.float64)[bits] @ basis.up.mT
+        return float((price * error)[own][:, own].sum())
+
+    assert lost(head_weights([1], heads)) < lost(None)
 
 
 def test_weighted_prices_are_of_the_named_keys_and_values() -> None:
