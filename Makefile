@@ -37,6 +37,8 @@ gpu:
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_run.py $(GPU_OPTIONS)
 
 gpu-inputs: .venv/installed
+	@test -n "$(DATA)" || { echo 'gpu-inputs: say where texts, sets and checkpoints are: DATA=FOLDER'; exit 2; }
+	rm -rf build/gpu_wheels
 	$(GPU_PYTHON) -m pip wheel --quiet --no-deps -w build/gpu_wheels -r benchmarks/gpu_wheels.txt
 	PYTHONPATH=. $(BIN)/python benchmarks/gpu_pack.py gpu_inputs --donor smollm2-135m --wheels build/gpu_wheels \
 	  --small $(DATA)/checkpoints/stories260k-gqa --text $(DATA)/eval/wikitext2/wiki.test.raw --data $(DATA)/eval \

@@ -60,7 +60,7 @@ def packed(parts: dict[str, list[Path]], folder: Path, most: int) -> int:
     trips = 0
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / ARCHIVE
-        with tarfile.open(archive, "w:xz") as opened:
+        with tarfile.open(archive, "w:xz", dereference=True) as opened:
             for name, paths in parts.items():
                 for path in paths:
                     opened.add(path.resolve(), f"{name}/{path.name}")

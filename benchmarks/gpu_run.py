@@ -11,7 +11,6 @@ machine needs torch, transformers, accelerate and peft; what else mhconvert impo
 from __future__ import annotations
 
 import argparse
-import contextlib
 import glob
 import json
 import os
@@ -27,6 +26,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from gpu_processes import ended_together
 
 ROOT = Path(__file__).resolve().parents[1]
 # In the order of their worth: a step's part of the time that is left for it and those behind it.
@@ -65,6 +66,8 @@ class Inputs:
 def main() -> int:
     asked = arguments(sys.argv[1:])
     begun = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupted)
     asked.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         packed = unpacked(asked.inputs, Path(scratch))
@@ -87,6 +90,13 @@ def main() -> int:
             written(asked.out / "gpu.json", report)
             print(f"{name}: {report['steps'][name]['status']}", file=sys.stderr, flush=True)
     return int(any(step["status"] != "done" for step in report["steps"].values()))
+
+
+def interrupted(number: int, _frame: object) -> None:
+    """Exit as a shell says it, 130 or 143. What runs is ended on the way out, which no second signal interrupts."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -178,17 +188,16 @@ def run(
     record, log, begun = scratch / f"{name}.json", scratch / f"{name}.log", time.monotonic()
     given = vars(inputs) | {"device": device, "seconds": limit, "work": str(scratch), "record": str(record)}
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_steps.py"), name, json.dumps(given)]
-    with log.open("wb") as said:
+    with log.open("wb") as said, ended_together("GPU_STEP") as mark:
         process = subprocess.Popen(
-            command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=said, stderr=subprocess.STDOUT, env=environment | mark, start_new_session=True
         )
         try:
             status = "done" if process.wait(limit) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "overran"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started
-        process.wait()
+            process.kill()
+            process.wait()
     result = {"status": status, "seconds": round(time.monotonic() - begun, 1), "limit": round(limit, 1)}
     result["found"] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if status != "done":

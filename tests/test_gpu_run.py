@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,21 +63,62 @@ def test_healing_takes_the_tokens_that_fit(tmp_path: Path) -> None:
     assert found["after"]["healed"]["perplexity"] > 1
 
 
-def test_a_step_that_overruns_is_ended_with_what_it_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks/gpu_steps.py").write_text(
-        "import json, sys, time\n"
-        "open(json.loads(sys.argv[2])['record'], 'w').write('{\"so far\": 1}')\n"
+def sleeping_step(root: Path) -> Path:
+    """A copy of the run whose steps sleep, and start one in another session that sleeps too; returns its gpu_run.py."""
+    folder = root / "benchmarks"
+    folder.mkdir()
+    (folder / "gpu_steps.py").write_text(
+        "import json, os, subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "process = subprocess.Popen(sleep, start_new_session=True)\n"
+        "record = json.loads(sys.argv[2])['record']\n"
+        "with open(record + '.new', 'w') as opened:\n"
+        "    json.dump({'processes': [os.getpid(), process.pid]}, opened)\n"
+        "os.replace(record + '.new', record)\n"
         "print('slow', flush=True)\n"
         "time.sleep(60)\n",
         encoding="utf-8",
     )
+    for name in ("gpu_run.py", "gpu_processes.py"):
+        shutil.copy(ROOT / "benchmarks" / name, folder)
+    return folder / "gpu_run.py"
+
+
+def is_running(process: int) -> bool:
+    """One that has ended and whose parent has not asked for its status has no command line."""
+    file = Path(f"/proc/{process}/cmdline")
+    return file.is_file() and bool(file.read_bytes())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_running_step_and_then_the_scratch(number: signal.Signals, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    words = ["--out", str(tmp_path / "out"), "--device", "cpu", "--donor", "d", "--text", "t"]
+    words += ["--calibration", "c", "--steps", "smoke"]
+    run = subprocess.Popen(
+        [sys.executable, str(sleeping_step(tmp_path)), *words], env=os.environ | {"TMPDIR": str(scratch)}
+    )
+    until = time.monotonic() + 30
+    while not (records := list(scratch.glob("*/smoke.json"))) and time.monotonic() < until:
+        time.sleep(0.05)
+    processes = json.loads(records[0].read_text(encoding="utf-8"))["processes"]
+    assert all(map(is_running, processes))
+    run.send_signal(number)
+    assert run.wait(30) == 128 + number
+    assert not any(map(is_running, processes))
+    assert not list(scratch.iterdir())
+
+
+def test_a_step_that_overruns_is_ended_with_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeping_step(tmp_path)
     monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
     inputs = gpu_run.Inputs("donor", "donor", [], [], None)
     step = gpu_run.run("smoke", "cpu", inputs, gpu_run.LEAST_SECONDS, tmp_path, dict(os.environ))
-    assert (step["status"], step["found"], step["last_lines"]) == ("overran", {"so far": 1}, ["slow"])
+    assert (step["status"], step["last_lines"]) == ("overran", ["slow"])
+    assert not any(map(is_running, step["found"]["processes"]))
     assert gpu_run.run("smoke", "cpu", inputs, 0.0, tmp_path, {})["status"].startswith("left out")
 
 
