@@ -16,7 +16,7 @@ from ..convert.families import facts as family_facts
 from ..convert.layer_pass import cost_estimate
 from ..convert.methods import refusals
 from ..convert.methods.mla.latent_code import row_bytes
-from ..convert.methods.mla.modeling_coded_window import FIRST
+from ..convert.methods.mla_swa.window_bits import held_tokens
 from ..convert.methods.registry import ADAPTERS, METHODS, build_method
 from ..convert.open_model import read_config
 from ..convert.recipe.recipe import Recipe
@@ -90,7 +90,7 @@ def cached_tokens(config: Any, length: int) -> list[int]:
     """(layers,), the tokens of a text of `length` that each layer's cache holds; windows are those of coded latents."""
     text = config.get_text_config()
     windows = getattr(text, "kv_windows", None) or [None] * text.num_hidden_layers
-    return [length if window is None else FIRST + min(length, window - 1) for window in windows]
+    return [held_tokens(window, length) for window in windows]
 
 
 def attention(config: Any) -> dict[str, Any]:

@@ -167,6 +167,12 @@ def layer_window(config: Any, index: int) -> int | None:
     return getattr(config, "sliding_window", None) or None
 
 
+def cached_part(config: Any, index: int, context: int | None) -> float:
+    """The part of a text of `context` tokens that layer `index` caches; 1 for a context of None."""
+    window = layer_window(config, index)
+    return min(window / context, 1.0) if context and window else 1.0
+
+
 def _stated(config: Any, field: bool | str) -> bool:
     return bool(getattr(config, field)) if isinstance(field, str) else field
 

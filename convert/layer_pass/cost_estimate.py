@@ -15,8 +15,8 @@ from ..calibration.calibration_rows import (
     token_count,
 )
 from ..donor.donor import Donor
-from ..families.facts import attention_facts
-from ..methods.registry import Method
+from ..families.facts import attention_facts, cached_part
+from ..methods.registry import Method, whole_elements
 from ..recipe.recipe import Recipe
 from ..recipe.written_weights import dtype_name
 from ..storage.byte_size import SLACK_BYTES
@@ -46,7 +46,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     config, dtype = donor.config, output_dtype(recipe, donor)
     layers, width = config.num_hidden_layers, dtype.itemsize
     elements = attention_facts(config).kv_elements
-    donor_elements = method.donor_kv_elements(elements, layers)
+    donor_elements = _donor_elements(method, config, elements)
     outer, per_layer, attention = layer_parameters(donor, method)
     converted = outer + layers * (per_layer - attention + method.new_parameters())
     tokens = token_count(recipe, device)
@@ -91,6 +91,13 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
             **_notice(method, elements, rows, length),
         },
     }
+
+
+def _donor_elements(method: Method, config: Any, elements: int) -> int:
+    """Cache elements per token of the donor, all layers, where each token that a layer caches has `elements`."""
+    context = method.cache_context
+    parts = (cached_part(config, index, context) for index in range(config.num_hidden_layers))
+    return int(whole_elements(elements * sum(parts), context))
 
 
 def _survey(method: Method, config: Any, elements: int, rows: int, length: int) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from mhconvert.errors import CheckpointError
 
 from ..attention.linalg import relative_error
 from ..attention.rotary import layer_rotary
-from ..families.facts import layer_window
+from ..families.facts import cached_part, layer_window
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe
 from ..storage.dtype_cast import cast, require_finite_states
@@ -119,9 +119,7 @@ def observe(
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)
     elements = layer.cache_elements(layer.attention, held_inputs)
-    window = layer_window(context.donor.config, layer.index)
-    if method.cache_context and window:
-        elements *= min(window / method.cache_context, 1.0)
+    elements *= cached_part(context.donor.config, layer.index, method.cache_context)
     with half_products(context.device):
         layer.complete(fit, targets)
     layer.complete(held, held_targets)

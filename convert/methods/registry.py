@@ -108,10 +108,6 @@ class Method(Protocol):
         """Cache elements per token of the converted model, all layers together."""
         ...
 
-    def donor_kv_elements(self, elements: int, layers: int) -> int:
-        """The same of the donor, whose layers have `elements` for each token that they cache."""
-        return elements * layers
-
     @property
     def divisible(self) -> bool:
         """Whether `share_out` may give each layer a budget of its own."""

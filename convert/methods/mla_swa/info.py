@@ -12,6 +12,7 @@ INFO = MethodInfo(
     tag="multi-head-latent-attention",
     shrinks_cache=True,
     row_tokens=WINDOWS.row_tokens,
+    telling_row=WINDOWS.telling_row,
     sizes=(
         ("bytes of a code", "kv_code_bytes"),
         ("latent width", "kv_lora_rank"),

@@ -13,13 +13,11 @@ from ..layer_sensitivity import LayerSensitivity
 from ..mla.bit_allocation import allocate, most_bytes
 from ..mla.code_basis import LayerBases
 from ..mla.coded_method import BUDGET_BYTES, CodedMLA
-from ..mla.modeling_coded_window import FIRST
 from ..refusals import require
-from ..swa.settings import SWASettings
-from ..swa.window_plan import Windows, cached_tokens, window_plan
+from ..swa.window_plan import Windows, cached_tokens, every_layer_windowed, with_full_layers
 from .settings import MLASWASettings
 from .survey_layer import windowed_donor
-from .window_bits import choose
+from .window_bits import choose, held_tokens
 
 
 class WindowedCodedMLA(CodedMLA):
@@ -29,14 +27,12 @@ class WindowedCodedMLA(CodedMLA):
         """Raises UnsupportedError or BudgetError before any weight is read."""
         require(config, "mla+swa")
         super().__init__(config, settings, effort)
-        every: dict[str, Any] = {"full_layers": settings.full_layers}
-        if settings.full_layers is None:
-            every = {"kv_budget": 1.0}
-        self.plan = plan = window_plan(
-            config, SWASettings(context=settings.context, window=settings.window, **every)
-        )
+        plan = every_layer_windowed(config, settings.window, settings.context)
+        if settings.full_layers is not None:
+            plan = with_full_layers(plan, settings.full_layers)
+        self.plan = plan
         self.cache_context, self.least_row = plan.context, plan.window + 1
-        self.held = FIRST + plan.window - 1  # tokens of a windowed layer
+        self.held = held_tokens(plan.window, plan.context)  # of a windowed layer
         self.windows: Windows = [None] * config.num_hidden_layers
         if plan.fixed is None:
             self.survey_shares = (1.0,)
@@ -62,7 +58,7 @@ class WindowedCodedMLA(CodedMLA):
         """Tokens that each layer holds of a text of `length`; None: of the context."""
         length = length or self.plan.context
         return [
-            FIRST + min(length, window - 1) if window else min(length, own or length)
+            held_tokens(window, length) if window else min(length, own or length)
             for window, own in zip(self.windows, self.plan.own, strict=True)
         ]
 
@@ -93,18 +89,8 @@ class WindowedCodedMLA(CodedMLA):
         """What a plan says of the windows, once they are chosen: {"windows": …} as of `--to swa`."""
         if not self.bits:
             return {}
-        context, lengths = self.plan.context, [self.plan.window]
-        while lengths[-1] < context:
-            lengths.append(min(2 * lengths[-1], context))
-        facts = {
-            "context": context,
-            "window": self.plan.window,
-            "full_layers": self.windows.count(None),
-            "class": self.config.model_type,
-            "sinks": True,
-            "shares": {str(length): self._share(length) for length in lengths},
-        }
-        return {"windows": facts}
+        facts = self.plan.facts(self.windows, self._share)
+        return {"windows": facts | {"class": self.config.model_type, "sinks": True}}
 
     def observe(self, attention: Any, inputs: Tensor, rotary: Any) -> Any:
         """The projections of a donor's attention; itself in a survey of windows."""

@@ -11,7 +11,7 @@ from mhconvert.errors import BudgetError
 
 from ...validation.option import Option, Takes, default
 from ...validation.settings import Settings
-from ..swa.settings import RANGE, TOKENS, layer_list, require_shorter
+from ..swa.settings import LEAST_WINDOW, RANGE, TOKENS, layer_list, require_shorter
 
 Bits = Literal["auto", "2", "3", "4", "5", "6", "7", "8"]
 
@@ -51,8 +51,8 @@ class MLASWASettings(Settings):
         Option(
             "Tokens, itself included, that a token of a windowed layer sees beside the first four.",
             "TOKENS",
-            ge=1,
-            range_hint=TOKENS,
+            ge=LEAST_WINDOW,
+            range_hint=f"is not a number of tokens from {LEAST_WINDOW}",
             default="the donor's own, else 1024, at most an eighth of the context",
         ),
     ] = None

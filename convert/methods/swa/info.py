@@ -5,11 +5,11 @@ from typing import Any
 from ..method_info import ATTENTION_CHECKS, MethodInfo
 
 
-def _telling_row(config: Any, settings: Any) -> int:
+def telling_row(config: Any, settings: Any) -> int:
     """Twice the window: half of the tokens of a row then lack some of the text."""
     from .window_plan import every_layer_windowed
 
-    return 2 * every_layer_windowed(config, settings).window
+    return 2 * every_layer_windowed(config, settings.window, settings.context).window
 
 
 INFO = MethodInfo(
@@ -22,7 +22,7 @@ INFO = MethodInfo(
     checks=(*ATTENTION_CHECKS, "window_class"),
     shrinks_cache=True,
     row_tokens=4096,
-    telling_row=_telling_row,
+    telling_row=telling_row,
     sizes=(("tokens that a layer caches at the context", "cached_tokens"),),
     totals=("windows",),
     no_forms="is a stock class of transformers already: the folder is what engines load",

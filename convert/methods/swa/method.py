@@ -47,11 +47,6 @@ class SWA(Method):
         share = cached_tokens(self.windows, self.plan.context) / self.plan.context
         return int(whole_elements(self.facts.kv_elements * share, self.plan.context))
 
-    def donor_kv_elements(self, elements: int, layers: int) -> int:
-        """The same of the donor, whose own windows count."""
-        share = cached_tokens(self.plan.own, self.plan.context) / self.plan.context
-        return int(whole_elements(elements * share, self.plan.context))
-
     @property
     def divisible(self) -> bool:
         """Whether there is a choice of layers."""
@@ -79,23 +74,9 @@ class SWA(Method):
         return {"cached_tokens": window or self.plan.context} | ({"window": window} if window else {})
 
     def totals(self) -> dict[str, Any]:
-        """What a plan says of the windows.
-
-        Returns:
-            windows: {context, window, full_layers: how many, class, shares: length -> share of the donor's cache}.
-        """
-        context, lengths = self.plan.context, [self.plan.window]
-        while lengths[-1] < context:
-            lengths.append(min(2 * lengths[-1], context))
-        facts = {
-            "context": context,
-            "window": self.plan.window,
-            "full_layers": self.windows.count(None),
-            "class": self.target.model_type,
-            "sinks": self.learns_sinks,
-            "shares": {str(length): self.plan.share(self.windows, length) for length in lengths},
-        }
-        return {"windows": facts}
+        """{"windows": what `WindowPlan.facts` says of them}."""
+        facts = self.plan.facts(self.windows, lambda length: self.plan.share(self.windows, length))
+        return {"windows": facts | {"class": self.target.model_type, "sinks": self.learns_sinks}}
 
     def new_parameters(self) -> int:
         """Parameters of one layer's attention, its sinks included."""

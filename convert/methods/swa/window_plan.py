@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,24 +72,42 @@ class WindowPlan:
         length = length or self.context
         return cached_tokens(windows, length) / cached_tokens(self.own, length)
 
+    def facts(self, windows: Sequence[int | None], share: Callable[[int], float]) -> dict[str, Any]:
+        """{context, window, full_layers: how many, shares: length -> share of the donor's cache}.
+
+        share: of a text of that many tokens.
+        """
+        lengths = [self.window]
+        while lengths[-1] < self.context:
+            lengths.append(min(2 * lengths[-1], self.context))
+        return {
+            "context": self.context,
+            "window": self.window,
+            "full_layers": list(windows).count(None),
+            "shares": {str(length): share(length) for length in lengths},
+        }
+
 
 def cached_tokens(windows: Sequence[int | None], length: int) -> int:
     """Tokens that all layers together hold of a text of `length`."""
     return sum(min(length, window or length) for window in windows)
 
 
-def every_layer_windowed(config: Any, settings: SWASettings) -> WindowPlan:
-    """The plan that leaves least, whatever the budget. Raises BudgetError for a window that drops nothing."""
+def every_layer_windowed(config: Any, window: int | None, context: int | None) -> WindowPlan:
+    """The plan that leaves least, whatever the budget. Raises BudgetError for a window that drops nothing.
+
+    window, context: what the user asked for; None: the defaults.
+    """
     own = own_windows(config)
     reads = getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
-    context = settings.context or min(reads, LONGEST_CONTEXT)
+    context = context or min(reads, LONGEST_CONTEXT)
     if context > reads:
         raise BudgetError(f"context={context} is more than the {reads} tokens that the donor reads")
     if all(own):
         raise BudgetError(
             f"every layer has a window of its own, of {own[0]} tokens: there is nothing to window"
         )
-    window = _window(settings, own, context)
+    window = _window(window, own, context)
     if window >= context and window in own:
         raise BudgetError(
             f"context={context} is not longer than the window of {window} that layer {own.index(window)} of the donor "
@@ -101,10 +119,10 @@ def every_layer_windowed(config: Any, settings: SWASettings) -> WindowPlan:
 
 def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
     """The plan of `settings` for a donor. Raises BudgetError for settings that no plan fulfils."""
-    most = every_layer_windowed(config, settings)
+    most = every_layer_windowed(config, settings.window, settings.context)
     context, window, own = most.context, most.window, most.own
     if settings.full_layers is not None:
-        return _fixed(most, settings.full_layers)
+        return with_full_layers(most, settings.full_layers)
     donor, least = cached_tokens(own, context), cached_tokens(most.windows(()), context)
     left = settings.kv_budget * donor - least
     full = int(left / (context - window) + ROUNDING)
@@ -118,21 +136,21 @@ def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
     return WindowPlan(context, window, own, min(full, len(most.free)))
 
 
-def _window(settings: SWASettings, own: Windows, context: int) -> int:
+def _window(asked: int | None, own: Windows, context: int) -> int:
     known = {window for window in own if window}
     if not known:
-        return settings.window or max(LEAST_WINDOW, min(DEFAULT_WINDOW, context // CONTEXT_PART))
+        return asked or max(LEAST_WINDOW, min(DEFAULT_WINDOW, context // CONTEXT_PART))
     [width] = known
-    if settings.window not in (None, width):
+    if asked not in (None, width):
         raise BudgetError(
-            f"window={settings.window}: layer {own.index(width)} has a window of {width} already, which is kept, and "
+            f"window={asked}: layer {own.index(width)} has a window of {width} already, which is kept, and "
             f"a class has one width for all; leave out --window, or choose {width}"
         )
     return width
 
 
-def _fixed(plan: WindowPlan, layers: Sequence[int]) -> WindowPlan:
-    """`plan` with the full layers that the user names."""
+def with_full_layers(plan: WindowPlan, layers: Sequence[int]) -> WindowPlan:
+    """`plan` with the full layers that the user names. Raises BudgetError for those that cannot be."""
     for index in layers:
         if not 0 <= index < len(plan.own):
             raise BudgetError(f"full_layers has {index}, and the donor's layers are 0 to {len(plan.own) - 1}")

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 import mhconvert
+from mhconvert.convert.calibration import calibration_rows
 from mhconvert.convert.methods.mla_swa.settings import MLASWASettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import BudgetError, CalibrationError
 from tests.convert.test_pipeline import hashes, stop_after
-from tests.donors import make_donor
+from tests.donors import make_config, make_donor
 
 LAYERS, WINDOW, CONTEXT = 4, 16, 128
 DONOR_BYTES = LAYERS * 64 * 2  # of a token
@@ -68,6 +69,28 @@ def test_the_cache_beyond_the_window_has_the_planned_bytes(
     assert config["kv_windows"] == windows
     assert (tmp_path / "out" / "modeling_coded_window.py").exists()
     assert report["verified"]["module"] == "transformers_modules"
+
+
+def test_plan_and_report_count_the_donors_own_windows(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    """A gemma2 donor has windows of 17 in layers 0 and 2."""
+    model = make_donor(tmp_path / "own", layers=LAYERS, family="gemma2", sliding_window=17)
+    settings = MLASWASettings(0.3, window=17, context=CONTEXT)
+    asked = recipe(tmp_path / "out", settings, model=str(model), verify=False)
+    planned, report = mhconvert.plan(asked), mhconvert.convert(asked)
+    donor = (2 * CONTEXT + 2 * 17) * 64 * 4 / CONTEXT
+    assert report["kv_bytes_per_token"]["donor"] == pytest.approx(donor)
+    assert 0 <= planned["kv_bytes_per_token"]["donor"] - donor < 4
+
+
+def test_rows_are_twice_a_window_that_is_wider_than_half_of_them(
+    tmp_path: Path, recipe: Callable[..., Recipe]
+) -> None:
+    config = make_config(layers=LAYERS, max_position_embeddings=16384)
+    for window, length in ((16, 4096), (4096, 8192)):
+        settings = MLASWASettings(0.3, window=window, context=16384)
+        asked = recipe(tmp_path / "out", settings, calibration=Calibration(("self",)))
+        assert calibration_rows.row_length(asked, config) == length
+        assert calibration_rows.judged_tokens(asked, config) == length
 
 
 def test_a_surveyed_plan_is_that_of_the_conversion(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
