@@ -76,9 +76,9 @@ class Fidelity:
 
 
 def divergences(reference: Tensor, candidate: Tensor) -> Tensor:
-    """KL(reference ‖ candidate) in nats at each position: (positions,) float64, on the CPU.
+    """KL(reference ‖ candidate) in nats at each position: (…) float64, on the CPU.
 
-    reference, candidate: log-probabilities (positions, vocab_size), float32.
+    reference, candidate: log-probabilities (…, vocab_size), float32; one of them may stand for several of the other.
     """
     probability = reference.exp()
     # A token of probability 0 in both adds 0, one of probability 0 in the candidate only infinity.
@@ -152,7 +152,7 @@ def _logits(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _sums(values: Tensor) -> Tensor:
-    """The sums (positions,) of (positions, n) in float64; in float32 where the device has no float64."""
+    """The sums (…) of (…, n) in float64; in float32 where the device has no float64."""
     dtype = torch.float32 if values.device.type == "mps" else torch.float64
     return values.sum(-1, dtype=dtype).cpu().double()
 

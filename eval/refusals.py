@@ -56,12 +56,13 @@ def probe(
     key = candidate.key() | {"refusals": list(texts), "tokens": ANSWER}
     known = None if fresh else store.load(key)
     if known is None:
-        if candidate.settings.backend == "vllm":
-            candidate.release()  # its process holds the device's memory
-        model = candidate.lm.model if candidate.lm is not None else candidate.load(candidate.dtype)
         known = {
             "answers": answers(
-                model, candidate.opened.tokenizer(), rows, on_rows, candidate.prompts_together(BATCH)
+                candidate.model(),
+                candidate.opened.tokenizer(),
+                rows,
+                on_rows,
+                candidate.prompts_together(BATCH),
             )
         }
         store.save(key, known)

@@ -27,11 +27,8 @@ def probe(candidate: Candidate, fresh: bool, store: Store, on_rows: OnRows) -> d
     key = candidate.key() | {"probe": lengths}
     result = None if fresh else store.load(key)
     if result is None:
-        if candidate.settings.backend == "vllm":
-            candidate.release()  # its process holds the device's memory
-        model = candidate.lm.model if candidate.lm is not None else candidate.load(candidate.dtype)
         result = retrieval.probe(
-            model,
+            candidate.model(),
             candidate.opened.tokenizer(),
             lengths=lengths,
             on_cell=lambda done, total: on_rows("retrieval", done, total),

@@ -67,10 +67,11 @@ def command(
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
 
-        from ...eval.heads import picture
-        from ...eval.page import page
-
         calm_transformers()
+        if files:
+            from ...eval.heads import picture
+            from ...eval.page import page
+
         for path in files:
             page.check(path)
         with progress(quiet) as listener:

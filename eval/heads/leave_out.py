@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...convert.calibration.token_rows import random_ids
+from ..fidelity import divergences
 
 TOGETHER_TOKENS = 512  # rows of so many tokens in all, each without other heads, go through the model at once
 
@@ -80,10 +81,8 @@ def estimated(
             logits = predictions(model, row[None], texts.last)[0]
         probabilities = logits.detach().softmax(-1)
         count += len(logits)
-        for drawn in random_ids(probabilities.cpu(), generator, samples).split(1, dim=1):
-            behind = probabilities.neg().scatter_add_(
-                1, drawn.to(logits.device), probabilities.new_ones(len(drawn), 1)
-            )
+        for drawn in random_ids(probabilities, generator, samples).split(1, dim=1):
+            behind = probabilities.neg().scatter_add_(1, drawn, probabilities.new_ones(len(drawn), 1))
             [gradient] = torch.autograd.grad(logits, gates, behind, retain_graph=True)
             total += gradient[0].cpu().double().square()
         on_row()
@@ -110,7 +109,7 @@ def measured(
         for part, sums in zip(gates.split(together), total.split(together), strict=True):
             with gated(model, part):
                 left = predictions(model, row.expand(len(part), -1), texts.last).log_softmax(-1)
-            sums += (whole.exp() * (whole - left)).sum((1, 2)).cpu().double()
+            sums += divergences(whole, left).sum(1)
         on_row()
     return (total / count).tolist()
 

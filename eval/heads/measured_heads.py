@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +13,7 @@ from mhconvert.progress import Listener
 
 from ...convert.open_model import of_model, open_model
 from ...convert.recipe.recipe import Recipe
-from ..result_cache import Store
+from ..result_cache import Store, digest
 from .prompts import requests
 from .survey import Asked, survey
 
@@ -42,10 +41,9 @@ def with_measured_heads(recipe: Recipe, on_progress: Listener) -> Recipe:
 def _key(recipe: Recipe, word: str) -> dict[str, Any]:
     """What the measured heads depend on, beside the versions of libraries."""
     opened = open_model(recipe.model, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
-    asked = "\n".join(requests(None)) if word == "safety" else ""
     return {
         "protect": word,
         "model": of_model(opened),
         "device": torch.device(opened.device).type,
-        "prompts": hashlib.sha256(asked.encode()).hexdigest(),
+        "prompts": digest(requests(None) if word == "safety" else []),
     }

@@ -50,7 +50,11 @@ def markdown(
     result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]] = (), recipe: str | None = None
 ) -> str:
     """The page of `html` as Markdown, with tables instead of the plots."""
-    return "\n\n".join(filter(None, map(to_markdown, blocks(result, reports, recipe)))) + "\n"
+    return _plain(blocks(result, reports, recipe))
+
+
+def _plain(page: Sequence[Block]) -> str:
+    return "\n\n".join(filter(None, map(to_markdown, page))) + "\n"
 
 
 def sources(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], str | None]:
@@ -94,17 +98,13 @@ def write(
     Raises:
         OutputError: the file cannot be written.
     """
-    _write(path, (html if path.suffix == ".html" else markdown)(result, reports, recipe))
+    write_blocks(path, title(result), blocks(result, reports, recipe))
 
 
 def write_blocks(path: Path, name: str, page: Sequence[Block]) -> None:
     """Write blocks to `path` as `write` does; `name` is the title of an HTML page. Raises OutputError likewise."""
-    plain = "\n\n".join(filter(None, map(to_markdown, page))) + "\n"
-    _write(path, document(name, page) if path.suffix == ".html" else plain)
-
-
-def _write(path: Path, text: str) -> None:
     check(path)
+    text = document(name, page) if path.suffix == ".html" else _plain(page)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

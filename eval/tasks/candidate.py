@@ -85,6 +85,13 @@ class Candidate:
         """The model, with its cache."""
         return serving.serve(refuse_nan(self.opened.model(dtype), self.opened.reference), self.kv_cache_dtype)
 
+    def model(self) -> Any:
+        """The model in this process: that of lm-eval's wrapper, or else read anew, once one in vLLM is let go of, whose
+        process holds the device's memory."""
+        if self.settings.backend == "vllm":
+            self.release()
+        return self.lm.model if self.lm is not None else self.load(self.dtype)
+
     def batch_size(self, rolling: bool) -> int | str:
         """Rows per call of the model; `rolling`: in tasks with rows of the maximal length."""
         if self.settings.batch_size is not None:

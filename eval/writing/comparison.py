@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Writer:
     def candidate(self) -> Candidate:
         return self.lazy.candidate
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         return self.candidate.opened.tokenizer()
 
