@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 from gpu_asked import Asked, Found, conversion, each, folder_of, gpu_peak, measured
+from gpu_processes import ended_together
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED_SHARE = 0.7  # of the time that a healing step has left: text, measurements and writing take the rest
+LAUNCHED_SHARE = 0.8  # of the time left: what hangs is ended and told before the step is over
 
 
 def heal(asked: Asked, name: str) -> None:
@@ -58,10 +60,15 @@ def distributed(asked: Asked) -> None:
     if not folder_of(asked, "mla, 16 bits").is_dir():
         asked.keep(conversion=conversion(asked, "mla, 16 bits"))
     kinds = ("ddp", "fsdp2") if asked.device == "cuda" else ("ddp",)  # there is no FSDP 2 on a CPU
-    each(asked, kinds, lambda kind: launched(asked, kind))
+
+    def within_its_part(kind: str) -> Found:
+        return launched(asked, kind, LAUNCHED_SHARE * asked.left() / (len(kinds) - kinds.index(kind)))
+
+    each(asked, kinds, within_its_part)
 
 
-def launched(asked: Asked, kind: str) -> Found:
+def launched(asked: Asked, kind: str, seconds: float) -> Found:
+    """Healing by the config of `kind`, which is ended with all its workers after so many seconds."""
     config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
     launch = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", "1"]
     environment = dict(os.environ)
@@ -71,14 +78,15 @@ def launched(asked: Asked, kind: str) -> Found:
     words = [str(folder_of(asked, "mla, 16 bits")), "--tokens", str(2 * asked.size("batch"))]
     words += ["--batch-tokens", str(asked.size("batch")), "--sequence-length", "64", "--no-verify", "--json"]
     words += ["--data", asked.calibration[0], "-o", str(folder_of(asked, kind)), "--force", "--quiet"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "mhconvert.heal", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=max(1.0, asked.left()),
-        check=False,
-    )
+    with ended_together("GPU_LAUNCH") as mark:  # the launcher's workers would outlive it
+        done = subprocess.run(
+            [sys.executable, "-m", *launch, "-m", "mhconvert.heal", *words],
+            env=environment | mark,
+            capture_output=True,
+            text=True,
+            timeout=max(1.0, seconds),
+            check=False,
+        )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     report = json.loads(done.stdout.strip().splitlines()[-1])

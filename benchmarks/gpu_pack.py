@@ -57,7 +57,6 @@ def packed(parts: dict[str, list[Path]], folder: Path, most: int) -> int:
         most: bytes of a trip.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    trips = 0
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / ARCHIVE
         with tarfile.open(archive, "w:xz", dereference=True) as opened:
@@ -65,11 +64,11 @@ def packed(parts: dict[str, list[Path]], folder: Path, most: int) -> int:
                 for path in paths:
                     opened.add(path.resolve(), f"{name}/{path.name}")
         with archive.open("rb") as whole:
-            for number in range(-(-archive.stat().st_size // most)):
-                trips = number + 1
-                place = folder / str(trips)
+            trips = -(-archive.stat().st_size // most)
+            for number in range(trips):
+                place = folder / str(number + 1)
                 place.mkdir(parents=True, exist_ok=True)
-                (place / f"{ARCHIVE}.{number:03}").write_bytes(whole.read(most))
+                (place / f"{ARCHIVE}.{number:03}-of-{trips:03}").write_bytes(whole.read(most))
     return trips
 
 

@@ -43,7 +43,7 @@ STEPS = {
 LEAST_SECONDS = 5.0  # no step is begun with less
 LAST_LINES = 12  # of what a step said, when it fails
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors", "lm-eval")
-ARCHIVE = "inputs.tar.xz"  # and behind it the number of a piece
+ARCHIVE = "inputs.tar.xz"  # and behind it the number of a piece and how many there are: .000-of-002
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,22 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def unpacked(folder: Path, scratch: Path) -> Path:
-    """The folder of the inputs: `folder`, or where its pieces of an archive, wherever they lie in it, were unpacked."""
-    pieces = sorted(folder.rglob(f"{ARCHIVE}.*"), key=lambda piece: piece.name)
+    """The folder of the inputs: `folder`, or where its pieces of an archive, wherever they lie in it, were unpacked.
+
+    Exits where pieces are missing or are of several archives.
+    """
+    pieces = sorted(folder.rglob(f"{ARCHIVE}.*-of-*"), key=lambda piece: piece.name)
     if not pieces:
         return folder
+    counts = {piece.name.rpartition("-of-")[2] for piece in pieces}
+    if len(counts) > 1:
+        sys.exit(f"gpu_run.py: {folder} has pieces of several archives; delete the older ones")
+    names, count = {piece.name for piece in pieces}, int(counts.pop())
+    if missing := [n for n in range(count) if f"{ARCHIVE}.{n:03}-of-{count:03}" not in names]:
+        sys.exit(
+            f"gpu_run.py: {folder} has {len(names)} pieces of an archive of {count}, without "
+            f"{', '.join(map(str, missing))}: carry them too"
+        )
     archive, place = scratch / ARCHIVE, scratch / "inputs"
     with archive.open("wb") as whole:
         for piece in pieces:

@@ -25,6 +25,8 @@ CONVERSIONS = {
     "mla-16": "--to mla --kv-bits 16 --kv-budget 0.5 --fit-steps 4",
     "dha": "--to dha --kv-budget 0.5 --equal-heads --fit-steps 4",
     "moh": "--to moh --active 0.75 --fit-steps 4",
+    "swa": "--to swa --context 64 --window 16 --kv-budget 0.75",
+    "mla+swa": "--to mla+swa --context 64 --window 16 --kv-budget 0.25",
 }
 # How far the figures of one command may lie apart on two devices, relative, and why.
 SAME = 0.0  # counted
@@ -78,6 +80,11 @@ def commands() -> dict[str, Command]:
             lambda r: [model["value"] for model in r["tasks"][0]["metrics"][0]["models"]],
         ),
         "eval, retrieval": Command("eval {converted}/mla-coded --retrieval --fresh --device {device}"),
+        "eval, generation": Command(
+            "eval {converted}/mla-coded --generation --max-new-tokens 8 --fresh --device {device}"
+        ),
+        "eval, refusals": Command("eval {converted}/mla-16 --refusals --fresh --device {device}"),
+        "inspect, heads": Command("inspect {small} --heads --device {device}"),
         "bench, random": Command(
             "bench {small} --random --to dha --contexts 64 --batch 2 --new-tokens 2 --device {device}"
         ),

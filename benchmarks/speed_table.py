@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/speed_table.py FOLDER [-o benchmarks/speed.json]
 
-The conversions are made in FOLDER, quickly, as their quality is not what is timed. It takes about three quarters of an
+The conversions are made in FOLDER, quickly, as their quality is not what is timed. It takes about an
 hour on two cores, which have to be idle otherwise; the file is written at the end.
 """
 
@@ -28,6 +28,7 @@ DONOR = "smollm2-135m"
 CONVERSIONS = {
     "MLA": ("31.25 % of the KV cache", "--to mla --kv-bits 16 --kv-budget 0.3125"),
     "MLA, coded": ("12.5 % of the bytes", "--to mla --kv-budget 0.125"),
+    "MLA, coded, windows": ("6.25 % of the bytes at 8,192 tokens", "--to mla+swa --kv-budget 0.0625"),
     "DHA": ("66.7 % of the KV cache", "--to dha --kv-budget 0.6667"),
     "MoH": ("75 % of the heads active", "--to moh --active 0.75"),
 }

@@ -22,7 +22,7 @@ import gpu_pack  # noqa: E402
 import gpu_run  # noqa: E402
 import gpu_smoke  # noqa: E402
 from gpu_asked import SIZES, Asked  # noqa: E402
-from gpu_healing import heal  # noqa: E402
+from gpu_healing import heal, launched  # noqa: E402
 
 
 def test_a_step_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
@@ -61,6 +61,27 @@ def test_healing_takes_the_tokens_that_fit(tmp_path: Path) -> None:
     assert found["healing"]["trained_tokens"] == SIZES["cpu"]["batch"]  # no time was left: one step
     assert found["before"]["donor"]["kl"] == 0 < found["before"]["converted"]["kl"]
     assert found["after"]["healed"]["perplexity"] > 1
+
+
+def test_workers_do_not_outlive_their_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher in place of torch's, which starts a worker in another session and does not end."""
+    launcher = tmp_path / "torch/distributed"
+    launcher.mkdir(parents=True)
+    for package in (launcher, launcher.parent):
+        (package / "__init__.py").touch()
+    (launcher / "run.py").write_text(
+        "import subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "worker = subprocess.Popen(sleep, start_new_session=True)\n"
+        f"open({str(tmp_path / 'worker')!r}, 'w').write(str(worker.pid))\n"
+        "time.sleep(60)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    asked = Asked("d", "d", [], ["t"], None, "cpu", 60.0, str(tmp_path), str(tmp_path / "record.json"))
+    with pytest.raises(subprocess.TimeoutExpired):
+        launched(asked, "ddp", 3.0)
+    assert not is_running(int((tmp_path / "worker").read_text(encoding="utf-8")))
 
 
 def sleeping_step(root: Path) -> Path:
@@ -123,18 +144,51 @@ def test_a_step_that_overruns_is_ended_with_what_it_found(
 
 
 def test_inputs_travel_in_pieces(tmp_path: Path) -> None:
-    text, donor = tmp_path / "text.txt", make_donor(tmp_path / "tiny")
+    text, donor = tmp_path / "text.txt", make_donor(tmp_path / "stored")
     text.write_bytes(os.urandom(3000))
+    linked = tmp_path / "tiny"  # as a download of the Hub lies: a folder of links
+    linked.mkdir()
+    for file in donor.iterdir():
+        (linked / file.name).symlink_to(file)
+    donor = linked
     trips = gpu_pack.packed({"text": [text], "donor": [donor]}, tmp_path / "packed", 100_000)
     assert trips > 1
     assert all(file.stat().st_size <= 100_000 for file in (tmp_path / "packed").rglob("*") if file.is_file())
     found = gpu_run.unpacked(tmp_path / "packed", tmp_path)
     assert (found / "text/text.txt").read_bytes() == text.read_bytes()
+    assert not any(file.is_symlink() for file in found.rglob("*"))
     asked = gpu_run.arguments(["--out", str(tmp_path), "--calibration", str(text)])
     assert gpu_run.chosen(asked, found).donor == str(found / "donor/tiny")
     asked = gpu_run.arguments(["--out", str(tmp_path), "--device", "cpu"])
     with pytest.raises(SystemExit, match="run make gpu-inputs"):
         gpu_run.chosen(asked, tmp_path / "nothing")
+
+
+def test_pieces_that_are_missing_or_of_another_pack_are_refused(tmp_path: Path) -> None:
+    text, packed = tmp_path / "text.txt", tmp_path / "packed"
+    text.write_bytes(os.urandom(3000))
+    assert gpu_pack.packed({"text": [text]}, packed, 1000) > 2
+    pieces = sorted(packed.rglob(f"{gpu_run.ARCHIVE}.*"))
+    whole = pieces[1].read_bytes()
+    pieces[1].unlink()
+    with pytest.raises(
+        SystemExit, match=f"{len(pieces) - 1} pieces of an archive of {len(pieces)}, without 1"
+    ):
+        gpu_run.unpacked(packed, tmp_path)
+    pieces[1].write_bytes(whole)
+    (packed / f"{gpu_run.ARCHIVE}.000-of-002").write_bytes(whole)
+    with pytest.raises(SystemExit, match="pieces of several archives"):
+        gpu_run.unpacked(packed, tmp_path)
+
+
+def test_make_refuses_inputs_without_data() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "MHCONVERT_DATA"}
+    command = ["make", "-n", "gpu-inputs", "PYTHON=true"]
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    check = next(line for line in shown.stdout.splitlines() if "gpu-inputs: say where" in line)
+    done = subprocess.run(["sh", "-c", check.lstrip("@")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "DATA=FOLDER" in done.stdout
 
 
 def test_figures_agree_within_their_tolerance() -> None:

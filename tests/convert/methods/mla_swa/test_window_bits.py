@@ -37,7 +37,7 @@ def used(bits: list[Tensor], windowed: list[bool]) -> int:
     )
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("bytes_of_a_token", [3, 12, 40, 150])
 def test_no_other_set_of_windows_is_better(seed: int, bytes_of_a_token: int) -> None:
     number = 6
