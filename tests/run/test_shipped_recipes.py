@@ -18,8 +18,13 @@ EVERY_METHOD = ("llama3-8b", "llama3.1-8b", "smollm2-135m")
 SHIPPED = sorted(
     [f"{model}-{method}" for model in EVERY_METHOD for method in METHOD_NAMES if "swa" not in method]
     + [
+        "llama3.1-8b-mla-coded",
+        "llama3.1-8b-mla-portable",
         "qwen2.5-7b-mla",
+        "qwen2.5-7b-mla-coded",
+        "qwen3-8b-mla-coded",
         "mistral-7b-mla",
+        "mistral-7b-mla-coded",
         "smollm2-135m-mla-healed",
         "smollm2-135m-swa",
         "smollm2-135m-mla-swa",
@@ -35,14 +40,18 @@ def test_names() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_is_what_its_name_says(name: str) -> None:
     found = shipped_recipes.entry(shipped_recipes.find(name))
-    assert name.removesuffix("-healed") == f"{found.model}-{found.method.replace('+', '-')}"
+    plain = f"{found.model}-{found.method.replace('+', '-')}"
+    variant = name.removeprefix(plain).removeprefix("-")
+    assert name in (plain, f"{plain}-{variant}")
     assert found.model in ALIASES
     recipe = load(shipped_recipes.find(name))
     kind = settings_class(found.method)
     assert isinstance(recipe.convert.settings, kind)
     assert kind(**found.settings) == recipe.convert.settings
     if found.method == "mla":  # their figures and costs are those of elements with 16 bits
-        assert found.settings["kv_bits"] == 16
+        assert found.settings["kv_bits"] == ("auto" if variant == "coded" else 16)
+        assert (found.settings.get("profile") == "portable") == (variant == "portable")
+    assert ("heal" in found.stages) >= (variant == "healed")
     assert found.stages == recipe.stages
 
 
