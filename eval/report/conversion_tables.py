@@ -32,7 +32,9 @@ def _cache_row(report: dict[str, Any]) -> tuple[str, str, str, str]:
         coded = any("kv_code_bytes" in layer for layer in report.get("layers") or ())
         if coded and report.get("dtype") == "float32":
             part += f" float32, {share(2 * converted / donor)} of 16 bits"
-    return "KV cache a token", size(donor), size(converted), part + ", measured"
+    context = report.get("cache_context")
+    where = f" at {context:,} tokens" if context else ""
+    return "KV cache a token", size(donor), size(converted), f"{part}, measured{where}"
 
 
 def windows_text(windows: dict[str, Any]) -> list[tuple[str, str]]:

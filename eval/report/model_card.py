@@ -91,10 +91,15 @@ def _reduction(report: dict[str, Any]) -> list[str]:
     if converted == donor:
         return ["", f"Its KV cache is as large as the base model's: {size(donor)} a token."]
     part = f"{share(converted / donor)} of the base model's {size(donor)}"
-    return [
-        "",
-        f"Its KV cache holds {size(converted)} a token, {part}, measured on the cache after generating.",
-    ]
+    context, shares = report.get("cache_context"), (report.get("windows") or {}).get("shares")
+    if not context:
+        measured = "measured on the cache after generating"
+    else:
+        part += f" where both hold {context:,} tokens"
+        shortest = next(iter(shares or {}), str(context))
+        part += f" ({share(shares[shortest])} at {int(shortest):,})" if shortest != str(context) else ""
+        measured = "measured on the cache filled so far"
+    return ["", f"Its KV cache holds {size(converted)} a token, {part}, {measured}."]
 
 
 def _healing_results(report: dict[str, Any]) -> list[str]:
