@@ -56,7 +56,7 @@ def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[st
     kept = {
         name: value
         for name, value in old.items()
-        if name not in ("tolerance", "verified", "seconds", "sample")
+        if name not in ("tolerance", "verified", "seconds", "sample", "by_source", "warnings")
     }
     return (
         copy.deepcopy(kept)
@@ -114,11 +114,11 @@ def write_checkpoint(
 
 
 def verify_reload(
-    space: HealSpace, model: Any, held_out: Rows, trusted: bool, context: int | None
+    space: HealSpace, model: Any, held_out: Rows, trusted: bool, report: dict[str, Any]
 ) -> dict[str, Any]:
     """Reload the folder in a bare process and compare its logits with the model's.
 
-    trusted: whether its own code may run; context: as in `verify`.
+    trusted: whether its own code may run; report: so far.
 
     Returns the entries "verified" and "sample" of the report.
     """
@@ -133,7 +133,7 @@ def verify_reload(
         prompt=reload.PROMPT,
         threads=torch.get_num_threads(),
         trusted=trusted,
-        context=context,
+        context=report.get("cache_context"),
     )
     sample = {"prompt": verified["sample"]["prompt"], "converted": verified["sample"]["text"]}
     return {"verified": verified, "sample": sample}
