@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def text_rows(
         (str(name), text)
         for source in sources
         for name, text in zip(
-            documents.files(source) or [source], documents.read(source, chat=chat), strict=True
+            documents.files(source) or [Path(source)], documents.read(source, chat=chat), strict=True
         )
     ]
     prefix = start_of_text(tokenizer)
