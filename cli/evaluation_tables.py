@@ -32,19 +32,23 @@ def show(result: dict[str, Any], console: Any) -> None:
 def _texts(result: dict[str, Any], names: list[str], console: Any) -> None:
     from rich.table import Column, Table
 
+    from ..eval.page.verdict import cache_length, cache_shares, cache_tokens
     from ..eval.report.units import number, share
 
-    donor = result["cache"][0]["kv_elements_per_token"]
+    shares, tokens = cache_shares(result), cache_tokens(result)
     for text in result["texts"]:
         title = f"{text['text']}: {text['sequences']} × {text['sequence_length']} tokens"
         console.out(title, highlight=False)
-        figures = ("perplexity", "", "KL, nats a token", "top-1 agreement", "KV elements a token")
+        held = f"KV elements a token{f', at {tokens:,} tokens' if tokens else ''}"
+        figures = ("perplexity", "", "KL, nats a token", "top-1 agreement", held)
         table = Table("", *(Column(name, justify="right") for name in figures))
-        for name, found, cache in zip(names, text["models"], result["cache"], strict=True):
+        for index, (name, found, cache) in enumerate(
+            zip(names, text["models"], result["cache"], strict=True)
+        ):
             elements = cache["kv_elements_per_token"]
             reference = text["models"][0]["perplexity"]
             times = f"× {found['perplexity'] / reference:.3f}" if found is not text["models"][0] else ""
-            part = f"{elements:,.10g}" + (f" ({share(elements / donor)})" if times else "")
+            part = f"{elements:,.10g}" + (f" ({share(shares[index])})" if times else "")
             table.add_row(
                 name,
                 number(found["perplexity"]),
@@ -54,6 +58,9 @@ def _texts(result: dict[str, Any], names: list[str], console: Any) -> None:
                 part,
             )
         console.print(table)
+    for index, name in enumerate(names):
+        if length := cache_length(result, index):
+            console.out(f"{name}: {share(shares[index])} of the KV cache {length}", highlight=False)
     if any(model.get("kv_cache_dtype", OWN_CACHE) != OWN_CACHE for model in result["models"]):
         console.out(CODES, highlight=False)
 

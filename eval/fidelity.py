@@ -60,6 +60,11 @@ class Fidelity:
             self.divergence += divergences(reference, candidate).sum().item()
         self.tokens += targets.shape[0]
 
+    def merge(self, other: Fidelity) -> None:
+        """Adds the sums of other predictions."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
     def result(self) -> dict[str, Any]:
         """perplexity {donor, converted}, kl (nats per token), top1_agreement (fraction), tokens (predictions)."""
         if not self.tokens:

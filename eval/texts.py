@@ -34,13 +34,17 @@ def measure(
 
     Returns:
         texts: perplexity, kl and top1_agreement of every model on each text; cache: kv_elements_per_token of every
-        model, None without texts.
+        model and, where it depends on the length of a text, by_length, tokens → elements, the last of which it is;
+        None without texts.
     """
     if not rows:
         return {"texts": [], "cache": None}
     donor, *others = candidates
     donor_model = LazyModel(donor)
-    results = [_measure_model(each, donor_model, rows, store, fresh, on_rows) for each in others or [donor]]
+    lengths = cache_size.lengths([each.opened for each in candidates])
+    results = [
+        _measure_model(each, donor_model, rows, lengths, store, fresh, on_rows) for each in others or [donor]
+    ]
     texts = []
     for index, (text, ids) in enumerate(rows.items()):
         of_text = [result["texts"][index] for result in results]
@@ -51,22 +55,31 @@ def measure(
         shape = {"sequences": ids.shape[0], "sequence_length": ids.shape[1]}
         texts.append({"text": text, **shape, "tokens": of_text[0]["tokens"], "models": models})
     caches = [results[0]["cache"][0], *(result["cache"][1] for result in results if others)]
-    return {"texts": texts, "cache": [{"kv_elements_per_token": elements} for elements in caches]}
+    return {"texts": texts, "cache": [_cache(elements, lengths) for elements in caches]}
+
+
+def _cache(elements: Sequence[float], lengths: Sequence[int]) -> dict[str, Any]:
+    """The figures of one model's cache, at the last of `lengths` where there are any."""
+    by_length = {str(length): each for length, each in zip(lengths, elements, strict=False)}
+    return {"kv_elements_per_token": elements[-1]} | ({"by_length": by_length} if lengths else {})
 
 
 def _measure_model(
     candidate: Candidate,
     donor: LazyModel,
     rows: Mapping[str, Tensor],
+    lengths: Sequence[int],
     store: Store,
     fresh: bool,
     on_rows: OnRows,
 ) -> dict[str, Any]:
-    """`fidelity.evaluate` of one model on each text, and the cache elements per token of the donor and the model."""
+    """`fidelity.evaluate` of one model on each text, and the cache elements per token of the donor and the model, as
+    `cache_size.elements_per_token` gives them."""
     key = {
         "fidelity": [candidate.fingerprint, donor.candidate.fingerprint],
         "device": candidate.opened.device,
         **candidate.cache_key(),
+        **({"cache_lengths": list(lengths)} if lengths else {}),
         "rows": [[hashlib.sha256(ids.numpy().tobytes()).hexdigest(), *ids.shape] for ids in rows.values()],
     }
     result = None if fresh else store.load(key)
@@ -77,7 +90,7 @@ def _measure_model(
             for text, ids in rows.items()
         ]
         cache = [
-            cache_size.measure_cache(each, dtype=of.kv_cache_dtype).elements_per_token
+            cache_size.elements_per_token(each, lengths, of.kv_cache_dtype)
             for each, of in ((donor.model, donor.candidate), (model, candidate))
         ]
         result = {"texts": texts, "cache": cache}

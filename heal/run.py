@@ -227,7 +227,7 @@ class _Healing:
         write_result.write_checkpoint(space, model, self.source, asked.checkpoint, code=trusted)
         if asked.verify and not self.adapter:
             self.on_progress(Progress("verify", 0, 1))
-            report |= write_result.verify_reload(space, model, lesson.text.held_out, trusted)
+            report |= write_result.verify_reload(space, model, lesson.text.held_out, trusted, report)
         report["peak_rss_bytes"] = peak_rss(report)
         finish(space.partial, report)
         write_result.write_record(space.partial, asked.checkpoint, asked.output, self.settings)

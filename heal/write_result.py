@@ -56,7 +56,7 @@ def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[st
     kept = {
         name: value
         for name, value in old.items()
-        if name not in ("tolerance", "verified", "seconds", "sample")
+        if name not in ("tolerance", "verified", "seconds", "sample", "by_source", "warnings")
     }
     return (
         copy.deepcopy(kept)
@@ -113,8 +113,12 @@ def write_checkpoint(
     writer.finish()
 
 
-def verify_reload(space: HealSpace, model: Any, held_out: Rows, trusted: bool) -> dict[str, Any]:
-    """Reload the folder in a bare process and compare its logits with the model's; `trusted`: with code of its own.
+def verify_reload(
+    space: HealSpace, model: Any, held_out: Rows, trusted: bool, report: dict[str, Any]
+) -> dict[str, Any]:
+    """Reload the folder in a bare process and compare its logits with the model's.
+
+    trusted: whether its own code may run; report: so far.
 
     Returns the entries "verified" and "sample" of the report.
     """
@@ -124,7 +128,12 @@ def verify_reload(space: HealSpace, model: Any, held_out: Rows, trusted: bool) -
         logits = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
     reload.write_probe(probe, ids, logits)
     verified = verify(
-        space.partial, probe, prompt=reload.PROMPT, threads=torch.get_num_threads(), trusted=trusted
+        space.partial,
+        probe,
+        prompt=reload.PROMPT,
+        threads=torch.get_num_threads(),
+        trusted=trusted,
+        context=report.get("cache_context"),
     )
     sample = {"prompt": verified["sample"]["prompt"], "converted": verified["sample"]["text"]}
     return {"verified": verified, "sample": sample}

@@ -11,14 +11,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 
 def cache_storage(cache: Any, element_bytes: int = 2) -> tuple[int, float]:
     """(bytes, elements) of the tensor storage of a transformers cache, over all layers.
 
-    Storages are counted once and in full, as a slice keeps its whole buffer in memory. Bytes of codes (uint8 tensors)
-    count as elements of `element_bytes` each. Counters of a static cache do not count.
+    Storages are counted once and in full, as a slice keeps its whole buffer in memory, also on the meta device. Bytes
+    of codes (uint8 tensors) count as elements of `element_bytes` each. Counters of a static cache do not count.
     Tensors in a tuple that a layer holds count too.
     """
     import torch
@@ -38,9 +39,9 @@ def cache_storage(cache: Any, element_bytes: int = 2) -> tuple[int, float]:
             if not (coded or value.is_floating_point()):
                 continue
             storage = value.untyped_storage()
-            if storage.data_ptr() in seen:
+            if storage._cdata in seen:  # unlike its address, which is 0 of every one on the meta device
                 continue
-            seen.add(storage.data_ptr())
+            seen.add(storage._cdata)
             size += storage.nbytes()
             elements += storage.nbytes() / (element_bytes if coded else value.element_size())
     return size, elements
@@ -107,38 +108,40 @@ def _compare(model: Any, probe: str) -> dict[str, float]:
     }
 
 
-def filled_cache(model: Any, tokens: int, element_bytes: int = 2) -> tuple[str, int, float]:
-    """Class name, bytes and elements of the cache that `generate` makes for `model`, of stock layers or of codes, when
-    it has read `tokens`.
+def filled_cache(
+    model: Any, cache: Any, lengths: Sequence[int], element_bytes: int = 2
+) -> list[tuple[int, float]]:
+    """(bytes, elements) of the cache that `generate` made for `model` when it holds so many tokens of one sequence.
 
-    The last token comes alone, as in decoding: behind a window the cache then lets go of what it read before. One layer
-    at a time is in memory.
+    Each layer is given states like those of one token more, on the meta device, where tensors have sizes and take no
+    memory. The last token comes alone, as in decoding: behind a window the cache then lets go of what it read before.
+    A layer that is given no states holds as much of any text. What the cache held is lost.
     """
-    from types import SimpleNamespace
-
     import torch
-    from transformers import DynamicCache
 
-    config = model.config
-    heads = config.num_key_value_heads or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache, size, elements = DynamicCache(config=config), 0, 0.0
-    coded = getattr(config, "kv_windows", None)
-    if coded:
-        sys.modules[type(model).__module__].place_windows(cache, coded, False)
-    for index in range(config.num_hidden_layers):
-        for count in (tokens - 1, 1):
-            keys, values = (torch.zeros(1, heads, count, width, dtype=torch.bfloat16) for _ in "kv")
-            if coded:
-                row = model.get_decoder().layers[index].self_attn.code.bytes
-                keys = torch.zeros(1, 1, count, row, dtype=torch.uint8)
-                values = keys[..., :0]
-            cache.update(keys, values, index)
-        layer: Any = cache.layers[index]
-        of_layer = cache_storage(SimpleNamespace(layers=[layer]), element_bytes)
-        size, elements = size + of_layer[0], elements + of_layer[1]
-        layer.keys = layer.values = None
-    return type(cache).__name__, size, elements
+    given: dict[int, tuple[Any, Any]] = {}
+    update = cache.update
+
+    def record(keys: Any, values: Any, index: int, *more: Any, **named: Any) -> Any:
+        given[index] = keys, values
+        return update(keys, values, index, *more, **named)
+
+    cache.update = record
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model(input_ids=token, past_key_values=cache, use_cache=True)
+    del cache.update
+    sizes = []
+    for length in lengths:
+        for index, states in given.items():
+            layer = cache.layers[index]
+            layer.is_initialized = False  # older versions of transformers would keep its tokens as zeros
+            layer.reset()
+            for count in (length - 1, 1):
+                layer.update(
+                    *(x.new_empty((*x.shape[:2], count, *x.shape[3:]), device="meta") for x in states)
+                )
+        sizes.append(cache_storage(cache, element_bytes))
+    return sizes
 
 
 def _generate(
@@ -156,11 +159,11 @@ def _generate(
         do_sample=False,
         return_dict_in_generate=True,
     )
+    cache = output.past_key_values
+    tokens = context or int(cache.get_seq_length())
     if context:
-        tokens, (name, size, elements) = context, filled_cache(model, context, element_bytes)
+        [(size, elements)] = filled_cache(model, cache, [context], element_bytes)
     else:
-        cache = output.past_key_values
-        name, tokens = type(cache).__name__, int(cache.get_seq_length())
         size, elements = cache_storage(cache, element_bytes)
     return {
         "sample": {
@@ -170,7 +173,7 @@ def _generate(
             ),
         },
         "cache": {
-            "type": name,
+            "type": type(cache).__name__,
             "tokens": tokens,
             "bytes": size,
             "bytes_per_token": size / tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +42,12 @@ class Rows:
     Attributes:
         fit: for calibration.
         held_out: for measuring errors.
+        sources: of each held-out row: a file, a dataset or "self"; empty where they are not known.
     """
 
     fit: Tensor
     held_out: Tensor
+    sources: tuple[str, ...] = ()
 
 
 def token_count(recipe: Recipe, device: torch.device) -> int:
@@ -138,7 +141,7 @@ def judging_rows(length: int, rows: int) -> int:
 
 
 def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listener) -> Rows:
-    """The rows that `recipe` asks for, from text files, datasets, or sampled from the donor.
+    """The rows that `recipe` asks for, from text files, datasets, or sampled from the donor; held-out ones from each.
 
     Raises:
         CalibrationError: there is too little text.
@@ -150,8 +153,10 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
     sampled = rows_to_sample(recipe, rows)
     tokenizer = donor.tokenizer()
     parts: list[Tensor] = []
+    names: list[str] = []
     if rows > sampled:  # first, so that too little text is told before anything is sampled
-        parts.append(text_rows(texts_of(recipe), tokenizer, rows - sampled, length, recipe.seed))
+        ids, names = text_rows(texts_of(recipe), tokenizer, rows - sampled, length, recipe.seed)
+        parts.append(ids)
         require_embedded(parts[0], tokenizer, donor.config.vocab_size)
     if sampled:
         dtype = torch.float32 if device.type == "cpu" else donor.dtype
@@ -159,7 +164,28 @@ def draw(recipe: Recipe, donor: Donor, device: torch.device, on_progress: Listen
         model = donor.model(device, dtype)
         ids = sampled_rows(model, tokenizer, sampled * texts, tokens, recipe.seed, on_progress)
         parts.append(ids.reshape(sampled, -1)[:, :length])
+        names += ["self"] * sampled
     ids = torch.cat(parts)
     if len(parts) > 1:
-        ids = ids[torch.randperm(rows, generator=torch.Generator().manual_seed(recipe.seed))]
-    return Rows(ids[:fit_rows], ids[fit_rows:])
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(recipe.seed))
+        ids, names = ids[order], [names[index] for index in order]
+    held_out = _spread(names, calibration.held_out)
+    fit = [index for index in range(rows) if index not in held_out]
+    return Rows(ids[fit], ids[held_out], tuple(names[index] for index in held_out))
+
+
+def _spread(names: Sequence[str], count: int) -> list[int]:
+    """`count` rows, ascending, as many of each name as of the others where there are enough; the last ones of each.
+
+    names: of the rows. The last row of a name is taken where there is no other.
+    """
+    left: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        left.setdefault(name, []).append(index)
+    taken: list[int] = []
+    while len(taken) < count:
+        several = [rows for rows in left.values() if len(rows) > 1] or [
+            rows for rows in left.values() if rows
+        ]
+        taken += [rows.pop() for rows in several[: count - len(taken)]]
+    return sorted(taken)

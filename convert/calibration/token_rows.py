@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ CHARACTERS_A_TOKEN = 4  # typical ratio; sets the length of a window of text
 SAMPLED_ROWS, SAMPLED_TOKENS = 32, 16384
 
 
-def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, seed: int) -> Tensor:
-    """Token ids (rows, length), drawn evenly from all files and datasets and shuffled with `seed`.
+def text_rows(
+    sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, seed: int
+) -> tuple[Tensor, list[str]]:
+    """Token ids (rows, length), drawn evenly from all files and datasets and shuffled with `seed`, and the file or
+    dataset of each row.
 
     Every row starts with the beginning-of-text token if the tokenizer adds one.
 
@@ -30,27 +34,33 @@ def text_rows(sources: tuple[str, ...], tokenizer: Any, rows: int, length: int, 
         TextError: a text is missing or unreadable.
     """
     chat = documents.chat_format(tokenizer)
-    texts = [file for source in sources for file in documents.read(source, chat=chat)]
+    texts = [
+        (str(name), text)
+        for source in sources
+        for name, text in zip(
+            documents.files(source) or [Path(source)], documents.read(source, chat=chat), strict=True
+        )
+    ]
     prefix = start_of_text(tokenizer)
     streams = [
-        _token_rows("\n\n".join(text), tokenizer, prefix, length, random.Random(f"{seed} {number}"))
-        for number, text in enumerate(texts)
+        (name, _token_rows("\n\n".join(text), tokenizer, prefix, length, random.Random(f"{seed} {number}")))
+        for number, (name, text) in enumerate(texts)
     ]
-    drawn: list[list[int]] = []
+    drawn: list[tuple[str, list[int]]] = []
     while streams and len(drawn) < rows:
         for stream in list(streams):
-            row = next(stream, None)
+            row = next(stream[1], None)
             if row is None:
                 streams.remove(stream)
             elif len(drawn) < rows:
-                drawn.append(row)
+                drawn.append((stream[0], row))
     if len(drawn) < rows:
         raise CalibrationError(
             f"the calibration text has {len(drawn) * length} tokens in rows of {length}, and {rows * length} are "
             "needed (held-out rows included); add text, or ask for fewer with --calibration-tokens"
         )
     random.Random(seed).shuffle(drawn)
-    return torch.tensor(drawn)
+    return torch.tensor([row for _, row in drawn]), [name for name, _ in drawn]
 
 
 def sampled_rows(

@@ -94,10 +94,11 @@ def needs_remote_code(model_class: Any) -> bool:
 
 def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[str, Any]) -> None:
     """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer; where the budget was
-    searched, the tolerance that it was searched for."""
+    searched, the tolerance that it was searched for; where it counts for one length of text, that length."""
     save_recipe(recipe, folder / RECIPE)
-    searched = {"tolerance": report["tolerance"]["asked"]} if report.get("tolerance") else {}
-    record(folder, donor, recipe=report["recipe"], **searched, layers=report["layers"])
+    more = {"tolerance": report["tolerance"]["asked"]} if report.get("tolerance") else {}
+    more |= {"cache_context": report["cache_context"]} if "cache_context" in report else {}
+    record(folder, donor, recipe=report["recipe"], **more, layers=report["layers"])
 
 
 def record(folder: Path, donor: Donor, **facts: Any) -> None:
@@ -142,6 +143,12 @@ def recorded_donor(folder: Path) -> dict[str, Any]:
             f"{folder / PROVENANCE}: donor is to be an object with texts as {', '.join(names)}"
         )
     return donor
+
+
+def recorded_context(folder: Path) -> int | None:
+    """Tokens for which the cache of the folder's model was planned; None where it was for any number."""
+    context = read_record(folder).get("cache_context")
+    return context if isinstance(context, int) and context > 0 else None
 
 
 def require_recorded_files(folder: Path) -> None:

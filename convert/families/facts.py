@@ -42,6 +42,7 @@ class Family:
 
 
 BIASES: Any = {"input_bias": "attention_bias", "output_bias": "attention_bias"}
+LONGEST_CONTEXT = 32768  # tokens for which a cache is counted unless more are asked for
 PAIRS = "its RoPE turns neighbouring elements of a head together, and conversions rewrite a RoPE of halves"
 NO_ROPE = "some of its layers have no RoPE, and a converted attention has one in every layer"
 SINKS = "its softmax has learned sinks (self_attn.sinks), which a converted attention does not have"
@@ -165,6 +166,11 @@ def layer_window(config: Any, index: int) -> int | None:
     if kinds is not None and kinds[index] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None) or None
+
+
+def counted_context(config: Any) -> int:
+    """Tokens for which a cache behind windows is counted unless asked otherwise: what the model reads, or 32768."""
+    return min(getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT, LONGEST_CONTEXT)
 
 
 def cached_part(config: Any, index: int, context: int | None) -> float:

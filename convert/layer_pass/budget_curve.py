@@ -178,6 +178,7 @@ def trace(context: ConversionContext, recipes: Sequence[Recipe]) -> dict[str, An
         "perplexity": results[0]["perplexity"]["donor"],
         "kv_elements_per_token": elements,
         "kv_bytes_per_token": elements * context.dtype.itemsize,
+        "cache_context": methods[0].cache_context,
         "fit_steps": layer_steps.layer_fit_steps(context.recipe, methods[0], rows.fit.shape[1]),
         "measured_tokens": rows.held_out.numel() - len(rows.held_out),  # the first of a row is not predicted
         "points": [_point(student, result) for student, result in zip(students, results, strict=True)],

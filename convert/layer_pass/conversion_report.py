@@ -15,6 +15,7 @@ from ..bare_process.reload import PROMPT, verify, write_probe
 from ..methods.registry import info, whole_elements
 from ..storage.dtype_cast import DTYPES
 from .context import ConversionContext
+from .loss_by_source import blocks, by_source, warnings
 
 PROBE_ROWS, PROBE_TOKENS = 2, 4096  # the most whose logits a reload is compared with; one row at least
 
@@ -67,7 +68,8 @@ def calibration_facts(context: ConversionContext) -> dict[str, Any]:
 def held_out_fidelity(
     context: ConversionContext, teacher: Tensor, students: Sequence[Tensor], probe: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Perplexity, KL and top-1 agreement of each student with the teacher on the held-out rows.
+    """Perplexity, KL and top-1 agreement of each student with the teacher on the held-out rows; by_source, and warnings
+    of it, where the rows are of several sources.
 
     Args:
         teacher, students: (M, L, D), hidden states behind the last layer.
@@ -75,19 +77,34 @@ def held_out_fidelity(
     """
     donor, held_out = context.donor, context.rows.held_out
     predictions = [context.measure() for _ in students]
+    parts: list[dict[str, list[Any]]] = [{} for _ in students]
+    sources = context.rows.sources or [""] * len(held_out)
     kept: list[Tensor] = []
     with torch.inference_mode():
         for index, row in enumerate(held_out):
             expected = donor.head(teacher[index].to(context.device)).cpu()[:-1]
             for number, (student, prediction) in enumerate(zip(students, predictions, strict=True)):
                 converted = donor.head(student[index].to(context.device), context.dtype).cpu()
-                prediction.add(expected, converted[:-1], row[1:])
+                for block in blocks(len(row) - 1):
+                    part = context.measure()
+                    part.add(expected[block], converted[:-1][block], row[1:][block])
+                    prediction.merge(part)
+                    parts[number].setdefault(sources[index], []).append(part)
                 if probe is not None and number == 0 and index < probe_rows(held_out.shape[1]):
                     kept.append(converted)
     if probe is not None:
         write_probe(probe, held_out[: len(kept)], torch.stack(kept))
     results = [prediction.result() for prediction in predictions]
-    return [{key: result[key] for key in ("perplexity", "kl", "top1_agreement")} for result in results]
+    return [
+        {key: result[key] for key in ("perplexity", "kl", "top1_agreement")} | _by_source(part)
+        for result, part in zip(results, parts, strict=True)
+    ]
+
+
+def _by_source(parts: dict[str, list[Any]]) -> dict[str, Any]:
+    """by_source and warnings, each where there is one."""
+    found = by_source(parts)
+    return {name: value for name, value in (("by_source", found), ("warnings", warnings(found))) if value}
 
 
 def probe_rows(length: int) -> int:

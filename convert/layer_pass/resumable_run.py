@@ -31,6 +31,7 @@ from .stored_sensitivities import StoredSensitivities, write_sensitivities
 # Files in the work folder:
 STATE = "state.json"  # what is finished
 ROWS = "rows.safetensors"  # the calibration rows
+SOURCES = "sources.json"  # where the held-out ones are from
 NEEDS = "needs.json"  # what a survey of the layers found
 SENSITIVITIES = "sensitivities.safetensors"  # the same, where it is tensors
 
@@ -120,9 +121,13 @@ class Workspace:
         path = self._work / ROWS
         if not path.is_file():
             rows = draw()
+            write_json(self._work / SOURCES, rows.sources)
             save_tensors({"fit": rows.fit, "held_out": rows.held_out}, path)
             return rows
-        return Rows(**load_file(path))
+        sources = self._work / SOURCES  # runs that an earlier version began have none
+        return Rows(
+            **load_file(path), sources=tuple(json.loads(sources.read_text()) if sources.is_file() else ())
+        )
 
     def needs(
         self, survey: Callable[[], list[LayerNeed] | list[LayerSensitivity]]
@@ -167,7 +172,7 @@ class Workspace:
     def start_over(self, search: dict[str, Any]) -> None:
         """Forget all layers; the calibration rows, the layers' needs and the state of the search are kept."""
         self._folder.state_file.unlink()  # first, as what it counts as finished is removed next
-        self._folder.empty(ROWS, NEEDS, SENSITIVITIES)
+        self._folder.empty(ROWS, SOURCES, NEEDS, SENSITIVITIES)
         self.layers, self.search = [], search
         self._streams = self._writer = None
 

@@ -60,11 +60,10 @@ class Calibration(Settings):
     held_out: Annotated[
         int,
         Option(
-            "Rows kept out of statistics and fit, on which fidelity is measured.",
+            "Rows kept out of statistics and fit, on which fidelity is measured: as many of each source.",
             "ROWS",
             ge=2,
             range_hint="rows measure nothing; use at least 2",
-            flag="",
         ),
     ] = 4
 

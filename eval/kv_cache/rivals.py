@@ -15,7 +15,7 @@ from mhconvert.progress import Listener, Progress
 from ...convert.calibration import calibration_rows
 from ...convert.open_model import OpenModel, open_model
 from ...convert.recipe.recipe import Recipe
-from ..cache_size import measure_cache
+from ..cache_size import elements_per_token
 from ..fidelity import Fidelity, text_rows
 from ..settings import OWN_CACHE
 from .serving import cached_forward, require
@@ -73,9 +73,13 @@ class Beside:
         rivals: list[dict[str, Any]] = []
         if self.dtypes:
             assert self.rows is not None
-            rivals = measure(self.opened, self.dtypes, self.rows, self.on_progress)
+            rivals = measure(
+                self.opened, self.dtypes, self.rows, self.on_progress, result.get("cache_context")
+            )
         measured_on = str(self.text) if self.text is not None else "held-out calibration text"
-        more = {"kv_share_of": SHARE_OF, "baselines": rivals, "measured_on": measured_on}
+        context = result.get("cache_context")
+        share_of = SHARE_OF + (f", at {context:,} tokens" if context else "")
+        more = {"kv_share_of": share_of, "baselines": rivals, "measured_on": measured_on}
         return result | {"points": points} | more
 
 
@@ -89,7 +93,11 @@ def _share(point: dict[str, Any], result: dict[str, Any], coded: bool) -> float:
 
 
 def measure(
-    opened: OpenModel, dtypes: Sequence[str], rows: Tensor, on_progress: Listener
+    opened: OpenModel,
+    dtypes: Sequence[str],
+    rows: Tensor,
+    on_progress: Listener,
+    context: int | None = None,
 ) -> list[dict[str, Any]]:
     """A point for the donor with a cache of each of `dtypes`, the most bytes first; the whole donor is in memory.
 
@@ -97,19 +105,29 @@ def measure(
         opened: the donor, computed in float32.
         dtypes: of caches.
         rows: token ids (rows, length).
+        context: tokens in the cache that is measured; None: whole groups of codes.
 
     Returns:
         Per point: name, kv_cache_dtype, kv_elements_per_token (bytes / 2) and kv_bytes_per_token, measured on the cache
-        object behind whole groups; kv_share (of the bytes of the donor's 16-bit elements); kl, perplexity {donor,
+        object; kv_share (of the bytes of the donor's 16-bit elements); kl, perplexity {donor,
         converted}, perplexity_ratio, top1_agreement, seconds.
     """
     model = opened.model()
-    elements = measure_cache(model).elements_per_token
-    points = [_point(model, dtype, rows, elements, on_progress) for dtype in dtypes]
+    lengths = [context] if context else []
+    [elements] = elements_per_token(model, lengths)
+    points = []
+    for dtype in dtypes:
+        [held] = elements_per_token(model, lengths, dtype)
+        size = {
+            "kv_elements_per_token": held,
+            "kv_bytes_per_token": held * ELEMENT_BYTES,
+            "kv_share": held / elements,
+        }
+        points.append(_point(model, dtype, rows, on_progress) | size)
     return sorted(points, key=lambda point: -point["kv_share"])
 
 
-def _point(model: Any, dtype: str, rows: Tensor, elements: float, on_progress: Listener) -> dict[str, Any]:
+def _point(model: Any, dtype: str, rows: Tensor, on_progress: Listener) -> dict[str, Any]:
     started, fidelity = time.perf_counter(), Fidelity()
     name, forward = f"donor {dtype}", cached_forward(model, dtype)
     on_progress(Progress("tasks", 0, len(rows), name))
@@ -122,13 +140,9 @@ def _point(model: Any, dtype: str, rows: Tensor, elements: float, on_progress: L
             on_progress(Progress("tasks", index + 1, len(rows), name))
     found = fidelity.result()
     perplexity = found["perplexity"]
-    held = measure_cache(model, dtype=dtype).elements_per_token
     return {
         "name": name,
         "kv_cache_dtype": dtype,
-        "kv_elements_per_token": held,
-        "kv_bytes_per_token": held * ELEMENT_BYTES,
-        "kv_share": held / elements,
         "kl": found["kl"],
         "perplexity": perplexity,
         "perplexity_ratio": perplexity["converted"] / perplexity["donor"],

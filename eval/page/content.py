@@ -11,7 +11,7 @@ from ..settings import OWN_CACHE
 from .blocks import Block, Cell, Code, Heading, Paragraph, Table
 from .figures import curves, layers
 from .task_table import tasks
-from .verdict import cache_shares, conversions, kind, ratio, title, verdict
+from .verdict import cache_length, cache_shares, cache_tokens, conversions, kind, ratio, title, verdict
 from .writing_table import writing
 
 Result = Mapping[str, Any]
@@ -51,7 +51,10 @@ def models(result: Result) -> list[Block]:
         groups.append((text["text"], 3))
     rows: list[list[str | Cell]] = []
     for index, (model, kept) in enumerate(zip(result["models"], cache_shares(result), strict=True)):
-        row: list[str | Cell] = [Cell(model["name"], kind(model)), share(kept)]
+        row: list[str | Cell] = [
+            Cell(model["name"], kind(model)),
+            Cell(share(kept), cache_length(result, index)),
+        ]
         for text in result.get("texts") or ():
             scores, donor = text["models"][index], text["models"][0]
             times = ratio(scores.get("perplexity"), donor.get("perplexity"))
@@ -142,7 +145,9 @@ def cost(result: Result, reports: Reports) -> list[Block]:
     used = [at for at in range(len(titles)) if at == 0 or any(row[at] for row in rows)]
     page: list[Block] = []
     if len(used) > 1:
-        page.append(Table([titles[at] for at in used], [[row[at] for at in used] for row in rows]))
+        tokens = cache_tokens(result)
+        caption = f"Caches that hold {tokens:,} tokens" if tokens else ""
+        page.append(Table([titles[at] for at in used], [[row[at] for at in used] for row in rows], caption))
     page += _speed(result, reports)
     return [Heading("Cache and speed"), *page] if page else []
 

@@ -11,7 +11,7 @@ from mhconvert import extras
 from ..report.units import number, share
 from . import plots
 from .blocks import Block, Figure, Heading, Paragraph, Table
-from .verdict import cache_shares, conversions, ratio
+from .verdict import cache_shares, cache_tokens, conversions, ratio
 
 AS_MADE = ("converted", "donor")  # and not trained since
 NO_PLOT = f"There is no plot because matplotlib is missing: {extras.install('matplotlib')}"
@@ -32,6 +32,8 @@ def curves(result: Mapping[str, Any]) -> list[Block]:
         ]
         if plots.available():
             caption = f"{text['text']}. Filled: as made; open: healed or adapted."
+            tokens = cache_tokens(result)
+            caption += f" Caches hold {tokens:,} tokens." if tokens else ""
             page.append(Figure(plots.budget(points, text["text"]), caption))
         ordered = sorted(points, key=lambda point: -point.kept)
         rows = [[point.name, share(point.kept), f"× {point.ratio:.3f}"] for point in ordered]

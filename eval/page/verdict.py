@@ -49,6 +49,26 @@ def cache_shares(result: Mapping[str, Any]) -> list[float | None]:
     return [size / sizes[0] if size is not None and sizes[0] else None for size in sizes]
 
 
+def cache_tokens(result: Mapping[str, Any]) -> int | None:
+    """Tokens in the caches of `cache_shares`; None where the shares are those of any number."""
+    by_length = ((result.get("cache") or [{}])[0]).get("by_length")
+    return int(list(by_length)[-1]) if by_length else None
+
+
+def cache_length(result: Mapping[str, Any], index: int) -> str:
+    """Where the share of one model's cache holds: "at 8,192 tokens (41 % at 1,024)"; "" where it does for any text.
+
+    The share of a shorter text is named where it is another one.
+    """
+    tokens = cache_tokens(result)
+    if tokens is None or not index:
+        return ""
+    own, donors = (result["cache"][at]["by_length"] for at in (index, 0))
+    at_context, *shorter = [(length, share(own[length] / donors[length])) for length in reversed(own)]
+    others = [f"{part} at {int(length):,}" for length, part in shorter if part != at_context[1]]
+    return f"at {tokens:,} tokens" + (f" ({', '.join(others)})" if others else "")
+
+
 def ratio(value: float | None, base: float | None) -> float | None:
     """value / base; None if either is unknown, the base is 0, or the quotient is not finite."""
     if value is None or not base or not math.isfinite(value / base):
@@ -73,7 +93,9 @@ def _model_summary(result: Mapping[str, Any], index: int, kept: float | None) ->
     clauses = []
     if kept is not None:
         clauses.append(
-            f"keeps {share(kept)} of the KV cache" if kept < SAME_CACHE else "has the whole KV cache"
+            f"keeps {share(kept)} of the KV cache {cache_length(result, index)}".rstrip()
+            if kept < SAME_CACHE
+            else "has the whole KV cache"
         )
     clauses += _perplexity(result, index)
     first = f"{name} {', and '.join(clauses)}." if clauses else f"{name}."

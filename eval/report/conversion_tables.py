@@ -32,7 +32,24 @@ def _cache_row(report: dict[str, Any]) -> tuple[str, str, str, str]:
         coded = any("kv_code_bytes" in layer for layer in report.get("layers") or ())
         if coded and report.get("dtype") == "float32":
             part += f" float32, {share(2 * converted / donor)} of 16 bits"
-    return "KV cache a token", size(donor), size(converted), part + ", measured"
+    context = report.get("cache_context")
+    where = f" at {context:,} tokens" if context else ""
+    return "KV cache a token", size(donor), size(converted), f"{part}, measured{where}"
+
+
+def _source_row(one: dict[str, Any]) -> tuple[str, str, str, str]:
+    """What is lost on the held-out rows of one source of calibration text."""
+    times, kl = (
+        f"{one[name]:.{digits}f}"
+        + (f" ± {error:.1g}" if (error := one[f"{name}_stderr"]) is not None else "")
+        for name, digits in (("perplexity_ratio", 3), ("kl", 4))
+    )
+    return (
+        f"on {Path(one['source']).name}",
+        "",
+        f"× {times}",
+        f"KL {kl}{', much more' if one['much'] else ''}",
+    )
 
 
 def windows_text(windows: dict[str, Any]) -> list[tuple[str, str]]:
@@ -61,6 +78,7 @@ def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         table.append(("KL from the donor", "0", number(report["kl"]), "nats a token"))
     if report.get("top1_agreement") is not None:
         table.append(("top-1 agreement", "100 %", share(report["top1_agreement"]), ""))
+    table += [_source_row(one) for one in report.get("by_source") or ()]
     tolerance = report.get("tolerance") or {}
     if tolerance:
         measure, limit = tolerance["asked"].split("=")
@@ -171,6 +189,8 @@ def show(report: dict[str, Any], console: Any) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    for text in report.get("warnings") or ():
+        console.print(f"warning: {text}", highlight=False, markup=False)
     if healed:
         console.print(healing_line(report), highlight=False)
     sample = report.get("sample") or {}

@@ -91,10 +91,17 @@ def _reduction(report: dict[str, Any]) -> list[str]:
     if converted == donor:
         return ["", f"Its KV cache is as large as the base model's: {size(donor)} a token."]
     part = f"{share(converted / donor)} of the base model's {size(donor)}"
-    return [
-        "",
-        f"Its KV cache holds {size(converted)} a token, {part}, measured on the cache after generating.",
+    if not (context := report.get("cache_context")):
+        return [
+            "",
+            f"Its KV cache holds {size(converted)} a token, {part}, measured on the cache after generating.",
+        ]
+    shares = (report.get("windows") or {}).get("shares") or {}
+    shorter = [
+        f" ({share(part)} at {int(tokens):,})" for tokens, part in shares.items() if int(tokens) < context
     ]
+    part += f" where both hold {context:,} tokens{''.join(shorter[:1])}"
+    return ["", f"Its KV cache holds {size(converted)} a token, {part}, measured on the cache filled so far."]
 
 
 def _healing_results(report: dict[str, Any]) -> list[str]:
@@ -134,6 +141,7 @@ def _conversion_results(report: dict[str, Any]) -> list[str]:
     """The section with the results of a converted checkpoint."""
     lines = ["## Measured", "", "| | base model | this model | |", "|---|---:|---:|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in conversion_rows(report)]
+    lines += [line for text in report.get("warnings") or () for line in ("", f"Beware: {inline(text)}.")]
     heads = [(layer["k_heads"], layer["v_heads"]) for layer in report.get("layers", []) if "k_heads" in layer]
     if heads:
         lines += ["", f"K + V heads by layer: {', '.join(f'{k} + {v}' for k, v in heads)}."]

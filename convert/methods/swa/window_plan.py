@@ -8,10 +8,10 @@ from typing import Any
 
 from mhconvert.errors import BudgetError
 
+from ...families.facts import LONGEST_CONTEXT, counted_context
 from .settings import LEAST_WINDOW, SWASettings, require_shorter
 from .targets import own_windows
 
-LONGEST_CONTEXT = 32768  # tokens: the default is not more
 # A window of 1024 tokens is measured on rows of 4096, which a survey can read of any donor; half the layers of a donor
 # that reads 8192 then leave 56 % of its cache, and of one that reads 32768, 52 %.
 DEFAULT_WINDOW, CONTEXT_PART = 1024, 8
@@ -99,8 +99,8 @@ def every_layer_windowed(config: Any, window: int | None, context: int | None) -
     window, context: what the user asked for; None: the defaults.
     """
     own = own_windows(config)
+    context = context or counted_context(config)
     reads = getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
-    context = context or min(reads, LONGEST_CONTEXT)
     if context > reads:
         raise BudgetError(f"context={context} is more than the {reads} tokens that the donor reads")
     if all(own):

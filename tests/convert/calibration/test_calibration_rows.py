@@ -42,9 +42,9 @@ def test_what_a_donor_cannot_read(calibration: Calibration, limit: int, message:
 def test_sampled_text_beside_files_is_as_many_rows_as_of_one_source(
     sources: tuple[str, ...], sampled: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def text(read: tuple[str, ...], _: object, rows: int, length: int, __: int) -> Tensor:
+    def text(read: tuple[str, ...], _: object, rows: int, length: int, __: int) -> tuple[Tensor, list[str]]:
         assert "self" not in read
-        return torch.zeros(rows, length, dtype=torch.long)
+        return torch.zeros(rows, length, dtype=torch.long), [read[row % len(read)] for row in range(rows)]
 
     def sample(_: object, __: object, rows: int, length: int, *___: object) -> Tensor:
         return torch.ones(rows, length, dtype=torch.long)
@@ -61,6 +61,22 @@ def test_sampled_text_beside_files_is_as_many_rows_as_of_one_source(
     recipe = Recipe("x", "mla", calibration=calibration)
     rows = calibration_rows.draw(recipe, donor, torch.device("cpu"), lambda _: None)
     assert (len(rows.fit), len(rows.held_out)) == (40, 2)
+    assert len(set(rows.sources)) == min(len(sources), 2)
+    assert [source == "self" for source in rows.sources] == rows.held_out.bool().all(1).tolist()
     kinds = torch.cat((rows.fit, rows.held_out)).float().mean(1)
     assert int(kinds.sum()) == sampled
     assert len(kinds[:20].unique()) == len(kinds.unique())  # in no order
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "taken"),
+    [
+        ("aaaaaa", 2, [4, 5]),
+        ("abababab", 4, [4, 5, 6, 7]),
+        ("aaaaaab", 3, [3, 4, 5]),  # the only row of b is calibrated on
+        ("aaaabb", 3, [2, 3, 5]),
+        ("abcd", 2, [0, 1]),
+    ],
+)
+def test_held_out_rows_are_spread_over_sources(names: str, count: int, taken: list[int]) -> None:
+    assert calibration_rows._spread(names, count) == taken

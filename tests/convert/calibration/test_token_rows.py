@@ -46,7 +46,7 @@ def written(path: Path, first: int, count: int) -> str:
 
 
 def drawn(*sources: str, rows: int = 4, seed: int = 0, tokenizer: Any = None) -> Tensor:
-    return text_rows(sources, tokenizer or Characters(), rows, LENGTH, seed)
+    return text_rows(sources, tokenizer or Characters(), rows, LENGTH, seed)[0]
 
 
 def test_rows_are_shared_evenly_among_unequal_files(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 import mhconvert
 from mhconvert.convert.calibration import calibration_rows
 from mhconvert.convert.methods.mla_swa.settings import MLASWASettings
+from mhconvert.convert.open_model import open_model
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import BudgetError, CalibrationError
+from mhconvert.eval.cache_size import elements_per_token, lengths
 from tests.convert.test_pipeline import hashes, stop_after
 from tests.donors import make_config, make_donor
 
@@ -61,6 +63,9 @@ def test_the_cache_beyond_the_window_has_the_planned_bytes(
     assert cache["tokens"] == CONTEXT
     assert cache["bytes"] == used
     assert report["kv_bytes_per_token"]["converted"] == pytest.approx(used / CONTEXT)
+    opened = open_model(str(tmp_path / "out"), device="cpu")
+    assert lengths([opened]) == [CONTEXT // 8, CONTEXT]
+    assert elements_per_token(opened.model(), [CONTEXT]) == [used / 2 / CONTEXT]
     assert report["windows"]["shares"][str(CONTEXT)] == pytest.approx(used / (DONOR_BYTES * CONTEXT))
     inspected = mhconvert.inspect(str(tmp_path / "out"))
     held = sum(one["kv_code_bytes"] * tokens(one, 8192) for one in report["layers"])
