@@ -123,15 +123,13 @@ def filled_cache(model: Any, tokens: int, element_bytes: int = 2) -> tuple[str, 
     heads = config.num_key_value_heads or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache, size, elements = DynamicCache(config=config), 0, 0.0
-    coded = getattr(config, "kv_windows", None)
-    if coded:
-        sys.modules[type(model).__module__].place_windows(cache, coded, False)
+    if windows := getattr(config, "kv_windows", None):
+        sys.modules[type(model).__module__].place_windows(cache, windows, False)
     for index in range(config.num_hidden_layers):
         for count in (tokens - 1, 1):
             keys, values = (torch.zeros(1, heads, count, width, dtype=torch.bfloat16) for _ in "kv")
-            if coded:
-                row = model.get_decoder().layers[index].self_attn.code.bytes
-                keys = torch.zeros(1, 1, count, row, dtype=torch.uint8)
+            if code := getattr(model.get_decoder().layers[index].self_attn, "code", None):
+                keys = torch.zeros(1, 1, count, code.bytes, dtype=torch.uint8)
                 values = keys[..., :0]
             cache.update(keys, values, index)
         layer: Any = cache.layers[index]
