@@ -1,4 +1,4 @@
-"""Layers that see only a window of recent tokens, in stock transformers classes or with the first tokens in one of ours.
+"""Layers that see only a window of recent tokens, in stock transformers classes, or with the first tokens in ours.
 
 Open `targets.py` first: which class holds which donor. `surgery.py` has the mathematics of the sinks, `modeling_swa.py`
 what is shipped where the first tokens stay.

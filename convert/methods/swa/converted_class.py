@@ -1,4 +1,4 @@
-"""The class of ours that holds a donor some of whose layers see a window and the first tokens, with its configuration."""
+"""The class and the configuration of a donor some of whose layers see a window and the first tokens."""
 
 from __future__ import annotations
 

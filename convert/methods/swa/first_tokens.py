@@ -55,7 +55,9 @@ class WindowRows(DynamicLayer):
         at = first_slots(starts) - self.seen
         inside = ((at >= 0) & (at < length))[:, None, :, None]
         whole = [
-            torch.cat((torch.where(inside, at_slots(x, at), held[:, :, :FIRST]), held[:, :, FIRST:], x), dim=2)
+            torch.cat(
+                (torch.where(inside, at_slots(x, at), held[:, :, :FIRST]), held[:, :, FIRST:], x), dim=2
+            )
             for x, held in zip(new, (self.keys, self.values), strict=True)
         ]
         self.seen += length

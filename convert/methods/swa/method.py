@@ -127,7 +127,9 @@ class SWA(Method):
                 rows = max(1, SINK_TOKENS // inputs.shape[1])
                 sinks = fitted_sinks(module, inputs[:rows], targets[:rows], position_embeddings)
             with_sinks(module, sinks)
-        module.cache_elements = self.facts.kv_elements * self.plan.held(self.windows)[index] / self.plan.context
+        module.cache_elements = (
+            self.facts.kv_elements * self.plan.held(self.windows)[index] / self.plan.context
+        )
         return module.eval().requires_grad_(False), {"window": window}
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from transformers import MODEL_MAPPING
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import configuration_swa
+from .configuration_swa import WindowFields
 from .first_tokens import (
     WindowRows,
     attend,
@@ -38,7 +39,12 @@ class WindowedAttention:
     layer_idx: int
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """As the donor's. attention_mask: of the whole text, as the model makes it."""
         if past_key_values is not None:
@@ -91,7 +97,7 @@ def _windowed_class(donor: type) -> type:
 class WindowedLayers:
     """Mixed into the donor's decoder stack and into its causal language model."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: WindowFields):
         super().__init__(config)  # type: ignore[call-arg]
         layers: Any = self.get_decoder().layers  # type: ignore[attr-defined]
         for layer, window in zip(layers, config.kv_windows or [None] * len(layers), strict=True):

@@ -107,7 +107,7 @@ def target_for(config: Any, sinks: str | None, windowless: bool = False) -> Targ
     """The class for a donor.
 
     Args:
-        sinks: "learnt", "first", "none", or None: the first of learnt, none and first that a class holds the donor with.
+        sinks: "learnt", "first", "none", or None: of learnt, none and first the foremost that a class holds it with.
         windowless: whether no layer is windowed, so that there is nothing for sinks to mend.
 
     Raises:

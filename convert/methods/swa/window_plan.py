@@ -79,7 +79,9 @@ class WindowPlan:
         """Tokens of a text of `length` that each layer caches; None: of the context."""
         length = length or self.context
         return [
-            held_tokens(window, length) if self.keeps_first and window and not own else min(length, window or length)
+            held_tokens(window, length)
+            if self.keeps_first and window and not own
+            else min(length, window or length)
             for window, own in zip(windows, self.own, strict=True)
         ]
 
@@ -128,7 +130,7 @@ def every_layer_windowed(
         raise BudgetError(
             f"every layer has a window of its own, of {own[0]} tokens: there is nothing to window"
         )
-    window = _window(window, own, context)
+    window = _window(window, own, context, one_width=not keeps_first)
     if window >= context and window in own:
         raise BudgetError(
             f"context={context} is not longer than the window of {window} that layer {own.index(window)} of the donor "
@@ -157,17 +159,18 @@ def window_plan(config: Any, settings: SWASettings, keeps_first: bool = False) -
     return replace(most, full=min(full, len(most.free)))
 
 
-def _window(asked: int | None, own: Windows, context: int) -> int:
+def _window(asked: int | None, own: Windows, context: int, one_width: bool) -> int:
+    """The window of a layer that becomes windowed. one_width: whether it has to be that of the donor's own windows."""
     known = {window for window in own if window}
     if not known:
         return asked or max(LEAST_WINDOW, min(DEFAULT_WINDOW, context // CONTEXT_PART))
     [width] = known
-    if asked not in (None, width):
+    if one_width and asked not in (None, width):
         raise BudgetError(
             f"window={asked}: layer {own.index(width)} has a window of {width} already, which is kept, and "
             f"a class has one width for all; leave out --window, or choose {width}"
         )
-    return width
+    return asked or width
 
 
 def with_full_layers(plan: WindowPlan, layers: Sequence[int]) -> WindowPlan:
