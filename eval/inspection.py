@@ -87,7 +87,7 @@ def cache_elements(config: Any) -> list[float]:
 
 
 def cached_tokens(config: Any, length: int) -> list[int]:
-    """(layers,), the tokens of a text of `length` that each layer's cache holds; windows are those of our classes alone."""
+    """(layers,), the tokens of a text of `length` that each layer's cache holds, by the windows of our own classes."""
     text = config.get_text_config()
     windows = getattr(text, "kv_windows", None) or [None] * text.num_hidden_layers
     return [held_tokens(window, length) for window in windows]
