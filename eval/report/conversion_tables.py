@@ -40,8 +40,9 @@ def windows_text(windows: dict[str, Any]) -> list[tuple[str, str]]:
     shares = ", ".join(f"{int(length):,}: {share(part)}" for length, part in windows["shares"].items())
     kinds = {"learnt": "with sinks", "first": "with the first tokens", "none": "without sinks"}
     sinks = kinds[windows["sinks"]]
+    beside = " and the first ones" if windows["sinks"] == "first" else ""
     return [
-        ("full layers", f"{windows['full_layers']}; the others see {windows['window']:,} tokens"),
+        ("full layers", f"{windows['full_layers']}; the others see {windows['window']:,} tokens{beside}"),
         ("share of the cache by length", shares),
         ("class", f"{windows['class']}, {sinks}"),
     ]
