@@ -169,7 +169,7 @@ def test_what_no_class_holds_is_refused_by_name(family: str, changes: dict[str, 
             UnsupportedError, match=f"sinks={sinks} needs a stock class: .*{reason}.*--sinks first"
         ):
             SWA(donor.config, SWASettings(sinks=sinks), "quick")
-    assert SWA(donor.config, SWASettings(), "quick").target.keeps_first
+    assert target_for(donor.config, None).keeps_first
 
 
 def test_sinks_that_no_class_holds_are_refused_by_name() -> None:
