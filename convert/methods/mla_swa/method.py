@@ -32,7 +32,7 @@ class WindowedCodedMLA(CodedMLA):
         if settings.full_layers is not None:
             plan = with_full_layers(plan, settings.full_layers)
         self.plan = plan
-        self.cache_context, self.least_row = plan.context, plan.least_row
+        self.cache_context, self.least_row = plan.context, plan.window + 1
         self.held = held_tokens(plan.window, plan.context)  # of a windowed layer
         self.windows: Windows = [None] * config.num_hidden_layers
         if plan.fixed is None:

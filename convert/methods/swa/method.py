@@ -42,7 +42,7 @@ class SWA(Method):
         self.closed_form = self.target.keeps_first  # of which the donor's own weights are a part
         self.learns_sinks = self.target.sinks and settings.sinks != "none"
         self.windows: Windows = self.plan.windows(self.plan.spread())
-        self.least_row = 0 if windowless else self.plan.least_row
+        self.least_row = 0 if windowless else self.plan.window + 1
         self.cache_context = self.plan.context
         self.shared_out = False
 

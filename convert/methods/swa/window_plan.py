@@ -41,11 +41,6 @@ class WindowPlan:
     keeps_first: bool = False
 
     @property
-    def least_row(self) -> int:
-        """Tokens of a text of which a windowed layer drops one."""
-        return self.window + 1 + self.keeps_first * FIRST
-
-    @property
     def free(self) -> list[int]:
         """The layers that may become windowed."""
         return [index for index, window in enumerate(self.own) if window is None]

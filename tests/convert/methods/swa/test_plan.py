@@ -101,7 +101,6 @@ def test_windows_of_the_donor_are_kept() -> None:
 def test_a_row_needs_more_than_the_window_only_where_a_layer_is_windowed() -> None:
     rows = [SWA(config(), SWASettings(budget), "quick").least_row for budget in (0.5, 1.0)]
     assert rows == [DEFAULT_WINDOW + 1, 0]
-    assert SWA(config(), SWASettings(sinks="first"), "quick").least_row == DEFAULT_WINDOW + FIRST + 1
 
 
 @pytest.mark.parametrize(
