@@ -16,8 +16,8 @@ from ..convert.families import facts as family_facts
 from ..convert.layer_pass import cost_estimate
 from ..convert.methods import refusals
 from ..convert.methods.mla.latent_code import row_bytes
-from ..convert.methods.mla_swa.window_bits import held_tokens
 from ..convert.methods.registry import ADAPTERS, METHODS, build_method
+from ..convert.methods.swa.window_plan import held_tokens
 from ..convert.open_model import read_config
 from ..convert.recipe.recipe import Recipe
 
@@ -87,7 +87,7 @@ def cache_elements(config: Any) -> list[float]:
 
 
 def cached_tokens(config: Any, length: int) -> list[int]:
-    """(layers,), the tokens of a text of `length` that each layer's cache holds; windows are those of coded latents."""
+    """(layers,), the tokens of a text of `length` that each layer's cache holds, by the windows of our own classes."""
     text = config.get_text_config()
     windows = getattr(text, "kv_windows", None) or [None] * text.num_hidden_layers
     return [held_tokens(window, length) for window in windows]
@@ -112,8 +112,6 @@ def attention(config: Any) -> dict[str, Any]:
         facts["kind"], facts["head_dim"] = "coded latents (MLA)", head_dim(text)
         facts["num_key_value_heads"] = _kv_heads(text)
         facts["kv_lora_rank"] = _one_or_all([sum(counts) for counts in text.kv_code_counts])
-        if text.kv_windows is not None:
-            facts["kv_windows"] = [window or "full" for window in text.kv_windows]
         facts["kv_code_bytes"] = _one_or_all([row_bytes(counts) for counts in text.kv_code_counts])
     elif hasattr(text, "shared_heads"):
         layers = range(text.num_hidden_layers)
@@ -131,6 +129,8 @@ def attention(config: Any) -> dict[str, Any]:
         heads, groups = text.num_attention_heads, _kv_heads(text)
         facts["kind"] = "multi-head" if heads == groups else "multi-query" if groups == 1 else "grouped-query"
         facts["num_key_value_heads"], facts["head_dim"] = groups, head_dim(text)
+    if getattr(text, "kv_windows", None) is not None:
+        facts["kv_windows"] = [window or "full" for window in text.kv_windows]
     rope = family_facts.rope_settings(text)[0]
     facts["rope_type"], facts["rope_theta"] = rope.get("rope_type", "default"), rope.get("rope_theta")
     facts["max_position_embeddings"] = getattr(text, "max_position_embeddings", None)

@@ -17,9 +17,9 @@ exact: at full rank (mla with kv_bits 16), or with all heads, the converted mode
 tests/convert/methods); below it every family is approximate. mla, exact + n: the cache also holds n numbers 1/RMS of
 a token's keys (G: one a KV head), which count against the budget, so that a budget of 1 is a little short of full
 rank. RoPE types default, linear, llama3 and yarn are carried over; dynamic and longrope are refused in every family.
-swa: exact where no layer is windowed (swa/test_targets.py there); it is refused where no stock class of transformers
-has a type for each layer of the family. mla+swa: as mla with codes, near its donor at 8 bits where no layer is windowed
-(mla/test_coded_modeling.py and mla/test_coded_window.py).
+swa: exact where no layer is windowed, in a stock class of transformers where one has a type for each layer of the
+family (swa/test_targets.py there), else with --sinks first (swa/test_first_tokens.py). mla+swa: as mla with codes, near
+its donor at 8 bits where no layer is windowed (mla/test_coded_modeling.py and mla/test_coded_window.py).
 hydra: a new adapter changes nothing, and one that is merged computes what it computed beside its base; its targets
 are linear modules, which experts are not. Families that only hydra takes open, are measured and merge with adapters."""
 

@@ -9,7 +9,6 @@ from mhconvert.errors import UnsupportedError
 
 from ..families.facts import Family, attention_facts, family_of, layer_window, rope_settings, rotary_share
 from . import registry
-from .swa.targets import unheld
 
 # Types that scale each frequency by a constant; "dynamic" and "longrope" change with the length of the text.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -146,5 +145,4 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     "attention_kind": _attention_kind,
     "window": _window,
     "rope": _rope,
-    "window_class": unheld,
 }

@@ -55,9 +55,11 @@ def _source_row(one: dict[str, Any]) -> tuple[str, str, str, str]:
 def windows_text(windows: dict[str, Any]) -> list[tuple[str, str]]:
     """(quantity, value) of a plan's `windows`: what is full, in which class, and the share of the cache by length."""
     shares = ", ".join(f"{int(length):,}: {share(part)}" for length, part in windows["shares"].items())
-    sinks = "with sinks" if windows["sinks"] else "without sinks"
+    kinds = {"learnt": "with sinks", "first": "with the first tokens", "none": "without sinks"}
+    sinks = kinds[windows["sinks"]]
+    beside = " and the first ones" if windows["sinks"] == "first" else ""
     return [
-        ("full layers", f"{windows['full_layers']}; the others see {windows['window']:,} tokens"),
+        ("full layers", f"{windows['full_layers']}; the others see {windows['window']:,} tokens{beside}"),
         ("share of the cache by length", shares),
         ("class", f"{windows['class']}, {sinks}"),
     ]

@@ -27,8 +27,9 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from . import configuration_coded_mla
 from .configuration_coded_mla import CodedLatentFields
+from .first_tokens import place_windows
 from .latent_code import LatentCode
-from .modeling_coded_window import attend_in_window, place_windows
+from .modeling_coded_window import attend_in_window
 from .modeling_mla import LatentAttention, LatentAttentionForCausalLM, LatentAttentionModel
 from .slot_embeddings import SlotEmbeddings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from ..mla.bit_allocation import allocate, most_bytes
 from ..mla.code_basis import LayerBases
 from ..mla.coded_method import BUDGET_BYTES, CodedMLA
 from ..refusals import require
-from ..swa.window_plan import Windows, cached_tokens, every_layer_windowed, with_full_layers
+from ..swa.modeling_swa import in_window
+from ..swa.window_plan import Windows, every_layer_windowed, held_tokens, with_full_layers
 from .settings import MLASWASettings
-from .survey_layer import windowed_donor
-from .window_bits import choose, held_tokens
+from .window_bits import choose
 
 
 class WindowedCodedMLA(CodedMLA):
@@ -27,7 +28,7 @@ class WindowedCodedMLA(CodedMLA):
         """Raises UnsupportedError or BudgetError before any weight is read."""
         require(config, "mla+swa")
         super().__init__(config, settings, effort)
-        plan = every_layer_windowed(config, settings.window, settings.context)
+        plan = every_layer_windowed(config, settings.window, settings.context, keeps_first=True)
         if settings.full_layers is not None:
             plan = with_full_layers(plan, settings.full_layers)
         self.plan = plan
@@ -40,7 +41,7 @@ class WindowedCodedMLA(CodedMLA):
             self._set_windows(
                 [index in set(plan.free) - set(plan.fixed) for index in range(len(self.windows))]
             )
-        self.donor_bytes = self.elements * BUDGET_BYTES * cached_tokens(plan.own, plan.context)
+        self.donor_bytes = self.elements * BUDGET_BYTES * plan.donor_tokens()
         most = most_bytes(config.num_hidden_layers, self.elements, max(self.widths)) * plan.context
         self.total = min(int(settings.kv_budget * self.donor_bytes), most)
         self._require_total()
@@ -56,11 +57,8 @@ class WindowedCodedMLA(CodedMLA):
 
     def cached(self, length: int | None = None) -> list[int]:
         """Tokens that each layer holds of a text of `length`; None: of the context."""
-        length = length or self.plan.context
-        return [
-            held_tokens(window, length) if window else min(length, own or length)
-            for window, own in zip(self.windows, self.plan.own, strict=True)
-        ]
+        windows = [window or own for window, own in zip(self.windows, self.plan.own, strict=True)]
+        return self.plan.held(windows, length)
 
     def share_out(self, sensitivities: Sequence[LayerSensitivity]) -> None:
         """Choose the layers with windows and the bits of every component, by one price of a byte."""
@@ -90,7 +88,7 @@ class WindowedCodedMLA(CodedMLA):
         if not self.bits:
             return {}
         facts = self.plan.facts(self.windows, self._share)
-        return {"windows": facts | {"class": self.config.model_type, "sinks": True}}
+        return {"windows": facts | {"class": self.config.model_type, "sinks": "first"}}
 
     def observe(self, attention: Any, inputs: Tensor, rotary: Any) -> Any:
         """The projections of a donor's attention; itself in a survey of windows."""
@@ -107,7 +105,7 @@ class WindowedCodedMLA(CodedMLA):
         """The coded attention of layer `index`, float32; in a survey the donor's with a window, nothing coded."""
         if self.effort == "survey":
             own = self.plan.own[index]
-            return windowed_donor(statistics, own or self.plan.window) if not own else statistics, {}
+            return statistics if own else in_window(copy.deepcopy(statistics), self.plan.window), {}
         module: Any
         module, chosen = super().convert(statistics, index, inputs, targets, position_embeddings)
         module.cache_bytes = self.layer_bytes()[index] * self.cached()[index] / self.plan.context
@@ -124,7 +122,7 @@ class WindowedCodedMLA(CodedMLA):
 
     def _share(self, length: int) -> float:
         used = sum(b * t for b, t in zip(self.layer_bytes(), self.cached(length), strict=True))
-        return used / (self.elements * BUDGET_BYTES * cached_tokens(self.plan.own, length))
+        return used / (self.elements * BUDGET_BYTES * self.plan.donor_tokens(length))
 
     def _require_budget(self, whole: int) -> None:
         """The budget is that of a length of text: see `_require_total`."""

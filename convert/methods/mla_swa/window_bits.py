@@ -18,15 +18,9 @@ import torch
 from torch import Tensor
 
 from ..mla.bit_allocation import ANY, allocate, at_level, expected_divergence, most_bytes
-from ..mla.modeling_coded_window import FIRST
 
 PRICES = 96  # tried, between one that buys all bits and one that buys none
 GAIN_BITS = 8  # of a token's row beside its components'
-
-
-def held_tokens(window: int | None, length: int) -> int:
-    """Tokens that a layer of coded latents holds of a text of `length`: the first ones beside the window's."""
-    return length if window is None else FIRST + min(length, window - 1)
 
 
 @dataclass(frozen=True)

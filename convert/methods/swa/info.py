@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..method_info import ATTENTION_CHECKS, MethodInfo
+from ..method_info import MethodInfo
 
 
 def telling_row(config: Any, settings: Any) -> int:
@@ -19,11 +19,11 @@ INFO = MethodInfo(
     help="some layers see a window of recent tokens",
     kind="layers",
     tag="sliding-window-attention",
-    checks=(*ATTENTION_CHECKS, "window_class"),
     shrinks_cache=True,
     row_tokens=4096,
     telling_row=telling_row,
     sizes=(("tokens that a layer caches at the context", "cached_tokens"),),
     totals=("windows",),
-    no_forms="is a stock class of transformers already: the folder is what engines load",
+    no_forms="has no other form: with sinks learnt or none its folder is what engines load, and no engine keeps the "
+    "first tokens of --sinks first",
 )

@@ -14,10 +14,12 @@ from ...families.facts import attention_facts
 from ..budget_division import LayerNeed
 from ..refusals import require
 from ..registry import Method, whole_elements
+from .converted_class import converted_class, first_tokens_config
 from .layer import fitted_sinks, windowed_attention, with_sinks
+from .modeling_swa import in_window
 from .settings import SWASettings
 from .targets import NO_SINK, target_for, windowed_config
-from .window_plan import Windows, cached_tokens, window_plan
+from .window_plan import Windows, window_plan
 
 LAYER_TOKENS = 32768  # that a layer is fitted on: a few hundred steps read no more
 SINK_TOKENS = 8192  # that the closed form of its sinks reads: a number for each head
@@ -33,9 +35,11 @@ class SWA(Method):
         require(config, "swa")
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts = attention_facts(config)
-        self.plan = window_plan(config, settings)
+        self.target = target_for(config, settings.sinks)
+        self.plan = window_plan(config, settings, self.target.keeps_first)
         windowless = self.plan.full == len(self.plan.free)
-        self.target = target_for(config, settings.sinks or ("none" if windowless else None))
+        self.target = target_for(config, settings.sinks, windowless)
+        self.closed_form = self.target.keeps_first  # of which the donor's own weights are a part
         self.learns_sinks = self.target.sinks and settings.sinks != "none"
         self.windows: Windows = self.plan.windows(self.plan.spread())
         self.least_row = 0 if windowless else self.plan.window + 1
@@ -44,7 +48,7 @@ class SWA(Method):
 
     def kv_elements(self) -> int:
         """Cache elements per token of the context, all layers, rounded up."""
-        share = cached_tokens(self.windows, self.plan.context) / self.plan.context
+        share = sum(self.plan.held(self.windows)) / self.plan.context
         return int(whole_elements(self.facts.kv_elements * share, self.plan.context))
 
     @property
@@ -71,17 +75,21 @@ class SWA(Method):
         if self.divisible and not self.shared_out:
             return {}
         window = self.windows[index]
-        return {"cached_tokens": window or self.plan.context} | ({"window": window} if window else {})
+        return {"cached_tokens": self.plan.held(self.windows)[index]} | ({"window": window} if window else {})
 
     def totals(self) -> dict[str, Any]:
         """{"windows": what `WindowPlan.facts` says of them}."""
         facts = self.plan.facts(self.windows, lambda length: self.plan.share(self.windows, length))
-        return {"windows": facts | {"class": self.target.model_type, "sinks": self.learns_sinks}}
+        sinks = "first" if self.target.keeps_first else "learnt" if self.learns_sinks else "none"
+        return {"windows": facts | {"class": self.target.model_type, "sinks": sinks}}
 
     def new_parameters(self) -> int:
         """Parameters of one layer's attention, its sinks included."""
         config = copy.deepcopy(self.finish())
-        config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+        config.num_hidden_layers = 1
+        for field in ("layer_types", "kv_windows"):
+            if of_layers := getattr(config, field, None):
+                setattr(config, field, of_layers[:1])
         with torch.device("meta"):
             attention = self.model_class(config).get_decoder().layers[0].self_attn
         return sum(parameter.numel() for parameter in attention.parameters())
@@ -107,14 +115,21 @@ class SWA(Method):
     ) -> tuple[Any, dict[str, Any]]:
         """The attention of layer `index`, float32 on the embeddings' device, and its window."""
         window = self.windows[index]
-        module = windowed_attention(statistics, window)
+        if self.target.keeps_first:
+            module = copy.deepcopy(statistics)
+            if made := self._new_windows()[index]:
+                in_window(module, made)
+        else:
+            module = windowed_attention(statistics, window)
         if self.target.sinks:
             sinks = torch.full((self.facts.heads,), NO_SINK)
             if self.learns_sinks and window and not self.plan.own[index]:
                 rows = max(1, SINK_TOKENS // inputs.shape[1])
                 sinks = fitted_sinks(module, inputs[:rows], targets[:rows], position_embeddings)
             with_sinks(module, sinks)
-        module.cache_elements = self.facts.kv_elements * (window or self.plan.context) / self.plan.context
+        module.cache_elements = (
+            self.facts.kv_elements * self.plan.held(self.windows)[index] / self.plan.context
+        )
         return module.eval().requires_grad_(False), {"window": window}
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
@@ -123,6 +138,8 @@ class SWA(Method):
 
     def finish(self) -> Any:
         """The configuration of the converted model."""
+        if self.target.keeps_first:
+            return first_tokens_config(self.donor_config, self._new_windows())
         return windowed_config(self.donor_config, self.target, self.windows)
 
     def example_config(self) -> Any:
@@ -131,8 +148,14 @@ class SWA(Method):
 
     @property
     def model_class(self) -> Any:
-        """The transformers class that holds the result."""
+        """The transformers class that holds the result, or ours."""
+        if self.target.keeps_first:
+            return converted_class(type(self.donor_config))
         return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[self.target.model_type]]
+
+    def _new_windows(self) -> Windows:
+        """Of the layers that have none in the donor; None for the others."""
+        return [None if own else window for own, window in zip(self.plan.own, self.windows, strict=True)]
 
 
 METHOD = SWA

@@ -12,7 +12,7 @@ from mhconvert.errors import BudgetError
 from ...validation.option import Option, Takes, default
 from ...validation.settings import Settings
 
-Sinks = Literal["learnt", "none"]
+Sinks = Literal["learnt", "first", "none"]
 RANGE = "is outside (0, 1]; it is a share of the donor's cache at the context"
 TOKENS = "is not a number of tokens from 1"
 # transformers' cache of a layer keeps the last `window - 1` tokens as [1 - window:], which of a window of 1 is all.
@@ -66,7 +66,7 @@ class SWASettings(Settings):
     window: Annotated[
         int | None,
         Option(
-            "Tokens, itself included, that a token of a windowed layer sees.",
+            "Tokens, itself included, that a token of a windowed layer sees; with sinks first, beside the first four.",
             "TOKENS",
             ge=LEAST_WINDOW,
             range_hint=f"is not a number of tokens from {LEAST_WINDOW}",
@@ -77,8 +77,10 @@ class SWASettings(Settings):
         Sinks | None,
         Option(
             "learnt: a logit for each head of a windowed layer takes the attention that the dropped tokens had, in "
-            "the class granite_swa. none: the donor's attention on fewer tokens, in a class that engines know better.",
-            default="learnt where granite_swa holds the donor",
+            "the class granite_swa. first: the first four tokens of the text stay beside the window, with the donor's "
+            "own weights; nearest to the donor, in a class of mhconvert that engines do not load. none: the donor's "
+            "attention on fewer tokens, in a class that engines know better.",
+            default="learnt where granite_swa holds the donor, else none, else first",
         ),
     ] = None
     full_layers: Annotated[

@@ -1,4 +1,5 @@
-"""Which stock transformers class holds a donor with some of its layers windowed, and what each cannot hold.
+"""Which class holds a donor with some of its layers windowed: stock ones of transformers and what each cannot hold, and
+ours for any donor.
 
 A class holds a donor exactly if its weights, copied under the same names, compute the donor's logits when no layer is
 windowed; tests/convert/methods/swa/test_targets.py checks every row.
@@ -27,6 +28,7 @@ class Target:
         model_type: of transformers.
         donors: families whose blocks it has, apart from windows and sinks.
         sinks: whether each head has a logit `self_attn.sinks`.
+        keeps_first: whether windowed layers keep the first tokens, which our class does.
         lacks: the feature of a donor's config that it does not hold; None: it holds all.
         extra: fields of its config that a donor's lacks, or has with another meaning.
     """
@@ -34,6 +36,7 @@ class Target:
     model_type: str
     donors: tuple[str, ...]
     sinks: bool = False
+    keeps_first: bool = False
     lacks: Lacks = lambda config: None
     extra: Callable[[Any], dict[str, Any]] = lambda config: {}
 
@@ -100,25 +103,31 @@ def unheld(config: Any) -> str | None:
     return None
 
 
-def target_for(config: Any, sinks: str | None) -> Target:
-    """The class for a donor that passes `unheld`.
+def target_for(config: Any, sinks: str | None, windowless: bool = False) -> Target:
+    """The class for a donor.
 
     Args:
-        sinks: "learnt", "none", or None: learnt where a class with sinks holds the donor.
+        sinks: "learnt", "first", "none", or None: of learnt, none and first the foremost that a class holds it with.
+        windowless: whether no layer is windowed, so that there is nothing for sinks to mend.
 
     Raises:
-        UnsupportedError: no class holds the donor with learnt sinks.
+        UnsupportedError: no class holds the donor with those sinks.
     """
     rows = [row for row in TARGETS if config.model_type in row.donors and not row.lacks(config)]
     with_sinks = [row for row in rows if row.sinks]
+    if sinks == "first" or (sinks is None and not rows):
+        return Target(f"swa_{config.model_type}", (config.model_type,), keeps_first=True)
+    if not rows:
+        raise UnsupportedError(f"sinks={sinks} needs a stock class: {unheld(config)}; choose --sinks first")
     if sinks == "learnt" and not with_sinks:
         facts = attention_facts(config)
         norm = f", and {config.model_type} has a norm of queries and keys" if facts.qk_norm else ""
         raise UnsupportedError(
             f"sinks=learnt needs granite_swa, whose blocks are not those of a {config.model_type} model{norm}; "
-            "choose --sinks none"
+            "choose --sinks first, or none"
         )
-    return with_sinks[0] if with_sinks and sinks != "none" else rows[0]
+    learns = with_sinks and sinks != "none" and not (windowless and sinks is None)
+    return with_sinks[0] if learns else rows[0]
 
 
 def own_windows(config: Any) -> list[int | None]:
@@ -127,7 +136,7 @@ def own_windows(config: Any) -> list[int | None]:
 
 
 def windowed_config(config: Any, target: Target, windows: list[int | None]) -> Any:
-    """The configuration of `target` for a donor with `config` whose layers have `windows`, all of one width."""
+    """The configuration of a stock `target` for a donor with `config` whose layers have `windows`, all of one width."""
     from transformers import CONFIG_MAPPING
 
     width = next((window for window in windows if window), None)

@@ -1,14 +1,15 @@
-"""A budget at one length of text as a number of full layers. Pure: no torch."""
+"""A budget at one length of text as a number of full layers. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mhconvert.errors import BudgetError
 
 from ...families.facts import LONGEST_CONTEXT, counted_context
+from .first_tokens import FIRST
 from .settings import LEAST_WINDOW, SWASettings, require_shorter
 from .targets import own_windows
 
@@ -29,6 +30,7 @@ class WindowPlan:
         own: the donor's windows, which are kept.
         full: how many of the layers without a window stay so.
         fixed: which these are, if the user said so.
+        keeps_first: whether a layer that becomes windowed caches the first tokens beside its window.
     """
 
     context: int
@@ -36,6 +38,7 @@ class WindowPlan:
     own: tuple[int | None, ...]
     full: int
     fixed: tuple[int, ...] | None = None
+    keeps_first: bool = False
 
     @property
     def free(self) -> list[int]:
@@ -67,10 +70,23 @@ class WindowPlan:
             if (number + 1) * self.full // len(free) > number * self.full // len(free)
         ]
 
-    def share(self, windows: Sequence[int | None], length: int | None = None) -> float:
-        """Of the donor's cache when both hold `length` tokens; None: as many as the context."""
+    def held(self, windows: Sequence[int | None], length: int | None = None) -> list[int]:
+        """Tokens of a text of `length` that each layer caches; None: of the context."""
         length = length or self.context
-        return cached_tokens(windows, length) / cached_tokens(self.own, length)
+        return [
+            held_tokens(window, length)
+            if self.keeps_first and window and not own
+            else min(length, window or length)
+            for window, own in zip(windows, self.own, strict=True)
+        ]
+
+    def donor_tokens(self, length: int | None = None) -> int:
+        """Tokens of a text of `length` that all layers of the donor hold together; None: of the context."""
+        return sum(self.held(self.own, length))
+
+    def share(self, windows: Sequence[int | None], length: int | None = None) -> float:
+        """Of the donor's cache when both read `length` tokens; None: as many as the context."""
+        return sum(self.held(windows, length)) / self.donor_tokens(length)
 
     def facts(self, windows: Sequence[int | None], share: Callable[[int], float]) -> dict[str, Any]:
         """{context, window, full_layers: how many, shares: length -> share of the donor's cache}.
@@ -88,12 +104,14 @@ class WindowPlan:
         }
 
 
-def cached_tokens(windows: Sequence[int | None], length: int) -> int:
-    """Tokens that all layers together hold of a text of `length`."""
-    return sum(min(length, window or length) for window in windows)
+def held_tokens(window: int | None, length: int) -> int:
+    """Tokens of a text of `length` that a layer with the first tokens caches: these are beside the window's."""
+    return length if window is None else FIRST + min(length, window - 1)
 
 
-def every_layer_windowed(config: Any, window: int | None, context: int | None) -> WindowPlan:
+def every_layer_windowed(
+    config: Any, window: int | None, context: int | None, keeps_first: bool = False
+) -> WindowPlan:
     """The plan that leaves least, whatever the budget. Raises BudgetError for a window that drops nothing.
 
     window, context: what the user asked for; None: the defaults.
@@ -107,46 +125,47 @@ def every_layer_windowed(config: Any, window: int | None, context: int | None) -
         raise BudgetError(
             f"every layer has a window of its own, of {own[0]} tokens: there is nothing to window"
         )
-    window = _window(window, own, context)
+    window = _window(window, own, context, one_width=not keeps_first)
     if window >= context and window in own:
         raise BudgetError(
             f"context={context} is not longer than the window of {window} that layer {own.index(window)} of the donor "
             f"has, and a class has one width for all; choose --context > {window}"
         )
     require_shorter(window, context)
-    return WindowPlan(context, window, tuple(own), 0)
+    return WindowPlan(context, window, tuple(own), 0, keeps_first=keeps_first)
 
 
-def window_plan(config: Any, settings: SWASettings) -> WindowPlan:
+def window_plan(config: Any, settings: SWASettings, keeps_first: bool = False) -> WindowPlan:
     """The plan of `settings` for a donor. Raises BudgetError for settings that no plan fulfils."""
-    most = every_layer_windowed(config, settings.window, settings.context)
-    context, window, own = most.context, most.window, most.own
+    most = every_layer_windowed(config, settings.window, settings.context, keeps_first)
+    context, window = most.context, most.window
     if settings.full_layers is not None:
         return with_full_layers(most, settings.full_layers)
-    donor, least = cached_tokens(own, context), cached_tokens(most.windows(()), context)
+    donor, least = most.donor_tokens(), sum(most.held(most.windows(())))
     left = settings.kv_budget * donor - least
-    full = int(left / (context - window) + ROUNDING)
+    full = int(left / (donor - least) * len(most.free) + ROUNDING)
     if left < -ROUNDING * donor:
-        narrower = "" if any(own) else ", a narrower window"
+        narrower = "" if any(most.own) else ", a narrower window"
         raise BudgetError(
             f"kv_budget={settings.kv_budget} cannot be reached: with window={window} in every layer "
             f"{least / donor:.4g} of the donor's cache of {context} tokens is left; choose a budget of at least "
             f"{least / donor:.4g}{narrower}, or a longer context"
         )
-    return WindowPlan(context, window, own, min(full, len(most.free)))
+    return replace(most, full=min(full, len(most.free)))
 
 
-def _window(asked: int | None, own: Windows, context: int) -> int:
+def _window(asked: int | None, own: Windows, context: int, one_width: bool) -> int:
+    """The window of a layer that becomes windowed. one_width: whether it has to be that of the donor's own windows."""
     known = {window for window in own if window}
     if not known:
         return asked or max(LEAST_WINDOW, min(DEFAULT_WINDOW, context // CONTEXT_PART))
     [width] = known
-    if asked not in (None, width):
+    if one_width and asked not in (None, width):
         raise BudgetError(
             f"window={asked}: layer {own.index(width)} has a window of {width} already, which is kept, and "
             f"a class has one width for all; leave out --window, or choose {width}"
         )
-    return width
+    return asked or width
 
 
 def with_full_layers(plan: WindowPlan, layers: Sequence[int]) -> WindowPlan:
@@ -158,4 +177,4 @@ def with_full_layers(plan: WindowPlan, layers: Sequence[int]) -> WindowPlan:
             raise BudgetError(
                 f"full_layers has {index}, which has a window of {plan.own[index]} in the donor; windows are kept"
             )
-    return WindowPlan(plan.context, plan.window, plan.own, len(layers), tuple(layers))
+    return replace(plan, full=len(layers), fixed=tuple(layers))

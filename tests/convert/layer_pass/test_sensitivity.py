@@ -247,7 +247,7 @@ def test_the_report_has_the_bytes_of_the_cache_object(recipe: Build, tmp_path: P
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "mla_coded_llama"
     files = {"latent_code.py", "modeling_coded_mla.py", "modeling_mla.py", "configuration_coded_mla.py"}
-    files |= {"coded_kernel.py", "modeling_coded_window.py"}
+    files |= {"coded_kernel.py", "modeling_coded_window.py", "first_tokens.py"}
     assert files <= {path.name for path in (tmp_path / "out").iterdir()}
 
 

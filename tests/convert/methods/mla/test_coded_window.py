@@ -14,8 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 from mhconvert.convert.bare_process.child import cache_storage
 from mhconvert.convert.methods.mla import modeling_coded_mla
+from mhconvert.convert.methods.mla.first_tokens import FIRST, WindowRows
 from mhconvert.convert.methods.mla.latent_code import row_bytes
-from mhconvert.convert.methods.mla.modeling_coded_window import FIRST, WindowRows
 from mhconvert.convert.methods.registry import register
 from tests.convert.conversions import YARN, donor_model, logits, relative, token_ids
 from tests.convert.methods.mla.coded_models import coded

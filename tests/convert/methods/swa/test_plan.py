@@ -8,6 +8,7 @@ import pytest
 
 from mhconvert.convert.calibration.calibration_rows import judged_tokens, row_length
 from mhconvert.convert.methods.budget_division import LayerNeed
+from mhconvert.convert.methods.swa.first_tokens import FIRST
 from mhconvert.convert.methods.swa.method import SWA
 from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.methods.swa.window_plan import DEFAULT_WINDOW, LONGEST_CONTEXT, window_plan
@@ -58,6 +59,26 @@ def test_layers_are_full_whose_windowing_costs_most() -> None:
     shares = method.totals()["windows"]["shares"]
     assert shares == {"1024": 1.0, "2048": 0.75, "4096": 0.625, "8192": 0.5625}
     assert method.kv_elements() == method.facts.kv_elements * LAYERS * 0.5625
+
+
+def test_first_tokens_count_beside_the_window() -> None:
+    settings = SWASettings(kv_budget=0.5, sinks="first")
+    method = SWA(config(), settings, "quick")
+    held = FIRST + 1023  # the next token sees itself too
+    assert method.plan.least_share == held / 8192
+    assert method.plan.held([1024, *[None] * 7], 3) == [FIRST + 3, *[3] * 7]
+    windows = method.plan.windows(method.plan.spread())
+    assert method.plan.share(windows) == (3 * 8192 + 5 * held) / (8 * 8192) <= 0.5
+    assert SWA(config(), SWASettings(kv_budget=held / 8192, sinks="first"), "quick").plan.full == 0
+    with pytest.raises(BudgetError, match=f"{held / 8192:.4g} of the donor's cache of 8192 tokens is left"):
+        SWA(config(), SWASettings(kv_budget=0.125, sinks="first"), "quick")
+
+
+def test_first_tokens_have_a_window_of_any_width_beside_the_donors_own() -> None:
+    donor = config(family="gemma2", sliding_window=2048, max_position_embeddings=8192)
+    plan_of = [SWA(donor, SWASettings(0.9, window=w, sinks="first"), "quick").plan for w in (None, 512)]
+    assert [found.window for found in plan_of] == [2048, 512]
+    assert plan_of[1].held(plan_of[1].windows(())) == [2048, FIRST + 511] * (LAYERS // 2)
 
 
 def test_windows_of_the_donor_are_kept() -> None:

@@ -166,13 +166,31 @@ def test_every_supported_class_exists() -> None:
 def test_what_no_class_holds_is_refused_by_name(family: str, changes: dict[str, Any], reason: str) -> None:
     donor = donor_model(family=family, **changes)
     assert reason in str(unheld(donor.config))
-    with pytest.raises(UnsupportedError, match=reason):
-        SWA(donor.config, SWASettings(), "quick")
+    for sinks in ("learnt", "none"):
+        with pytest.raises(
+            UnsupportedError, match=f"sinks={sinks} needs a stock class: .*{reason}.*--sinks first"
+        ):
+            SWA(donor.config, SWASettings(sinks=sinks), "quick")
+    assert target_for(donor.config, None).keeps_first
 
 
 def test_sinks_that_no_class_holds_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="a norm of queries and keys; choose --sinks none"):
+    with pytest.raises(UnsupportedError, match="a norm of queries and keys; choose --sinks first, or none"):
         target_for(donor_of("qwen3").config, "learnt")
+
+
+@pytest.mark.parametrize(
+    ("family", "budget", "kind"),
+    [
+        ("llama", 0.8, "granite_swa"),
+        ("llama", 1.0, "cwm"),
+        ("qwen3", 0.8, "qwen3"),
+        ("gemma", 0.8, "swa_gemma"),
+    ],
+)
+def test_what_is_not_asked_for_is_what_engines_load(family: str, budget: float, kind: str) -> None:
+    settings = SWASettings(budget, window=WINDOW, context=LENGTH)
+    assert SWA(donor_model(family=family).config, settings, "quick").target.model_type == kind
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+../swa/first_tokens.py
