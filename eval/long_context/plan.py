@@ -10,6 +10,7 @@ from mhconvert.errors import MhconvertError, UnsupportedError
 from ...convert.families.facts import FAMILIES, Family, layer_window, rope_settings
 from ...convert.methods.refusals import FIXED_ROPE_TYPES
 from ...convert.open_model import OpenModel
+from ...convert.storage.safetensors_reader import read_json
 from ..settings import OWN_CACHE, LongContextKind
 from .chunks import ALWAYS
 
@@ -69,12 +70,7 @@ def plan(opened: OpenModel, asked: Asked, longest: int) -> LongContext | None:
     if kind is None:
         return None
     config = opened.config.get_text_config()
-    trained = getattr(config, "max_position_embeddings", None)
-    if not trained:
-        raise MhconvertError(
-            f"the config of {opened.reference} does not say how long the texts of its training were "
-            f"(max_position_embeddings), which --long-context {kind} starts from; add it to config.json"
-        )
+    trained = _trained_length(opened, config, kind)
     family = _family(opened, kind)
     _require_rope(opened.reference, config, kind)
     if kind in READERS:
@@ -93,6 +89,21 @@ def plan(opened: OpenModel, asked: Asked, longest: int) -> LongContext | None:
             f"choose --chunk-size ≤ {trained // ALWAYS}, and --chunks from {ALWAYS} to {max(ALWAYS, trained // size)}"
         )
     return LongContext(kind, trained, max(1.0, longest / trained), size, number, family)
+
+
+def _trained_length(opened: OpenModel, config: Any, kind: str) -> int:
+    """The config's max_position_embeddings. Raises MhconvertError where only the class's default would answer."""
+    folder = opened.donor.folder if opened.donor is not None else opened.folder
+    file = folder / "config.json" if folder is not None else None
+    trained = getattr(config, "max_position_embeddings", None)
+    if not trained or (
+        file is not None and file.is_file() and "max_position_embeddings" not in read_json(file)
+    ):
+        raise MhconvertError(
+            f"the config of {opened.reference} does not say how long the texts of its training were "
+            f"(max_position_embeddings), which --long-context {kind} starts from; add it to config.json"
+        )
+    return int(trained)
 
 
 def _family(opened: OpenModel, kind: str) -> Family:
