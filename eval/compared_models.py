@@ -16,6 +16,7 @@ from ..convert.checkpoint import identity
 from ..convert.checkpoint.provenance import read_record
 from ..convert.open_model import OpenModel
 from .kv_cache import serving
+from .long_context.plan import plan
 from .settings import OWN_CACHE, EvalSettings
 from .tasks.candidate import Candidate
 
@@ -28,6 +29,7 @@ def open_models(
     trust_remote_code: bool,
     on_progress: Listener,
     kv_cache_dtype: str = OWN_CACHE,
+    beside_itself: bool = False,
 ) -> list[OpenModel]:
     """The donor, where there is one, and the checkpoints, each once; no weights are read.
 
@@ -38,22 +40,23 @@ def open_models(
         device: None: under `accelerate launch` the GPU of this process, else CUDA where there is one.
         trust_remote_code: lets a checkpoint run its own code.
         on_progress: called with the progress.
-        kv_cache_dtype: of the checkpoints' caches. Where it is not their own, the donor may be among them, and a model
-            without a donor is its own.
+        kv_cache_dtype: of the checkpoints' caches.
+        beside_itself: the donor may be among the checkpoints, and a model without a donor is its own: they are measured
+            in another way than the donor, as with a cache that is not their own.
 
     Raises MhconvertError for a model that cannot be read, or has no such cache or another vocabulary than the others.
     """
-    device = _process_device(device)
+    device, beside_itself = _process_device(device), beside_itself or kv_cache_dtype != OWN_CACHE
     references = list(dict.fromkeys(checkpoints))
     if against is None:
         try:
             against = open_model.recorded_donor(references[0])
         except MhconvertError:
-            if kv_cache_dtype != OWN_CACHE:
+            if beside_itself:
                 against = references[0]
             elif need_donor or len(references) > 1:
                 raise
-    if kv_cache_dtype == OWN_CACHE:
+    if not beside_itself:
         references = [each for each in references if each != against]
     references = ([against] if against is not None else []) + references
     models: list[OpenModel] = []
@@ -73,16 +76,18 @@ def open_models(
 
 
 def candidates_of(opened: Sequence[OpenModel], settings: EvalSettings) -> list[Candidate]:
-    """The models of `open_models` with the caches that they are measured with: the first, the donor, has its own."""
-    asked = [OWN_CACHE, *(settings.kv_cache_dtype for _ in opened[1:])]
-    return [
-        Candidate(model, open_model.of_model(model), settings, dtype)
-        for model, dtype in zip(opened, asked, strict=True)
-    ]
+    """The models of `open_models` with the caches and the ways of reading that they are measured with: the first, the
+    donor, is as it is."""
+    rows = [settings.sequence_length] if settings.text else []
+    longest = max(rows + list(settings.retrieval_lengths if settings.retrieval else ()), default=0)
+    plans = [plan(model, settings, longest) for model in opened[1:]]  # which refuse before weights are hashed
+    donor, *others = ((model, open_model.of_model(model), settings) for model in opened)
+    how = [(settings.kv_cache_dtype, each) for each in plans]
+    return [Candidate(*donor), *(Candidate(*model, *own) for model, own in zip(others, how, strict=True))]
 
 
 def describe(candidate: Candidate) -> dict[str, Any]:
-    """name, reference, role (donor, converted, healed or adapter), method, fingerprint, dtype and kv_cache_dtype."""
+    """name, reference, role (donor, converted, healed, adapter), method, fingerprint, dtype, cache, way of reading."""
     opened = candidate.opened
     role, method = "donor", identity.made_by(str(opened.folder))
     if opened.adapter is not None:
@@ -97,6 +102,7 @@ def describe(candidate: Candidate) -> dict[str, Any]:
         "fingerprint": candidate.fingerprint,
         "dtype": str(candidate.dtype).removeprefix("torch."),
         "kv_cache_dtype": candidate.kv_cache_dtype,
+        "long_context": candidate.long_context.kind if candidate.long_context else None,
     }
 
 

@@ -60,7 +60,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
         how = (bool(settings.text), device, trust_remote_code, on_progress, settings.kv_cache_dtype)
-        opened = open_models(checkpoints, against, *how)
+        opened = open_models(checkpoints, against, *how, settings.long_context is not None)
         text_rows = _text_rows(settings, opened)
         prompt_rows = _prompt_rows(run, opened)
         candidates = candidates_of(opened, settings)
@@ -198,7 +198,7 @@ def _text_rows(settings: EvalSettings, opened: list[OpenModel]) -> dict[str, Ten
     }
     for ids in rows.values():
         require_embedded(ids, opened[0].tokenizer(), opened[0].vocab_size)
-    for model in opened if rows else []:
+    for model in opened if rows and settings.long_context is None else []:
         model.require_length(settings.sequence_length)
     return rows
 

@@ -18,7 +18,9 @@ from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
 from ..convert.storage.unicode_text import lone_surrogate
 from .kv_cache import serving
-from .settings import OWN_CACHE
+from .long_context import serving as long_context_serving
+from .long_context.plan import plan
+from .settings import OWN_CACHE, LongContextKind
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Options:
         temperature: 0 is greedy.
         seed: of the sampling.
         kv_cache_dtype: of the cache.
+        long_context, chunk_size, chunks: as in `EvalSettings`.
     """
 
     max_new_tokens: int = 64
@@ -38,6 +41,9 @@ class Options:
     temperature: float = 0.0
     seed: int = 0
     kv_cache_dtype: str = OWN_CACHE
+    long_context: LongContextKind | None = None
+    chunk_size: int | None = None
+    chunks: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -71,8 +77,11 @@ def generate(
     if encoded["input_ids"].shape[1] == 0:
         raise MhconvertError("the prompt has no tokens; give some text")
     require_embedded(encoded["input_ids"], tokenizer, opened.vocab_size)
-    opened.require_length(encoded["input_ids"].shape[1] + options.max_new_tokens)
-    model = serving.serve(opened.model(), options.kv_cache_dtype)
+    longest = encoded["input_ids"].shape[1] + options.max_new_tokens
+    how = plan(opened, options, longest)
+    if how is None:
+        opened.require_length(longest)
+    model = serving.serve(long_context_serving.serve(opened.model(), how), options.kv_cache_dtype)
     if on_text is not None and not options.chat:
         on_text(prompt)
     started = time.perf_counter()
@@ -88,6 +97,7 @@ def generate(
         "kv_bytes_per_token": cache_storage(cache)[0] / int(cache.get_seq_length()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_cache_dtype": options.kv_cache_dtype,
+        "long_context": options.long_context,
         "seconds": time.perf_counter() - started,
     }
 

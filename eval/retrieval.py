@@ -16,8 +16,8 @@ from mhconvert.errors import MhconvertError
 from .binomial import share_with_error
 from .last_logits import last_logits
 from .needle_text import Case, make_case
+from .settings import RETRIEVAL_LENGTHS
 
-LENGTHS = (256, 512, 1024, 2048)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -31,10 +31,11 @@ def probe(
     model: Any,
     tokenizer: Any,
     *,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] = RETRIEVAL_LENGTHS,
     depths: Sequence[float] = DEPTHS,
     trials: int = 2,
     seed: int = 0,
+    beyond: bool = False,
     on_cell: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """How many needles (hidden numbers) a causal language model recalls with greedy decoding.
@@ -45,6 +46,7 @@ def probe(
         depths: where the needle is, from 0 (first) to 1 (last).
         trials: cases per length and depth.
         seed: of the texts.
+        beyond: let lengths exceed what the model's config says that it reads.
         on_cell: called with the cells done and the number of cells.
 
     Returns:
@@ -53,9 +55,10 @@ def probe(
         its standard error. absent: recalled and nll at the shortest length without a needle, the level of guessing.
 
     Raises:
-        MhconvertError: a length exceeds the model's limit, or is too short for needle and question.
+        MhconvertError: a length exceeds the model's limit without `beyond`, or is too short for needle and question.
     """
-    _require_usable(model, lengths, depths, trials)
+    limit = None if beyond else getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    _require_usable(limit, lengths, depths, trials)
     cells: list[list[tuple[float, float]]] = [[] for _ in lengths]
     for done, (row, depth) in enumerate(itertools.product(range(len(lengths)), depths), 1):
         cells[row].append(_cell(model, tokenizer, lengths[row], depth, trials, seed))
@@ -103,7 +106,7 @@ def _cell(
     return sum(hit for hit, _ in results) / trials, sum(nll for _, nll in results) / trials
 
 
-def _require_usable(model: Any, lengths: Sequence[int], depths: Sequence[float], trials: int) -> None:
+def _require_usable(limit: int | None, lengths: Sequence[int], depths: Sequence[float], trials: int) -> None:
     """Raises MhconvertError for a probe without cells, a depth outside the text, or a length beyond the model's."""
     if not lengths or not depths or trials < 1:
         raise MhconvertError(
@@ -113,7 +116,6 @@ def _require_usable(model: Any, lengths: Sequence[int], depths: Sequence[float],
         raise MhconvertError(
             f"depths {', '.join(map(str, depths))} are not all between 0, first, and 1, last"
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     _, beyond = usable_lengths(limit, lengths)
     if beyond:
         raise MhconvertError(

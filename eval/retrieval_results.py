@@ -17,20 +17,25 @@ def probe(candidate: Candidate, fresh: bool, store: Store, on_rows: OnRows) -> d
 
     Raises MhconvertError where that is fewer than the shortest length.
     """
-    limit = getattr(candidate.opened.config.get_text_config(), "max_position_embeddings", None)
-    lengths, left_out = retrieval.usable_lengths(limit, retrieval.LENGTHS)
+    asked, beyond = candidate.settings.retrieval_lengths, candidate.settings.long_context is not None
+    own_limit = getattr(candidate.opened.config.get_text_config(), "max_position_embeddings", None)
+    limit = None if beyond else own_limit
+    lengths, left_out = retrieval.usable_lengths(limit, asked)
     if not lengths:
         raise MhconvertError(
             f"{candidate.opened.reference} reads {limit} tokens, fewer than the shortest text of the retrieval probe "
-            f"({min(retrieval.LENGTHS)}); leave out --retrieval"
+            f"({min(asked)}); leave out --retrieval, or name shorter --retrieval-lengths"
         )
-    key = candidate.key() | {"probe": lengths}
+    trials = candidate.settings.retrieval_trials
+    key = candidate.key() | {"probe": lengths, "trials": trials}
     result = None if fresh else store.load(key)
     if result is None:
         result = retrieval.probe(
             candidate.model(),
             candidate.opened.tokenizer(),
             lengths=lengths,
+            trials=trials,
+            beyond=beyond,
             on_cell=lambda done, total: on_rows("retrieval", done, total),
         )
         store.save(key, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Literal
@@ -16,6 +17,8 @@ Suite = Literal["quick", "standard", "transmla", "moh", "dha", "open-llm"]
 Backend = Literal["hf", "vllm"]
 KvCacheDtype = Literal["auto", "int8", "int4", "int3", "int2", "fp8"]
 OWN_CACHE: KvCacheDtype = "auto"
+LongContextKind = Literal["longheads", "yarn", "dynamic", "window"]
+RETRIEVAL_LENGTHS = (256, 512, 1024, 2048)
 BASELINES: tuple[KvCacheDtype, ...] = ("int8", "int4", "int3", "int2")  # the donor's caches beside a curve
 
 
@@ -25,6 +28,17 @@ def task_names(text: str) -> tuple[str, ...]:
     if not names:
         raise RecipeError(f"tasks '{text}' has no name of a task")
     return names
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """(512, 1024) from "512,1024". Raises RecipeError for anything but whole numbers above 0."""
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise RecipeError(f"'{text}' is not a list of tokens such as 512,1024")
+    return counts
 
 
 def one_name(text: str) -> tuple[str, ...]:
@@ -84,6 +98,13 @@ class EvalSettings(Settings):
     retrieval: Annotated[bool, Option("A number hidden in texts of several lengths: is it found again?")] = (
         False
     )
+    retrieval_lengths: Annotated[
+        Takes[tuple[int, ...], str | Sequence[int]],
+        Option("Of retrieval: tokens of a text at most.", "N,N,…", parse=token_counts, also=str),
+    ] = default(RETRIEVAL_LENGTHS)
+    retrieval_trials: Annotated[
+        int, Option("Of retrieval: texts for each length and each of five depths.", "N", ge=1)
+    ] = 2
     generation: Annotated[
         bool, Option("Texts that each model writes, beside its donor's: do they drift, loop or end?")
     ] = False
@@ -133,6 +154,31 @@ class EvalSettings(Settings):
             "groups of 32; fp8: e4m3 with scale 1."
         ),
     ] = OWN_CACHE
+    long_context: Annotated[
+        LongContextKind | None,
+        Option(
+            "How texts and needles beyond the trained length are read, beside the donor as it is. longheads: each head "
+            "reads its best chunks; window: the first four tokens and a window; yarn, dynamic: RoPE scaled."
+        ),
+    ] = None
+    chunk_size: Annotated[
+        int | None,
+        Option(
+            "Of longheads: tokens of a chunk.",
+            "N",
+            ge=1,
+            default="256, or a sixteenth of the trained length if less",
+        ),
+    ] = None
+    chunks: Annotated[
+        int | None,
+        Option(
+            "Of longheads: chunks that a head reads, the first one and the last two among them.",
+            "N",
+            ge=3,
+            default="as many as the trained length holds",
+        ),
+    ] = None
     backend: Annotated[
         Backend, Option("What runs the tasks: transformers, or vllm where it is installed, see python.")
     ] = "hf"
@@ -150,6 +196,17 @@ class EvalSettings(Settings):
             )
         if not self.generation and (self.prompts or self.max_new_tokens != EvalSettings.max_new_tokens):
             raise RecipeError("prompts and max_new_tokens are of generation: set that too, or leave them out")
+        probe = (self.retrieval_lengths, self.retrieval_trials)
+        if not self.retrieval and probe != (RETRIEVAL_LENGTHS, EvalSettings.retrieval_trials):
+            raise RecipeError(
+                "retrieval_lengths and retrieval_trials are of retrieval: set that too, or leave them out"
+            )
+        if self.long_context and (
+            self.has_tasks or self.generation or self.refusals or not (self.text or self.retrieval)
+        ):
+            raise RecipeError(
+                "long_context is of text and retrieval, whose rows may be longer than the model's: measure those alone"
+            )
         if self.requests and not self.refusals:
             raise RecipeError("requests are of refusals: set that too, or leave them out")
 

@@ -54,6 +54,8 @@ OF_TASKS = (
     "backend",
 )
 OF_TEXT = ("sequences", "sequence_length")
+OF_RETRIEVAL = ("retrieval_lengths", "retrieval_trials")
+OF_LONGHEADS = ("chunk_size", "chunks")
 OF_GENERATION = ("prompts", "max_new_tokens")
 GROUP = Group("What is measured", EvalSettings)
 
@@ -123,6 +125,12 @@ def _refuse_ignored(options: Mapping[str, Any]) -> None:
             "is of tasks and of --retrieval, --generation and --refusals; texts are measured in float32: leave it out",
         ),
         (options["text"], OF_TEXT, "is of texts: name one with --text, or leave it out"),
+        (options["retrieval"], OF_RETRIEVAL, "is of --retrieval: give that too, or leave it out"),
+        (
+            options["long_context"] == "longheads",
+            OF_LONGHEADS,
+            "is of --long-context longheads: leave it out",
+        ),
         (options["generation"], OF_GENERATION, "is of --generation: give that too, or leave it out"),
         (options["refusals"], ("requests",), "is of --refusals: give that too, or leave it out"),
         (

@@ -18,7 +18,7 @@ Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of sampling.  
 Temperature = Annotated[float, typer.Option(metavar="T", help="0: greedy; above: sampled.")]
 
 
-@settings_options(common.KV_CACHE)
+@settings_options(common.KV_CACHE, common.LONG_CONTEXT)
 def command(
     checkpoint: common.Checkpoint,
     prompt: Prompt,
@@ -38,6 +38,9 @@ def command(
     if not temperature:
         refuse_ignored({"seed": seed}, ("seed",), "is of sampling: give --temperature, or leave it out")
 
+    if options["long_context"] != "longheads":
+        refuse_ignored(options, ("chunk_size", "chunks"), "is of --long-context longheads: leave it out")
+
     def work(stdout: TextIO) -> dict[str, Any]:
         from mhconvert import api
 
@@ -54,6 +57,7 @@ def command(
             temperature=temperature,
             seed=seed or 0,
             **values_of(common.KV_CACHE, options),
+            **values_of(common.LONG_CONTEXT, options),
             device=device,
             trust_remote_code=trust_remote_code,
             on_text=None if json else write,

@@ -111,6 +111,9 @@ Output = Annotated[
 CALIBRATION = Group("Calibration", Calibration, layers=True)
 TOLERANCE = Group("Conversion", Recipe, ("tolerance",), layers=True, cache=True)
 KV_CACHE = Group("KV cache", EvalSettings, ("kv_cache_dtype",))
+LONG_CONTEXT = Group(
+    "Texts beyond the trained length", EvalSettings, ("long_context", "chunk_size", "chunks")
+)
 ANY_METHOD = Group("Every method", Recipe, ("seed", "trust_remote_code"))
 
 

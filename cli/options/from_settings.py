@@ -202,4 +202,4 @@ def default_text(default: Any) -> str:
         return ""
     if isinstance(default, dict):
         return ",".join(name if share == 1 else f"{name}={share:g}" for name, share in default.items())
-    return ",".join(default) if isinstance(default, tuple) else str(default)
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

@@ -92,7 +92,12 @@ def read_evaluation(folder: Path) -> Evaluation | None:
 
 
 def _add_cache(evaluation: Evaluation, model: dict[str, Any]) -> None:
-    """Say it where the model was measured with another KV cache than its own."""
+    """Say it where the model was measured with another KV cache than its own, or with --long-context."""
+    if reading := model.get("long_context"):
+        evaluation.conditions["long_context"] = reading
+        evaluation.settings.append(
+            f"This model read texts beyond its trained length with --long-context {reading}."
+        )
     dtype = model.get("kv_cache_dtype", OWN_CACHE)
     if dtype != OWN_CACHE:
         evaluation.conditions["kv_cache_dtype"] = dtype

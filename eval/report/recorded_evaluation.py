@@ -129,7 +129,8 @@ def _comparable(result: dict[str, Any], name: str) -> Any:
     """The part of a result in which two must agree: not what chooses the tasks, and what is only speed."""
     values = json.loads(json.dumps(result.get(name)))
     if name == "models":
-        return [[model[key] for key in ("fingerprint", "dtype", "kv_cache_dtype")] for model in values or []]
+        keys = ("fingerprint", "dtype", "kv_cache_dtype")
+        return [[*(model[key] for key in keys), model.get("long_context")] for model in values or []]
     return {
         key: value for key, value in (values or {}).items() if key not in ("suite", "batch_size", "lm_eval")
     }

@@ -12,6 +12,8 @@ import torch
 from ...convert.open_model import OpenModel
 from ..finite_logits import refuse_nan
 from ..kv_cache import serving
+from ..long_context import serving as long_context_serving
+from ..long_context.plan import LongContext
 from ..settings import OWN_CACHE, EvalSettings
 from ..vllm.engine import installed
 
@@ -28,6 +30,7 @@ class Candidate:
         fingerprint: of its files.
         settings: of the evaluation.
         kv_cache_dtype: of its cache.
+        long_context: how it reads texts beyond its trained length; None: as it is.
         lm: lm-eval's wrapper of the loaded model; None before it is needed.
     """
 
@@ -35,12 +38,16 @@ class Candidate:
     fingerprint: str
     settings: EvalSettings
     kv_cache_dtype: str = OWN_CACHE
+    long_context: LongContext | None = None
     lm: Any = None
 
     @property
     def name(self) -> str:
-        """The donor's name, the name of the folder, or that of the repository on the Hub; then the cache's dtype."""
-        return self._name if self.kv_cache_dtype == OWN_CACHE else f"{self._name} {self.kv_cache_dtype}"
+        """The donor's name, the name of the folder, or that of the repository on the Hub; then how it reads longer
+        texts, and the cache's dtype."""
+        reading = [self.long_context.kind] if self.long_context else []
+        cache = [self.kv_cache_dtype] if self.kv_cache_dtype != OWN_CACHE else []
+        return " ".join((self._name, *reading, *cache))
 
     @property
     def _name(self) -> str:
@@ -77,13 +84,15 @@ class Candidate:
             return {"backend": "hf"}
         return {"backend": "vllm", "environment": installed(self.settings.python)}
 
-    def cache_key(self) -> dict[str, str]:
-        """The part of a key that says which cache the model has; {} for its own."""
-        return {} if self.kv_cache_dtype == OWN_CACHE else {"kv_cache_dtype": self.kv_cache_dtype}
+    def cache_key(self) -> dict[str, Any]:
+        """The part of a key that says which cache the model has and how it reads; {} for its own and as it is."""
+        cache = {} if self.kv_cache_dtype == OWN_CACHE else {"kv_cache_dtype": self.kv_cache_dtype}
+        return cache | (self.long_context.key() if self.long_context else {})
 
     def load(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The model, with its cache."""
-        return serving.serve(refuse_nan(self.opened.model(dtype), self.opened.reference), self.kv_cache_dtype)
+        """The model, with its cache and its way of reading."""
+        model = long_context_serving.serve(self.opened.model(dtype), self.long_context)
+        return serving.serve(refuse_nan(model, self.opened.reference), self.kv_cache_dtype)
 
     def model(self) -> Any:
         """The model in this process: that of lm-eval's wrapper, or else read anew, once one in vLLM is let go of, whose

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mhconvert.progress import Listener, ignore
 
 if TYPE_CHECKING:
-    from mhconvert.eval.settings import EvalSettings
+    from mhconvert.eval.settings import EvalSettings, LongContextKind
 
 
 def evaluate(
@@ -111,6 +111,9 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     kv_cache_dtype: str = "auto",
+    long_context: LongContextKind | None = None,
+    chunk_size: int | None = None,
+    chunks: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
@@ -125,13 +128,14 @@ def generate(
         temperature: 0: greedy; above: sampled.
         seed: of sampling.
         kv_cache_dtype: of the cache, as in `EvalSettings`.
+        long_context, chunk_size, chunks: how text beyond the trained length is read, as in `EvalSettings`.
         device: a torch device; None: CUDA if present.
         trust_remote_code: let the model run its own code.
         on_text: called with the prompt (not with `chat`) and then with the text as it appears.
 
     Returns:
-        checkpoint, prompt, text, prompt_tokens, new_tokens, dtype, kv_cache_dtype, kv_bytes_per_token (measured on the
-        cache), seconds.
+        checkpoint, prompt, text, prompt_tokens, new_tokens, dtype, kv_cache_dtype, long_context, kv_bytes_per_token
+        (measured on the cache), seconds.
 
     Raises:
         MhconvertError: What a user can correct.
@@ -140,7 +144,8 @@ def generate(
     from mhconvert.eval import generation
 
     opened = open_model.open_model(checkpoint, device=device, trust_remote_code=trust_remote_code)
-    options = generation.Options(max_new_tokens, chat, temperature, seed, kv_cache_dtype)
+    how = (kv_cache_dtype, long_context, chunk_size, chunks)
+    options = generation.Options(max_new_tokens, chat, temperature, seed, *how)
     return {"checkpoint": checkpoint} | generation.generate(opened, prompt, options, on_text)
 
 

@@ -1,0 +1,1 @@
+"""Texts longer than a model was trained on, read without training."""
