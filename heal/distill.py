@@ -22,8 +22,9 @@ from mhconvert.errors import HealError
 from mhconvert.progress import Listener, Progress
 
 from ..convert.recipe.heal_settings import HealSettings
+from .heal_text import HealText
 from .metrics import Metrics
-from .packed_rows import HealText, Rows
+from .packed_rows import Rows
 from .resumable_run import HealSpace
 from .schedule import Steps
 from .student import Student, Teacher, Weights, parameter_groups

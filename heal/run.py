@@ -28,7 +28,7 @@ from ..convert.bare_process.reload import peak_rss
 from ..convert.calibration.token_rows import sampled_rows
 from ..convert.storage.atomic_files import save_tensors
 from ..convert.storage.safetensors_reader import SafetensorsSource
-from . import fusion, layer_healing, packed_rows, schedule, write_result
+from . import fusion, heal_text, layer_healing, schedule, write_result
 from .build_student import build_student
 from .distill import Distillation, Measure, fidelity, held_out_values
 from .metrics import Metrics
@@ -70,7 +70,7 @@ class Lesson:
     """The teacher, the text, and a function that measures the fidelity of a model on the held-out rows."""
 
     teacher: Teacher
-    text: packed_rows.HealText
+    text: heal_text.HealText
     fidelity: Callable[[Any], dict[str, Any]]
 
 
@@ -132,17 +132,18 @@ class _Healing:
         half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
         return self.teacher.model(torch.bfloat16 if half else torch.float32)
 
-    def _text(self, teacher: Teacher) -> packed_rows.HealText:
+    def _text(self, teacher: Teacher) -> heal_text.HealText:
         """The rows; the first process prepares them once, the others and a resumed run read them."""
         if self.main and not self.space.has_text:
             settings, tokenizer, length = self.settings, self.student.tokenizer(), self.steps.length
             rows = max(self.steps.rows, settings.layer_tokens // length)
             self.on_progress(Progress("text", 0, 1, ", ".join(settings.data)))
 
-            def sample(count: int) -> torch.Tensor:
-                return sampled_rows(teacher.model, tokenizer, count, length, settings.seed, self.on_progress)
+            def sample(count: int, prompts: list[list[int]]) -> torch.Tensor:
+                told = (settings.seed, self.on_progress)
+                return sampled_rows(teacher.model, tokenizer, count, length, *told, prompts)
 
-            text = packed_rows.prepare(settings, tokenizer, self.vocab_size, length, rows, sample)
+            text = heal_text.prepare(settings, tokenizer, self.vocab_size, length, rows, sample)
             if skipped := sum(text.skipped.values()):
                 self.on_progress(Progress("text", 1, 1, f"{skipped:,} records without text were skipped"))
             self.space.write_text(text)
@@ -151,7 +152,7 @@ class _Healing:
         return self.space.read_text()
 
     def _fidelity_function(
-        self, teacher: Teacher, text: packed_rows.HealText
+        self, teacher: Teacher, text: heal_text.HealText
     ) -> Callable[[Any], dict[str, Any]]:
         """A function that measures the fidelity of a model on the held-out rows."""
         micro, device = self.steps.micro_rows, self.accelerator.device
@@ -234,7 +235,7 @@ class _Healing:
         space.publish()
         return report
 
-    def _training_report(self, text: packed_rows.HealText, metrics: Metrics) -> dict[str, Any]:
+    def _training_report(self, text: heal_text.HealText, metrics: Metrics) -> dict[str, Any]:
         """The section "healing" of the report."""
         speeds = [entry["tokens_per_second"] for entry in metrics.entries if "tokens_per_second" in entry]
         return {

@@ -180,7 +180,7 @@ def test_a_recipe_with_healing(
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
     with monkeypatch.context() as dark:
-        dark.setattr("mhconvert.heal.packed_rows.prepare", broken)
+        dark.setattr("mhconvert.heal.heal_text.prepare", broken)
         with pytest.raises(MhconvertError, match="the lights went out"):
             api.convert(recipe)
     report = api.convert(recipe, resume=True)
@@ -365,7 +365,7 @@ def test_a_resumed_run_notices_another_tolerance(
         "--no-verify",
     ]
     with monkeypatch.context() as killed:
-        killed.setattr("mhconvert.heal.packed_rows.prepare", lambda *_: 1 / 0)
+        killed.setattr("mhconvert.heal.heal_text.prepare", lambda *_: 1 / 0)
         assert here(*words, "--tolerance", "kl=2").returncode == 1
     assert folders(tmp_path) == {"out.unhealed"}
     other = here(*words, "--tolerance", "kl=3", "--resume")
