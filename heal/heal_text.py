@@ -42,10 +42,9 @@ class HealText:
     tokens: dict[str, int]
     skipped: dict[str, int]
 
-    def facts(self, rows: int) -> dict[str, Any]:
-        """What a report says of the text when the first `rows` rows of `order` are trained on."""
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the text."""
         return {
-            "predictions": int(self.train[self.order[:rows]].predicted().sum()),
             "held_out_tokens": self.held_out.ids.numel(),
             "text_tokens": self.tokens,
             "skipped_records": self.skipped,

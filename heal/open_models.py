@@ -62,6 +62,10 @@ def open_both(
     routing.check(student.config, settings)
     if settings.fusion and accelerator.distributed_type is DistributedType.FSDP:
         raise HealError("fusion mixes whole heads, which FSDP divides: use one process or DDP for it")
+    if settings.on_policy and accelerator.distributed_type is DistributedType.FSDP:
+        raise HealError(
+            "text is written by a whole student, which FSDP divides: use one process or DDP for on_policy"
+        )
     if student.adapter is not None:
         _require_adapter_settings(student.adapter.method, settings)
     reference = settings.teacher or _recorded_donor(asked.checkpoint)

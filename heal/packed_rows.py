@@ -25,10 +25,12 @@ class Rows:
     Attributes:
         ids: (N, L), int32.
         positions: (N, L), int32; 0 starts a text that does not attend to anything before it.
+        by_student: (N,), bool: the rows that the student wrote; None for no row.
     """
 
     ids: Tensor
     positions: Tensor
+    by_student: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

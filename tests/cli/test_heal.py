@@ -123,6 +123,11 @@ def test_ctrl_c_and_resume(
         ((), "say how much to heal on"),
         (("--tokens", "much"), "tokens 'much' is not a number of tokens"),
         (("--tokens", "1k", "--loss", "mse"), "loss has no term 'mse'"),
+        (("--tokens", "1k", "--on-policy-loss", "0.5"), "--on-policy-loss is of --on-policy: give that too"),
+        (
+            ("--layer-tokens", "1k", "--on-policy", "0.5"),
+            "--on-policy is of --tokens, and --layer-tokens alone",
+        ),
     ],
 )
 def test_usage(words: tuple[str, ...], message: str, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
