@@ -37,7 +37,7 @@ from .student import Student
 
 FILE = "on_policy.safetensors"  # in a training checkpoint: the rows of the current round
 ROUND_ROWS = 32  # that a process writes at most in a round of more than one step
-ROUNDS = 8  # that a run has at least, if it has as many steps
+ROUNDS = 4  # that a run has at least, if it has as many steps
 FEW = 4  # dropped rows that stop no run
 FAULTS = ("empty", "loops")
 

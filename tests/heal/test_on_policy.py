@@ -84,7 +84,7 @@ def test_a_student_of_every_method_writes_what_it_predicts_and_learns_from_it(
     model = make()
     monkeypatch.setattr(token_rows, "random_ids", lambda likely, _: likely.argmax(-1, keepdim=True))
     monkeypatch.setattr(on_policy, "loops", lambda _: False)
-    own, text = writer(model.train()), heal_text()
+    own, text = writer(model.train(), steps=plan(steps=4)), heal_text()
     lenders = text_of(text.order, own.own)
     own.begin(0, text, lenders, ignore)
     assert list(own.rows) == [1]
@@ -109,7 +109,7 @@ def test_a_student_of_every_method_writes_what_it_predicts_and_learns_from_it(
 
 def test_rounds_are_written_by_the_student_as_it_is_then() -> None:
     student, _ = pair()
-    own, text = writer(student, steps=plan(steps=32)), heal_text(64)
+    own, text = writer(student, steps=plan(steps=16)), heal_text(64)
     lenders = text_of(text.order, own.own)
     assert own.every == 4
     own.begin(0, text, lenders, ignore)
@@ -117,7 +117,7 @@ def test_rounds_are_written_by_the_student_as_it_is_then() -> None:
     assert list(first) == [1, 3, 5, 7]
     own.begin(3, text, lenders, ignore)
     assert own.rows == first
-    again = writer(student, steps=plan(steps=32))
+    again = writer(student, steps=plan(steps=16))
     again.begin(0, text, lenders, ignore)
     assert all(torch.equal(again.rows[number], ids) for number, ids in first.items())
     with torch.no_grad():
@@ -140,7 +140,7 @@ def say(own: OwnText, monkeypatch: pytest.MonkeyPatch, *texts: list[int]) -> Non
 
 def test_text_that_is_empty_or_loops_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     student, _ = pair()
-    own, text = writer(student, steps=plan(steps=32)), heal_text(64)
+    own, text = writer(student, steps=plan(steps=16)), heal_text(64)
     lenders = text_of(text.order, own.own)
     space = make_tokenizer()(" ", add_special_tokens=False)["input_ids"]
     say(own, monkeypatch, list(range(100, 130)), [1], [90, 91], space)
@@ -190,8 +190,8 @@ def test_a_run_that_was_cut_in_a_round_goes_on_to_the_bit(
     with pytest.raises(KeyboardInterrupt):
         api.heal(str(checkpoint), settings, output=place, verify=False, on_progress=cut)
     [saved] = (tmp_path / "cut.partial" / "work").glob("step-*")
-    assert saved.name == "step-00000008"  # of rounds of three steps
-    assert {int(name) // 12 for name in load_file(saved / on_policy.FILE)} == {2}
+    assert saved.name == "step-00000008"  # of rounds of six steps
+    assert {int(name) // 24 for name in load_file(saved / on_policy.FILE)} == {1}
     report = api.heal(str(checkpoint), settings, output=place, verify=False, resume=True)
     ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
