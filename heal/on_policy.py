@@ -131,14 +131,13 @@ class OwnText:
         accelerator, length = self.accelerator, self.plan.length
         together, found = -(-len(numbers) // batches_of(len(numbers), length)), []
         self.student.eval()
-        half = accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext()
         starts = range(0, len(numbers), together)
         for start in starts[accelerator.process_index :: accelerator.num_processes]:
             part = slice(start, start + together)
             generator = torch.Generator().manual_seed(
                 random.Random(f"{self.seed} {numbers[start]}").getrandbits(63)
             )
-            with half:
+            with accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext():
                 for ids in continued(self.student.model, begun[part], length, generator):
                     message = f"the student writes {len(numbers)} rows, token {ids.shape[1]:,} of {length:,}"
                     done = step * self.plan.step_tokens

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.errors import HealError
-from mhconvert.heal import on_policy
+from mhconvert.heal import on_policy, open_models
 from mhconvert.heal.heal_text import HealText
 from mhconvert.heal.metrics import read
 from mhconvert.heal.on_policy import OwnText, text_of, written
@@ -178,28 +180,28 @@ def test_a_run_that_was_cut_in_a_round_goes_on_to_the_bit(
 ) -> None:
     """The round that it was in is kept, and the later ones are written by the same student."""
     small = {"sequence_length": 32, "batch_tokens": 128, "held_out": 2, "micro_batch": 2, "epochs": 9}
-    sizes = {"tokens": 128 * 24, "save_tokens": 128 * 4}
+    sizes = {"tokens": 128 * 12, "save_tokens": 128 * 4}
     settings = HealSettings(data={str(text): 1}, on_policy=0.5, on_policy_loss=0.5, **sizes, **small)
     whole = api.heal(str(checkpoint), settings, output=str(tmp_path / "whole"), verify=False)
 
     def cut(event: Progress) -> None:
-        if event.stage == "heal" and event.done == 128 * 11:
+        if event.stage == "heal" and event.done == 128 * 6:
             raise KeyboardInterrupt
 
     place = str(tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         api.heal(str(checkpoint), settings, output=place, verify=False, on_progress=cut)
     [saved] = (tmp_path / "cut.partial" / "work").glob("step-*")
-    assert saved.name == "step-00000008"  # of rounds of six steps
-    assert {int(name) // 24 for name in load_file(saved / on_policy.FILE)} == {1}
+    assert saved.name == "step-00000004"  # of rounds of three steps
+    assert {int(name) // 12 for name in load_file(saved / on_policy.FILE)} == {1}
     report = api.heal(str(checkpoint), settings, output=place, verify=False, resume=True)
     ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     entries = [entry for entry in read(tmp_path / "cut" / "metrics.jsonl") if "own" in entry]
-    assert len(entries) == 24
+    assert len(entries) == 12
     told = report["healing"]["own_texts"]
     assert told == whole["healing"]["own_texts"]
-    assert told["rows"] + told["empty"] + told["loops"] == 48
+    assert told["rows"] + told["empty"] + told["loops"] == 24
     assert report["healing"]["predictions"] == sum(int(entry["predictions"]) for entry in entries)
     assert "texts of its own" in (tmp_path / "cut" / "README.md").read_text(encoding="utf-8")
 
@@ -211,3 +213,13 @@ def test_only_as_many_rows_of_text_are_needed_as_are_read(
     settings = HealSettings(data={str(text): 1}, on_policy=0.75, **sizes)
     report = api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
     assert report["healing"]["text_tokens"] == {str(text): 8 * 32}
+
+
+def test_a_divided_student_writes_nothing(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_models, "DistributedType", SimpleNamespace(FSDP=DistributedType.NO))
+    settings = HealSettings(tokens=256, data={str(text): 1}, on_policy=0.5)
+    with pytest.raises(HealError, match="FSDP divides: use one process or DDP for on_policy"):
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+    assert list(tmp_path.iterdir()) == []
