@@ -18,7 +18,7 @@ Trained = Literal["attention", "all", "lora", "hydra"]
 Schedule = Literal["cosine", "wsd", "constant"]
 Router = Literal["fixed", "trained"]
 A_TENTH = "a tenth of tokens"
-BETA = 0.0  # of the loss on text that the student writes
+BETA = 0.5  # of the loss on text that the student writes
 SEED = Option(
     "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
 )
