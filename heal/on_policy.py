@@ -130,6 +130,7 @@ class OwnText:
         """(number, first words, ids) of each row; every process writes some of them, and gets all."""
         accelerator, length = self.accelerator, self.plan.length
         together, found = -(-len(numbers) // batches_of(len(numbers), length)), []
+        tokens = self.plan.rows * length
         self.student.eval()
         starts = range(0, len(numbers), together)
         for start in starts[accelerator.process_index :: accelerator.num_processes]:
@@ -139,9 +140,11 @@ class OwnText:
             )
             with accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext():
                 for ids in continued(self.student.model, begun[part], length, generator):
-                    message = f"the student writes {len(numbers)} rows, token {ids.shape[1]:,} of {length:,}"
-                    done = step * self.plan.step_tokens
-                    on_progress(Progress("heal", done, self.plan.rows * length, message))
+                    if ids.shape[1] % max(1, length // 10) == 0:  # each message is a line in a log
+                        message = (
+                            f"the student writes {len(numbers)} rows, token {ids.shape[1]:,} of {length:,}"
+                        )
+                        on_progress(Progress("heal", step * self.plan.step_tokens, tokens, message))
             found += list(zip(numbers[part], begun[part], ids, strict=True))
         return sorted(gather_object(found), key=lambda row: row[0])
 
