@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,8 +22,11 @@ from mhconvert.errors import HealError
 from mhconvert.progress import Listener, Progress
 
 from ..convert.recipe.heal_settings import HealSettings
+from . import on_policy
+from .heal_text import HealText
+from .held_out import Measure, fidelity, held_out_values
 from .metrics import Metrics
-from .packed_rows import HealText, Rows
+from .packed_rows import Rows
 from .resumable_run import HealSpace
 from .schedule import Steps
 from .student import Student, Teacher, Weights, parameter_groups
@@ -33,21 +36,27 @@ DECAY = 0.2  # fraction of the steps that decay in a warmup-stable-decay schedul
 SPIKE = 4.0  # a loss above this multiple of the median over the last RECENT steps stops the run
 RECENT = 20
 
-Measure = Callable[[], Any]  # creates an accumulator of predictions, `eval.fidelity.Fidelity`
-
 
 class OrderedRows(Dataset):
-    """The training rows of a run in their order, from position `first` on."""
+    """The rows of a run with their numbers, from the number `first` on.
 
-    def __init__(self, text: HealText, first: int):
-        self.rows, self.order = text.train, text.order[first:]
+    Args:
+        order: for each row of the run its index in `rows`.
+    """
+
+    def __init__(self, rows: Rows, order: torch.Tensor, first: int):
+        self.rows, self.order, self.first = rows, order, first
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.order) - self.first
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = int(self.order[index])
-        return {"ids": self.rows.ids[row], "positions": self.rows.positions[row]}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self.order[self.first + index])
+        return {
+            "ids": self.rows.ids[row],
+            "positions": self.rows.positions[row],
+            "number": self.first + index,
+        }
 
 
 class Distillation:
@@ -61,8 +70,15 @@ class Distillation:
         settings: HealSettings,
         plan: Steps,
         space: HealSpace,
+        tokenizer: Any,
     ):
         """Prepare the student, and load the training checkpoint in `space` if there is one."""
+        saved = space.checkpoint(space.step) if space.step else None
+        self.own = on_policy.written(plan, settings.on_policy)
+        self.own_text = None
+        if settings.on_policy:
+            parts = (accelerator, student, tokenizer, plan, self.own, settings.seed, saved)
+            self.own_text = on_policy.OwnText(*parts)
         self.accelerator, self.teacher, self.space = accelerator, teacher, space
         self.settings, self.plan, self.step = settings, plan, space.step
         groups = parameter_groups(student, settings)
@@ -70,8 +86,8 @@ class Distillation:
         adam = torch.optim.AdamW(groups, betas=BETAS, fused=accelerator.device.type == "cuda")
         self.model, self.optimiser = accelerator.prepare(student, adam)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if space.step:
-            accelerator.load_state(str(space.checkpoint(space.step)))
+        if saved is not None:
+            accelerator.load_state(str(saved))
         # The loaded state has the learning rates of the interrupted run, which may differ.
         for group, peak in zip(self.optimiser.param_groups, peaks, strict=True):
             group["lr"] = group["initial_lr"] = peak
@@ -84,11 +100,14 @@ class Distillation:
             HealError: the loss or the gradient is not finite, or the loss jumps.
         """
         plan, recent = self.plan, deque[float](maxlen=RECENT)
-        batches = self._batches(text)
+        order = on_policy.text_of(text.order, self.own)
+        batches = self._batches(text, order)
         begun, first = time.perf_counter(), self.step
         held_out = ""
         on_progress(Progress("heal", self.step * plan.step_tokens, plan.rows * plan.length))
         while self.step < plan.steps:
+            if self.own_text is not None:
+                self.own_text.begin(self.step, text, order, on_progress)
             if self.step == plan.lm_from:
                 recent.clear()  # from here on the loss has other terms
             self.model.train()
@@ -120,13 +139,15 @@ class Distillation:
         """Micro-batches per optimiser step in each process."""
         return self.plan.batch_rows // (self.plan.micro_rows * self.accelerator.num_processes)
 
-    def _batches(self, text: HealText) -> Iterator[Rows]:
+    def _batches(self, text: HealText, order: torch.Tensor) -> Iterator[Rows]:
         """The micro-batches of this process for all remaining steps."""
         plan, accelerator = self.plan, self.accelerator
-        rows = OrderedRows(text, self.step * plan.batch_rows)
+        rows = OrderedRows(text.train, order, self.step * plan.batch_rows)
         loader = DataLoader(rows, batch_size=plan.micro_rows, shuffle=False)
         for batch in accelerator.prepare_data_loader(loader, device_placement=True):
-            yield Rows(batch["ids"], batch["positions"])
+            # Batches are fetched ahead of the round that writes their rows, so the student's text is put in here.
+            plain = Rows(batch["ids"], batch["positions"])
+            yield plain if self.own_text is None else self.own_text.put_in(plain, batch["number"])
 
     def _step(self, batches: list[Rows], recent: deque[float]) -> dict[str, Any]:
         """Take one optimiser step; the loss is the mean over the predictions of all processes.
@@ -136,7 +157,7 @@ class Distillation:
         accelerator, weights = self.accelerator, self._weights()
         local_count = sum(int(rows.predicted().sum()) for rows in batches)
         count = accelerator.reduce(torch.tensor(float(local_count), device=accelerator.device), "sum")
-        names = ("loss", "kl", "ce", "hidden", "balance")
+        names = ("loss", "kl", "ce", "own", "own_count", "hidden", "balance")
         sums = torch.zeros(len(names), device=accelerator.device)
         for number, rows in enumerate(batches):
             synchronisation = accelerator.no_sync(self.model) if number + 1 < len(batches) else nullcontext()
@@ -145,8 +166,10 @@ class Distillation:
                 # accelerate averages the gradients over processes; the factor makes that the mean over predictions.
                 accelerator.backward(losses["loss"] * accelerator.num_processes / count)
             sums += torch.stack([losses[name].detach().float() for name in names])
-        means = dict(zip(names, (accelerator.reduce(sums, "sum") / count).tolist(), strict=True))
-        self._check_loss(means["loss"], recent)
+        means = self._means(
+            dict(zip(names, accelerator.reduce(sums, "sum").tolist(), strict=True)), count.item()
+        )
+        self._check_loss(means, recent)
         norm = accelerator.clip_grad_norm_(self.trained, self.settings.clip)
         if norm is not None and not torch.isfinite(norm) and accelerator.scaler is None:
             self._stop("the gradient is not finite")
@@ -159,16 +182,32 @@ class Distillation:
         self.schedule.step()
         return means | extra | {"rate": rate, "gradient_norm": float(norm)}
 
+    def _means(self, sums: dict[str, float], count: float) -> dict[str, float]:
+        """The means of a step to record: of kl and ce over the text, of own over what the student wrote."""
+        own = sums.pop("own_count")
+        counts = {"kl": count - own, "ce": count - own, "own": own}
+        means = {name: value / max(1.0, counts.get(name, count)) for name, value in sums.items()}
+        means["predictions"] = count
+        if self.own_text is None:
+            return {name: mean for name, mean in means.items() if name != "own"}
+        return means | {"own_predictions": own} | self.own_text.facts(self.step)
+
     def _weights(self) -> Weights:
         """The loss weights of the current step."""
         if self.step >= self.plan.lm_from:
             return Weights(ce=1.0, balance=self.settings.loss.get("balance", 0.0))
-        return Weights(**self.settings.loss)
+        return Weights(**self.settings.loss, beta=self.settings.on_policy_loss or 0.0)
 
-    def _check_loss(self, loss: float, recent: deque[float]) -> None:
+    def _check_loss(self, means: dict[str, float], recent: deque[float]) -> None:
         """Raises HealError for a loss that is not finite or jumps; else adds it to `recent`."""
+        loss = means["loss"]
         if not loss < float("inf"):
             self._stop(f"the loss is {loss}")
+        if self.own_text is not None:  # of which steps have more or less, with a loss of its own
+            if means["predictions"] == means["own_predictions"]:
+                return
+            weights = self._weights()
+            loss = sum(getattr(weights, name) * means[name] for name in ("kl", "ce", "hidden", "balance"))
         if len(recent) == RECENT and loss > SPIKE * statistics.median(recent):
             self._stop(f"the loss leapt to {loss:.4g} from {statistics.median(recent):.4g}")
         recent.append(loss)
@@ -189,36 +228,10 @@ class Distillation:
         accelerator.save_state(str(space.unfinished(self.step)))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            if self.own_text is not None:
+                self.own_text.save(space.unfinished(self.step))
             space.commit(self.step)
         accelerator.wait_for_everyone()
-
-
-@torch.no_grad()
-def fidelity(
-    student: Any, teacher: Teacher, rows: Rows, measure: Measure, batch: int, device: torch.device
-) -> dict[str, Any]:
-    """The fidelity of the student's predictions to the teacher's.
-
-    Args:
-        measure: creates the accumulator that computes it.
-        batch: rows per forward pass.
-    """
-    accumulator = measure()
-    student.eval()
-    for first in range(0, len(rows), batch):
-        part = rows[first : first + batch]
-        student(Rows(part.ids.to(device), part.positions.to(device)), teacher, Weights(), accumulator)
-    result: dict[str, Any] = accumulator.result()
-    return result
-
-
-def held_out_values(result: dict[str, Any]) -> dict[str, float]:
-    """A measurement on the held-out rows as values of one line of metrics."""
-    return {
-        "held_out_kl": result["kl"],
-        "held_out_perplexity": result["perplexity"]["converted"],
-        "held_out_top1": result["top1_agreement"],
-    }
 
 
 def _schedule(optimiser: torch.optim.Optimizer, settings: HealSettings, steps: int, done: int) -> Any:

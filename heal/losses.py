@@ -7,8 +7,9 @@ and only the gradients are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +40,13 @@ class Predictions:
     teacher_head: Head
     vocab_size: int
 
+    def part(self, chosen: Tensor) -> Predictions:
+        """The predictions at the chosen (P,), bool, of the positions."""
+        if chosen.all():
+            return self
+        teacher = None if self.teacher is None else self.teacher[chosen]
+        return replace(self, student=self.student[chosen], teacher=teacher, targets=self.targets[chosen])
+
     def slices(self) -> Iterator[slice]:
         """The chunks of positions whose logits are computed together."""
         size = max(1, CHUNK_BYTES // (4 * self.vocab_size))
@@ -57,21 +65,41 @@ class Predictions:
         return self.student_head(student)[..., : self.vocab_size].float(), teacher, self.targets[part]
 
 
-def terms(student: Tensor, teacher: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL(teacher ‖ student), cross entropy), in nats, summed over positions; KL is 0 without a teacher.
+def terms(
+    student: Tensor, teacher: Tensor | None, targets: Tensor, beta: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(divergence, cross entropy), in nats, summed over positions; the divergence is 0 without a teacher.
 
     Args:
         student, teacher: (P, V), logits.
         targets: (P,).
+        beta: of `divergence`.
     """
     student_logs = student.log_softmax(-1)
     entropy = -student_logs.gather(1, targets[:, None]).sum()
     if teacher is None:
         return torch.zeros_like(entropy), entropy
-    teacher_logs = teacher.log_softmax(-1)
-    probability = teacher_logs.exp()
+    return divergence(teacher.log_softmax(-1), student_logs, beta), entropy
+
+
+def divergence(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    """The divergence of log-probabilities (P, V), summed over positions.
+
+    KL(teacher ‖ student) for beta = 0, KL(student ‖ teacher) for 1, and between them, with M = β T + (1 − β) S, the
+    generalised Jensen-Shannon divergence β KL(T ‖ M) + (1 − β) KL(S ‖ M). Departure from its source, GKD (arXiv
+    2306.13649): it is divided by β (1 − β), so that its limits are the two ends, and all agree to second order.
+    """
+    if beta in (0.0, 1.0):
+        return _kl(student, teacher) if beta else _kl(teacher, student)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return _kl(teacher, mixture) / (1 - beta) + _kl(student, mixture) / beta
+
+
+def _kl(of: Tensor, to: Tensor) -> Tensor:
+    """KL(of ‖ to) of log-probabilities (P, V), summed over positions."""
+    probability = of.exp()
     # Tokens with probability 0 (logit −inf) contribute 0, not NaN.
-    return torch.where(probability > 0, probability * (teacher_logs - student_logs), 0.0).sum(), entropy
+    return torch.where(probability > 0, probability * (of - to), 0.0).sum()
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -79,7 +107,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, student: Tensor, predictions: Predictions, weights: tuple[float, float], *parameters: Tensor
+        ctx: Any,
+        student: Tensor,
+        predictions: Predictions,
+        weights: tuple[float, float],
+        beta: float,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(student)
         head_gradients = [torch.zeros_like(parameter) for parameter in parameters]
@@ -87,12 +120,12 @@ class _ChunkedLoss(torch.autograd.Function):
         for part in predictions.slices():
             with torch.enable_grad():
                 hidden = student[part].detach().requires_grad_(True)
-                divergence, entropy = terms(*predictions.logits(part, hidden))
-                loss = weights[0] * divergence + weights[1] * entropy
+                distance, entropy = terms(*predictions.logits(part, hidden), beta)
+                loss = weights[0] * distance + weights[1] * entropy
                 gradient[part], *others = torch.autograd.grad(loss, (hidden, *parameters))
             for total, other in zip(head_gradients, others, strict=True):
                 total += other
-            sums += torch.stack((divergence.detach(), entropy.detach()))
+            sums += torch.stack((distance.detach(), entropy.detach()))
         ctx.save_for_backward(gradient, *head_gradients)
         loss = weights[0] * sums[0] + weights[1] * sums[1]
         ctx.mark_non_differentiable(sums)
@@ -101,17 +134,20 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         gradient, *head_gradients = ctx.saved_tensors
-        return (gradient * above[0], None, None, *(above[0] * total for total in head_gradients))
+        return (gradient * above[0], None, None, None, *(above[0] * total for total in head_gradients))
 
 
-def chunked_loss(predictions: Predictions, head: nn.Module, kl: float, ce: float) -> tuple[Tensor, Tensor]:
+def chunked_loss(
+    predictions: Predictions, head: nn.Module, kl: float, ce: float, beta: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(loss, terms): kl · KL + ce · CE, and [KL, CE] (2,), each summed over positions; only `loss` is differentiable.
 
     Args:
         head: the module of `predictions.student_head`, whose trainable parameters get gradients too.
+        beta: which `divergence` stands for KL.
     """
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return _ChunkedLoss.apply(predictions.student, predictions, (kl, ce), *parameters)  # type: ignore[return-value]
+    return _ChunkedLoss.apply(predictions.student, predictions, (kl, ce), beta, *parameters)  # type: ignore[return-value]
 
 
 def hidden_error(student: Tensor, teacher: Tensor, seen: Tensor) -> Tensor:

@@ -39,6 +39,19 @@ class Metrics:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, step)
 
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the training: predictions learnt from, speed, and the student's own texts if any."""
+        steps = [entry for entry in self.entries if "predictions" in entry]
+        facts = {
+            "predictions": sum(int(entry["predictions"]) for entry in steps),
+            "tokens_per_second": steps[-1]["tokens_per_second"] if steps else None,
+        }
+        own = [entry for entry in steps if "own_rows" in entry]
+        names = ("rows", "empty", "loops")
+        if own:
+            facts["own_texts"] = {name: sum(entry[f"own_{name}"] for entry in own) for name in names}
+        return facts
+
     def close(self) -> None:
         if self._board is not None:
             self._board.close()

@@ -20,7 +20,7 @@ from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage import folder_kind, output_folder
 from ..convert.storage.linked_files import own_files
 from ..convert.storage.safetensors_reader import SafetensorsSource
-from . import fusion, packed_rows, routing, schedule
+from . import fusion, heal_text, routing, schedule
 from .metrics import require_tensorboard
 from .resumable_run import disk_needed
 
@@ -56,12 +56,16 @@ def open_both(
             f"{asked.checkpoint} is not a checkpoint that mhconvert wrote; convert a donor first: "
             f"mhconvert {asked.checkpoint} --to mla"
         )
-    packed_rows.check(settings)
+    heal_text.check(settings)
     student = open_model.open_model(asked.checkpoint, device=place, trust_remote_code=asked.trust_remote_code)
     fusion.check(student.config, settings.fusion)
     routing.check(student.config, settings)
     if settings.fusion and accelerator.distributed_type is DistributedType.FSDP:
         raise HealError("fusion mixes whole heads, which FSDP divides: use one process or DDP for it")
+    if settings.on_policy and accelerator.distributed_type is DistributedType.FSDP:
+        raise HealError(
+            "text is written by a whole student, which FSDP divides: use one process or DDP for on_policy"
+        )
     if student.adapter is not None:
         _require_adapter_settings(student.adapter.method, settings)
     reference = settings.teacher or _recorded_donor(asked.checkpoint)

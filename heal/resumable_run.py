@@ -19,7 +19,8 @@ from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import save_tensors, write_json
 from ..convert.storage.disk_space import out_of_space
 from ..convert.storage.output_folder import ResumableFolder
-from .packed_rows import HealText, Rows
+from .heal_text import HealText
+from .packed_rows import Rows
 
 # Files in the work folder:
 STATE = "heal.json"  # the settings and the last training checkpoint

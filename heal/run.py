@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from ..convert.bare_process.reload import peak_rss
 from ..convert.calibration.token_rows import sampled_rows
 from ..convert.storage.atomic_files import save_tensors
 from ..convert.storage.safetensors_reader import SafetensorsSource
-from . import fusion, layer_healing, packed_rows, schedule, write_result
+from . import fusion, heal_text, layer_healing, on_policy, schedule, write_result
 from .build_student import build_student
-from .distill import Distillation, Measure, fidelity, held_out_values
+from .distill import Distillation
+from .held_out import Lesson, Measure, fidelity, held_out_values
 from .metrics import Metrics
 from .open_models import Run, check_output, longest_row, needed_bytes, open_both
 from .resumable_run import BLOCKS, METRICS, HealSpace, is_out_of_memory
@@ -63,15 +63,6 @@ def run(
         ) from error
     finally:
         accelerator.end_training()
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """The teacher, the text, and a function that measures the fidelity of a model on the held-out rows."""
-
-    teacher: Teacher
-    text: packed_rows.HealText
-    fidelity: Callable[[Any], dict[str, Any]]
 
 
 class _Healing:
@@ -132,17 +123,19 @@ class _Healing:
         half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
         return self.teacher.model(torch.bfloat16 if half else torch.float32)
 
-    def _text(self, teacher: Teacher) -> packed_rows.HealText:
+    def _text(self, teacher: Teacher) -> heal_text.HealText:
         """The rows; the first process prepares them once, the others and a resumed run read them."""
         if self.main and not self.space.has_text:
             settings, tokenizer, length = self.settings, self.student.tokenizer(), self.steps.length
-            rows = max(self.steps.rows, settings.layer_tokens // length)
+            own = int(on_policy.written(self.steps, settings.on_policy).sum())
+            rows = max(self.steps.rows - own, settings.layer_tokens // length, 1)
             self.on_progress(Progress("text", 0, 1, ", ".join(settings.data)))
 
-            def sample(count: int) -> torch.Tensor:
-                return sampled_rows(teacher.model, tokenizer, count, length, settings.seed, self.on_progress)
+            def sample(count: int, prompts: list[list[int]]) -> torch.Tensor:
+                told = (settings.seed, self.on_progress)
+                return sampled_rows(teacher.model, tokenizer, count, length, *told, prompts)
 
-            text = packed_rows.prepare(settings, tokenizer, self.vocab_size, length, rows, sample)
+            text = heal_text.prepare(settings, tokenizer, self.vocab_size, length, rows, sample)
             if skipped := sum(text.skipped.values()):
                 self.on_progress(Progress("text", 1, 1, f"{skipped:,} records without text were skipped"))
             self.space.write_text(text)
@@ -151,7 +144,7 @@ class _Healing:
         return self.space.read_text()
 
     def _fidelity_function(
-        self, teacher: Teacher, text: packed_rows.HealText
+        self, teacher: Teacher, text: heal_text.HealText
     ) -> Callable[[Any], dict[str, Any]]:
         """A function that measures the fidelity of a model on the held-out rows."""
         micro, device = self.steps.micro_rows, self.accelerator.device
@@ -194,7 +187,8 @@ class _Healing:
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         student = build_student(model, settings, self.vocab_size, is_adapter=self.adapter)
-        distillation = Distillation(accelerator, student, lesson.teacher, settings, self.steps, space)
+        parts = (student, lesson.teacher, settings, self.steps, space, self.student.tokenizer())
+        distillation = Distillation(accelerator, *parts)
         distillation.train(lesson.text, metrics, self.measure, self.on_progress)
         if accelerator.distributed_type is not DistributedType.FSDP:
             return accelerator.unwrap_model(distillation.model).model
@@ -234,9 +228,8 @@ class _Healing:
         space.publish()
         return report
 
-    def _training_report(self, text: packed_rows.HealText, metrics: Metrics) -> dict[str, Any]:
+    def _training_report(self, text: heal_text.HealText, metrics: Metrics) -> dict[str, Any]:
         """The section "healing" of the report."""
-        speeds = [entry["tokens_per_second"] for entry in metrics.entries if "tokens_per_second" in entry]
         return {
             "settings": dataclasses.asdict(self.settings),
             "teacher": self.teacher.reference,
@@ -244,7 +237,7 @@ class _Healing:
             "steps": self.steps.steps,
             "step_tokens": self.steps.step_tokens,
             "trained_tokens": self.steps.rows * self.steps.length,
-            **text.facts(self.steps.rows),
-            "tokens_per_second": speeds[-1] if speeds else None,
+            **text.facts(),
+            **metrics.facts(),
             "seconds": self.space.earlier_seconds + time.perf_counter() - self.begun,
         }

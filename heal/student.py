@@ -32,6 +32,7 @@ class Weights:
     ce: float = 0.0
     hidden: float = 0.0
     balance: float = 0.0
+    beta: float = 0.0  # of the divergence that stands for KL on rows that the student wrote
 
     @property
     def needs_teacher(self) -> bool:
@@ -56,7 +57,8 @@ class Student(nn.Module):
         Args:
             measure: an accumulator of fidelity. If given, the float32 predictions are added to it and {} is returned.
 
-        Returns loss (differentiable), kl, ce, hidden, balance (each for the record) and count.
+        Returns loss (differentiable), kl and ce of the text, own (the divergence of rows that the student wrote) and
+        own_count, hidden, balance (each for the record) and count.
         """
         if measure is not None:
             with torch.no_grad(), torch.autocast(rows.ids.device.type, enabled=False):
@@ -67,7 +69,7 @@ class Student(nn.Module):
         balance = self.balance(weights)
         taught = teacher.states(rows, every_layer) if weights.needs_teacher else []
         predictions = self._predictions(rows, own[-1], teacher, taught[-1] if taught else None)
-        loss, sums = chunked_loss(predictions, self.model.get_output_embeddings(), weights.kl, weights.ce)
+        loss, terms = self._prediction_losses(rows, predictions, weights)
         error = torch.zeros_like(loss)
         if every_layer:
             predicting = torch.nn.functional.pad(rows.predicted(), (0, 1))
@@ -76,11 +78,28 @@ class Student(nn.Module):
             error = torch.stack(errors).mean() if errors else error  # empty for a model of one layer
             loss = loss + weights.hidden * error
         count = torch.tensor(float(len(predictions.targets)), device=loss.device)
-        terms = {"kl": sums[0], "ce": sums[1], "hidden": error.detach(), "balance": torch.zeros_like(count)}
+        terms |= {"hidden": error.detach(), "balance": torch.zeros_like(count)}
         if balance is not None:
             loss = loss + weights.balance * balance * count
             terms["balance"] = balance.detach() * count
         return {"loss": loss, **terms, "count": count}
+
+    def _prediction_losses(
+        self, rows: Rows, predictions: Predictions, weights: Weights
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted losses of the predictions, and kl, ce, own and own_count; own text has no cross-entropy."""
+        head, own = (
+            self.model.get_output_embeddings(),
+            torch.zeros_like(predictions.targets, dtype=torch.bool),
+        )
+        if rows.by_student is not None:
+            own = rows.by_student[:, None].expand(rows.predicted().shape)[rows.predicted()]
+        loss, of_text = chunked_loss(predictions.part(~own), head, weights.kl, weights.ce)
+        of_own = torch.zeros_like(of_text)
+        if own.any():
+            more, of_own = chunked_loss(predictions.part(own), head, weights.kl, 0.0, weights.beta)
+            loss = loss + more
+        return loss, {"kl": of_text[0], "ce": of_text[1], "own": of_own[0], "own_count": own.sum().float()}
 
     def balance(self, weights: Weights) -> Tensor | None:
         """The load-balance loss of routed heads, mean over tokens; None if it is not part of the loss."""

@@ -24,7 +24,7 @@ from ..eval.page import page
 from ..eval.tasks.harness import require_available
 from ..eval.tasks.task_choice import resolve
 from ..eval.writing import prompts
-from ..heal import packed_rows
+from ..heal import heal_text
 from .ledger import Ledger
 from .stage_settings import export_fault
 from .whole_recipe import RunRecipe
@@ -60,7 +60,7 @@ def conversion(work: Run) -> Any:
 def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
     """Raise MhconvertError for what a later stage would refuse: missing files or libraries, tasks, a form, no token."""
     if recipe.convert.heal is not None and "heal" in stages:
-        packed_rows.check(recipe.convert.heal)
+        heal_text.check(recipe.convert.heal)
     if recipe.eval is not None and "eval" in stages:
         settings = recipe.eval
         require_available(settings)

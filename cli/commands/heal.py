@@ -8,7 +8,8 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from ...convert.recipe.heal_settings import HealSettings, sources
+from ...convert.recipe.heal_settings import HealSettings
+from ...convert.recipe.weighted_names import sources
 from ...convert.storage.folder_kind import is_adapter
 from ...convert.validation.option import declared
 from ..options import common
@@ -31,6 +32,8 @@ WHAT = (
     "lm_tokens",
     "data",
     "skip_bad",
+    "on_policy",
+    "on_policy_loss",
     "teacher",
     "train",
     "rank",
@@ -50,6 +53,8 @@ END_TO_END = (
     "eval_tokens",
     "save_tokens",
     "router",
+    "on_policy",
+    "on_policy_loss",
 )  # of the training on --tokens alone
 GROUPS = (
     Group("What trains, on what", HealSettings, WHAT),
@@ -111,6 +116,8 @@ def _refuse_ignored(checkpoint: str, options: Mapping[str, Any]) -> None:
     train = options["train"] or ("lora" if options["fusion"] is None else "attention")
     if train not in ("lora", "hydra"):
         refuse_ignored(options, ("rank",), f"is of --train lora and hydra, not of {train}: leave it out")
+    if options["on_policy"] is None:
+        refuse_ignored(options, ("on_policy_loss",), "is of --on-policy: give that too, or leave it out")
     if options["skip_bad"] and (not options["data"] or set(sources(options["data"])) == {"self"}):
         refuse_ignored(
             options, ("skip_bad",), "is of files and datasets; --data self has no records: leave it out"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +65,34 @@ def text_rows(
 
 
 def sampled_rows(
-    model: Any, tokenizer: Any, rows: int, length: int, seed: int, on_progress: Listener
+    model: Any,
+    tokenizer: Any,
+    rows: int,
+    length: int,
+    seed: int,
+    on_progress: Listener,
+    prompts: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Token ids (rows, length), sampled from `model` at temperature 1 after a random first token.
 
-    Sampling continues after an end-of-text token. A seed gives the same rows only on the same machine.
+    Every second row continues one of the `prompts` instead, which have fewer tokens than a row, in their order and
+    again from the first. Sampling continues after an end-of-text token. A seed gives the same rows only on the same
+    machine.
     """
     prefix = start_of_text(tokenizer)
     generator = torch.Generator().manual_seed(seed)
     known = min(len(tokenizer), model.config.get_text_config().vocab_size)
     ordinary = torch.tensor(sorted(set(range(known)) - set(tokenizer.all_special_ids)))
-    starts = ordinary[torch.randint(len(ordinary), (rows, 1), generator=generator)]
-    starts = torch.cat((torch.tensor(prefix, dtype=torch.long).expand(rows, -1), starts), dim=1)
+    chosen = ordinary[torch.randint(len(ordinary), (rows,), generator=generator)]
+    begun = [[*prefix, token] for token in chosen.tolist()]
+    for row, prompt in zip(range(1, rows, 2), cycle(prompts), strict=False):
+        begun[row] = list(prompt)
+    together = -(-rows // batches_of(rows, length))
     batches: list[Tensor] = []
-    for begun in starts.chunk(batches_of(rows, length)):
-        before = sum(map(Tensor.numel, batches))
-        for ids in _sampled(model, begun, length, generator):
-            on_progress(
-                Progress("calibrate", before + ids.numel(), rows * length, "text sampled from the donor")
-            )
+    for start in range(0, rows, together):
+        for ids in continued(model, begun[start : start + together], length, generator, growing_cache()):
+            done = start * length + ids.numel()
+            on_progress(Progress("calibrate", done, rows * length, "text sampled from the donor"))
         batches.append(ids)
     return torch.cat(batches)
 
@@ -93,18 +103,29 @@ def batches_of(rows: int, length: int) -> int:
     return -(-rows // together)
 
 
-@torch.inference_mode()
-def _sampled(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`ids` (rows, n) as it is continued by sampling, a token at a time, to (rows, length)."""
-    yield ids
-    cache = growing_cache()
-    output = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+@torch.no_grad()  # what a module keeps of inference mode could not be trained with
+def continued(
+    model: Any, begun: list[list[int]], length: int, generator: torch.Generator, cache: Any = None
+) -> Iterator[Tensor]:
+    """The first tokens of each row as they are continued by sampling, a token at a time, to (rows, length).
+
+    Args:
+        begun: for each row at least one token, and fewer than `length`.
+        cache: an empty one; None for the model's own.
+    """
+    ids = torch.tensor([row[: min(map(len, begun))] for row in begun])
+    following = ids
     while ids.shape[1] < length:
-        token = random_ids(output.logits[:, -1].float().softmax(-1), generator).cpu()
-        ids = torch.cat((ids, token), dim=1)
         yield ids
-        if ids.shape[1] < length:
-            output = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True)
+        output = model(
+            input_ids=following.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        following = random_ids(output.logits[:, -1].float().softmax(-1), generator).cpu()
+        for row, given in zip(following, begun, strict=True):
+            if ids.shape[1] < len(given):
+                row[0] = given[ids.shape[1]]
+        ids, cache = torch.cat((ids, following), dim=1), output.past_key_values
+    yield ids
 
 
 def random_ids(probabilities: Tensor, generator: torch.Generator, count: int = 1) -> Tensor:

@@ -9,57 +9,21 @@ from typing import Annotated, Any, Literal
 
 from mhconvert.errors import HealError
 
-from ..validation.check import shown
 from ..validation.option import Names, Option, Takes, default
 from ..validation.settings import Settings
 from .token_count import token_count as token_count
+from .weighted_names import alike, loss_terms, require_terms
 
 Trained = Literal["attention", "all", "lora", "hydra"]
 Schedule = Literal["cosine", "wsd", "constant"]
 Router = Literal["fixed", "trained"]
-TERMS = ("kl", "ce", "hidden", "balance")
 A_TENTH = "a tenth of tokens"
+BETA = 0.5  # of the loss on text that the student writes
 SEED = Option(
     "Seed of every random choice.", "N", ge=0, lt=2**32, range_hint="is not between 0 and 4294967295"
 )
 # Between a run and its resume.
 MAY_CHANGE = ("skip_bad", "lr", "micro_batch", "save_tokens", "device", "gradient_checkpointing")
-
-
-def loss_terms(text: str) -> dict[str, float]:
-    """{"kl": 1.0, "ce": 0.1} from "kl=1,ce=0.1"; a term without a weight has 1. Raises HealError."""
-    return require_terms(sources(text.split(",")))
-
-
-def require_terms(loss: dict[str, float]) -> dict[str, float]:
-    """Return the weights of loss terms. Raises HealError for a term that there is not."""
-    for term in loss:
-        if term not in TERMS:
-            raise HealError(f"loss has no term '{term}'; it has {', '.join(TERMS)}")
-    return loss
-
-
-def alike(names: str | Sequence[str]) -> dict[str, float]:
-    """{"books.txt": 1.0, "self": 1.0} from ["books.txt", "self"]; one name may stand alone. Raises HealError."""
-    words = [names] if isinstance(names, str) else names
-    for word in words:
-        if not isinstance(word, str):
-            raise HealError(f"{shown(word)} is not text")
-    return dict.fromkeys(words, 1.0)
-
-
-def sources(words: Sequence[str]) -> dict[str, float]:
-    """{"books.txt": 2.0, "self": 1.0} from the words ["books.txt=2", "self"] of a command line."""
-    return {name: 1.0 if share is None else share for name, share in map(weighted, words)}
-
-
-def weighted(text: str) -> tuple[str, float | None]:
-    """("books.txt", 2.0) from "books.txt=2"; None where no weight is given."""
-    name, equals, weight = text.strip().rpartition("=")
-    try:
-        return (name, float(weight)) if equals else (text.strip(), None)
-    except ValueError:
-        return text.strip(), None
 
 
 def _tokens(help: str, name: str, default: str = "", least: int = 0) -> Option:
@@ -120,6 +84,29 @@ class HealSettings(Settings):
         Takes[str | None, str | PurePath | None],
         Option("Model of the same tokenizer to learn from.", "DONOR", default="the donor of the checkpoint"),
     ] = default(None)
+    on_policy: Annotated[
+        float | None,
+        Option(
+            "Share of the rows that the student writes while it trains, each after the first words of a text; the "
+            "teacher scores them.",
+            "SHARE",
+            gt=0,
+            lt=1,
+            range_hint="is not between 0 and 1: the other rows are the text",
+            default="none",
+        ),
+    ] = None
+    on_policy_loss: Annotated[
+        float | None,
+        Option(
+            "What kl is on those rows. 0: KL(teacher ‖ student). 1: KL(student ‖ teacher). Between them: the "
+            "generalised Jensen-Shannon divergence.",
+            "BETA",
+            ge=0,
+            le=1,
+            default=f"{BETA:g}",
+        ),
+    ] = None  # `check` decides it
     loss: Annotated[
         Takes[dict[str, float], str | Mapping[str, float]],
         Option(
@@ -227,6 +214,7 @@ class HealSettings(Settings):
         if not self.data:
             raise HealError("healing needs text; name files, a dataset, or self")
         require_terms(self.loss)
+        self._check_on_policy()
         if self.loss.get("balance") and self.router == "fixed":
             raise HealError(
                 "a fixed router does not learn to balance its load; use --router trained, or no balance"
@@ -237,6 +225,22 @@ class HealSettings(Settings):
                     raise HealError(f"{place} {name}={share:g} is not a weight; use a number from 0")
             if not sum(share for name, share in shares.items() if name != "balance") > 0:
                 raise HealError(f"every weight of {place} is 0; one of them has to count")
+
+    def _check_on_policy(self) -> None:
+        """Raise HealError for settings of the student's own text that do not go together."""
+        if self.on_policy is None:
+            if self.on_policy_loss is not None:
+                raise HealError(
+                    "on_policy_loss is of rows that the student writes; say how many with on_policy"
+                )
+            return
+        if self.on_policy_loss is None:
+            self._set("on_policy_loss", BETA)
+        if not self.loss.get("kl") or self.lm_tokens >= self.tokens:
+            raise HealError(
+                "on_policy text is scored by the teacher: give the loss's kl a weight, and leave it tokens that are "
+                "not lm_tokens"
+            )
 
     def same_run(self, other: dict[str, Any]) -> str | None:
         """Return the first setting that differs from `other` (from JSON) though a resume may not change it, or None."""

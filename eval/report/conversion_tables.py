@@ -146,6 +146,9 @@ def healing_line(report: dict[str, Any]) -> str:
     stages = [f"each layer on {layer_tokens:,} tokens"] if layer_tokens else []
     if healing["steps"]:
         stages.append(f"{healing['trained_tokens']:,} tokens in {healing['steps']:,} steps")
+    if own := healing.get("own_texts"):
+        dropped = f"; dropped: {own['empty']} empty, {own['loops']} in loops"
+        stages.append(f"{own['rows']:,} texts of its own{dropped if own['empty'] + own['loops'] else ''}")
     return (
         f"{', '.join(stages)}, {duration(healing['seconds'])} in all"
         + (f", {speed:,.0f} tokens/s in training" if speed else "")

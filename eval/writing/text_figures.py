@@ -8,10 +8,9 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 
+from ...convert.calibration.loops import longest_loop, loops
+
 DISTINCT = (2, 4)  # n of distinct-n
-LONGEST_PERIOD = 64  # tokens that a loop repeats at most
-REPEATS = 3  # from which on a repetition is a loop
-LOOP_SHARE, LOOP_TOKENS = 0.5, 16  # a text loops whose loop is this part of it, and this long
 FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -25,11 +24,10 @@ def figures(tokens: Sequence[int], ended: bool, text: str, form: str | None) -> 
         form: of FORMATS, in which it was asked for; None: free.
     """
     content = tokens[: len(tokens) - ended]
-    loop = longest_loop(content)
     return {
         **{f"distinct_{n}": distinct(content, n) for n in DISTINCT},
-        "longest_loop": float(loop),
-        "loops": float(loop >= max(LOOP_TOKENS, LOOP_SHARE * len(content))),
+        "longest_loop": float(longest_loop(content)),
+        "loops": float(loops(content)),
         "ends": float(ended),
         "tokens": float(len(content)),
         "format": float(FORMATS[form](text)) if form is not None else None,
@@ -40,18 +38,6 @@ def distinct(tokens: Sequence[int], n: int) -> float | None:
     """Different n-grams ÷ n-grams; None for fewer than n tokens. Source: arXiv 1510.03055, section 5."""
     grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
-
-
-def longest_loop(tokens: Sequence[int]) -> int:
-    """Tokens of the longest stretch that repeats one to LONGEST_PERIOD tokens REPEATS times or more; 0 without one."""
-    longest = 0
-    for period in range(1, min(LONGEST_PERIOD, len(tokens) // REPEATS) + 1):
-        equal = 0
-        for at in range(period, len(tokens)):
-            equal = equal + 1 if tokens[at] == tokens[at - period] else 0
-            if equal >= (REPEATS - 1) * period:
-                longest = max(longest, equal + period)
-    return longest
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:

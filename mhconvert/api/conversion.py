@@ -73,7 +73,7 @@ def _convert_and_heal(
     from mhconvert.convert import finished_conversion, open_model
     from mhconvert.convert.storage import step_folder
     from mhconvert.convert.storage.ownership import unmark
-    from mhconvert.heal import packed_rows
+    from mhconvert.heal import heal_text
 
     plain = dataclasses.replace(recipe, heal=None)
     output = open_model.output_folder(plain)
@@ -85,7 +85,7 @@ def _convert_and_heal(
         return done
     step_folder.check_step(output, step, Path(recipe.model).expanduser(), resume=resume, force=force)
     if not (resume and finished_conversion.require_result(step, plain, force=force)):
-        packed_rows.check(settings)
+        heal_text.check(settings)
         _convert(plain, step=step, resume=resume, force=force, on_progress=on_progress)
     report = heal(
         str(step),

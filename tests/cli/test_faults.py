@@ -356,7 +356,7 @@ UNFORESEEN = {
     "convert and heal": "mhconvert.convert.layer_pass.layer_steps.observe",
     "curve": "mhconvert.convert.layer_pass.layer_steps.observe",
     "run": "mhconvert.convert.layer_pass.layer_steps.observe",
-    "heal": "mhconvert.heal.packed_rows.prepare",
+    "heal": "mhconvert.heal.heal_text.prepare",
     "merge": "mhconvert.convert.storage.shard_writer.ShardWriter.add",
     "export": "mhconvert.convert.storage.output_folder.publish",
     "verify": "mhconvert.convert.export.same_outputs.expect",

@@ -123,6 +123,11 @@ def test_ctrl_c_and_resume(
         ((), "say how much to heal on"),
         (("--tokens", "much"), "tokens 'much' is not a number of tokens"),
         (("--tokens", "1k", "--loss", "mse"), "loss has no term 'mse'"),
+        (("--tokens", "1k", "--on-policy-loss", "0.5"), "--on-policy-loss is of --on-policy: give that too"),
+        (
+            ("--layer-tokens", "1k", "--on-policy", "0.5"),
+            "--on-policy is of --tokens, and --layer-tokens alone",
+        ),
     ],
 )
 def test_usage(words: tuple[str, ...], message: str, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +185,7 @@ def test_a_recipe_with_healing(
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
     with monkeypatch.context() as dark:
-        dark.setattr("mhconvert.heal.packed_rows.prepare", broken)
+        dark.setattr("mhconvert.heal.heal_text.prepare", broken)
         with pytest.raises(MhconvertError, match="the lights went out"):
             api.convert(recipe)
     report = api.convert(recipe, resume=True)
@@ -365,7 +370,7 @@ def test_a_resumed_run_notices_another_tolerance(
         "--no-verify",
     ]
     with monkeypatch.context() as killed:
-        killed.setattr("mhconvert.heal.packed_rows.prepare", lambda *_: 1 / 0)
+        killed.setattr("mhconvert.heal.heal_text.prepare", lambda *_: 1 / 0)
         assert here(*words, "--tolerance", "kl=2").returncode == 1
     assert folders(tmp_path) == {"out.unhealed"}
     other = here(*words, "--tolerance", "kl=3", "--resume")

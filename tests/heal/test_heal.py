@@ -264,6 +264,7 @@ def test_two_processes_are_one(checkpoint: Path, text: Path, tmp_path: Path) -> 
         "--json",
     ]
     words += ["--sequence-length", "32", "--batch-tokens", "256", "--held-out", "2", "--micro-batch", "2"]
+    words += ["--on-policy", "0.4"]
     alone = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
     found = []
     for processes in (1, 2):

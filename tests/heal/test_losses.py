@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhconvert.heal import losses
-from mhconvert.heal.losses import Predictions, chunked_loss, hidden_error
+from mhconvert.heal.losses import Predictions, chunked_loss, divergence, hidden_error
 
 CLOSE = 1e-5  # float32 sums of a few hundred terms
 
@@ -92,3 +92,45 @@ def test_errors_of_hidden_states_count_only_where_something_is_predicted() -> No
     student[0, 2] = torch.nan
     seen = torch.tensor([[True, True, False]])
     assert hidden_error(student, teacher, seen).item() == pytest.approx(4.0)
+
+
+def log_probabilities(seed: int, noise: float) -> tuple[Tensor, Tensor]:
+    """(teacher, student), (9, 37), float64; the student's logits differ by `noise`."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, change = (torch.randn(9, 37, generator=generator, dtype=torch.float64) for _ in range(2))
+    return logits.log_softmax(-1), (logits + noise * change).log_softmax(-1)
+
+
+def test_divergences_are_the_papers_divided_by_their_scale() -> None:
+    teacher, student = log_probabilities(3, 1.0)
+    kl = (teacher.exp() * (teacher - student)).sum()
+    reverse = (student.exp() * (student - teacher)).sum()
+    assert divergence(teacher, student, 0.0).item() == pytest.approx(kl.item())
+    assert divergence(teacher, student, 1.0).item() == pytest.approx(reverse.item())
+    mixture = 0.3 * teacher.exp() + 0.7 * student.exp()
+    parts = [(log.exp() * (log - mixture.log())).sum() for log in (teacher, student)]
+    expected = (0.3 * parts[0] + 0.7 * parts[1]) / (0.3 * 0.7)
+    assert divergence(teacher, student, 0.3).item() == pytest.approx(expected.item())
+    for limit, near in ((kl, 1e-6), (reverse, 1 - 1e-6)):
+        assert divergence(teacher, student, near).item() == pytest.approx(limit.item(), rel=1e-4)
+
+
+def test_divergences_agree_where_the_models_nearly_do() -> None:
+    teacher, student = log_probabilities(4, 1e-3)
+    found = [divergence(teacher, student, beta).item() for beta in (0.0, 0.1, 0.5, 0.9, 1.0)]
+    assert found == pytest.approx([found[0]] * 5, rel=1e-2)
+    far = [divergence(*log_probabilities(4, 2.0), beta).item() for beta in (0.0, 0.5, 1.0)]
+    assert len({round(value) for value in far}) == 3
+
+
+def test_a_token_that_the_teacher_rules_out_is_no_number_too_many() -> None:
+    """Logits of −∞ add nothing to KL(teacher ‖ student), nor to a mixture's divergences more than its bound."""
+    teacher, student = log_probabilities(5, 1.0)
+    teacher = torch.where(torch.arange(37) == 4, -torch.inf, teacher)
+    for beta in (0.0, 0.5):
+        leaf = student.clone().requires_grad_(True)
+        value = divergence(teacher, leaf, beta)
+        value.backward()
+        assert value.isfinite()
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()

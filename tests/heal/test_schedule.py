@@ -11,7 +11,8 @@ from accelerate.utils import DistributedType
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhconvert.convert.recipe.heal_settings import HealSettings, loss_terms, token_count, weighted
+from mhconvert.convert.recipe.heal_settings import HealSettings, token_count
+from mhconvert.convert.recipe.weighted_names import loss_terms, weighted
 from mhconvert.errors import HealError
 from mhconvert.heal import schedule
 
@@ -66,6 +67,13 @@ def test_words_with_weights() -> None:
         ({"tokens": 1, "loss": "kl=0"}, "every weight of loss is 0"),
         ({"tokens": 1, "data": {"a.txt": -1}}, "data a.txt=-1 is not a weight"),
         ({"tokens": 1, "data": {}}, "healing needs text"),
+        (
+            {"tokens": 1, "on_policy": 1.0},
+            "on_policy=1.0 is not between 0 and 1: the other rows are the text",
+        ),
+        ({"tokens": 1, "on_policy_loss": 0.5}, "on_policy_loss is of rows that the student writes"),
+        ({"tokens": 1, "on_policy": 0.5, "loss": "ce"}, "on_policy text is scored by the teacher"),
+        ({"tokens": 8, "lm_tokens": 8, "on_policy": 0.5}, "leave it tokens that are not lm_tokens"),
         ({"tokens": 1, "lr": 2.0}, "lr=2.0 is not between 0 and 1"),
         ({"tokens": 1, "warmup": 1.0}, "warmup=1.0 is a share"),
         ({"tokens": 1, "micro_batch": 0}, "micro_batch=0 is too small"),

@@ -49,6 +49,21 @@ def test_the_loss_is_that_of_the_whole_logits() -> None:
     assert found["loss"].item() == pytest.approx(kl + 0.5 * ce, rel=1e-4)
 
 
+def test_rows_of_the_students_own_have_a_divergence_of_their_own_and_no_cross_entropy() -> None:
+    student, donor = pair()
+    learner, teacher, packed = Student(student, 320), Teacher(donor), rows(3, 20, cut=(7,))
+    mixed = Rows(packed.ids, packed.positions, torch.tensor([False, True, False]))
+    found = learner(mixed, teacher, Weights(kl=2.0, ce=0.5, beta=1.0))
+    text = learner(packed[[0, 2]], teacher, Weights(kl=2.0, ce=0.5))
+    own, swapped = packed[[1]], Student(donor, 320)
+    reverse = swapped(own, Teacher(student), Weights(kl=1.0))["loss"].item()
+    assert (found["own_count"], found["count"]) == (18, 54)
+    assert found["own"].item() == pytest.approx(reverse, rel=1e-4)
+    assert found["loss"].item() == pytest.approx(text["loss"].item() + 2 * reverse, rel=1e-4)
+    for name in ("kl", "ce"):
+        assert found[name].item() == pytest.approx(text[name].item(), rel=1e-4)
+
+
 def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient() -> None:
     donor = donor_model()
     model = donor_model()

@@ -205,6 +205,30 @@ def test_sampled_rows_are_the_same_for_a_seed_and_in_range() -> None:
     assert (rows[:, 0] > 1).all()  # an ordinary token begins, none of the special ones
 
 
+def test_every_second_row_continues_a_prompt() -> None:
+    """Prompts of different lengths in one batch, used again from the first; each continues as it does alone."""
+    prompts, model = [[5, 6, 7, 8], [9]], donor_model()
+    rows = sampled_rows(model, make_tokenizer(), 7, 12, 0, ignore, prompts)
+    assert [row[:4].tolist() for row in rows[1::4]] == [prompts[0]] * 2
+    assert rows[3, 0] == 9
+    assert (rows[::2, 0] > 1).all()
+    assert len({tuple(row) for row in rows.tolist()}) == 7
+    assert torch.equal(sampled_rows(model, make_tokenizer(), 7, 12, 0, ignore, ()), sampled(rows=7))
+
+
+def test_a_continuation_follows_the_models_predictions() -> None:
+    """The most likely token after the whole text so far, where the random number always takes it."""
+    model = donor_model()
+    with pytest.MonkeyPatch.context() as greedy:
+        greedy.setattr(token_rows, "random_ids", lambda likely, _: likely.argmax(-1, keepdim=True))
+        *_, found = token_rows.continued(model, [[5, 6, 7], [9]], 10, torch.Generator())
+    for row, given in zip(found, (3, 1), strict=True):
+        alone = model.generate(
+            row[None, :given], max_new_tokens=10 - given, do_sample=False, eos_token_id=None
+        )
+        assert torch.equal(alone[0], row)
+
+
 def test_sampled_rows_begin_with_tokens_that_the_model_has() -> None:
     """A tokenizer that somebody added many tokens to, and no rows to the embedding."""
     tokenizer = make_tokenizer()

@@ -10,7 +10,6 @@ from mhconvert.eval.writing.text_figures import (
     first_difference,
     is_json,
     is_python,
-    longest_loop,
 )
 
 
@@ -19,23 +18,6 @@ def test_distinct() -> None:
     assert distinct([1, 2, 1, 2, 1], 2) == 2 / 4
     assert distinct([7] * 5, 4) == 1 / 2
     assert distinct([1, 2, 3], 4) is None
-
-
-@pytest.mark.parametrize(
-    ("tokens", "length"),
-    [
-        ([], 0),
-        ([5, 5], 0),
-        ([5, 5, 5], 3),
-        ([1, 2, 3, 4, 5, 6], 0),
-        ([9, 1, 2, 1, 2, 1, 2, 1, 8], 7),
-        ([1, 2, 3, 4, 1, 2, 3, 4], 0),
-        ([0, 0, 0, 1, 2, 3, 1, 2, 3, 1, 2, 3], 9),
-    ],
-    ids=["nothing", "twice", "thrice", "none", "two, and a half more", "only twice", "the longer of two"],
-)
-def test_longest_loop(tokens: list[int], length: int) -> None:
-    assert longest_loop(tokens) == length
 
 
 def test_a_text_loops_where_half_of_it_does() -> None:
