@@ -14,7 +14,7 @@ from mhconvert.errors import CheckpointError
 
 from ...convert.checkpoint.provenance import EVALUATION
 from ...convert.storage.safetensors_reader import read_json
-from .. import refusal_counts
+from .. import refusal_counts, text_spread
 from ..settings import OWN_CACHE
 from ..writing.verdict import sentence
 from .evaluated_model import Pair, pair_for
@@ -75,6 +75,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         _add_cache(evaluation, models[pair.this])
         for text in content.get("texts") or []:
             _add_text(evaluation, text, *pair.select(text["models"]))
+        if content.get("over_texts") and pair.donor is not None:
+            _add_over_texts(evaluation, content, pair)
         for task in content.get("tasks") or []:
             _add_task(evaluation, task, pair)
         if content.get("retrieval"):
@@ -123,6 +125,19 @@ def _add_text(
     if text.get("sequences"):
         rows = f"{count(text['sequences'])} rows of {count(text['sequence_length'])} tokens"
         evaluation.settings.append(f"{name}: {rows}.")
+
+
+def _add_over_texts(evaluation: Evaluation, content: dict[str, Any], pair: Pair) -> None:
+    """Add the mean of the texts and the worst, and say which are much worse than the others."""
+    _, this = pair.select(content["over_texts"])
+    for label, ratio in (
+        (f"mean of {len(content['texts'])} texts", this["ratio"]),
+        (f"worst text, {this['worst']}", this["worst_ratio"]),
+    ):
+        times = "not finite" if ratio is None else f"× {ratio:.3f}"
+        evaluation.rows.append((f"perplexity, {label}", "", "", times))
+    if worse := text_spread.sentence(this):
+        evaluation.settings.append(f"{worse[0].upper()}{worse[1:]}.")
 
 
 def _add_task(evaluation: Evaluation, task: dict[str, Any], pair: Pair) -> None:
