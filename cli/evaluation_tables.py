@@ -119,11 +119,14 @@ def _tasks(result: dict[str, Any], names: list[str], console: Any) -> None:
             first = (f"{row['task']}{shots}", str(row["samples"])) if index == 0 else ("", "")
             label = metric["metric"] + (f" ({metric['filter']})" if "filter" in metric else "")
             table.add_row(first[0], label, first[1], *cells)
-    if result["average"]:
+    means = [*([result["average"]] if result["average"] else []), *result.get("apart", ())]
+    if means:
         table.add_section()
-        tasks = len(result["average"]["tasks"])
-        cells = [_cell(cell, True) for cell in result["average"]["models"]]
-        table.add_row(f"mean of {tasks} tasks", "", "", *cells)
+    for mean in means:
+        number = f"{len(mean['tasks'])} task{'s' * (len(mean['tasks']) != 1)}"
+        apart = "name" in mean
+        label = f"{mean['name']}, apart: mean of {number}" if apart else f"mean of {number}"
+        table.add_row(label, "", "", *(_cell(cell, True) for cell in mean["models"]))
     console.print(table)
     if len(names) > 1:
         console.out(NOISE, highlight=False)

@@ -181,12 +181,16 @@ def _without_unloadable(
 
 
 def _task_results(tasks: TaskSet | None, outcomes: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """tasks: a row per task, of all models; average: over the tasks, None where there are none."""
+    """tasks: rows of each task, of all models; average and apart: over the tasks, None and [] without any."""
     if tasks is None:
-        return {"tasks": [], "average": None}
+        return {"tasks": [], "average": None, "apart": []}
     local = {spec.name: spec.local.name if spec.local else None for spec in tasks.specs}
-    rows = [scores.task_row(of_task, local[of_task[0]["name"]]) for of_task in zip(*outcomes, strict=True)]
-    return {"tasks": rows, "average": scores.average(rows)}
+    rows = [
+        row
+        for of_task in zip(*outcomes, strict=True)
+        for row in scores.task_rows(of_task, local[of_task[0]["name"]])
+    ]
+    return {"tasks": rows, "average": scores.average(rows), "apart": scores.apart(rows)}
 
 
 def _text_rows(chosen: list[Text], opened: list[OpenModel]) -> dict[str, Tensor]:

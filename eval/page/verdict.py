@@ -126,20 +126,28 @@ def _worse_texts(result: Mapping[str, Any], index: int) -> str:
 
 
 def _accuracy(result: Mapping[str, Any], index: int) -> str:
-    """A sentence on the difference of the average accuracy from the first model's; empty if it is unknown."""
+    """Sentences on the differences from the first model's accuracy: the average, and apart from it MMLU and each
+    language; empty where they are unknown."""
     average = result.get("average")
-    scores = average["models"][index] if average else {}
+    means = [("Its accuracy over", average)] if average else []
+    means += [
+        (f"Apart from that, on {mean['name']}, its accuracy over", mean) for mean in result.get("apart") or ()
+    ]
+    return " ".join(filter(None, (_moved(result, subject, mean, index) for subject, mean in means)))
+
+
+def _moved(result: Mapping[str, Any], subject: str, mean: Mapping[str, Any], index: int) -> str:
+    scores, tasks = mean["models"][index], len(mean["tasks"])
     difference, stderr = scores.get("difference"), scores.get("difference_stderr")
-    if not average or difference is None:
+    if difference is None:
         return ""
-    plural = "s" * (len(average["tasks"]) != 1)
-    over = f"over {len(average['tasks'])} task{plural}"
+    over = f"{subject} {tasks} task{'s' * (tasks != 1)} is"
     points = f"{100 * abs(difference):.1f} points" + (
         f" (± {100 * stderr:.1f})" if stderr is not None else ""
     )
     if not difference:
-        return f"Its accuracy {over} is {reference(result)}'s."
-    moved = f"Its accuracy {over} is {points} {'above' if difference > 0 else 'below'} {reference(result)}'s"
+        return f"{over} {reference(result)}'s."
+    moved = f"{over} {points} {'above' if difference > 0 else 'below'} {reference(result)}'s"
     if scores.get("within_noise") is None:
         return f"{moved}."
     return moved + (

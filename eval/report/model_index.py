@@ -79,6 +79,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
             _add_over_texts(evaluation, content, pair)
         for task in content.get("tasks") or []:
             _add_task(evaluation, task, pair)
+        _add_means(evaluation, content, pair)
         if content.get("retrieval"):
             _add_retrieval(evaluation, content["retrieval"], *pair.select(content["retrieval"]["models"]))
         if content.get("generation"):
@@ -157,6 +158,17 @@ def _add_task(evaluation: Evaluation, task: dict[str, Any], pair: Pair) -> None:
     settings = [f"{task['num_fewshot']}-shot"] if task.get("num_fewshot") is not None else []
     settings += [f"{count(task['samples'])} questions"] if task.get("samples") else []
     evaluation.settings += [f"{name}: {', '.join(settings)}."] if settings else []
+
+
+def _add_means(evaluation: Evaluation, content: dict[str, Any], pair: Pair) -> None:
+    """Add the mean over tasks, and those of MMLU and of each language, which are not in it."""
+    means = [*([content["average"]] if content.get("average") else []), *(content.get("apart") or ())]
+    for mean in means:
+        donor, this = pair.select(mean["models"])
+        label = f"{mean['name']}, apart: mean" if "name" in mean else "mean"
+        number = f"{count(len(mean['tasks']))} task{'s' * (len(mean['tasks']) != 1)}"
+        row = (f"{label} of {number}", _with_error(donor), _with_error(this), _difference(this))
+        evaluation.rows.append(row)
 
 
 def _add_retrieval(
