@@ -131,6 +131,24 @@ def test_many_texts_have_a_table_with_their_mean_and_the_worst() -> None:
     )
 
 
+def test_mmlu_and_languages_are_told_apart_from_the_average() -> None:
+    result = two_models()
+    cells = [measured(0.4, 0.02, None, None), measured(0.36, 0.02, -0.04, False)]
+    languages = [measured(0.5, 0.02, None, None), measured(0.499, 0.02, -0.001, True)]
+    result["apart"] = [
+        {"name": "MMLU", "tasks": ["mmlu"], "models": cells},
+        {"name": "de", "tasks": ["xnli_de", "hellaswag_de"], "models": languages},
+    ]
+    text = Reader(page.html(result)).text
+    for words in (
+        "MMLU of 1 task 40.0 ± 2.0 % 36.0 ± 2.0 % −4.0 ± 1.0 de of 2 tasks 50.0 ± 2.0 %",
+        "on MMLU, its accuracy over 1 task is 4.0 points (± 1.0) below the donor's, which is more than noise.",
+        "on de, its accuracy over 2 tasks is 0.1 points (± 1.0) below the donor's, which is inside the noise.",
+        "have means of their own and are not in the average",
+    ):
+        assert words in text, words
+
+
 def test_a_difference_is_coloured_only_outside_the_noise_and_by_the_metrics_direction() -> None:
     found = page.html(RESULT).replace("\u00a0", " ")
     cells = dict(re.findall(r"<td(.*?)>(.*?)<small>", found))

@@ -202,6 +202,19 @@ def test_the_mean_and_the_worst_of_several_texts(tmp_path: Path) -> None:
     assert any(text.startswith("Fiction is much worse than the other texts") for text in found.settings)
 
 
+def test_means_over_tasks_and_apart_from_them(tmp_path: Path) -> None:
+    content = evaluation(tmp_path)
+    models = content["tasks"][0]["metrics"][0]["models"]
+    content["average"] = {"tasks": ["hellaswag", "piqa"], "models": models}
+    content["apart"] = [{"name": "MMLU", "tasks": ["mmlu"], "models": models}]
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    found = read_evaluation(tmp_path)
+    assert found is not None
+    figures = ("0.43 ± 0.022", "0.41 ± 0.021", "-0.02 ± 0.03, within noise")
+    assert ("mean of 2 tasks", *figures) in found.rows
+    assert ("MMLU, apart: mean of 1 task", *figures) in found.rows
+
+
 def test_evaluation_of_a_folder_that_has_moved_is_that_of_the_last_model(tmp_path: Path) -> None:
     moved = evaluation(tmp_path / "where it was")
     (tmp_path / "evaluation.json").write_text(json.dumps(moved))
