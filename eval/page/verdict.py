@@ -130,9 +130,7 @@ def _accuracy(result: Mapping[str, Any], index: int) -> str:
     language; empty where they are unknown."""
     average = result.get("average")
     means = [("Its accuracy over", average)] if average else []
-    means += [
-        (f"Apart from that, on {mean['name']}, its accuracy over", mean) for mean in result.get("apart") or ()
-    ]
+    means += [(f"On {mean['name']} alone, its accuracy over", mean) for mean in result.get("apart") or ()]
     return " ".join(filter(None, (_moved(result, subject, mean, index) for subject, mean in means)))
 
 

@@ -41,7 +41,7 @@ def evaluate(
         With the donor first wherever there are models: models (name, role, method, fingerprint, dtype), texts
         (perplexity, kl(donor ‖ model) in nats a token, top1_agreement), over_texts (their mean and the worst), cache
         (kv_elements_per_token, measured), tasks (metrics and their paired differences from the donor, with standard
-        errors), average, apart (MMLU, languages), retrieval, generation (texts of their own), refusals, left_out, settings,
+        errors), average, apart (MMLU, languages), retrieval, generation (of own texts), refusals, left_out, settings,
         versions, seconds, with `record` kept_aside (files). Under `accelerate launch` all processes but one return {}.
 
     Raises:

@@ -142,8 +142,8 @@ def test_mmlu_and_languages_are_told_apart_from_the_average() -> None:
     text = Reader(page.html(result)).text
     for words in (
         "MMLU of 1 task 40.0 ± 2.0 % 36.0 ± 2.0 % −4.0 ± 1.0 de of 2 tasks 50.0 ± 2.0 %",
-        "on MMLU, its accuracy over 1 task is 4.0 points (± 1.0) below the donor's, which is more than noise.",
-        "on de, its accuracy over 2 tasks is 0.1 points (± 1.0) below the donor's, which is inside the noise.",
+        "On MMLU alone, its accuracy over 1 task is 4.0 points (± 1.0) below the donor's, which is more than noise.",
+        "On de alone, its accuracy over 2 tasks is 0.1 points (± 1.0) below the donor's, which is inside the noise.",
         "have means of their own and are not in the average",
     ):
         assert words in text, words
