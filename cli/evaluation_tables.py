@@ -30,9 +30,38 @@ def show(result: dict[str, Any], console: Any) -> None:
 
 
 def _texts(result: dict[str, Any], names: list[str], console: Any) -> None:
+    from ..eval.page.text_table import has_table
+    from ..eval.page.verdict import cache_length, cache_shares
+    from ..eval.report.units import share
+    from ..eval.text_spread import sentence
+
+    (_many_texts if has_table(result) else _few_texts)(result, names, console)
+    shares = cache_shares(result)
+    for index, name in enumerate(names):
+        if length := cache_length(result, index):
+            console.out(f"{name}: {share(shares[index])} of the KV cache {length}", highlight=False)
+    for name, model in zip(names, result.get("over_texts") or (), strict=False):
+        if words := sentence(model):
+            console.out(f"{name}: {words}", highlight=False)
+    if any(model.get("kv_cache_dtype", OWN_CACHE) != OWN_CACHE for model in result["models"]):
+        console.out(CODES, highlight=False)
+
+
+def _many_texts(result: dict[str, Any], names: list[str], console: Any) -> None:
+    """A row for each text, and the caches."""
+    from ..eval.page.text_table import NOTE, text_rows
+
+    console.out(f"texts: {NOTE}", highlight=False)
+    caches = [cache["kv_elements_per_token"] for cache in result["cache"]]
+    elements = ["KV elements a token", *(f"{found:,.10g}" for found in caches)]
+    console.print(_table(names, [*_joined(text_rows(result)), elements]))
+
+
+def _few_texts(result: dict[str, Any], names: list[str], console: Any) -> None:
+    """A table for each text, with a row for each model."""
     from rich.table import Column, Table
 
-    from ..eval.page.verdict import cache_length, cache_shares, cache_tokens
+    from ..eval.page.verdict import cache_shares, cache_tokens
     from ..eval.report.units import number, share
 
     shares, tokens = cache_shares(result), cache_tokens(result)
@@ -58,11 +87,27 @@ def _texts(result: dict[str, Any], names: list[str], console: Any) -> None:
                 part,
             )
         console.print(table)
-    for index, name in enumerate(names):
-        if length := cache_length(result, index):
-            console.out(f"{name}: {share(shares[index])} of the KV cache {length}", highlight=False)
-    if any(model.get("kv_cache_dtype", OWN_CACHE) != OWN_CACHE for model in result["models"]):
-        console.out(CODES, highlight=False)
+
+
+def _table(names: list[str], rows: list[list[str]]) -> Any:
+    """Rows with a name each, and a column for each model."""
+    from rich.table import Column, Table
+
+    table = Table("", *(Column(name, justify="right") for name in names))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _joined(rows: list[list[Any]]) -> list[list[str]]:
+    """Rows of the page's cells, with their notes in brackets; that of a name after a comma."""
+    return [
+        [
+            f"{label.text}, {label.note}" if label.note else label.text,
+            *(f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in cells),
+        ]
+        for label, *cells in rows
+    ]
 
 
 def _tasks(result: dict[str, Any], names: list[str], console: Any) -> None:
@@ -84,11 +129,14 @@ def _tasks(result: dict[str, Any], names: list[str], console: Any) -> None:
             first = (f"{row['task']}{shots}", str(row["samples"])) if index == 0 else ("", "")
             label = metric["metric"] + (f" ({metric['filter']})" if "filter" in metric else "")
             table.add_row(first[0], label, first[1], *cells)
-    if result["average"]:
+    means = [*([result["average"]] if result["average"] else []), *result.get("apart", ())]
+    if means:
         table.add_section()
-        tasks = len(result["average"]["tasks"])
-        cells = [_cell(cell, True) for cell in result["average"]["models"]]
-        table.add_row(f"mean of {tasks} tasks", "", "", *cells)
+    for mean in means:
+        number = f"{len(mean['tasks'])} task{'s' * (len(mean['tasks']) != 1)}"
+        apart = "name" in mean
+        label = f"{mean['name']}, apart: mean of {number}" if apart else f"mean of {number}"
+        table.add_row(label, "", "", *(_cell(cell, True) for cell in mean["models"]))
     console.print(table)
     if len(names) > 1:
         console.out(NOISE, highlight=False)
@@ -124,18 +172,12 @@ def _retrieval(result: dict[str, Any], names: list[str], console: Any) -> None:
 
 
 def _generation(result: dict[str, Any], names: list[str], console: Any) -> None:
-    from rich.table import Column, Table
-
     from ..eval.page.writing_table import figure_rows, title
     from ..eval.writing.verdict import sentence
 
     found = result["generation"]
     console.out(f"generation: {title(found)}", highlight=False)
-    table = Table("", *(Column(name, justify="right") for name in names))
-    for label, *cells in figure_rows(found):
-        name = f"{label.text}, {label.note}" if label.note else label.text
-        table.add_row(name, *(f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in cells))
-    console.print(table)
+    console.print(_table(names, _joined(figure_rows(found))))
     for name, model in list(zip(names, found["models"], strict=True))[1:]:
         console.out(f"{name}: {sentence(model)}", highlight=False)
 

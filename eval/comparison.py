@@ -16,7 +16,7 @@ from mhconvert.progress import Listener, Progress
 
 from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
-from . import fidelity, refusals, retrieval_results, texts
+from . import fidelity, refusals, retrieval_results, text_choice, texts
 from .compared_models import candidates_of, describe, open_models
 from .result_cache import Store
 from .settings import EvalSettings
@@ -25,6 +25,7 @@ from .tasks.candidate import Candidate
 from .tasks.harness import OnRows
 from .tasks.language_model import language_model
 from .tasks.task_choice import TaskSet, resolve
+from .text_choice import Text
 from .vllm.engine import EngineError, installed, loadable
 from .writing import prompts
 from .writing.comparison import measure as measure_writing
@@ -55,13 +56,13 @@ def evaluate(
     """
     started = time.perf_counter()
     harness.require_available(settings)
-    kept = store if store is not None else Store()
-    run = Run(settings, prompts.asked(settings), refusals.asked(settings), kept, fresh, on_progress)
+    asked = (text_choice.chosen(settings), prompts.asked(settings), refusals.asked(settings))
+    run = Run(settings, *asked, store or Store(), fresh, on_progress)
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
         how = (bool(settings.text), device, trust_remote_code, on_progress, settings.kv_cache_dtype)
         opened = open_models(checkpoints, against, *how, settings.long_context is not None)
-        text_rows = _text_rows(settings, opened)
+        text_rows = _text_rows(run, opened)
         prompt_rows = _prompt_rows(run, opened)
         candidates = candidates_of(opened, settings)
         on_texts = _measure_texts(run, candidates, text_rows, prompt_rows)
@@ -89,6 +90,7 @@ class Run:
 
     Attributes:
         settings: what is evaluated.
+        texts: that are read.
         asked: what the models write; None: nothing.
         requests: to be refused.
         store: keeps results between runs.
@@ -97,6 +99,7 @@ class Run:
     """
 
     settings: EvalSettings
+    texts: list[Text]
     asked: Asked | None
     requests: list[str]
     store: Store
@@ -165,7 +168,7 @@ def _without_unloadable(
         return candidates, []
     for each in others:
         loadable(each.opened)
-    beside_tasks = settings.text or settings.retrieval or settings.refusals or run.asked
+    beside_tasks = run.texts or settings.retrieval or settings.refusals or run.asked
     if beside_tasks or not others or donor.opened.reference in asked:
         return candidates, []
     if not run.fresh and harness.all_stored(donor, tasks, run.store):
@@ -178,28 +181,32 @@ def _without_unloadable(
 
 
 def _task_results(tasks: TaskSet | None, outcomes: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """tasks: a row per task, of all models; average: over the tasks, None where there are none."""
+    """tasks: rows of each task, of all models; average and apart: over the tasks, None and [] without any."""
     if tasks is None:
-        return {"tasks": [], "average": None}
+        return {"tasks": [], "average": None, "apart": []}
     local = {spec.name: spec.local.name if spec.local else None for spec in tasks.specs}
-    rows = [scores.task_row(of_task, local[of_task[0]["name"]]) for of_task in zip(*outcomes, strict=True)]
-    return {"tasks": rows, "average": scores.average(rows)}
+    rows = [
+        row
+        for of_task in zip(*outcomes, strict=True)
+        for row in scores.task_rows(of_task, local[of_task[0]["name"]])
+    ]
+    return {"tasks": rows, "average": scores.average(rows), "apart": scores.apart(rows)}
 
 
-def _text_rows(settings: EvalSettings, opened: list[OpenModel]) -> dict[str, Tensor]:
-    """Token ids of each text (sequences, sequence_length), by the file's name, with the first model's tokenizer.
+def _text_rows(run: Run, opened: list[OpenModel]) -> dict[str, Tensor]:
+    """Token ids of each text (sequences, sequence_length), by its name, with the first model's tokenizer.
 
     Raises:
         MhconvertError: a text is too short, a token has no embedding, or a model reads fewer tokens than a row has.
     """
-    shape = (settings.sequence_length, settings.sequences)
-    rows = {
-        text.name: fidelity.text_rows(opened[0].tokenizer(), text, *shape) for text in settings.text_files
-    }
-    for ids in rows.values():
-        require_embedded(ids, opened[0].tokenizer(), opened[0].vocab_size)
-    for model in opened if rows and settings.long_context is None else []:
-        model.require_length(settings.sequence_length)
+    tokenizer, rows = opened[0].tokenizer(), {}
+    for text in run.texts:
+        shape = (text.sequence_length, text.sequences)
+        ids = fidelity.text_rows(tokenizer, text.file, *shape, text.chat)
+        require_embedded(ids, tokenizer, opened[0].vocab_size)
+        for model in opened if run.settings.long_context is None else []:
+            model.require_length(text.sequence_length)
+        rows[text.name] = ids
     return rows
 
 

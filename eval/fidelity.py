@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 128  # positions whose probabilities are in memory at once: 128 x 49,152 x 4 bytes = 25 MB
+STRETCH = (
+    32  # predictions that count as one in standard errors, as those of neighbours are alike; divides CHUNK
+)
 
 
 @dataclass
 class Fidelity:
     """Sums over predictions, in natural logarithms. The divergence is KL(donor ‖ converted).
 
-    A prediction is one position's logits and the token that follows it.
+    A prediction is one position's logits and the token that follows it. `stretches` has of up to STRETCH predictions
+    of a call their number, and the sums of converted − donor NLL and of the divergence.
     """
 
     tokens: int = 0
@@ -37,6 +41,7 @@ class Fidelity:
     converted_nll: float = 0.0
     divergence: float = 0.0
     agreements: int = 0
+    stretches: list[tuple[int, float, float]] = field(default_factory=list)
 
     def add(self, donor: Tensor, converted: Tensor, targets: Tensor) -> None:
         """Adds predictions to the sums, which do not depend on how they are grouped into calls, to float64 rounding.
@@ -54,10 +59,14 @@ class Fidelity:
             following = targets[rows, None]
             reference = donor[rows].float().log_softmax(-1)
             candidate = converted[rows].float().log_softmax(-1)
-            self.donor_nll -= _sums(reference.gather(1, following)).sum().item()
-            self.converted_nll -= _sums(candidate.gather(1, following)).sum().item()
+            theirs, ours = (-_sums(each.gather(1, following)) for each in (reference, candidate))
+            divergence = divergences(reference, candidate)
+            self.donor_nll += theirs.sum().item()
+            self.converted_nll += ours.sum().item()
             self.agreements += int((reference.argmax(-1) == candidate.argmax(-1)).sum())
-            self.divergence += divergences(reference, candidate).sum().item()
+            self.divergence += divergence.sum().item()
+            for more, kl in zip((ours - theirs).split(STRETCH), divergence.split(STRETCH), strict=True):
+                self.stretches.append((len(kl), more.sum().item(), kl.sum().item()))
         self.tokens += targets.shape[0]
 
     def merge(self, other: Fidelity) -> None:
@@ -77,6 +86,21 @@ class Fidelity:
             "kl": self.divergence / self.tokens,
             "top1_agreement": self.agreements / self.tokens,
             "tokens": self.tokens,
+        }
+
+    def errors(self) -> dict[str, float | None]:
+        """log_ratio_stderr, kl_stderr: standard errors of ln(converted ÷ donor perplexity) and of kl, over stretches.
+
+        None for fewer than two stretches, or where they are not finite. Source: the variance of a ratio estimator.
+        """
+        names, number = ("log_ratio_stderr", "kl_stderr"), len(self.stretches)
+        if number < 2:
+            return dict.fromkeys(names)
+        sizes, *sums = torch.tensor(self.stretches, dtype=torch.float64).T
+        off = [each - sizes * (each.sum() / sizes.sum()) for each in sums]
+        errors = [(each.square().sum() * number / (number - 1)).sqrt().item() / self.tokens for each in off]
+        return {
+            name: error if math.isfinite(error) else None for name, error in zip(names, errors, strict=True)
         }
 
 
@@ -113,10 +137,17 @@ def compare_rows(
     return fidelity
 
 
-def text_rows(tokenizer: Any, text: Path, sequence_length: int, sequences: int) -> Tensor:
+def text_rows(
+    tokenizer: Any,
+    text: Path,
+    sequence_length: int,
+    sequences: int,
+    plain_chat: documents.Chat | None = None,
+) -> Tensor:
     """The first tokens of the file as rows (sequences, sequence_length) int64, without special tokens or overlap.
 
-    The file is plain text, or has documents as calibration text does, which are joined by empty lines.
+    The file is plain text, or has documents as calibration text does, which are joined by empty lines. `plain_chat`
+    makes text of conversations where the tokenizer has no chat template; None: they are refused then.
 
     Raises MhconvertError when the text is unreadable or too short.
     """
@@ -124,7 +155,8 @@ def text_rows(tokenizer: Any, text: Path, sequence_length: int, sequences: int) 
         raise MhconvertError(
             f"sequence length {sequence_length} and {sequences} sequences make no prediction; use at least 2 and 1"
         )
-    content = "\n\n".join(documents.read_file(text, chat=documents.chat_format(tokenizer)))
+    chat = documents.chat_format(tokenizer) or plain_chat
+    content = "\n\n".join(documents.read_file(text, chat=chat))
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     needed = sequence_length * sequences
     if len(ids) < needed:
@@ -142,10 +174,10 @@ def evaluate(
     rows: Tensor,
     on_row: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """`Fidelity.result()` of two causal language models over `rows`, and the seconds taken."""
+    """`Fidelity.result()` and `errors()` of two causal language models over `rows`, and the seconds taken."""
     started = time.perf_counter()
     fidelity = compare_rows(_logits(donor), _logits(converted), rows, on_row)
-    return fidelity.result() | {"seconds": time.perf_counter() - started}
+    return fidelity.result() | fidelity.errors() | {"seconds": time.perf_counter() - started}
 
 
 def _logits(model: Any) -> Callable[[Tensor], Tensor]:

@@ -55,8 +55,8 @@ class EvalSettings(Settings):
     suite: Annotated[
         Suite | None,
         Option(
-            "A list of lm-eval tasks with their shots: quick and standard, with texts that the models write, need no "
-            "download, the others are those of the papers."
+            "A list of lm-eval tasks with their shots: quick and standard, with five kinds of text and texts that the "
+            "models write, need no download, the others are those of the papers."
         ),
     ] = None
     tasks: Annotated[
@@ -80,7 +80,11 @@ class EvalSettings(Settings):
     ] = default(())
     data: Annotated[
         Takes[str | None, str | PurePath | None],
-        Option("Folder with local copies (JSON lines) of hellaswag, arc, piqa, … instead of the Hub.", "DIR"),
+        Option(
+            "Folder with local copies (JSON lines) of hellaswag, arc, piqa, … instead of the Hub, and of the kinds of "
+            "text of --suite standard.",
+            "DIR",
+        ),
     ] = default(None)
     include_path: Annotated[
         Takes[str | None, str | PurePath | None], Option("Folder of lm-eval task YAMLs of your own.", "DIR")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from . import cache_size, fidelity
 from .result_cache import Store
 from .tasks.candidate import Candidate, LazyModel
 from .tasks.harness import OnRows
+from .text_spread import over_texts
 
 
 def measure(
@@ -33,12 +35,13 @@ def measure(
         on_rows: called with the model and text, the rows done and the rows in all.
 
     Returns:
-        texts: perplexity, kl and top1_agreement of every model on each text; cache: kv_elements_per_token of every
-        model and, where it depends on the length of a text, by_length, tokens → elements, the last of which it is;
-        None without texts.
+        texts: perplexity, kl and top1_agreement of every model on each text, and of all but the donor ratio (of the
+        perplexities) and standard errors, None where not finite; over_texts: see there; cache: kv_elements_per_token of
+        every model and, where it depends on the length of a text, by_length, tokens → elements, the last of which it
+        is; None without texts.
     """
     if not rows:
-        return {"texts": [], "cache": None}
+        return {"texts": [], "over_texts": None, "cache": None}
     donor, *others = candidates
     donor_model = LazyModel(donor)
     lengths = cache_size.lengths([each.opened for each in candidates])
@@ -50,18 +53,31 @@ def measure(
         of_text = [result["texts"][index] for result in results]
         models = [{"perplexity": of_text[0]["perplexity"]["donor"], "kl": 0.0, "top1_agreement": 1.0}]
         for measured in of_text if others else []:
-            figures = {name: measured[name] for name in ("kl", "top1_agreement")}
-            models.append({"perplexity": measured["perplexity"]["converted"]} | figures)
+            figures = {name: measured[name] for name in ("kl", "kl_stderr", "top1_agreement")}
+            models.append({"perplexity": measured["perplexity"]["converted"]} | figures | _ratio(measured))
         shape = {"sequences": ids.shape[0], "sequence_length": ids.shape[1]}
         texts.append({"text": text, **shape, "tokens": of_text[0]["tokens"], "models": models})
     caches = [results[0]["cache"][0], *(result["cache"][1] for result in results if others)]
-    return {"texts": texts, "cache": [_cache(elements, lengths) for elements in caches]}
+    return {
+        "texts": texts,
+        "over_texts": over_texts(texts),
+        "cache": [_cache(elements, lengths) for elements in caches],
+    }
 
 
 def _cache(elements: Sequence[float], lengths: Sequence[int]) -> dict[str, Any]:
     """The figures of one model's cache, at the last of `lengths` where there are any."""
     by_length = {str(length): each for length, each in zip(lengths, elements, strict=False)}
     return {"kv_elements_per_token": elements[-1]} | ({"by_length": by_length} if lengths else {})
+
+
+def _ratio(measured: dict[str, Any]) -> dict[str, float | None]:
+    """ratio: converted ÷ donor perplexity; ratio_stderr: that of its logarithm, times it; None where not finite."""
+    theirs, ours = measured["perplexity"]["donor"], measured["perplexity"]["converted"]
+    if not math.isfinite(theirs) or not math.isfinite(ours):
+        return {"ratio": None, "ratio_stderr": None}
+    ratio, stderr = ours / theirs, measured["log_ratio_stderr"]
+    return {"ratio": ratio, "ratio_stderr": None if stderr is None else ratio * stderr}
 
 
 def _measure_model(
@@ -78,6 +94,7 @@ def _measure_model(
     key = {
         "fidelity": [candidate.fingerprint, donor.candidate.fingerprint],
         "device": candidate.opened.device,
+        "stretch": fidelity.STRETCH,
         **candidate.cache_key(),
         **({"cache_lengths": list(lengths)} if lengths else {}),
         "rows": [[hashlib.sha256(ids.numpy().tobytes()).hexdigest(), *ids.shape] for ids in rows.values()],

@@ -11,6 +11,7 @@ from ..settings import OWN_CACHE
 from .blocks import Block, Cell, Code, Heading, Paragraph, Table
 from .figures import curves, layers
 from .task_table import tasks
+from .text_table import has_table, text_section
 from .verdict import cache_length, cache_shares, cache_tokens, conversions, kind, ratio, title, verdict
 from .writing_table import writing
 
@@ -31,6 +32,7 @@ def blocks(result: Result, reports: Reports, recipe: str | None) -> list[Block]:
     page: list[Block] = [Heading(title(result), 1)]
     page += [Paragraph(text, lead=True) for text in verdict(result)]
     page += models(result)
+    page += text_section(result)
     page += tasks(result)
     page += retrieval(result)
     page += writing(result)
@@ -44,9 +46,10 @@ def blocks(result: Result, reports: Reports, recipe: str | None) -> list[Block]:
 
 
 def models(result: Result) -> list[Block]:
-    """The table of KV cache, perplexity, KL and top-1 agreement, one row for each model."""
+    """The table of KV cache, and of few texts perplexity, KL and top-1 agreement, one row for each model."""
     columns, groups = ["model", "KV cache"], [("", 2)]
-    for text in result.get("texts") or ():
+    texts = () if has_table(result) else result.get("texts") or ()
+    for text in texts:
         columns += ["perplexity", "KL", "top-1"]
         groups.append((text["text"], 3))
     rows: list[list[str | Cell]] = []
@@ -55,7 +58,7 @@ def models(result: Result) -> list[Block]:
             Cell(model["name"], kind(model)),
             Cell(share(kept), cache_length(result, index)),
         ]
-        for text in result.get("texts") or ():
+        for text in texts:
             scores, donor = text["models"][index], text["models"][0]
             times = ratio(scores.get("perplexity"), donor.get("perplexity"))
             row.append(Cell(number(scores.get("perplexity")), f"× {times:.3f}" if index and times else ""))
@@ -64,7 +67,7 @@ def models(result: Result) -> list[Block]:
     measured = "; ".join(
         f"{text['text']}, {count(text.get('tokens'))} predictions in {count(text.get('sequences'))} rows of "
         f"{count(text.get('sequence_length'))} tokens"
-        for text in result.get("texts") or ()
+        for text in texts
     )
     note = f"Measured on {measured}. KL is KL(donor ‖ model) in nats a token, top-1 how often both name the same token."
     notes = [Paragraph(note)] if measured else []

@@ -12,6 +12,8 @@ from .verdict import reference
 
 LEGEND = "≈ within 2 standard errors of the paired difference"
 
+APART = "MMLU, and the tasks of each language, have means of their own and are not in the average."
+
 
 def tasks(result: Mapping[str, Any]) -> list[Block]:
     """The table of primary metrics with their average, and a collapsed table of the others; empty without tasks."""
@@ -30,9 +32,15 @@ def tasks(result: Mapping[str, Any]) -> list[Block]:
     )
     average = result.get("average")
     if average:
-        label = Cell("average", f"of {len(average['tasks'])} tasks")
+        label = Cell("average", _over(average))
         primary.append([label, *_cells(average["models"], True, True)])
-    strong = [len(primary) - 1] if average else []
+    for mean in result.get("apart") or ():
+        primary.append([Cell(mean["name"], _over(mean)), *_cells(mean["models"], True, True)])
+    strong = [
+        at
+        for at, row in enumerate(primary)
+        if at >= len(primary) - len(result.get("apart") or ()) - bool(average)
+    ]
     note = (
         f"± is one standard error; below it the difference from {reference(result)}. {LEGEND}: such a difference "
         "is noise until more samples say otherwise. Percentages and points, where the metric is a share."
@@ -40,7 +48,14 @@ def tasks(result: Mapping[str, Any]) -> list[Block]:
     page: list[Block] = [Heading("Tasks"), Table(columns, primary, strong=strong), Paragraph(note)]
     if average:
         page.append(Paragraph(f"The average is over {', '.join(average['tasks'])}."))
+    if result.get("apart"):
+        page.append(Paragraph(APART))
     return [*page, Table(columns, others, folded="Other metrics of these tasks")] if others else page
+
+
+def _over(mean: Mapping[str, Any]) -> str:
+    """ "of 3 tasks"."""
+    return f"of {len(mean['tasks'])} task{'s' * (len(mean['tasks']) != 1)}"
 
 
 def value_text(model: Mapping[str, Any], percent: bool) -> str:
@@ -75,6 +90,7 @@ def _metric_row(task: Mapping[str, Any], metric: Mapping[str, Any]) -> list[str 
     if task.get("local"):
         notes.append(f"from {task['local']}")
     higher = bool(metric.get("higher_is_better", True))
+    notes += [f"part of {task['part_of']}"] if task.get("part_of") else []
     return [Cell(task["task"], ", ".join(notes)), *_cells(metric["models"], is_share(metric), higher)]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from .. import refusal_counts
 from ..report.conversion_tables import method_title
 from ..report.units import share
+from ..text_spread import MANY
+from ..text_spread import sentence as sentence_of_texts
 from ..writing.verdict import sentence
 
 SAME_CACHE = 0.995  # fraction of the donor's cache from which on it is called the whole cache
@@ -100,7 +102,7 @@ def _model_summary(result: Mapping[str, Any], index: int, kept: float | None) ->
     clauses += _perplexity(result, index)
     first = f"{name} {', and '.join(clauses)}." if clauses else f"{name}."
     probes = [_retrieval(result, index), _writing(result, index), _refusals(result, index)]
-    return " ".join(filter(None, [first, _accuracy(result, index), *probes]))
+    return " ".join(filter(None, [first, _worse_texts(result, index), _accuracy(result, index), *probes]))
 
 
 def _refusals(result: Mapping[str, Any], index: int) -> str:
@@ -110,7 +112,9 @@ def _refusals(result: Mapping[str, Any], index: int) -> str:
 
 
 def _perplexity(result: Mapping[str, Any], index: int) -> list[str]:
-    """A clause on the perplexity ratio on each text; empty without texts."""
+    """A clause on the perplexity ratio on each text, or of many their mean and the worst; empty without texts."""
+    if len(result.get("texts") or ()) >= MANY and result.get("over_texts"):
+        return [_over_texts(result["over_texts"][index], len(result["texts"]))]
     finite: list[str] = []
     others: list[str] = []
     for text in result.get("texts") or ():
@@ -130,21 +134,40 @@ def _perplexity(result: Mapping[str, Any], index: int) -> list[str]:
     ]
 
 
+def _over_texts(found: Mapping[str, Any], texts: int) -> str:
+    if found["ratio"] is None or found["worst_ratio"] is None:
+        return f"its perplexity is not finite on {found['worst']}"
+    mean = f"its perplexity is {found['ratio']:.3f} times the donor's in the mean of {texts} texts"
+    return f"{mean}, at worst {found['worst_ratio']:.3f} times on {found['worst']}"
+
+
+def _worse_texts(result: Mapping[str, Any], index: int) -> str:
+    """A sentence on texts that are much worse than the others; empty without any."""
+    words = sentence_of_texts(result["over_texts"][index]) if result.get("over_texts") else ""
+    return f"{words[0].upper()}{words[1:]}." if words else ""
+
+
 def _accuracy(result: Mapping[str, Any], index: int) -> str:
-    """A sentence on the difference of the average accuracy from the first model's; empty if it is unknown."""
+    """Sentences on the differences from the first model's accuracy: the average, and apart from it MMLU and each
+    language; empty where they are unknown."""
     average = result.get("average")
-    scores = average["models"][index] if average else {}
+    means = [("Its accuracy over", average)] if average else []
+    means += [(f"On {mean['name']} alone, its accuracy over", mean) for mean in result.get("apart") or ()]
+    return " ".join(filter(None, (_moved(result, subject, mean, index) for subject, mean in means)))
+
+
+def _moved(result: Mapping[str, Any], subject: str, mean: Mapping[str, Any], index: int) -> str:
+    scores, tasks = mean["models"][index], len(mean["tasks"])
     difference, stderr = scores.get("difference"), scores.get("difference_stderr")
-    if not average or difference is None:
+    if difference is None:
         return ""
-    plural = "s" * (len(average["tasks"]) != 1)
-    over = f"over {len(average['tasks'])} task{plural}"
+    over = f"{subject} {tasks} task{'s' * (tasks != 1)} is"
     points = f"{100 * abs(difference):.1f} points" + (
         f" (± {100 * stderr:.1f})" if stderr is not None else ""
     )
     if not difference:
-        return f"Its accuracy {over} is {reference(result)}'s."
-    moved = f"Its accuracy {over} is {points} {'above' if difference > 0 else 'below'} {reference(result)}'s"
+        return f"{over} {reference(result)}'s."
+    moved = f"{over} {points} {'above' if difference > 0 else 'below'} {reference(result)}'s"
     if scores.get("within_noise") is None:
         return f"{moved}."
     return moved + (

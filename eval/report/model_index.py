@@ -14,7 +14,7 @@ from mhconvert.errors import CheckpointError
 
 from ...convert.checkpoint.provenance import EVALUATION
 from ...convert.storage.safetensors_reader import read_json
-from .. import refusal_counts
+from .. import refusal_counts, text_spread
 from ..settings import OWN_CACHE
 from ..writing.verdict import sentence
 from .evaluated_model import Pair, pair_for
@@ -75,8 +75,11 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         _add_cache(evaluation, models[pair.this])
         for text in content.get("texts") or []:
             _add_text(evaluation, text, *pair.select(text["models"]))
+        if content.get("over_texts") and pair.donor is not None:
+            _add_over_texts(evaluation, content, pair)
         for task in content.get("tasks") or []:
             _add_task(evaluation, task, pair)
+        _add_means(evaluation, content, pair)
         if content.get("retrieval"):
             _add_retrieval(evaluation, content["retrieval"], *pair.select(content["retrieval"]["models"]))
         if content.get("generation"):
@@ -130,6 +133,19 @@ def _add_text(
         evaluation.settings.append(f"{name}: {rows}.")
 
 
+def _add_over_texts(evaluation: Evaluation, content: dict[str, Any], pair: Pair) -> None:
+    """Add the mean of the texts and the worst, and say which are much worse than the others."""
+    _, this = pair.select(content["over_texts"])
+    for label, ratio in (
+        (f"mean of {len(content['texts'])} texts", this["ratio"]),
+        (f"worst text, {this['worst']}", this["worst_ratio"]),
+    ):
+        times = "not finite" if ratio is None else f"× {ratio:.3f}"
+        evaluation.rows.append((f"perplexity, {label}", "", "", times))
+    if worse := text_spread.sentence(this):
+        evaluation.settings.append(f"{worse[0].upper()}{worse[1:]}.")
+
+
 def _add_task(evaluation: Evaluation, task: dict[str, Any], pair: Pair) -> None:
     """Add every metric of one task."""
     name = str(task["task"])
@@ -147,6 +163,17 @@ def _add_task(evaluation: Evaluation, task: dict[str, Any], pair: Pair) -> None:
     settings = [f"{task['num_fewshot']}-shot"] if task.get("num_fewshot") is not None else []
     settings += [f"{count(task['samples'])} questions"] if task.get("samples") else []
     evaluation.settings += [f"{name}: {', '.join(settings)}."] if settings else []
+
+
+def _add_means(evaluation: Evaluation, content: dict[str, Any], pair: Pair) -> None:
+    """Add the mean over tasks, and those of MMLU and of each language, which are not in it."""
+    means = [*([content["average"]] if content.get("average") else []), *(content.get("apart") or ())]
+    for mean in means:
+        donor, this = pair.select(mean["models"])
+        label = f"{mean['name']}, apart: mean" if "name" in mean else "mean"
+        number = f"{count(len(mean['tasks']))} task{'s' * (len(mean['tasks']) != 1)}"
+        row = (f"{label} of {number}", _with_error(donor), _with_error(this), _difference(this))
+        evaluation.rows.append(row)
 
 
 def _add_retrieval(

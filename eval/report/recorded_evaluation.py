@@ -15,6 +15,7 @@ from ...convert.checkpoint.provenance import EVALUATION
 from ...convert.storage.output_folder import PARTIAL
 from ...convert.storage.safetensors_reader import read_json
 from ..tasks import scores
+from ..text_spread import over_texts
 from .conversion_tables import json_safe
 
 HOW = (
@@ -112,11 +113,13 @@ def _together(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]
         name: [row for row in earlier.get(name) or [] if row[key] not in {new[key] for new in result[name]}]
         for name, key in (("texts", "text"), ("tasks", "task"))
     }
-    rows = [*kept["tasks"], *result["tasks"]]
+    rows, texts = [*kept["tasks"], *result["tasks"]], [*kept["texts"], *result["texts"]]
     return result | {
-        "texts": [*kept["texts"], *result["texts"]],
+        "texts": texts,
+        "over_texts": over_texts(texts),
         "tasks": rows,
-        "average": scores.average(rows) if rows else None,
+        "average": scores.average(rows),
+        "apart": scores.apart(rows),
         "cache": result["cache"] or earlier.get("cache"),
         "versions": earlier["versions"] | result["versions"],
         "retrieval": result["retrieval"] or earlier.get("retrieval"),

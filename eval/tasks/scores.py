@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .apart import MMLU, part
+
 SIGNIFICANT = 2.0  # standard errors; a smaller difference counts as noise
 # The first of these that a task has is its primary metric.
 PRIMARY = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
@@ -21,6 +23,18 @@ WEIGHTED = {  # metrics of (log-likelihood, weight) pairs -> the factor of their
     "bits_per_byte": 1 / math.log(2),
 }
 PERPLEXITY = "perplexity"  # of log-likelihoods with equal weights
+
+
+def task_rows(outcomes: Sequence[dict[str, Any]], local: str | None) -> list[dict[str, Any]]:
+    """`task_row`, and with `part_of` a row of each group and each language in it where the task is a group."""
+    first = outcomes[0]
+    rows = [task_row(outcomes, local)]
+    for member in first["groups"].get(first["name"], ()):
+        own = part(member) not in (None, MMLU) and part(member) != part(first["name"])
+        if member in first["results"] and (own or first["groups"].get(member)):
+            row = task_row([outcome | {"name": member} for outcome in outcomes], local)
+            rows.append(row | {"part_of": first["name"]})
+    return rows
 
 
 def task_row(outcomes: Sequence[dict[str, Any]], local: str | None) -> dict[str, Any]:
@@ -62,14 +76,45 @@ def is_share(metric: Mapping[str, Any]) -> bool:
 
 
 def average(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The unweighted mean over tasks of the primary metrics that are fractions; None with fewer than two of them."""
+    """The unweighted mean over tasks of the primary metrics that are fractions; None with fewer than two of them.
+
+    MMLU and tasks in a language are not in it, nor groups of such: see `apart`.
+    """
+    languages = {
+        row["part_of"] for row in rows if row.get("part_of") and part(row["task"]) not in (None, MMLU)
+    }
+    plain = [
+        row
+        for row in rows
+        if not row.get("part_of") and part(row["task"]) is None and row["task"] not in languages
+    ]
+    mean = _mean_row(plain)
+    return mean if mean and len(mean["tasks"]) > 1 else None
+
+
+def apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As `average`, with the `name` MMLU or of a language, the mean of each, over one task or more.
+
+    Subjects of an MMLU that was run as a whole count in it alone.
+    """
+    of_name: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = part(row["task"])
+        if name is not None and not (row.get("part_of") and part(row["part_of"]) == name):
+            of_name.setdefault(name, []).append(row)
+    means = {name: _mean_row(found) for name, found in of_name.items()}
+    return [{"name": name, **mean} for name, mean in means.items() if mean is not None]
+
+
+def _mean_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """tasks, models: the mean of primary metrics that are fractions; None without any."""
     shares = [
         (row["task"], metric)
         for row in rows
         for metric in row["metrics"]
         if metric["primary"] and is_share(metric) and metric["higher_is_better"] is not False
     ]
-    if len(shares) < 2:
+    if not shares:
         return None
     models = []
     for index in range(len(shares[0][1]["models"])):

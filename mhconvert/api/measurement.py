@@ -39,10 +39,10 @@ def evaluate(
 
     Returns:
         With the donor first wherever there are models: models (name, role, method, fingerprint, dtype), texts
-        (perplexity, kl(donor ‖ model) in nats a token, top1_agreement), cache (kv_elements_per_token, measured), tasks
-        (metrics and their paired differences from the donor, with standard errors), average, retrieval, generation
-        (of texts that each writes), refusals, left_out (models that could not be measured), settings, versions,
-        seconds, and with `record` kept_aside (files). The first process of `accelerate launch` returns it, others {}.
+        (perplexity, kl(donor ‖ model) in nats a token, top1_agreement), over_texts (their mean and the worst), cache
+        (kv_elements_per_token, measured), tasks (metrics and their paired differences from the donor, with standard
+        errors), average, apart (MMLU, languages), retrieval, generation (of own texts), refusals, left_out, settings,
+        versions, seconds, with `record` kept_aside (files). Under `accelerate launch` all processes but one return {}.
 
     Raises:
         MhconvertError: What a user can correct.

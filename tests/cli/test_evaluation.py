@@ -110,6 +110,28 @@ def test_what_models_write(here: Cli, pair: tuple[Path, Path], tmp_path: Path) -
         assert f"In its own texts it {found['words']}" in content
 
 
+def test_the_standard_suite_reads_five_kinds_of_text(
+    here: Cli, pair: tuple[Path, Path], text: Path, tmp_path: Path
+) -> None:
+    donor, twin = pair
+    words = ["eval", twin, "--against", donor, "--suite", "standard", "--device", "cpu"]
+    page = tmp_path / "report.md"
+    done = here(*words, "--report", page, COLUMNS="160")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(here(*words, "--json").stdout)
+    kinds = ["encyclopaedia", "textbook", "fiction", "chat", "code"]
+    assert [found["text"] for found in result["texts"]] == kinds
+    donor_over, twin_over = result["over_texts"]
+    assert twin_over["worst"] in kinds
+    ratios = [found["models"][1]["ratio"] for found in result["texts"]]
+    assert twin_over["worst_ratio"] == pytest.approx(max(ratios))
+    assert donor_over["ratio"] == 1
+    assert f"× {max(ratios):.3f} ({twin_over['worst']})" in done.stdout
+    assert f"at worst {max(ratios):.3f} times on {twin_over['worst']}" in page.read_text(encoding="utf-8")
+    more = here(*words, "--text", text, "--sequences", 1, "--sequence-length", 32, "--json")
+    assert [found["text"] for found in json.loads(more.stdout)["texts"]] == [*kinds, "river.txt"]
+
+
 def test_a_checkpoint_without_tokenizer(
     main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

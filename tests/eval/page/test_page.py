@@ -15,6 +15,7 @@ import pytest
 from mhconvert.errors import OutputError
 from mhconvert.eval.page import page, plots
 from mhconvert.eval.page.blocks import Code, Paragraph, Table, to_html, to_markdown
+from mhconvert.eval.text_spread import over_texts
 from tests.eval.page_sample import GENERATION, RECIPE, REPORTS, RESULT, measured, model, report
 
 HOSTILE = "<script>alert('x')</script> & $a_b$ | `c`"
@@ -103,6 +104,47 @@ def test_the_numbers_are_the_measured_ones() -> None:
         "kv_budget: 0.5",
         "5:12",
         "9f2c4d1e",
+    ):
+        assert words in text, words
+
+
+def test_many_texts_have_a_table_with_their_mean_and_the_worst() -> None:
+    result = two_models()
+    for at, name in enumerate(("fiction", "code", "chat")):
+        text = copy.deepcopy(result["texts"][0]) | {"text": name}
+        ratio = 1.5 if name == "code" else 1.05
+        text["models"][1] |= {"perplexity": 22.75 * ratio, "ratio": ratio, "ratio_stderr": 0.01}
+        text["models"][1]["kl_stderr"] = 0.002
+        result["texts"][at : at + 1] = [text]
+    result["over_texts"] = over_texts(result["texts"])
+    text = Reader(page.html(result)).text
+    for words in (
+        "its perplexity is 1.183 times the donor's in the mean of 3 texts, at worst 1.500 times on code.",
+        "Code is much worse than the other texts, by more than noise: perplexity × 1.500 beside × 1.050.",
+        "fiction 16 × 1,024 tokens 22.75 × 1.050 ± 0.01 KL 0.052 ± 0.002, top-1 86.7 %",
+        "mean — × 1.183 KL 0.052 worst — × 1.500 code",
+    ):
+        assert words in text, words
+    assert "its perplexity is not finite on code" in page.html(
+        result
+        | {"over_texts": [{}, {"kl": 1.0, "ratio": None, "worst_ratio": None, "worst": "code", "worse": []}]}
+    )
+
+
+def test_mmlu_and_languages_are_told_apart_from_the_average() -> None:
+    result = two_models()
+    cells = [measured(0.4, 0.02, None, None), measured(0.36, 0.02, -0.04, False)]
+    languages = [measured(0.5, 0.02, None, None), measured(0.499, 0.02, -0.001, True)]
+    result["apart"] = [
+        {"name": "MMLU", "tasks": ["mmlu"], "models": cells},
+        {"name": "de", "tasks": ["xnli_de", "hellaswag_de"], "models": languages},
+    ]
+    text = Reader(page.html(result)).text
+    for words in (
+        "MMLU of 1 task 40.0 ± 2.0 % 36.0 ± 2.0 % −4.0 ± 1.0 de of 2 tasks 50.0 ± 2.0 %",
+        "On MMLU alone, its accuracy over 1 task is 4.0 points (± 1.0) below the donor's, which is more than noise.",
+        "On de alone, its accuracy over 2 tasks is 0.1 points (± 1.0) below the donor's, which is inside the noise.",
+        "have means of their own and are not in the average",
     ):
         assert words in text, words
 

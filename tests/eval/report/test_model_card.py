@@ -188,6 +188,33 @@ def test_evaluation_of_the_model_in_the_folder(tmp_path: Path) -> None:
     ]
 
 
+def test_the_mean_and_the_worst_of_several_texts(tmp_path: Path) -> None:
+    content = evaluation(tmp_path)
+    content["texts"].append(content["texts"][0] | {"text": "fiction"})
+    worse = [{"text": "fiction", "ratio": 1.4, "others": 1.1}]
+    this = {"ratio": 1.25, "kl": 0.2, "worst": "fiction", "worst_ratio": 1.4, "worse": worse}
+    content["over_texts"] = [{}, this, this | {"worst_ratio": None}]
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    found = read_evaluation(tmp_path)
+    assert found is not None
+    assert ("perplexity, mean of 2 texts", "", "", "× 1.250") in found.rows
+    assert ("perplexity, worst text, fiction", "", "", "× 1.400") in found.rows
+    assert any(text.startswith("Fiction is much worse than the other texts") for text in found.settings)
+
+
+def test_means_over_tasks_and_apart_from_them(tmp_path: Path) -> None:
+    content = evaluation(tmp_path)
+    models = content["tasks"][0]["metrics"][0]["models"]
+    content["average"] = {"tasks": ["hellaswag", "piqa"], "models": models}
+    content["apart"] = [{"name": "MMLU", "tasks": ["mmlu"], "models": models}]
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    found = read_evaluation(tmp_path)
+    assert found is not None
+    figures = ("0.43 ± 0.022", "0.41 ± 0.021", "-0.02 ± 0.03, within noise")
+    assert ("mean of 2 tasks", *figures) in found.rows
+    assert ("MMLU, apart: mean of 1 task", *figures) in found.rows
+
+
 def test_evaluation_of_a_folder_that_has_moved_is_that_of_the_last_model(tmp_path: Path) -> None:
     moved = evaluation(tmp_path / "where it was")
     (tmp_path / "evaluation.json").write_text(json.dumps(moved))

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhconvert.eval.tasks.scores import average, task_row
+from mhconvert.eval.tasks.apart import part
+from mhconvert.eval.tasks.scores import apart, average, task_row, task_rows
 
 
 def outcome(
@@ -188,3 +189,84 @@ def test_what_is_no_share_or_better_when_lower_is_not_averaged() -> None:
     found = average([*rows, wide, lower])
     assert found is not None
     assert found["tasks"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("task", "found"),
+    [
+        *(("mmlu", "MMLU"), ("mmlu_stem", "MMLU"), ("leaderboard_mmlu_pro", "MMLU")),
+        *(("m_mmlu_de", "de"), ("mmlu_prox_fr_law", "fr"), ("cmmlu", "zh"), ("ceval-valid", "zh")),
+        *(("xnli_es", "es"), ("mgsm_en_cot_de", "de"), ("include_base_44_german", "de")),
+        *(("belebele_deu_Latn", "deu"), ("truthfulqa_de_mc1", "de"), ("lambada_openai_mt_it", "it")),
+        *(("arc_easy", None), ("truthfulqa_mc2", None), ("nq_open", None), ("mhconvert_quick", None)),
+    ],
+)
+def test_mmlu_and_languages_are_known_by_their_names(task: str, found: str | None) -> None:
+    assert part(task) == found
+
+
+def rows_of(*names: str) -> list[dict[str, Any]]:
+    """Of two models, of which the second loses the first of ten questions, and in German the first five."""
+    rows = []
+    for name in names:
+        lost = [0.0] * (5 if part(name) == "de" else 1)
+        models = [outcome([1.0] * 10, name=name), outcome(lost + [1.0] * (10 - len(lost)), name=name)]
+        rows.append(task_row(models, None))
+    return rows
+
+
+def test_the_average_mixes_in_neither_mmlu_nor_languages() -> None:
+    rows = rows_of("mmlu", "piqa", "xnli_de", "hellaswag_de", "xnli_fr", "arc_easy")
+    found = average(rows)
+    assert found is not None
+    assert found["tasks"] == ["piqa", "arc_easy"]
+    assert found["models"][1]["difference"] == pytest.approx(-0.1)
+    means = {each["name"]: each for each in apart(rows)}
+    assert {name: each["tasks"] for name, each in means.items()} == {
+        "MMLU": ["mmlu"],
+        "de": ["xnli_de", "hellaswag_de"],
+        "fr": ["xnli_fr"],
+    }
+    assert means["de"]["models"][1]["difference"] == pytest.approx(-0.5)
+    error = rows[2]["metrics"][0]["models"][1]["difference_stderr"]
+    assert means["de"]["models"][1]["difference_stderr"] == pytest.approx(error / math.sqrt(2))
+    assert average(rows[:2]) is None  # MMLU beside one task is no mean of two
+
+
+def grouped(group: str, members: dict[str, list[float]], groups: dict[str, list[str]]) -> dict[str, Any]:
+    """The outcome of a group of tasks, each group's value being the mean over its documents."""
+    whole = outcome([value for values in members.values() for value in values], name=group)
+    for name, values in members.items():
+        for key, found in outcome(values, name=name).items():
+            if isinstance(found, dict):
+                whole[key] |= found
+    del whole["samples"][group]
+    for name, inner in groups.items():
+        values = [value for member in inner for value in members.get(member, [])]
+        if name != group:
+            whole["results"] |= outcome(values, name=name)["results"]
+    return whole | {"groups": groups}
+
+
+def test_groups_of_mmlu_and_languages_of_a_group_have_rows_of_their_own() -> None:
+    groups = {
+        "mmlu": ["mmlu_stem", "mmlu_other"],
+        "mmlu_stem": ["mmlu_a", "mmlu_b"],
+        "mmlu_other": ["mmlu_c"],
+    }
+    of_two = [
+        grouped("mmlu", {"mmlu_a": [1.0, first, 1.0], "mmlu_b": [1.0, 0.0], "mmlu_c": [1.0, 0.0]}, groups)
+        for first in (1.0, 0.0)
+    ]
+    rows = task_rows(of_two, None)
+    assert [(row["task"], row.get("part_of")) for row in rows] == [
+        *(("mmlu", None), ("mmlu_stem", "mmlu"), ("mmlu_other", "mmlu")),
+    ]
+    cell = rows[1]["metrics"][0]["models"][1]
+    assert cell["difference"] == pytest.approx(-0.2)
+    assert cell["difference_stderr"] == pytest.approx(0.2)  # of five documents, one of which is lost
+    assert [each["tasks"] for each in apart(rows)] == [["mmlu"]]
+    xnli = grouped("xnli", {"xnli_de": [1.0, 0.0], "xnli_fr": [1.0, 1.0]}, {"xnli": ["xnli_de", "xnli_fr"]})
+    rows = [*task_rows([xnli, xnli], None), *rows_of("piqa", "arc_easy")]
+    assert {each["name"]: each["tasks"] for each in apart(rows)} == {"de": ["xnli_de"], "fr": ["xnli_fr"]}
+    assert (average(rows) or {})["tasks"] == ["piqa", "arc_easy"]
