@@ -17,24 +17,22 @@ from typing import Any
 def cache_storage(cache: Any, element_bytes: int = 2) -> tuple[int, float]:
     """(bytes, elements) of the tensor storage of a transformers cache, over all layers.
 
-    Storages are counted once and in full, as a slice keeps its whole buffer in memory. Bytes of codes (uint8 tensors)
-    count as elements of `element_bytes` each. Counters of a static cache do not count.
-    Tensors in a tuple that a layer holds count too.
+    Storages are counted once and in full, as a slice keeps its whole buffer in memory. Bytes of codes (uint8 tensors),
+    and of states, which a linear layer has by number, count as elements of `element_bytes` each. Counters of a static
+    cache do not count. Tensors in a tuple that a layer holds count too.
     """
     import torch
 
     size, elements = 0, 0.0
     seen: set[int] = set()
     for layer in cache.layers:
-        held = [
-            part
-            for value in vars(layer).values()
-            for part in (value if isinstance(value, tuple) else (value,))
-        ]
-        for value in held:
+        own = list(vars(layer).values())
+        states = [part for value in own if isinstance(value, dict) for part in value.values()]
+        held = [part for value in own for part in (value if isinstance(value, tuple) else (value,))]
+        for value in (*held, *states):
             if not isinstance(value, torch.Tensor) or value.numel() == 0:
                 continue
-            coded = value.dtype == torch.uint8
+            coded = value.dtype == torch.uint8 or any(value is state for state in states)
             if not (coded or value.is_floating_point()):
                 continue
             storage = value.untyped_storage()
@@ -108,37 +106,58 @@ def _compare(model: Any, probe: str) -> dict[str, float]:
 
 
 def filled_cache(model: Any, tokens: int, element_bytes: int = 2) -> tuple[str, int, float]:
-    """Class name, bytes and elements of the cache that `generate` makes for `model`, of stock layers or of codes, when
-    it has read `tokens`.
+    """Class name, bytes and elements of the cache that `generate` makes for `model`, of stock layers, of codes or with
+    states, when it has read `tokens`.
 
     The last token comes alone, as in decoding: behind a window the cache then lets go of what it read before. One layer
     at a time is in memory.
     """
     from types import SimpleNamespace
 
-    import torch
     from transformers import DynamicCache
 
     config = model.config
-    heads = config.num_key_value_heads or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache, size, elements = DynamicCache(config=config), 0, 0.0
-    coded = getattr(config, "kv_windows", None)
-    if coded:
-        sys.modules[type(model).__module__].place_windows(cache, coded, False)
+    windows, linear = getattr(config, "kv_windows", None), getattr(config, "linear_layers", None) or ()
+    if windows:
+        sys.modules[type(model).__module__].place_windows(cache, windows, False)
     for index in range(config.num_hidden_layers):
-        for count in (tokens - 1, 1):
-            keys, values = (torch.zeros(1, heads, count, width, dtype=torch.bfloat16) for _ in "kv")
-            if coded:
-                row = model.get_decoder().layers[index].self_attn.code.bytes
-                keys = torch.zeros(1, 1, count, row, dtype=torch.uint8)
-                values = keys[..., :0]
-            cache.update(keys, values, index)
+        attention = model.get_decoder().layers[index].self_attn
+        if index in linear:
+            _read_tokens(attention, cache, element_bytes)
+        else:
+            _fill_layer(config, attention, cache, index, tokens)
         layer: Any = cache.layers[index]
         of_layer = cache_storage(SimpleNamespace(layers=[layer]), element_bytes)
         size, elements = size + of_layer[0], elements + of_layer[1]
         layer.keys = layer.values = None
     return type(cache).__name__, size, elements
+
+
+def _fill_layer(config: Any, attention: Any, cache: Any, index: int, tokens: int) -> None:
+    """Cache zeros as the keys and values, or the codes, of `tokens` tokens in one layer."""
+    import torch
+
+    heads = config.num_key_value_heads or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    coded = hasattr(attention, "code") and hasattr(config, "kv_code_counts")
+    for count in (tokens - 1, 1):
+        keys, values = (torch.zeros(1, heads, count, width, dtype=torch.bfloat16) for _ in "kv")
+        if coded:
+            keys = torch.zeros(1, 1, count, attention.code.bytes, dtype=torch.uint8)
+            values = keys[..., :0]
+        cache.update(keys, values, index)
+
+
+def _read_tokens(attention: Any, cache: Any, element_bytes: int) -> None:
+    """Have a linear layer read two tokens in the written dtype: its states have the same size for any number."""
+    import copy
+
+    import torch
+
+    layer = copy.deepcopy(attention).to(torch.float32 if element_bytes == 4 else torch.bfloat16)
+    dtype = next(layer.parameters()).dtype
+    layer(torch.zeros(1, 2, layer.config.hidden_size, dtype=dtype), past_key_values=cache)
 
 
 def _generate(

@@ -1,0 +1,21 @@
+"""What the package knows of hybrids without importing the method."""
+
+from ..method_info import ATTENTION_CHECKS, MethodInfo
+
+INFO = MethodInfo(
+    name="hybrid",
+    package="mhconvert.convert.methods.hybrid_mla",
+    label="Hybrid",
+    help="some layers linear, with a state of fixed size; coded latents in the others",
+    kind="layers",
+    tag="linear-attention",
+    checks=(*ATTENTION_CHECKS, "own_windows"),
+    shrinks_cache=True,
+    sizes=(
+        ("bytes of a code", "kv_code_bytes"),
+        ("latent width", "kv_lora_rank"),
+        ("bytes of a state", "state_bytes"),
+    ),
+    totals=("states",),
+    no_forms="has no other form: it holds coded latents beside its states, which no other class reads",
+)
