@@ -34,7 +34,7 @@ def unsupported() -> str | None:
     """Why the installed transformers cannot hold a hybrid; None: it can."""
     found = tuple(int(part) for part in transformers_version.split(".")[:2])
     least = ".".join(map(str, LEAST_TRANSFORMERS))
-    return None if found >= LEAST_TRANSFORMERS else f"it needs transformers {least}, and this is {found}"
+    return None if found >= LEAST_TRANSFORMERS else f"it needs transformers {least}, and this is {transformers_version}"
 
 
 def hybrid_class(donor_config_class: Any) -> Any:

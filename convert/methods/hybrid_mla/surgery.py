@@ -121,8 +121,8 @@ def mamba2_tensors(maps: HeadMaps, reads_one: Tensor, gates: Tensor, taps: Tenso
     return {
         "in_proj.weight": torch.cat((z, x, b, c, gates)),
         "conv1d.weight": taps,
-        "dt_bias": inverse_softplus(1 / times),
-        "A_log": torch.zeros_like(times),
+        "dt_bias": inverse_softplus(1 / (math.e * times)),
+        "A_log": torch.ones_like(times),  # what is 0 would hardly be trained
         "D": torch.full_like(times, SPREAD),
         "norm.weight": torch.ones(heads * width, dtype=torch.float64),
         **_output(maps),
