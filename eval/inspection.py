@@ -15,8 +15,8 @@ from ..convert.donor.donor import Donor, open_donor
 from ..convert.families import facts as family_facts
 from ..convert.layer_pass import cost_estimate
 from ..convert.methods import refusals
-from ..convert.methods.mla.latent_code import row_bytes
 from ..convert.methods.hybrid_mla.states import state_bytes
+from ..convert.methods.mla.latent_code import row_bytes
 from ..convert.methods.mla_swa.window_bits import held_tokens
 from ..convert.methods.registry import ADAPTERS, METHODS, build_method
 from ..convert.open_model import read_config

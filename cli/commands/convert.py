@@ -114,18 +114,18 @@ def length_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of a plan with windows or states: at which length the cache is counted, and what it is at others."""
     from ...eval.report.conversion_tables import states_text, windows_text
 
-    windows, states, cache = plan.get("windows"), plan.get("states"), plan["kv_bytes_per_token"]
-    if not windows and not states:
+    cache, lengths = plan["kv_bytes_per_token"], plan.get("windows") or plan.get("states")
+    if not lengths:
         return []
     from ...eval.report.units import size
 
-    context = (windows or states)["context"]
+    context = lengths["context"]
     return [
         (
             f"KV cache of {context:,} tokens",
             f"{size(cache['donor'] * context)} → {size(cache['converted'] * context)}",
         ),
-        *(windows_text(windows) if windows else states_text(states)),
+        *(windows_text(lengths) if "windows" in plan else states_text(lengths)),
     ]
 
 

@@ -30,8 +30,8 @@ def family_table() -> list[dict[str, Any]]:
     """One row per family. Reads no model.
 
     Returns:
-        Of each family: family, methods {name: "exact", "exact + n", "approximate" or "refused: …"}, carried (its special features that
-        conversions keep), refused (fields of its config that are refused where they are set).
+        Of each family: family, methods {name: "exact", "exact + n", "approximate" or "refused: …"}, carried
+        (its special features that conversions keep), refused (fields of its config that are refused where they are set).
     """
     return [_row(row, CONFIG_MAPPING[name]()) for name, row in sorted(FAMILIES.items())]
 

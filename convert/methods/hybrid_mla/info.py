@@ -18,6 +18,6 @@ INFO = MethodInfo(
         ("bytes of a state", "state_bytes"),
     ),
     totals=("states",),
-    no_forms="has no other form: bailing_hybrid, kimi_linear, granitemoehybrid and nemotron_h hold no coded latents beside "
-    "their linear layers (docs/methods/hybrid.md says what else each lacks)",
+    no_forms="has no other form: bailing_hybrid, kimi_linear, granitemoehybrid and nemotron_h hold no coded latents "
+    "beside their linear layers (docs/methods/hybrid.md says what else each lacks)",
 )

@@ -40,7 +40,7 @@ def mixer_layer(
 
     made = copy.copy(config)
     made.dtype = torch.float32
-    module = LinearAttention(made, 0)
+    module: Any = LinearAttention(made, 0)
     if donor is None or inputs is None or targets is None:
         return module
     rows = slice(max(1, FORM_TOKENS // inputs.shape[1]))

@@ -34,7 +34,11 @@ def unsupported() -> str | None:
     """Why the installed transformers cannot hold a hybrid; None: it can."""
     found = tuple(int(part) for part in transformers_version.split(".")[:2])
     least = ".".join(map(str, LEAST_TRANSFORMERS))
-    return None if found >= LEAST_TRANSFORMERS else f"it needs transformers {least}, and this is {transformers_version}"
+    return (
+        None
+        if found >= LEAST_TRANSFORMERS
+        else f"it needs transformers {least}, and this is {transformers_version}"
+    )
 
 
 def hybrid_class(donor_config_class: Any) -> Any:
@@ -200,11 +204,11 @@ def _linear_layers(layers: int, settings: HybridSettings) -> tuple[int, tuple[in
     if settings.linear_layers is not None:
         for index in settings.linear_layers:
             if not 0 <= index < layers:
-                raise BudgetError(
-                    f"linear_layers has {index}, and the donor's layers are 0 to {layers - 1}"
-                )
+                raise BudgetError(f"linear_layers has {index}, and the donor's layers are 0 to {layers - 1}")
         if not 0 < len(settings.linear_layers) < layers:
-            raise BudgetError("linear_layers are to be some of the layers, and not all: one has to keep the text")
+            raise BudgetError(
+                "linear_layers are to be some of the layers, and not all: one has to keep the text"
+            )
         return len(settings.linear_layers), tuple(settings.linear_layers)
     count = round(settings.linear * layers)
     if not 0 < count <= layers - 2:

@@ -57,8 +57,8 @@ class HybridSettings(Settings):
     linear: Annotated[
         float,
         Option(
-            "Share of the layers that become linear, rounded to whole layers: those that a survey measures to cost least, "
-            "never the first or the last.",
+            "Share of the layers that become linear, rounded to whole layers: those that a survey measures to cost "
+            "least, never the first or the last.",
             "SHARE",
             gt=0,
             lt=1,
@@ -77,7 +77,9 @@ class HybridSettings(Settings):
     ] = default(None)
     mixer: Annotated[
         Mixer,
-        Option("What a linear layer is: mamba2 decays its state, gated-deltanet also overwrites what a key held."),
+        Option(
+            "What a linear layer is: mamba2 decays its state, gated-deltanet also overwrites what a key held."
+        ),
     ] = "mamba2"
     kv_bits: Annotated[
         Takes[Bits, int],

@@ -18,7 +18,10 @@ from torch import Tensor
 from ..mla.coded_method import DonorAttention
 
 NEUTRAL_GATE = 1.2785  # whose SiLU is 1
-SHORTEST, LONGEST = 1.0, 64.0  # tokens after which a head's state has decayed to 1/e: the first and the last head
+SHORTEST, LONGEST = (
+    1.0,
+    64.0,
+)  # tokens after which a head's state has decayed to 1/e: the first and the last head
 WRITTEN = -1.5  # logit of the part of a token that Gated DeltaNet writes into its state
 SMALL = 0.2  # RMS of what the convolution gives, at which its SiLU is nearly linear; norms undo the scale
 RIDGE = 1e-3  # of the mean square of what the output map reads

@@ -11,7 +11,6 @@ Shapes: B batch, T tokens of a call, D hidden_size, H query heads, d head_dim.
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING
@@ -133,7 +132,9 @@ class LinearAttention(nn.Module):
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.mixer = (gated_deltanet if config.linear_mixer == "gated-deltanet" else mamba2)(config, layer_idx)
+        self.mixer = (gated_deltanet if config.linear_mixer == "gated-deltanet" else mamba2)(
+            config, layer_idx
+        )
 
     def forward(
         self,
@@ -184,7 +185,7 @@ def gated_deltanet(config: Any, layer_idx: int) -> nn.Module:
 
 
 def mamba2(config: Any, layer_idx: int) -> nn.Module:
-    """transformers' Mamba2 mixer: x, B and C of each head are as wide as the donor's heads, so that each has a group."""
+    """transformers' Mamba2 mixer: x, B and C of each head are as wide as the donor's heads; each has a group."""
     of = shape(config)
     width = of["heads"] * of["head_dim"]
     made = SimpleNamespace(

@@ -31,7 +31,9 @@ def test_no_other_set_of_layers_is_better(seed: int, number: int, count: int, ch
     found = choose(spectra, costs, count, budget)
     assert len(found.linear) == count
     assert not {0, number - 1} & set(found.linear)
-    assert sum(row_bytes(width_counts(b)) for i, b in enumerate(found.bits) if i not in found.linear) <= budget
+    assert (
+        sum(row_bytes(width_counts(b)) for i, b in enumerate(found.bits) if i not in found.linear) <= budget
+    )
     assert all(not found.bits[index].any() for index in found.linear)
     every = itertools.combinations(range(1, number - 1), count)
     best = min(with_linear(spectra, costs, one, budget).divergence for one in every)

@@ -140,7 +140,9 @@ def test_the_least_budget_that_is_named_is_enough(tmp_path: Path, recipe: Callab
 
 def test_donors_and_versions_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     windowed = make_config(family="mistral", layers=LAYERS, sliding_window=16)
-    with pytest.raises(UnsupportedError, match="hybrid cannot convert this donor: its layer 0 has a window of 16"):
+    with pytest.raises(
+        UnsupportedError, match="hybrid cannot convert this donor: its layer 0 has a window of 16"
+    ):
         method.HybridMLA(windowed, HybridSettings(), "quick")
     monkeypatch.setattr(method, "transformers_version", "5.20.1")
     with pytest.raises(UnsupportedError, match=r"it needs transformers 5\.23, and this is 5\.20\.1"):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mhconvert.convert.attention.linalg import relative_error
-from mhconvert.convert.layer_pass.decoder_layer import Layer
 from mhconvert.convert.attention.rotary import layer_rotary
+from mhconvert.convert.layer_pass.decoder_layer import Layer
 from mhconvert.convert.methods.hybrid_mla.layer import mixer_layer
 from mhconvert.convert.methods.hybrid_mla.method import HybridMLA
 from mhconvert.convert.methods.hybrid_mla.settings import HybridSettings, Mixer
