@@ -31,7 +31,8 @@ def family_table() -> list[dict[str, Any]]:
 
     Returns:
         Of each family: family, methods {name: "exact", "exact + n", "approximate" or "refused: …"}, carried
-        (its special features that conversions keep), refused (fields of its config that are refused where they are set).
+        (its special features that conversions keep), refused (fields of its config that are refused where they are
+        set).
     """
     return [_row(row, CONFIG_MAPPING[name]()) for name, row in sorted(FAMILIES.items())]
 

@@ -21,8 +21,8 @@ class LayerSensitivity:
         price: (m, m), E[g gᵀ], g = ∂ log p(token drawn from the model) / ∂y: the model's Fisher information, so that an
             error e of one token's y adds ½ eᵀ price e nats to the model's divergence, to second order.
         tokens: (), how many the moments are of, int64.
-        replaced_cost: (), what the method's other kind of layer in its place alone adds, such as one with a window, nats
-            per token, where a method asks for it; float64.
+        replaced_cost: (), what the method's other kind of layer in its place alone adds, such as one with a window,
+            nats per token, where a method asks for it; float64.
     """
 
     mean: Tensor
