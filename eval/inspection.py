@@ -121,14 +121,14 @@ def attention(config: Any) -> dict[str, Any]:
     elif getattr(text, "kv_code_counts", None) is not None:
         facts["kind"], facts["head_dim"] = "coded latents (MLA)", head_dim(text)
         facts["num_key_value_heads"] = _kv_heads(text)
-        facts["kv_lora_rank"] = _one_or_all([sum(counts) for counts in text.kv_code_counts])
+        coded = [counts for counts in text.kv_code_counts if any(counts)]  # linear layers have none
+        facts["kv_lora_rank"] = _one_or_all([sum(counts) for counts in coded])
         if text.kv_windows is not None:
             facts["kv_windows"] = [window or "full" for window in text.kv_windows]
-        coded = [counts for counts in text.kv_code_counts if any(counts)]
         facts["kv_code_bytes"] = _one_or_all([row_bytes(counts) for counts in coded])
         if getattr(text, "linear_layers", None):
             facts["kind"] = f"{text.linear_mixer} in some layers, coded latents (MLA) in the others"
-            facts["linear_layers"] = list(text.linear_layers)
+            facts["linear_layers"] = ", ".join(map(str, text.linear_layers))
     elif hasattr(text, "shared_heads"):
         layers = range(text.num_hidden_layers)
         facts["kind"], facts["head_dim"] = "mixture of heads (MoH)", head_dim(text)

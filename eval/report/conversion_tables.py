@@ -52,8 +52,10 @@ def states_text(states: dict[str, Any]) -> list[tuple[str, str]]:
         f"{int(length):,}: {size(states['bytes'][length])}, {share(part)}"
         for length, part in states["shares"].items()
     )
+    layers = states["linear_layers"]
+    which = ", ".join(map(str, layers)) if layers else f"{states['count']}, chosen by a survey"
     return [
-        ("linear layers", f"{', '.join(map(str, states['linear_layers']))} ({states['mixer']})"),
+        ("linear layers", f"{which} ({states['mixer']})"),
         ("states, whatever the length", size(states["state_bytes"])),
         ("cache by length, and its share of the donor's", shares),
     ]

@@ -126,14 +126,12 @@ class HybridMLA(CodedMLA):
         return super().layer_sizes(index)
 
     def totals(self) -> dict[str, Any]:
-        """{"states": what `facts_by_length` says of them}, once the layers are chosen."""
-        if not self.bits:
-            return {}
+        """{"states": what `facts_by_length` says of them}; which layers have one is None before the choice."""
         donor = self.elements * BUDGET_BYTES * self.donor_config.num_hidden_layers
-        codes, states = sum(self.layer_bytes()), self.count * self.state_bytes
+        codes, states = sum(self.layer_bytes() or [self.budget]), self.count * self.state_bytes
         return {
             "states": facts_by_length(self.context, codes, states, donor)
-            | {"mixer": self.settings.mixer, "linear_layers": list(self.linear)}
+            | {"mixer": self.settings.mixer, "count": self.count, "linear_layers": list(self.linear) or None}
         }
 
     def new_parameters(self) -> int:

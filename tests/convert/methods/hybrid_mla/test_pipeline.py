@@ -67,6 +67,7 @@ def test_the_cache_has_the_planned_bytes(made: tuple[Path, Any]) -> None:
     assert report["verified"]["module"] == "transformers_modules"
     inspected = mhconvert.inspect(str(folder))
     assert inspected["converted_by"] == "hybrid"
+    assert inspected["attention"]["linear_layers"] == str(linear)
     assert inspected["kv"]["bytes"]["8192"] == codes * 8192 + state_bytes(4, 8, 4)
     config = json.loads((folder / "config.json").read_text())
     assert (config["linear_layers"], config["linear_mixer"]) == ([linear], "mamba2")
@@ -78,7 +79,8 @@ def test_a_surveyed_plan_is_that_of_the_conversion(
     tmp_path: Path, recipe: Callable[..., Recipe], made: tuple[Path, Any]
 ) -> None:
     asked = recipe(tmp_path / "out")
-    assert "states" not in mhconvert.plan(asked)
+    before = mhconvert.plan(asked)["states"]
+    assert (before["count"], before["linear_layers"]) == (1, None)
     planned, report = pipeline.plan(asked, surveyed=Fidelity), made[1]
     assert planned["states"] == report["states"]
     assert "before their fit one alone costs, in nats a token: 1: " in planned["notice"]
