@@ -15,6 +15,7 @@ from ..convert.donor.donor import Donor, open_donor
 from ..convert.families import facts as family_facts
 from ..convert.layer_pass import cost_estimate
 from ..convert.methods import refusals
+from ..convert.methods.hybrid_mla.states import state_bytes
 from ..convert.methods.mla.latent_code import row_bytes
 from ..convert.methods.registry import ADAPTERS, METHODS, build_method
 from ..convert.methods.swa.window_plan import held_tokens
@@ -48,7 +49,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
         layers, facts = cache_elements(config), attention(config)
     except (ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{reference}/config.json is not whole: {error}") from error
-    elements = sum(layers)
+    elements, states = sum(layers), all_state_bytes(config, dtype)
     return {
         "reference": reference,
         "notice": getattr(donor, "notice", None),
@@ -62,6 +63,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
             "bytes": {
                 str(length): sum(e * n for e, n in zip(layers, cached_tokens(config, length), strict=True))
                 * dtype.itemsize
+                + states
                 for length in CONTEXTS
             },
         },
@@ -78,7 +80,8 @@ def cache_elements(config: Any) -> list[float]:
         return [text.latent_rank(i) + 2 * len(text.layer_frequencies(i)) + scales for i in layers]
     if getattr(text, "kv_code_counts", None) is not None:
         width = (text.dtype or torch.float32).itemsize
-        return [row_bytes(counts) / width for counts in text.kv_code_counts]
+        linear = getattr(text, "linear_layers", None) or ()
+        return [0.0 if i in linear else row_bytes(text.layer_counts(i)) / width for i in layers]
     if hasattr(text, "k_head_map"):
         return [head_dim(text) * sum(max(heads) + 1 for heads in text.head_maps(i)) for i in layers]
     if getattr(text, "kv_lora_rank", None) is not None:
@@ -91,6 +94,13 @@ def cached_tokens(config: Any, length: int) -> list[int]:
     text = config.get_text_config()
     windows = getattr(text, "kv_windows", None) or [None] * text.num_hidden_layers
     return [held_tokens(window, length) for window in windows]
+
+
+def all_state_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the states of linear layers, for a text of any length."""
+    text = config.get_text_config()
+    linear = getattr(text, "linear_layers", None) or ()
+    return len(linear) * state_bytes(text.num_attention_heads, head_dim(text), dtype.itemsize)
 
 
 def attention(config: Any) -> dict[str, Any]:
@@ -111,8 +121,12 @@ def attention(config: Any) -> dict[str, Any]:
     elif getattr(text, "kv_code_counts", None) is not None:
         facts["kind"], facts["head_dim"] = "coded latents (MLA)", head_dim(text)
         facts["num_key_value_heads"] = _kv_heads(text)
-        facts["kv_lora_rank"] = _one_or_all([sum(counts) for counts in text.kv_code_counts])
-        facts["kv_code_bytes"] = _one_or_all([row_bytes(counts) for counts in text.kv_code_counts])
+        coded = [counts for counts in text.kv_code_counts if any(counts)]  # linear layers have none
+        facts["kv_lora_rank"] = _one_or_all([sum(counts) for counts in coded])
+        facts["kv_code_bytes"] = _one_or_all([row_bytes(counts) for counts in coded])
+        if getattr(text, "linear_layers", None):
+            facts["kind"] = f"{text.linear_mixer} in some layers, coded latents (MLA) in the others"
+            facts["linear_layers"] = ", ".join(map(str, text.linear_layers))
     elif hasattr(text, "shared_heads"):
         layers = range(text.num_hidden_layers)
         facts["kind"], facts["head_dim"] = "mixture of heads (MoH)", head_dim(text)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mhconvert.api import push as push
     from mhconvert.api import verify as verify
     from mhconvert.convert.methods.dha.settings import DHASettings as DHASettings
+    from mhconvert.convert.methods.hybrid_mla.settings import HybridSettings as HybridSettings
     from mhconvert.convert.methods.hydra import HydraConfig as HydraConfig
     from mhconvert.convert.methods.hydra.settings import HydraSettings as HydraSettings
     from mhconvert.convert.methods.mla.settings import MLASettings as MLASettings
@@ -60,6 +61,7 @@ _PUBLIC = {
     "mhconvert.convert.methods.mla_swa.settings": ("MLASWASettings",),
     "mhconvert.convert.methods.moh.settings": ("MoHSettings",),
     "mhconvert.convert.methods.swa.settings": ("SWASettings",),
+    "mhconvert.convert.methods.hybrid_mla.settings": ("HybridSettings",),
     "mhconvert.convert.methods.hydra.settings": ("HydraSettings",),
     "mhconvert.convert.methods.hydra": ("HydraConfig",),
     "mhconvert.errors": ("MhconvertError",),

@@ -110,22 +110,22 @@ def active_heads(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [("active heads a token", f"{heads['converted']} of {heads['donor']}")] if heads else []
 
 
-def window_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """The rows of a plan with windowed layers: at which length the cache is counted, and its share at others."""
-    from ...eval.report.conversion_tables import windows_text
+def length_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of a plan with windows or states: at which length the cache is counted, and what it is at others."""
+    from ...eval.report.conversion_tables import states_text, windows_text
 
-    windows, cache = plan.get("windows"), plan["kv_bytes_per_token"]
-    if not windows:
+    cache, lengths = plan["kv_bytes_per_token"], plan.get("windows") or plan.get("states")
+    if not lengths:
         return []
     from ...eval.report.units import size
 
-    context = windows["context"]
+    context = lengths["context"]
     return [
         (
             f"KV cache of {context:,} tokens",
             f"{size(cache['donor'] * context)} → {size(cache['converted'] * context)}",
         ),
-        *windows_text(windows),
+        *(windows_text(lengths) if "windows" in plan else states_text(lengths)),
     ]
 
 
@@ -157,7 +157,7 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
         ),
         ("share of the donor's", f"the smallest within {asked}; it will be searched" if asked else part),
         *active_heads(plan),
-        *window_rows(plan),
+        *length_rows(plan),
         ("size of the result", size(plan.get("output_bytes"))),
         ("disk needed", size(plan.get("disk_needed_bytes"))),
         ("memory needed", size(plan.get("memory_needed_bytes"))),

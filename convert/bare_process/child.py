@@ -19,23 +19,21 @@ def cache_storage(cache: Any, element_bytes: int = 2) -> tuple[int, float]:
     """(bytes, elements) of the tensor storage of a transformers cache, over all layers.
 
     Storages are counted once and in full, as a slice keeps its whole buffer in memory, also on the meta device. Bytes
-    of codes (uint8 tensors) count as elements of `element_bytes` each. Counters of a static cache do not count.
-    Tensors in a tuple that a layer holds count too.
+    of codes (uint8 tensors), and of states, which a linear layer has by number, count as elements of `element_bytes`
+    each. Counters of a static cache do not count. Tensors in a tuple that a layer holds count too.
     """
     import torch
 
     size, elements = 0, 0.0
     seen: set[int] = set()
     for layer in cache.layers:
-        held = [
-            part
-            for value in vars(layer).values()
-            for part in (value if isinstance(value, tuple) else (value,))
-        ]
-        for value in held:
+        own = list(vars(layer).values())
+        states = [part for value in own if isinstance(value, dict) for part in value.values()]
+        held = [part for value in own for part in (value if isinstance(value, tuple) else (value,))]
+        for value in (*held, *states):
             if not isinstance(value, torch.Tensor) or value.numel() == 0:
                 continue
-            coded = value.dtype == torch.uint8
+            coded = value.dtype == torch.uint8 or any(value is state for state in states)
             if not (coded or value.is_floating_point()):
                 continue
             storage = value.untyped_storage()

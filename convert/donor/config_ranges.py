@@ -124,6 +124,8 @@ RANGES: dict[str, Range] = {
     "v_head_dim": WIDTH,
     "rope_frequencies": _whole(0, 1 << 16, lists=True),
     "kv_code_counts": _whole(0, 1 << 20, lists=True),
+    "linear_layers": _whole(0, 1 << 14, lists=True),
+    "linear_conv_kernel": _whole(1, 1 << 10),
     **dict.fromkeys(("k_head_map", "v_head_map", "k_fusion", "v_fusion"), _whole(0, 1 << 14, lists=True)),
     **dict.fromkeys(("shared_heads", "active_heads"), _whole(0, 1 << 14, lists=True)),
     **dict.fromkeys(("norm_scale", "norm_offset"), Range(-LARGEST, lists=True)),

@@ -63,8 +63,8 @@ def layer_fit_steps(recipe: Recipe, method: Method, length: int) -> int:
     """
     if method.closed_form:
         return 0
-    steps = fit_steps(recipe)
-    return steps if recipe.fit_steps is not None else steps * FIT_TOKENS // max(FIT_TOKENS, length)
+    steps = fit_steps(recipe) if method.fit_steps is None else method.fit_steps[recipe.effort]
+    return recipe.fit_steps if recipe.fit_steps is not None else steps * FIT_TOKENS // max(FIT_TOKENS, length)
 
 
 def block_steps(recipe: Recipe, rows: int, length: int) -> int:
@@ -135,7 +135,7 @@ def convert_attention(
     text = (targets.inputs, targets.targets, layer.position_embeddings)
     attention, chosen = method.convert(targets.statistics, layer.index, *text)
     steps = layer_fit_steps(context.recipe, method, targets.inputs.shape[1])
-    if steps:
+    if steps and not getattr(attention, "closed_form", False):
         context.fit(attention, *text, steps=steps, **_fit_options(context, layer, targets.inputs))
     _round_to(attention, context.dtype, f"layer {layer.index}: self_attn.")
     return attention, chosen

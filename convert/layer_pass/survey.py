@@ -69,7 +69,7 @@ def measure_needs(context: ConversionContext) -> list[LayerNeed] | list[LayerSen
     if not method.survey_shares:
         return found
     costs = [torch.tensor(need.divergence).double() for need in _layer_needs(context, method)]
-    return [replace(layer, window_cost=cost) for layer, cost in zip(found, costs, strict=True)]
+    return [replace(layer, replaced_cost=cost) for layer, cost in zip(found, costs, strict=True)]
 
 
 def _layer_needs(context: ConversionContext, method: Method) -> list[LayerNeed]:

@@ -99,6 +99,7 @@ def expected_seconds(
     text = layer_rows(recipe, method, rows, length) * length
     step = max(FIT_TOKENS, length)
     fitted = step * layer_fit_steps(recipe, method, length) * method.new_parameters()
+    fitted_layers = layers if method.fitted_layers is None else method.fitted_layers
     blocks = step * block_steps(recipe, rows, length) * layer
     passed = 2 * layers * layer * (text + 2 * held) / rates.single
     return {
@@ -108,7 +109,7 @@ def expected_seconds(
         ),
         "survey": _survey(recipe, method, config, rows, length, layer, rates) if method.divisible else 0.0,
         "layers": PASS_FACTOR * passed
-        + FIT_FACTOR * 6 * layers * (fitted + blocks) / rates.half
+        + FIT_FACTOR * 6 * (fitted_layers * fitted + layers * blocks) / rates.half
         + SURGERY_PRODUCTS * 2 * layers * config.hidden_size**3 / rates.double,
         "verify": START_SECONDS
         + PASS_FACTOR * 2 * (layers * layer + head) * probe_rows(length) * length / rates.single

@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING
 
 from ..families.facts import FAMILIES, Family, attention_facts, rope_settings
 from . import registry
+from .method_info import MethodInfo
 from .refusals import OTHER_FIELDS, QK_NORM_FIELDS, refusals
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts")
@@ -19,7 +20,9 @@ a token's keys (G: one a KV head), which count against the budget, so that a bud
 rank. RoPE types default, linear, llama3 and yarn are carried over; dynamic and longrope are refused in every family.
 swa: exact where no layer is windowed, in a stock class of transformers where one has a type for each layer of the
 family (swa/test_targets.py there), else with --sinks first (swa/test_first_tokens.py). mla+swa: as mla with codes, near
-its donor at 8 bits where no layer is windowed (mla/test_coded_modeling.py and mla/test_coded_window.py).
+its donor at 8 bits where no layer is windowed (mla/test_coded_modeling.py and mla/test_coded_window.py). hybrid: a
+linear layer is never its donor's; donors whose layers have windows are refused, and the table is of the families'
+default configs: a Mistral without one is taken.
 hydra: a new adapter changes nothing, and one that is merged computes what it computed beside its base; its targets
 are linear modules, which experts are not. Families that only hydra takes open, are measured and merge with adapters."""
 
@@ -28,8 +31,9 @@ def family_table() -> list[dict[str, Any]]:
     """One row per family. Reads no model.
 
     Returns:
-        Of each family: family, methods {name: "exact", "exact + n" or "refused: …"}, carried (its special features that
-        conversions keep), refused (fields of its config that are refused where they are set).
+        Of each family: family, methods {name: "exact", "exact + n", "approximate" or "refused: …"}, carried
+        (its special features that conversions keep), refused (fields of its config that are refused where they are
+        set).
     """
     return [_row(row, CONFIG_MAPPING[name]()) for name, row in sorted(FAMILIES.items())]
 
@@ -60,12 +64,18 @@ def _row(family: Family, config: Any) -> dict[str, Any]:
     return {
         "family": family.model_type,
         "methods": {
-            name: verdict or (f"exact{cached}" if registry.info(name).caches_key_scales else "exact")
-            for name, verdict in verdicts.items()
+            name: verdict or _held(registry.info(name), cached) for name, verdict in verdicts.items()
         },
         "carried": _carried(family, config),
         "refused": [name for name in (*QK_NORM_FIELDS, *OTHER_FIELDS) if hasattr(config, name)],
     }
+
+
+def _held(info: MethodInfo, cached: str) -> str:
+    """What a method makes of a family that it does not refuse; cached: of the keys, beside the latent."""
+    if not info.exact:
+        return "approximate"
+    return f"exact{cached}" if info.caches_key_scales else "exact"
 
 
 def _carried(family: Family, config: Any) -> list[str]:

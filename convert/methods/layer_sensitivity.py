@@ -21,14 +21,15 @@ class LayerSensitivity:
         price: (m, m), E[g gᵀ], g = ∂ log p(token drawn from the model) / ∂y: the model's Fisher information, so that an
             error e of one token's y adds ½ eᵀ price e nats to the model's divergence, to second order.
         tokens: (), how many the moments are of, int64.
-        window_cost: (), what a window in this layer alone adds, nats per token, where a method asks for it; float64.
+        replaced_cost: (), what the method's other kind of layer in its place alone adds, such as one with a window,
+            nats per token, where a method asks for it; float64.
     """
 
     mean: Tensor
     covariance: Tensor
     price: Tensor
     tokens: Tensor
-    window_cost: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    replaced_cost: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
 
 def weighted(layer: LayerSensitivity, weights: Tensor) -> LayerSensitivity:

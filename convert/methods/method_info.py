@@ -38,6 +38,7 @@ class MethodInfo:
     kind: "layers": it rewrites a donor's layers; "adapter": it puts an adapter beside the donor, which peft loads.
     tag: of the model card on the Hub.
     checks: names of the checks in `methods.refusals` that a donor's configuration has to pass.
+    exact: whether a setting of it computes what the donor computes.
     shrinks_cache: whether a conversion at `kv_budget` < 1 leaves a smaller KV cache.
     caches_key_scales: whether the cache also holds the numbers 1 / RMS of a donor's normed keys.
     row_tokens: of a calibration row that the user asks no other length for.
@@ -57,6 +58,7 @@ class MethodInfo:
     kind: Literal["layers", "adapter"]
     tag: str
     checks: tuple[str, ...] = ATTENTION_CHECKS
+    exact: bool = True
     shrinks_cache: bool = False
     caches_key_scales: bool = False
     row_tokens: int = 512

@@ -121,6 +121,11 @@ def _window(config: Any) -> str | None:
     return None
 
 
+def _own_windows(config: Any) -> str | None:
+    at = next((i for i in range(config.num_hidden_layers) if layer_window(config, i)), None)
+    return None if at is None else f"its layer {at} has a window of {layer_window(config, at)} tokens"
+
+
 def _rope(config: Any) -> str | None:
     for rope in rope_settings(config):
         kind = rope.get("rope_type", "default")
@@ -145,4 +150,5 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     "attention_kind": _attention_kind,
     "window": _window,
     "rope": _rope,
+    "own_windows": _own_windows,
 }

@@ -21,6 +21,7 @@ FOLDERS = (
     "moh",
     "swa",
     "mla_swa",
+    "hybrid_mla",
     "hydra",
 )
 
@@ -81,7 +82,10 @@ class Method(Protocol):
     """
 
     replaced: tuple[str, ...]
-    closed_form: bool = False  # whether no fit follows `convert`
+    # Whether no fit follows `convert`; an attention that says so itself is not fitted either.
+    closed_form: bool = False
+    fitted_layers: int | None = None  # how many layers a fit follows; None: all
+    fit_steps: dict[str, int] | None = None  # of a layer by effort; None: as for the others
     least_row: int = 0  # tokens that a calibration row needs to show what the method changes
     cache_context: int | None = None  # tokens for which cache sizes a token are stated; None: any number
     layer_tokens: int | None = None  # of calibration text that a layer is converted from; None: all of it

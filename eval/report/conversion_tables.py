@@ -65,6 +65,21 @@ def windows_text(windows: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def states_text(states: dict[str, Any]) -> list[tuple[str, str]]:
+    """(quantity, value) of a plan's `states`: which layers are linear, what their states weigh, and all by length."""
+    shares = ", ".join(
+        f"{int(length):,}: {size(states['bytes'][length])}, {share(part)}"
+        for length, part in states["shares"].items()
+    )
+    layers = states["linear_layers"]
+    which = ", ".join(map(str, layers)) if layers else f"{states['count']}, chosen by a survey"
+    return [
+        ("linear layers", f"{which} ({states['mixer']})"),
+        ("states, whatever the length", size(states["state_bytes"])),
+        ("cache by length, and its share of the donor's", shares),
+    ]
+
+
 def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The rows (quantity, donor, converted, remark) of a conversion's table, without a header.
 
@@ -105,6 +120,8 @@ def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         part = f"{share(flops['converted'] / flops['donor'])} behind {flops['context']:,} tokens"
         table.append(("attention FLOPs a token", number(flops["donor"]), number(flops["converted"]), part))
     for quantity, value in windows_text(report["windows"]) if report.get("windows") else ():
+        table.append((quantity, "", "", value))
+    for quantity, value in states_text(report["states"]) if report.get("states") else ():
         table.append((quantity, "", "", value))
     parameters = report.get("parameters") or {}
     if parameters:

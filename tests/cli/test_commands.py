@@ -257,7 +257,10 @@ def test_ctrl_c_tells_how_to_go_on(
         ("eval tiny --limit 1.5 --suite quick", "Invalid value for '--limit': '1.5' is not a whole number\n"),
         ("eval tiny --tasks ,", "tasks ',' has no name of a task"),
         ("export tiny", "Missing option '--to'. Choose one of auto, deepseek_v3, youtu, own, gguf, llama,"),
-        ("tiny --effort quick", "Missing option '--to'. Choose one of mla, dha, moh, swa, mla+swa, hydra"),
+        (
+            "tiny --effort quick",
+            "Missing option '--to'. Choose one of mla, dha, moh, swa, mla+swa, hybrid, hydra",
+        ),
         ("tiny --to mla --heal much", "tokens 'much' is not a number of tokens such as 200k or 20M"),
         ("tiny --to mla --tolerance kl=much", "tolerance 'kl=much' has no number"),
         ("tiny --to mla --max-shard-size abc", "max_shard_size 'abc' is not a size such as 5GB"),
@@ -287,7 +290,8 @@ def test_a_folder_named_almost_as_a_subcommand_is_a_donor(
     Path("donor").mkdir()
     assert main("donor") == 2
     assert (
-        "Missing option '--to'. Choose one of mla, dha, moh, swa, mla+swa, hydra" in capsys.readouterr().err
+        "Missing option '--to'. Choose one of mla, dha, moh, swa, mla+swa, hybrid, hydra"
+        in capsys.readouterr().err
     )
 
 

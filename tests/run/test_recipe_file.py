@@ -138,8 +138,16 @@ def test_every_stage_is_read(file: Path) -> None:
         ("export:\n  to: own", "export: own", "line 14: export: 'own' is not a mapping of settings"),
         ("model: smollm2-135m", "model:", "line 2: model: null is not text"),
         ("model: smollm2-135m\n", "", "the key 'model' is missing"),
-        ("method: mla\n", "", "the method is missing; choose one of mla, dha, moh, swa, mla+swa, hydra"),
-        ("mla", "mlaa", "line 3: unknown method 'mlaa'; choose one of mla, dha, moh, swa, mla+swa, hydra"),
+        (
+            "method: mla\n",
+            "",
+            "the method is missing; choose one of mla, dha, moh, swa, mla+swa, hybrid, hydra",
+        ),
+        (
+            "mla",
+            "mlaa",
+            "line 3: unknown method 'mlaa'; choose one of mla, dha, moh, swa, mla+swa, hybrid, hydra",
+        ),
         ("own\n", "own\nfit_steps: many\n", "line 16: fit_steps: 'many' is not a whole number"),
         ("own\n", "own\neffort: some\n", "line 16: effort: 'some' is not one of quick, default, high"),
         ("own\n", "own\nexport: {to: x}\n", "line 16: export is given twice, first in line 14"),
@@ -430,7 +438,8 @@ def test_faults_of_all_stages_are_told_together(file: Path) -> None:
         assert part in f"; {said}; "
     said = message(file, text.replace("method: mla", "method: mqa"))
     assert said.startswith(
-        "run.yaml, line 3: unknown method 'mqa'; choose one of mla, dha, moh, swa, mla+swa, hydra; run.yaml, line 12:"
+        "run.yaml, line 3: unknown method 'mqa'; choose one of mla, dha, moh, swa, mla+swa, hybrid, hydra; "
+        "run.yaml, line 12:"
     )
 
 

@@ -16,7 +16,12 @@ from mhconvert.run.whole_recipe import load
 
 EVERY_METHOD = ("llama3-8b", "llama3.1-8b", "smollm2-135m")
 SHIPPED = sorted(
-    [f"{model}-{method}" for model in EVERY_METHOD for method in METHOD_NAMES if "swa" not in method]
+    [
+        f"{model}-{method}"
+        for model in EVERY_METHOD
+        for method in METHOD_NAMES
+        if "swa" not in method and method != "hybrid"
+    ]
     + [
         "llama3.1-8b-mla-coded",
         "llama3.1-8b-mla-portable",
@@ -28,6 +33,7 @@ SHIPPED = sorted(
         "smollm2-135m-mla-healed",
         "smollm2-135m-swa",
         "smollm2-135m-mla-swa",
+        "smollm2-135m-hybrid",
     ]
 )
 EXAMPLE = "#   mhconvert run "

@@ -16,10 +16,13 @@ def coded_class(donor_config_class: Any) -> Any:
     return getattr(modeling_coded_mla, f"CodedMLA{donor.__name__}")
 
 
-def coded_config(donor_config: Any) -> Any:
-    """The donor's configuration as that of its converted class; the layers have no components yet."""
+def coded_config(donor_config: Any, held_by: Any = None) -> Any:
+    """The donor's configuration as that of its converted class; the layers have no components yet.
+
+    held_by: another class than `coded_class`, whose configuration has the fields of coded latents.
+    """
     facts = attention_facts(donor_config)
-    config = coded_class(type(donor_config)).config_class(
+    config = (held_by or coded_class(type(donor_config))).config_class(
         **class_free_values(donor_config),
         kv_code_counts=[[0] * 8 for _ in range(donor_config.num_hidden_layers)],
         attention_input_bias=facts.input_bias,

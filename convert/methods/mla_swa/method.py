@@ -68,7 +68,7 @@ class WindowedCodedMLA(CodedMLA):
             self.bits = allocate(spectra, self.total, self.widths, self.cached())
             return
         free = set(self.plan.free)
-        costs = [float(one.window_cost) if i in free else None for i, one in enumerate(sensitivities)]
+        costs = [float(one.replaced_cost) if i in free else None for i, one in enumerate(sensitivities)]
         found = choose(spectra, costs, self.cached(), self.held, self.total, self.widths)
         self._set_windows(found.windowed)
         self.bits = found.bits
