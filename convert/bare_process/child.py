@@ -113,10 +113,13 @@ def filled_cache(
 
     Each layer is given states like those of one token more, on the meta device, where tensors have sizes and take no
     memory. The last token comes alone, as in decoding: behind a window the cache then lets go of what it read before.
-    A layer that is given no states holds as much of any text. What the cache held is lost.
+    A layer that is given no states holds as much of any text; that of a linear one is in the written dtype, of
+    `element_bytes`. What the cache held is lost.
     """
     import torch
 
+    for index in getattr(model.config, "linear_layers", None) or ():
+        _read_tokens(model.get_decoder().layers[index].self_attn, cache, index, element_bytes)
     given: dict[int, tuple[Any, Any]] = {}
     update = cache.update
 
@@ -140,6 +143,19 @@ def filled_cache(
                 )
         sizes.append(cache_storage(cache, element_bytes))
     return sizes
+
+
+def _read_tokens(attention: Any, cache: Any, index: int, element_bytes: int) -> None:
+    """Have a linear layer read two tokens in the written dtype: its states have the same size for any number."""
+    import copy
+
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    layer = copy.deepcopy(attention).to(torch.float32 if element_bytes == 4 else torch.bfloat16)
+    cache.layers[index] = DynamicLayer()
+    tokens = torch.zeros(1, 2, layer.config.hidden_size).to(next(layer.parameters()))
+    layer(tokens, past_key_values=cache)
 
 
 def _generate(

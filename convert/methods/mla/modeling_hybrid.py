@@ -20,12 +20,12 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from . import configuration_hybrid
 from .configuration_hybrid import HybridFields
+from .first_tokens import visible_slots
 from .modeling_coded_mla import (
     CodedLatentAttention,
     CodedLatentAttentionForCausalLM,
     CodedLatentAttentionModel,
 )
-from .modeling_coded_window import visible_slots
 from .modeling_mla import LatentAttentionModel
 from .slot_embeddings import SlotEmbeddings
 
@@ -117,7 +117,7 @@ def own_tokens(mask: Any, length: int, seen: int) -> Tensor | None:
 
     mask: as the model makes it for its attention.
     """
-    visible = visible_slots(mask, length)
+    visible = visible_slots(mask)
     if visible is None:
         return None
     rows = visible[:, 0]

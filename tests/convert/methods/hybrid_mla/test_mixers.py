@@ -116,7 +116,10 @@ def test_states_weigh_what_is_said_for_any_length(model: Any) -> None:
         assert cache_storage(type("", (), {"layers": of_states}))[0] == 2 * state_bytes(4, 8, 4)
     row = model.model.layers[1].self_attn.code.bytes
     for tokens, width in ((64, 2), (200, 4)):
-        _, size, elements = filled_cache(model, tokens, width)
+        made = model.generate(
+            token_ids(1, 3), max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True
+        )
+        [(size, elements)] = filled_cache(model, made.past_key_values, [tokens], width)
         assert size == tokens * row + 2 * state_bytes(4, 8, width) == elements * width
 
 
