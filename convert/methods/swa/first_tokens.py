@@ -97,7 +97,7 @@ class WindowRows(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.seen = 0
+        self.seen, self.starts = 0, None
 
 
 def window_layer(cache: Any, index: int, window: int) -> Any:
