@@ -22,10 +22,11 @@ def layers(seed: int, number: int, cheap: float) -> tuple[list[Tensor], list[flo
     return [decay * size for size in sizes], [None, *costs[1:-1], None]
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(("number", "count"), [(6, 1), (7, 3), (10, 2)])
-@pytest.mark.parametrize("cheap", [0.3, 30.0])
-def test_no_other_set_of_layers_is_better(seed: int, number: int, count: int, cheap: float) -> None:
+CASES = [(n, k, seed, cheap) for n, k in ((6, 1), (7, 3)) for seed in (0, 1) for cheap in (0.3, 30.0)]
+
+
+@pytest.mark.parametrize(("number", "count", "seed", "cheap"), [*CASES, (12, 2, 0, 0.3)])
+def test_no_other_set_of_layers_is_better(number: int, count: int, seed: int, cheap: float) -> None:
     spectra, costs = layers(seed, number, cheap)
     budget = 6 * number
     found = choose(spectra, costs, count, budget)
