@@ -13,9 +13,9 @@ from ..convert.checkpoint import identity
 from ..convert.checkpoint.identity import converted_method
 from ..convert.donor.donor import Donor, open_donor
 from ..convert.families import facts as family_facts
+from ..convert.methods.cache_elements import cache_elements, head_dim, kv_heads
 from ..convert.layer_pass import cost_estimate
 from ..convert.methods import refusals
-from ..convert.methods.mla.latent_code import row_bytes
 from ..convert.methods.mla_swa.window_bits import held_tokens
 from ..convert.methods.registry import ADAPTERS, METHODS, build_method
 from ..convert.open_model import read_config
@@ -69,23 +69,6 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     }
 
 
-def cache_elements(config: Any) -> list[float]:
-    """(layers,), the elements that one token adds to each layer's cache; bytes of codes count as parts of them."""
-    text = config.get_text_config()
-    layers = range(text.num_hidden_layers)
-    if getattr(text, "rope_frequencies", None) is not None:
-        scales = text.num_key_scales
-        return [text.latent_rank(i) + 2 * len(text.layer_frequencies(i)) + scales for i in layers]
-    if getattr(text, "kv_code_counts", None) is not None:
-        width = (text.dtype or torch.float32).itemsize
-        return [row_bytes(counts) / width for counts in text.kv_code_counts]
-    if hasattr(text, "k_head_map"):
-        return [head_dim(text) * sum(max(heads) + 1 for heads in text.head_maps(i)) for i in layers]
-    if getattr(text, "kv_lora_rank", None) is not None:
-        return [text.kv_lora_rank + text.qk_rope_head_dim for _ in layers]
-    return [2 * _kv_heads(text) * head_dim(text) for _ in layers]
-
-
 def cached_tokens(config: Any, length: int) -> list[int]:
     """(layers,), the tokens of a text of `length` that each layer's cache holds; windows are those of coded latents."""
     text = config.get_text_config()
@@ -110,7 +93,7 @@ def attention(config: Any) -> dict[str, Any]:
         facts["v_head_dim"] = text.v_head_dim
     elif getattr(text, "kv_code_counts", None) is not None:
         facts["kind"], facts["head_dim"] = "coded latents (MLA)", head_dim(text)
-        facts["num_key_value_heads"] = _kv_heads(text)
+        facts["num_key_value_heads"] = kv_heads(text)
         facts["kv_lora_rank"] = _one_or_all([sum(counts) for counts in text.kv_code_counts])
         if text.kv_windows is not None:
             facts["kv_windows"] = [window or "full" for window in text.kv_windows]
@@ -118,7 +101,7 @@ def attention(config: Any) -> dict[str, Any]:
     elif hasattr(text, "shared_heads"):
         layers = range(text.num_hidden_layers)
         facts["kind"], facts["head_dim"] = "mixture of heads (MoH)", head_dim(text)
-        facts["num_key_value_heads"] = _kv_heads(text)
+        facts["num_key_value_heads"] = kv_heads(text)
         facts["routed"] = f"{text.head_route}, by {text.head_router}"
         facts["active_heads"] = _one_or_all(list(text.active_heads))
         facts["shared_heads"] = _one_or_all([len(text.shared_heads[i]) for i in layers])
@@ -128,7 +111,7 @@ def attention(config: Any) -> dict[str, Any]:
         facts["k_heads"] = _one_or_all([max(k) + 1 for k, _ in maps])
         facts["v_heads"] = _one_or_all([max(v) + 1 for _, v in maps])
     else:
-        heads, groups = text.num_attention_heads, _kv_heads(text)
+        heads, groups = text.num_attention_heads, kv_heads(text)
         facts["kind"] = "multi-head" if heads == groups else "multi-query" if groups == 1 else "grouped-query"
         facts["num_key_value_heads"], facts["head_dim"] = groups, head_dim(text)
     rope = family_facts.rope_settings(text)[0]
@@ -167,15 +150,6 @@ def _adapter(donor: Donor, method: str) -> dict[str, Any]:
 
     plan = create.describe(Recipe(model=donor.reference, method=method))
     return {"trainable_parameters": plan["parameters"]["trainable"], "output_bytes": plan["output_bytes"]}
-
-
-def _kv_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def head_dim(config: Any) -> int:
-    """`head_dim` of the config, or hidden_size / num_attention_heads where it has none."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _one_or_all(values: list[int]) -> int | list[int]:

@@ -87,6 +87,9 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Any) -> Family:
     """The family of `config`. Raises UnsupportedError naming its model_type and the supported ones."""
     model_type = getattr(config, "model_type", None)
+    if not type(config).__module__.startswith("transformers."):  # a converted model's class, made from its donor's
+        kinds = (vars(kind).get("model_type") for kind in type(config).__mro__)
+        model_type = next((kind for kind in kinds if kind in FAMILIES), model_type)
     if model_type not in FAMILIES:
         known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.refused is None))
         raise UnsupportedError(f"model type '{model_type}' is not supported; the supported ones are {known}")

@@ -7,6 +7,9 @@ Open `surgery.py` first: it holds the closed forms of the routers.
 def register() -> None:
     """Make transformers' Auto classes know the mixture-of-head models in this process; may be called again."""
     from ..auto_classes import register_classes
+    from ..routed.attention_kinds import register_donors
     from .converted_class import converted_class
 
     register_classes(converted_class)
+    for donor_class in register_donors():
+        register_classes(lambda donor, made=donor_class: converted_class(made(donor).config_class))
