@@ -9,15 +9,16 @@ import torch
 from mhconvert.errors import CheckpointError, MhconvertError
 
 from ..convert import open_model
-from ..convert.checkpoint import identity
+from ..convert.checkpoint import chain, identity
 from ..convert.checkpoint.identity import converted_method
 from ..convert.donor.donor import Donor, open_donor
 from ..convert.families import facts as family_facts
-from ..convert.methods.cache_elements import cache_elements, head_dim, kv_heads
 from ..convert.layer_pass import cost_estimate
 from ..convert.methods import refusals
+from ..convert.methods.cache_elements import cache_elements, head_dim, kv_heads
+from ..convert.methods.mla.latent_code import row_bytes
 from ..convert.methods.mla_swa.window_bits import held_tokens
-from ..convert.methods.registry import ADAPTERS, METHODS, build_method
+from ..convert.methods.registry import ADAPTERS, build_method
 from ..convert.open_model import read_config
 from ..convert.recipe.recipe import Recipe
 
@@ -28,7 +29,8 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     """What is known of the model `reference` from its config, as plain JSON types.
 
     Returns:
-        model_type, converted_by, dtype; attention: see `attention`; kv: elements_per_token, bytes_per_token and bytes
+        model_type, converted_by, dtype; chain: the methods of the steps that made it; first_donor: what they began with
+            (None for a donor); attention: see `attention`; kv: elements_per_token, bytes_per_token and bytes
         by context length, at the stored dtype; methods: name -> applies, and reason or kv_bytes_per_token (for an
         adapter trainable_parameters) and output_bytes.
 
@@ -37,9 +39,8 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     """
     folder = open_model.checkpoint_folder(reference, weights=False)
     made_by = converted_method(str(folder))
-    donor = None
+    donor = open_donor(reference, trust_remote_code=trust_remote_code)
     if folder is None or made_by is None:
-        donor = open_donor(reference, trust_remote_code=trust_remote_code)
         config, dtype = donor.config, donor.dtype
     else:
         config = read_config(str(folder), made_by)
@@ -51,9 +52,11 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     elements = sum(layers)
     return {
         "reference": reference,
-        "notice": getattr(donor, "notice", None),
+        "notice": donor.notice,
         "model_type": config.model_type,
         "converted_by": made_by or identity.made_by(reference),
+        "chain": [step.get("method") for step in chain.steps(donor.folder)],
+        "first_donor": chain.first_model(donor.folder),
         "dtype": str(dtype).removeprefix("torch."),
         "attention": facts,
         "kv": {
@@ -65,7 +68,7 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
                 for length in CONTEXTS
             },
         },
-        "methods": _methods(donor, config, made_by),
+        "methods": _methods(donor, config),
     }
 
 
@@ -120,20 +123,18 @@ def attention(config: Any) -> dict[str, Any]:
     return facts
 
 
-def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str, Any]:
-    if donor is None:
-        refusal = f"it is already converted by {made_by}; convert the original donor"
-        return {name: {"applies": False, "reason": refusal} for name in (*METHODS, *ADAPTERS)}
+def _methods(donor: Donor, config: Any) -> dict[str, Any]:
     methods: dict[str, dict[str, Any]] = {}
     for name, reason in refusals.refusals(config).items():
         methods[name] = {"applies": False, "reason": reason}
         if reason is not None:
             continue
         try:
+            recipe = Recipe(model=donor.reference, method=name)
+            chain.require_donor(donor.folder, recipe)
             if name in ADAPTERS:
                 methods[name] = {"applies": True} | _adapter(donor, name)
                 continue
-            recipe = Recipe(model=donor.reference, method=name)
             method = build_method(name, config, recipe.settings, recipe.effort)
             plan = cost_estimate.plan(recipe, donor, method, torch.device("cpu"))
         except MhconvertError as error:

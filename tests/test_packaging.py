@@ -87,7 +87,8 @@ def test_the_shipped_files_are_found() -> None:
     names = {path.name for path in shipped_files() if path.parent.name == "moh"}
     assert names == {"configuration_moh.py", "head_router.py", "modeling_moh.py"}
     routed = provenance.shipped_files("mhconvert.convert.methods.routed.modeling_moh_dha")
-    assert names < {file.name for file in routed} and len({file.name for file in routed}) == len(routed)
+    assert names < {file.name for file in routed}
+    assert len({file.name for file in routed}) == len(routed)
     assert ROOT / "convert/methods/dha/modeling_dha.py" in {file.resolve() for file in routed}
 
 

@@ -94,8 +94,7 @@ def shipped_files(module: str) -> set[Path]:
     A module that imports from another folder only lends what is there: its place is taken by the file that it names.
     """
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None
-    file = Path(spec.origin)
+    file = Path(str(spec and spec.origin))
     names = get_relative_imports(file)
     package = module.rpartition(".")[0]
     found = (shipped_files(importlib.util.resolve_name(f".{name}", package)) for name in names)
@@ -110,10 +109,11 @@ def needs_remote_code(model_class: Any) -> bool:
 
 def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[str, Any]) -> None:
     """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer; where the budget was
-    searched, the tolerance that it was searched for."""
+    searched, the tolerance that it was searched for; the steps before this one. `donor`: of the first of them."""
     save_recipe(recipe, folder / RECIPE)
     searched = {"tolerance": report["tolerance"]["asked"]} if report.get("tolerance") else {}
-    record(folder, donor, recipe=report["recipe"], **searched, layers=report["layers"])
+    earlier = {"chain": report["chain"]} if report.get("chain") else {}
+    record(folder, donor, recipe=report["recipe"], **earlier, **searched, layers=report["layers"])
 
 
 def record(folder: Path, donor: Donor, **facts: Any) -> None:

@@ -118,8 +118,7 @@ class LatentAttention(nn.Module):
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What both forms of the attention read, the cache updated: query is what q_proj gives
-        -> q_nope [B, H, T, n], q_rope [B, H, T, p]; row, k_rope, scales as for `expand_kv`."""
+        """What q_proj gives -> q_nope [B, H, T, n], q_rope [B, H, T, p], and what `expand_kv` reads of the cache."""
         length = hidden_states.shape[1]
         q_nope, q_rope = self.queries(query).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         row = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
@@ -280,7 +279,9 @@ class LatentAttention(nn.Module):
         up = self.kv_b_proj
         plain = type(up) is nn.Linear and type(up.weight) is nn.Parameter and not hasattr(up, "_hf_hook")
         plain = plain and not up._forward_hooks and not up._forward_pre_hooks
-        plain = plain and not (self.training and self.attention_dropout) and length <= self.max_absorbed_tokens
+        plain = (
+            plain and not (self.training and self.attention_dropout) and length <= self.max_absorbed_tokens
+        )
         if attention_mask is None:
             return plain and length == 1  # more without a mask: the kernel knows which of them are causal
         return plain and isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
@@ -333,8 +334,7 @@ class LatentAttention(nn.Module):
 
     def _up_maps(self, heads: int) -> Any:
         """What kv_b_proj has for each head: (H, n, r), (H, v, r)."""
-        weight = self.kv_b_proj.weight
-        weight = weight.view(heads, -1, weight.shape[-1])
+        weight = self.kv_b_proj.weight.unflatten(0, (heads, -1))
         return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
 
 

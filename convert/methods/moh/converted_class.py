@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -15,6 +16,11 @@ def converted_class(donor_config_class: Any) -> Any:
     """The causal language model class that holds the conversion of a donor with this configuration class."""
     donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[donor_config_class]
     return getattr(routed_file(donor, modeling_moh), f"MoH{donor.__name__}")
+
+
+def routed_class(donor_class: Callable[[Any], Any], config_class: Any) -> Any:
+    """The class with routed heads of the converted model that `donor_class` is for a family's configuration class."""
+    return converted_class(donor_class(config_class).config_class)
 
 
 def mixture_config(donor_config: Any, route: str = "heads", router: str = "learned") -> Any:

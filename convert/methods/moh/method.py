@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...attention.rotary import LayerRotary
-
 from ...families.facts import attention_facts, layer_window
 from ..budget_division import LayerNeed, divide
 from ..cache_elements import cache_elements
@@ -91,7 +90,8 @@ class MoH(Method):
         size = facts.heads // self.budget.units
         heads = {"donor": len(layers) * facts.heads, "converted": size * sum(self.active)}
         products = [
-            key_flops(config, i, facts.head_dim) * min(FLOPS_CONTEXT, layer_window(config, i) or FLOPS_CONTEXT)
+            key_flops(config, i, facts.head_dim)
+            * min(FLOPS_CONTEXT, layer_window(config, i) or FLOPS_CONTEXT)
             for i in layers
         ]
         maps, routers = 2 * sum(self._matrices), 2 * sum(map(self._of_router, layers))
@@ -106,7 +106,10 @@ class MoH(Method):
 
     def new_parameters(self) -> int:
         """Parameters of the mean layer's attention, its router included."""
-        layers, own = len(self.active), sum(sum(p.numel() for p in each.parameters()) for each in self._donors)
+        layers, own = (
+            len(self.active),
+            sum(sum(p.numel() for p in each.parameters()) for each in self._donors),
+        )
         routers = sum(map(self._of_router, range(layers)))
         return math.ceil(own / len(self._donors) + routers / layers)
 
@@ -128,7 +131,7 @@ class MoH(Method):
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
         """The donor's attention, and what its heads add to the calibration text `inputs` (N, L, D)."""
         config = mixture_config(self.donor_config, self.settings.route)
-        return observe(attention, self._routed, config, inputs, rotary.embeddings)
+        return observe(attention, config, inputs, rotary.embeddings, self._routed)
 
     def convert(
         self,

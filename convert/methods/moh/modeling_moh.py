@@ -80,9 +80,7 @@ class MixtureOfHeadAttention(nn.Module):
         query, key = (apply_rotary_pos_emb if partial else self.donor_rotary)(
             query, key, *position_embeddings
         )
-        output, weights = self.attention(
-            query, key, value, active, attention_mask, past_key_values, kwargs
-        )
+        output, weights = self.attention(query, key, value, active, attention_mask, past_key_values, kwargs)
         return self.o_proj(gated(output, active, gates).flatten(2)), weights
 
     def attention(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .modeling_moh import MixtureOfHeadAttention
 from .surgery import RoutingStatistics
 
 STEP_TOKENS = 4096  # tokens per forward pass
@@ -28,15 +29,19 @@ class Observed:
 
 @torch.no_grad()
 def observe(
-    attention: Any, routed: Any, config: Any, inputs: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    attention: Any,
+    config: Any,
+    inputs: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    routed: Any = MixtureOfHeadAttention,
 ) -> Observed:
     """The donor's `attention` and what its units (heads, or groups of them) add to the tokens of `inputs`.
 
     Args:
-        routed: the converted attention's class.
         config: of the converted class with all heads active, which says what a unit is.
         inputs: (N, L, D), what the attention reads on calibration text.
         position_embeddings: (cos, sin), each (1, L, rotary width).
+        routed: the converted attention's class.
     """
     index, device = attention.layer_idx, position_embeddings[0].device
     whole = routed(attention, config, index)

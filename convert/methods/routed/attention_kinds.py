@@ -7,7 +7,6 @@ from typing import Any
 
 from mhconvert.errors import UnsupportedError
 
-from ..auto_classes import register_classes
 from . import modeling_moh_dha, modeling_moh_mla
 
 FILES = {"modeling_dha": modeling_moh_dha, "modeling_mla": modeling_moh_mla}
@@ -44,11 +43,9 @@ def key_flops(config: Any, index: int, head_dim: int) -> int:
     return 4 * rank + 2 * rotary * (1 + config.rope_in_latent)
 
 
-def register_donors() -> tuple[Callable[[Any], Any], ...]:
-    """Register the converted classes whose heads are routed; returns, of each method, the class for a donor's config."""
-    from ..dha import converted_class as dha
-    from ..mla import converted_class as mla
+def routed_donors() -> tuple[Callable[[Any], Any], ...]:
+    """Of each method whose heads are routed, the function from a family's configuration class to its model class."""
+    from ..dha.converted_class import converted_class as of_dha
+    from ..mla.converted_class import converted_class as of_mla
 
-    for each in (dha, mla):
-        register_classes(each.converted_class)
-    return dha.converted_class, mla.converted_class
+    return of_dha, of_mla

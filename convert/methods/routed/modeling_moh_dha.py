@@ -20,8 +20,8 @@ from .routed_class import routed_class
 class RoutedDecoupledAttention(MixtureOfHeadAttention, DecoupledHeadAttention):
     """Decoupled heads of which a token has some. The cache is that of all.
 
-    In prompts, heads that a token has not are not computed. A step of few tokens reads the cached heads as they are, for
-    all query heads, and leaves out what was not chosen.
+    In prompts, heads that a token has not are not computed. A step of few tokens reads the cached heads as they are,
+    for all query heads, and leaves out what was not chosen.
     """
 
     def __init__(self, donor: nn.Module, config: Any, layer_idx: int):
@@ -30,7 +30,9 @@ class RoutedDecoupledAttention(MixtureOfHeadAttention, DecoupledHeadAttention):
         self.keys, self.values, self.stock = known.keys, known.values, known.stock
         self.cached_heads = known.cached_heads
         self.num_key_value_groups = known.num_key_value_groups
-        self.kv_heads = self.heads // self.num_key_value_groups  # as they are where each query head has its own copy
+        self.kv_heads = (
+            self.heads // self.num_key_value_groups
+        )  # as they are where each query head has its own copy
 
     def attention(
         self,

@@ -18,7 +18,9 @@ from .modeling_mla import __getattr__ as donor_class
 from .modeling_moh import MixtureOfHeadAttention, gated
 from .routed_class import routed_class
 
-LEAST_KEYS_OF_A_STEP = 512  # from how many on the heads that are left out outweigh the choosing (two CPU cores)
+LEAST_KEYS_OF_A_STEP = (
+    512  # from how many on the heads that are left out outweigh the choosing (two CPU cores)
+)
 
 
 class RoutedLatentAttention(MixtureOfHeadAttention, LatentAttention):
@@ -28,12 +30,17 @@ class RoutedLatentAttention(MixtureOfHeadAttention, LatentAttention):
     rows less. In prompts they are not computed either, as in `MixtureOfHeadAttention`.
     """
 
-    own_mask = LatentAttention.own_mask
+    own_mask = LatentAttention.own_mask  # type: ignore[assignment]
 
     def __init__(self, donor: nn.Module, config: Any, layer_idx: int):
         nn.Module.__init__(self)
         vars(self).update(vars(donor), _modules=dict(donor.named_children()))
-        self.config, self.heads, self.kv_heads, self.head_dim = config, self.num_heads, self.num_heads, self.v_head_dim
+        self.config, self.heads, self.kv_heads, self.head_dim = (
+            config,
+            self.num_heads,
+            self.num_heads,
+            self.v_head_dim,
+        )
         self.route(config, layer_idx)
 
     def forward(
@@ -69,8 +76,7 @@ class RoutedLatentAttention(MixtureOfHeadAttention, LatentAttention):
         return (self.q_proj(hidden_states),)
 
     def rows_of_a_step(self, read: Any, active: Tensor, attention_mask: Any) -> Tensor | None:
-        """The active heads [B, T, A], ascending; None where all heads are computed: tokens do not have as many, or there
-        are few keys."""
+        """The active heads [B, T, A], ascending; None where all are computed: few keys, or tokens with more heads."""
         row, count = read[2], self.heads - len(self.routed_units) + self.chosen
         if row.shape[2] < LEAST_KEYS_OF_A_STEP or not self.can_skip(read[0], row, attention_mask):
             return None
@@ -88,7 +94,7 @@ class RoutedLatentAttention(MixtureOfHeadAttention, LatentAttention):
         attention_mask: Tensor | None,
         places: Tensor,
     ) -> Tensor:
-        """`absorbed_attention` of the heads `places` [B, T, A] of each token alone -> output [B, T, H v], 0 elsewhere."""
+        """`absorbed_attention` of the heads `places` [B, T, A] alone -> output [B, T, H v], 0 elsewhere."""
         batch, heads, length, _ = q_nope.shape
         row, count = row.squeeze(1), places.shape[-1]
 
@@ -97,7 +103,9 @@ class RoutedLatentAttention(MixtureOfHeadAttention, LatentAttention):
             return x.gather(2, places.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])).flatten(1, 2)
 
         scores = torch.bmm(chosen(q_rope * self.scaling), k_rope.squeeze(1).mT)
-        scores = torch.baddbmm(scores, chosen(self.latent_queries(q_nope)), row.mT).view(batch, length, count, -1)
+        scores = torch.baddbmm(scores, chosen(self.latent_queries(q_nope)), row.mT).view(
+            batch, length, count, -1
+        )
         if self.num_key_scales:
             by_head = self.head_scales(scales).unsqueeze(2).expand(-1, -1, length, -1)  # B H T S
             scores = scores * chosen(by_head).view_as(scores)

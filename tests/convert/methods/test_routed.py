@@ -67,7 +67,8 @@ def by_steps(model: Any, ids: Tensor, *lengths: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "family"), [*((kind, name) for kind in ("dha", "mla") for name in FAMILIES), ("dha equal", "llama")]
+    ("kind", "family"),
+    [*((kind, name) for kind in ("dha", "mla") for name in FAMILIES), ("dha equal", "llama")],
 )
 def test_with_all_heads_it_is_the_converted_donor(kind: str, family: str) -> None:
     donor, ids = first_of(kind, **FAMILIES[family]), token_ids(2, 24)
