@@ -16,6 +16,7 @@ from mhconvert.device import pick_device
 from mhconvert.errors import CheckpointError, MhconvertError
 
 from .bare_process.child import keep_token_ids
+from .checkpoint import chain
 from .checkpoint.fingerprint import of_files, of_folder
 from .checkpoint.identity import converted_method, exported
 from .checkpoint.provenance import read_record, require_recorded_tokenizer
@@ -191,14 +192,16 @@ def output_folder(recipe: Recipe) -> Path:
 
 
 def recorded_donor(checkpoint: str) -> str:
-    """The donor named in the checkpoint's provenance, or an adapter's base model. MhconvertError when there is none."""
+    """The first donor in the checkpoint's provenance, or an adapter's base model. MhconvertError when there is none."""
     if is_adapter(Path(checkpoint).expanduser()):
         from .adapters.saved_adapter import open_adapter
 
         return open_adapter(checkpoint).base
-    record = read_record(checkpoint_folder(checkpoint) or Path(checkpoint))
+    folder = checkpoint_folder(checkpoint) or Path(checkpoint)
+    if (first := chain.first_model(folder)) is not None:
+        return first
     try:
-        return str(record["recipe"]["model"] if "recipe" in record else record["donor"]["reference"])
+        return str(read_record(folder)["donor"]["reference"])
     except (KeyError, TypeError) as error:
         raise MhconvertError(
             f"{checkpoint} does not say what it was made from; name the donor with --against"

@@ -25,9 +25,9 @@ from mhconvert.progress import Listener, Progress, StageClock, ignore
 
 from .bare_process.reload import peak_rss
 from .calibration import calibration_rows
-from .checkpoint import provenance
+from .checkpoint import chain, provenance
 from .donor.donor import Donor, open_donor
-from .layer_pass import conversion_report, cost_estimate, layer_steps, survey, time_estimate
+from .layer_pass import conversion_report, cost_estimate, first_donor, layer_steps, survey, time_estimate
 from .layer_pass.context import Complete, ConversionContext, Fit, Measure, as_it_is
 from .layer_pass.decoder_layer import Streams
 from .layer_pass.resumable_run import Workspace
@@ -70,7 +70,8 @@ def convert_checkpoint(
     started, on_progress = time.perf_counter(), StageClock(on_progress or ignore)
     device, fit = pick_device(recipe.device), on_progress.timed("layers: fit", fit)
     donor, method = _resolve(recipe, on_progress)
-    output_folder.check_free(output := step or recipe.output_folder(donor.name), force, donor.folder)
+    first, read = first_donor.first_donor(donor, trust_remote_code=recipe.trust_remote_code)
+    output_folder.check_free(output := step or recipe.output_folder(donor.name), force, *read)
     recipe, method = _completed(recipe, method, complete, on_progress)
     donor.open_weights(on_progress)
     needed = cost_estimate.plan(recipe, donor, method, device)["disk_needed_bytes"]
@@ -79,14 +80,14 @@ def convert_checkpoint(
         dtype = cost_estimate.output_dtype(recipe, donor)
         unplanned = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)
         needs = partial(space.needs, partial(survey.measure_needs, unplanned))
-        context = replace(unplanned, needs=needs)
+        context = replace(unplanned, needs=needs, chain_began=first)
         recipe, method, report = _convert_within_budget(context, space)
         _complete_folder(context, method, space, report)
         seconds = time.perf_counter() - started + space.earlier_seconds
         report |= {"output": str(output), "seconds": seconds, "peak_rss_bytes": peak_rss(report)}
         report["stage_seconds"] = on_progress.stop()  # of this run, where an earlier one was interrupted
         finish(space.partial, report)
-        provenance.write_provenance(space.partial, recipe, donor, report)
+        provenance.write_provenance(space.partial, recipe, first, report)
         space.publish(finished=step is None)
     on_progress(Progress("done", 1, 1, str(output)))
     return report
@@ -99,6 +100,7 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     """
     byte_size(recipe.max_shard_size)
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=on_progress)
+    chain.require_donor(donor.folder, recipe)
     on_progress(Progress("donor", 1, 1, donor.notice or donor.name))
     donor.check_files()
     largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)
@@ -181,11 +183,10 @@ def _layer_tensors(
 def _measured_report(context: ConversionContext, method: Method, space: Workspace) -> dict[str, Any]:
     """What was chosen for the layers, and the fidelity of the whole on the held-out rows."""
     sizes = cost_estimate.plan(context.recipe, context.donor, method, context.device)
-    remote_code = provenance.needs_remote_code(method.model_class)
-    report = conversion_report.conversion_facts(context, space.layers, sizes, remote_code)
-    teacher, student = space.streams.teacher_held, space.streams.student_held
-    [fidelity] = conversion_report.held_out_fidelity(context, teacher, [student], space.probe)
-    return report | fidelity
+    facts = conversion_report.conversion_facts(context, space.layers, sizes, method.model_class)
+    teacher, student = first_donor.teacher(context, space.streams.teacher_held), space.streams.student_held
+    fidelity = conversion_report.held_out_fidelity(context, teacher, [student], space.probe)
+    return first_donor.named(facts, context, method) | fidelity[0]
 
 
 def _complete_folder(
@@ -196,8 +197,8 @@ def _complete_folder(
     context.donor.release()
     space.finish_tensors()
     provenance.write_config(space.partial, method, context.donor, context.dtype)
-    context.on_progress(Progress("verify", 0, 1))
     if context.recipe.verify:
+        context.on_progress(Progress("verify", 0, 1))
         conversion_report.add_reload(report, space.partial, space.probe, context.recipe.trust_remote_code)
 
 
@@ -210,8 +211,7 @@ def plan(
 ) -> dict[str, Any]:
     """What `convert_checkpoint` would do: sizes, KV arithmetic, disk, memory, time. Reads no weights, writes nothing.
 
-    With a tolerance the budget is searched: sizes are the most that it can come to, layers and time are missing; the
-    time is missing with healing too, most of which it would be.
+    With a tolerance sizes are the most that they can come to, and layers and time are missing; time with healing too.
 
     Args:
         surveyed: `measure` as in `convert_checkpoint`: the weights are read for a survey, and each layer's part of the
@@ -226,9 +226,8 @@ def plan(
         recipe, method = _completed(recipe, method, complete, on_progress)
         _require_parts(recipe, method)
         rows = calibration_rows.draw(recipe, donor, device, on_progress)
-        dtype = cost_estimate.output_dtype(recipe, donor)
-        context = ConversionContext(recipe, donor, device, dtype, rows, _no_fit, surveyed, on_progress)
-        method.share_out(survey.measure_needs(context))
+        inputs = recipe, donor, device, cost_estimate.output_dtype(recipe, donor), rows
+        method.share_out(survey.measure_needs(ConversionContext(*inputs, _no_fit, surveyed, on_progress)))
     sizes = cost_estimate.plan(recipe, donor, method, device)
     if recipe.tolerance is not None:
         return sizes | {"tolerance": recipe.tolerance, "layers": []}
@@ -247,4 +246,4 @@ def _require_parts(recipe: Recipe, method: Method) -> None:
 
 
 def _no_fit(*_: Any, **__: Any) -> None:
-    """No-op fit: a survey uses closed-form results without training."""
+    """A survey uses closed forms alone."""

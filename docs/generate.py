@@ -16,6 +16,7 @@ from typing import Any
 import typer.main
 
 from mhconvert.cli.main import app
+from mhconvert.convert.methods import combinations
 from mhconvert.convert.methods.family_table import family_table, markdown
 from mhconvert.convert.methods.registry import METHOD_NAMES, settings_class
 from mhconvert.convert.recipe.heal_settings import HealSettings
@@ -47,6 +48,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "cli.md": NOTICE + cli_page(),
         REFERENCE / "options.md": NOTICE + options_page(),
         REFERENCE / "families.md": NOTICE + families_page(),
+        REFERENCE / "combinations.md": NOTICE + combinations_page(),
     }
 
 
@@ -122,6 +124,17 @@ def families_page() -> str:
         "# Model families\n\n"
         "`mhconvert donors --families` prints this table, and `mhconvert inspect DONOR` says for one model which "
         "methods apply and why others do not.\n\n" + markdown(family_table()) + "\n"
+    )
+
+
+def combinations_page() -> str:
+    """Which method may follow which."""
+    return (
+        "# Methods that combine\n\n"
+        "Rows are what made a checkpoint, columns what may be done with it next; [how chains are recorded]"
+        "(../chains.md). Where a checkpoint is the work of several steps, each of them is asked.\n\n"
+        + combinations.markdown()
+        + "\n"
     )
 
 

@@ -9,15 +9,16 @@ import torch
 from mhconvert.errors import CheckpointError, MhconvertError
 
 from ..convert import open_model
-from ..convert.checkpoint import identity
+from ..convert.checkpoint import chain, identity
 from ..convert.checkpoint.identity import converted_method
 from ..convert.donor.donor import Donor, open_donor
 from ..convert.families import facts as family_facts
 from ..convert.layer_pass import cost_estimate
 from ..convert.methods import refusals
+from ..convert.methods.cache_elements import cache_elements, head_dim, kv_heads
 from ..convert.methods.hybrid_mla.states import state_bytes
 from ..convert.methods.mla.latent_code import row_bytes
-from ..convert.methods.registry import ADAPTERS, METHODS, build_method
+from ..convert.methods.registry import ADAPTERS, build_method
 from ..convert.methods.swa.window_plan import held_tokens
 from ..convert.open_model import read_config
 from ..convert.recipe.recipe import Recipe
@@ -29,7 +30,8 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     """What is known of the model `reference` from its config, as plain JSON types.
 
     Returns:
-        model_type, converted_by, dtype; attention: see `attention`; kv: elements_per_token, bytes_per_token and bytes
+        model_type, converted_by, dtype; chain: the methods of the steps that made it; first_donor: what they began with
+            (None for a donor); attention: see `attention`; kv: elements_per_token, bytes_per_token and bytes
         by context length, at the stored dtype; methods: name -> applies, and reason or kv_bytes_per_token (for an
         adapter trainable_parameters) and output_bytes.
 
@@ -38,9 +40,8 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     """
     folder = open_model.checkpoint_folder(reference, weights=False)
     made_by = converted_method(str(folder))
-    donor = None
+    donor = open_donor(reference, trust_remote_code=trust_remote_code)
     if folder is None or made_by is None:
-        donor = open_donor(reference, trust_remote_code=trust_remote_code)
         config, dtype = donor.config, donor.dtype
     else:
         config = read_config(str(folder), made_by)
@@ -52,9 +53,11 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
     elements, states = sum(layers), all_state_bytes(config, dtype)
     return {
         "reference": reference,
-        "notice": getattr(donor, "notice", None),
+        "notice": donor.notice,
         "model_type": config.model_type,
         "converted_by": made_by or identity.made_by(reference),
+        "chain": [step.get("method") for step in chain.steps(donor.folder)],
+        "first_donor": chain.first_model(donor.folder),
         "dtype": str(dtype).removeprefix("torch."),
         "attention": facts,
         "kv": {
@@ -67,26 +70,8 @@ def inspect(reference: str, *, trust_remote_code: bool = False) -> dict[str, Any
                 for length in CONTEXTS
             },
         },
-        "methods": _methods(donor, config, made_by),
+        "methods": _methods(donor, config),
     }
-
-
-def cache_elements(config: Any) -> list[float]:
-    """(layers,), the elements that one token adds to each layer's cache; bytes of codes count as parts of them."""
-    text = config.get_text_config()
-    layers = range(text.num_hidden_layers)
-    if getattr(text, "rope_frequencies", None) is not None:
-        scales = text.num_key_scales
-        return [text.latent_rank(i) + 2 * len(text.layer_frequencies(i)) + scales for i in layers]
-    if getattr(text, "kv_code_counts", None) is not None:
-        width = (text.dtype or torch.float32).itemsize
-        linear = getattr(text, "linear_layers", None) or ()
-        return [0.0 if i in linear else row_bytes(text.layer_counts(i)) / width for i in layers]
-    if hasattr(text, "k_head_map"):
-        return [head_dim(text) * sum(max(heads) + 1 for heads in text.head_maps(i)) for i in layers]
-    if getattr(text, "kv_lora_rank", None) is not None:
-        return [text.kv_lora_rank + text.qk_rope_head_dim for _ in layers]
-    return [2 * _kv_heads(text) * head_dim(text) for _ in layers]
 
 
 def cached_tokens(config: Any, length: int) -> list[int]:
@@ -120,7 +105,7 @@ def attention(config: Any) -> dict[str, Any]:
         facts["v_head_dim"] = text.v_head_dim
     elif getattr(text, "kv_code_counts", None) is not None:
         facts["kind"], facts["head_dim"] = "coded latents (MLA)", head_dim(text)
-        facts["num_key_value_heads"] = _kv_heads(text)
+        facts["num_key_value_heads"] = kv_heads(text)
         coded = [counts for counts in text.kv_code_counts if any(counts)]  # linear layers have none
         facts["kv_lora_rank"] = _one_or_all([sum(counts) for counts in coded])
         facts["kv_code_bytes"] = _one_or_all([row_bytes(counts) for counts in coded])
@@ -130,7 +115,7 @@ def attention(config: Any) -> dict[str, Any]:
     elif hasattr(text, "shared_heads"):
         layers = range(text.num_hidden_layers)
         facts["kind"], facts["head_dim"] = "mixture of heads (MoH)", head_dim(text)
-        facts["num_key_value_heads"] = _kv_heads(text)
+        facts["num_key_value_heads"] = kv_heads(text)
         facts["routed"] = f"{text.head_route}, by {text.head_router}"
         facts["active_heads"] = _one_or_all(list(text.active_heads))
         facts["shared_heads"] = _one_or_all([len(text.shared_heads[i]) for i in layers])
@@ -140,7 +125,7 @@ def attention(config: Any) -> dict[str, Any]:
         facts["k_heads"] = _one_or_all([max(k) + 1 for k, _ in maps])
         facts["v_heads"] = _one_or_all([max(v) + 1 for _, v in maps])
     else:
-        heads, groups = text.num_attention_heads, _kv_heads(text)
+        heads, groups = text.num_attention_heads, kv_heads(text)
         facts["kind"] = "multi-head" if heads == groups else "multi-query" if groups == 1 else "grouped-query"
         facts["num_key_value_heads"], facts["head_dim"] = groups, head_dim(text)
     if getattr(text, "kv_windows", None) is not None:
@@ -151,20 +136,18 @@ def attention(config: Any) -> dict[str, Any]:
     return facts
 
 
-def _methods(donor: Donor | None, config: Any, made_by: str | None) -> dict[str, Any]:
-    if donor is None:
-        refusal = f"it is already converted by {made_by}; convert the original donor"
-        return {name: {"applies": False, "reason": refusal} for name in (*METHODS, *ADAPTERS)}
+def _methods(donor: Donor, config: Any) -> dict[str, Any]:
     methods: dict[str, dict[str, Any]] = {}
     for name, reason in refusals.refusals(config).items():
         methods[name] = {"applies": False, "reason": reason}
         if reason is not None:
             continue
         try:
+            recipe = Recipe(model=donor.reference, method=name)
+            chain.require_donor(donor.folder, recipe)
             if name in ADAPTERS:
                 methods[name] = {"applies": True} | _adapter(donor, name)
                 continue
-            recipe = Recipe(model=donor.reference, method=name)
             method = build_method(name, config, recipe.settings, recipe.effort)
             plan = cost_estimate.plan(recipe, donor, method, torch.device("cpu"))
         except MhconvertError as error:
@@ -181,15 +164,6 @@ def _adapter(donor: Donor, method: str) -> dict[str, Any]:
 
     plan = create.describe(Recipe(model=donor.reference, method=method))
     return {"trainable_parameters": plan["parameters"]["trainable"], "output_bytes": plan["output_bytes"]}
-
-
-def _kv_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def head_dim(config: Any) -> int:
-    """`head_dim` of the config, or hidden_size / num_attention_heads where it has none."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _one_or_all(values: list[int]) -> int | list[int]:

@@ -12,9 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+from transformers.dynamic_module_utils import get_imports
 
 import mhconvert
+from mhconvert.convert.checkpoint import provenance
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -75,14 +76,20 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
 
 
 def shipped_files() -> list[Path]:
-    """Of every method its modeling file and, as transformers finds them, the siblings that it imports."""
-    found = set(ROOT.glob("convert/**/modeling_*.py"))
-    return sorted(found | {Path(name) for file in found for name in get_relative_import_files(file)})
+    """Of every method its modeling file and what a checkpoint has beside it."""
+    files = [path.relative_to(ROOT).with_suffix("") for path in ROOT.glob("convert/**/modeling_*.py")]
+    modules = [f"mhconvert.{'.'.join(path.parts)}" for path in files]
+    found = {file for module in modules for file in provenance.shipped_files(module)}
+    return sorted(ROOT / file.resolve().relative_to(ROOT) for file in found)
 
 
 def test_the_shipped_files_are_found() -> None:
     names = {path.name for path in shipped_files() if path.parent.name == "moh"}
     assert names == {"configuration_moh.py", "head_router.py", "modeling_moh.py"}
+    routed = provenance.shipped_files("mhconvert.convert.methods.routed.modeling_moh_dha")
+    assert names < {file.name for file in routed}
+    assert len({file.name for file in routed}) == len(routed)
+    assert ROOT / "convert/methods/dha/modeling_dha.py" in {file.resolve() for file in routed}
 
 
 @pytest.mark.parametrize("path", shipped_files(), ids=lambda path: path.name)
@@ -92,7 +99,7 @@ def test_shipped_files_need_nothing_of_ours(path: Path) -> None:
     assert set(get_imports(path)) <= allowed
     if path.name == "coded_kernel.py":
         allowed.add("triton")  # imported in a `try`, and only where the kernel is asked for
-    siblings = {other.stem for other in shipped_files() if other.parent == path.parent}
+    siblings = {other.stem for other in path.parent.glob("*.py")}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed

@@ -98,6 +98,10 @@ def show(facts: dict[str, Any], console: Any) -> None:
     from ...eval.report.units import count, size
 
     console.out(f"{facts['reference']} ({facts['model_type']}, {facts['dtype']})", highlight=False)
+    if len(facts["chain"]) > 1:
+        console.out(
+            f"made from {facts['first_donor']} by {' and then '.join(facts['chain'])}", highlight=False
+        )
     table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")

@@ -16,8 +16,9 @@ from torch import nn
 from mhconvert.errors import AdapterError
 from mhconvert.progress import Listener, Progress, ignore
 
-from ..checkpoint import provenance
+from ..checkpoint import chain, provenance
 from ..donor.donor import Donor, open_donor
+from ..families.facts import family_of
 from ..methods.hydra import HydraConfig, HydraLayer, targets
 from ..methods.refusals import require
 from ..recipe.recipe import Recipe, save_recipe
@@ -64,9 +65,13 @@ def _adapted(recipe: Recipe, tell: Listener) -> tuple[Donor, Any]:
     """The donor, and its model with the adapter, on the meta device. Every refusal happens here."""
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=tell)
     tell(Progress("donor", 1, 1, donor.notice or donor.name))
+    chain.require_donor(donor.folder, recipe)
     require(donor.config, recipe.method)
     chosen, skeleton = recipe.settings, donor.skeleton()
-    wanted: Any = list(chosen.targets) if chosen.targets else None
+    family = family_of(
+        donor.config
+    ).model_type  # of a converted model its donor's, by which defaults are known
+    wanted: Any = list(chosen.targets or targets.DEFAULT_TARGETS.get(family, ())) or None
     if wanted and len(wanted) == 1 and targets.means_all(wanted[0]):
         wanted = wanted[0]
     config = HydraConfig(

@@ -15,7 +15,7 @@ from torch import Tensor
 from mhconvert.errors import AdapterError
 from mhconvert.progress import Listener, Progress, ignore
 
-from ..checkpoint import provenance
+from ..checkpoint import chain, provenance
 from ..donor.carried_files import carry_files
 from ..donor.donor import Donor
 from ..donor.hub_download import TEXT_FILES
@@ -151,4 +151,5 @@ def _write_rest(
     carry_files(adapter.folder, folder, *TEXT_FILES, code=code)
     provenance.write_model_config(folder, copy.deepcopy(donor.config), type(donor.skeleton()), dtype)
     card.write(folder, Path(report["output"]).name, donor, card.about_merged(report), library="transformers")
-    provenance.record(folder, donor, merged=report)
+    earlier = chain.steps(donor.folder)
+    provenance.record(folder, donor, merged=report, **({"chain": earlier} if earlier else {}))

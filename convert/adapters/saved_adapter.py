@@ -14,7 +14,6 @@ from torch import Tensor
 from mhconvert.errors import CheckpointError, MhconvertError, UnsupportedError
 from mhconvert.progress import Listener, Progress
 
-from ..checkpoint.identity import converted_method
 from ..donor.aliases import ALIASES, WHEEL_MODELS
 from ..donor.donor import Donor, open_donor
 from ..methods import hydra
@@ -138,11 +137,6 @@ def open_adapter(reference: str, base: str | None = None) -> AdapterFolder:
         _sort_in(adapter, key)
     if not adapter.modules and not adapter.replaced:
         raise CheckpointError(f"{adapter.file} holds no tensors")
-    if (method := converted_method(adapter.base)) is not None:
-        raise UnsupportedError(
-            f"{folder} is an adapter of {adapter.base}, which is converted to {method}: load that with transformers "
-            "(trust_remote_code=True), the adapter with PeftModel.from_pretrained, and merge with merge_and_unload"
-        )
     return adapter
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 from mhconvert.errors import CheckpointError
 from mhconvert.library_versions import versions
@@ -78,13 +79,27 @@ def write_code(folder: Path, config: Any, model: Any) -> dict[str, str]:
     if not needs_remote_code(model):
         return {}
     files = [Path(inspect.getfile(kind)) for kind in (config, model)]
-    for file in {*files, *(Path(name) for name in get_relative_import_files(files[1]))}:
+    for file in shipped_files(model.__module__) | {files[0]}:
         (folder / file.name).write_bytes(file.read_bytes())
     return {
         "AutoConfig": f"{files[0].stem}.{config.__name__}",
         "AutoModel": f"{files[1].stem}.{model.decoder_class.__name__}",
         "AutoModelForCausalLM": f"{files[1].stem}.{model.__name__}",
     }
+
+
+def shipped_files(module: str) -> set[Path]:
+    """The file of a modeling module and those that it imports, as they lie side by side in a checkpoint.
+
+    A module that imports from another folder only lends what is there: its place is taken by the file that it names.
+    """
+    spec = importlib.util.find_spec(module)
+    file = Path(str(spec and spec.origin))
+    names = get_relative_imports(file)
+    package = module.rpartition(".")[0]
+    found = (shipped_files(importlib.util.resolve_name(f".{name}", package)) for name in names)
+    own = set() if any(name.startswith(".") for name in names) else {file}
+    return own.union(*found)
 
 
 def needs_remote_code(model_class: Any) -> bool:
@@ -94,10 +109,11 @@ def needs_remote_code(model_class: Any) -> bool:
 
 def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[str, Any]) -> None:
     """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer; where the budget was
-    searched, the tolerance that it was searched for; where it counts for one length of text, that length."""
+    searched, the tolerance that it was searched for; where it counts for one length of text, that length; the steps
+    before this one. `donor`: of the first of them."""
     save_recipe(recipe, folder / RECIPE)
     more = {"tolerance": report["tolerance"]["asked"]} if report.get("tolerance") else {}
-    more |= {"cache_context": report["cache_context"]} if "cache_context" in report else {}
+    more |= {name: report[name] for name in ("chain", "cache_context") if report.get(name)}
     record(folder, donor, recipe=report["recipe"], **more, layers=report["layers"])
 
 

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from mhconvert.errors import CheckpointError, UnsupportedError
 
 from ..families.facts import FAMILIES
-from ..methods.registry import METHODS
+from ..methods.registry import METHODS, register
 from ..storage.folder_kind import is_adapter
 from ..storage.regular_file import require_regular
 from ..storage.safetensors_reader import SafetensorsSource, read_json, weights_present
@@ -39,7 +39,7 @@ def read_config(folder: Path) -> tuple[Any, tuple[str, ...]]:
     Raises:
         CheckpointError: config.json is missing or invalid, a number in it is out of range, or it has more layers than
             the weights.
-        UnsupportedError: the model type is unknown, or the model is already converted.
+        UnsupportedError: the model type is unknown.
     """
     file = folder / "config.json"
     values = _stated(folder)
@@ -81,15 +81,15 @@ def _stated(folder: Path) -> dict[str, Any]:
     model_type = values.get("model_type")
     if model_type is None:
         raise CheckpointError(f"{file} names no model_type; it is not a transformers model")
-    if str(model_type).split("_")[0] in METHODS:
-        raise UnsupportedError(
-            f"{folder} is already converted ({model_type}); convert the donor it was made from"
-        )
+    if (method := str(model_type).split("_")[0]) in METHODS:
+        register(method)  # our own classes; the folder's code does not run
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedError(
-            f"model type '{model_type}' of {folder} is not supported; the supported ones are {known}"
-        )
+        record = folder / "mhconvert.json"
+        exported = read_json(record).get("exported") if record.is_file() else None
+        known = f"the supported ones are {', '.join(sorted(FAMILIES))}"
+        if isinstance(exported, dict):
+            known = f"it is an export, which ends a chain; convert {exported.get('checkpoint')} instead"
+        raise UnsupportedError(f"model type '{model_type}' of {folder} is not supported; {known}")
     return values
 
 

@@ -30,6 +30,11 @@ def whole_model(
     model.load_state_dict(weights, strict=True, assign=True)
     base = getattr(model, family.base)
     setattr(base, family.rotary, rotary)
+    for layer in getattr(
+        base, family.layers
+    ):  # converted attention holds the rotary embedding beside the model
+        if getattr(layer.self_attn, "slot_embeddings", None) is not None:
+            layer.self_attn.slot_embeddings.rotary = rotary
     if hasattr(base, "rotary_embs"):  # of granite_swa, for each base of its layers' RoPE
         made = (type(rotary)(each.config).to(device) for each in base.rotary_embs)
         base.rotary_embs = nn.ModuleList(made)

@@ -46,7 +46,6 @@ LONGEST_CONTEXT = 32768  # tokens for which a cache is counted unless more are a
 PAIRS = "its RoPE turns neighbouring elements of a head together, and conversions rewrite a RoPE of halves"
 NO_ROPE = "some of its layers have no RoPE, and a converted attention has one in every layer"
 SINKS = "its softmax has learned sinks (self_attn.sinks), which a converted attention does not have"
-WINDOWED = "its class is that of a Llama some of whose layers have windows; if it was made from a Llama, convert that"
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
@@ -80,7 +79,7 @@ FAMILIES: dict[str, Family] = {
         Family("ernie4_5", input_bias="use_bias", output_bias="use_bias", refused=PAIRS),
         Family("gpt_oss", **BIASES, window=True, refused=SINKS),
         Family("granite_swa", **BIASES, window=True, refused=SINKS),
-        Family("cwm", window=True, refused=WINDOWED),
+        Family("cwm", window=True),
     )
 }
 
@@ -88,6 +87,11 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Any) -> Family:
     """The family of `config`. Raises UnsupportedError naming its model_type and the supported ones."""
     model_type = getattr(config, "model_type", None)
+    if not type(config).__module__.startswith(
+        "transformers."
+    ):  # a converted model's class, made from its donor's
+        kinds = (vars(kind).get("model_type") for kind in type(config).__mro__)
+        model_type = next((kind for kind in kinds if kind in FAMILIES), model_type)
     if model_type not in FAMILIES:
         known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.refused is None))
         raise UnsupportedError(f"model type '{model_type}' is not supported; the supported ones are {known}")

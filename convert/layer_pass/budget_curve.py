@@ -24,6 +24,7 @@ from mhconvert.progress import Listener, Progress, ignore
 from ..bare_process.child import peak_memory
 from ..calibration import calibration_rows
 from ..calibration.token_rows import require_embedded
+from ..checkpoint import chain
 from ..donor.donor import Donor, open_donor
 from ..methods.registry import Method, build_method, whole_elements
 from ..recipe.recipe import Recipe
@@ -107,6 +108,7 @@ def _resolve(
     Every refusal that needs no weights happens here.
     """
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=on_progress)
+    chain.require_donor(donor.folder, recipe)
     on_progress(Progress("donor", 1, 1, donor.notice or donor.name))
     recipes = at_budgets(recipe, expressible(recipe, donor, BUDGETS) if budgets is None else budgets)
     by_size: dict[int, list[float]] = {}

@@ -45,6 +45,7 @@ class ConversionContext:
         measure: Makes an accumulator of predictions.
         on_progress: Is told how far the work is.
         needs: The survey's result for every layer, made when it is first asked for.
+        chain_began: The donor of the first step where the donor is itself a result; None: it is the first.
     """
 
     recipe: Recipe
@@ -56,11 +57,17 @@ class ConversionContext:
     measure: Measure
     on_progress: Listener
     needs: Callable[[], Any] = field(default=_no_survey)
+    chain_began: Donor | None = None
 
     @property
     def layers(self) -> int:
         """The donor's number of decoder layers."""
         return int(self.donor.config.num_hidden_layers)
+
+    @property
+    def first(self) -> Donor:
+        """The donor that the result is compared with."""
+        return self.chain_began or self.donor
 
     @cached_property
     def rotary(self) -> torch.nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mhconvert.library_versions import versions
 
 from ..bare_process.reload import PROMPT, verify, write_probe
+from ..checkpoint.provenance import needs_remote_code
 from ..methods.registry import info, whole_elements
 from ..storage.dtype_cast import DTYPES
 from .context import ConversionContext
@@ -21,14 +22,14 @@ PROBE_ROWS, PROBE_TOKENS = 2, 4096  # the most whose logits a reload is compared
 
 
 def conversion_facts(
-    context: ConversionContext, layers: list[dict[str, Any]], sizes: dict[str, Any], remote_code: bool
+    context: ConversionContext, layers: list[dict[str, Any]], sizes: dict[str, Any], model_class: Any
 ) -> dict[str, Any]:
     """What is known before anything is measured.
 
     Args:
         layers: what was chosen and measured for each layer.
         sizes: `cost_estimate.plan` of the conversion.
-        remote_code: whether the folder carries its own modeling file.
+        model_class: of the result.
     """
     recipe, donor, width = context.recipe, context.donor, context.dtype.itemsize
     return {
@@ -38,7 +39,7 @@ def conversion_facts(
         "hub_id": donor.hub_id,
         "licence": donor.licence,
         "notice": "; ".join(text for text in (donor.notice, sizes.get("notice")) if text) or None,
-        "remote_code": remote_code,
+        "remote_code": needs_remote_code(model_class),  # the folder carries its own modeling file
         "dtype": sizes["dtype"],
         "kv_bytes_per_token": {
             side: _counted(sum(layer["kv_elements"][side] for layer in layers), layers, sizes) * width
@@ -72,7 +73,7 @@ def held_out_fidelity(
     of it, where the rows are of several sources.
 
     Args:
-        teacher, students: (M, L, D), hidden states behind the last layer.
+        teacher, students: (M, L, D), hidden states behind the last layer; the teacher is `context.first`.
         probe: where the first student's logits of two rows are written, for `add_reload`.
     """
     donor, held_out = context.donor, context.rows.held_out
@@ -82,7 +83,7 @@ def held_out_fidelity(
     kept: list[Tensor] = []
     with torch.inference_mode():
         for index, row in enumerate(held_out):
-            expected = donor.head(teacher[index].to(context.device)).cpu()[:-1]
+            expected = context.first.head(teacher[index].to(context.device)).cpu()[:-1]
             for number, (student, prediction) in enumerate(zip(students, predictions, strict=True)):
                 converted = donor.head(student[index].to(context.device), context.dtype).cpu()
                 for block in blocks(len(row) - 1):

@@ -16,6 +16,7 @@ from ..calibration.calibration_rows import (
 )
 from ..donor.donor import Donor
 from ..families.facts import attention_facts, cached_part
+from ..methods.cache_elements import cache_elements
 from ..methods.registry import Method, whole_elements
 from ..recipe.recipe import Recipe
 from ..recipe.written_weights import dtype_name
@@ -46,9 +47,9 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     config, dtype = donor.config, output_dtype(recipe, donor)
     layers, width = config.num_hidden_layers, dtype.itemsize
     elements = attention_facts(config).kv_elements
-    donor_elements = _donor_elements(method, config, elements)
-    outer, per_layer, attention = layer_parameters(donor, method)
-    converted = outer + layers * (per_layer - attention + method.new_parameters())
+    of_donor = donor_elements(method, config)
+    outer, in_layers, attention = all_parameters(donor, method)
+    converted = outer + in_layers - attention + layers * method.new_parameters()
     tokens = token_count(recipe, device)
     length = row_length(recipe, config)
     held = recipe.calibration.held_out * length
@@ -61,7 +62,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     states = SURVEY_COPIES * layers + SURVEY_STREAMS
     survey = 4 * config.hidden_size * states * eval_tokens if method.divisible and method.survey_shares else 0
     output_bytes = converted * width
-    layer_memory = 4 * (per_layer + method.new_parameters() * 4)
+    layer_memory = 4 * (in_layers // layers + method.new_parameters() * 4)
     embedding = config.vocab_size * config.hidden_size * donor.dtype.itemsize
     probe = 4 * config.vocab_size * length * 4
     return {
@@ -72,9 +73,9 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
         "layers": [{"index": i} | method.layer_sizes(i) for i in range(layers)],
-        "kv_elements_per_token": {"donor": donor_elements, "converted": method.kv_elements()},
-        "kv_bytes_per_token": {"donor": donor_elements * width, "converted": method.kv_bytes(width)},
-        "parameters": {"donor": outer + layers * per_layer, "converted": converted},
+        "kv_elements_per_token": {"donor": of_donor, "converted": method.kv_elements()},
+        "kv_bytes_per_token": {"donor": of_donor * width, "converted": method.kv_bytes(width)},
+        "parameters": {"donor": outer + in_layers, "converted": converted},
         **method.totals(),
         **{name: getattr(method, name) for name in ("notice", "cache_context") if getattr(method, name)},
         "output_bytes": output_bytes,
@@ -93,11 +94,11 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     }
 
 
-def _donor_elements(method: Method, config: Any, elements: int) -> int:
-    """Cache elements per token of the donor, all layers, where each token that a layer caches has `elements`."""
+def donor_elements(method: Method, config: Any) -> int:
+    """Cache elements per token of a donor, all layers together."""
     context = method.cache_context
-    parts = (cached_part(config, index, context) for index in range(config.num_hidden_layers))
-    return int(whole_elements(elements * sum(parts), context))
+    parts = (own * cached_part(config, index, context) for index, own in enumerate(cache_elements(config)))
+    return int(whole_elements(sum(parts), context))
 
 
 def _survey(method: Method, config: Any, elements: int, rows: int, length: int) -> tuple[int, int, int]:
@@ -118,12 +119,21 @@ def _notice(method: Method, elements: int, rows: int, length: int) -> dict[str, 
     return {"notice": few} if method.surveys_sensitivity and few else {}
 
 
-def layer_parameters(donor: Donor, method: Method) -> tuple[int, int, int]:
-    """Return the parameters outside the layers, in one layer, and of those the ones that the method replaces."""
-    shapes = donor.shapes()
-    names = donor.layer_tensor_names(0)
-    prefix = names[0][: names[0].index(".0.") + len(".0.")]
-    sizes = {name: math.prod(shapes[name]) for name in names}
-    replaced = sum(n for name, n in sizes.items() if name.removeprefix(prefix).startswith(method.replaced))
-    outer = sum(math.prod(shapes[name]) for name in donor.outer_tensor_names())
-    return outer, sum(sizes.values()), replaced
+def parameters(donor: Donor) -> int:
+    """Return the donor's parameters, a tied head not counted."""
+    return sum(map(math.prod, donor.shapes().values()))
+
+
+def all_parameters(donor: Donor, method: Method) -> tuple[int, int, int]:
+    """Return the parameters outside the layers, in all layers, and of those the ones that the method replaces."""
+    outer, inside, replaced = (
+        sum(math.prod(donor.shapes()[name]) for name in donor.outer_tensor_names()),
+        0,
+        0,
+    )
+    for index in range(donor.config.num_hidden_layers):
+        sizes = {name: math.prod(donor.layout.shapes[name]) for name in donor.layer_tensor_names(index)}
+        mark = f".{index}."
+        own = (n for name, n in sizes.items() if name.partition(mark)[2].startswith(method.replaced))
+        inside, replaced = inside + sum(sizes.values()), replaced + sum(own)
+    return outer, inside, replaced

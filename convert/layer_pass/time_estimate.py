@@ -27,7 +27,7 @@ from ..families.facts import attention_facts
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe
 from .conversion_report import probe_rows
-from .cost_estimate import layer_parameters
+from .cost_estimate import all_parameters
 from .layer_steps import FIT_TOKENS, block_steps, layer_fit_steps, layer_rows
 from .sensitivity import surveyed_shape
 from .survey import SAMPLES, statistics_tokens
@@ -93,7 +93,8 @@ def expected_seconds(
     """
     config, length = donor.config, row_length(recipe, donor.config)
     layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
-    outer, layer, _ = layer_parameters(donor, method)
+    outer, inside, _ = all_parameters(donor, method)
+    layer = inside // layers
     rows = fitted_rows(recipe, config, device)
     held = recipe.calibration.held_out * length
     text = layer_rows(recipe, method, rows, length) * length

@@ -95,7 +95,7 @@ def _quantised(config: Any) -> str | None:
 
 
 def _qk_norm_kind(config: Any) -> str | None:
-    name = next((n for n in QK_NORM_FIELDS if getattr(config, n, False)), None)
+    name = next((n for n in QK_NORM_FIELDS if getattr(config, n, False) is True), None)
     return name and f"{name}=True: this norm of queries and keys is not supported"
 
 

@@ -138,6 +138,12 @@ def method_title(method: str) -> str:
     return METHODS[method].label if method in METHODS else method.upper()
 
 
+def chain_title(report: dict[str, Any]) -> str:
+    """The methods that made a checkpoint, first to last: "DHA, then MoH"."""
+    names = [str(step.get("method", "")) for step in report.get("chain") or ()]
+    return ", then ".join(map(method_title, [*names, str(report.get("method", ""))]))
+
+
 def healing_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table of a healed checkpoint: a header, then rows (quantity, donor or teacher, converted, healed, remark)."""
     before, perplexity = report["before"], report["perplexity"]
@@ -200,7 +206,7 @@ def show(report: dict[str, Any], console: Any) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    method = method_title(str(report.get("method", "")))
+    method = chain_title(report)
     title = f"{report.get('donor_name') or report.get('donor', '')} → {method}"
     console.out(title if method else str(report.get("output", "")), highlight=False)
     healed = bool(report.get("healing"))

@@ -11,13 +11,13 @@ from ...convert.checkpoint.markdown_text import inline
 from ...convert.methods.registry import METHODS
 from ...convert.storage.folder_kind import is_adapter
 from .conversion_tables import (
+    chain_title,
     conversion_rows,
     has_remote_code,
     healing_line,
     healing_rows,
     json_safe,
     loading_code,
-    method_title,
 )
 from .units import count, share, size
 
@@ -60,7 +60,7 @@ def model_card(report: dict[str, Any], licence: str | None = None) -> str:
         "",
         f"# {inline(name)}",
         "",
-        f"{donor} with its attention rewritten as {method_title(method)} "
+        f"{donor} with its attention rewritten as {chain_title(report)} "
         f"by mhconvert {report.get('versions', {}).get('mhconvert', '')}."
         " The tokenizer and the chat template are the base model's, unchanged.",
         *_reduction(report),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..inspection import cache_elements, head_dim
+from ...convert.methods.cache_elements import cache_elements, head_dim
 from .random_models import parameters
 from .speed import Load
 

@@ -102,10 +102,25 @@ class LatentAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, head_dim] -> output [B, T, D], weights."""
-        batch, length, _ = hidden_states.shape
-        q_nope, q_rope = self.queries(hidden_states).split(
-            [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1
-        )
+        query = self.q_proj(hidden_states)
+        read = self.read(query, hidden_states, position_embeddings, attention_mask, past_key_values)
+        if past_key_values is not None and self.can_absorb(hidden_states.shape[1], attention_mask):
+            output, weights = self.absorbed_attention(*read, attention_mask)
+        else:
+            output, weights = self.expanded_attention(*read, attention_mask, kwargs)
+        return self.o_proj(output), weights
+
+    def read(
+        self,
+        query: Tensor,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What q_proj gives -> q_nope [B, H, T, n], q_rope [B, H, T, p], and what `expand_kv` reads of the cache."""
+        length = hidden_states.shape[1]
+        q_nope, q_rope = self.queries(query).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         row = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         scales = self.key_scales(hidden_states) if self.num_key_scales else row[..., :0]
         if not self.rope_in_latent:
@@ -128,23 +143,25 @@ class LatentAttention(nn.Module):
             q_rope, k_rope = rotated(q_rope, of_queries), rotated(k_rope, of_keys)
         else:
             k_rope, scales = scales.split([self.qk_rope_head_dim, self.num_key_scales], dim=-1)
+        return q_nope, q_rope, row, k_rope, scales
 
-        if (
-            past_key_values is not None
-            and length <= self.max_absorbed_tokens
-            and self.can_absorb(length, attention_mask)
-        ):
-            output, weights = self.absorbed_attention(q_nope, q_rope, row, k_rope, scales, attention_mask)
-            return self.o_proj(output), weights
-
-        key, value = self.expand_kv(row, k_rope, scales)
-        # The fused kernels want values as wide as keys: three times as fast as the kernel that takes both widths.
-        value = F.pad(value, (0, max(0, key.shape[-1] - self.v_head_dim)))
+    def expanded_attention(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        row: Tensor,
+        k_rope: Tensor,
+        scales: Tensor,
+        attention_mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention on per-head keys and values; arguments as `read` gives them -> output [B, T, H v], weights."""
+        key, value = self.padded_kv(row, k_rope, scales)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         if attention_mask is None:
-            attention_mask = self.own_mask(hidden_states, key.shape[2])
+            attention_mask = self.own_mask(q_nope[:, 0], key.shape[2])
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
         output, weights = attention(
@@ -158,13 +175,11 @@ class LatentAttention(nn.Module):
             sliding_window=self.window,
             **kwargs,
         )
-        output = output[..., : self.v_head_dim].reshape(batch, length, -1)
-        return self.o_proj(output), weights
+        return output[..., : self.v_head_dim].flatten(2), weights
 
-    def queries(self, hidden_states: Tensor) -> Tensor:
-        """[B, T, D] -> [B, H, T, n + p]. H is counted: tensor parallelism divides it."""
-        batch, length, _ = hidden_states.shape
-        query = self.q_proj(hidden_states)
+    def queries(self, query: Tensor) -> Tensor:
+        """What q_proj gives [B, T, …] -> [B, H, T, n + p]. H is counted: tensor parallelism divides it."""
+        batch, length, _ = query.shape
         if self.qk_norm is None:
             return query.view(batch, length, -1, self.qk_nope_head_dim + self.qk_rope_head_dim).transpose(
                 1, 2
@@ -246,6 +261,11 @@ class LatentAttention(nn.Module):
             key = key * self.head_scales(scales).unsqueeze(-1)
         return key, value
 
+    def padded_kv(self, row: Tensor, k_rope: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """`expand_kv` with values as wide as keys, as fused kernels want them: three times as fast as both widths."""
+        key, value = self.expand_kv(row, k_rope, scales)
+        return key, F.pad(value, (0, max(0, key.shape[-1] - self.v_head_dim)))
+
     def head_scales(self, scales: Tensor) -> Tensor:
         """Cached scales [B, 1, S, k] -> what each head's scores are multiplied by [B, H, S]."""
         return scales.squeeze(1).mT.repeat_interleave(self.num_heads // self.num_key_scales, dim=1)
@@ -259,7 +279,9 @@ class LatentAttention(nn.Module):
         up = self.kv_b_proj
         plain = type(up) is nn.Linear and type(up.weight) is nn.Parameter and not hasattr(up, "_hf_hook")
         plain = plain and not up._forward_hooks and not up._forward_pre_hooks
-        plain = plain and not (self.training and self.attention_dropout)
+        plain = (
+            plain and not (self.training and self.attention_dropout) and length <= self.max_absorbed_tokens
+        )
         if attention_mask is None:
             return plain and length == 1  # more without a mask: the kernel knows which of them are causal
         return plain and isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
@@ -290,12 +312,7 @@ class LatentAttention(nn.Module):
         """
         batch, heads, length, _ = q_nope.shape
         row = row.squeeze(1)
-        weight = self.kv_b_proj.weight.view(heads, -1, row.shape[-1])
-        k_up, v_up = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # H n r, H v r
-        # A head's map serves the tokens of all sequences; a sequence's cache serves its tokens in all heads.
-        of_heads = (q_nope * self.scaling).transpose(0, 1).reshape(heads, batch * length, -1)
-        by_head = torch.bmm(of_heads, k_up)
-        q_latent = by_head.view(heads, batch, length, -1).transpose(0, 1).reshape(batch, heads * length, -1)
+        q_latent = self.latent_queries(q_nope).reshape(batch, heads * length, -1)
         scores = torch.bmm((q_rope * self.scaling).flatten(1, 2), k_rope.squeeze(1).mT)
         scores = torch.baddbmm(scores, q_latent, row.mT)
         scores = scores.view(batch, heads, length, -1)
@@ -305,8 +322,27 @@ class LatentAttention(nn.Module):
         scores = self.capped_and_masked(scores, mask, scores.dtype)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(k_rope.dtype)
         output = torch.bmm(weights.flatten(1, 2), row).view(batch, heads, length, -1)
-        by_head = torch.bmm(output.transpose(0, 1).reshape(heads, batch * length, -1), v_up.mT)
-        return by_head.view(heads, batch, length, -1).permute(1, 2, 0, 3).flatten(2), weights
+        return self.head_values(output), weights
+
+    def latent_queries(self, q_nope: Tensor) -> Tensor:
+        """Queries as they meet the cached rows, scaled: [B, H, T, n] -> [B, H, T, r or r + p]."""
+        return by_heads(q_nope * self.scaling, self._up_maps(q_nope.shape[1])[0])
+
+    def head_values(self, latent: Tensor) -> Tensor:
+        """The outputs of heads from their means of cached rows: [B, H, T, r or r + p] -> [B, T, H v]."""
+        return by_heads(latent, self._up_maps(latent.shape[1])[1].mT).transpose(1, 2).flatten(2)
+
+    def _up_maps(self, heads: int) -> Any:
+        """What kv_b_proj has for each head: (H, n, r), (H, v, r)."""
+        weight = self.kv_b_proj.weight.unflatten(0, (heads, -1))
+        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+
+
+def by_heads(x: Tensor, maps: Tensor) -> Tensor:
+    """[B, H, T, in] -> [B, H, T, out] by a map of each head (H, in, out), which serves the tokens of all sequences."""
+    batch, heads, length, _ = x.shape
+    products = torch.bmm(x.transpose(0, 1).reshape(heads, batch * length, -1), maps)
+    return products.view(heads, batch, length, -1).transpose(0, 1)
 
 
 class LatentAttentionModel:

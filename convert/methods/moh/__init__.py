@@ -6,7 +6,13 @@ Open `surgery.py` first: it holds the closed forms of the routers.
 
 def register() -> None:
     """Make transformers' Auto classes know the mixture-of-head models in this process; may be called again."""
+    from functools import partial
+
     from ..auto_classes import register_classes
-    from .converted_class import converted_class
+    from ..routed.attention_kinds import routed_donors
+    from .converted_class import converted_class, routed_class
 
     register_classes(converted_class)
+    for of_config in routed_donors():
+        register_classes(of_config)
+        register_classes(partial(routed_class, of_config))

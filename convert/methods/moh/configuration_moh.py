@@ -91,11 +91,16 @@ def __getattr__(name: str) -> Any:
     donor = getattr(transformers, name.removeprefix("MoH"), None)
     if not (name.startswith("MoH") and name.endswith("Config") and donor):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, routed_config(name, donor, __name__))
+
+
+def routed_config(name: str, donor: Any, module: str) -> Any:
+    """The configuration class `name` of `module`: that of a donor with `MixtureOfHeadFields`."""
     plan = donor.base_model_tp_plan or {}
     body = {
-        "__module__": __name__,
+        "__module__": module,
         "model_type": f"moh_{donor.model_type}",
         # The routed heads of a token are chosen among all of them: attention stays whole on every device.
         "base_model_tp_plan": {name: style for name, style in plan.items() if ".self_attn." not in name},
     }
-    return globals().setdefault(name, strict(type(name, (MixtureOfHeadFields, donor), body)))
+    return strict(type(name, (MixtureOfHeadFields, donor), body))

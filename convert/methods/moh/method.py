@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from ...attention.rotary import LayerRotary
 from ...families.facts import attention_facts, layer_window
 from ..budget_division import LayerNeed, divide
+from ..cache_elements import cache_elements
 from ..protected_heads import groups_of, protected_heads
 from ..refusals import require
 from ..registry import Method
-from . import modeling_moh
+from ..routed.attention_kinds import is_converted, key_flops, require_routable
 from .budget import Heads, heads_of
 from .converted_class import converted_class, mixture_config
+from .head_router import HeadRouter
 from .observed import Observed, observe
 from .settings import MoHSettings
 from .surgery import linear_scores, norm_scores, shared_units
@@ -35,6 +38,7 @@ class MoH(Method):
     def __init__(self, config: Any, settings: MoHSettings, effort: str):
         """Raises UnsupportedError or BudgetError before any weight is read."""
         require(config, "moh")
+        require_routable(config, settings.route)
         self.donor_config, self.settings, self.effort = config, settings, effort
         self.facts, layers = attention_facts(config), config.num_hidden_layers
         units = self.facts.heads if settings.route == "heads" else self.facts.kv_heads
@@ -51,7 +55,7 @@ class MoH(Method):
 
     def kv_elements(self) -> int:
         """Cache elements per token, all layers: as many as the donor's, since any head may read any token."""
-        return self.facts.kv_elements * self.donor_config.num_hidden_layers
+        return int(sum(cache_elements(self.donor_config)))
 
     @property
     def divisible(self) -> bool:
@@ -85,14 +89,14 @@ class MoH(Method):
         facts, config, layers = self.facts, self.donor_config, range(len(self.active))
         size = facts.heads // self.budget.units
         heads = {"donor": len(layers) * facts.heads, "converted": size * sum(self.active)}
-        maps = 4 * config.hidden_size * facts.head_dim * (facts.heads + facts.kv_heads)  # q, k, v, o
         products = [
-            4 * facts.head_dim * min(FLOPS_CONTEXT, layer_window(config, i) or FLOPS_CONTEXT) for i in layers
+            key_flops(config, i, facts.head_dim)
+            * min(FLOPS_CONTEXT, layer_window(config, i) or FLOPS_CONTEXT)
+            for i in layers
         ]
-        donor = sum(maps + facts.heads * product for product in products)
-        routed = sum(maps + size * n * product for n, product in zip(self.active, products, strict=True))
-        of_router = self._parameters[1]
-        routers = sum(2 * of_router(index) for index in layers)
+        maps, routers = 2 * sum(self._matrices), 2 * sum(map(self._of_router, layers))
+        donor = maps + sum(facts.heads * product for product in products)
+        routed = maps + sum(size * n * product for n, product in zip(self.active, products, strict=True))
         sums: dict[str, Any] = {"active_heads": heads}
         if self.settings.route == "groups":
             whole = len(layers) * facts.kv_heads
@@ -102,33 +106,32 @@ class MoH(Method):
 
     def new_parameters(self) -> int:
         """Parameters of the mean layer's attention, its router included."""
-        own, of_router = self._parameters
-        return own + math.ceil(sum(map(of_router, range(len(self.active)))) / len(self.active))
+        layers, own = (
+            len(self.active),
+            sum(sum(p.numel() for p in each.parameters()) for each in self._donors),
+        )
+        routers = sum(map(self._of_router, range(layers)))
+        return math.ceil(own / len(self._donors) + routers / layers)
 
     @property
-    def _parameters(self) -> tuple[int, Callable[[int], int]]:
-        """The parameters of a donor layer's attention, and of the router of any layer; counted on the meta device."""
+    def _matrices(self) -> list[int]:
+        """(layers,), the numbers in the matrices of each layer's attention."""
+        found = [sum(p.numel() for p in each.parameters() if p.dim() > 1) for each in self._donors]
+        return found * (len(self.active) // len(found))
+
+    def _of_router(self, index: int) -> int:
+        """The parameters of a layer's router."""
         config = self.example_config()
-        known: dict[tuple[int, int], int] = {}
+        chosen = self.active[index] - self.budget.shared[index]
+        if not 0 < chosen < self.budget.units - self.budget.shared[index]:
+            return 0
         with torch.device("meta"):
-            donor = self._donor_attention()
-
-        def of_router(index: int) -> int:
-            shape = self.active[index], self.budget.shared[index]
-            if shape not in known:
-                with torch.device("meta"):
-                    module: Any = modeling_moh.MixtureOfHeadAttention(donor, config, index)
-                known[shape] = (
-                    sum(p.numel() for p in module.router.parameters()) if hasattr(module, "router") else 0
-                )
-            return known[shape]
-
-        return sum(p.numel() for p in donor.parameters()), of_router
+            return sum(p.numel() for p in HeadRouter(config, index).parameters())
 
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
         """The donor's attention, and what its heads add to the calibration text `inputs` (N, L, D)."""
         config = mixture_config(self.donor_config, self.settings.route)
-        return observe(attention, config, inputs, rotary.embeddings)
+        return observe(attention, config, inputs, rotary.embeddings, self._routed)
 
     def convert(
         self,
@@ -148,9 +151,7 @@ class MoH(Method):
             scale, offset = norm_scores(seen, routed)
             chosen |= {"norm_scale": scale, "norm_offset": offset}
         self.restore(index, chosen)
-        module = modeling_moh.MixtureOfHeadAttention(
-            copy.deepcopy(statistics.attention), copy.deepcopy(self.config), index
-        )
+        module = self._routed(copy.deepcopy(statistics.attention), copy.deepcopy(self.config), index)
         if hasattr(module, "router") and module.router.learned:
             weight, bias = linear_scores(seen, routed)
             _learn(module.router, weight, bias)
@@ -187,12 +188,20 @@ class MoH(Method):
     def _calibrated_norms(self) -> bool:
         return self.settings.router == "norm" and self.settings.shared_heads == "calibrated"
 
-    def _donor_attention(self) -> nn.Module:
-        """A new attention module of the donor's class on the current default device; all layers have its shapes."""
+    @property
+    def _routed(self) -> Any:
+        """The class of a converted attention."""
+        return self.model_class.decoder_class.attention_class
+
+    @cached_property
+    def _donors(self) -> list[nn.Module]:
+        """The attention of each donor layer on the meta device; of the first alone where all have its shapes."""
         donor: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.donor_config)]
         config = copy.deepcopy(self.donor_config)
-        config.num_hidden_layers = 1
-        return donor(config).get_decoder().layers[0].self_attn
+        if not is_converted(config):
+            config.num_hidden_layers = 1
+        with torch.device("meta"):
+            return [layer.self_attn for layer in donor(config).get_decoder().layers]
 
 
 def _set(config: Any, index: int, chosen: dict[str, Any]) -> None:

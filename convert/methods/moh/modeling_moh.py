@@ -41,7 +41,7 @@ class MixtureOfHeadAttention(nn.Module):
     o_proj: nn.Linear
 
     def __init__(self, donor: nn.Module, config: Any, layer_idx: int):
-        super().__init__()
+        nn.Module.__init__(self)
         for name, part in donor.named_children():
             self.add_module(name, part)
         functions = vars(sys.modules[type(donor).__module__])
@@ -55,6 +55,10 @@ class MixtureOfHeadAttention(nn.Module):
         self.softcap = config.attention_softcap
         self.window = config.layer_window(layer_idx)
         self.attention_dropout = config.attention_dropout
+        self.route(config, layer_idx)
+
+    def route(self, config: Any, layer_idx: int) -> None:
+        """Add the router of a layer that has something to choose."""
         _, self.routed_units, self.chosen = config.layer_routing(layer_idx)
         if 0 < self.chosen < len(self.routed_units):
             self.router = HeadRouter(config, layer_idx)
@@ -70,29 +74,33 @@ class MixtureOfHeadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, d] -> output [B, T, D], weights."""
         raw, key, value = self.projections(hidden_states)
-        active, gates = self.routing(hidden_states, raw)
-        if active is not None and self.whole_start:
-            # The later tokens attend to the first one, and what makes it their sink may be any of its heads. Only its
-            # angles are zero; the fastest is, as the first one, no multiple of π at any other position.
-            start = (position_embeddings[1][..., :1] == 0).expand(*hidden_states.shape[:2], 1)
-            active = active | start
-            gates = None if gates is None else gates.masked_fill(start, 1)
+        active, gates = self.choice(hidden_states, raw, position_embeddings)
         query, key = self.normed(raw, key)
         partial = position_embeddings[0].shape[-1] < self.head_dim
         query, key = (apply_rotary_pos_emb if partial else self.donor_rotary)(
             query, key, *position_embeddings
         )
+        output, weights = self.attention(query, key, value, active, attention_mask, past_key_values, kwargs)
+        return self.o_proj(gated(output, active, gates).flatten(2)), weights
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        active: Tensor | None,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads' outputs [B, T, H, d], whatever where a head is not active, and weights; the cache is updated."""
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if active is not None and self.can_skip(query, key, attention_mask):
-            output, weights = self.active_attention(query, key, value, active, attention_mask), None
-        else:
-            output, weights = self.dense_attention(query, key, value, attention_mask, kwargs)
-        if active is not None:
-            output = output * (active if gates is None else gates).unsqueeze(-1).to(output.dtype)
-        return self.o_proj(output.flatten(2)), weights
+            return self.active_attention(query, key, value, active, attention_mask), None
+        return self.dense_attention(query, key, value, attention_mask, kwargs)
 
-    def projections(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def projections(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Queries [B, T, H d] and keys [B, T, G d] before any norm, values [B, G, T, d]."""
         maps: Any = self
         if hasattr(self, "qkv_proj"):
@@ -114,6 +122,18 @@ class MixtureOfHeadAttention(nn.Module):
     def by_head(self, x: Tensor) -> Tensor:
         """[B, T, n d] -> [B, n, T, d]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def choice(
+        self, hidden_states: Tensor, query: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`routing`, and all heads for the token at position 0 where the model says so."""
+        active, gates = self.routing(hidden_states, query)
+        if active is None or not self.whole_start:
+            return active, gates
+        # The later tokens attend to the first one, and what makes it their sink may be any of its heads. Only its
+        # angles are zero; the fastest is, as the first one, no multiple of π at any other position.
+        start = (position_embeddings[1][..., :1] == 0).expand(*hidden_states.shape[:2], 1)
+        return active | start, None if gates is None else gates.masked_fill(start, 1)
 
     def routing(self, hidden_states: Tensor, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Which heads are active [B, T, H] (None: all) and their gates (None: 1 where they are)."""
@@ -168,7 +188,7 @@ class MixtureOfHeadAttention(nn.Module):
         batch, _, length, _ = query.shape
         if length == 1:
             return self.active_step(query, key, value, active, attention_mask)
-        output = value.new_zeros(batch, length, self.heads, self.head_dim)
+        output = value.new_zeros(batch, length, self.heads, value.shape[-1])
         size, every = self.num_key_value_groups, active.flatten(0, 1).all(0)
         if attention_mask is None and self.window is not None:
             every = torch.zeros_like(every)
@@ -284,6 +304,13 @@ class MixtureOfHeadAttention(nn.Module):
         return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, lowest)[None, None]
 
 
+def gated(output: Tensor, active: Tensor | None, gates: Tensor | None) -> Tensor:
+    """Heads' outputs [B, T, H, d] times their gates [B, T, H]; gates None: 1 where a head is active, None: all are."""
+    if active is None:
+        return output
+    return output * (active if gates is None else gates).unsqueeze(-1).to(output.dtype)
+
+
 def runs(rows: list[int]) -> list[slice]:
     """Ascending rows as slices of neighbours: the kernel divides a slice between threads, and a single row not."""
     known = set(rows)
@@ -295,10 +322,12 @@ def runs(rows: list[int]) -> list[slice]:
 class MixtureOfHeadModel:
     """Mixed into the donor's decoder stack: wraps every `self_attn`, and keeps the rotary frequencies in float32."""
 
+    attention_class = MixtureOfHeadAttention
+
     def __init__(self, config: MixtureOfHeadFields):
         super().__init__(config)  # type: ignore[call-arg]
         for layer_idx, layer in enumerate(self.layers):  # type: ignore[attr-defined]
-            layer.self_attn = MixtureOfHeadAttention(layer.self_attn, config, layer_idx)
+            layer.self_attn = self.attention_class(layer.self_attn, config, layer_idx)
         self.post_init()  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:

@@ -29,7 +29,11 @@ class Observed:
 
 @torch.no_grad()
 def observe(
-    attention: Any, config: Any, inputs: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    attention: Any,
+    config: Any,
+    inputs: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    routed: Any = MixtureOfHeadAttention,
 ) -> Observed:
     """The donor's `attention` and what its units (heads, or groups of them) add to the tokens of `inputs`.
 
@@ -37,9 +41,10 @@ def observe(
         config: of the converted class with all heads active, which says what a unit is.
         inputs: (N, L, D), what the attention reads on calibration text.
         position_embeddings: (cos, sin), each (1, L, rotary width).
+        routed: the converted attention's class.
     """
     index, device = attention.layer_idx, position_embeddings[0].device
-    whole = MixtureOfHeadAttention(attention, config, index)
+    whole = routed(attention, config, index)
     units, width = config.routing_units, whole.heads * whole.head_dim // config.routing_units
     weight = whole.o_proj.weight.float().unflatten(1, (units, width))  # D U w
     metric = torch.einsum("duw,duv->uwv", weight, weight)
@@ -51,7 +56,7 @@ def observe(
         whole(x, position_embeddings)
         heads = outputs.pop().float().unflatten(-1, (units, width)).flatten(0, 1)
         energies = torch.einsum("nuw,uwv,nuv->nu", heads, metric, heads)
-        queries = whole.projections(x)[0].float().unflatten(-1, (units, width)).flatten(0, 1)
+        queries = whole.projections(x)[0].float().unflatten(-1, (units, -1)).flatten(0, 1)
         statistics.add(x.flatten(0, 1), energies, queries.square().sum(-1))
     hook.remove()
     return Observed(attention, statistics)

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mhconvert
-from mhconvert.convert.methods.mla.configuration_mla import MLALlamaConfig
-from mhconvert.errors import AdapterError, CheckpointError, MhconvertError, UnsupportedError
+from mhconvert.errors import AdapterError, CheckpointError, MhconvertError
 
 Saved = Callable[..., tuple[Path, Any]]
 Change = Callable[[dict[str, torch.Tensor]], Any]
@@ -124,22 +123,6 @@ def test_a_lora_of_no_rank(saved_lora: Saved, tmp_path: Path) -> None:
     damage(folder, no_rank)
     with pytest.raises(AdapterError, match="is of rank 0, and the adapter_config.json beside it says 4"):
         mhconvert.merge(str(folder), str(tmp_path / "out"))
-
-
-def test_an_adapter_of_a_converted_checkpoint(saved: Saved, tmp_path: Path) -> None:
-    folder, _ = saved()
-    MLALlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "mla")
-    rewrite(folder, base_model_name_or_path=str(tmp_path / "mla"))
-    commands = both(folder, tmp_path / "out")
-    commands += [
-        lambda: mhconvert.evaluate(str(folder), mhconvert.EvalSettings(text=(tmp_path,))),
-        lambda: mhconvert.generate(str(folder), "boats"),
-    ]
-    for command in commands:
-        with pytest.raises(
-            UnsupportedError, match=r"is converted to mla: load that .* and merge with merge_and_unload"
-        ):
-            command()
 
 
 def test_a_revision_beside_a_folder(saved: Saved, biased_donor: Path, tmp_path: Path) -> None:

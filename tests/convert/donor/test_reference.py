@@ -54,12 +54,12 @@ def test_folders_that_are_no_model(tmp_path, files, words):
     assert words in str(error.value)
 
 
-def test_a_converted_folder_is_no_donor(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mla_llama"}')
-    with pytest.raises(
-        UnsupportedError, match=r"is already converted \(mla_llama\); convert the donor it was"
-    ):
-        open_donor(str(tmp_path))
+def test_a_converted_folder_opens_by_our_own_class(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "mla_llama", "auto_map": {"AutoConfig": "evil.Config"}}'
+    )
+    (tmp_path / "evil.py").write_text("raise SystemExit('code from the folder ran')")
+    assert type(open_donor(str(tmp_path), trust_remote_code=True).config).__name__ == "MLALlamaConfig"
 
 
 def test_model_types_unknown_to_transformers(tmp_path):

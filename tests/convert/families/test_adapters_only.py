@@ -27,13 +27,11 @@ REASONS = {
     "ernie4_5": "its RoPE turns neighbouring elements",
     "gpt_oss": r"its softmax has learned sinks \(self_attn\.sinks\)",
     "granite_swa": r"its softmax has learned sinks \(self_attn\.sinks\)",
-    "cwm": "its class is that of a Llama some of whose layers have windows",
 }
 SMALL: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 2, "sliding_window": None},
     "cohere2": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "granite_swa": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
-    "cwm": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8, "tied": False},
 }
 IDS = torch.arange(2, 26).view(2, 12)

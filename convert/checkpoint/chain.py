@@ -1,0 +1,74 @@
+"""The chain of steps that made a folder, from its first donor on, and what may follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mhconvert.errors import UnsupportedError
+
+from ..methods import combinations
+from ..methods.registry import METHODS
+from ..recipe.recipe import Recipe
+from ..storage.safetensors_reader import read_json
+from . import identity
+from .provenance import read_record
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The steps that made `folder`, first to last: model (what it began with), method and settings of each.
+
+    [] for a folder that no step made, or whose record says nothing of them.
+    """
+    record = read_record(folder)
+    recipe, merged, earlier = record.get("recipe"), record.get("merged"), record.get("chain")
+    own: list[dict[str, Any]] = []
+    if isinstance(merged, dict):
+        own = [{"model": merged.get("base"), "method": merged.get("method"), "settings": {}}]
+    elif isinstance(recipe, dict):
+        parts = [*(recipe.get("earlier") or []), recipe]
+        own = [{"method": part.get("method"), "settings": part.get("settings") or {}} for part in parts]
+        own = [{"model": recipe.get("model")} | step for step in own]
+    return [*(earlier if isinstance(earlier, list) else []), *own]
+
+
+def first_model(folder: Path) -> str | None:
+    """The reference of the model that the chain of `folder` began with; None for a folder without a chain."""
+    return next((str(step["model"]) for step in steps(folder) if step.get("model")), None)
+
+
+def methods(folder: Path) -> list[str]:
+    """The methods that rewrote layers of what is in `folder`, first to last, by its record or else by its class."""
+    recorded = [str(step["method"]) for step in steps(folder) if step.get("method") in METHODS]
+    own = identity.converted_method(str(folder))
+    return recorded or ([own] if own else [])
+
+
+def require_donor(folder: Path, recipe: Recipe) -> None:
+    """Raise UnsupportedError where `recipe` cannot convert its model in `folder`, as earlier steps made it.
+
+    The message says which folder or order to take instead.
+    """
+    reference, method = recipe.model, recipe.method
+    if identity.exported(str(folder)):
+        exported = read_record(folder).get("exported") or {}
+        source = (
+            exported.get("source") or exported.get("checkpoint") or "the checkpoint that it was made from"
+        )
+        raise UnsupportedError(f"{reference} is an export, which ends a chain; convert {source} instead")
+    made = methods(folder)
+    if not made:
+        return
+    model_type = str(read_json(folder / "config.json").get("model_type", ""))
+    coded = model_type.startswith("mla_coded")
+    kinds = [combinations.CODED if name == "mla" and coded else name for name in made]
+    reason = combinations.refusal(kinds, combinations.kind(method, recipe.settings))
+    if reason is None and model_type == "granite_swa" and "swa" in kinds and method != "hydra":
+        reason = (
+            f"{method} cannot follow swa with sinks: its softmax has learned sinks, which no other conversion has; "
+            "convert the donor with --to swa --sinks none, and then that"
+        )
+    if reason is not None:
+        first = first_model(folder)
+        begun = f" (the first began with {first})" if first and "the first began with" in reason else ""
+        raise UnsupportedError(f"{reference} was made by {' and then '.join(made)}, and {reason}{begun}")

@@ -1,0 +1,3 @@
+"""Lends the configuration of latent attention to its neighbours."""
+
+from ..mla.configuration_mla import __getattr__ as __getattr__
