@@ -38,16 +38,14 @@ def open_models(
         against: the donor; None: the one that the first checkpoint was made from.
         need_donor: whether a checkpoint alone is refused when it names no donor.
         device: None: under `accelerate launch` the GPU of this process, else CUDA where there is one.
-        trust_remote_code: lets a checkpoint run its own code.
-        on_progress: called with the progress.
+        trust_remote_code, on_progress: lets a checkpoint run its own code; called with the progress.
         kv_cache_dtype: of the checkpoints' caches.
-        beside_itself: the donor may be among the checkpoints, and a model without a donor is its own: they are measured
-            in another way than the donor, as with a cache that is not their own.
+        beside_itself: as with a cache not their own, the donor may be among them, and one without a donor is its own.
 
     Raises MhconvertError for a model that cannot be read, or has no such cache or another vocabulary than the others.
     """
-    device, beside_itself = _process_device(device), beside_itself or kv_cache_dtype != OWN_CACHE
-    references = list(dict.fromkeys(checkpoints))
+    device, references = _process_device(device), list(dict.fromkeys(checkpoints))
+    beside_itself = beside_itself or kv_cache_dtype != OWN_CACHE
     if against is None:
         try:
             against = open_model.recorded_donor(references[0])

@@ -44,8 +44,7 @@ def probe(
         model, tokenizer: of the language model.
         lengths: the most tokens of a case, question and answer included.
         depths: where the needle is, from 0 (first) to 1 (last).
-        trials: cases per length and depth.
-        seed: of the texts.
+        trials, seed: cases per length and depth; of the texts.
         beyond: let lengths exceed what the model's config says that it reads.
         on_cell: called with the cells done and the number of cells.
 
@@ -54,11 +53,9 @@ def probe(
         shape, nats per token of the answer, which rise before recall fails. share: the mean of recalled; share_stderr:
         its standard error. absent: recalled and nll at the shortest length without a needle, the level of guessing.
 
-    Raises:
-        MhconvertError: a length exceeds the model's limit without `beyond`, or is too short for needle and question.
+    Raises MhconvertError: a length exceeds the model's limit without `beyond`, or is too short for the question.
     """
-    limit = None if beyond else getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    _require_usable(limit, lengths, depths, trials)
+    _require_usable(None if beyond else model, lengths, depths, trials)
     cells: list[list[tuple[float, float]]] = [[] for _ in lengths]
     for done, (row, depth) in enumerate(itertools.product(range(len(lengths)), depths), 1):
         cells[row].append(_cell(model, tokenizer, lengths[row], depth, trials, seed))
@@ -106,8 +103,8 @@ def _cell(
     return sum(hit for hit, _ in results) / trials, sum(nll for _, nll in results) / trials
 
 
-def _require_usable(limit: int | None, lengths: Sequence[int], depths: Sequence[float], trials: int) -> None:
-    """Raises MhconvertError for a probe without cells, a depth outside the text, or a length beyond the model's."""
+def _require_usable(model: Any, lengths: Sequence[int], depths: Sequence[float], trials: int) -> None:
+    """Raises MhconvertError for a probe without cells, a depth outside the text, or a length beyond that of a model."""
     if not lengths or not depths or trials < 1:
         raise MhconvertError(
             f"{len(lengths)} lengths, {len(depths)} depths and {trials} trials make no probe; use at least 1 each"
@@ -116,6 +113,11 @@ def _require_usable(limit: int | None, lengths: Sequence[int], depths: Sequence[
         raise MhconvertError(
             f"depths {', '.join(map(str, depths))} are not all between 0, first, and 1, last"
         )
+    limit = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if model is not None
+        else None
+    )
     _, beyond = usable_lengths(limit, lengths)
     if beyond:
         raise MhconvertError(
