@@ -112,7 +112,7 @@ def active_heads(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 def length_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of a plan with windows or states: at which length the cache is counted, and what it is at others."""
-    from ...eval.report.conversion_tables import states_text, windows_text
+    from ...eval.report.length_rows import by_length
 
     cache, lengths = plan["kv_bytes_per_token"], plan.get("windows") or plan.get("states")
     if not lengths:
@@ -125,7 +125,7 @@ def length_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
             f"KV cache of {context:,} tokens",
             f"{size(cache['donor'] * context)} → {size(cache['converted'] * context)}",
         ),
-        *(windows_text(lengths) if "windows" in plan else states_text(lengths)),
+        *by_length(plan),
     ]
 
 

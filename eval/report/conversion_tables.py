@@ -9,6 +9,7 @@ from typing import Any
 
 from ...convert.methods.registry import METHODS
 from ...convert.storage.folder_kind import is_adapter
+from .length_rows import by_length
 from .units import count, duration, number, share, size
 
 
@@ -52,34 +53,6 @@ def _source_row(one: dict[str, Any]) -> tuple[str, str, str, str]:
     )
 
 
-def windows_text(windows: dict[str, Any]) -> list[tuple[str, str]]:
-    """(quantity, value) of a plan's `windows`: what is full, in which class, and the share of the cache by length."""
-    shares = ", ".join(f"{int(length):,}: {share(part)}" for length, part in windows["shares"].items())
-    kinds = {"learnt": "with sinks", "first": "with the first tokens", "none": "without sinks"}
-    sinks = kinds[windows["sinks"]]
-    beside = " and the first ones" if windows["sinks"] == "first" else ""
-    return [
-        ("full layers", f"{windows['full_layers']}; the others see {windows['window']:,} tokens{beside}"),
-        ("share of the cache by length", shares),
-        ("class", f"{windows['class']}, {sinks}"),
-    ]
-
-
-def states_text(states: dict[str, Any]) -> list[tuple[str, str]]:
-    """(quantity, value) of a plan's `states`: which layers are linear, what their states weigh, and all by length."""
-    shares = ", ".join(
-        f"{int(length):,}: {size(states['bytes'][length])}, {share(part)}"
-        for length, part in states["shares"].items()
-    )
-    layers = states["linear_layers"]
-    which = ", ".join(map(str, layers)) if layers else f"{states['count']}, chosen by a survey"
-    return [
-        ("linear layers", f"{which} ({states['mixer']})"),
-        ("states, whatever the length", size(states["state_bytes"])),
-        ("cache by length, and its share of the donor's", shares),
-    ]
-
-
 def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The rows (quantity, donor, converted, remark) of a conversion's table, without a header.
 
@@ -119,10 +92,7 @@ def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if flops:
         part = f"{share(flops['converted'] / flops['donor'])} behind {flops['context']:,} tokens"
         table.append(("attention FLOPs a token", number(flops["donor"]), number(flops["converted"]), part))
-    for quantity, value in windows_text(report["windows"]) if report.get("windows") else ():
-        table.append((quantity, "", "", value))
-    for quantity, value in states_text(report["states"]) if report.get("states") else ():
-        table.append((quantity, "", "", value))
+    table += [(quantity, "", "", value) for quantity, value in by_length(report)]
     parameters = report.get("parameters") or {}
     if parameters:
         table.append(("parameters", count(parameters.get("donor")), count(parameters.get("converted")), ""))
