@@ -131,7 +131,7 @@ class OwnText:
         accelerator, length = self.accelerator, self.plan.length
         together, found = -(-len(numbers) // batches_of(len(numbers), length)), []
         tokens = self.plan.rows * length
-        self.student.eval()
+        model, known = self.student.eval().model, self.student.vocab_size
         starts = range(0, len(numbers), together)
         for start in starts[accelerator.process_index :: accelerator.num_processes]:
             part = slice(start, start + together)
@@ -139,7 +139,7 @@ class OwnText:
                 random.Random(f"{self.seed} {numbers[start]}").getrandbits(63)
             )
             with accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext():
-                for ids in continued(self.student.model, begun[part], length, generator):
+                for ids in continued(model, begun[part], length, generator, vocab_size=known):
                     if ids.shape[1] % max(1, length // 10) == 0:  # each message is a line in a log
                         message = (
                             f"the student writes {len(numbers)} rows, token {ids.shape[1]:,} of {length:,}"

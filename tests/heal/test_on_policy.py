@@ -130,11 +130,20 @@ def test_rounds_are_written_by_the_student_as_it_is_then() -> None:
     assert list(own.rows) == [9, 11, 13, 15]
 
 
+def test_no_token_is_written_that_the_teacher_does_not_have() -> None:
+    student, _ = pair()
+    student.resize_token_embeddings(4000, mean_resizing=False)
+    own, text = writer(student), heal_text()
+    own.begin(0, text, text_of(text.order, own.own), ignore)
+    assert own.rows
+    assert all(ids.max() < 320 for ids in own.rows.values())
+
+
 def say(own: OwnText, monkeypatch: pytest.MonkeyPatch, *texts: list[int]) -> None:
     """Make the student write these texts in turn."""
     turn = iter(texts)
 
-    def continued(_: Any, begun: list[list[int]], length: int, __: Any) -> Iterator[Tensor]:
+    def continued(_: Any, begun: list[list[int]], length: int, *__: Any, **___: Any) -> Iterator[Tensor]:
         yield torch.tensor([(words + next(turn) * length)[:length] for words in begun])
 
     monkeypatch.setattr(on_policy, "continued", continued)
