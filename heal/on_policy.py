@@ -178,7 +178,8 @@ class OwnText:
 
     def save(self, folder: Path) -> None:
         """Write the round to a training checkpoint."""
-        facts = {"faults": json.dumps(self.faults), "counts": json.dumps(self.counts)}
+        parts = {"faults": self.faults, "counts": self.counts, "every": self.every}
+        facts = {name: json.dumps(part) for name, part in parts.items()}
         save_tensors({str(number): ids for number, ids in self.rows.items()}, folder / FILE, facts)
 
     def _load(self, file: Path) -> None:
@@ -187,3 +188,4 @@ class OwnText:
             self.rows = {int(name): saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
         self.faults = {int(number): fault for number, fault in json.loads(facts["faults"]).items()}
         self.counts = Counter(json.loads(facts["counts"]))
+        self.every = json.loads(facts["every"])  # another number of processes would divide the run otherwise

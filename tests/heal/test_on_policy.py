@@ -215,6 +215,20 @@ def test_a_run_that_was_cut_in_a_round_goes_on_to_the_bit(
     assert "texts of its own" in (tmp_path / "cut" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_rounds_stay_as_they_are_with_other_processes(tmp_path: Path) -> None:
+    student, steps = Student(pair()[0], 320), plan(steps=200)
+    own = written(steps, 0.5)
+
+    def begun(processes: int, saved: Path | None) -> OwnText:
+        accelerator: Any = SimpleNamespace(num_processes=processes)
+        return OwnText(accelerator, student, make_tokenizer(), steps, own, 0, saved)
+
+    one = begun(1, None)
+    one.save(tmp_path)
+    assert begun(4, None).every > one.every
+    assert begun(4, tmp_path).every == one.every
+
+
 def test_only_as_many_rows_of_text_are_needed_as_are_read(
     checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
