@@ -43,10 +43,19 @@ FAULTS = ("empty", "loops")
 
 
 def written(plan: Steps, share: float | None) -> Tensor:
-    """(rows,), bool: which rows of the run the student writes, evenly spread over those that have a teacher."""
+    """(rows,), bool: which rows of the run the student writes, evenly spread over those that have a teacher.
+
+    Raises HealError if a share is given and there are too few rows for one of its own.
+    """
     numbers = torch.arange(plan.rows + 1, dtype=torch.float64)
-    own = (numbers * (share or 0.0)).floor().diff() > 0
-    return own & (numbers[:-1] < plan.lm_from * plan.batch_rows)
+    taught = plan.lm_from * plan.batch_rows
+    own = ((numbers * (share or 0.0)).floor().diff() > 0) & (numbers[:-1] < taught)
+    if share and not own.any():
+        raise HealError(
+            f"on_policy={share:g} of the {taught} rows that the teacher scores is less than one row: the student would "
+            f"write none; choose a share of at least 1/{taught}, or more --tokens"
+        )
+    return own
 
 
 def text_of(order: Tensor, own: Tensor) -> Tensor:

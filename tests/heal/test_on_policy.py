@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhconvert import api
+from mhconvert.convert import open_model
 from mhconvert.convert.calibration import token_rows
 from mhconvert.convert.methods.dha.settings import DHASettings
 from mhconvert.convert.methods.mla.settings import MLASettings
@@ -236,6 +237,20 @@ def test_only_as_many_rows_of_text_are_needed_as_are_read(
     settings = HealSettings(data={str(text): 1}, on_policy=0.75, **sizes)
     report = api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
     assert report["healing"]["text_tokens"] == {str(text): 8 * 32}
+
+
+def test_a_share_below_one_row_is_refused_before_weights_are_read(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_model.OpenModel, "model", None)
+    sizes = {"sequence_length": 32, "batch_tokens": 64, "held_out": 2, "tokens": 64 * 25}
+    settings = HealSettings(data={str(text): 1}, on_policy=0.01, **sizes)
+    with pytest.raises(HealError, match=r"on_policy=0.01 of the 50 rows .* at least 1/50, or more --tokens"):
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+    assert list(tmp_path.iterdir()) == []
+    assert written(plan(steps=25), 1 / 50).sum() == 1
+    with pytest.raises(HealError, match="of the 48 rows"):
+        written(plan(steps=25, lm_from=24), 1 / 50)
 
 
 def test_a_divided_student_writes_nothing(
