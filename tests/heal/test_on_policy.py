@@ -23,7 +23,7 @@ from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.errors import HealError
-from mhconvert.heal import on_policy, open_models
+from mhconvert.heal import fusion, on_policy, open_models
 from mhconvert.heal.heal_text import HealText
 from mhconvert.heal.metrics import read
 from mhconvert.heal.on_policy import OwnText, text_of, written
@@ -70,8 +70,17 @@ def test_every_text_row_is_read_once_and_those_that_lend_words_are_spread() -> N
     assert text_of(order, torch.zeros(3, dtype=torch.bool)).tolist() == [7, 3, 5]
 
 
+def fusing() -> Any:
+    """A model whose heads are drawn together, some way on."""
+    model = converted(donor_model(heads=4, kv_heads=4), DHASettings(0.25, fusion="trained"))
+    fusion.prepare(model, 2)
+    fusion.FusingStudent(model, 320).end_step(0.3)
+    return model
+
+
 def students() -> Iterator[Any]:
     donor = donor_model()
+    yield pytest.param(fusing, id="fusing")
     yield pytest.param(lambda: converted(donor, MLASettings(kv_budget=0.4, kv_bits="16")), id="mla")
     yield pytest.param(lambda: converted(donor, MLASettings(kv_budget=0.2)), id="coded")
     yield pytest.param(lambda: converted(donor, DHASettings(0.5)), id="dha")
