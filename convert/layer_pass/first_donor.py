@@ -1,4 +1,4 @@
-"""The donor that a chain of conversions began with: what the result of its last step is measured against."""
+"""The donor that a chain of conversions began with, behind its last adapter: what the result of its last step is measured against."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .decoder_layer import Layer
 def first_donor(donor: Donor, *, trust_remote_code: bool) -> tuple[Donor, set[Path]]:
     """The donor that the chain of `donor` began with, `donor` itself where it has none or that is not at hand; and the
     folders of both, which no output may replace."""
-    reference, first = chain.first_model(donor.folder), donor
+    reference, first = chain.measured_model(donor.folder), donor
     with suppress(MhconvertError):
         first = donor if reference is None else open_donor(reference, trust_remote_code=trust_remote_code)
     return first, {donor.folder, first.folder}
@@ -32,7 +32,7 @@ def first_donor(donor: Donor, *, trust_remote_code: bool) -> tuple[Donor, set[Pa
 
 def notice(donor: Donor, first: Donor) -> str | None:
     """A sentence for the user where a chain cannot be compared with what it began with."""
-    reference = chain.first_model(donor.folder)
+    reference = chain.measured_model(donor.folder)
     if first is not donor or reference is None:
         return None
     return f"the chain began with {reference}, which is not at hand: all is compared with {donor.reference}"

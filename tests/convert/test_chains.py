@@ -69,6 +69,19 @@ def record(folder: Path) -> dict[str, Any]:
     return found
 
 
+def adapter_of(base: Path, output: Path) -> Any:
+    """A LoRA that changes what the model in `base` computes, saved in `output`; the adapted model."""
+    config = LoraConfig(
+        r=2, target_modules=["o_proj", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    config.base_model_name_or_path = str(base)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapted = get_peft_model(open_model.open_model(str(base)).model(), config)
+    adapted.save_pretrained(output)
+    return adapted.eval()
+
+
 def test_every_pair_is_in_the_table_once() -> None:
     rows = [(first, then) for row in combinations.TABLE for first in row.firsts for then in row.thens]
     assert sorted(rows) == sorted(
@@ -180,16 +193,7 @@ def test_an_export_ends_a_chain(form: str, root: Path) -> None:
 @pytest.mark.parametrize("first", ["dha", "mla"])
 def test_adapters_of_converted_checkpoints_merge(first: str, root: Path, made: Convert) -> None:
     base = made("donor", first)
-    model = open_model.open_model(str(base)).model()
-    config = LoraConfig(
-        r=2, target_modules=["o_proj", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    config.base_model_name_or_path = str(base)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        adapted = get_peft_model(model, config)
-    adapted.save_pretrained(root / f"lora-{first}")
-    expected = logits(adapted.eval(), token_ids(1, 20))
+    expected = logits(adapter_of(base, root / f"lora-{first}"), token_ids(1, 20))
     api.merge(str(root / f"lora-{first}"), str(root / f"merged-{first}"))
     merged = AutoModelForCausalLM.from_pretrained(root / f"merged-{first}", trust_remote_code=True)
     assert torch.allclose(logits(merged, token_ids(1, 20)), expected, atol=1e-4)  # W + BA in one product
@@ -198,3 +202,20 @@ def test_adapters_of_converted_checkpoints_merge(first: str, root: Path, made: C
     assert api.inspect(str(root / f"merged-{first}-moh"))["chain"] == [first, "lora", "moh"]
     api.convert(recipe_of(base, "hydra", root / f"hydra-{first}"))
     assert api.merge(str(root / f"hydra-{first}"), str(root / f"untrained-{first}"))["modules"]
+
+
+def test_a_merged_adapter_begins_what_is_measured(root: Path) -> None:
+    adapter_of(root / "donor", root / "tuning")
+    tuned = root / "tuned"
+    api.merge(str(root / "tuning"), str(tuned))
+    assert open_model.recorded_donor(str(tuned)) == str(root / "donor")
+    api.convert(recipe_of(tuned, "dha", root / "tuned-dha", kv_budget=1.0))
+    api.convert(recipe_of(root / "tuned-dha", "moh", root / "tuned-moh"))
+    for name, made_by in (("tuned-dha", ["lora", "dha"]), ("tuned-moh", ["lora", "dha", "moh"])):
+        report = json.loads((root / name / "report.json").read_text(encoding="utf-8"))
+        assert report["donor"] == record(root / name)["donor"]["reference"] == str(tuned)
+        assert report["kl"] < 1e-6  # all that the tuned model has is kept
+        found = api.inspect(str(root / name))
+        assert (found["first_donor"], found["chain"]) == (str(root / "donor"), made_by)
+        assert open_model.recorded_donor(str(root / name)) == str(tuned)  # whom `heal` takes as the teacher
+    assert "rewritten as DHA, then MoH" in (root / "tuned-moh" / "README.md").read_text(encoding="utf-8")
