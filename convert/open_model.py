@@ -192,8 +192,8 @@ def output_folder(recipe: Recipe) -> Path:
 
 
 def recorded_donor(checkpoint: str) -> str:
-    """The model that the checkpoint is measured against, by its provenance: `chain.measured_model`, or the base model of
-    an adapter, merged or not. MhconvertError when there is none."""
+    """What the checkpoint is measured against, by its record: `chain.measured_model`, or the base model of an adapter,
+    merged or not. MhconvertError when there is none."""
     if is_adapter(Path(checkpoint).expanduser()):
         from .adapters.saved_adapter import open_adapter
 

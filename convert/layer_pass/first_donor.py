@@ -1,4 +1,4 @@
-"""The donor that a chain of conversions began with, behind its last adapter: what the result of its last step is measured against."""
+"""The donor that a chain of conversions began with, behind its last adapter: what the result is measured against."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..checkpoint import chain
 from ..donor.donor import Donor, open_donor
 from ..families.facts import layer_window
 from ..methods.registry import Method
-from . import cost_estimate
+from . import cost_estimate, layer_steps
 from .context import ConversionContext
 from .decoder_layer import Layer
 
@@ -61,7 +61,7 @@ def named(report: dict[str, Any], context: ConversionContext, method: Method) ->
     report = report | {"chain": earlier, "notice": "; ".join(filter(None, texts)) or None}
     if first is donor:
         return report
-    elements = cost_estimate.donor_elements(method, first.config)
+    elements = cost_estimate.donor_elements(first.config, layer_steps.stated_context(method, donor))
     return report | {
         "donor": first.reference,
         "donor_name": first.name,

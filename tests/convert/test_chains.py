@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "swa": {"window": 16, "context": 64, "sinks": "none"},
     "hydra": {"r_par": 2, "r_seq": 2},
 }
+SHARES_AFTER_SWA = {"donor": 1, "converted": 0.75}  # of what `swa` leaves, by the budgets above
 PASS: dict[str, Any] = {
     "effort": "quick",
     "verify": False,
@@ -100,7 +101,7 @@ def test_moh_with_all_heads_is_the_checkpoint(first: str, root: Path, made: Conv
     assert torch.equal(logits(both[1], ids), logits(both[0], ids))
     report = json.loads((result / "report.json").read_text(encoding="utf-8"))
     held = json.loads((donor / "report.json").read_text(encoding="utf-8"))["kv_bytes_per_token"]
-    assert report["kv_bytes_per_token"]["donor"] == (held["donor"] if first != "swa" else 512 / 2)
+    assert report["kv_bytes_per_token"] == held
     assert record(result)["donor"]["reference"] == str(root / "donor") == report["donor"]
     assert (
         [step["method"] for step in record(result)["chain"]]
@@ -133,11 +134,19 @@ def test_the_chain_is_inspected_and_reloads(made: Convert, root: Path) -> None:
 
 
 @pytest.mark.parametrize("then", ["mla", "dha"])
-def test_windows_of_a_checkpoint_stay(then: str, made: Convert) -> None:
-    config = open_model.open_model(str(made("donor-swa", then))).config if made("donor", "swa") else None
-    assert config is not None
+def test_windows_of_a_checkpoint_stay(then: str, root: Path, made: Convert) -> None:
+    held = json.loads((made("donor", "swa") / "report.json").read_text(encoding="utf-8"))
+    folder = made("donor-swa", then)
+    config = open_model.open_model(str(folder)).config
     assert config.model_type == f"{then}_cwm"
     assert "sliding_attention" in config.layer_types
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    sizes = {side: held["kv_bytes_per_token"][side] * share for side, share in SHARES_AFTER_SWA.items()}
+    assert report["kv_bytes_per_token"] == pytest.approx(sizes)
+    assert report["cache_context"] == record(folder)["cache_context"] == held["cache_context"] == 64
+    plan = api.plan(recipe_of(root / "donor-swa", then, root / "planned"))
+    assert plan["cache_context"] == 64
+    assert plan["kv_bytes_per_token"]["converted"] == report["kv_bytes_per_token"]["converted"]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +199,7 @@ def test_an_export_ends_a_chain(form: str, root: Path) -> None:
         api.convert(recipe_of(root / form, "moh", root / "refused"))
 
 
-@pytest.mark.parametrize("first", ["dha", "mla"])
+@pytest.mark.parametrize("first", ["dha", "mla", "swa"])
 def test_adapters_of_converted_checkpoints_merge(first: str, root: Path, made: Convert) -> None:
     base = made("donor", first)
     expected = logits(adapter_of(base, root / f"lora-{first}"), token_ids(1, 20))
@@ -198,6 +207,7 @@ def test_adapters_of_converted_checkpoints_merge(first: str, root: Path, made: C
     merged = AutoModelForCausalLM.from_pretrained(root / f"merged-{first}", trust_remote_code=True)
     assert torch.allclose(logits(merged, token_ids(1, 20)), expected, atol=1e-4)  # W + BA in one product
     assert [step["method"] for step in record(root / f"merged-{first}")["chain"]] == [first]
+    assert record(root / f"merged-{first}").get("cache_context") == record(base).get("cache_context")
     api.convert(recipe_of(root / f"merged-{first}", "moh", root / f"merged-{first}-moh"))
     assert api.inspect(str(root / f"merged-{first}-moh"))["chain"] == [first, "lora", "moh"]
     api.convert(recipe_of(base, "hydra", root / f"hydra-{first}"))
