@@ -20,14 +20,26 @@ from . import cost_estimate, layer_steps
 from .context import ConversionContext
 from .decoder_layer import Layer
 
+KEPT = ("vocab_size", "num_hidden_layers", "hidden_size")  # of a config by every conversion
+
 
 def first_donor(donor: Donor, *, trust_remote_code: bool) -> tuple[Donor, set[Path]]:
-    """The donor that the chain of `donor` began with, `donor` itself where it has none or that is not at hand; and the
-    folders of both, which no output may replace."""
+    """The donor that the chain of `donor` began with, `donor` itself where it has none or that is not at hand, as it is
+    not where another model has its place; and the folders of both, which no output may replace."""
     reference, first = chain.measured_model(donor.folder), donor
     with suppress(MhconvertError):
-        first = donor if reference is None else open_donor(reference, trust_remote_code=trust_remote_code)
+        found = donor if reference is None else open_donor(reference, trust_remote_code=trust_remote_code)
+        if all(getattr(found.config, name) == getattr(donor.config, name) for name in KEPT):
+            first = found
     return first, {donor.folder, first.folder}
+
+
+def with_weights(donor: Donor, first: Donor) -> Donor:
+    """`first` with its weights open; `donor` where they are not at hand, which would be found behind the last layer."""
+    with suppress(MhconvertError):
+        if first.source:
+            return first
+    return donor
 
 
 def notice(donor: Donor, first: Donor) -> str | None:

@@ -229,3 +229,17 @@ def test_a_merged_adapter_begins_what_is_measured(root: Path) -> None:
         assert (found["first_donor"], found["chain"]) == (str(root / "donor"), made_by)
         assert open_model.recorded_donor(str(root / name)) == str(tuned)  # whom `heal` takes as the teacher
     assert "rewritten as DHA, then MoH" in (root / "tuned-moh" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("lost", ["weights", "place"])
+def test_a_first_donor_that_is_lost_is_named(lost: str, tmp_path: Path) -> None:
+    donor, middle = make_donor(tmp_path / "donor", heads=4, kv_heads=2, hidden=32), tmp_path / "middle"
+    api.convert(recipe_of(donor, "dha", middle))
+    if lost == "weights":
+        (donor / "model.safetensors").unlink()
+    else:
+        make_donor(donor, heads=4, kv_heads=2, hidden=32, layers=3)
+    report = api.convert(recipe_of(middle, "moh", tmp_path / "last"))
+    assert f"the chain began with {donor}, which is not at hand" in report["notice"]
+    assert report["donor"] == record(tmp_path / "last")["donor"]["reference"] == str(middle)
+    assert report["kl"] < 1e-6
