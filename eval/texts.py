@@ -37,10 +37,10 @@ def measure(
         on_rows: called with the model and text, the rows done and the rows in all.
 
     Returns:
-        texts: kind, of a suite's; perplexity, kl and top1_agreement of every model on each text, and of all but the donor
-        ratio (of the perplexities) and standard errors, None where not finite; over_texts: see there; cache: kv_elements_per_token of
-        every model and, where it depends on the length of a text, by_length, tokens → elements, the last of which it
-        is; None without texts.
+        texts: kind, of a suite's; perplexity, kl and top1_agreement of every model on each text, and of all but the
+        donor ratio (of the perplexities) and standard errors, None where not finite; over_texts: see there; cache:
+        kv_elements_per_token of every model and, where it depends on the length of a text, by_length, tokens →
+        elements, the last of which it is; None without texts.
     """
     if not rows:
         return {"texts": [], "over_texts": None, "cache": None}
