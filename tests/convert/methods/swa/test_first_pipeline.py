@@ -16,7 +16,7 @@ from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.open_model import open_model
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
-from mhconvert.errors import ExportError
+from mhconvert.errors import ExportError, UnsupportedError
 from tests.conftest import Main
 from tests.convert.conversions import logits, relative, token_ids
 from tests.donors import make_donor
@@ -85,6 +85,14 @@ def test_commands_take_it(
     out = place / "out"
     found = mhconvert.inspect(str(out))
     assert found["converted_by"] == "swa"
+    methods = {name: method for name, method in found["methods"].items() if name != "hydra"}
+    assert found["methods"]["hydra"]["applies"]
+    for name, method in methods.items():
+        assert not method["applies"]
+        assert "cannot follow swa (first)" in method["reason"]
+        with pytest.raises(UnsupportedError, match=r"cannot follow swa \(first\): .*convert the donor"):
+            mhconvert.convert(Recipe(str(out), name, output=str(place / "refused")))
+    assert "--to swa --sinks none" in methods["mla"]["reason"]
     elements = found["kv"]["elements_per_token"] / LAYERS
     assert found["kv"]["bytes"]["8192"] == elements * 4 * 2 * (8192 + HELD)
     assert found["attention"]["kv_windows"].count("full") == 2
