@@ -107,7 +107,14 @@ def test_commands_take_it(
 
 def test_it_is_healed_as_it_is(report: dict[str, Any], place: Path, text: Path) -> None:
     settings = HealSettings(tokens=128, data={str(text): 1}, sequence_length=64, batch_tokens=64, held_out=2)
-    healed = mhconvert.heal(str(place / "out"), settings, output=str(place / "healed"))
+    said: list[str] = []
+    healed = mhconvert.heal(
+        str(place / "out"),
+        settings,
+        output=str(place / "healed"),
+        on_progress=lambda progress: said.append(progress.message),
+    )
+    assert any("each document has rows of its own, of which" in words for words in said)
     assert healed["verified"]["model_class"] == "SWALlamaForCausalLM"
     config = [json.loads((place / name / "config.json").read_text()) for name in ("out", "healed")]
     assert config[0]["kv_windows"] == config[1]["kv_windows"]
