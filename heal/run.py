@@ -33,6 +33,7 @@ from .distill import Distillation
 from .held_out import Lesson, Measure, fidelity, held_out_values
 from .metrics import Metrics
 from .open_models import Run, check_output, longest_row, needed_bytes, open_both
+from .packed_rows import reads_rows_whole
 from .resumable_run import BLOCKS, METRICS, HealSpace, is_out_of_memory
 from .student import Student, Teacher
 
@@ -135,7 +136,12 @@ class _Healing:
                 told = (settings.seed, self.on_progress)
                 return sampled_rows(teacher.model, tokenizer, count, length, *told, prompts)
 
-            text = heal_text.prepare(settings, tokenizer, self.vocab_size, length, rows, sample)
+            alone = reads_rows_whole(self.student.config)
+            text = heal_text.prepare(settings, tokenizer, self.vocab_size, length, rows, sample, alone)
+            if alone:
+                padding = (text.train.positions[:, 1:] == 0).sum().item() / text.train.positions.numel()
+                words = f"each document has rows of its own, of which {padding:.0%} is padding"
+                self.on_progress(Progress("text", 1, 1, words))
             if skipped := sum(text.skipped.values()):
                 self.on_progress(Progress("text", 1, 1, f"{skipped:,} records without text were skipped"))
             self.space.write_text(text)

@@ -69,8 +69,7 @@ def require_donor(folder: Path, recipe: Recipe) -> None:
     if not made:
         return
     model_type = str(read_json(folder / "config.json").get("model_type", ""))
-    coded = model_type.startswith("mla_coded")
-    kinds = [combinations.CODED if name == "mla" and coded else name for name in made]
+    kinds = [combinations.held_kind(name, model_type) for name in made]
     reason = combinations.refusal(kinds, combinations.kind(method, recipe.settings))
     if reason is None and model_type == "granite_swa" and "swa" in kinds and method != "hydra":
         reason = (

@@ -14,7 +14,13 @@ from .registry import METHODS
 
 CODED = "mla (coded)"  # mla whose latents have codes; "mla": of 16-bit elements
 LATENTS = ("mla", CODED)
-KINDS = ("swa", "dha", "mla", CODED, "mla+swa", "hybrid", "moh", "hydra")
+SWA_FIRST = "swa (first)"  # swa with the first tokens beside the window, in a class of mhconvert; "swa": in a stock one
+WINDOWED = ("swa", SWA_FIRST)
+OWN_CLASS = {
+    "mla": ("mla_coded", CODED),
+    "swa": ("swa_", SWA_FIRST),
+}  # method -> (begin of a model_type, kind)
+KINDS = (*WINDOWED, "dha", "mla", CODED, "mla+swa", "hybrid", "moh", "hydra")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,18 @@ TABLE = (
         "windows stay as they are; where the second keeps everything, the checkpoint",
     ),
     Pair(
+        (SWA_FIRST,),
+        ("mla", CODED, "dha", "moh"),
+        refused="its class, with the first tokens beside the window, is read by no other conversion; convert the "
+        "donor with --to swa --sinks none, and then that, or the donor that the first began with",
+    ),
+    Pair(
+        ("dha", *LATENTS),
+        (SWA_FIRST,),
+        refused="no class has both; take --to mla+swa, whose windows have the first tokens beside them, on the donor "
+        "that the first began with",
+    ),
+    Pair(
         ("dha", "mla"), ("moh",), "with all heads active, the checkpoint to the bit; the cache stays as small"
     ),
     Pair(
@@ -50,13 +68,13 @@ TABLE = (
     ),
     Pair(("dha", *LATENTS, "mla+swa", "hybrid"), ("dha", *LATENTS, "mla+swa", "hybrid"), refused=BOTH_KV),
     Pair(
-        ("swa",),
+        WINDOWED,
         ("hybrid",),
         refused="a layer is windowed or linear; convert the donor that the first began with",
     ),
     Pair(
         ("hybrid",),
-        ("swa",),
+        WINDOWED,
         refused="no class of transformers has latents, states and windows; convert the donor that the first began with",
     ),
     Pair(
@@ -66,8 +84,8 @@ TABLE = (
         "the first began with",
     ),
     Pair(
-        ("swa",),
-        ("mla+swa", "swa"),
+        WINDOWED,
+        ("mla+swa", *WINDOWED),
         refused=BOTH_WINDOWS,
     ),
     Pair(
@@ -78,7 +96,7 @@ TABLE = (
     ),
     Pair(
         ("mla+swa",),
-        ("swa",),
+        WINDOWED,
         refused=BOTH_WINDOWS,
     ),
     Pair(
@@ -94,7 +112,7 @@ TABLE = (
     ),
     Pair(
         ("moh",),
-        ("mla", CODED, "dha", "mla+swa", "swa", "hybrid"),
+        ("mla", CODED, "dha", "mla+swa", *WINDOWED, "hybrid"),
         refused="routers choose among heads as they were fitted to them; take the other order, moh last",
     ),
     Pair(("moh",), ("moh",), refused="both choose the heads of a token; convert what the first began with"),
@@ -121,7 +139,15 @@ def pair(first: str, then: str) -> Pair:
 
 def kind(method: str, settings: Any = None) -> str:
     """The kind of a step by its method and settings."""
+    if method == "swa" and getattr(settings, "sinks", None) == "first":
+        return SWA_FIRST
     return CODED if method == "mla" and getattr(settings, "coded", False) else method
+
+
+def held_kind(method: str, model_type: str) -> str:
+    """The kind of an earlier step by its method and the class that holds the result."""
+    begin, of_class = OWN_CLASS.get(method, ("", method))
+    return of_class if model_type.startswith(begin) else method
 
 
 def refusal(steps: Iterable[str], then: str) -> str | None:
