@@ -134,6 +134,13 @@ def test_a_short_text_is_read_as_the_donor_reads_it() -> None:
         )
 
 
+def test_a_dynamic_rope_is_that_of_the_text_whatever_was_read_before() -> None:
+    model = extended(make_model(tiny()), "dynamic")
+    for length in (120, 80, 30, 120, TRAINED):
+        alone = logits(extended(make_model(tiny()), "dynamic"), IDS[:, :length])
+        assert torch.equal(logits(model, IDS[:, :length]), alone)
+
+
 def test_sizes_of_chunks_follow_the_trained_length() -> None:
     for trained, size, number in ((8192, 256, 32), (4096, 256, 16), (512, 32, 16), (40, 2, 20)):
         found = plan(opened_as(tiny(max_position_embeddings=trained)), asked("longheads"), 2 * trained)
