@@ -198,13 +198,14 @@ def output_folder(recipe: Recipe) -> Path:
 
 
 def recorded_donor(checkpoint: str) -> str:
-    """The first donor in the checkpoint's provenance, or an adapter's base model. MhconvertError when there is none."""
+    """What the checkpoint is measured against, by its record: `chain.measured_model`, or the base model of an adapter,
+    merged or not. MhconvertError when there is none."""
     if is_adapter(Path(checkpoint).expanduser()):
         from .adapters.saved_adapter import open_adapter
 
         return open_adapter(checkpoint).base
     folder = checkpoint_folder(checkpoint) or Path(checkpoint)
-    if (first := chain.first_model(folder)) is not None:
+    if (first := chain.measured_model(folder)) is not None:
         return first
     try:
         return str(read_record(folder)["donor"]["reference"])

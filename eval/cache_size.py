@@ -46,16 +46,17 @@ def lengths(opened: Sequence[OpenModel]) -> list[int]:
     """Tokens at which the caches of models are compared, a short text and the context; none where any number will do.
 
     The context is the longest that one of them was planned for; without one, and where a model has layers with
-    windows, what plans count by default.
+    windows or states, what plans count by default.
     """
     planned = [context for each in opened if (context := recorded_context(each.folder))]
     configs = [each.config.get_text_config() for each in opened]
-    windowed = any(
+    by_length = any(
         getattr(config, "kv_windows", None)
+        or getattr(config, "linear_layers", None)
         or any(layer_window(config, index) for index in range(config.num_hidden_layers))
         for config in configs
     )
-    if not planned and not windowed:
+    if not planned and not by_length:
         return []
     context = max(planned, default=0) or counted_context(configs[0])
     return [*([context // SHORT_PART] if context >= SHORT_PART else []), context]

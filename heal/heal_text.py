@@ -52,7 +52,13 @@ class HealText:
 
 
 def prepare(
-    settings: HealSettings, tokenizer: Any, vocab_size: int, length: int, rows: int, sample: Sample
+    settings: HealSettings,
+    tokenizer: Any,
+    vocab_size: int,
+    length: int,
+    rows: int,
+    sample: Sample,
+    alone: bool = False,
 ) -> HealText:
     """The training rows and the held-out rows of all sources.
 
@@ -61,6 +67,7 @@ def prepare(
         length: tokens per row.
         rows: to train on, repetitions included.
         sample: for the source "self".
+        alone: as of `pack`.
 
     Raises:
         HealError: a source is too short; the message says how much text it has.
@@ -86,8 +93,8 @@ def prepare(
             characters = int((wanted[source] + held_out[source]) * length * CHARACTERS_A_TOKEN * SPARE)
             bad: list[str] | None = [] if settings.skip_bad else None
             pieces = pieces_of(source, tokenizer, length, random.Random(seed), characters, bad)
-            evaluation_rows = pack(pieces, length, held_out[source])
-            train_rows = pack(pieces, length, wanted[source])
+            evaluation_rows = pack(pieces, length, held_out[source], alone)
+            train_rows = pack(pieces, length, wanted[source], alone)
             skipped |= {source: len(bad)} if bad else {}
             require_embedded(torch.cat((evaluation_rows.ids, train_rows.ids)), tokenizer, vocab_size)
         if len(evaluation_rows) < held_out[source] or len(train_rows) * settings.epochs < wanted[source]:

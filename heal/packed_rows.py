@@ -1,4 +1,4 @@
-"""Packs documents into rows of tokens without padding; each document has its own positions."""
+"""Packs documents into rows of tokens; each document has its own positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Rows:
 
     Attributes:
         ids: (N, L), int32.
-        positions: (N, L), int32; 0 starts a text that does not attend to anything before it.
+        positions: (N, L), int32; 0 starts a text that does not attend to anything before it, and is that of padding.
         by_student: (N,), bool: the rows that the student wrote; None for no row.
     """
 
@@ -43,16 +43,26 @@ class Rows:
         return self.positions[:, 1:] != 0
 
 
-def pack(pieces: Pieces, length: int, rows: int) -> Rows:
-    """The first `rows` rows of the pieces, or fewer if they end; the rest of the last piece is dropped."""
+def reads_rows_whole(config: Any) -> bool:
+    """Whether layers of a model keep something of a row, its first tokens or a state, whatever texts it has."""
+    text = config.get_text_config()
+    return any(getattr(text, "kv_windows", None) or ()) or bool(getattr(text, "linear_layers", None))
+
+
+def pack(pieces: Pieces, length: int, rows: int, alone: bool = False) -> Rows:
+    """The first `rows` rows of the pieces, or fewer if they end; the rest of the last piece is dropped.
+
+    alone: no row has two pieces; behind the end of one its last token is repeated, which nothing sees or predicts.
+    """
     ids: list[int] = []
     positions: list[int] = []
     while len(ids) < rows * length:
         piece = next(pieces, None)
         if piece is None:
             break
-        ids += piece
-        positions += range(len(piece))
+        rest = -len(piece) % length if alone else 0
+        ids += piece + piece[-1:] * rest
+        positions += [*range(len(piece)), *[0] * rest]
     count = min(rows, len(ids) // length)
     id_rows = torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)
     raw = torch.tensor(positions[: count * length], dtype=torch.int32).view(count, length)

@@ -33,6 +33,7 @@ from .distill import Distillation
 from .held_out import Lesson, Measure, fidelity, held_out_values
 from .metrics import Metrics
 from .open_models import Run, check_output, longest_row, needed_bytes, open_both
+from .packed_rows import reads_rows_whole
 from .resumable_run import BLOCKS, METRICS, HealSpace, is_out_of_memory
 from .student import Student, Teacher
 
@@ -76,6 +77,7 @@ class _Healing:
         self.student, self.teacher = open_both(asked, accelerator, on_progress)
         limit, processes = longest_row(self.student, self.teacher), accelerator.num_processes
         self.steps = schedule.divide(self.settings, limit, processes, accelerator.device.type)
+        self.own_rows = int(on_policy.written(self.steps, self.settings.on_policy).sum())
         self.adapter = self.student.adapter is not None
         self.source = SafetensorsSource(Path(asked.checkpoint)) if not self.adapter else None
         self.vocab_size = min(self.student.vocab_size, self.teacher.vocab_size)
@@ -127,15 +129,19 @@ class _Healing:
         """The rows; the first process prepares them once, the others and a resumed run read them."""
         if self.main and not self.space.has_text:
             settings, tokenizer, length = self.settings, self.student.tokenizer(), self.steps.length
-            own = int(on_policy.written(self.steps, settings.on_policy).sum())
-            rows = max(self.steps.rows - own, settings.layer_tokens // length, 1)
+            rows = max(self.steps.rows - self.own_rows, settings.layer_tokens // length, 1)
             self.on_progress(Progress("text", 0, 1, ", ".join(settings.data)))
 
             def sample(count: int, prompts: list[list[int]]) -> torch.Tensor:
                 told = (settings.seed, self.on_progress)
                 return sampled_rows(teacher.model, tokenizer, count, length, *told, prompts)
 
-            text = heal_text.prepare(settings, tokenizer, self.vocab_size, length, rows, sample)
+            alone = reads_rows_whole(self.student.config)
+            text = heal_text.prepare(settings, tokenizer, self.vocab_size, length, rows, sample, alone)
+            if alone:
+                padding = (text.train.positions[:, 1:] == 0).sum().item() / text.train.positions.numel()
+                words = f"each document has rows of its own, of which {padding:.0%} is padding"
+                self.on_progress(Progress("text", 1, 1, words))
             if skipped := sum(text.skipped.values()):
                 self.on_progress(Progress("text", 1, 1, f"{skipped:,} records without text were skipped"))
             self.space.write_text(text)

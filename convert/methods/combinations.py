@@ -1,4 +1,4 @@
-"""Which method may follow which, on a checkpoint or in one command: one table, asked before anything is read.
+"""Which method may follow which on a checkpoint: one table, asked before anything is read.
 
 A pair has a row by the kinds of its steps. A chain is allowed where every earlier step may be followed by every later
 one. Importing this module imports no torch.
@@ -10,9 +10,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from .registry import METHODS
+
 CODED = "mla (coded)"  # mla whose latents have codes; "mla": of 16-bit elements
 LATENTS = ("mla", CODED)
-KINDS = ("swa", "dha", "mla", CODED, "mla+swa", "hybrid", "moh", "hydra")
+SWA_FIRST = "swa (first)"  # swa with the first tokens beside the window, in a class of mhconvert; "swa": in a stock one
+WINDOWED = ("swa", SWA_FIRST)
+OWN_CLASS = {
+    "mla": ("mla_coded", CODED),
+    "swa": ("swa_", SWA_FIRST),
+}  # method -> (begin of a model_type, kind)
+KINDS = (*WINDOWED, "dha", "mla", CODED, "mla+swa", "hybrid", "moh", "hydra")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,18 @@ TABLE = (
         "windows stay as they are; where the second keeps everything, the checkpoint",
     ),
     Pair(
+        (SWA_FIRST,),
+        ("mla", CODED, "dha", "moh"),
+        refused="its class, with the first tokens beside the window, is read by no other conversion; convert the "
+        "donor with --to swa --sinks none, and then that, or the donor that the first began with",
+    ),
+    Pair(
+        ("dha", *LATENTS),
+        (SWA_FIRST,),
+        refused="no class has both; take --to mla+swa, whose windows have the first tokens beside them, on the donor "
+        "that the first began with",
+    ),
+    Pair(
         ("dha", "mla"), ("moh",), "with all heads active, the checkpoint to the bit; the cache stays as small"
     ),
     Pair(
@@ -48,13 +68,13 @@ TABLE = (
     ),
     Pair(("dha", *LATENTS, "mla+swa", "hybrid"), ("dha", *LATENTS, "mla+swa", "hybrid"), refused=BOTH_KV),
     Pair(
-        ("swa",),
+        WINDOWED,
         ("hybrid",),
         refused="a layer is windowed or linear; convert the donor that the first began with",
     ),
     Pair(
         ("hybrid",),
-        ("swa",),
+        WINDOWED,
         refused="no class of transformers has latents, states and windows; convert the donor that the first began with",
     ),
     Pair(
@@ -64,8 +84,8 @@ TABLE = (
         "the first began with",
     ),
     Pair(
-        ("swa",),
-        ("mla+swa", "swa"),
+        WINDOWED,
+        ("mla+swa", *WINDOWED),
         refused=BOTH_WINDOWS,
     ),
     Pair(
@@ -76,7 +96,7 @@ TABLE = (
     ),
     Pair(
         ("mla+swa",),
-        ("swa",),
+        WINDOWED,
         refused=BOTH_WINDOWS,
     ),
     Pair(
@@ -92,7 +112,7 @@ TABLE = (
     ),
     Pair(
         ("moh",),
-        ("mla", CODED, "dha", "mla+swa", "swa", "hybrid"),
+        ("mla", CODED, "dha", "mla+swa", *WINDOWED, "hybrid"),
         refused="routers choose among heads as they were fitted to them; take the other order, moh last",
     ),
     Pair(("moh",), ("moh",), refused="both choose the heads of a token; convert what the first began with"),
@@ -119,7 +139,15 @@ def pair(first: str, then: str) -> Pair:
 
 def kind(method: str, settings: Any = None) -> str:
     """The kind of a step by its method and settings."""
+    if method == "swa" and getattr(settings, "sinks", None) == "first":
+        return SWA_FIRST
     return CODED if method == "mla" and getattr(settings, "coded", False) else method
+
+
+def held_kind(method: str, model_type: str) -> str:
+    """The kind of an earlier step by its method and the class that holds the result."""
+    begin, of_class = OWN_CLASS.get(method, ("", method))
+    return of_class if model_type.startswith(begin) else method
 
 
 def refusal(steps: Iterable[str], then: str) -> str | None:
@@ -129,6 +157,12 @@ def refusal(steps: Iterable[str], then: str) -> str | None:
         if row.exact is None:
             return f"{then} cannot follow {first}: {row.refused}"
     return None
+
+
+def behind_adapters(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a chain's steps that come behind its last merged adapter; all where no adapter was merged."""
+    begun = [number for number, step in enumerate(steps, 1) if step.get("method") not in METHODS]
+    return steps[max(begun, default=0) :]
 
 
 def markdown() -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...convert.calibration.text_files import told_apart
+from ...convert.methods.combinations import behind_adapters
 from ...convert.methods.registry import METHODS
 from ...convert.storage.folder_kind import is_adapter
 from .length_rows import by_length
@@ -111,8 +112,8 @@ def method_title(method: str) -> str:
 
 
 def chain_title(report: dict[str, Any]) -> str:
-    """The methods that made a checkpoint, first to last: "DHA, then MoH"."""
-    names = [str(step.get("method", "")) for step in report.get("chain") or ()]
+    """The methods that made a checkpoint of the donor in its report, first to last: "DHA, then MoH"."""
+    names = [str(step["method"]) for step in behind_adapters(report.get("chain") or [])]
     return ", then ".join(map(method_title, [*names, str(report.get("method", ""))]))
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import LlamaConfig, StaticCache
 
 from mhconvert import api
 from mhconvert.convert.bare_process.child import cache_storage
+from mhconvert.convert.methods.hybrid_mla.method import hybrid_class
 from mhconvert.convert.methods.swa.method import SWA
 from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.open_model import open_model
@@ -90,6 +92,9 @@ def test_the_length_is_that_of_the_plan_or_of_windows_alone(tmp_path: Path) -> N
     assert lengths(opened[:1]) == []
     assert lengths(opened[:2]) == lengths(opened) == [12, 96]
     assert lengths([opened[0], opened[2]]) == [reads // 8, reads]
+    hybrid = SimpleNamespace(folder=plain, config=hybrid_class(LlamaConfig).config_class(linear_layers=[1]))
+    reads = hybrid.config.max_position_embeddings
+    assert lengths([hybrid]) == [reads // 8, reads]  # type: ignore[list-item]
     (planned / "mhconvert.json").write_text(json.dumps({"cache_context": "96"}))
     assert lengths(opened[:2]) == []
 

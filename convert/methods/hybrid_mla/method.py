@@ -208,6 +208,12 @@ def _linear_layers(layers: int, settings: HybridSettings) -> tuple[int, tuple[in
                 "linear_layers are to be some of the layers, and not all: one has to keep the text"
             )
         return len(settings.linear_layers), tuple(settings.linear_layers)
+    if layers < 3:
+        named = "name one with --linear-layers, or " * (layers == 2)
+        raise BudgetError(
+            f"num_hidden_layers={layers}: the first and the last layer are kept, and there is no other to be linear; "
+            f"{named}convert the donor with --to mla"
+        )
     count = round(settings.linear * layers)
     if not 0 < count <= layers - 2:
         raise BudgetError(

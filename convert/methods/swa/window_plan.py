@@ -126,13 +126,26 @@ def every_layer_windowed(
             f"every layer has a window of its own, of {own[0]} tokens: there is nothing to window"
         )
     window = _window(window, own, context, one_width=not keeps_first)
-    if window >= context and window in own:
+    if keeps_first:
+        _require_fewer(window, context)
+    elif window >= context and window in own:
         raise BudgetError(
             f"context={context} is not longer than the window of {window} that layer {own.index(window)} of the donor "
             f"has, and a class has one width for all; choose --context > {window}"
         )
     require_shorter(window, context)
     return WindowPlan(context, window, tuple(own), 0, keeps_first=keeps_first)
+
+
+def _require_fewer(window: int, context: int) -> None:
+    """Raise BudgetError where a layer would cache no fewer tokens, the first ones included, than the context has."""
+    if (held := held_tokens(window, context)) >= context:
+        most = context - FIRST
+        narrower = f"--window < {most + 1}, or " if most >= LEAST_WINDOW else ""
+        raise BudgetError(
+            f"window={window}: a layer caches {held} tokens, the first {FIRST} included, and context={context} is not "
+            f"more: it would save nothing; choose {narrower}--context > {FIRST + window - 1}"
+        )
 
 
 def window_plan(config: Any, settings: SWASettings, keeps_first: bool = False) -> WindowPlan:

@@ -132,6 +132,17 @@ def test_what_no_plan_fulfils_is_refused(
         mhconvert.plan(recipe(tmp_path / "out", HybridSettings(**({"context": CONTEXT} | settings))))
 
 
+@pytest.mark.parametrize(
+    ("layers", "advice"), [(1, "linear; convert"), (2, "linear; name one with --linear-layers, or")]
+)
+def test_a_donor_of_one_or_two_layers_has_a_message_of_its_own(layers: int, advice: str) -> None:
+    donor = make_config(layers=layers, hidden=32)
+    with pytest.raises(BudgetError, match=f"num_hidden_layers={layers}: .* no other to be {advice}"):
+        method.HybridMLA(donor, HybridSettings(0.9), "quick")
+    if layers == 2:
+        assert method.HybridMLA(donor, HybridSettings(0.9, linear_layers=[1]), "quick").linear == (1,)
+
+
 def test_the_least_budget_that_is_named_is_enough(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
     settings = HybridSettings(0.01, context=CONTEXT)
     with pytest.raises(BudgetError) as refused:

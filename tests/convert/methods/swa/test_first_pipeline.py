@@ -16,7 +16,7 @@ from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.open_model import open_model
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
-from mhconvert.errors import ExportError
+from mhconvert.errors import ExportError, UnsupportedError
 from tests.conftest import Main
 from tests.convert.conversions import logits, relative, token_ids
 from tests.donors import make_donor
@@ -85,6 +85,14 @@ def test_commands_take_it(
     out = place / "out"
     found = mhconvert.inspect(str(out))
     assert found["converted_by"] == "swa"
+    methods = {name: method for name, method in found["methods"].items() if name != "hydra"}
+    assert found["methods"]["hydra"]["applies"]
+    for name, method in methods.items():
+        assert not method["applies"]
+        assert "cannot follow swa (first)" in method["reason"]
+        with pytest.raises(UnsupportedError, match=r"cannot follow swa \(first\): .*convert the donor"):
+            mhconvert.convert(Recipe(str(out), name, output=str(place / "refused")))
+    assert "--to swa --sinks none" in methods["mla"]["reason"]
     elements = found["kv"]["elements_per_token"] / LAYERS
     assert found["kv"]["bytes"]["8192"] == elements * 4 * 2 * (8192 + HELD)
     assert found["attention"]["kv_windows"].count("full") == 2
@@ -97,9 +105,27 @@ def test_commands_take_it(
         mhconvert.export(str(out), to="auto")
 
 
+def test_its_cache_is_not_coded(
+    report: dict[str, Any], place: Path, text: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["eval", place / "out", "--text", text], ["generate", place / "out", "The river"]):
+        assert main(*command, "--kv-cache-dtype", "int4") == 1
+        assert (
+            "first tokens and a window alone (kv_windows), which --kv-cache-dtype int4"
+            in capsys.readouterr().err
+        )
+
+
 def test_it_is_healed_as_it_is(report: dict[str, Any], place: Path, text: Path) -> None:
     settings = HealSettings(tokens=128, data={str(text): 1}, sequence_length=64, batch_tokens=64, held_out=2)
-    healed = mhconvert.heal(str(place / "out"), settings, output=str(place / "healed"))
+    said: list[str] = []
+    healed = mhconvert.heal(
+        str(place / "out"),
+        settings,
+        output=str(place / "healed"),
+        on_progress=lambda progress: said.append(progress.message),
+    )
+    assert any("each document has rows of its own, of which" in words for words in said)
     assert healed["verified"]["model_class"] == "SWALlamaForCausalLM"
     config = [json.loads((place / name / "config.json").read_text()) for name in ("out", "healed")]
     assert config[0]["kv_windows"] == config[1]["kv_windows"]

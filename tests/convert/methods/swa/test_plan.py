@@ -81,6 +81,24 @@ def test_first_tokens_have_a_window_of_any_width_beside_the_donors_own() -> None
     assert plan_of[1].held(plan_of[1].windows(())) == [2048, FIRST + 511] * (LAYERS // 2)
 
 
+@pytest.mark.parametrize("budget", [0.5, 1.0])
+def test_first_tokens_and_window_are_fewer_than_the_context(budget: float) -> None:
+    def planned(window: int | None, context: int = 64, **changes: Any) -> Any:
+        settings = SWASettings(budget, window=window, context=context, sinks="first")
+        return SWA(config(**changes), settings, "quick").plan
+
+    with pytest.raises(BudgetError, match=r"caches 64 tokens, .* choose --window < 61, or --context > 64"):
+        planned(61)
+    with pytest.raises(BudgetError, match=r"caches 5 tokens, .* nothing; choose --context > 5"):
+        planned(None, 5)
+    own = {"family": "gemma2", "sliding_window": 2048}
+    with pytest.raises(BudgetError, match=r"window=2048: a layer caches .* choose --window < 1021"):
+        planned(None, 1024, **own)
+    if budget == 1:
+        assert planned(60).least_share == 63 / 64
+        assert planned(512, 1024, **own).window == 512
+
+
 def test_windows_of_the_donor_are_kept() -> None:
     own = {"family": "gemma2", "sliding_window": 2048, "max_position_embeddings": 8192}
     found = plan(SWASettings(kv_budget=0.5), **own)
