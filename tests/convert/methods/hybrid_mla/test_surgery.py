@@ -15,7 +15,12 @@ from mhconvert.convert.layer_pass.decoder_layer import Layer
 from mhconvert.convert.methods.hybrid_mla.layer import mixer_layer
 from mhconvert.convert.methods.hybrid_mla.method import HybridMLA
 from mhconvert.convert.methods.hybrid_mla.settings import HybridSettings, Mixer
-from mhconvert.convert.methods.hybrid_mla.surgery import constant_reader, inverse_softplus, output_map
+from mhconvert.convert.methods.hybrid_mla.surgery import (
+    constant_reader,
+    head_maps,
+    inverse_softplus,
+    output_map,
+)
 from tests.convert.conversions import attention_inputs, donor_model, token_ids
 
 from .hybrids import MIXERS
@@ -131,7 +136,6 @@ def test_a_scan_is_the_recurrence(mixer: Mixer) -> None:
     assert relative_error(found, torch.stack(outputs)) < 1e-8
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -143,11 +147,45 @@ def test_a_scan_is_the_recurrence(mixer: Mixer) -> None:
         ("olmo2", {}),
     ],
 )
-def test_every_kind_of_attention_starts_better_than_nothing(
-    mixer: Mixer, family: str, config: dict[str, Any]
+@torch.no_grad()
+def test_the_maps_of_every_kind_of_attention_give_its_queries_keys_and_values(
+    family: str, config: dict[str, Any]
 ) -> None:
-    _, linear, inputs, targets = started(mixer, family=family, **config)
-    assert relative_error(linear(inputs)[0], targets) < 0.7
+    """Those that the donor's own modules give, but for the division by an RMS in a QK-norm."""
+    donor = donor_model(layers=3, hidden=32, family=family, **config)
+    attention, generator = donor.model.layers[1].self_attn, torch.Generator().manual_seed(0)
+    for name, parameter in attention.named_parameters():
+        if name.endswith("bias") or "norm" in name:  # which are 0 or 1 at first
+            parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+    reads_one, x = torch.randn(32, generator=generator), torch.randn(7, 32, generator=generator)
+    x = x + (1 - x @ reads_one)[:, None] * reads_one / reads_one.square().sum()
+    method = HybridMLA(donor.config, HybridSettings(0.9, linear_layers=[1]), "quick")
+    seen = method.observe(attention, x[None], layer_rotary(donor.model.rotary_emb, donor.config, 1, 7))
+    maps = head_maps(seen, HEADS, GROUPS, reads_one.double())
+
+    width = getattr(donor.config, "head_dim", None) or WIDTH
+    if family == "phi3":
+        written = attention.qkv_proj(x).split([HEADS * width, GROUPS * width, GROUPS * width], dim=-1)
+    else:
+        written = (attention.q_proj(x), attention.k_proj(x), attention.v_proj(x))
+    q, k, v = (each.unflatten(-1, (-1, width)) for each in written)
+    if family in ("qwen3", "olmo2"):
+        q, k = (
+            _normed_but_not_divided(norm, each)
+            for norm, each in ((attention.q_norm, q), (attention.k_norm, k))
+        )
+    for found, expected in ((maps.q, q), (maps.k, k), (maps.v, v)):
+        of_heads = torch.stack([expected[:, head * expected.shape[1] // HEADS] for head in range(HEADS)], 1)
+        assert relative_error(torch.einsum("tx,hdx->thd", x.double(), found), of_heads.double()) < 1e-9
+    o = x.new_ones(HEADS * width)
+    assert torch.allclose(maps.o @ o.double() + maps.o_bias, attention.o_proj(o).double(), atol=1e-4)
+
+
+def _normed_but_not_divided(norm: Any, heads: Tensor) -> Tensor:
+    """(T, H, d) times the gains of `norm`, of a head or of all together: its result times the RMS of what it reads."""
+    parts = heads.flatten(1).unflatten(-1, (-1, len(norm.weight)))
+    size = (parts.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    return (norm(parts) * size).flatten(1).view(heads.shape)
 
 
 def test_a_constant_is_read_from_what_tokens_have_in_common() -> None:
