@@ -13,7 +13,8 @@ PLAIN = {"architectures": ["LlamaForCausalLM"]}
 
 @pytest.mark.parametrize("family", sorted(name for name, row in FAMILIES.items() if row.refused is None))
 def test_supported_families_apply(family):
-    config = make_config(family=family, sliding_window=None, pad_token_id=1)
+    window = {} if family == "cwm" else {"sliding_window": None}  # a config of cwm has one
+    config = make_config(family=family, pad_token_id=1, **window)
     assert refusals(config)["mla"] is None
     assert require(config, "mla") is FAMILIES[family]
 
@@ -92,7 +93,7 @@ def test_scalings_by_a_constant_apply(rope):
         (make_config(quantization_config={"quant_method": "hqq"}), "quantised (hqq)"),
         (
             AutoConfig.for_model("gpt2"),
-            "model type 'gpt2' is not supported; the supported ones are arcee, gemma, ",
+            "model type 'gpt2' is not supported; the supported ones are arcee, cwm, gemma, ",
         ),
         (AutoConfig.for_model("bert", architectures=["BertForMaskedLM"]), "BertForMaskedLM is not a causal"),
         (AutoConfig.for_model("t5"), "it is an encoder-decoder model (t5)"),
