@@ -120,11 +120,17 @@ class OpenModel:
         folder = str(self.adapter.folder)
         return PeftModel.from_pretrained(base, folder, torch_device=self.device, is_trainable=trainable)
 
+    @property
+    def longest(self) -> int | None:
+        """The tokens that the model was made for; None where its config does not say."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
     def require_length(self, tokens: int) -> None:
         """Raises MhconvertError when `tokens` are more than the model was made for."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if limit and tokens > limit:
-            raise MhconvertError(f"{self.reference} reads at most {limit} tokens and {tokens} are asked for")
+        if self.longest and tokens > self.longest:
+            raise MhconvertError(
+                f"{self.reference} reads at most {self.longest} tokens and {tokens} are asked for"
+            )
 
 
 def checkpoint_folder(reference: str, *, weights: bool = True) -> Path | None:
@@ -192,13 +198,14 @@ def output_folder(recipe: Recipe) -> Path:
 
 
 def recorded_donor(checkpoint: str) -> str:
-    """The first donor in the checkpoint's provenance, or an adapter's base model. MhconvertError when there is none."""
+    """What the checkpoint is measured against, by its record: `chain.measured_model`, or the base model of an adapter,
+    merged or not. MhconvertError when there is none."""
     if is_adapter(Path(checkpoint).expanduser()):
         from .adapters.saved_adapter import open_adapter
 
         return open_adapter(checkpoint).base
     folder = checkpoint_folder(checkpoint) or Path(checkpoint)
-    if (first := chain.first_model(folder)) is not None:
+    if (first := chain.measured_model(folder)) is not None:
         return first
     try:
         return str(read_record(folder)["donor"]["reference"])

@@ -80,14 +80,14 @@ def convert_checkpoint(
         dtype = cost_estimate.output_dtype(recipe, donor)
         unplanned = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)
         needs = partial(space.needs, partial(survey.measure_needs, unplanned))
-        context = replace(unplanned, needs=needs, chain_began=first)
+        context = replace(unplanned, needs=needs, chain_began=first_donor.with_weights(donor, first))
         recipe, method, report = _convert_within_budget(context, space)
         _complete_folder(context, method, space, report)
         seconds = time.perf_counter() - started + space.earlier_seconds
         report |= {"output": str(output), "seconds": seconds, "peak_rss_bytes": peak_rss(report)}
         report["stage_seconds"] = on_progress.stop()  # of this run, where an earlier one was interrupted
         finish(space.partial, report)
-        provenance.write_provenance(space.partial, recipe, first, report)
+        provenance.write_provenance(space.partial, recipe, context.first, report)
         space.publish(finished=step is None)
     on_progress(Progress("done", 1, 1, str(output)))
     return report

@@ -14,9 +14,8 @@ from torch import Tensor
 from mhconvert.library_versions import versions
 from mhconvert.progress import Listener, Progress
 
-from ..convert.calibration.token_rows import require_embedded
 from ..convert.open_model import OpenModel
-from . import fidelity, refusals, retrieval_results, text_choice, texts
+from . import refusals, retrieval_results, text_choice, texts
 from .compared_models import candidates_of, describe, open_models
 from .result_cache import Store
 from .settings import EvalSettings
@@ -62,7 +61,7 @@ def evaluate(
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
         how = (bool(settings.text), device, trust_remote_code, on_progress, settings.kv_cache_dtype)
         opened = open_models(checkpoints, against, *how, settings.long_context is not None)
-        text_rows = _text_rows(run, opened)
+        text_rows = text_choice.token_rows(run.texts, opened, beyond=settings.long_context is not None)
         prompt_rows = _prompt_rows(run, opened)
         candidates = candidates_of(opened, settings)
         on_texts = _measure_texts(run, candidates, text_rows, prompt_rows)
@@ -119,7 +118,8 @@ def _measure_texts(
         return {}
     kept: dict[str, Any] = {"fresh": run.fresh, "on_rows": _row_listener(run.on_progress)}
     written = measure_writing(candidates, run.asked, prompts, run.store, **kept) if run.asked else None
-    return texts.measure(candidates, rows, run.store, **kept) | {"generation": written}
+    kinds = {text.name: text.kind for text in run.texts if text.kind}
+    return texts.measure(candidates, rows, run.store, kinds=kinds, **kept) | {"generation": written}
 
 
 def _measure_models(
@@ -191,23 +191,6 @@ def _task_results(tasks: TaskSet | None, outcomes: list[list[dict[str, Any]]]) -
         for row in scores.task_rows(of_task, local[of_task[0]["name"]])
     ]
     return {"tasks": rows, "average": scores.average(rows), "apart": scores.apart(rows)}
-
-
-def _text_rows(run: Run, opened: list[OpenModel]) -> dict[str, Tensor]:
-    """Token ids of each text (sequences, sequence_length), by its name, with the first model's tokenizer.
-
-    Raises:
-        MhconvertError: a text is too short, a token has no embedding, or a model reads fewer tokens than a row has.
-    """
-    tokenizer, rows = opened[0].tokenizer(), {}
-    for text in run.texts:
-        shape = (text.sequence_length, text.sequences)
-        ids = fidelity.text_rows(tokenizer, text.file, *shape, text.chat)
-        require_embedded(ids, tokenizer, opened[0].vocab_size)
-        for model in opened if run.settings.long_context is None else []:
-            model.require_length(text.sequence_length)
-        rows[text.name] = ids
-    return rows
 
 
 def _prompt_rows(run: Run, opened: list[OpenModel]) -> list[list[list[int]]]:

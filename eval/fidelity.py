@@ -143,11 +143,13 @@ def text_rows(
     sequence_length: int,
     sequences: int,
     plain_chat: documents.Chat | None = None,
+    remedy: str | None = None,
 ) -> Tensor:
     """The first tokens of the file as rows (sequences, sequence_length) int64, without special tokens or overlap.
 
     The file is plain text, or has documents as calibration text does, which are joined by empty lines. `plain_chat`
-    makes text of conversations where the tokenizer has no chat template; None: they are refused then.
+    makes text of conversations where the tokenizer has no chat template; None: they are refused then. `remedy` is what
+    to do about a text that is too short, by default to ask for less.
 
     Raises MhconvertError when the text is unreadable or too short.
     """
@@ -163,7 +165,7 @@ def text_rows(
         fewer = f"--sequences ≤ {len(ids) // sequence_length} or " if len(ids) >= sequence_length else ""
         raise MhconvertError(
             f"{text} has {len(ids)} tokens and {sequences} × {sequence_length} = {needed} are asked for; "
-            f"choose {fewer}a shorter --sequence-length, or more text"
+            + (remedy or f"choose {fewer}a shorter --sequence-length, or more text")
         )
     return torch.tensor(ids[:needed], dtype=torch.long).view(sequences, sequence_length)
 

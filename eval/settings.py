@@ -200,6 +200,9 @@ class EvalSettings(Settings):
             )
         if not self.generation and (self.prompts or self.max_new_tokens != EvalSettings.max_new_tokens):
             raise RecipeError("prompts and max_new_tokens are of generation: set that too, or leave them out")
+        shape = (self.sequences, self.sequence_length)
+        if not self.text and shape != (EvalSettings.sequences, EvalSettings.sequence_length):
+            raise RecipeError("sequences and sequence_length are of text: name one, or leave them out")
         probe = (self.retrieval_lengths, self.retrieval_trials)
         if not self.retrieval and probe != (RETRIEVAL_LENGTHS, EvalSettings.retrieval_trials):
             raise RecipeError(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mhconvert.errors import TextError
 
 from ..convert.calibration.conversations import Messages
 from ..convert.calibration.documents import Chat
-from ..convert.calibration.text_files import TEXT_SUFFIXES, require_reader
+from ..convert.calibration.text_files import TEXT_SUFFIXES, require_reader, told_apart
+from ..convert.calibration.token_rows import require_embedded
+from ..convert.open_model import OpenModel
+from . import fidelity
 from .settings import EvalSettings
 from .tasks.task_choice import suites
 
@@ -26,6 +32,7 @@ class Text:
         name: in results; unique among the texts of an evaluation.
         file: holds it.
         sequence_length, sequences: of its rows.
+        kind: of a text of the suite; None: it is the user's.
         chat: makes text of conversations where there is no chat template; None: they are refused then.
     """
 
@@ -33,20 +40,43 @@ class Text:
     file: Path
     sequence_length: int
     sequences: int
+    kind: str | None = None
     chat: Chat | None = None
 
 
 def chosen(settings: EvalSettings) -> list[Text]:
-    """The texts of the suite, then the user's files, each once; files of one name are told apart by their folders."""
+    """The texts of the suite, then the user's files, each once, by its path where another text has its name."""
     files = list(dict.fromkeys(settings.text_files))
     shape = (settings.sequence_length, settings.sequences)
-    names = [file.name for file in files]
-    mine = [
-        Text(name if names.count(name) == 1 else str(file), file, *shape)
-        for name, file in zip(names, files, strict=True)
-    ]
-    of_suite = suites()[settings.suite].get("texts") if settings.suite else None
-    return [*_of_suite(of_suite, settings.data_folder), *mine] if of_suite else mine
+    wanted = suites()[settings.suite].get("texts") if settings.suite else None
+    texts = _of_suite(wanted, settings.data_folder) if wanted else []
+    names = told_apart(list(map(str, files)), [text.name for text in texts])
+    return [*texts, *(Text(name, file, *shape) for name, file in zip(names, files, strict=True))]
+
+
+def token_rows(texts: Sequence[Text], models: Sequence[OpenModel], *, beyond: bool) -> dict[str, Tensor]:
+    """Token ids of each text (sequences, sequence_length), by its name, with the first model's tokenizer.
+
+    Rows of the suite's texts are no longer than every model reads. beyond: rows of the user's may be.
+
+    Raises:
+        MhconvertError: a text is too short, a token has no embedding, or a model reads fewer tokens than a row has.
+    """
+    tokenizer, rows = models[0].tokenizer(), {}
+    limits = [limit for model in models if (limit := model.longest)]
+    for text in texts:
+        length, remedy = text.sequence_length, None
+        if text.kind:
+            length = min([length, *limits])
+            remedy = (
+                f"lengthen the file, or leave it out of --data, so that our own text of {text.kind} is read"
+            )
+        ids = fidelity.text_rows(tokenizer, text.file, length, text.sequences, text.chat, remedy)
+        require_embedded(ids, tokenizer, models[0].vocab_size)
+        for model in () if beyond else models:
+            model.require_length(length)
+        rows[text.name] = ids
+    return rows
 
 
 def _of_suite(wanted: dict[str, Any], data: Path | None) -> list[Text]:
@@ -62,7 +92,7 @@ def _of_suite(wanted: dict[str, Any], data: Path | None) -> list[Text]:
         name = f"{kind} ({local.name})" if local else kind
         file = local or next(own.glob(f"{kind}.*"))
         require_reader(file)
-        texts.append(Text(name, file, wanted["sequence_length"], wanted["sequences"], _plain_chat))
+        texts.append(Text(name, file, wanted["sequence_length"], wanted["sequences"], kind, _plain_chat))
     return texts
 
 

@@ -12,14 +12,20 @@ LEAST = 0.05  # nats, 5 % of perplexity
 ERRORS = 3.0  # standard errors
 
 
+def counted(texts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The `texts` of a result that are told of together: those of a suite, which have a kind, or all where none has."""
+    return [text for text in texts if text.get("kind")] or list(texts)
+
+
 def over_texts(texts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """Of each model on all `texts` of a result together; None for fewer than two.
+    """Of each model on the `counted` texts of a result together; None for fewer than two.
 
     Returns:
         ratio: the geometric mean of its perplexities ÷ the donor's; kl: the mean; worst: the name of the text with the
         largest ratio, None for the donor; worst_ratio: that, 1 for the donor; worse: the texts that are much worse
         than the others, with ratio and others, the others' geometric mean. Ratios are None where not finite.
     """
+    texts = counted(texts)
     if len(texts) < 2:
         return None
     return [_of_model(texts, index) for index in range(len(texts[0]["models"]))]

@@ -22,6 +22,7 @@ def measure(
     rows: Mapping[str, Tensor],
     store: Store,
     *,
+    kinds: Mapping[str, str],
     fresh: bool,
     on_rows: OnRows,
 ) -> dict[str, Any]:
@@ -31,14 +32,15 @@ def measure(
         candidates: the models, the donor first.
         rows: token ids (sequences, sequence_length) of each text, by the text's name.
         store: keeps results between runs.
+        kinds: of the texts of a suite, by their names.
         fresh: measures everything anew.
         on_rows: called with the model and text, the rows done and the rows in all.
 
     Returns:
-        texts: perplexity, kl and top1_agreement of every model on each text, and of all but the donor ratio (of the
-        perplexities) and standard errors, None where not finite; over_texts: see there; cache: kv_elements_per_token of
-        every model and, where it depends on the length of a text, by_length, tokens → elements, the last of which it
-        is; None without texts.
+        texts: kind, of a suite's; perplexity, kl and top1_agreement of every model on each text, and of all but the
+        donor ratio (of the perplexities) and standard errors, None where not finite; over_texts: see there; cache:
+        kv_elements_per_token of every model and, where it depends on the length of a text, by_length, tokens →
+        elements, the last of which it is; None without texts.
     """
     if not rows:
         return {"texts": [], "over_texts": None, "cache": None}
@@ -56,7 +58,8 @@ def measure(
             figures = {name: measured[name] for name in ("kl", "kl_stderr", "top1_agreement")}
             models.append({"perplexity": measured["perplexity"]["converted"]} | figures | _ratio(measured))
         shape = {"sequences": ids.shape[0], "sequence_length": ids.shape[1]}
-        texts.append({"text": text, **shape, "tokens": of_text[0]["tokens"], "models": models})
+        kind = {"kind": kinds[text]} if text in kinds else {}
+        texts.append({"text": text, **kind, **shape, "tokens": of_text[0]["tokens"], "models": models})
     caches = [results[0]["cache"][0], *(result["cache"][1] for result in results if others)]
     return {
         "texts": texts,

@@ -24,7 +24,8 @@ from torch.nn.utils import parametrize
 
 from mhconvert.errors import HealError
 
-from ..convert.families.facts import rotary_share
+from ..convert.families.facts import cached_part, rotary_share
+from ..convert.methods.registry import whole_elements
 from .student import Student
 
 FUSED_AFTER = 0.7  # fraction of the steps after which t is 0; √t falls linearly
@@ -213,10 +214,11 @@ def config_fields(config: Any) -> dict[str, Any]:
     }
 
 
-def cache_elements(model: Any) -> int:
-    """The KV-cache elements per token over all layers."""
-    return sum(
-        projection.weight.shape[0]
-        for layer in model.get_decoder().layers
+def cache_elements(model: Any, context: int | None = None) -> int:
+    """The KV-cache elements per token over all layers, where the cache holds `context` tokens; None: any number."""
+    elements = sum(
+        projection.weight.shape[0] * cached_part(model.config, index, context)
+        for index, layer in enumerate(model.get_decoder().layers)
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
     )
+    return int(whole_elements(elements, context))

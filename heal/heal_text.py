@@ -64,10 +64,8 @@ def prepare(
 
     Args:
         vocab_size: rows of the smaller embedding of student and teacher.
-        length: tokens per row.
-        rows: to train on, repetitions included.
-        sample: for the source "self".
-        alone: as of `pack`.
+        length, rows: tokens per row; rows to train on, repetitions included.
+        sample, alone: for the source "self"; as of `pack`.
 
     Raises:
         HealError: a source is too short; the message says how much text it has.
@@ -85,16 +83,13 @@ def prepare(
         seed = f"{settings.seed} {number}"
         if source == "self":
             prompts = [words for part in train for words in first_words(part, tokenizer)]
-            distinct = -(-wanted[source] // settings.epochs)
-            ids = sample(held_out[source] + distinct, prompts).int()
+            ids = sample(held_out[source] - (-wanted[source] // settings.epochs), prompts).int()
             both = Rows(ids, torch.arange(length, dtype=torch.int32).expand(ids.shape).clone())
             evaluation_rows, train_rows = both[: held_out[source]], both[held_out[source] :]
         else:
-            characters = int((wanted[source] + held_out[source]) * length * CHARACTERS_A_TOKEN * SPARE)
             bad: list[str] | None = [] if settings.skip_bad else None
-            pieces = pieces_of(source, tokenizer, length, random.Random(seed), characters, bad)
-            evaluation_rows = pack(pieces, length, held_out[source], alone)
-            train_rows = pack(pieces, length, wanted[source], alone)
+            counts = (held_out[source], wanted[source])
+            evaluation_rows, train_rows = _packed(source, tokenizer, length, counts, seed, bad, alone)
             skipped |= {source: len(bad)} if bad else {}
             require_embedded(torch.cat((evaluation_rows.ids, train_rows.ids)), tokenizer, vocab_size)
         if len(evaluation_rows) < held_out[source] or len(train_rows) * settings.epochs < wanted[source]:
@@ -106,6 +101,22 @@ def prepare(
         first += len(train_rows)
     order = torch.tensor(_interleave(orders))
     return HealText(_concatenate(train), _concatenate(evaluation), order, tokens, skipped)
+
+
+def _packed(
+    source: str,
+    tokenizer: Any,
+    length: int,
+    counts: tuple[int, int],
+    seed: str,
+    bad: list[str] | None,
+    alone: bool,
+) -> tuple[Rows, Rows]:
+    """Up to `counts` rows of a source of files, those of either use from texts that the other does not have."""
+    characters = int(sum(counts) * length * CHARACTERS_A_TOKEN * SPARE)
+    pieces = pieces_of(source, tokenizer, length, random.Random(seed), characters, bad)
+    first, second = (pack(pieces, length, count, alone) for count in counts)
+    return first, second
 
 
 def _divide(count: int, shares: dict[str, float]) -> dict[str, int]:

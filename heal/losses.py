@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 CHUNK_BYTES = 64 << 20  # float32 logits of a chunk; about four tensors of this size exist at a time
+END = 1e-3  # a beta as near to 0 or 1 is taken as that: float32 would lose the divergence in its division by beta
 
 Head = Callable[[Tensor], Tensor]  # normed hidden states (P, D) -> logits (P, V)
 Chunk = tuple[Tensor, Tensor | None, Tensor]  # logits of the student and of the teacher, targets
@@ -86,11 +87,14 @@ def divergence(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
     """The divergence of log-probabilities (P, V), summed over positions.
 
     KL(teacher ‖ student) for beta = 0, KL(student ‖ teacher) for 1, and between them, with M = β T + (1 − β) S, the
-    generalised Jensen-Shannon divergence β KL(T ‖ M) + (1 − β) KL(S ‖ M). Departure from its source, GKD (arXiv
-    2306.13649): it is divided by β (1 − β), so that its limits are the two ends, and all agree to second order.
+    generalised Jensen-Shannon divergence β KL(T ‖ M) + (1 − β) KL(S ‖ M). Departures from its source, GKD (arXiv
+    2306.13649): it is divided by β (1 − β), so that its limits are the two ends, and all agree to second order; and
+    within END of an end it is that end.
     """
-    if beta in (0.0, 1.0):
-        return _kl(student, teacher) if beta else _kl(teacher, student)
+    if beta <= END:
+        return _kl(teacher, student)
+    if beta >= 1 - END:
+        return _kl(student, teacher)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     return _kl(teacher, mixture) / (1 - beta) + _kl(student, mixture) / beta
 

@@ -43,10 +43,19 @@ FAULTS = ("empty", "loops")
 
 
 def written(plan: Steps, share: float | None) -> Tensor:
-    """(rows,), bool: which rows of the run the student writes, evenly spread over those that have a teacher."""
+    """(rows,), bool: which rows of the run the student writes, evenly spread over those that have a teacher.
+
+    Raises HealError if a share is given and there are too few rows for one of its own.
+    """
     numbers = torch.arange(plan.rows + 1, dtype=torch.float64)
-    own = (numbers * (share or 0.0)).floor().diff() > 0
-    return own & (numbers[:-1] < plan.lm_from * plan.batch_rows)
+    taught = plan.lm_from * plan.batch_rows
+    own = ((numbers * (share or 0.0)).floor().diff() > 0) & (numbers[:-1] < taught)
+    if share and not own.any():
+        raise HealError(
+            f"on_policy={share:g} of the {taught} rows that the teacher scores is less than one row: the student would "
+            f"write none; choose a share of at least 1/{taught}, or more --tokens"
+        )
+    return own
 
 
 def text_of(order: Tensor, own: Tensor) -> Tensor:
@@ -131,7 +140,7 @@ class OwnText:
         accelerator, length = self.accelerator, self.plan.length
         together, found = -(-len(numbers) // batches_of(len(numbers), length)), []
         tokens = self.plan.rows * length
-        self.student.eval()
+        model, known = self.student.eval().model, self.student.vocab_size
         starts = range(0, len(numbers), together)
         for start in starts[accelerator.process_index :: accelerator.num_processes]:
             part = slice(start, start + together)
@@ -139,7 +148,7 @@ class OwnText:
                 random.Random(f"{self.seed} {numbers[start]}").getrandbits(63)
             )
             with accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext():
-                for ids in continued(self.student.model, begun[part], length, generator):
+                for ids in continued(model, begun[part], length, generator, vocab_size=known):
                     if ids.shape[1] % max(1, length // 10) == 0:  # each message is a line in a log
                         message = (
                             f"the student writes {len(numbers)} rows, token {ids.shape[1]:,} of {length:,}"
@@ -178,7 +187,8 @@ class OwnText:
 
     def save(self, folder: Path) -> None:
         """Write the round to a training checkpoint."""
-        facts = {"faults": json.dumps(self.faults), "counts": json.dumps(self.counts)}
+        parts = {"faults": self.faults, "counts": self.counts, "every": self.every}
+        facts = {name: json.dumps(part) for name, part in parts.items()}
         save_tensors({str(number): ids for number, ids in self.rows.items()}, folder / FILE, facts)
 
     def _load(self, file: Path) -> None:
@@ -187,3 +197,4 @@ class OwnText:
             self.rows = {int(name): saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
         self.faults = {int(number): fault for number, fault in json.loads(facts["faults"]).items()}
         self.counts = Counter(json.loads(facts["counts"]))
+        self.every = json.loads(facts["every"])  # another number of processes would divide the run otherwise

@@ -77,6 +77,7 @@ class _Healing:
         self.student, self.teacher = open_both(asked, accelerator, on_progress)
         limit, processes = longest_row(self.student, self.teacher), accelerator.num_processes
         self.steps = schedule.divide(self.settings, limit, processes, accelerator.device.type)
+        self.own_rows = int(on_policy.written(self.steps, self.settings.on_policy).sum())
         self.adapter = self.student.adapter is not None
         self.source = SafetensorsSource(Path(asked.checkpoint)) if not self.adapter else None
         self.vocab_size = min(self.student.vocab_size, self.teacher.vocab_size)
@@ -128,8 +129,7 @@ class _Healing:
         """The rows; the first process prepares them once, the others and a resumed run read them."""
         if self.main and not self.space.has_text:
             settings, tokenizer, length = self.settings, self.student.tokenizer(), self.steps.length
-            own = int(on_policy.written(self.steps, settings.on_policy).sum())
-            rows = max(self.steps.rows - own, settings.layer_tokens // length, 1)
+            rows = max(self.steps.rows - self.own_rows, settings.layer_tokens // length, 1)
             self.on_progress(Progress("text", 0, 1, ", ".join(settings.data)))
 
             def sample(count: int, prompts: list[list[int]]) -> torch.Tensor:

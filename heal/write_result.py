@@ -68,7 +68,8 @@ def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[st
 def record_heads(report: dict[str, Any], model: Any, source: SafetensorsSource) -> None:
     """Update the cache size and the number of parameters in the report, in place, after a fusion of heads."""
     width = source.dtype(next(name for name in source.names() if name.endswith("k_proj.weight"))).itemsize
-    report["kv_bytes_per_token"]["converted"] = fusion.cache_elements(model) * width
+    elements = fusion.cache_elements(model, report.get("cache_context"))
+    report["kv_bytes_per_token"]["converted"] = elements * width
     report["parameters"]["converted"] = sum(parameter.numel() for parameter in model.parameters())
 
 

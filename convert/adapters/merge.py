@@ -151,5 +151,5 @@ def _write_rest(
     carry_files(adapter.folder, folder, *TEXT_FILES, code=code)
     provenance.write_model_config(folder, copy.deepcopy(donor.config), type(donor.skeleton()), dtype)
     card.write(folder, Path(report["output"]).name, donor, card.about_merged(report), library="transformers")
-    earlier = chain.steps(donor.folder)
-    provenance.record(folder, donor, merged=report, **({"chain": earlier} if earlier else {}))
+    kept = {"chain": chain.steps(donor.folder), "cache_context": provenance.recorded_context(donor.folder)}
+    provenance.record(folder, donor, merged=report, **{name: value for name, value in kept.items() if value})

@@ -9,7 +9,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +167,12 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     columns = [name for name in FIELDS if name in table.schema_arrow.names]
     rows = (row for batch in table.iter_batches(columns=columns or None) for row in batch.to_pylist())
     return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def told_apart(paths: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
+    """A name for each of different `paths`: of the file alone, or the path where that name is another's or `taken`."""
+    names = [*taken, *(Path(path).name for path in paths)]
+    return [
+        name if names.count(name) == 1 else f"./{path}" if path in taken else path
+        for name, path in zip(names[len(taken) :], paths, strict=True)
+    ]

@@ -105,13 +105,19 @@ def batches_of(rows: int, length: int) -> int:
 
 @torch.no_grad()  # what a module keeps of inference mode could not be trained with
 def continued(
-    model: Any, begun: list[list[int]], length: int, generator: torch.Generator, cache: Any = None
+    model: Any,
+    begun: list[list[int]],
+    length: int,
+    generator: torch.Generator,
+    cache: Any = None,
+    vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
     """The first tokens of each row as they are continued by sampling, a token at a time, to (rows, length).
 
     Args:
         begun: for each row at least one token, and fewer than `length`.
         cache: an empty one; None for the model's own.
+        vocab_size: the ids that may be sampled are below it; None for all that the model has.
     """
     ids = torch.tensor([row[: min(map(len, begun))] for row in begun])
     following = ids
@@ -120,7 +126,8 @@ def continued(
         output = model(
             input_ids=following.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        following = random_ids(output.logits[:, -1].float().softmax(-1), generator).cpu()
+        likely = output.logits[:, -1, :vocab_size].float().softmax(-1)
+        following = random_ids(likely, generator).cpu()
         for row, given in zip(following, begun, strict=True):
             if ids.shape[1] < len(given):
                 row[0] = given[ids.shape[1]]

@@ -26,15 +26,24 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     if isinstance(merged, dict):
         own = [{"model": merged.get("base"), "method": merged.get("method"), "settings": {}}]
     elif isinstance(recipe, dict):
-        parts = [*(recipe.get("earlier") or []), recipe]
-        own = [{"method": part.get("method"), "settings": part.get("settings") or {}} for part in parts]
-        own = [{"model": recipe.get("model")} | step for step in own]
+        settings = recipe.get("settings") or {}
+        own = [{"model": recipe.get("model"), "method": recipe.get("method"), "settings": settings}]
     return [*(earlier if isinstance(earlier, list) else []), *own]
 
 
 def first_model(folder: Path) -> str | None:
     """The reference of the model that the chain of `folder` began with; None for a folder without a chain."""
-    return next((str(step["model"]) for step in steps(folder) if step.get("model")), None)
+    return _first(steps(folder))
+
+
+def measured_model(folder: Path) -> str | None:
+    """The reference of the model that `folder` is measured against: what its steps behind the last merged adapter began
+    with, since what was trained is not to be undone; None where there are none."""
+    return _first(combinations.behind_adapters(steps(folder)))
+
+
+def _first(some: list[dict[str, Any]]) -> str | None:
+    return next((str(step["model"]) for step in some if step.get("model")), None)
 
 
 def methods(folder: Path) -> list[str]:

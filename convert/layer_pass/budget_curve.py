@@ -180,7 +180,7 @@ def trace(context: ConversionContext, recipes: Sequence[Recipe]) -> dict[str, An
         "perplexity": results[0]["perplexity"]["donor"],
         "kv_elements_per_token": elements,
         "kv_bytes_per_token": elements * context.dtype.itemsize,
-        "cache_context": methods[0].cache_context,
+        "cache_context": layer_steps.stated_context(methods[0], donor),
         "fit_steps": layer_steps.layer_fit_steps(context.recipe, methods[0], rows.fit.shape[1]),
         "measured_tokens": rows.held_out.numel() - len(rows.held_out),  # the first of a row is not predicted
         "points": [_point(student, result) for student, result in zip(students, results, strict=True)],
@@ -203,7 +203,7 @@ def _pass_layer(context: ConversionContext, index: int, students: list[Student])
 
 def _elements(student: Student, side: str) -> float:
     elements = sum(layer["kv_elements"][side] for layer in student.layers)
-    return whole_elements(elements, student.method.cache_context)
+    return whole_elements(elements, layer_steps.stated_context(student.method, student.context.donor))
 
 
 def _point(student: Student, result: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..checkpoint.provenance import needs_remote_code
 from ..methods.registry import info, whole_elements
 from ..storage.dtype_cast import DTYPES
 from .context import ConversionContext
-from .loss_by_source import blocks, by_source, warnings
+from .loss_by_source import by_source, warnings
 
 PROBE_ROWS, PROBE_TOKENS = 2, 4096  # the most whose logits a reload is compared with; one row at least
 
@@ -86,11 +86,10 @@ def held_out_fidelity(
             expected = context.first.head(teacher[index].to(context.device)).cpu()[:-1]
             for number, (student, prediction) in enumerate(zip(students, predictions, strict=True)):
                 converted = donor.head(student[index].to(context.device), context.dtype).cpu()
-                for block in blocks(len(row) - 1):
-                    part = context.measure()
-                    part.add(expected[block], converted[:-1][block], row[1:][block])
-                    prediction.merge(part)
-                    parts[number].setdefault(sources[index], []).append(part)
+                part = context.measure()
+                part.add(expected, converted[:-1], row[1:])
+                prediction.merge(part)
+                parts[number].setdefault(sources[index], []).append(part)
                 if probe is not None and number == 0 and index < probe_rows(held_out.shape[1]):
                     kept.append(converted)
     if probe is not None:

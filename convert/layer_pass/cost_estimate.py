@@ -22,7 +22,7 @@ from ..recipe.recipe import Recipe
 from ..recipe.written_weights import dtype_name
 from ..storage.byte_size import SLACK_BYTES
 from ..storage.dtype_cast import DTYPES
-from .layer_steps import block_steps, layer_rows
+from .layer_steps import block_steps, layer_rows, stated_context
 from .sensitivity import few_tokens, peak_bytes, stored_bytes, surveyed_shape
 from .survey import SAMPLES
 
@@ -47,7 +47,6 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     config, dtype = donor.config, output_dtype(recipe, donor)
     layers, width = config.num_hidden_layers, dtype.itemsize
     elements = attention_facts(config).kv_elements
-    of_donor = donor_elements(method, config)
     outer, in_layers, attention = all_parameters(donor, method)
     converted = outer + in_layers - attention + layers * method.new_parameters()
     tokens = token_count(recipe, device)
@@ -73,11 +72,10 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
         "layers": [{"index": i} | method.layer_sizes(i) for i in range(layers)],
-        "kv_elements_per_token": {"donor": of_donor, "converted": method.kv_elements()},
-        "kv_bytes_per_token": {"donor": of_donor * width, "converted": method.kv_bytes(width)},
+        **_cache_sizes(method, donor, width),
         "parameters": {"donor": outer + in_layers, "converted": converted},
         **method.totals(),
-        **{name: getattr(method, name) for name in ("notice", "cache_context") if getattr(method, name)},
+        **({"notice": method.notice} if method.notice else {}),
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + kept + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES
@@ -94,11 +92,27 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     }
 
 
-def donor_elements(method: Method, config: Any) -> int:
-    """Cache elements per token of a donor, all layers together."""
-    context = method.cache_context
+def donor_elements(config: Any, context: int | None) -> int:
+    """Cache elements per token of a donor, all layers together, where the cache holds `context` tokens."""
     parts = (own * cached_part(config, index, context) for index, own in enumerate(cache_elements(config)))
     return int(whole_elements(sum(parts), context))
+
+
+def _cache_sizes(method: Method, donor: Donor, width: int) -> dict[str, Any]:
+    """What a plan says of the cache, whose elements have `width` bytes.
+
+    A method that knows of no context keeps the windows of an earlier step: of its cache the same part is used.
+    """
+    context, whole = stated_context(method, donor), sum(cache_elements(donor.config))
+    of_donor = donor_elements(donor.config, context)
+    elements, size = method.kv_elements(), method.kv_bytes(width)
+    if context != method.cache_context:
+        elements, size = (int(-(-number * of_donor // whole)) for number in (elements, size))
+    return {
+        "kv_elements_per_token": {"donor": of_donor, "converted": elements},
+        "kv_bytes_per_token": {"donor": of_donor * width, "converted": size},
+        **({"cache_context": context} if context else {}),
+    }
 
 
 def _survey(method: Method, config: Any, elements: int, rows: int, length: int) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""The donor that a chain of conversions began with: what the result of its last step is measured against."""
+"""The donor that a chain of conversions began with, behind its last adapter: what the result is measured against."""
 
 from __future__ import annotations
 
@@ -16,23 +16,35 @@ from ..checkpoint import chain
 from ..donor.donor import Donor, open_donor
 from ..families.facts import layer_window
 from ..methods.registry import Method
-from . import cost_estimate
+from . import cost_estimate, layer_steps
 from .context import ConversionContext
 from .decoder_layer import Layer
 
+KEPT = ("vocab_size", "num_hidden_layers", "hidden_size")  # of a config by every conversion
+
 
 def first_donor(donor: Donor, *, trust_remote_code: bool) -> tuple[Donor, set[Path]]:
-    """The donor that the chain of `donor` began with, `donor` itself where it has none or that is not at hand; and the
-    folders of both, which no output may replace."""
-    reference, first = chain.first_model(donor.folder), donor
+    """The donor that the chain of `donor` began with, `donor` itself where it has none or that is not at hand, as it is
+    not where another model has its place; and the folders of both, which no output may replace."""
+    reference, first = chain.measured_model(donor.folder), donor
     with suppress(MhconvertError):
-        first = donor if reference is None else open_donor(reference, trust_remote_code=trust_remote_code)
+        found = donor if reference is None else open_donor(reference, trust_remote_code=trust_remote_code)
+        if all(getattr(found.config, name) == getattr(donor.config, name) for name in KEPT):
+            first = found
     return first, {donor.folder, first.folder}
+
+
+def with_weights(donor: Donor, first: Donor) -> Donor:
+    """`first` with its weights open; `donor` where they are not at hand, which would be found behind the last layer."""
+    with suppress(MhconvertError):
+        if first.source:
+            return first
+    return donor
 
 
 def notice(donor: Donor, first: Donor) -> str | None:
     """A sentence for the user where a chain cannot be compared with what it began with."""
-    reference = chain.first_model(donor.folder)
+    reference = chain.measured_model(donor.folder)
     if first is not donor or reference is None:
         return None
     return f"the chain began with {reference}, which is not at hand: all is compared with {donor.reference}"
@@ -61,7 +73,7 @@ def named(report: dict[str, Any], context: ConversionContext, method: Method) ->
     report = report | {"chain": earlier, "notice": "; ".join(filter(None, texts)) or None}
     if first is donor:
         return report
-    elements = cost_estimate.donor_elements(method, first.config)
+    elements = cost_estimate.donor_elements(first.config, layer_steps.stated_context(method, donor))
     return report | {
         "donor": first.reference,
         "donor_name": first.name,

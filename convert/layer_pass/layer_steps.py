@@ -19,6 +19,8 @@ from mhconvert.errors import CheckpointError
 
 from ..attention.linalg import relative_error
 from ..attention.rotary import layer_rotary
+from ..checkpoint.provenance import recorded_context
+from ..donor.donor import Donor
 from ..families.facts import cached_part, layer_window
 from ..methods.registry import Method
 from ..recipe.recipe import Recipe
@@ -40,7 +42,8 @@ class LayerTargets:
         inputs, targets: of the attention on the fitted rows, (N, L, D) float32 on the CPU.
         held_inputs, held_targets: the same on the held-out rows.
         statistics: what the method keeps of the layer.
-        kv_elements: what one token leaves in a cache object, in the mean of the method's `cache_context`.
+        kv_elements: what one token leaves in a cache object, in the mean of `stated_context`.
+        cached: by which the same of a converted layer is multiplied, where its method knows of no context.
     """
 
     inputs: Tensor
@@ -49,6 +52,12 @@ class LayerTargets:
     held_targets: Tensor
     statistics: Any
     kv_elements: float
+    cached: float
+
+
+def stated_context(method: Method, donor: Donor) -> int | None:
+    """Tokens for which cache sizes are stated: the method's, or else those that an earlier step planned windows for."""
+    return method.cache_context or recorded_context(donor.folder)
 
 
 def fit_steps(recipe: Recipe) -> int:
@@ -119,13 +128,15 @@ def observe(
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)
     elements = layer.cache_elements(layer.attention, held_inputs)
-    elements *= cached_part(context.donor.config, layer.index, method.cache_context)
+    stated = stated_context(method, context.donor)
+    part = cached_part(context.donor.config, layer.index, stated)
+    cached = 1.0 if stated == method.cache_context else part
     with half_products(context.device):
         layer.complete(fit, targets)
     layer.complete(held, held_targets)
     del layer.module.self_attn  # the donor's is not written
     _round_to(layer.module, context.dtype, f"layer {layer.index}: ")
-    return LayerTargets(inputs, targets, held_inputs, held_targets, statistics, elements)
+    return LayerTargets(inputs, targets, held_inputs, held_targets, statistics, elements * part, cached)
 
 
 def convert_attention(
@@ -186,7 +197,8 @@ def advance_student(layer: Layer, attention: Any, targets: LayerTargets, student
     elif elements is None:
         elements = layer.cache_elements(attention, targets.held_inputs)
     layer.complete(student, layer.attend(attention, layer.attention_inputs(student)))
-    return {"relative_error": error, "kv_elements": {"donor": targets.kv_elements, "converted": elements}}
+    sizes = {"donor": targets.kv_elements, "converted": elements * targets.cached}
+    return {"relative_error": error, "kv_elements": sizes}
 
 
 def _fit_options(context: ConversionContext, layer: Layer, inputs: Tensor) -> dict[str, int]:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Predictions whose sum counts as one draw: those of neighbouring tokens resemble each other, so that their own spread
-# would promise too little noise.
-BLOCK = 64
-MUCH, STDERRS = (
-    1.5,
-    2,
-)  # a source loses much more: so many times what the others lose, by so many standard errors
+from ..calibration.text_files import told_apart
+
+# A source loses much more: so many times what the others lose, by so many standard errors. The errors of few rows are
+# rough, and every source is tested.
+MUCH, STDERRS = 1.5, 3
 LEAST_KL = 0.01  # nats a token, below which nothing is much
-
-
-def blocks(predictions: int) -> Iterator[slice]:
-    """The predictions of a row in blocks."""
-    return (slice(start, min(start + BLOCK, predictions)) for start in range(0, predictions, BLOCK))
 
 
 def by_source(parts: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """For each source: source, tokens (predictions), kl and perplexity_ratio, each with its _stderr, and `much`:
     whether its KL is more than MUCH times that of all others together, and more than noise. [] for one source.
 
-    parts: of each source, an accumulator of predictions (`eval.fidelity.Fidelity`) for every block.
+    parts: of each source, an accumulator of predictions (`eval.fidelity.Fidelity`) for every row. A row is one passage,
+        whose predictions are alike, so that noise is the spread of rows; of one row nothing is much.
     """
     if len(parts) < 2:
         return []
@@ -59,16 +52,16 @@ def by_source(parts: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def warnings(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence on each source of `by_source` that loses much more than the others."""
     return [
-        f"on {Path(one['source']).name} the conversion loses much more than on its other sources: KL {one['kl']:.3g} ± "
+        f"on {name} the conversion loses much more than on its other sources: KL {one['kl']:.3g} ± "
         f"{one['kl_stderr']:.1g} nats a token, and {one['others_kl']:.3g} on the others, perplexity × "
         f"{one['perplexity_ratio']:.3f}; text of that kind needs more calibration, or a larger budget"
-        for one in found
+        for name, one in zip(told_apart([one["source"] for one in found]), found, strict=True)
         if one["much"]
     ]
 
 
 def _mean(sums: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
-    """The mean over tokens of (sum, tokens) of blocks, and its standard error, which one block does not tell."""
+    """The mean over tokens of (sum, tokens) of rows, and its standard error, which one row does not tell."""
     tokens = sum(count for _, count in sums)
     mean = sum(total for total, _ in sums) / tokens
     if len(sums) < 2:

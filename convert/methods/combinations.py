@@ -1,4 +1,4 @@
-"""Which method may follow which, on a checkpoint or in one command: one table, asked before anything is read.
+"""Which method may follow which on a checkpoint: one table, asked before anything is read.
 
 A pair has a row by the kinds of its steps. A chain is allowed where every earlier step may be followed by every later
 one. Importing this module imports no torch.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from .registry import METHODS
 
 CODED = "mla (coded)"  # mla whose latents have codes; "mla": of 16-bit elements
 LATENTS = ("mla", CODED)
@@ -155,6 +157,12 @@ def refusal(steps: Iterable[str], then: str) -> str | None:
         if row.exact is None:
             return f"{then} cannot follow {first}: {row.refused}"
     return None
+
+
+def behind_adapters(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a chain's steps that come behind its last merged adapter; all where no adapter was merged."""
+    begun = [number for number, step in enumerate(steps, 1) if step.get("method") not in METHODS]
+    return steps[max(begun, default=0) :]
 
 
 def markdown() -> str:

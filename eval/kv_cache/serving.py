@@ -37,6 +37,11 @@ def require(opened: OpenModel, dtype: str) -> None:
             f"{opened.reference} caches codes already (kv_bits), not keys and values, so --kv-cache-dtype {dtype} has "
             "nothing to code; leave it out"
         )
+    if any(getattr(text, "kv_windows", None) or ()):
+        raise MhconvertError(
+            f"{opened.reference} has layers whose cache keeps the first tokens and a window alone (kv_windows), which "
+            f"--kv-cache-dtype {dtype} does not code; leave it out"
+        )
     for kind in getattr(text, "layer_types", None) or ():
         if kind not in KINDS:
             raise MhconvertError(

@@ -63,13 +63,14 @@ def attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, T, d), key and value (B, G, S, d), attention_mask (B, S) -> output (B, T, H, d)."""
+    held = None if cache is None else _keys(cache, module.layer_idx)
     starts, rule = first_tokens(attention_mask), reach.rule
     beyond: list[Callable[..., Tensor]] = [rule.attend] * len(starts)
     if isinstance(rule, Chunks) and key.shape[2] > rule.trained:
         chunks = _represented(rule, key, starts, known_chunks)
         beyond = [partial(rule.attend, found=found) for _, found in chunks]
-        if cache is not None:
-            reach.known[_keys(cache, module.layer_idx)] = chunks
+        if held is not None:
+            reach.known[held] = chunks
     output = torch.zeros_like(query)
     for row, start in enumerate(starts):
         own = query[row], key[row, :, start:], value[row, :, start:]
@@ -129,7 +130,8 @@ def _keys(cache: Any, index: int) -> Any:
     layer = cache.layers[index]
     if type(layer) is not DynamicLayer:
         raise MhconvertError(
-            f"--long-context longheads reads transformers' DynamicCache, and this cache has a {type(layer).__name__}"
+            "--long-context longheads and window read transformers' DynamicCache, and this cache has a "
+            f"{type(layer).__name__}; leave past_key_values and cache_implementation out"
         )
     return layer.keys
 

@@ -16,6 +16,10 @@ from .chunks import ALWAYS
 
 READERS = ("longheads", "window")  # what reads part of the keys; the others scale RoPE
 KEYS_AND_VALUES = ("dha", "moh")  # methods whose checkpoints cache those
+OTHER_CACHES = {  # methods whose checkpoints cache something else
+    "swa": "its windowed layers keep the first tokens and a window alone",
+    "hybrid": "its linear layers keep a state instead of keys, and the others cache codes",
+}
 LARGEST_CHUNK, CHUNKS = 256, 16  # the paper's size, and its number for a trained length of 4,096
 
 
@@ -116,7 +120,8 @@ def _family(opened: OpenModel, kind: str) -> Family:
             f"--long-context {kind} reads whole models, and {opened.reference} is an adapter; mhconvert merge makes one"
         )
     if family is None or family.refused is not None:
-        reason = family.refused if family else "its cache or its RoPE is not that of a Llama"
+        other = OTHER_CACHES.get(method, "its cache or its RoPE is not that of a Llama")
+        reason = family.refused if family else other
         raise UnsupportedError(
             f"--long-context {kind} cannot read {opened.reference} of model type '{model_type}': {reason}; it reads "
             f"unconverted models of the known families, and conversions by {' and '.join(KEYS_AND_VALUES)}"

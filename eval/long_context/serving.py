@@ -30,8 +30,15 @@ def serve(model: Any, how: LongContext | None) -> Any:
     else:
         own.rope_parameters = dict(own.rope_parameters) | _rope(how)
         rotary = type(getattr(base, how.family.rotary))(config=own).to(model.device)
+        if how.kind == "dynamic":
+            rotary.register_forward_pre_hook(_forget)
         setattr(base, how.family.rotary, rotary)
     return model
+
+
+def _forget(rotary: Any, _: tuple[Any, ...]) -> None:
+    """Make the base that of this pass: transformers' dynamic RoPE keeps that of a longer text read before."""
+    rotary.inv_freq, rotary.max_seq_len_cached = rotary.original_inv_freq, rotary.original_max_seq_len
 
 
 def _rule(how: LongContext, inv_freq: Tensor) -> Chunks | Window:

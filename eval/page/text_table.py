@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..report.units import count, number, share
-from ..text_spread import MANY
+from ..text_spread import MANY, counted
 from .blocks import Block, Cell, Heading, Paragraph, Table
 
 Result = Mapping[str, Any]
@@ -39,7 +39,8 @@ def text_rows(result: Result) -> list[list[Cell]]:
     _, *others = result["over_texts"]
     mean = [Cell(_times(each["ratio"]), f"KL {number(each['kl'])}") for each in others]
     worst = [Cell(_times(each["worst_ratio"]), each["worst"]) for each in others]
-    return [*rows, [Cell("mean"), Cell(""), *mean], [Cell("worst"), Cell(""), *worst]]
+    of = "of the suite's texts" if len(counted(result["texts"])) < len(rows) else ""
+    return [*rows, [Cell("mean", of), Cell(""), *mean], [Cell("worst", of), Cell(""), *worst]]
 
 
 def _cell(found: Mapping[str, Any]) -> Cell:

@@ -9,7 +9,7 @@ from typing import Any
 from .. import refusal_counts
 from ..report.conversion_tables import method_title
 from ..report.units import share
-from ..text_spread import MANY
+from ..text_spread import MANY, counted
 from ..text_spread import sentence as sentence_of_texts
 from ..writing.verdict import sentence
 
@@ -114,7 +114,7 @@ def _refusals(result: Mapping[str, Any], index: int) -> str:
 def _perplexity(result: Mapping[str, Any], index: int) -> list[str]:
     """A clause on the perplexity ratio on each text, or of many their mean and the worst; empty without texts."""
     if len(result.get("texts") or ()) >= MANY and result.get("over_texts"):
-        return [_over_texts(result["over_texts"][index], len(result["texts"]))]
+        return [_over_texts(result["over_texts"][index], len(counted(result["texts"])))]
     finite: list[str] = []
     others: list[str] = []
     for text in result.get("texts") or ():

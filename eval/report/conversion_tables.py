@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ...convert.calibration.text_files import told_apart
+from ...convert.methods.combinations import behind_adapters
 from ...convert.methods.registry import METHODS
 from ...convert.storage.folder_kind import is_adapter
 from .length_rows import by_length
@@ -38,15 +40,15 @@ def _cache_row(report: dict[str, Any]) -> tuple[str, str, str, str]:
     return "KV cache a token", size(donor), size(converted), f"{part}, measured{where}"
 
 
-def _source_row(one: dict[str, Any]) -> tuple[str, str, str, str]:
-    """What is lost on the held-out rows of one source of calibration text."""
+def _source_row(name: str, one: dict[str, Any]) -> tuple[str, str, str, str]:
+    """What is lost on the held-out rows of one source of calibration text, under its `name`."""
     times, kl = (
-        f"{one[name]:.{digits}f}"
-        + (f" ± {error:.1g}" if (error := one[f"{name}_stderr"]) is not None else "")
-        for name, digits in (("perplexity_ratio", 3), ("kl", 4))
+        f"{one[field]:.{digits}f}"
+        + (f" ± {error:.1g}" if (error := one[f"{field}_stderr"]) is not None else "")
+        for field, digits in (("perplexity_ratio", 3), ("kl", 4))
     )
     return (
-        f"on {Path(one['source']).name}",
+        f"on {name}",
         "",
         f"× {times}",
         f"KL {kl}{', much more' if one['much'] else ''}",
@@ -68,7 +70,8 @@ def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         table.append(("KL from the donor", "0", number(report["kl"]), "nats a token"))
     if report.get("top1_agreement") is not None:
         table.append(("top-1 agreement", "100 %", share(report["top1_agreement"]), ""))
-    table += [_source_row(one) for one in report.get("by_source") or ()]
+    found = report.get("by_source") or ()
+    table += map(_source_row, told_apart([one["source"] for one in found]), found)
     tolerance = report.get("tolerance") or {}
     if tolerance:
         measure, limit = tolerance["asked"].split("=")
@@ -109,8 +112,8 @@ def method_title(method: str) -> str:
 
 
 def chain_title(report: dict[str, Any]) -> str:
-    """The methods that made a checkpoint, first to last: "DHA, then MoH"."""
-    names = [str(step.get("method", "")) for step in report.get("chain") or ()]
+    """The methods that made a checkpoint of the donor in its report, first to last: "DHA, then MoH"."""
+    names = [str(step["method"]) for step in behind_adapters(report.get("chain") or [])]
     return ", then ".join(map(method_title, [*names, str(report.get("method", ""))]))
 
 

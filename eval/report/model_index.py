@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult
 
 from mhconvert.errors import CheckpointError
 
+from ...convert.calibration.text_files import told_apart
 from ...convert.checkpoint.provenance import EVALUATION
 from ...convert.storage.safetensors_reader import read_json
 from .. import refusal_counts, text_spread
@@ -73,8 +74,9 @@ def read_evaluation(folder: Path) -> Evaluation | None:
             raise ValueError("it names no models")
         pair, evaluation = pair_for(models, folder), Evaluation()
         _add_cache(evaluation, models[pair.this])
-        for text in content.get("texts") or []:
-            _add_text(evaluation, text, *pair.select(text["models"]))
+        texts = content.get("texts") or []
+        for name, text in zip(told_apart([text["text"] for text in texts]), texts, strict=True):
+            _add_text(evaluation, name, text, *pair.select(text["models"]))
         if content.get("over_texts") and pair.donor is not None:
             _add_over_texts(evaluation, content, pair)
         for task in content.get("tasks") or []:
@@ -108,10 +110,9 @@ def _add_cache(evaluation: Evaluation, model: dict[str, Any]) -> None:
 
 
 def _add_text(
-    evaluation: Evaluation, text: dict[str, Any], donor: dict[str, Any], this: dict[str, Any]
+    evaluation: Evaluation, name: str, text: dict[str, Any], donor: dict[str, Any], this: dict[str, Any]
 ) -> None:
-    """Add the perplexity, KL and top-1 agreement on one text."""
-    name = Path(str(text["text"])).name
+    """Add the perplexity, KL and top-1 agreement on one text, under its `name`."""
     arguments = {key: text.get(key) for key in ("sequences", "sequence_length", "tokens")}
     perplexity, donor_perplexity = this.get("perplexity"), donor.get("perplexity")
     evaluation.add(name, "perplexity", "perplexity", perplexity, arguments)
@@ -137,7 +138,7 @@ def _add_over_texts(evaluation: Evaluation, content: dict[str, Any], pair: Pair)
     """Add the mean of the texts and the worst, and say which are much worse than the others."""
     _, this = pair.select(content["over_texts"])
     for label, ratio in (
-        (f"mean of {len(content['texts'])} texts", this["ratio"]),
+        (f"mean of {len(text_spread.counted(content['texts']))} texts", this["ratio"]),
         (f"worst text, {this['worst']}", this["worst_ratio"]),
     ):
         times = "not finite" if ratio is None else f"× {ratio:.3f}"

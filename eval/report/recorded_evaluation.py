@@ -113,6 +113,8 @@ def _together(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]
         name: [row for row in earlier.get(name) or [] if row[key] not in {new[key] for new in result[name]}]
         for name, key in (("texts", "text"), ("tasks", "task"))
     }
+    kinds = {text["kind"] for text in result["texts"] if "kind" in text}
+    kept["texts"] = [text for text in kept["texts"] if text.get("kind") not in kinds]
     rows, texts = [*kept["tasks"], *result["tasks"]], [*kept["texts"], *result["texts"]]
     return result | {
         "texts": texts,

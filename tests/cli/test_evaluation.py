@@ -129,7 +129,9 @@ def test_the_standard_suite_reads_five_kinds_of_text(
     assert f"× {max(ratios):.3f} ({twin_over['worst']})" in done.stdout
     assert f"at worst {max(ratios):.3f} times on {twin_over['worst']}" in page.read_text(encoding="utf-8")
     more = here(*words, "--text", text, "--sequences", 1, "--sequence-length", 32, "--json")
-    assert [found["text"] for found in json.loads(more.stdout)["texts"]] == [*kinds, "river.txt"]
+    with_mine = json.loads(more.stdout)
+    assert [found["text"] for found in with_mine["texts"]] == [*kinds, "river.txt"]
+    assert with_mine["over_texts"] == result["over_texts"]
 
 
 def test_a_checkpoint_without_tokenizer(

@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "swa": {"window": 16, "context": 64, "sinks": "none"},
     "hydra": {"r_par": 2, "r_seq": 2},
 }
+SHARES_AFTER_SWA = {"donor": 1, "converted": 0.75}  # of what `swa` leaves, by the budgets above
 PASS: dict[str, Any] = {
     "effort": "quick",
     "verify": False,
@@ -69,6 +70,19 @@ def record(folder: Path) -> dict[str, Any]:
     return found
 
 
+def adapter_of(base: Path, output: Path) -> Any:
+    """A LoRA that changes what the model in `base` computes, saved in `output`; the adapted model."""
+    config = LoraConfig(
+        r=2, target_modules=["o_proj", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    config.base_model_name_or_path = str(base)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapted = get_peft_model(open_model.open_model(str(base)).model(), config)
+    adapted.save_pretrained(output)
+    return adapted.eval()
+
+
 def test_every_pair_is_in_the_table_once() -> None:
     rows = [(first, then) for row in combinations.TABLE for first in row.firsts for then in row.thens]
     assert sorted(rows) == sorted(
@@ -87,7 +101,7 @@ def test_moh_with_all_heads_is_the_checkpoint(first: str, root: Path, made: Conv
     assert torch.equal(logits(both[1], ids), logits(both[0], ids))
     report = json.loads((result / "report.json").read_text(encoding="utf-8"))
     held = json.loads((donor / "report.json").read_text(encoding="utf-8"))["kv_bytes_per_token"]
-    assert report["kv_bytes_per_token"]["donor"] == (held["donor"] if first != "swa" else 512 / 2)
+    assert report["kv_bytes_per_token"] == held
     assert record(result)["donor"]["reference"] == str(root / "donor") == report["donor"]
     assert (
         [step["method"] for step in record(result)["chain"]]
@@ -120,11 +134,19 @@ def test_the_chain_is_inspected_and_reloads(made: Convert, root: Path) -> None:
 
 
 @pytest.mark.parametrize("then", ["mla", "dha"])
-def test_windows_of_a_checkpoint_stay(then: str, made: Convert) -> None:
-    config = open_model.open_model(str(made("donor-swa", then))).config if made("donor", "swa") else None
-    assert config is not None
+def test_windows_of_a_checkpoint_stay(then: str, root: Path, made: Convert) -> None:
+    held = json.loads((made("donor", "swa") / "report.json").read_text(encoding="utf-8"))
+    folder = made("donor-swa", then)
+    config = open_model.open_model(str(folder)).config
     assert config.model_type == f"{then}_cwm"
     assert "sliding_attention" in config.layer_types
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    sizes = {side: held["kv_bytes_per_token"][side] * share for side, share in SHARES_AFTER_SWA.items()}
+    assert report["kv_bytes_per_token"] == pytest.approx(sizes)
+    assert report["cache_context"] == record(folder)["cache_context"] == held["cache_context"] == 64
+    plan = api.plan(recipe_of(root / "donor-swa", then, root / "planned"))
+    assert plan["cache_context"] == 64
+    assert plan["kv_bytes_per_token"]["converted"] == report["kv_bytes_per_token"]["converted"]
 
 
 @pytest.mark.parametrize(
@@ -177,24 +199,47 @@ def test_an_export_ends_a_chain(form: str, root: Path) -> None:
         api.convert(recipe_of(root / form, "moh", root / "refused"))
 
 
-@pytest.mark.parametrize("first", ["dha", "mla"])
+@pytest.mark.parametrize("first", ["dha", "mla", "swa"])
 def test_adapters_of_converted_checkpoints_merge(first: str, root: Path, made: Convert) -> None:
     base = made("donor", first)
-    model = open_model.open_model(str(base)).model()
-    config = LoraConfig(
-        r=2, target_modules=["o_proj", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    config.base_model_name_or_path = str(base)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        adapted = get_peft_model(model, config)
-    adapted.save_pretrained(root / f"lora-{first}")
-    expected = logits(adapted.eval(), token_ids(1, 20))
+    expected = logits(adapter_of(base, root / f"lora-{first}"), token_ids(1, 20))
     api.merge(str(root / f"lora-{first}"), str(root / f"merged-{first}"))
     merged = AutoModelForCausalLM.from_pretrained(root / f"merged-{first}", trust_remote_code=True)
     assert torch.allclose(logits(merged, token_ids(1, 20)), expected, atol=1e-4)  # W + BA in one product
     assert [step["method"] for step in record(root / f"merged-{first}")["chain"]] == [first]
+    assert record(root / f"merged-{first}").get("cache_context") == record(base).get("cache_context")
     api.convert(recipe_of(root / f"merged-{first}", "moh", root / f"merged-{first}-moh"))
     assert api.inspect(str(root / f"merged-{first}-moh"))["chain"] == [first, "lora", "moh"]
     api.convert(recipe_of(base, "hydra", root / f"hydra-{first}"))
     assert api.merge(str(root / f"hydra-{first}"), str(root / f"untrained-{first}"))["modules"]
+
+
+def test_a_merged_adapter_begins_what_is_measured(root: Path) -> None:
+    adapter_of(root / "donor", root / "tuning")
+    tuned = root / "tuned"
+    api.merge(str(root / "tuning"), str(tuned))
+    assert open_model.recorded_donor(str(tuned)) == str(root / "donor")
+    api.convert(recipe_of(tuned, "dha", root / "tuned-dha", kv_budget=1.0))
+    api.convert(recipe_of(root / "tuned-dha", "moh", root / "tuned-moh"))
+    for name, made_by in (("tuned-dha", ["lora", "dha"]), ("tuned-moh", ["lora", "dha", "moh"])):
+        report = json.loads((root / name / "report.json").read_text(encoding="utf-8"))
+        assert report["donor"] == record(root / name)["donor"]["reference"] == str(tuned)
+        assert report["kl"] < 1e-6  # all that the tuned model has is kept
+        found = api.inspect(str(root / name))
+        assert (found["first_donor"], found["chain"]) == (str(root / "donor"), made_by)
+        assert open_model.recorded_donor(str(root / name)) == str(tuned)  # whom `heal` takes as the teacher
+    assert "rewritten as DHA, then MoH" in (root / "tuned-moh" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("lost", ["weights", "place"])
+def test_a_first_donor_that_is_lost_is_named(lost: str, tmp_path: Path) -> None:
+    donor, middle = make_donor(tmp_path / "donor", heads=4, kv_heads=2, hidden=32), tmp_path / "middle"
+    api.convert(recipe_of(donor, "dha", middle))
+    if lost == "weights":
+        (donor / "model.safetensors").unlink()
+    else:
+        make_donor(donor, heads=4, kv_heads=2, hidden=32, layers=3)
+    report = api.convert(recipe_of(middle, "moh", tmp_path / "last"))
+    assert f"the chain began with {donor}, which is not at hand" in report["notice"]
+    assert report["donor"] == record(tmp_path / "last")["donor"]["reference"] == str(middle)
+    assert report["kl"] < 1e-6

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from mhconvert.errors import TextError
+from mhconvert.errors import MhconvertError, RecipeError, TextError
 from mhconvert.eval.fidelity import STRETCH, Fidelity, text_rows
 from mhconvert.eval.settings import EvalSettings
-from mhconvert.eval.text_choice import chosen
-from mhconvert.eval.text_spread import over_texts, sentence
+from mhconvert.eval.text_choice import Text, chosen, token_rows
+from mhconvert.eval.text_spread import counted, over_texts, sentence
 from tests.donors import make_tokenizer
 
 KINDS = ["encyclopaedia", "textbook", "fiction", "chat", "code"]
@@ -39,6 +39,15 @@ def test_the_mean_is_geometric_and_the_worst_is_named() -> None:
     assert model["ratio"] == pytest.approx(1.1)
     assert (model["worst"], model["worst_ratio"]) == ("b", pytest.approx(1.21))
     assert over_texts(read(a=1.0)) is None
+
+
+def test_texts_of_a_suite_are_told_of_without_the_users() -> None:
+    texts = [*read(a=1.0, b=1.21), *read(mine=3.0)]
+    for text in texts[:2]:
+        text["kind"] = text["text"]
+    _, model = over_texts(texts) or []
+    assert (model["ratio"], model["worst"]) == (pytest.approx(1.1), "b")
+    assert [len(counted(each)) for each in (texts, texts[2:])] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -106,3 +115,49 @@ def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
     given = [str(tmp_path / name) for name in ("a/x.txt", "b/x.txt", "y.txt", "y.txt")]
     names = [text.name for text in chosen(EvalSettings(text=tuple(given), sequences=3))]
     assert names == [given[0], given[1], "y.txt"]
+    books = str(tmp_path / "fiction")
+    names = [text.name for text in chosen(EvalSettings(suite="standard", text=(books, "code", "y.txt")))]
+    assert names == [*KINDS, books, "./code", "y.txt"], "a user's file does not take the place of the suite's"
+
+
+class Model:
+    """As far as an open model is asked for texts."""
+
+    vocab_size, tokenizer = 320, staticmethod(make_tokenizer)
+
+    def __init__(self, longest: int | None) -> None:
+        self.longest = longest
+
+    def require_length(self, tokens: int) -> None:
+        if self.longest and tokens > self.longest:
+            raise MhconvertError("too long")
+
+
+def read_by(texts: list[Text], *longest: int | None) -> list[tuple[int, ...]]:
+    models: Any = list(map(Model, longest))
+    return [tuple(ids.shape) for ids in token_rows(texts, models, beyond=False).values()]
+
+
+def test_rows_of_the_suite_are_no_longer_than_the_models_read(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("The boats were counted. " * 200)
+    texts = chosen(EvalSettings(suite="standard", text=(str(mine),), sequences=1, sequence_length=64))
+    assert read_by(texts, None, 512) == [(2, 256)] * 5 + [(1, 64)]
+    assert read_by(texts, 512, 100) == [(2, 100)] * 5 + [(1, 64)]
+    with pytest.raises(MhconvertError, match="too long"):
+        read_by(texts, 32)
+
+
+def test_a_short_text_of_the_data_is_named_with_what_the_suite_needs(tmp_path: Path) -> None:
+    (tmp_path / "fiction.txt").write_text("Nobody counted the boats.")
+    texts = chosen(EvalSettings(suite="standard", data=tmp_path))
+    words = r"fiction.txt has \d+ tokens and 2 × 256 = 512 are asked for; lengthen the file, or leave it out of --data"
+    with pytest.raises(MhconvertError, match=words) as raised:
+        read_by(texts, 512)
+    assert "--sequence-length" not in str(raised.value)
+
+
+@pytest.mark.parametrize("ignored", [{"sequence_length": 64}, {"sequences": 1}])
+def test_rows_are_of_the_users_text_alone(ignored: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="sequences and sequence_length are of text"):
+        EvalSettings(suite="standard", **ignored)

@@ -191,6 +191,14 @@ def test_an_interrupted_run_goes_on_to_the_bit(pending: Path, text: Path, tmp_pa
     assert again["kl"] == whole["kl"]
 
 
+def test_heads_are_fused_on_text_that_the_student_writes(pending: Path, text: Path, tmp_path: Path) -> None:
+    settings = settings_of(text, tokens=512, on_policy=0.5)
+    report = mhconvert.heal(str(pending), settings, output=str(tmp_path / "out"), verify=False)
+    assert sum(report["healing"]["own_texts"].values()) == 4
+    assert report["healing"]["own_texts"]["rows"] > 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["k_fusion"] is None
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

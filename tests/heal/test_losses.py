@@ -115,6 +115,17 @@ def test_divergences_are_the_papers_divided_by_their_scale() -> None:
         assert divergence(teacher, student, near).item() == pytest.approx(limit.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("noise", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.01, 0.99, 1 - 1e-3, 1 - 1e-6])
+def test_divergences_near_the_ends_are_right_in_float32(beta: float, noise: float) -> None:
+    teacher, student = log_probabilities(5, noise)
+    mixture = beta * teacher.exp() + (1 - beta) * student.exp()
+    forward, reverse = ((log.exp() * (log - mixture.log())).sum() for log in (teacher, student))
+    exact = forward / (1 - beta) + reverse / beta
+    found = divergence(teacher.float(), student.float(), beta)
+    assert found.item() == pytest.approx(exact.item(), rel=2e-3)
+
+
 def test_divergences_agree_where_the_models_nearly_do() -> None:
     teacher, student = log_probabilities(4, 1e-3)
     found = [divergence(teacher, student, beta).item() for beta in (0.0, 0.1, 0.5, 0.9, 1.0)]

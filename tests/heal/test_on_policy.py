@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhconvert import api
+from mhconvert.convert import open_model
 from mhconvert.convert.calibration import token_rows
 from mhconvert.convert.methods.dha.settings import DHASettings
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.errors import HealError
-from mhconvert.heal import on_policy, open_models
+from mhconvert.heal import fusion, on_policy, open_models
 from mhconvert.heal.heal_text import HealText
 from mhconvert.heal.metrics import read
 from mhconvert.heal.on_policy import OwnText, text_of, written
@@ -69,8 +70,17 @@ def test_every_text_row_is_read_once_and_those_that_lend_words_are_spread() -> N
     assert text_of(order, torch.zeros(3, dtype=torch.bool)).tolist() == [7, 3, 5]
 
 
+def fusing() -> Any:
+    """A model whose heads are drawn together, some way on."""
+    model = converted(donor_model(heads=4, kv_heads=4), DHASettings(0.25, fusion="trained"))
+    fusion.prepare(model, 2)
+    fusion.FusingStudent(model, 320).end_step(0.3)
+    return model
+
+
 def students() -> Iterator[Any]:
     donor = donor_model()
+    yield pytest.param(fusing, id="fusing")
     yield pytest.param(lambda: converted(donor, MLASettings(kv_budget=0.4, kv_bits="16")), id="mla")
     yield pytest.param(lambda: converted(donor, MLASettings(kv_budget=0.2)), id="coded")
     yield pytest.param(lambda: converted(donor, DHASettings(0.5)), id="dha")
@@ -130,11 +140,20 @@ def test_rounds_are_written_by_the_student_as_it_is_then() -> None:
     assert list(own.rows) == [9, 11, 13, 15]
 
 
+def test_no_token_is_written_that_the_teacher_does_not_have() -> None:
+    student, _ = pair()
+    student.resize_token_embeddings(4000, mean_resizing=False)
+    own, text = writer(student), heal_text()
+    own.begin(0, text, text_of(text.order, own.own), ignore)
+    assert own.rows
+    assert all(ids.max() < 320 for ids in own.rows.values())
+
+
 def say(own: OwnText, monkeypatch: pytest.MonkeyPatch, *texts: list[int]) -> None:
     """Make the student write these texts in turn."""
     turn = iter(texts)
 
-    def continued(_: Any, begun: list[list[int]], length: int, __: Any) -> Iterator[Tensor]:
+    def continued(_: Any, begun: list[list[int]], length: int, *__: Any, **___: Any) -> Iterator[Tensor]:
         yield torch.tensor([(words + next(turn) * length)[:length] for words in begun])
 
     monkeypatch.setattr(on_policy, "continued", continued)
@@ -206,6 +225,20 @@ def test_a_run_that_was_cut_in_a_round_goes_on_to_the_bit(
     assert "texts of its own" in (tmp_path / "cut" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_rounds_stay_as_they_are_with_other_processes(tmp_path: Path) -> None:
+    student, steps = Student(pair()[0], 320), plan(steps=200)
+    own = written(steps, 0.5)
+
+    def begun(processes: int, saved: Path | None) -> OwnText:
+        accelerator: Any = SimpleNamespace(num_processes=processes)
+        return OwnText(accelerator, student, make_tokenizer(), steps, own, 0, saved)
+
+    one = begun(1, None)
+    one.save(tmp_path)
+    assert begun(4, None).every > one.every
+    assert begun(4, tmp_path).every == one.every
+
+
 def test_only_as_many_rows_of_text_are_needed_as_are_read(
     checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +246,20 @@ def test_only_as_many_rows_of_text_are_needed_as_are_read(
     settings = HealSettings(data={str(text): 1}, on_policy=0.75, **sizes)
     report = api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
     assert report["healing"]["text_tokens"] == {str(text): 8 * 32}
+
+
+def test_a_share_below_one_row_is_refused_before_weights_are_read(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_model.OpenModel, "model", None)
+    sizes = {"sequence_length": 32, "batch_tokens": 64, "held_out": 2, "tokens": 64 * 25}
+    settings = HealSettings(data={str(text): 1}, on_policy=0.01, **sizes)
+    with pytest.raises(HealError, match=r"on_policy=0.01 of the 50 rows .* at least 1/50, or more --tokens"):
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
+    assert list(tmp_path.iterdir()) == []
+    assert written(plan(steps=25), 1 / 50).sum() == 1
+    with pytest.raises(HealError, match="of the 48 rows"):
+        written(plan(steps=25, lm_from=24), 1 / 50)
 
 
 def test_a_divided_student_writes_nothing(

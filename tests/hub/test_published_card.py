@@ -85,6 +85,13 @@ def test_the_evaluation_is_in_the_index_and_in_a_table(folder: Path) -> None:
     assert "Measured with `mhconvert eval`. wiki.test.raw: 16 rows of 1,024 tokens." in card
 
 
+def test_texts_of_one_file_name_are_told_apart_in_the_card(folder: Path) -> None:
+    texts = [EVALUATION["texts"][0] | {"text": name} for name in ("a/x.txt", "b/x.txt", "a/y.txt")]
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION | {"texts": texts}))
+    results = head_of(published_card(folder, REPO))["model-index"][0]["results"]
+    assert [result["dataset"]["name"] for result in results] == ["a/x.txt", "b/x.txt", "y.txt"]
+
+
 def test_another_kv_cache_is_said_with_the_figures(folder: Path) -> None:
     donor, own = EVALUATION["models"]
     models = [donor | {"kv_cache_dtype": "auto"}, own | {"kv_cache_dtype": "int4"}]

@@ -18,9 +18,8 @@ from .modeling_mla import __getattr__ as donor_class
 from .modeling_moh import MixtureOfHeadAttention, gated
 from .routed_class import routed_class
 
-LEAST_KEYS_OF_A_STEP = (
-    512  # from how many on the heads that are left out outweigh the choosing (two CPU cores)
-)
+# From how many on heads are left out; chosen, not measured: choosing takes time too, which few keys do not outweigh.
+LEAST_KEYS_OF_A_STEP = 512
 
 
 class RoutedLatentAttention(MixtureOfHeadAttention, LatentAttention):

@@ -110,11 +110,12 @@ def test_rows_that_a_cache_reorders_are_read_as_they_are(reacher: Any) -> None:
     torch.testing.assert_close(read, logits(reacher, IDS.flip(0))[:, 60:], **CLOSE)
 
 
-def test_a_cache_that_does_not_keep_all_keys_is_refused() -> None:
-    model = reaching(model_of(), *RULES["longheads"])
-    cache = StaticCache(config=model.config, max_cache_len=128)
+def test_a_cache_that_does_not_keep_all_keys_is_refused(reacher: Any) -> None:
+    cache = StaticCache(config=reacher.config, max_cache_len=128)
     with pytest.raises(MhconvertError, match="this cache has a StaticLayer"):
-        logits(model, past_key_values=cache)
+        logits(reacher, past_key_values=cache)
+    with pytest.raises(MhconvertError, match="this cache has a StaticLayer"):
+        reacher.generate(IDS, max_new_tokens=4, cache_implementation="static")
 
 
 def states(model: Any) -> tuple[Tensor, Tensor, Tensor]:

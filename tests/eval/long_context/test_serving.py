@@ -14,9 +14,11 @@ from transformers import DynamicCache
 from mhconvert import api
 from mhconvert.convert.families.facts import class_free_values
 from mhconvert.convert.methods.dha import configuration_dha
+from mhconvert.convert.methods.mla import configuration_hybrid
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.moh.settings import MoHSettings
 from mhconvert.convert.methods.registry import register
+from mhconvert.convert.methods.swa import configuration_swa
 from mhconvert.convert.open_model import OpenModel, open_model
 from mhconvert.errors import MhconvertError, RecipeError
 from mhconvert.eval import retrieval
@@ -134,6 +136,13 @@ def test_a_short_text_is_read_as_the_donor_reads_it() -> None:
         )
 
 
+def test_a_dynamic_rope_is_that_of_the_text_whatever_was_read_before() -> None:
+    model = extended(make_model(tiny()), "dynamic")
+    for length in (120, 80, 30, 120, TRAINED):
+        alone = logits(extended(make_model(tiny()), "dynamic"), IDS[:, :length])
+        assert torch.equal(logits(model, IDS[:, :length]), alone)
+
+
 def test_sizes_of_chunks_follow_the_trained_length() -> None:
     for trained, size, number in ((8192, 256, 32), (4096, 256, 16), (512, 32, 16), (40, 2, 20)):
         found = plan(opened_as(tiny(max_position_embeddings=trained)), asked("longheads"), 2 * trained)
@@ -193,6 +202,21 @@ def test_latents_and_adapters_are_refused(tmp_path: Path) -> None:
         plan(open_model(str(folder), device="cpu"), asked("longheads"), 1000)
     with pytest.raises(MhconvertError, match="is an adapter; mhconvert merge makes one"):
         plan(opened_as(tiny(), adapter=object()), asked("yarn"), 100)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "reason"),
+    [
+        (configuration_swa.SWALlamaConfig, "'swa_llama': its windowed layers keep the first tokens"),
+        (configuration_hybrid.HybridLlamaConfig, "'hybrid_llama': its linear layers keep a state"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["window", "dynamic"])
+def test_windows_and_linear_layers_are_refused_for_what_they_are(
+    kind: str, config_class: Any, reason: str
+) -> None:
+    with pytest.raises(MhconvertError, match=reason):
+        plan(opened_as(config_class(**class_free_values(tiny()))), asked(kind), 100)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,18 @@ def test_the_same_settings_stand_together(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
+def test_a_newer_text_of_a_kind_takes_the_place_of_the_earlier(tmp_path: Path) -> None:
+    text = {"sequences": 2, "sequence_length": 256, "models": []}
+    own, theirs = ({"text": name, "kind": "fiction"} | text for name in ("fiction", "fiction (fiction.txt)"))
+    record_evaluation(result(tmp_path))
+    record_evaluation(result(tmp_path, texts=[own]))
+    assert len(record_evaluation(result(tmp_path, texts=[theirs]))["kept_aside"]) == 1
+    assert [row["text"] for row in recorded(tmp_path / "evaluation.json")["texts"]] == [
+        "a.txt",
+        theirs["text"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "aside"), [('{"moon": 1}', 0), ("{", 0), ('{"tasks": [7]}', 1), ('{"texts": 7}', 1)]
 )

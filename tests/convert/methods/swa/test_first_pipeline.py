@@ -105,6 +105,17 @@ def test_commands_take_it(
         mhconvert.export(str(out), to="auto")
 
 
+def test_its_cache_is_not_coded(
+    report: dict[str, Any], place: Path, text: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["eval", place / "out", "--text", text], ["generate", place / "out", "The river"]):
+        assert main(*command, "--kv-cache-dtype", "int4") == 1
+        assert (
+            "first tokens and a window alone (kv_windows), which --kv-cache-dtype int4"
+            in capsys.readouterr().err
+        )
+
+
 def test_it_is_healed_as_it_is(report: dict[str, Any], place: Path, text: Path) -> None:
     settings = HealSettings(tokens=128, data={str(text): 1}, sequence_length=64, batch_tokens=64, held_out=2)
     said: list[str] = []
