@@ -11,6 +11,7 @@ Shapes: B batch, T tokens of a call, D hidden_size, H query heads, d head_dim.
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING
@@ -126,6 +127,22 @@ def own_tokens(mask: Any, length: int, seen: int) -> Tensor | None:
     return rows.diagonal(offset=seen, dim1=1, dim2=2)
 
 
+def require_no_gap(mask: Any, tokens: int) -> None:
+    """Raise ValueError where the last token sees a sequence of `tokens` with padding in it, which a state has read.
+
+    mask: as of `own_tokens`.
+    """
+    visible = visible_slots(mask)
+    if visible is None or torch.compiler.is_compiling():
+        return
+    seen = visible[:, 0, -1, :tokens].int()
+    if bool((seen[:, 0] + (seen.diff(dim=1) > 0).sum(1) > 1).any()):
+        raise ValueError(
+            "attention_mask has padding between the tokens of a sequence, which a linear layer's state would keep; pad "
+            "on the left: tokenizer.padding_side = 'left'"
+        )
+
+
 class LinearAttention(nn.Module):
     """A linear mixer in the place of an attention. It reads no positions: it has no RoPE."""
 
@@ -148,7 +165,10 @@ class LinearAttention(nn.Module):
         length, held = hidden_states.shape[1], None
         if past_key_values is not None:
             held = state_layer(past_key_values, self.layer_idx)
-        mask = own_tokens(attention_mask, length, held.seen if held else 0)
+        before = held.seen if held else 0
+        if self.layer_idx == min(self.config.linear_layers or [self.layer_idx]):  # one look for all layers
+            require_no_gap(attention_mask, before + length)
+        mask = own_tokens(attention_mask, length, before)
         output = self.mixer(hidden_states, cache_params=past_key_values, attention_mask=mask)
         if held is not None:
             held.seen += length

@@ -37,6 +37,7 @@ class WindowedAttention:
 
     kv_window: int
     layer_idx: int
+    model_config: Any
 
     def forward(
         self,
@@ -46,7 +47,15 @@ class WindowedAttention:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As the donor's. attention_mask: of the whole text, as the model makes it."""
+        """As the donor's. attention_mask: of the whole text, as the model makes it.
+
+        Raises ValueError for output_attentions.
+        """
+        if kwargs.get("output_attentions") or getattr(self.model_config, "output_attentions", False):
+            raise ValueError(
+                f"output_attentions: layer {self.layer_idx} has a window and makes no weights of the whole text; leave "
+                "it out, or ask the donor"
+            )
         if past_key_values is not None:
             held = window_layer(past_key_values, self.layer_idx, self.kv_window)
             held.starts = sequence_starts(visible_slots(attention_mask), hidden_states)

@@ -123,6 +123,25 @@ def test_states_weigh_what_is_said_for_any_length(model: Any) -> None:
         assert size == tokens * row + 2 * state_bytes(4, 8, width) == elements * width
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_between_tokens_is_refused_and_behind_them_is_not(model: Any, implementation: str) -> None:
+    model.set_attn_implementation(implementation)
+    ids, cache = token_ids(2, 20), DynamicCache()
+    mask = torch.ones_like(ids)
+    mask[1, 14:] = 0
+    found = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    assert torch.allclose(found[1, :14], logits(model, ids[1:, :14])[0], atol=NOISE)
+    longer = torch.cat((mask, mask[:, :1]), dim=1)
+    with pytest.raises(ValueError, match="padding between the tokens .* pad on the left"):
+        model(input_ids=ids[:, :1], attention_mask=longer, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="padding between the tokens .* pad on the left"):
+        model(input_ids=torch.cat((ids, ids[:, :1]), dim=1), attention_mask=longer)
+    with pytest.raises(ValueError, match="padding between the tokens .* pad on the left"):
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=1)
+    model.set_attn_implementation("sdpa")
+
+
 def test_masks_of_all_kinds_tell_padding() -> None:
     padding = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     causal = torch.ones(4, 4, dtype=torch.bool).tril()[None, None] & padding.bool()[:, None, None]

@@ -189,3 +189,14 @@ def test_masks_of_another_kind_are_refused(model: Any) -> None:
         ValueError, match="reads no list mask; load the model with attn_implementation='sdpa'"
     ):
         attention(torch.randn(1, 9, 64), embeddings, attention_mask=[1])
+
+
+def test_weights_are_refused_by_name(model: Any) -> None:
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="output_attentions: layer 0 has a window"):
+        model(input_ids=token_ids(1, 8), output_attentions=True)
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions: layer 0 has a window"):
+        model(input_ids=token_ids(1, 8))
+    model.config.output_attentions = False
+    model.set_attn_implementation("sdpa")
