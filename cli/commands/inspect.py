@@ -154,5 +154,7 @@ def _show_heads(found: Mapping[str, Any], console: Any) -> None:
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
-        return f"{min(value)} to {max(value)}, by layer"
+        numbers = [each for each in value if not isinstance(each, str)]  # "full" is a window too
+        span = [" to ".join(map(str, sorted({min(numbers), max(numbers)})))] if numbers else []
+        return " or ".join([*span, *sorted(set(value) - set(numbers))]) + ", by layer"
     return f"{value:,.10g}" if isinstance(value, float) else str(value)

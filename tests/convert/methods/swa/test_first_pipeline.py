@@ -96,6 +96,8 @@ def test_commands_take_it(
     elements = found["kv"]["elements_per_token"] / LAYERS
     assert found["kv"]["bytes"]["8192"] == elements * 4 * 2 * (8192 + HELD)
     assert found["attention"]["kv_windows"].count("full") == 2
+    assert main("inspect", out) == 0
+    assert f"{WINDOW} or full, by layer" in capsys.readouterr().out
     assert "with the first tokens" in (out / "README.md").read_text()
     few = ("--sequence-length", 64, "--sequences", 1, "--device", "cpu")
     assert main("eval", out, "--text", text, *few) == 0
