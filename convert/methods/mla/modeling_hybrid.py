@@ -33,7 +33,7 @@ from .slot_embeddings import SlotEmbeddings
 STATE_CHUNK = 64  # tokens that Mamba2's scan reads at once
 
 
-class MixerStates(LinearAttentionLayer, CacheLayerMixin):
+class MixerStates(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[override]
     """The cache of one linear layer: transformers' states, and how many tokens they are of.
 
     What a state has read cannot be taken out of it again.
@@ -189,7 +189,7 @@ def shape(config: Any) -> dict[str, Any]:
 def gated_deltanet(config: Any, layer_idx: int) -> nn.Module:
     """transformers' Gated DeltaNet with as many heads for queries, keys and values as the donor has query heads."""
     of = shape(config)
-    made = SimpleNamespace(
+    made: Any = SimpleNamespace(
         hidden_size=config.hidden_size,
         linear_num_value_heads=of["heads"],
         linear_num_key_heads=of["heads"],
@@ -208,7 +208,7 @@ def mamba2(config: Any, layer_idx: int) -> nn.Module:
     """transformers' Mamba2 mixer: x, B and C of each head are as wide as the donor's heads; each has a group."""
     of = shape(config)
     width = of["heads"] * of["head_dim"]
-    made = SimpleNamespace(
+    made: Any = SimpleNamespace(
         hidden_size=config.hidden_size,
         num_heads=of["heads"],
         head_dim=of["head_dim"],

@@ -104,6 +104,7 @@ class LatentAttention(nn.Module):
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, head_dim] -> output [B, T, D], weights."""
         query = self.q_proj(hidden_states)
         read = self.read(query, hidden_states, position_embeddings, attention_mask, past_key_values)
+        weights: Tensor | None
         if past_key_values is not None and self.can_absorb(hidden_states.shape[1], attention_mask):
             output, weights = self.absorbed_attention(*read, attention_mask)
         else:

@@ -94,7 +94,8 @@ def in_window(attention: Any, window: int) -> Any:
     attention.kv_window, attention.model_config = window, attention.config
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation = IMPLEMENTATION
-    attention.__class__ = _windowed_class(type(attention))
+    kind: Any = type(attention)
+    attention.__class__ = _windowed_class(kind)
     return attention
 
 
