@@ -161,7 +161,7 @@ def refusal(steps: Iterable[str], then: str) -> str | None:
 
 def behind_adapters(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of a chain's steps that come behind its last merged adapter; all where no adapter was merged."""
-    begun = [number for number, step in enumerate(steps, 1) if step.get("method") not in METHODS]
+    begun = [number for number, step in enumerate(steps, 1) if step.get("method") not in (*METHODS, None)]
     return steps[max(begun, default=0) :]
 
 

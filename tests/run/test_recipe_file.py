@@ -339,7 +339,7 @@ STAGES = {
         EvalSettings,
         suite=st.sampled_from(declared(EvalSettings)["suite"].choices),
         tasks=st.lists(WORDS).map(tuple),
-        text=st.lists(WORDS).map(tuple),
+        text=st.lists(WORDS, min_size=1).map(tuple),  # sequences are of text
         limit=COUNTS,
         num_fewshot=COUNTS,
         retrieval=st.booleans(),

@@ -104,7 +104,6 @@ class LatentAttention(nn.Module):
         """hidden_states [B, T, D]; position_embeddings (cos, sin) [B, T, head_dim] -> output [B, T, D], weights."""
         query = self.q_proj(hidden_states)
         read = self.read(query, hidden_states, position_embeddings, attention_mask, past_key_values)
-        weights: Tensor | None
         if past_key_values is not None and self.can_absorb(hidden_states.shape[1], attention_mask):
             output, weights = self.absorbed_attention(*read, attention_mask)
         else:
@@ -305,7 +304,7 @@ class LatentAttention(nn.Module):
         k_rope: Tensor,
         scales: Tensor,
         attention_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention of a few query tokens on the cache as it is, kv_b_proj folded into query and output.
 
         q_nope [B, H, T, n], q_rope [B, H, T, p]; row, k_rope, scales: as for `expand_kv`

@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-biased": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": WINDOW},
     "ministral": KINDS,
+    "cwm": KINDS,
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2": {},
     "qwen2-windows": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
