@@ -68,9 +68,7 @@ def _adapted(recipe: Recipe, tell: Listener) -> tuple[Donor, Any]:
     chain.require_donor(donor.folder, recipe)
     require(donor.config, recipe.method)
     chosen, skeleton = recipe.settings, donor.skeleton()
-    family = family_of(
-        donor.config
-    ).model_type  # of a converted model its donor's, by which defaults are known
+    family = family_of(donor.config).model_type  # of a converted model its donor's, whose defaults are known
     wanted: Any = list(chosen.targets or targets.DEFAULT_TARGETS.get(family, ())) or None
     if wanted and len(wanted) == 1 and targets.means_all(wanted[0]):
         wanted = wanted[0]

@@ -71,11 +71,6 @@ def require_donor(folder: Path, recipe: Recipe) -> None:
     model_type = str(read_json(folder / "config.json").get("model_type", ""))
     kinds = [combinations.held_kind(name, model_type) for name in made]
     reason = combinations.refusal(kinds, combinations.kind(method, recipe.settings))
-    if reason is None and model_type == "granite_swa" and "swa" in kinds and method != "hydra":
-        reason = (
-            f"{method} cannot follow swa with sinks: its softmax has learned sinks, which no other conversion has; "
-            "convert the donor with --to swa --sinks none, and then that"
-        )
     if reason is not None:
         first = first_model(folder)
         begun = f" (the first began with {first})" if first and "the first began with" in reason else ""

@@ -15,12 +15,14 @@ from .registry import METHODS
 CODED = "mla (coded)"  # mla whose latents have codes; "mla": of 16-bit elements
 LATENTS = ("mla", CODED)
 SWA_FIRST = "swa (first)"  # swa with the first tokens beside the window, in a class of mhconvert; "swa": in a stock one
+SWA_SINKS = (
+    "swa with sinks"  # learnt ones, in the class granite_swa; what such a step may follow is as of "swa"
+)
 WINDOWED = ("swa", SWA_FIRST)
-OWN_CLASS = {
-    "mla": ("mla_coded", CODED),
-    "swa": ("swa_", SWA_FIRST),
-}  # method -> (begin of a model_type, kind)
+# (method, begin of a model_type) -> the kind of what is held in such a class
+OWN_CLASS = {("mla", "mla_coded"): CODED, ("swa", "swa_"): SWA_FIRST, ("swa", "granite_swa"): SWA_SINKS}
 KINDS = (*WINDOWED, "dha", "mla", CODED, "mla+swa", "hybrid", "moh", "hydra")
+FIRSTS = ("swa", SWA_SINKS, *KINDS[1:])
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ TABLE = (
         "donor with --to swa --sinks none, and then that, or the donor that the first began with",
     ),
     Pair(
+        (SWA_SINKS,),
+        ("mla", CODED, "dha", "moh"),
+        refused="its softmax has learned sinks, which no other conversion has; convert the donor with --to swa "
+        "--sinks none, and then that",
+    ),
+    Pair(
         ("dha", *LATENTS),
         (SWA_FIRST,),
         refused="no class has both; take --to mla+swa, whose windows have the first tokens beside them, on the donor "
@@ -62,13 +70,13 @@ TABLE = (
         ("dha", "mla"), ("moh",), "with all heads active, the checkpoint to the bit; the cache stays as small"
     ),
     Pair(
-        KINDS[:-1],
+        FIRSTS[:-1],
         ("hydra",),
         "a new adapter changes nothing; merged, it computes what it did beside its base",
     ),
     Pair(("dha", *LATENTS, "mla+swa", "hybrid"), ("dha", *LATENTS, "mla+swa", "hybrid"), refused=BOTH_KV),
     Pair(
-        WINDOWED,
+        (*WINDOWED, SWA_SINKS),
         ("hybrid",),
         refused="a layer is windowed or linear; convert the donor that the first began with",
     ),
@@ -84,7 +92,7 @@ TABLE = (
         "the first began with",
     ),
     Pair(
-        WINDOWED,
+        (*WINDOWED, SWA_SINKS),
         ("mla+swa", *WINDOWED),
         refused=BOTH_WINDOWS,
     ),
@@ -146,8 +154,10 @@ def kind(method: str, settings: Any = None) -> str:
 
 def held_kind(method: str, model_type: str) -> str:
     """The kind of an earlier step by its method and the class that holds the result."""
-    begin, of_class = OWN_CLASS.get(method, ("", method))
-    return of_class if model_type.startswith(begin) else method
+    kinds = (
+        kind for (made, begin), kind in OWN_CLASS.items() if made == method and model_type.startswith(begin)
+    )
+    return next(kinds, method)
 
 
 def refusal(steps: Iterable[str], then: str) -> str | None:
@@ -177,6 +187,6 @@ def markdown() -> str:
         return f"{word} ({reasons.index(text) + 1})"
 
     lines = [["first \\ then", *KINDS], ["---"] * (len(KINDS) + 1)]
-    lines += [[first, *(cell(first, then) for then in KINDS)] for first in KINDS]
+    lines += [[first, *(cell(first, then) for then in KINDS)] for first in FIRSTS]
     cells = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return cells + "\n\n" + "\n".join(f"{n}. {text}." for n, text in enumerate(reasons, 1))
