@@ -113,6 +113,7 @@ def _joined(rows: list[list[Any]]) -> list[list[str]]:
 def _tasks(result: dict[str, Any], names: list[str], console: Any) -> None:
     from rich.table import Column, Table
 
+    from ..eval.report.task_notes import notes
     from ..eval.tasks.scores import is_share
 
     settings = result["settings"]
@@ -138,8 +139,8 @@ def _tasks(result: dict[str, Any], names: list[str], console: Any) -> None:
         label = f"{mean['name']}, apart: mean of {number}" if apart else f"mean of {number}"
         table.add_row(label, "", "", *(_cell(cell, True) for cell in mean["models"]))
     console.print(table)
-    if len(names) > 1:
-        console.out(NOISE, highlight=False)
+    for note in [*notes(result), *([NOISE] if len(names) > 1 else ())]:
+        console.out(note, highlight=False)
 
 
 def _cell(cell: dict[str, Any], share: bool) -> str:

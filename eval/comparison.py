@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from . import refusals, retrieval_results, text_choice, texts
 from .compared_models import candidates_of, describe, open_models
 from .result_cache import Store
 from .settings import EvalSettings
-from .tasks import harness, scores
+from .tasks import harness, ruler, scores
 from .tasks.candidate import Candidate
+from .tasks.chat_template import asked_through
 from .tasks.harness import OnRows
 from .tasks.language_model import language_model
 from .tasks.task_choice import TaskSet, resolve
@@ -56,11 +57,14 @@ def evaluate(
     started = time.perf_counter()
     harness.require_available(settings)
     asked = (text_choice.chosen(settings), prompts.asked(settings), refusals.asked(settings))
-    run = Run(settings, *asked, store or Store(), fresh, on_progress)
     with tempfile.TemporaryDirectory(prefix="mhconvert-tasks-") as folder:
         tasks = resolve(settings, Path(folder)) if settings.has_tasks else None
         how = (bool(settings.text), device, trust_remote_code, on_progress, settings.kv_cache_dtype)
         opened = open_models(checkpoints, against, *how, settings.long_context is not None)
+        if tasks is not None:
+            settings = replace(settings, chat_template=asked_through(settings, opened[0]))
+            tasks = ruler.written(tasks, opened, settings)
+        run = Run(settings, *asked, store or Store(), fresh, on_progress)
         text_rows = text_choice.token_rows(run.texts, opened, beyond=settings.long_context is not None)
         prompt_rows = _prompt_rows(run, opened)
         candidates = candidates_of(opened, settings)
@@ -214,7 +218,7 @@ def _recorded_settings(settings: EvalSettings, first: Candidate) -> dict[str, An
     return {
         "suite": settings.suite,
         "limit": settings.limit,
-        "chat_template": settings.chat_template,
+        "chat_template": bool(settings.chat_template),
         "batch_size": first.batch_size(False),
         "max_length": settings.max_length,
         "backend": settings.backend,

@@ -12,38 +12,15 @@ from mhconvert.errors import RecipeError
 from ..convert.recipe.written_weights import DTYPES, dtype_name
 from ..convert.validation.option import Names, Option, Takes, default
 from ..convert.validation.settings import Settings
+from .written_values import one_name, task_names, token_counts
 
-Suite = Literal["quick", "standard", "transmla", "moh", "dha", "open-llm"]
+Suite = Literal["quick", "standard", "transmla", "moh", "dha", "open-llm", "generation"]
 Backend = Literal["hf", "vllm"]
 KvCacheDtype = Literal["auto", "int8", "int4", "int3", "int2", "fp8"]
 OWN_CACHE: KvCacheDtype = "auto"
 LongContextKind = Literal["longheads", "yarn", "dynamic", "window"]
 RETRIEVAL_LENGTHS = (256, 512, 1024, 2048)
 BASELINES: tuple[KvCacheDtype, ...] = ("int8", "int4", "int3", "int2")  # the donor's caches beside a curve
-
-
-def task_names(text: str) -> tuple[str, ...]:
-    """("piqa", "arc_*") from "piqa,arc_*"; empty names are left out. Raises RecipeError where there is no other."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise RecipeError(f"tasks '{text}' has no name of a task")
-    return names
-
-
-def token_counts(text: str) -> tuple[int, ...]:
-    """(512, 1024) from "512,1024". Raises RecipeError for anything but whole numbers above 0."""
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise RecipeError(f"'{text}' is not a list of tokens such as 512,1024")
-    return counts
-
-
-def one_name(text: str) -> tuple[str, ...]:
-    """The name alone as a tuple."""
-    return (text,)
 
 
 @dataclass(frozen=True)
@@ -56,7 +33,8 @@ class EvalSettings(Settings):
         Suite | None,
         Option(
             "A list of lm-eval tasks with their shots: quick and standard, with five kinds of text and texts that the "
-            "models write, need no download, the others are those of the papers."
+            "models write, need no download, generation is tasks that are answered in writing, the others are those "
+            "of the papers."
         ),
     ] = None
     tasks: Annotated[
@@ -81,8 +59,8 @@ class EvalSettings(Settings):
     data: Annotated[
         Takes[str | None, str | PurePath | None],
         Option(
-            "Folder with local copies (JSON lines) of hellaswag, arc, piqa, … instead of the Hub, and of the kinds of "
-            "text of --suite standard.",
+            "Folder with local copies (JSON lines) of hellaswag, arc, gsm8k_cot, ifeval, … instead of the Hub, and of "
+            "the kinds of text of --suite standard.",
             "DIR",
         ),
     ] = default(None)
@@ -97,7 +75,19 @@ class EvalSettings(Settings):
         Option("Examples before each question.", "N", ge=0, default="the suite's or the task's own"),
     ] = None
     chat_template: Annotated[
-        bool, Option("Ask through the chat template; it changes scores, and is recorded.")
+        bool | None,
+        Option(
+            "Whether tasks are asked through the chat template; it changes scores, and is recorded.",
+            flag="--chat-template/--no-chat-template",
+            default="of --suite generation where the donor has one, else not",
+        ),
+    ] = None
+    run_generated_code: Annotated[
+        bool,
+        Option(
+            "Run the code that models write in tasks such as humaneval, on this machine and with your rights; without "
+            "it humaneval only says whether that code parses."
+        ),
     ] = False
     retrieval: Annotated[bool, Option("A number hidden in texts of several lengths: is it found again?")] = (
         False

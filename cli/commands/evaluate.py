@@ -50,6 +50,7 @@ OF_TASKS = (
     "limit",
     "num_fewshot",
     "chat_template",
+    "run_generated_code",
     "max_length",
     "backend",
 )

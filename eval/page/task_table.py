@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..report.task_notes import notes
 from ..report.units import count, number
 from ..tasks.scores import is_share
 from .blocks import Block, Cell, Heading, Paragraph, Table
@@ -12,7 +13,10 @@ from .verdict import reference
 
 LEGEND = "≈ within 2 standard errors of the paired difference"
 
-APART = "MMLU, and the tasks of each language, have means of their own and are not in the average."
+APART = (
+    "MMLU, the tasks of each language, and those that are answered in writing have means of their own and are not in "
+    "the average."
+)
 
 
 def tasks(result: Mapping[str, Any]) -> list[Block]:
@@ -50,6 +54,7 @@ def tasks(result: Mapping[str, Any]) -> list[Block]:
         page.append(Paragraph(f"The average is over {', '.join(average['tasks'])}."))
     if result.get("apart"):
         page.append(Paragraph(APART))
+    page += map(Paragraph, notes(result))
     return [*page, Table(columns, others, folded="Other metrics of these tasks")] if others else page
 
 

@@ -19,6 +19,7 @@ from .. import refusal_counts, text_spread
 from ..settings import OWN_CACHE
 from ..writing.verdict import sentence
 from .evaluated_model import Pair, pair_for
+from .task_notes import notes
 from .units import count, number, share
 
 TASK_TYPE = "text-generation"  # the Hub's name of the evaluated task
@@ -82,6 +83,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         for task in content.get("tasks") or []:
             _add_task(evaluation, task, pair)
         _add_means(evaluation, content, pair)
+        evaluation.settings += notes(content)
         if content.get("retrieval"):
             _add_retrieval(evaluation, content["retrieval"], *pair.select(content["retrieval"]["models"]))
         if content.get("generation"):

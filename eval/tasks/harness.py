@@ -88,7 +88,7 @@ def _task_key(candidate: Candidate, spec: TaskSpec) -> dict[str, Any]:
         "digest": spec.digest,
         "num_fewshot": spec.num_fewshot,
         "limit": settings.limit,
-        "chat_template": settings.chat_template,
+        "chat_template": bool(settings.chat_template),
     }
 
 
@@ -102,6 +102,7 @@ def _evaluate_task(
     started = time.perf_counter()
     loaded = _load_documents(manager, spec)
     lm = language_model(candidate)
+    _require_room(candidate, lm, loaded["tasks"])
     rolling = any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in loaded["tasks"].values())
     if candidate.settings.backend == "hf":
         lm.batch_size_per_gpu = candidate.batch_size(rolling)
@@ -113,13 +114,47 @@ def _evaluate_task(
             tasks=list(loaded["tasks"].values()) if group is None else [group],
             num_fewshot=spec.num_fewshot,
             limit=candidate.settings.limit,
-            apply_chat_template=candidate.settings.chat_template,
+            apply_chat_template=bool(candidate.settings.chat_template),
             use_cache=store.responses(candidate.key()),
             task_manager=manager,
+            confirm_run_unsafe_code=candidate.settings.run_generated_code,
         )
     if results is None:
         return None
-    return plain_outcome(spec.name, results) | {"seconds": time.perf_counter() - started}
+    written = {
+        "generative": _generative(loaded["tasks"]),
+        "cut_prompts": _cut_prompts(lm, results["samples"]),
+    }
+    return plain_outcome(spec.name, results) | written | {"seconds": time.perf_counter() - started}
+
+
+def _generative(tasks: dict[str, Any]) -> bool:
+    """Whether the tasks are answered in writing."""
+    return all(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
+
+
+def _require_room(candidate: Candidate, lm: Any, tasks: dict[str, Any]) -> None:
+    """Raises MhconvertError where a task asks for as many new tokens as the model reads."""
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE == "generate_until" and lm.room(task.config.generation_kwargs) < 1:
+            raise MhconvertError(
+                f"task {name} asks for more new tokens than {candidate.name} reads, or --max-length allows, and leaves "
+                "no room for a question; leave the task out, or give a larger --max-length"
+            )
+
+
+def _cut_prompts(lm: Any, samples: dict[str, Any]) -> int:
+    """How many prompts of texts to write were longer than fits, so that their middle was left out."""
+    asked = {
+        (task, document["doc_id"]): document["arguments"][0]
+        for task, documents in samples.items()
+        for document in documents
+    }
+    return sum(
+        len(lm.tok_encode(arguments[0])) > lm.room(arguments[1])
+        for arguments in asked.values()
+        if len(arguments) > 1 and isinstance(arguments[1], dict)
+    )
 
 
 def _load_documents(manager: Any, spec: TaskSpec) -> Any:

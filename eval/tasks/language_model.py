@@ -10,6 +10,7 @@ from ...convert.bare_process.known_code import may_run_code
 from ..settings import OWN_CACHE
 from ..vllm.engine import Engine, loadable
 from .candidate import Candidate
+from .chat_template import answer_ends
 
 DEFAULT_LENGTH = 2048  # tokens that a model reads whose config does not say it
 
@@ -23,16 +24,20 @@ def language_model(candidate: Candidate) -> Any:
     if candidate.lm is None:
         opened, tokenizer = candidate.opened, candidate.opened.tokenizer()
         if candidate.settings.chat_template and not getattr(tokenizer, "chat_template", None):
-            raise MhconvertError(f"{opened.reference} has no chat template; leave out --chat-template")
+            raise MhconvertError(f"{opened.reference} has no chat template; give --no-chat-template")
         make = _in_vllm if candidate.settings.backend == "vllm" else _in_transformers
         candidate.lm = make(candidate, tokenizer)
     return candidate.lm
 
 
 def _in_transformers(candidate: Candidate, tokenizer: Any) -> Any:
+    from ..writing.continuations import end_tokens
     from .progress_model import ProgressLM
 
-    return ProgressLM(candidate.load(candidate.dtype), tokenizer, candidate.settings.max_length)
+    model, settings = candidate.load(candidate.dtype), candidate.settings
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    of_template = answer_ends(tokenizer) if settings.chat_template else []
+    return ProgressLM(model, tokenizer, settings.max_length, [*end_tokens(model), *own, *of_template])
 
 
 def _in_vllm(candidate: Candidate, tokenizer: Any) -> Any:

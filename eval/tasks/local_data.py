@@ -1,4 +1,4 @@
-"""Tasks over local files: lm-eval's own YAML of a standard task, with the documents read from a local copy."""
+"""Tasks that are lm-eval's own but for what is changed: documents from a local file, or another metric."""
 
 from __future__ import annotations
 
@@ -24,28 +24,39 @@ SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task over a local file.
+    """A task with a YAML of our own.
 
     Attributes:
         name: lm-eval's.
-        file: holds its documents.
+        file: holds its documents; None: they are on the Hub.
         config: the contents of its YAML, which includes that of the standard task.
+        own_examples: it has examples of its own, and takes none from a training split.
     """
 
     name: str
-    file: Path
+    file: Path | None
     config: dict[str, Any]
+    own_examples: bool = False
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the config and the documents, the same wherever the file and the package are."""
+        """SHA-256 of the config and the documents, the same wherever the file and the package are; of a file that is
+        not written yet, of the config."""
         config = {key: value for key, value in self.config.items() if key not in PATH_KEYS}
-        return hashlib.sha256(f"{json.dumps(config)} {sha256(self.file)}".encode()).hexdigest()
+        documents = sha256(self.file) if self.file is not None and self.file.is_file() else ""
+        return hashlib.sha256(f"{json.dumps(config)} {documents}".encode()).hexdigest()
 
 
 def templates() -> dict[str, dict[str, Any]]:
-    """The contents of `local_tasks/<name>.yaml` by name: the standard tasks that can be read from files."""
-    return yaml_files("local_tasks")
+    """The standard tasks that can be read from files, by name: what `local_tasks/<name>.yaml` says, or one that stands
+    for several `names`, where {} is the name without the file's."""
+    found = {}
+    for stem, template in yaml_files("local_tasks").items():
+        for name in template.pop("names", [""]):
+            files = [pattern.format(name) for pattern in template["files"]]
+            whole = f"{stem}_{name}" if name else stem
+            found[whole] = template | {"standard": template["standard"].format(name), "files": files}
+    return found
 
 
 def yaml_files(folder: str) -> dict[str, dict[str, Any]]:
@@ -69,9 +80,13 @@ def local_tasks(names: Sequence[str], data: Path) -> list[LocalTask]:
         if file is None:
             missing.append(f"{name} ({' or '.join(template['files'])})")
         else:
-            tasks.append(LocalTask(name, file, _config(name, template, file)))
+            own = bool(template.get("own_examples"))
+            tasks.append(LocalTask(name, file, _config(name, template, file), own))
     if missing:
-        raise TextError(f"{data} and its folders have no file for {', '.join(missing)}")
+        raise TextError(
+            f"{data} and its folders have no file for {', '.join(missing)}; add them, or name the tasks that it has "
+            "with --tasks"
+        )
     return tasks
 
 
@@ -88,6 +103,28 @@ def write_yaml(tasks: Sequence[LocalTask], folder: Path) -> None:
     for task in tasks:
         text = yaml.dump(task.config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         (folder / f"{task.name}.yaml").write_text(text, encoding="utf-8")
+
+
+def standard_config(path: str) -> dict[str, Any]:
+    """lm-eval's YAML at `path` below its folder of tasks, with what it includes and without its functions, whose
+    modules are not imported."""
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent
+    config = yaml.load((folder / path).read_text(encoding="utf-8"), Loader=_WithoutFunctions)
+    included = config.pop("include", None)
+    base = standard_config(str(Path(path).parent / included)) if included else {}
+    return base | {key: value for key, value in config.items() if not isinstance(value, Function)}
+
+
+class _WithoutFunctions(yaml.SafeLoader):
+    pass
+
+
+_WithoutFunctions.add_constructor(
+    "!function",
+    lambda loader, node: Function(loader.construct_scalar(node)),  # type: ignore[arg-type]
+)
 
 
 class Function(str):
@@ -118,7 +155,8 @@ def _config(name: str, template: dict[str, Any], file: Path) -> dict[str, Any]:
     if "raw" in form:
         config["custom_dataset"] = Function(form["raw"])
         config["dataset_kwargs"] = {"path": path, "split": split}
-    return config | (form.get("overrides") or {})
+    functions = {key: Function(name) for key, name in (form.get("functions") or {}).items()}
+    return config | (form.get("overrides") or {}) | functions
 
 
 def _form(name: str, forms: list[dict[str, Any]], file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .apart import MMLU, part
+from .generated_code import METRIC as PARSES
 
 SIGNIFICANT = 2.0  # standard errors; a smaller difference counts as noise
 # The first of these that a task has is its primary metric.
@@ -22,6 +23,8 @@ WEIGHTED = {  # metrics of (log-likelihood, weight) pairs -> the factor of their
     "byte_perplexity": 1.0,
     "bits_per_byte": 1 / math.log(2),
 }
+GENERATIVE = "generative tasks"
+NO_SCORE = (PARSES,)  # shares that say nothing about right answers
 PERPLEXITY = "perplexity"  # of log-likelihoods with equal weights
 
 
@@ -56,8 +59,16 @@ def task_row(outcomes: Sequence[dict[str, Any]], local: str | None) -> dict[str,
         "num_fewshot": first["num_fewshot"].get(name, first["num_fewshot"].get(leaves[0])),
         "samples": sum(first["counts"].get(leaf, 0) for leaf in leaves),
         "local": local,
+        **({"generative": True} if first.get("generative") else {}),
+        **_of_prompts(outcomes),
         "metrics": [_metric_row(outcomes, name, leaves, key, key == primary) for key in metrics],
     }
+
+
+def _of_prompts(outcomes: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """cut_prompts: how many prompts of each model lack their middle; {} where none does."""
+    cut = [outcome.get("cut_prompts", 0) for outcome in outcomes]
+    return {"cut_prompts": cut} if any(cut) else {}
 
 
 def _leaves(name: str, groups: dict[str, list[str]]) -> list[str]:
@@ -78,32 +89,40 @@ def is_share(metric: Mapping[str, Any]) -> bool:
 def average(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The unweighted mean over tasks of the primary metrics that are fractions; None with fewer than two of them.
 
-    MMLU and tasks in a language are not in it, nor groups of such: see `apart`.
+    MMLU, tasks in a language and those answered in writing are not in it, nor groups of such: see `apart`.
     """
     languages = {
         row["part_of"] for row in rows if row.get("part_of") and part(row["task"]) not in (None, MMLU)
     }
     plain = [
-        row
-        for row in rows
-        if not row.get("part_of") and part(row["task"]) is None and row["task"] not in languages
+        row for row in rows if not row.get("part_of") and _part(row) is None and row["task"] not in languages
     ]
     mean = _mean_row(plain)
     return mean if mean and len(mean["tasks"]) > 1 else None
 
 
 def apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As `average`, with the `name` MMLU or of a language, the mean of each, over one task or more.
+    """As `average`, with the `name` MMLU, of a language, or of tasks answered in writing, the mean of each, over one
+    task or more.
 
     Subjects of an MMLU that was run as a whole count in it alone.
     """
     of_name: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        name = part(row["task"])
-        if name is not None and not (row.get("part_of") and part(row["part_of"]) == name):
+        name = _part(row)
+        within = row.get("part_of") and _part(row | {"task": row["part_of"]}) == name
+        if name is not None and not within:
             of_name.setdefault(name, []).append(row)
     means = {name: _mean_row(found) for name, found in of_name.items()}
     return [{"name": name, **mean} for name, mean in means.items() if mean is not None]
+
+
+def _part(row: Mapping[str, Any]) -> str | None:
+    """What the row's task is apart as: `part` of its name, and whether it is answered in writing."""
+    name = part(row["task"])
+    if not row.get("generative"):
+        return name
+    return GENERATIVE if name is None else f"{GENERATIVE}, {name}"
 
 
 def _mean_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -112,7 +131,10 @@ def _mean_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         (row["task"], metric)
         for row in rows
         for metric in row["metrics"]
-        if metric["primary"] and is_share(metric) and metric["higher_is_better"] is not False
+        if metric["primary"]
+        and is_share(metric)
+        and metric["higher_is_better"] is not False
+        and metric["metric"] not in NO_SCORE
     ]
     if not shares:
         return None

@@ -14,7 +14,8 @@ from mhconvert.errors import MhconvertError, TextError
 
 from ...convert.storage.atomic_files import sha256
 from ..settings import EvalSettings
-from . import local_data
+from . import generated_code, local_data, requirements, ruler
+from .local_data import LocalTask
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class TaskSpec:
     Attributes:
         name: lm-eval's.
         num_fewshot: examples before each question; None: as the task defines.
-        local: the file that its documents come from, if not the Hub.
+        local: the file that its documents come from, if not the Hub; `ruler.written` writes that of RULER's tasks.
         digest: SHA-256 of everything that defines it.
     """
 
@@ -54,19 +55,16 @@ def resolve(settings: EvalSettings, folder: Path) -> TaskSet:
         folder: an empty folder, into which the YAMLs of tasks over local files are written.
 
     Raises:
-        MhconvertError: lm-eval does not know a name; the message lists near matches.
+        MhconvertError: lm-eval does not know a name, and the message lists near matches; or a task needs what is not
+            there, or what may not be done, such as running the code that a model writes.
         TextError: a file is missing.
     """
     import lm_eval
 
-    wanted = _wanted(settings)
-    if settings.data_folder is not None:
-        wanted = _local_first(wanted)
-    local = {local_data.QUICK: local_data.quick_task()} if local_data.QUICK in wanted else {}
-    if settings.data_folder is not None:
-        local |= {task.name: task for task in local_data.local_tasks(list(wanted), settings.data_folder)}
+    wanted = _ours_first(_wanted(settings), settings)
+    local = _ours(list(wanted), settings, folder)
     for name in local:
-        if wanted[name]:
+        if wanted[name] and not local[name].own_examples:
             raise TextError(
                 f"{name} with {wanted[name]} examples draws them from the task's training split, which a local copy "
                 "does not have; use --num-fewshot 0, or no --data"
@@ -79,7 +77,27 @@ def resolve(settings: EvalSettings, folder: Path) -> TaskSet:
             file = local[name].file if name in local else None
             digest = local[name].digest if name in local else _digest(name, settings.task_folder)
             specs.append(TaskSpec(name, num_fewshot, file, f"lm-eval {lm_eval.__version__} {digest}"))
-    return TaskSet(list({spec.name: spec for spec in specs}.values()), manager)
+    found = list({spec.name: spec for spec in specs}.values())
+    for spec in found:
+        if spec.name in ruler.REFUSED:
+            raise MhconvertError(
+                f"{spec.name} is not run: {ruler.REFUSED[spec.name]}; RULER's others are {', '.join(ruler.MAKERS)}"
+            )
+    requirements.require(found, settings)
+    return TaskSet(found, manager)
+
+
+def _ours(names: list[str], settings: EvalSettings, folder: Path) -> dict[str, LocalTask]:
+    """The tasks among `names` with a YAML of our own; the files of RULER's are written into `folder` later."""
+    ours = {local_data.QUICK: local_data.quick_task()} if local_data.QUICK in names else {}
+    ours |= {name: ruler.task(name, folder) for name in names if name in ruler.MAKERS}
+    if settings.data_folder is not None:
+        ours |= {task.name: task for task in local_data.local_tasks(names, settings.data_folder)}
+    if not settings.run_generated_code:
+        ours |= {
+            name: generated_code.unrun(name, ours.get(name)) for name in names if name in generated_code.UNRUN
+        }
+    return ours
 
 
 def _wanted(settings: EvalSettings) -> dict[str, int | None]:
@@ -130,11 +148,12 @@ def _glob(pattern: str, names: Iterable[str]) -> list[str]:
     return fnmatch.filter(names, pattern) if any(character in pattern for character in "*?[") else []
 
 
-def _local_first(wanted: dict[str, int | None]) -> dict[str, int | None]:
-    """`wanted`, where a glob that matches tasks with local copies stands for these alone."""
+def _ours_first(wanted: dict[str, int | None], settings: EvalSettings) -> dict[str, int | None]:
+    """`wanted`, where a glob that matches RULER's tasks, or tasks with local copies, stands for these alone."""
+    ours = [*ruler.MAKERS, *(local_data.templates() if settings.data_folder is not None else ())]
     names: dict[str, int | None] = {}
     for pattern, num_fewshot in wanted.items():
-        names |= dict.fromkeys(_glob(pattern, local_data.templates()) or [pattern], num_fewshot)
+        names |= dict.fromkeys(_glob(pattern, ours) or [pattern], num_fewshot)
     return names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -18,7 +19,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mhconvert.errors import MhconvertError
 
 from ..vllm.engine import Engine
+from .chat_template import in_template
 from .progress_model import prefix_token
+from .prompt_middle import ends_of
 
 ROWS = 64  # in one request; vLLM makes batches of them, and progress is told between requests
 NEW_TOKENS = 256  # where a task does not say
@@ -61,13 +64,17 @@ class VllmLM(TemplateLM):
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return ids
 
+    def room(self, asked: dict[str, Any]) -> int:
+        """Tokens of a prompt that fit beside the new ones that a task asks for; 0 or less: none."""
+        return self._row_tokens - 1 - int(_sampling(asked, None)["max_tokens"])
+
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
+        apply = partial(
+            self.tokenizer.apply_chat_template,
             tokenize=False,
-            add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        return in_template(apply, chat_history, add_generation_prompt)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         rows = [(context + continuation)[-self._row_tokens :] for _, context, continuation in requests]
@@ -112,15 +119,7 @@ class VllmLM(TemplateLM):
             _sampling(request.args[1], None if end is None else self.tokenizer.decode(end))
             for request in requests
         ]
-        most = max(each["max_tokens"] for each in sampling)
-        if most >= self._row_tokens - 1:
-            raise MhconvertError(
-                f"a task asks for {most} new tokens, and rows have {self._row_tokens - 1}; give a larger --max-length"
-            )
-        rows = [
-            self.tok_encode(request.args[0])[each["max_tokens"] + 1 - self._row_tokens :]
-            for request, each in zip(requests, sampling, strict=True)
-        ]
+        rows = [ends_of(self.tok_encode(request.args[0]), self.room(request.args[1])) for request in requests]
         made = self._in_parts(list(zip(rows, sampling, strict=True)), self._continue)
         texts = []
         for request, each, row in zip(requests, sampling, made, strict=True):
