@@ -99,6 +99,7 @@ def _evaluate_task(
     from lm_eval import evaluator
 
     evaluator.get_git_commit_hash = lambda: None  # of the working directory, where git may print errors
+    evaluator.add_env_info = lambda results: None  # runs pip for every task, and is no part of an outcome
     started = time.perf_counter()
     loaded = _load_documents(manager, spec)
     lm = language_model(candidate)

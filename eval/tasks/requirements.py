@@ -15,7 +15,7 @@ from mhconvert.errors import MhconvertError, TextError
 
 from ..settings import EvalSettings
 from .generated_code import UNRUN
-from .ruler import OF_ESSAYS
+from .ruler import MAKERS, OF_ESSAYS, REFUSED
 
 if TYPE_CHECKING:
     from .task_choice import TaskSpec
@@ -35,10 +35,11 @@ RUNS_CODE = re.compile("humaneval|mbpp")
 
 
 def require(specs: Sequence[TaskSpec], settings: EvalSettings) -> None:
-    """Raises MhconvertError for packages and data that the tasks need and that are not there, with the command that
-    installs them, and for tasks that run what a model writes where that is not allowed."""
-    _require_packages([spec.name for spec in specs])
-    _require_code(specs, settings)
+    """Raises MhconvertError as `refuse`, and for data and metrics that cannot be had."""
+    refuse([spec.name for spec in specs], settings)
+    running = [spec.name for spec in specs if RUNS_CODE.search(spec.name)]
+    if settings.run_generated_code and running:
+        _require_metric(running)
     needing = [spec.name for spec in specs if _splits_sentences(spec)]
     if needing:
         _require_punkt(needing)
@@ -46,6 +47,22 @@ def require(specs: Sequence[TaskSpec], settings: EvalSettings) -> None:
         if not needing and any(spec.name.startswith(start) for spec in specs):
             with patch("nltk.download"):
                 importlib.import_module(module)
+
+
+def refuse(names: Sequence[str], settings: EvalSettings) -> None:
+    """Raises MhconvertError for tasks, by their names, whose packages are not there, with the command that installs
+    them; for those that are not run; and for those that run what a model writes where that is not allowed."""
+    for name in names:
+        if name in REFUSED:
+            raise MhconvertError(
+                f"{name} is not run: {REFUSED[name]}; RULER's others are {', '.join(MAKERS)}"
+            )
+        if RUNS_CODE.search(name) and name not in UNRUN and not settings.run_generated_code:
+            raise MhconvertError(
+                f"{name} runs the code that a model writes, on this machine and with your rights; --run-generated-code "
+                "allows that"
+            )
+    _require_packages(names)
 
 
 def _require_packages(names: Sequence[str]) -> None:
@@ -67,23 +84,10 @@ def _require_packages(names: Sequence[str]) -> None:
         )
 
 
-def _require_code(specs: Sequence[TaskSpec], settings: EvalSettings) -> None:
-    running = [spec.name for spec in specs if RUNS_CODE.search(spec.name)]
-    if not settings.run_generated_code:
-        refused = [name for name in running if name not in UNRUN]
-        if refused:
-            raise MhconvertError(
-                f"{', '.join(refused)} runs the code that a model writes, on this machine and with your rights; "
-                "--run-generated-code allows that"
-            )
-    elif running:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for it beside lm-eval
-        _require_metric(running)
-
-
 def _require_metric(names: Sequence[str]) -> None:
     import evaluate
 
+    os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for this too
     try:
         evaluate.load("code_eval")
     except Exception as error:  # of the Hub, of a file, or of the metric's own code

@@ -62,6 +62,7 @@ def resolve(settings: EvalSettings, folder: Path) -> TaskSet:
     import lm_eval
 
     wanted = _ours_first(_wanted(settings), settings)
+    requirements.refuse(list(wanted), settings)  # before lm-eval's tasks are listed, which takes seconds
     local = _ours(list(wanted), settings, folder)
     for name in local:
         if wanted[name] and not local[name].own_examples:
@@ -78,11 +79,6 @@ def resolve(settings: EvalSettings, folder: Path) -> TaskSet:
             digest = local[name].digest if name in local else _digest(name, settings.task_folder)
             specs.append(TaskSpec(name, num_fewshot, file, f"lm-eval {lm_eval.__version__} {digest}"))
     found = list({spec.name: spec for spec in specs}.values())
-    for spec in found:
-        if spec.name in ruler.REFUSED:
-            raise MhconvertError(
-                f"{spec.name} is not run: {ruler.REFUSED[spec.name]}; RULER's others are {', '.join(ruler.MAKERS)}"
-            )
     requirements.require(found, settings)
     return TaskSet(found, manager)
 

@@ -119,6 +119,11 @@ class VllmLM(TemplateLM):
             _sampling(request.args[1], None if end is None else self.tokenizer.decode(end))
             for request in requests
         ]
+        most = max(each["max_tokens"] for each in sampling)
+        if most >= self._row_tokens - 1:
+            raise MhconvertError(
+                f"a task asks for {most} new tokens, and rows have {self._row_tokens - 1}; give a larger --max-length"
+            )
         rows = [ends_of(self.tok_encode(request.args[0]), self.room(request.args[1])) for request in requests]
         made = self._in_parts(list(zip(rows, sampling, strict=True)), self._continue)
         texts = []

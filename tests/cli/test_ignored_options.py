@@ -17,6 +17,7 @@ IGNORED = {
     "eval x --text a.txt --data d": "--data is of tasks",
     "eval x --text a.txt --include-path d": "--include-path is of tasks",
     "eval x --retrieval --chat-template": "--chat-template is of tasks",
+    "eval x --text a.txt --run-generated-code": "--run-generated-code is of tasks",
     "eval x --text a.txt --dtype bfloat16": "--dtype is of tasks and of --retrieval, --generation and --refusals",
     "eval x --retrieval --batch-size 2": "--batch-size is of tasks and --generation",
     "eval x --suite standard --prompts a.txt": "--prompts is of --generation",

@@ -253,7 +253,7 @@ def test_the_chat_template_changes_the_questions_and_is_part_of_the_key(
     assert plain != asked
     mute = make_donor(tmp_path / "mute", layers=2, kv_heads=2)
     (mute / "chat_template.jinja").unlink()
-    with pytest.raises(MhconvertError, match="has no chat template; leave out --chat-template"):
+    with pytest.raises(MhconvertError, match="has no chat template; give --no-chat-template"):
         evaluate(candidate(mute, chat_template=True), store, tmp_path / "tasks")
 
 

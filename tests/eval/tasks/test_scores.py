@@ -286,3 +286,27 @@ def test_groups_of_mmlu_and_languages_of_a_group_have_rows_of_their_own() -> Non
     rows = [*task_rows([xnli, xnli], None), *rows_of("piqa", "arc_easy")]
     assert {each["name"]: each["tasks"] for each in apart(rows)} == {"de": ["xnli_de"], "fr": ["xnli_fr"]}
     assert (average(rows) or {})["tasks"] == ["piqa", "arc_easy"]
+
+
+def test_tasks_answered_in_writing_have_a_mean_of_their_own() -> None:
+    """With each language apart from the others, and without the share of code that parses, which is no score."""
+    written = {
+        "piqa": None,
+        "arc_easy": None,
+        "gsm8k_cot": True,
+        "ifeval": True,
+        "mgsm_de": True,
+        "humaneval": True,
+    }
+    rows = [
+        task_row([outcome([float(number), 1.0], name=name) | {"generative": flag}], None)
+        for number, (name, flag) in enumerate(written.items())
+    ]
+    rows[-1]["metrics"][0] |= {"metric": "parses"}
+    for row in rows:
+        row["metrics"][0]["models"][0]["value"] = 0.25
+    assert (average(rows) or {})["tasks"] == ["piqa", "arc_easy"]
+    assert {mean["name"]: mean["tasks"] for mean in apart(rows)} == {
+        "generative tasks": ["gsm8k_cot", "ifeval"],
+        "generative tasks, de": ["mgsm_de"],
+    }
