@@ -103,7 +103,7 @@ def test_every_stage_is_read(file: Path) -> None:
         (
             "quick",
             "slow",
-            "line 12: eval.suite: 'slow' is not one of quick, standard, transmla, moh, dha, open-llm",
+            "line 12: eval.suite: 'slow' is not one of quick, standard, transmla, moh, dha, open-llm, generation",
         ),
         ("piqa", "[piqa, '']", "line 13: eval.tasks has an empty name"),
         ("tasks: piqa", "limit: 0", "line 13: eval.limit=0 is too small; use at least 1"),
@@ -299,7 +299,10 @@ def test_overrides_that_are_refused(file: Path, override: str, expected: str) ->
             {},
             "there is nothing to evaluate; name a suite, tasks or text, or set retrieval, generation or refusals: true",
         ),
-        ({"suite": "slow"}, "suite 'slow' is not one of quick, standard, transmla, moh, dha, open-llm"),
+        (
+            {"suite": "slow"},
+            "suite 'slow' is not one of quick, standard, transmla, moh, dha, open-llm, generation",
+        ),
         ({"suite": "quick", "backend": "x"}, "backend 'x' is not one of hf, vllm"),
         ({"retrieval": True, "sequence_length": 4}, "sequence_length=4 is too small; use at least 8"),
         ({"text": "a.txt", "num_fewshot": -1}, "num_fewshot=-1 is too small; use at least 0"),
@@ -429,7 +432,8 @@ def test_faults_of_all_stages_are_told_together(file: Path) -> None:
     said = message(file, text)
     for part in (
         "run.yaml, line 5: settings.kv_budget=3 is outside (0, 1]; it is a share of the donor's KV cache; ",
-        "; run.yaml, line 12: eval.suite: 'slow' is not one of quick, standard, transmla, moh, dha, open-llm; ",
+        "; run.yaml, line 12: eval.suite: 'slow' is not one of quick, standard, transmla, moh, dha, open-llm, "
+        "generation; ",
         "; run.yaml, line 13: eval.limit=0 is too small; use at least 1; ",
         f"; run.yaml, line 15: export has no key 'too'; did you mean to? (it has {EXPORT_KEYS}); ",
         "; run.yaml, line 14: export: the key 'to' is missing; ",
