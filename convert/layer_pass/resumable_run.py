@@ -34,6 +34,7 @@ ROWS = "rows.safetensors"  # the calibration rows
 SOURCES = "sources.json"  # where the held-out ones are from
 NEEDS = "needs.json"  # what a survey of the layers found
 SENSITIVITIES = "sensitivities.safetensors"  # the same, where it is tensors
+TEXTS = "texts"  # a folder: what the converted model wrote
 
 # Largest share of wall time spent writing resume state; each write saves both hidden-state streams.
 COMMIT_SHARE = 0.1
@@ -51,6 +52,8 @@ class Workspace:
         layers: what was chosen and measured for each finished layer.
         search: what a search for the budget has found.
         earlier_seconds: what interrupted runs have taken.
+        probe: the file of logits that the reload is compared with.
+        texts: the folder of what the converted model wrote, and of how its donor reads it.
     """
 
     def __init__(self, output: Path, recipe: Recipe, needed: int, *, resume: bool, force: bool):
@@ -62,6 +65,7 @@ class Workspace:
         """
         self._folder = ResumableFolder(output, "convert", STATE)
         self.partial, self._work = self._folder.folder, self._folder.work
+        self.probe, self.texts = self._work / "probe.safetensors", self._work / TEXTS
         self._recipe, self._needed = recipe, needed
         self._resume, self._force = resume, force
         self._limit = byte_size(recipe.max_shard_size)
@@ -73,11 +77,6 @@ class Workspace:
         self._streams: Streams | None = None
         self._writer: ShardWriter | None = None
         self._tensors = 0
-
-    @property
-    def probe(self) -> Path:
-        """The file of logits that the reload is compared with."""
-        return self._work / "probe.safetensors"
 
     @property
     def streams_ready(self) -> bool:
@@ -172,7 +171,7 @@ class Workspace:
     def start_over(self, search: dict[str, Any]) -> None:
         """Forget all layers; the calibration rows, the layers' needs and the state of the search are kept."""
         self._folder.state_file.unlink()  # first, as what it counts as finished is removed next
-        self._folder.empty(ROWS, SOURCES, NEEDS, SENSITIVITIES)
+        self._folder.empty(ROWS, SOURCES, NEEDS, SENSITIVITIES, TEXTS)
         self.layers, self.search = [], search
         self._streams = self._writer = None
 

@@ -130,7 +130,7 @@ def _beside(
 ) -> dict[str, Any]:
     """What `compared` returns of the writer, whose texts are written and read by the donor for it."""
     greedy, sampled = map(writer.texts, options[:2])
-    judged = _judged(writer, donor, sampled)
+    judged = judged_texts(writer, donor, sampled)
     ours = {
         "greedy": of_texts(prompts, writer.tokenizer, greedy),
         "sampled": with_nats(of_texts(prompts, writer.tokenizer, sampled), sampled, judged),
@@ -145,7 +145,7 @@ def _beside(
     )
 
 
-def _judged(writer: Writer, donor: Writer, texts: Sequence[Text]) -> list[Judged]:
+def judged_texts(writer: Writer, donor: Writer, texts: Sequence[Text]) -> list[Judged]:
     """What the donor makes of each text of the writer."""
     found: list[Judged] = []
     for asked, donor_asked, text in zip(writer.rows, donor.rows, texts, strict=True):

@@ -15,7 +15,8 @@ import mhconvert
 from mhconvert.convert import pipeline
 from mhconvert.convert.layer_pass import tolerance_search
 from mhconvert.convert.layer_pass.context import ConversionContext
-from mhconvert.convert.layer_pass.tolerance_search import REACH, round_up, smallest_budget_within, step_up
+from mhconvert.convert.layer_pass.loss_curve import REACH, round_up, smallest_budget_within
+from mhconvert.convert.layer_pass.tolerance_search import step_up
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe, load_recipe
 from mhconvert.convert.recipe.tolerance import parse
