@@ -20,7 +20,7 @@ from .compared_models import candidates_of, describe, open_models
 from .result_cache import Store
 from .settings import EvalSettings
 from .tasks import harness, scores
-from .tasks.candidate import Candidate
+from .tasks.candidate import Candidate, LazyModel
 from .tasks.harness import OnRows
 from .tasks.language_model import language_model
 from .tasks.task_choice import TaskSet, resolve
@@ -116,7 +116,8 @@ def _measure_texts(
     """
     if harness.rank() != 0:
         return {}
-    kept: dict[str, Any] = {"fresh": run.fresh, "on_rows": _row_listener(run.on_progress)}
+    donor = LazyModel(candidates[0])  # is read once for both
+    kept: dict[str, Any] = {"donor": donor, "fresh": run.fresh, "on_rows": _row_listener(run.on_progress)}
     written = measure_writing(candidates, run.asked, prompts, run.store, **kept) if run.asked else None
     kinds = {text.name: text.kind for text in run.texts if text.kind}
     return texts.measure(candidates, rows, run.store, kinds=kinds, **kept) | {"generation": written}

@@ -22,6 +22,7 @@ def measure(
     rows: Mapping[str, Tensor],
     store: Store,
     *,
+    donor: LazyModel,
     kinds: Mapping[str, str],
     fresh: bool,
     on_rows: OnRows,
@@ -32,6 +33,7 @@ def measure(
         candidates: the models, the donor first.
         rows: token ids (sequences, sequence_length) of each text, by the text's name.
         store: keeps results between runs.
+        donor: the first of them.
         kinds: of the texts of a suite, by their names.
         fresh: measures everything anew.
         on_rows: called with the model and text, the rows done and the rows in all.
@@ -44,11 +46,11 @@ def measure(
     """
     if not rows:
         return {"texts": [], "over_texts": None, "cache": None}
-    donor, *others = candidates
-    donor_model = LazyModel(donor)
+    others = candidates[1:]
     lengths = cache_size.lengths([each.opened for each in candidates])
     results = [
-        _measure_model(each, donor_model, rows, lengths, store, fresh, on_rows) for each in others or [donor]
+        _measure_model(each, donor, rows, lengths, store, fresh, on_rows)
+        for each in others or [donor.candidate]
     ]
     texts = []
     for index, (text, ids) in enumerate(rows.items()):

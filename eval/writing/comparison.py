@@ -75,6 +75,7 @@ def measure(
     rows: Sequence[list[list[int]]],
     store: Store,
     *,
+    donor: LazyModel,
     fresh: bool,
     on_rows: OnRows,
 ) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def measure(
         asked: what they are asked.
         rows: of each model, `prompt_rows` of that.
         store: keeps texts and readings between runs.
+        donor: the first of them, which is read anew if it is to have another dtype.
         fresh: writes and reads everything anew.
         on_rows: called with the model and what it does, the texts done and the texts in all.
 
@@ -96,18 +98,20 @@ def measure(
     dtype, prompts = getattr(torch, candidates[0].settings.dtype or "float32"), asked.prompts
     options = [Options(asked.max_new_tokens)]
     options += [Options(asked.max_new_tokens, temperature=TEMPERATURE, seed=seed) for seed in SEEDS]
-    donor, *writers = (
+    read = donor if donor.dtype == dtype else LazyModel(donor.candidate, dtype)
+    first = Writer(read, rows[0], store, fresh, on_rows)
+    writers = [
         Writer(LazyModel(candidate, dtype), of_model, store, fresh, on_rows)
-        for candidate, of_model in zip(candidates, rows, strict=True)
-    )
+        for candidate, of_model in zip(candidates[1:], rows[1:], strict=True)
+    ]
     names = ("greedy", "sampled", "again")
-    texts = {how: donor.texts(each) for how, each in zip(names, options, strict=True)}
-    theirs = {how: of_texts(prompts, donor.tokenizer, found) for how, found in texts.items()}
+    texts = {how: first.texts(each) for how, each in zip(names, options, strict=True)}
+    theirs = {how: of_texts(prompts, first.tokenizer, found) for how, found in texts.items()}
     for how in ("sampled", "again"):
         theirs[how] = with_nats(theirs[how], texts[how], texts[how])
     models = [donor_figures(**theirs)]
     while writers:  # which are let go of, with their models, one after the other
-        models.append(_beside(prompts, writers.pop(0), donor, options, texts["greedy"], theirs))
+        models.append(_beside(prompts, writers.pop(0), first, options, texts["greedy"], theirs))
     return {
         "prompts": asked.source,
         "digest": digest([prompt.text for prompt in prompts]),

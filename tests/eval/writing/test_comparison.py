@@ -17,6 +17,7 @@ from mhconvert import Calibration, MLASettings, Recipe, api
 from mhconvert.eval.report.model_index import read_evaluation
 from mhconvert.eval.report.recorded_evaluation import record_evaluation
 from mhconvert.eval.settings import EvalSettings
+from mhconvert.eval.tasks.candidate import Candidate
 from mhconvert.eval.writing import continuations
 from tests.donors import make_donor
 
@@ -157,6 +158,27 @@ def test_an_interrupted_evaluation_goes_on(
     assert calls == ["write"] * 15 + ["judge"] * 6
     assert written(donor, other, prompts, **settings) == first
     assert len(calls) == 21
+
+
+@pytest.mark.parametrize(("dtype", "loads"), [(None, 1), ("bfloat16", 2)])
+def test_the_donor_is_read_once_for_texts_that_are_written_and_read(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None, loads: int
+) -> None:
+    """Texts are read in float32, so that writing in another dtype takes it once more."""
+    donor, other = make_donor(tmp_path / "one", layers=1), make_donor(tmp_path / "two", layers=1, seed=1)
+    loaded: list[str] = []
+    load = Candidate.load
+
+    def counted(candidate: Candidate, dtype: torch.dtype = torch.float32) -> Any:
+        loaded.append(candidate.name)
+        return load(candidate, dtype)
+
+    monkeypatch.setattr(Candidate, "load", counted)
+    text = tmp_path / "text.txt"
+    text.write_text("The river runs through the valley and the town. " * 20)
+    reading = {"text": (str(text),), "sequence_length": 32, "sequences": 1, "dtype": dtype}
+    written(donor, other, prompts, max_new_tokens=4, **reading)
+    assert loaded.count("one") == loads
 
 
 def test_a_model_alone_and_one_with_a_coded_cache(prompts: str, tmp_path: Path) -> None:
