@@ -16,6 +16,7 @@ from ...convert.storage.output_folder import PARTIAL
 from ...convert.storage.safetensors_reader import read_json
 from ..tasks import scores
 from ..text_spread import over_texts
+from ..writing.greedy_texts import without_texts
 from .conversion_tables import json_safe
 
 HOW = (
@@ -27,7 +28,7 @@ COMPARED = ("models", "settings", "versions")  # parts in which two results of o
 
 
 def record_evaluation(result: dict[str, Any]) -> dict[str, list[str]]:
-    """Write `result` as `evaluation.json` into the local folder of every model except the donor.
+    """Write `result`, without the texts of generation, as `evaluation.json` into the folder of every model but the donor.
 
     What the file has of the same models in the same settings, and `result` has not, is kept in it. Figures that cannot
     stand in one file with `result` are kept beside it, as `evaluation-1.json` and so on.
@@ -39,6 +40,7 @@ def record_evaluation(result: dict[str, Any]) -> dict[str, list[str]]:
         OutputError: a file cannot be written.
     """
     aside = []
+    result = result | {"generation": without_texts(result.get("generation"))}
     for model in result["models"]:
         folder = Path(model["reference"])
         if model["role"] == "donor" or not folder.is_dir():

@@ -13,7 +13,7 @@ from ..generation import Options
 from ..result_cache import Store, digest
 from ..tasks.candidate import Candidate, LazyModel
 from ..tasks.harness import OnRows
-from . import continuations
+from . import continuations, greedy_texts
 from .continuations import Judged, Text
 from .prompts import Asked, Prompt, has_template
 from .text_figures import first_difference
@@ -91,9 +91,8 @@ def measure(
         on_rows: called with the model and what it does, the texts done and the texts in all.
 
     Returns:
-        prompts (the file's name), digest (of what is asked),
-        count, max_new_tokens, temperature, seeds, dtype; models: `donor_figures` of the
-        first, `compared` of the others.
+        prompts (the file's name), digest (of what is asked), count, max_new_tokens, temperature, seeds, dtype; asked: the
+        prompts; models: `donor_figures` of the first, `compared` of the others, with the greedy texts of each.
     """
     dtype, prompts = getattr(torch, candidates[0].settings.dtype or "float32"), asked.prompts
     options = [Options(asked.max_new_tokens)]
@@ -109,7 +108,7 @@ def measure(
     theirs = {how: of_texts(prompts, first.tokenizer, found) for how, found in texts.items()}
     for how in ("sampled", "again"):
         theirs[how] = with_nats(theirs[how], texts[how], texts[how])
-    models = [donor_figures(**theirs)]
+    models = [donor_figures(**theirs) | {"texts": greedy_texts.plain(first.tokenizer, texts["greedy"])}]
     while writers:  # which are let go of, with their models, one after the other
         models.append(_beside(prompts, writers.pop(0), first, options, texts["greedy"], theirs))
     return {
@@ -120,6 +119,7 @@ def measure(
         "temperature": TEMPERATURE,
         "seeds": list(SEEDS),
         "dtype": str(dtype).removeprefix("torch."),
+        "asked": greedy_texts.asked(prompts),
         "models": models,
     }
 
@@ -132,21 +132,20 @@ def _beside(
     donor_greedy: list[Text],
     theirs: dict[str, Figures],
 ) -> dict[str, Any]:
-    """What `compared` returns of the writer, whose texts are written and read by the donor for it."""
+    """What `compared` returns of the writer, whose texts are written and read by the donor for it, and the texts."""
     greedy, sampled = map(writer.texts, options[:2])
     judged = judged_texts(writer, donor, sampled)
     ours = {
         "greedy": of_texts(prompts, writer.tokenizer, greedy),
         "sampled": with_nats(of_texts(prompts, writer.tokenizer, sampled), sampled, judged),
     }
-    return compared(
-        prompts,
-        ours,
-        theirs,
-        [each["kl"] for each in judged],
-        _divergences(donor, writer, donor_greedy, greedy),
-        _asked_otherwise(writer, donor),
-    )
+    divergences = _divergences(donor, writer, donor_greedy, greedy)
+    costs, otherwise = [each["kl"] for each in judged], _asked_otherwise(writer, donor)
+    said = [
+        greedy_texts.plain(of.tokenizer, texts) for of, texts in ((writer, greedy), (donor, donor_greedy))
+    ]
+    texts = greedy_texts.beside(*said, divergences)
+    return compared(prompts, ours, theirs, costs, divergences, otherwise) | {"texts": texts}
 
 
 def judged_texts(writer: Writer, donor: Writer, texts: Sequence[Text]) -> list[Judged]:

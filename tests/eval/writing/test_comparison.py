@@ -107,6 +107,8 @@ def test_a_conversion_without_loss_writes_as_its_donor(
     assert (whole["verdict"], whole["notes"]) == ("writes as its donor does", [])
     assert whole["kl"] == pytest.approx(0, abs=1e-5)
     assert whole["divergence"] == {"tokens": None, "equal": 1, "log_prob": None}
+    assert [each["same_tokens"] for each in whole["texts"]] == [None] * len(BEGINNINGS)
+    assert [each["text"] for each in whole["texts"]] == [each["text"] for each in of_donor["texts"]]
     assert whole["perplexity"] == pytest.approx(of_donor["perplexity"], rel=1e-4)
 
 
@@ -165,6 +167,7 @@ def test_the_donor_is_read_once_for_texts_that_are_written_and_read(
     prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None, loads: int
 ) -> None:
     """Texts are read in float32, so that writing in another dtype takes it once more."""
+    monkeypatch.setenv("MHCONVERT_EVAL_CACHE", str(tmp_path / "cache"))
     donor, other = make_donor(tmp_path / "one", layers=1), make_donor(tmp_path / "two", layers=1, seed=1)
     loaded: list[str] = []
     load = Candidate.load
@@ -198,9 +201,20 @@ def test_the_card_has_the_verdict(prompts: str, tmp_path: Path) -> None:
     twin = make_donor(tmp_path / "twin", layers=1, seed=1)
     asked = EvalSettings(generation=True, prompts=prompts, max_new_tokens=8)
     result = api.evaluate(str(twin), asked, against=str(donor), device="cpu")
-    model = result["generation"]["models"][1]
+    theirs, model = result["generation"]["models"]
+    assert result["generation"]["asked"] == list(BEGINNINGS)
+    for ours, text in zip(model["texts"], theirs["texts"], strict=True):
+        at = ours["same_characters"]
+        assert (ours["text"][:at], ours["text"][at : at + 1]) != (
+            text["text"][:at],
+            text["text"][at : at + 1],
+        )
+        assert ours["text"][:at] == text["text"][:at]
     result["models"][1]["role"] = "converted"
     assert record_evaluation(result) == {}
+    recorded = json.loads((twin / "evaluation.json").read_text())["generation"]
+    assert "asked" not in recorded
+    assert [set(each) & {"texts", "greedy"} for each in recorded["models"]] == [{"greedy"}] * 2
     card = read_evaluation(twin)
     assert card is not None
     assert {row[0] for row in card.rows} >= {"generation: KL on its own text", "generation: texts that loop"}
