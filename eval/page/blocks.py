@@ -77,8 +77,8 @@ class Texts:
 
     Attributes:
         folded: the summary of the block.
-        groups: a title, and of each text below it a name, the part that is another's too, and the rest, whose first word
-            is marked.
+        groups: a title, and of each text below it a name, the part that is another's too, and the rest, of which the
+            first word is marked.
     """
 
     folded: str

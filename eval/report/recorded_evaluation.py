@@ -28,9 +28,9 @@ COMPARED = ("models", "settings", "versions")  # parts in which two results of o
 
 
 def record_evaluation(result: dict[str, Any]) -> dict[str, list[str]]:
-    """Write `result`, without the texts of generation, as `evaluation.json` into the folder of every model but the donor.
+    """Write `result` as `evaluation.json` into the local folder of every model except the donor.
 
-    What the file has of the same models in the same settings, and `result` has not, is kept in it. Figures that cannot
+    It has none of the prompts and texts of generation, which may be private. What the file has of the same models in the same settings, and `result` has not, is kept in it. Figures that cannot
     stand in one file with `result` are kept beside it, as `evaluation-1.json` and so on.
 
     Returns:

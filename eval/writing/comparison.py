@@ -91,8 +91,8 @@ def measure(
         on_rows: called with the model and what it does, the texts done and the texts in all.
 
     Returns:
-        prompts (the file's name), digest (of what is asked), count, max_new_tokens, temperature, seeds, dtype; asked: the
-        prompts; models: `donor_figures` of the first, `compared` of the others, with the greedy texts of each.
+        prompts (the file's name), asked (the prompts), digest (of them), count, max_new_tokens, temperature, seeds,
+        dtype; models: `donor_figures` of the first, `compared` of the others, with `greedy_texts` of each.
     """
     dtype, prompts = getattr(torch, candidates[0].settings.dtype or "float32"), asked.prompts
     options = [Options(asked.max_new_tokens)]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
 from typing import Any
 
 from .continuations import Text
 from .prompts import Prompt
+from .text_figures import first_difference
 from .writing_figures import Divergence
 
 PROMPT_LIMIT, TEXT_LIMIT = 500, 2000  # characters of a prompt and of a text that are kept
@@ -29,11 +29,12 @@ def beside(
 ) -> list[dict[str, Any]]:
     """Our texts with same_characters, the first of both that are equal; and same_tokens before the first that differs,
     None for equal texts."""
-    return [
-        our
-        | {"same_characters": len(commonprefix([our["text"], their["text"]])), "same_tokens": divergence.at}
-        for our, their, divergence in zip(ours, theirs, divergences, strict=True)
-    ]
+    found: list[dict[str, Any]] = []
+    for our, their, divergence in zip(ours, theirs, divergences, strict=True):
+        at = first_difference(our["text"], their["text"])
+        same = len(our["text"]) if at is None else at
+        found.append(our | {"same_characters": same, "same_tokens": divergence.at})
+    return found
 
 
 def without_texts(generation: Mapping[str, Any] | None) -> dict[str, Any] | None:
