@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mhconvert.errors import OutputError
 from mhconvert.progress import Progress
 
 from ..checkpoint import provenance
@@ -40,9 +41,12 @@ def write(context: ConversionContext, method: Method, space: Workspace) -> None:
 
 
 def measure_texts(context: ConversionContext, space: Workspace, writing: Writing) -> dict[str, Any]:
-    """What `writing` says of the texts of the model in OUT.partial; those that an interrupted run has are kept."""
+    """What `writing` says of the texts of the model in OUT.partial; an interrupted run goes on in them."""
     donor, tell = context.first.reference, context.on_progress
-    return writing(space.partial, donor, context.recipe, kept=space.texts, on_progress=tell)
+    try:
+        return writing(space.partial, donor, context.recipe, kept=space.texts, on_progress=tell)
+    except OutputError as error:  # no text can be kept: a full disk leaves the run for --resume
+        raise error.__cause__ or error from None
 
 
 def verify(context: ConversionContext, space: Workspace, report: dict[str, Any]) -> None:

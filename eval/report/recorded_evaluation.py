@@ -30,8 +30,9 @@ COMPARED = ("models", "settings", "versions")  # parts in which two results of o
 def record_evaluation(result: dict[str, Any]) -> dict[str, list[str]]:
     """Write `result` as `evaluation.json` into the local folder of every model except the donor.
 
-    It has none of the prompts and texts of generation, which may be private. What the file has of the same models in the same settings, and `result` has not, is kept in it. Figures that cannot
-    stand in one file with `result` are kept beside it, as `evaluation-1.json` and so on.
+    It has none of the prompts and texts of generation, which may be private. What the file has of the same models in
+    the same settings, and `result` has not, is kept in it. Figures that cannot stand in one file with `result` are kept
+    beside it, as `evaluation-1.json` and so on.
 
     Returns:
         kept_aside: the files of these; {} where there are none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from mhconvert.convert.layer_pass.loss_curve import STEP_UP
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe, load_recipe
 from mhconvert.convert.recipe.tolerance import parse
-from mhconvert.errors import BudgetError, MhconvertError
+from mhconvert.errors import BudgetError, MhconvertError, OutputError
 from mhconvert.eval.report.units import number
+from mhconvert.eval.result_cache import Store
 from mhconvert.eval.settings import EvalSettings
 from mhconvert.eval.writing import continuations, on_policy
 from mhconvert.eval.writing.prompts import Prompt
@@ -174,6 +176,19 @@ def test_a_resume_goes_on_in_the_texts(asked: Build, tmp_path: Path, monkeypatch
     assert next(event for event in begun if event.stage == "layers").done == 1
     different = len({one["kv_budget"] for one in resumed})
     assert (len(written), len(read)) == (different, 4 * different)
+
+
+def test_a_full_disk_leaves_the_run(asked: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OutputError("cannot be written") from OSError(errno.ENOSPC, "No space left on device")
+
+    begin = {"asked": "generation=9", "kv_budget": 0.9, "looked": [], "tried": []}
+    with monkeypatch.context() as patch:
+        patch.setattr(tolerance_search, "find_budget", lambda _: begin)
+        patch.setattr(Store, "save", full)
+        with pytest.raises(OutputError, match="the disk is full; 1 layers are finished in .* --resume"):
+            mhconvert.convert(asked("generation=9"))
+    assert (tmp_path / "out.partial" / "model.safetensors").exists()
 
 
 def test_out_of_reach_says_the_best_and_leaves_nothing(
