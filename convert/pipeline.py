@@ -65,14 +65,12 @@ def convert_checkpoint(
     """Write the checkpoint that `recipe` describes; returns its report.
 
     Args:
-        fit: trains a converted attention in place (`heal.layer_fit.fit`).
-        measure: makes an accumulator of predictions (`eval.fidelity.Fidelity`).
+        fit, measure: `heal.layer_fit.fit`, which trains a converted attention in place; `eval.fidelity.Fidelity`.
         finish: writes report and card into the folder (`eval.report.model_card.write_report`).
         complete: measures what the recipe leaves to be measured, behind the refusals that need no weights.
         writing: measures the text that a converted model writes (`eval.writing.on_policy.measure`).
         step: a folder to write instead of the recipe's, marked as a step to something else.
-        resume: continue an interrupted run of the same recipe.
-        force: replace an existing output folder.
+        resume, force: continue an interrupted run of the same recipe; replace an existing output folder.
 
     Raises:
         MhconvertError: What a user can correct; the output folder then does not exist or is as it was.

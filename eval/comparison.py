@@ -116,11 +116,11 @@ def _measure_texts(
     """
     if harness.rank() != 0:
         return {}
-    donor = LazyModel(candidates[0])  # is read once for both
-    kept: dict[str, Any] = {"donor": donor, "fresh": run.fresh, "on_rows": _row_listener(run.on_progress)}
-    written = measure_writing(candidates, run.asked, prompts, run.store, **kept) if run.asked else None
+    models = (LazyModel(candidates[0]), candidates[1:])  # the donor is read once for both
+    kept: dict[str, Any] = {"fresh": run.fresh, "on_rows": _row_listener(run.on_progress)}
+    written = measure_writing(*models, run.asked, prompts, run.store, **kept) if run.asked else None
     kinds = {text.name: text.kind for text in run.texts if text.kind}
-    return texts.measure(candidates, rows, run.store, kinds=kinds, **kept) | {"generation": written}
+    return texts.measure(*models, rows, run.store, kinds=kinds, **kept) | {"generation": written}
 
 
 def _measure_models(

@@ -18,11 +18,11 @@ from .text_spread import over_texts
 
 
 def measure(
-    candidates: Sequence[Candidate],
+    donor: LazyModel,
+    others: Sequence[Candidate],
     rows: Mapping[str, Tensor],
     store: Store,
     *,
-    donor: LazyModel,
     kinds: Mapping[str, str],
     fresh: bool,
     on_rows: OnRows,
@@ -30,10 +30,9 @@ def measure(
     """Fidelity in float32, with at most two models in memory, the donor and one other.
 
     Args:
-        candidates: the models, the donor first.
+        donor, others: the models.
         rows: token ids (sequences, sequence_length) of each text, by the text's name.
         store: keeps results between runs.
-        donor: the first of them.
         kinds: of the texts of a suite, by their names.
         fresh: measures everything anew.
         on_rows: called with the model and text, the rows done and the rows in all.
@@ -46,8 +45,7 @@ def measure(
     """
     if not rows:
         return {"texts": [], "over_texts": None, "cache": None}
-    others = candidates[1:]
-    lengths = cache_size.lengths([each.opened for each in candidates])
+    lengths = cache_size.lengths([each.opened for each in (donor.candidate, *others)])
     results = [
         _measure_model(each, donor, rows, lengths, store, fresh, on_rows)
         for each in others or [donor.candidate]

@@ -65,9 +65,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     layer_memory = 4 * (in_layers // layers + method.new_parameters() * 4)
     embedding = config.vocab_size * config.hidden_size * donor.dtype.itemsize
     probe = 4 * config.vocab_size * length * 4
-    models = (
-        4 * (outer + in_layers + converted) if on_policy(recipe.tolerance) else 0
-    )  # one reads the other's text
+    read_and_write = 4 * (outer + in_layers + converted) * on_policy(recipe.tolerance)  # both models
     return {
         "donor": recipe.model,
         "method": recipe.method,
@@ -83,7 +81,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + kept + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES
-        + max(STREAM_COPIES * streams + work, surveyed, survey, models)
+        + max(STREAM_COPIES * streams + work, surveyed, survey, read_and_write)
         + layer_memory
         + embedding
         + probe,

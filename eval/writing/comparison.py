@@ -70,23 +70,22 @@ class Writer:
 
 
 def measure(
-    candidates: Sequence[Candidate],
+    donor: LazyModel,
+    others: Sequence[Candidate],
     asked: Asked,
     rows: Sequence[list[list[int]]],
     store: Store,
     *,
-    donor: LazyModel,
     fresh: bool,
     on_rows: OnRows,
 ) -> dict[str, Any]:
     """The texts' figures, in float32 unless the settings name a dtype; at most two models are in memory.
 
     Args:
-        candidates: the models, the donor first.
+        donor, others: the models; the donor is read anew if it is to have another dtype.
         asked: what they are asked.
         rows: of each model, `prompt_rows` of that.
         store: keeps texts and readings between runs.
-        donor: the first of them, which is read anew if it is to have another dtype.
         fresh: writes and reads everything anew.
         on_rows: called with the model and what it does, the texts done and the texts in all.
 
@@ -94,23 +93,19 @@ def measure(
         prompts (the file's name), asked (the prompts), digest (of them), count, max_new_tokens, temperature, seeds,
         dtype; models: `donor_figures` of the first, `compared` of the others, with `greedy_texts` of each.
     """
-    dtype, prompts = getattr(torch, candidates[0].settings.dtype or "float32"), asked.prompts
+    dtype, prompts = getattr(torch, donor.candidate.settings.dtype or "float32"), asked.prompts
     options = [Options(asked.max_new_tokens)]
     options += [Options(asked.max_new_tokens, temperature=TEMPERATURE, seed=seed) for seed in SEEDS]
     read = donor if donor.dtype == dtype else LazyModel(donor.candidate, dtype)
     first = Writer(read, rows[0], store, fresh, on_rows)
     writers = [
         Writer(LazyModel(candidate, dtype), of_model, store, fresh, on_rows)
-        for candidate, of_model in zip(candidates[1:], rows[1:], strict=True)
+        for candidate, of_model in zip(others, rows[1:], strict=True)
     ]
-    names = ("greedy", "sampled", "again")
-    texts = {how: first.texts(each) for how, each in zip(names, options, strict=True)}
-    theirs = {how: of_texts(prompts, first.tokenizer, found) for how, found in texts.items()}
-    for how in ("sampled", "again"):
-        theirs[how] = with_nats(theirs[how], texts[how], texts[how])
-    models = [donor_figures(**theirs) | {"texts": greedy_texts.plain(first.tokenizer, texts["greedy"])}]
+    greedy, theirs = _of_donor(prompts, first, options)
+    models = [donor_figures(**theirs) | {"texts": greedy_texts.plain(first.tokenizer, greedy)}]
     while writers:  # which are let go of, with their models, one after the other
-        models.append(_beside(prompts, writers.pop(0), first, options, texts["greedy"], theirs))
+        models.append(_beside(prompts, writers.pop(0), first, options, greedy, theirs))
     return {
         "prompts": asked.source,
         "digest": digest([prompt.text for prompt in prompts]),
@@ -122,6 +117,18 @@ def measure(
         "asked": greedy_texts.asked(prompts),
         "models": models,
     }
+
+
+def _of_donor(
+    prompts: Sequence[Prompt], donor: Writer, options: Sequence[Options]
+) -> tuple[list[Text], dict[str, Figures]]:
+    """The donor's greedy texts, and the figures of all: greedy, sampled and again, of another seed."""
+    names = ("greedy", "sampled", "again")
+    texts = {how: donor.texts(each) for how, each in zip(names, options, strict=True)}
+    figures = {how: of_texts(prompts, donor.tokenizer, found) for how, found in texts.items()}
+    for how in ("sampled", "again"):
+        figures[how] = with_nats(figures[how], texts[how], texts[how])
+    return texts["greedy"], figures
 
 
 def _beside(
@@ -141,10 +148,8 @@ def _beside(
     }
     divergences = _divergences(donor, writer, donor_greedy, greedy)
     costs, otherwise = [each["kl"] for each in judged], _asked_otherwise(writer, donor)
-    said = [
-        greedy_texts.plain(of.tokenizer, texts) for of, texts in ((writer, greedy), (donor, donor_greedy))
-    ]
-    texts = greedy_texts.beside(*said, divergences)
+    said = greedy_texts.plain(writer.tokenizer, greedy)
+    texts = greedy_texts.beside(said, greedy_texts.plain(donor.tokenizer, donor_greedy), divergences)
     return compared(prompts, ours, theirs, costs, divergences, otherwise) | {"texts": texts}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mhconvert.errors import MhconvertError
 from mhconvert.progress import Listener, Progress
 
 from ...convert.open_model import OpenModel, open_model
@@ -19,7 +20,7 @@ from ..settings import EvalSettings
 from ..tasks.candidate import LazyModel
 from .comparison import SEEDS, TEMPERATURE, Writer, judged_texts
 from .differences import error, mean
-from .prompts import Asked, Prompt, prompt_rows, read
+from .prompts import Asked, Prompt, read, token_rows
 
 SETTINGS = EvalSettings(generation=True)  # as `mhconvert eval --generation` measures
 LEAST_NEW_TOKENS = 16
@@ -37,9 +38,14 @@ def check(recipe: Recipe) -> None:
 
 def _asked(opened: OpenModel, prompts: list[Prompt]) -> Asked:
     """The prompts, and texts of as many tokens as `mhconvert eval` asks for, or as the model reads behind them."""
-    longest = max(map(len, prompt_rows(opened, Asked(prompts, "own", LEAST_NEW_TOKENS))))
-    most = SETTINGS.max_new_tokens
-    return Asked(prompts, "own", most if opened.longest is None else min(most, opened.longest - longest))
+    longest, most = max(map(len, token_rows(opened, prompts))), SETTINGS.max_new_tokens
+    room = most if opened.longest is None else opened.longest - longest
+    if room < LEAST_NEW_TOKENS:
+        raise MhconvertError(
+            f"{opened.reference} reads at most {opened.longest} tokens, and the longest prompt of a tolerance on "
+            f"generation has {longest}: no room to write; use a tolerance on held-out text, such as kl=0.05"
+        )
+    return Asked(prompts, "own", min(most, room))
 
 
 def measure(folder: Path, donor: str, recipe: Recipe, *, kept: Path, on_progress: Listener) -> dict[str, Any]:
@@ -56,7 +62,7 @@ def measure(folder: Path, donor: str, recipe: Recipe, *, kept: Path, on_progress
     device, trusted = recipe.device, recipe.trust_remote_code
     opened = open_models([str(folder)], donor, True, device, trusted, lambda _: None)
     asked = _asked(opened[0], read(None))
-    own = [prompt_rows(each, asked) for each in opened]
+    own = [token_rows(each, asked.prompts) for each in opened]
 
     def tell(name: str, done: int, total: int) -> None:
         on_progress(Progress("search", done, total, name.partition(": ")[2]))
