@@ -36,7 +36,7 @@ def successors(model: Any, tokenizer: Any) -> Tensor | None:
 
 def successors_of(model: Any, first: int, orders: Sequence[Sequence[int | None]]) -> Tensor:
     """(N, H): the share of items at which a head, looking at one alone, adds more to the logit of the next than to that
-    of any other of its row but itself. Chance is one in the items of a row.
+    of any other of its row but itself. Chance is one in the others of a row.
 
     Each item is read behind `first`, and items of None are left out. What reaches the logits through later layers does
     not count.
