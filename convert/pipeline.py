@@ -3,7 +3,8 @@
     resolve ▸ plan ▸ for each layer: read ▸ observe ▸ convert ▸ fit ▸ check ▸ write ▸ finish
 
 A survey of the layers comes before the plan where they may differ in size (`survey`); a tolerance instead of a budget
-puts a search before the layers, and repeats them where the result misses it (`tolerance_search`).
+puts a search before the layers, and repeats them where the result misses it (`tolerance_search`); where it is on text
+that the result writes, each result is written whole and loaded from OUT.partial (`generation_search`).
 Two streams of hidden states are all that passes from layer to layer: the donor's own (the teacher) and the converted
 model's (the student). Everything is written to OUT.partial, which is renamed to OUT when it is complete.
 """
@@ -11,13 +12,11 @@ model's (the student). Everything is written to OUT.partial, which is renamed to
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from mhconvert.device import pick_device
 from mhconvert.errors import MhconvertError
@@ -27,13 +26,22 @@ from .bare_process.reload import peak_rss
 from .calibration import calibration_rows
 from .checkpoint import chain, provenance
 from .donor.donor import Donor, open_donor
-from .layer_pass import conversion_report, cost_estimate, first_donor, layer_steps, survey, time_estimate
-from .layer_pass.context import Complete, ConversionContext, Fit, Measure, as_it_is
+from .layer_pass import (
+    conversion_report,
+    cost_estimate,
+    first_donor,
+    layer_steps,
+    survey,
+    time_estimate,
+    whole_model,
+)
+from .layer_pass.context import Complete, ConversionContext, Fit, Measure, Writing, as_it_is, unwritten
 from .layer_pass.decoder_layer import Streams
 from .layer_pass.resumable_run import Workspace
 from .layer_pass.tolerance_search import convert_within_tolerance, least_row
 from .methods.registry import Method, build_method
 from .recipe.recipe import Recipe
+from .recipe.tolerance import on_policy
 from .storage import output_folder
 from .storage.byte_size import byte_size
 from .storage.dtype_cast import cast
@@ -48,6 +56,7 @@ def convert_checkpoint(
     measure: Measure,
     finish: Finish,
     complete: Complete = as_it_is,
+    writing: Writing = unwritten,
     step: Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -56,13 +65,12 @@ def convert_checkpoint(
     """Write the checkpoint that `recipe` describes; returns its report.
 
     Args:
-        fit: trains a converted attention in place (`heal.layer_fit.fit`).
-        measure: makes an accumulator of predictions (`eval.fidelity.Fidelity`).
+        fit, measure: `heal.layer_fit.fit`, which trains a converted attention in place; `eval.fidelity.Fidelity`.
         finish: writes report and card into the folder (`eval.report.model_card.write_report`).
         complete: measures what the recipe leaves to be measured, behind the refusals that need no weights.
+        writing: measures the text that a converted model writes (`eval.writing.on_policy.measure`).
         step: a folder to write instead of the recipe's, marked as a step to something else.
-        resume: continue an interrupted run of the same recipe.
-        force: replace an existing output folder.
+        resume, force: continue an interrupted run of the same recipe; replace an existing output folder.
 
     Raises:
         MhconvertError: What a user can correct; the output folder then does not exist or is as it was.
@@ -81,8 +89,8 @@ def convert_checkpoint(
         unplanned = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)
         needs = partial(space.needs, partial(survey.measure_needs, unplanned))
         context = replace(unplanned, needs=needs, chain_began=first_donor.with_weights(donor, first))
-        recipe, method, report = _convert_within_budget(context, space)
-        _complete_folder(context, method, space, report)
+        recipe, method, report = _convert_within_budget(context, space, writing)
+        whole_model.verify(context, space, report)
         seconds = time.perf_counter() - started + space.earlier_seconds
         report |= {"output": str(output), "seconds": seconds, "peak_rss_bytes": peak_rss(report)}
         report["stage_seconds"] = on_progress.stop()  # of this run, where an earlier one was interrupted
@@ -123,13 +131,28 @@ def _completed(
 
 
 def _convert_within_budget(
-    context: ConversionContext, space: Workspace
+    context: ConversionContext, space: Workspace, writing: Writing
 ) -> tuple[Recipe, Method, dict[str, Any]]:
-    """Convert every layer at the recipe's budget, or at the one that its tolerance asks for."""
-    convert = partial(_convert_layers, space=space)
-    if context.recipe.tolerance is not None:
-        return convert_within_tolerance(context, space, convert)
-    return (context.recipe, *convert(context))
+    """Convert every layer at the recipe's budget, or at the one that its tolerance asks for, and write the model."""
+    recipe, convert = context.recipe, partial(_convert_layers, space=space)
+    if recipe.tolerance is None:
+        method, report = convert(context)
+    elif on_policy(recipe.tolerance):
+        write = partial(_convert_and_write, space=space, writing=writing)
+        return convert_within_tolerance(context, space, write)
+    else:
+        recipe, method, report = convert_within_tolerance(context, space, convert)
+    whole_model.write(context, method, space)
+    return recipe, method, report
+
+
+def _convert_and_write(
+    context: ConversionContext, space: Workspace, writing: Writing
+) -> tuple[Method, dict[str, Any]]:
+    """As `_convert_layers`; the model is written, and the report has on_policy: what `writing` says of its texts."""
+    method, report = _convert_layers(context, space)
+    whole_model.write(context, method, space)
+    return method, report | {"on_policy": whole_model.measure_texts(context, space, writing)}
 
 
 def _convert_layers(context: ConversionContext, space: Workspace) -> tuple[Method, dict[str, Any]]:
@@ -151,7 +174,7 @@ def _convert_layers(context: ConversionContext, space: Workspace) -> tuple[Metho
         layer_steps.refit_block(context, layer, attention, streams)
         measured = layer_steps.advance_student(layer, attention, targets, streams.student)
         chosen |= measured | {"index": index, "seconds": time.perf_counter() - begun}
-        tensors = _layer_tensors(context, method, index, attention)
+        tensors = whole_model.layer_tensors(context, method, index, attention)
         space.finish_layer(tensors, chosen, last=index + 1 == total)
         context.on_progress(Progress("layers", index + 1, total, error=measured["relative_error"]))
     return method, _measured_report(context, method, space)
@@ -166,20 +189,6 @@ def _begin(context: ConversionContext, method: Method, space: Workspace) -> None
     space.begin(streams, outer, tensors=len(donor.shapes()) + method.added_tensors * context.layers)
 
 
-def _layer_tensors(
-    context: ConversionContext, method: Method, index: int, attention: Any
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a converted layer: the donor's tensors that are kept, then the new attention."""
-    donor, dtype = context.donor, context.dtype
-    names = donor.layer_tensor_names(index)
-    prefix = names[0][: names[0].index(f".{index}.") + len(f".{index}.")]
-    for name in names:
-        if not name.removeprefix(prefix).startswith(method.replaced):
-            yield name, cast(name, donor.source.read(name), dtype)
-    for name, tensor in method.stored(attention).items():
-        yield f"{prefix}self_attn.{name}", tensor.to(dtype)
-
-
 def _measured_report(context: ConversionContext, method: Method, space: Workspace) -> dict[str, Any]:
     """What was chosen for the layers, and the fidelity of the whole on the held-out rows."""
     sizes = cost_estimate.plan(context.recipe, context.donor, method, context.device)
@@ -187,19 +196,6 @@ def _measured_report(context: ConversionContext, method: Method, space: Workspac
     teacher, student = first_donor.teacher(context, space.streams.teacher_held), space.streams.student_held
     fidelity = conversion_report.held_out_fidelity(context, teacher, [student], space.probe)
     return first_donor.named(facts, context, method) | fidelity[0]
-
-
-def _complete_folder(
-    context: ConversionContext, method: Method, space: Workspace, report: dict[str, Any]
-) -> None:
-    """Shards with their index, config, code and tokenizer; reloaded in a bare process if the recipe asks for it."""
-    space.release_streams()
-    context.donor.release()
-    space.finish_tensors()
-    provenance.write_config(space.partial, method, context.donor, context.dtype)
-    if context.recipe.verify:
-        context.on_progress(Progress("verify", 0, 1))
-        conversion_report.add_reload(report, space.partial, space.probe, context.recipe.trust_remote_code)
 
 
 def plan(

@@ -20,7 +20,7 @@ from .compared_models import candidates_of, describe, open_models
 from .result_cache import Store
 from .settings import EvalSettings
 from .tasks import harness, ruler, scores
-from .tasks.candidate import Candidate
+from .tasks.candidate import Candidate, LazyModel
 from .tasks.chat_template import asked_through
 from .tasks.harness import OnRows
 from .tasks.language_model import language_model
@@ -120,10 +120,11 @@ def _measure_texts(
     """
     if harness.rank() != 0:
         return {}
+    models = (LazyModel(candidates[0]), candidates[1:])  # the donor is read once for both
     kept: dict[str, Any] = {"fresh": run.fresh, "on_rows": _row_listener(run.on_progress)}
-    written = measure_writing(candidates, run.asked, prompts, run.store, **kept) if run.asked else None
+    written = measure_writing(*models, run.asked, prompts, run.store, **kept) if run.asked else None
     kinds = {text.name: text.kind for text in run.texts if text.kind}
-    return texts.measure(candidates, rows, run.store, kinds=kinds, **kept) | {"generation": written}
+    return texts.measure(*models, rows, run.store, kinds=kinds, **kept) | {"generation": written}
 
 
 def _measure_models(

@@ -18,7 +18,8 @@ from .text_spread import over_texts
 
 
 def measure(
-    candidates: Sequence[Candidate],
+    donor: LazyModel,
+    others: Sequence[Candidate],
     rows: Mapping[str, Tensor],
     store: Store,
     *,
@@ -29,7 +30,7 @@ def measure(
     """Fidelity in float32, with at most two models in memory, the donor and one other.
 
     Args:
-        candidates: the models, the donor first.
+        donor, others: the models.
         rows: token ids (sequences, sequence_length) of each text, by the text's name.
         store: keeps results between runs.
         kinds: of the texts of a suite, by their names.
@@ -44,11 +45,10 @@ def measure(
     """
     if not rows:
         return {"texts": [], "over_texts": None, "cache": None}
-    donor, *others = candidates
-    donor_model = LazyModel(donor)
-    lengths = cache_size.lengths([each.opened for each in candidates])
+    lengths = cache_size.lengths([each.opened for each in (donor.candidate, *others)])
     results = [
-        _measure_model(each, donor_model, rows, lengths, store, fresh, on_rows) for each in others or [donor]
+        _measure_model(each, donor, rows, lengths, store, fresh, on_rows)
+        for each in others or [donor.candidate]
     ]
     texts = []
     for index, (text, ids) in enumerate(rows.items()):

@@ -14,7 +14,7 @@ class Progress:
 
     The stages of each command, in order, with their units:
         convert: donor, calibrate (tokens), search (of a tolerance's budget), survey (decoder layers,
-            forward and backward), layers (decoder layers), verify, done.
+            forward and backward), layers (decoder layers), search (texts, of a tolerance on generation), verify, done.
         heal: donor, text, measure, blocks (layers), heal (tokens), measure, verify, done.
         merge, export of an adapter: donor, merge (tensors) or export (modules), done.
         export: donor, measure, write (layers), verify, done.

@@ -44,6 +44,7 @@ Output = Annotated[
 ]
 OF_HEADS = ("prompts", "text", "output", "device")
 TOP = 10  # heads of each score that are printed
+TOGETHER = 4  # scores side by side, so that a table fits into 80 columns
 
 
 def command(
@@ -143,11 +144,12 @@ def _show_heads(found: Mapping[str, Any], console: Any) -> None:
         measured = [(each["layer"], each["head"], each["kl"]) for each in found["measured"].get(name, ())]
         top = measured or [(i, h, scores[i][h]) for i, h in highest(scores, TOP)]
         columns[title(name)] = [f"{layer}.{head}  {number(score)}" for layer, head, score in top[:TOP]]
-    table = Table(*columns)
-    for row in itertools.zip_longest(*columns.values(), fillvalue=""):
-        table.add_row(*row)
     console.out("the heads of highest score, as layer.head", highlight=False)
-    console.print(table)
+    for names in (list(columns)[:TOGETHER], list(columns)[TOGETHER:]):
+        table = Table(*names)
+        for row in itertools.zip_longest(*(columns[name] for name in names), fillvalue=""):
+            table.add_row(*row)
+        console.print(table)
     named = ", ".join(f"{each['layer']}.{each['head']} ({number(each['kl'])})" for each in found["set"])
     console.out(f"left out together, with the KL so far (Sahara): {named}", highlight=False)
 

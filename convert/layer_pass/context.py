@@ -20,11 +20,17 @@ from ..recipe.recipe import Recipe
 Fit = Callable[..., None]  # `heal.layer_fit.fit`
 Measure = Callable[[], Any]  # makes an accumulator of predictions (`eval.fidelity.Fidelity`)
 Complete = Callable[[Recipe, Listener], Recipe]  # `eval.heads.measured_heads.with_measured_heads`
+Writing = Callable[..., dict[str, Any]]  # `eval.writing.on_policy.measure`
 
 
 def as_it_is(recipe: Recipe, _: Listener) -> Recipe:
     """The recipe, in which nothing is to be measured first."""
     return recipe
+
+
+def unwritten(*_: Any, **__: Any) -> dict[str, Any]:
+    """In place of a `Writing` where no tolerance is on text that the model writes."""
+    raise AssertionError("this pass measures no text of the model's own")
 
 
 def _no_survey() -> Any:

@@ -19,6 +19,7 @@ from ..families.facts import attention_facts, cached_part
 from ..methods.cache_elements import cache_elements
 from ..methods.registry import Method, whole_elements
 from ..recipe.recipe import Recipe
+from ..recipe.tolerance import on_policy
 from ..recipe.written_weights import dtype_name
 from ..storage.byte_size import SLACK_BYTES
 from ..storage.dtype_cast import DTYPES
@@ -64,6 +65,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
     layer_memory = 4 * (in_layers // layers + method.new_parameters() * 4)
     embedding = config.vocab_size * config.hidden_size * donor.dtype.itemsize
     probe = 4 * config.vocab_size * length * 4
+    read_and_write = 4 * (outer + in_layers + converted) * on_policy(recipe.tolerance)  # both models
     return {
         "donor": recipe.model,
         "method": recipe.method,
@@ -79,7 +81,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "output_bytes": output_bytes,
         "disk_needed_bytes": output_bytes + 2 * streams + probe + kept + SLACK_BYTES,
         "memory_needed_bytes": RUNTIME_BYTES
-        + max(STREAM_COPIES * streams + work, surveyed, survey)
+        + max(STREAM_COPIES * streams + work, surveyed, survey, read_and_write)
         + layer_memory
         + embedding
         + probe,

@@ -34,6 +34,8 @@ ROWS = "rows.safetensors"  # the calibration rows
 SOURCES = "sources.json"  # where the held-out ones are from
 NEEDS = "needs.json"  # what a survey of the layers found
 SENSITIVITIES = "sensitivities.safetensors"  # the same, where it is tensors
+TEXTS = "texts"  # a folder: what the converted model wrote
+KEPT = (STATE, ROWS, SOURCES, NEEDS, SENSITIVITIES, TEXTS)  # by a search, from one conversion to the next
 
 # Largest share of wall time spent writing resume state; each write saves both hidden-state streams.
 COMMIT_SHARE = 0.1
@@ -51,6 +53,8 @@ class Workspace:
         layers: what was chosen and measured for each finished layer.
         search: what a search for the budget has found.
         earlier_seconds: what interrupted runs have taken.
+        probe: the file of logits that the reload is compared with.
+        texts: the folder of what the converted model wrote, and of how its donor reads it.
     """
 
     def __init__(self, output: Path, recipe: Recipe, needed: int, *, resume: bool, force: bool):
@@ -62,6 +66,7 @@ class Workspace:
         """
         self._folder = ResumableFolder(output, "convert", STATE)
         self.partial, self._work = self._folder.folder, self._folder.work
+        self.probe, self.texts = self._work / "probe.safetensors", self._work / TEXTS
         self._recipe, self._needed = recipe, needed
         self._resume, self._force = resume, force
         self._limit = byte_size(recipe.max_shard_size)
@@ -73,11 +78,6 @@ class Workspace:
         self._streams: Streams | None = None
         self._writer: ShardWriter | None = None
         self._tensors = 0
-
-    @property
-    def probe(self) -> Path:
-        """The file of logits that the reload is compared with."""
-        return self._work / "probe.safetensors"
 
     @property
     def streams_ready(self) -> bool:
@@ -171,10 +171,12 @@ class Workspace:
 
     def start_over(self, search: dict[str, Any]) -> None:
         """Forget all layers; the calibration rows, the layers' needs and the state of the search are kept."""
-        self._folder.state_file.unlink()  # first, as what it counts as finished is removed next
-        self._folder.empty(ROWS, SOURCES, NEEDS, SENSITIVITIES)
         self.layers, self.search = [], search
         self._streams = self._writer = None
+        write_json(
+            self._folder.state_file, self._state()
+        )  # first, as what it counted as finished is removed next
+        self._folder.empty(*KEPT)
 
     def finish_tensors(self) -> int:
         """Complete the shards and their index; returns the bytes of all tensors."""
@@ -198,27 +200,22 @@ class Workspace:
         save_tensors(
             {"teacher": self.streams.teacher, "student": self.streams.student}, self._stream_file(count)
         )
-        state = {
-            "recipe": self._result_recipe(),
-            "versions": versions(),
-            "layers": self.layers,
-            "search": self.search,
-            "fitted": self.streams.fitted,
-            "seconds": self.earlier_seconds + begun - self._begun,
-            "tensors": self._tensors,
-            "writer": self._writer.state,
-        }
-        write_json(self._folder.state_file, state)
+        of_layers = {"fitted": self.streams.fitted, "tensors": self._tensors, "writer": self._writer.state}
+        write_json(self._folder.state_file, self._state() | of_layers)
         for stale in self._work.glob("streams-*.safetensors"):
             if stale != self._stream_file(count):
                 stale.unlink()
         self._committed = time.perf_counter()
         self._commit_seconds = self._committed - begun
 
-    def _load(self, state: dict[str, Any]) -> None:
-        """Continue from `state`.
+    def _state(self) -> dict[str, Any]:
+        """What is finished; of layers where their tensors are comes to it."""
+        spent = self.earlier_seconds + time.perf_counter() - self._begun
+        facts = {"recipe": self._result_recipe(), "versions": versions(), "seconds": spent}
+        return facts | {"layers": self.layers, "search": self.search}
 
-        Raises OutputError where it was written by another recipe or with other versions."""
+    def _load(self, state: dict[str, Any]) -> None:
+        """Continue from `state`. Raises OutputError where another recipe or other versions wrote it."""
         begun = as_recorded(state["recipe"])
         if begun != self._result_recipe():
             keys = [k for k, v in self._result_recipe().items() if begun.get(k) != v]
@@ -234,6 +231,11 @@ class Workspace:
                 )
         self.layers, self.earlier_seconds = state["layers"], state["seconds"]
         self.search = state.get("search")
+        if (
+            "writer" not in state
+        ):  # a search was between two conversions, the first perhaps not wholly removed
+            self._folder.empty(*KEPT)
+            return
         self._tensors = state["tensors"]
         streams = load_file(self._stream_file(len(self.layers)))
         self._streams = Streams(streams["teacher"], streams["student"], state["fitted"])

@@ -4,14 +4,14 @@
     ▸ convert and measure ▸ where that misses, a larger budget
 
 The closed form overstates what a fitted conversion loses, but it is cheap and says where to look. Only the
-measured conversion counts.
+measured conversion counts. On text that the result writes, the closed forms say where to begin (`generation_search`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mhconvert.errors import BudgetError
@@ -22,24 +22,16 @@ from ..donor.donor import Donor
 from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
 from ..recipe.tolerance import Tolerance, parse
-from . import budget_curve, layer_steps
+from . import budget_curve, generation_search, layer_steps
 from .context import ConversionContext
+from .loss_curve import REACH, SAFETY_FACTOR, STEP_UP, points, round_up, smallest_budget_within
 from .resumable_run import Workspace
 
 # Budgets at which closed forms are measured, and the calibration tokens that they see where a fit follows:
 GRID = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 GRID_TOKENS = 8192
 REFINE_FRACTIONS = (0.7, 0.9)  # the fit is measured at these fractions of the closed form's budget
-SAFETY_FACTOR = (
-    0.95  # the search aims at this fraction of the tolerance, so that the conversion seldom misses
-)
-REACH = 1.5  # the answer lies within this factor of the measured budgets
-MIN_LOSS = 1e-3  # fraction of the allowed loss; a smaller loss counts as this
-# The same for the larger of two budgets that are interpolated, as the loss falls to 0 at once at the whole budget:
-MIN_INTERPOLATED_LOSS = 0.25
-STEP_UP = 0.05  # a miss raises the budget by at least this fraction; each further miss doubles it
 
-Point = tuple[float, float]  # budget, and loss: how far beyond the donor the conversion was measured
 Attempt = Callable[
     [ConversionContext], tuple[Method, dict[str, Any]]
 ]  # converts all layers: method and report
@@ -77,19 +69,39 @@ def convert_within_tolerance(
         state = space.search
         budget, settled = state["kv_budget"], recipe.at_budget(state["kv_budget"])
         method, report = attempt(context.with_recipe(settled))
-        measured = target.value(report)
-        state = state | {"tried": [*state["tried"], {"kv_budget": budget, "measured": measured}]}
-        if target.met(report):
-            return settled, method, report | {"tolerance": state | {"measured": measured}}
-        planned = _planned_elements(context, budget)
-        if budget >= 1 or planned == _planned_elements(context, 1.0):
-            raise _out_of_reach(target, measured)
-        larger = step_up(state, target)
-        while larger < 1 and _planned_elements(context, larger) == planned:
-            larger = round_up(larger * (1 + STEP_UP))  # where heads are few, some budgets come to the same
-        message = f"budget {budget:g} measured {measured:.4g}: now {larger:g}"
+        measured = target.measured(report)
+        state = state | {"tried": [*state["tried"], {"kv_budget": budget} | measured]}
+        following = (_another if target.on_policy else _larger)(context, state, target)
+        if following is None:
+            return settled, method, report | {"tolerance": state | measured}
+        message = f"budget {budget:g} measured {measured['measured']:.4g}: now {following:g}"
         context.on_progress(Progress("search", 1, 1, message))
-        space.start_over(state | {"kv_budget": larger})
+        space.start_over(state | {"kv_budget": following})
+
+
+def _larger(context: ConversionContext, state: dict[str, Any], target: Tolerance) -> float | None:
+    """The budget after the last that was tried; None where that is within. Raises BudgetError at the largest."""
+    budget, measured = state["kv_budget"], state["tried"][-1]["measured"]
+    if measured <= target.limit:
+        return None
+    planned = _planned_elements(context, budget)
+    if budget >= 1 or planned == _planned_elements(context, 1.0):
+        raise _out_of_reach(target, measured)
+    larger = step_up(state, target)
+    while larger < 1 and _planned_elements(context, larger) == planned:
+        larger = round_up(larger * (1 + STEP_UP))  # where heads are few, some budgets come to the same
+    return larger
+
+
+def _another(context: ConversionContext, state: dict[str, Any], target: Tolerance) -> float | None:
+    """The same on the text that the model writes, from `generation_search`."""
+    grid = budget_curve.expressible(context.recipe, context.donor, GRID)
+    following = generation_search.following(
+        state, target, (grid[0], grid[-1]), partial(_planned_elements, context)
+    )
+    if following is None and state["tried"][-1]["measured"] > target.limit:
+        raise _out_of_reach(target, min(one["measured"] for one in state["tried"]))
+    return following
 
 
 def _planned_elements(context: ConversionContext, budget: float) -> int:
@@ -104,8 +116,9 @@ def find_budget(context: ConversionContext) -> dict[str, Any]:
     and text. Raises BudgetError when the whole budget was measured as asked and is not near enough.
     """
     recipe, rows = context.recipe, context.rows
-    target = parse(str(recipe.tolerance))
-    goal, fits = SAFETY_FACTOR * target.allowed, _fits(context)
+    asked = parse(str(recipe.tolerance))
+    target, fits = asked.held_out, _fits(context)
+    goal = SAFETY_FACTOR * target.allowed
     grid = _different(context, budget_curve.expressible(recipe, context.donor, GRID))
     most = grid[-1]  # larger budgets come to the same
     plain = context
@@ -115,7 +128,7 @@ def find_budget(context: ConversionContext) -> dict[str, Any]:
         plain = replace(context, recipe=closed_form, rows=Rows(rows.fit[:seen], rows.held_out))
     measurements = _measured(plain, grid, full_recipe=not fits)
     budget = smallest_budget_within(points(measurements, target), goal)
-    if fits:
+    if fits and not asked.on_policy:
         budget = min(budget, most)
         fractions = REFINE_FRACTIONS if budget < most else (REFINE_FRACTIONS[1], 1.0)
         refined = _different(
@@ -128,10 +141,10 @@ def find_budget(context: ConversionContext) -> dict[str, Any]:
             measurements += _measured(context, refined, full_recipe=True)
             budget = smallest_budget_within(points(measurements, target, full_recipe=True), goal)
     whole = [one["measured"] for one in measurements if one["as_asked"] and one["kv_budget"] >= most]
-    if whole and target.beyond(whole[-1]) > target.allowed:
+    if whole and target.beyond(whole[-1]) > target.allowed and not asked.on_policy:
         raise _out_of_reach(target, whole[-1])
     budget = round_up(min(max(grid[0], budget), most))
-    return {"asked": str(target), "kv_budget": budget, "looked": measurements, "tried": []}
+    return {"asked": str(asked), "kv_budget": budget, "looked": measurements, "tried": []}
 
 
 def _fits(context: ConversionContext) -> bool:
@@ -154,8 +167,8 @@ def _different(context: ConversionContext, budgets: Sequence[float]) -> list[flo
 def _measured(
     context: ConversionContext, budgets: Sequence[float], *, full_recipe: bool
 ) -> list[dict[str, Any]]:
-    """The tolerance's measure at each budget, from one pass that writes nothing."""
-    target = parse(str(context.recipe.tolerance))
+    """The tolerance's measure on held-out text at each budget, from one pass that writes nothing."""
+    target = parse(str(context.recipe.tolerance)).held_out
     kind = "fits" if _fits(context) else "closed forms"
 
     def listen(event: Progress) -> None:
@@ -169,38 +182,6 @@ def _measured(
     ]
 
 
-def points(
-    measurements: Sequence[dict[str, Any]], target: Tolerance, full_recipe: bool = False
-) -> list[Point]:
-    """(budget, loss) from the smallest budget up.
-
-    full_recipe: only measurements with the recipe's own effort and text, without the closed forms of the grid.
-    """
-    kept = (one for one in measurements if one.get("as_asked", True) or not full_recipe)
-    return sorted((one["kv_budget"], target.beyond(one["measured"])) for one in kept)
-
-
-def smallest_budget_within(losses: Sequence[Point], allowed: float) -> float:
-    """The budget from which on the loss is at most `allowed`, by log-linear interpolation; at most 1.
-
-    losses: from the smallest budget up; they need not fall all the way, as small differences are noise. Beyond the
-    measured budgets the line through the nearest two is followed, by REACH at most.
-    """
-    logs = [(math.log(b), math.log(min(max(x / allowed, MIN_LOSS), 1 / MIN_LOSS))) for b, x in losses]
-    too_large = [index for index, (_, height) in enumerate(logs) if height > 0]
-    first = too_large[-1] + 1 if too_large else 0  # from it on all are within the limit
-    if first == 0:
-        pair, lowest, highest = logs[:2], logs[0][0] - math.log(REACH), logs[0][0]
-    elif first == len(logs):
-        pair, lowest, highest = logs[-2:], logs[-1][0], logs[-1][0] + math.log(REACH)
-    else:
-        pair = [logs[first - 1], (logs[first][0], max(logs[first][1], math.log(MIN_INTERPOLATED_LOSS)))]
-        lowest, highest = pair[0][0], pair[1][0]
-    (b0, h0), (b1, h1) = pair[0], pair[-1]
-    answer = b0 + h0 / (h0 - h1) * (b1 - b0) if h1 < h0 else math.inf
-    return math.exp(min(max(answer, lowest), highest, 0.0))
-
-
 def step_up(state: dict[str, Any], target: Tolerance) -> float:
     """Return the budget after a miss: interpolated anew, at least one step larger, at most one known to be within."""
     failed, misses = state["kv_budget"], len(state["tried"])
@@ -209,11 +190,6 @@ def step_up(state: dict[str, Any], target: Tolerance) -> float:
     better = round_up(max(smallest_budget_within(known, SAFETY_FACTOR * target.allowed), least))
     met = [budget for budget, loss in known if budget > failed and loss <= target.allowed]
     return min(better, *met[:1]) if met else better
-
-
-def round_up(budget: float) -> float:
-    """Rounded up to a thousandth."""
-    return min(1.0, math.ceil(1000 * budget - 1e-6) / 1000)
 
 
 def _out_of_reach(target: Tolerance, measured: float) -> BudgetError:

@@ -68,8 +68,9 @@ class Recipe(Settings):
         str | None,
         Option(
             "Instead of a KV budget: the smallest one within it on held-out text, such as kl=0.05 (nats a token) or "
-            "ppl=1.05 (times the donor's perplexity).",
-            "kl=NATS|ppl=RATIO",
+            "ppl=1.05 (times the donor's perplexity), or on text that the result writes, such as generation=0.2 "
+            "(nats a token).",
+            "kl=NATS|ppl=RATIO|generation=NATS",
             parse=checked,
             also=str,
         ),

@@ -1,4 +1,4 @@
-"""A tolerance: how far a conversion may be from its donor on held-out text. Imports no torch."""
+"""A tolerance: how far a conversion may be from its donor, on held-out text or on its own. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mhconvert.errors import BudgetError
 
 from ..validation.refusal import RefusedError
 
-MEASURES = {"kl": 0.0, "ppl": 1.0}  # what the donor itself has
-EXAMPLES = {"kl": "kl=0.05", "ppl": "ppl=1.05"}
+MEASURES = {"kl": 0.0, "ppl": 1.0, "generation": 0.0}  # what the donor itself has
+EXAMPLES = {"kl": "kl=0.05", "ppl": "ppl=1.05", "generation": "generation=0.2"}
 
 
 class UnreachableError(BudgetError, RefusedError):
@@ -20,7 +20,8 @@ class UnreachableError(BudgetError, RefusedError):
 
 @dataclass(frozen=True)
 class Tolerance:
-    """measure "kl": KL(donor ‖ converted), nats a token; "ppl": perplexity as a multiple of the donor's."""
+    """measure "kl": KL(donor ‖ converted) on held-out text, nats a token; "ppl": perplexity there, as a multiple of the
+    donor's; "generation": KL(converted ‖ donor) on text that the converted model writes, nats a token."""
 
     measure: str
     limit: float
@@ -30,31 +31,53 @@ class Tolerance:
         """The largest difference from the donor's own value that is allowed."""
         return self.limit - MEASURES[self.measure]
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether it is of text that only a whole converted model can write."""
+        return self.measure == "generation"
+
+    @property
+    def held_out(self) -> Tolerance:
+        """The tolerance on held-out text that says where to look: itself, or of one on the model's own text the KL."""
+        return Tolerance("kl", self.limit) if self.on_policy else self
+
     def value(self, found: dict[str, Any]) -> float:
         """Return the measured value in a conversion's report or a point of a curve."""
+        if self.on_policy:
+            return float(found["on_policy"]["kl"])
         perplexity = found["perplexity"]
         return float(found["kl"] if self.measure == "kl" else perplexity["converted"] / perplexity["donor"])
+
+    def measured(self, report: dict[str, Any]) -> dict[str, Any]:
+        """measured: the value in a conversion's report; of text that the model wrote also stderr, over prompts, and kl,
+        that on held-out text."""
+        if not self.on_policy:
+            return {"measured": self.value(report)}
+        return {
+            "measured": self.value(report),
+            "stderr": report["on_policy"]["kl_stderr"],
+            "kl": report["kl"],
+        }
 
     def beyond(self, value: float) -> float:
         """Return the difference between a measured value and the donor's own; at most `allowed`."""
         return value - MEASURES[self.measure]
-
-    def met(self, found: dict[str, Any]) -> bool:
-        """Whether what was measured is within the tolerance."""
-        return self.value(found) <= self.limit
 
     def __str__(self) -> str:
         return f"{self.measure}={self.limit!r}"
 
 
 def parse(text: str) -> Tolerance:
-    """`kl=0.05` or `ppl=1.05`.
+    """`kl=0.05`, `ppl=1.05` or `generation=0.2`.
 
     Raises BudgetError for anything else; UnreachableError, which is one, for what only the donor itself meets.
     """
     measure, equals, number = text.partition("=")
     if measure not in MEASURES or not equals:
-        raise BudgetError(f"tolerance '{text}' is neither kl=NATS nor ppl=RATIO, such as kl=0.05 or ppl=1.05")
+        raise BudgetError(
+            f"tolerance '{text}' is none of kl=NATS, ppl=RATIO and generation=NATS, such as "
+            f"{', '.join(EXAMPLES.values())}"
+        )
     try:
         limit = float(number)
     except ValueError:
@@ -67,6 +90,11 @@ def parse(text: str) -> Tolerance:
             "what the donor itself has"
         )
     return Tolerance(measure, limit)
+
+
+def on_policy(text: str | None) -> bool:
+    """Whether a recipe's tolerance, where it has one, is on text that the converted model writes."""
+    return text is not None and parse(text).on_policy
 
 
 def checked(text: str) -> str:

@@ -16,6 +16,7 @@ MEANINGS = {
     "previous_token": "Attention to the token before.",
     "duplicate_token": "In a repeated random text, attention to the same token's first occurrence.",
     "induction": "In a repeated random text, attention to the token behind that, which comes next.",
+    "successor": "For how many numbers, days, months and letters the head, looking at one, most raises the next.",
 }
 
 

@@ -23,6 +23,7 @@ from ..needle_text import make_case
 from .attention_scores import repetition, retrieval
 from .leave_out import Head, Texts, estimated, greedy_set, measured, shape
 from .prompts import encoded, requests
+from .successors import successors
 
 ROWS, ROW = 8, 128  # of calibration text, and tokens of a row
 ROW_SAMPLES, PROMPT_SAMPLES = 8, 8  # tokens drawn from each prediction
@@ -39,12 +40,12 @@ class Asked:
     """What is scored.
 
     Attributes:
-        kinds: of "importance", "retrieval", "repetition" and "safety".
+        kinds: of "importance", "retrieval", "repetition", "successor" and "safety".
         prompts: a file of requests; None: the shipped ones.
         text: a file of text for the importance; None: sampled from the donor.
     """
 
-    kinds: tuple[str, ...] = ("importance", "retrieval", "repetition", "safety")
+    kinds: tuple[str, ...] = ("importance", "retrieval", "repetition", "successor", "safety")
     prompts: Path | None = None
     text: Path | None = None
 
@@ -82,6 +83,9 @@ def survey(
         kinds = repetition(model, opened.tokenizer(), SEED).unbind(1)
         found["scores"] |= dict(zip(OF_REPETITION, map(Tensor.tolist, kinds), strict=True))
         work.steps("repetition", 1)()
+    if "successor" in asked.kinds and (shares := successors(model, opened.tokenizer())) is not None:
+        found["scores"]["successor"] = shares.tolist()
+        work.steps("successor", 1)()
     if "importance" in asked.kinds:
         work.left_out("importance", Texts(work.rows(), last=False), ROW_SAMPLES, found)
     if "safety" in asked.kinds:

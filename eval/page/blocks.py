@@ -71,7 +71,21 @@ class Code:
     text: str
 
 
-Block = Heading | Paragraph | Table | Figure | Code
+@dataclass(frozen=True)
+class Texts:
+    """Long texts in a collapsed block. Markdown leaves them out.
+
+    Attributes:
+        folded: the summary of the block.
+        groups: a title, and of each text below it a name, the part that is another's too, and the rest, of which the
+            first word is marked.
+    """
+
+    folded: str
+    groups: Sequence[tuple[str, Sequence[tuple[str, str, str]]]]
+
+
+Block = Heading | Paragraph | Table | Figure | Code | Texts
 
 
 def to_html(block: Block) -> str:
@@ -85,6 +99,8 @@ def to_html(block: Block) -> str:
             return f"<pre tabindex=0>{escape(text)}</pre>"
         case Figure(svg, caption):
             return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+        case Texts():
+            return _html_texts(block)
         case Table():
             table = _html_table(block)
             if not block.folded:
@@ -93,7 +109,7 @@ def to_html(block: Block) -> str:
 
 
 def to_markdown(block: Block) -> str:
-    """The block as GitHub's Markdown; empty for a figure, whose numbers are in a table."""
+    """The block as GitHub's Markdown; empty for a figure, whose numbers are in a table, and for long texts."""
     match block:
         case Heading(text, level):
             return f"{'#' * level} {_escape_markdown(text)}"
@@ -105,8 +121,27 @@ def to_markdown(block: Block) -> str:
             return f"{fence}yaml\n{text.rstrip()}\n{fence}"
         case Table():
             return _markdown_table(block)
-        case Figure():
+        case Figure() | Texts():
             return ""
+
+
+def _html_texts(texts: Texts) -> str:
+    """The texts as HTML; their lines stay, and control characters become visible."""
+    lines = [f"<details><summary>{escape(texts.folded)}</summary>"]
+    for title, group in texts.groups:
+        lines.append(f"<p class=asked dir=auto>{_escape_text(title)}</p><dl>")
+        for name, same, rest in group:
+            first = re.findall(r"\A\s*\S*", rest)[0]
+            mark = f"<mark>{_escape_text(first)}</mark>" if first else ""
+            text = _escape_text(same) + mark + _escape_text(rest[len(first) :])
+            lines.append(f"<dt>{escape(name)}</dt><dd dir=auto>{text}</dd>")
+        lines.append("</dl>")
+    return "\n".join([*lines, "</details>"])
+
+
+def _escape_text(text: str) -> str:
+    """`text` escaped for HTML, with U+FFFD for control characters other than line ends and tabs."""
+    return escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text))
 
 
 def _html_table(table: Table) -> str:

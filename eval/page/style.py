@@ -58,6 +58,11 @@ figure { margin: 1rem 0; max-width: 36rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: system-ui, sans-serif !important; }
 figcaption { color: var(--quiet); font-size: .92rem; }
+p.asked { font-weight: 600; margin-top: 1.5rem; white-space: pre-wrap; }
+dl { margin: .5rem 0; max-width: 44rem; font-size: .92rem; }
+dt { color: var(--quiet); margin-top: .5rem; overflow-wrap: anywhere; }
+dd { margin: 0 0 0 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+mark { background: rgba(var(--hit), .25); color: inherit; }
 summary { cursor: pointer; color: var(--quiet); margin: .5rem 0; }
 pre { background: var(--band); padding: .9rem 1rem; font: .85rem/1.5 ui-monospace, monospace; border-radius: 4px; }
 @media (max-width: 40rem) {

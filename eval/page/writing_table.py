@@ -8,7 +8,7 @@ from typing import Any
 
 from ..report.units import number, share
 from ..writing.verdict import HOW
-from .blocks import Block, Cell, Heading, Paragraph, Table
+from .blocks import Block, Cell, Heading, Paragraph, Table, Texts
 from .task_table import LEGEND, difference_text, value_text
 
 SHARES = ("distinct_2", "distinct_4", "loops", "ends", "format")  # written in percent
@@ -36,7 +36,7 @@ def writing(result: Mapping[str, Any]) -> list[Block]:
         "model's own sampled texts; JSON and Python are parsed, and no code is run."
     )
     page: list[Block] = [Heading("What they write"), Table(["", *names], rows), Paragraph(note)]
-    return [*page, *_by(found, names, "kind"), *_by(found, names, "language")]
+    return [*page, *_by(found, names, "kind"), *_by(found, names, "language"), *_texts(found, names)]
 
 
 def title(found: Generation) -> str:
@@ -112,3 +112,22 @@ def _by(found: Generation, names: Sequence[str], field: str) -> list[Block]:
     groups = list(others[0]["kl_by"][field]) if others else []
     rows = [[group, *(number(model["kl_by"][field][group]) for model in others)] for group in groups]
     return [Table([field, *names[1:]], rows, folded=f"KL by {field} of the prompt")] if rows else []
+
+
+def _texts(found: Generation, names: Sequence[str]) -> list[Block]:
+    """The greedy texts after each prompt, the donor's first; empty for results that keep none."""
+    donor, *others = (model.get("texts") for model in found["models"])
+    if not donor:
+        return []
+    groups = []
+    for at, prompt in enumerate(found["asked"]):
+        texts = [_said(name, texts[at]) for name, texts in zip(names[1:], others, strict=True)]
+        groups.append((prompt, [(names[0], donor[at]["text"], ""), *texts]))
+    return [Texts("Greedy texts, the first word that differs from the donor's marked", groups)]
+
+
+def _said(name: str, text: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A text with its model's name, split where it leaves the donor's."""
+    tokens, said, split = text["same_tokens"], text["text"], text["same_characters"]
+    same = "the same" if tokens is None else f"the same for {tokens} token{'s' * (tokens != 1)}"
+    return f"{name}, {same}", said[:split], said[split:]

@@ -40,6 +40,16 @@ def _cache_row(report: dict[str, Any]) -> tuple[str, str, str, str]:
     return "KV cache a token", size(donor), size(converted), f"{part}, measured{where}"
 
 
+def _tolerance_row(found: dict[str, Any], on_policy: dict[str, Any] | None) -> tuple[str, str, str, str]:
+    """What was reached of a tolerance; of one on the model's own text the mean, which is within it, and its error."""
+    measure, limit = found["asked"].split("=")
+    stderr, where = found.get("stderr"), "on held-out text"
+    if on_policy:
+        where = f"KL on its own texts after {on_policy['count']} prompts"
+    value = number(found["measured"]) + (f" ± {stderr:.1g}" if stderr is not None else "")
+    return f"tolerance {measure} ≤ {limit}", "", value, f"at budget {share(found['kv_budget'])}, {where}"
+
+
 def _source_row(name: str, one: dict[str, Any]) -> tuple[str, str, str, str]:
     """What is lost on the held-out rows of one source of calibration text, under its `name`."""
     times, kl = (
@@ -74,9 +84,7 @@ def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     table += map(_source_row, told_apart([one["source"] for one in found]), found)
     tolerance = report.get("tolerance") or {}
     if tolerance:
-        measure, limit = tolerance["asked"].split("=")
-        budget = f"at budget {share(tolerance['kv_budget'])}, on held-out text"
-        table.append((f"tolerance {measure} ≤ {limit}", "", number(tolerance["measured"]), budget))
+        table.append(_tolerance_row(tolerance, report.get("on_policy")))
     if report.get("kv_bytes_per_token"):
         table.append(_cache_row(report))
     elements = report.get("kv_elements_per_token") or {}

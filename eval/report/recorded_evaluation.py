@@ -16,6 +16,7 @@ from ...convert.storage.output_folder import PARTIAL
 from ...convert.storage.safetensors_reader import read_json
 from ..tasks import scores
 from ..text_spread import over_texts
+from ..writing.greedy_texts import without_texts
 from .conversion_tables import json_safe
 
 HOW = (
@@ -29,8 +30,9 @@ COMPARED = ("models", "settings", "versions")  # parts in which two results of o
 def record_evaluation(result: dict[str, Any]) -> dict[str, list[str]]:
     """Write `result` as `evaluation.json` into the local folder of every model except the donor.
 
-    What the file has of the same models in the same settings, and `result` has not, is kept in it. Figures that cannot
-    stand in one file with `result` are kept beside it, as `evaluation-1.json` and so on.
+    It has none of the prompts and texts of generation, which may be private. What the file has of the same models in
+    the same settings, and `result` has not, is kept in it. Figures that cannot stand in one file with `result` are kept
+    beside it, as `evaluation-1.json` and so on.
 
     Returns:
         kept_aside: the files of these; {} where there are none.
@@ -39,6 +41,7 @@ def record_evaluation(result: dict[str, Any]) -> dict[str, list[str]]:
         OutputError: a file cannot be written.
     """
     aside = []
+    result = result | {"generation": without_texts(result.get("generation"))}
     for model in result["models"]:
         folder = Path(model["reference"])
         if model["role"] == "donor" or not folder.is_dir():

@@ -13,7 +13,7 @@ from ..generation import Options
 from ..result_cache import Store, digest
 from ..tasks.candidate import Candidate, LazyModel
 from ..tasks.harness import OnRows
-from . import continuations
+from . import continuations, greedy_texts
 from .continuations import Judged, Text
 from .prompts import Asked, Prompt, has_template
 from .text_figures import first_difference
@@ -70,7 +70,8 @@ class Writer:
 
 
 def measure(
-    candidates: Sequence[Candidate],
+    donor: LazyModel,
+    others: Sequence[Candidate],
     asked: Asked,
     rows: Sequence[list[list[int]]],
     store: Store,
@@ -81,7 +82,7 @@ def measure(
     """The texts' figures, in float32 unless the settings name a dtype; at most two models are in memory.
 
     Args:
-        candidates: the models, the donor first.
+        donor, others: the models; the donor is read anew if it is to have another dtype.
         asked: what they are asked.
         rows: of each model, `prompt_rows` of that.
         store: keeps texts and readings between runs.
@@ -89,25 +90,22 @@ def measure(
         on_rows: called with the model and what it does, the texts done and the texts in all.
 
     Returns:
-        prompts (the file's name), digest (of what is asked),
-        count, max_new_tokens, temperature, seeds, dtype; models: `donor_figures` of the
-        first, `compared` of the others.
+        prompts (the file's name), asked (the prompts), digest (of them), count, max_new_tokens, temperature, seeds,
+        dtype; models: `donor_figures` of the first, `compared` of the others, with `greedy_texts` of each.
     """
-    dtype, prompts = getattr(torch, candidates[0].settings.dtype or "float32"), asked.prompts
+    dtype, prompts = getattr(torch, donor.candidate.settings.dtype or "float32"), asked.prompts
     options = [Options(asked.max_new_tokens)]
     options += [Options(asked.max_new_tokens, temperature=TEMPERATURE, seed=seed) for seed in SEEDS]
-    donor, *writers = (
+    read = donor if donor.dtype == dtype else LazyModel(donor.candidate, dtype)
+    first = Writer(read, rows[0], store, fresh, on_rows)
+    writers = [
         Writer(LazyModel(candidate, dtype), of_model, store, fresh, on_rows)
-        for candidate, of_model in zip(candidates, rows, strict=True)
-    )
-    names = ("greedy", "sampled", "again")
-    texts = {how: donor.texts(each) for how, each in zip(names, options, strict=True)}
-    theirs = {how: of_texts(prompts, donor.tokenizer, found) for how, found in texts.items()}
-    for how in ("sampled", "again"):
-        theirs[how] = with_nats(theirs[how], texts[how], texts[how])
-    models = [donor_figures(**theirs)]
+        for candidate, of_model in zip(others, rows[1:], strict=True)
+    ]
+    greedy, theirs = _of_donor(prompts, first, options)
+    models = [donor_figures(**theirs) | {"texts": greedy_texts.plain(first.tokenizer, greedy)}]
     while writers:  # which are let go of, with their models, one after the other
-        models.append(_beside(prompts, writers.pop(0), donor, options, texts["greedy"], theirs))
+        models.append(_beside(prompts, writers.pop(0), first, options, greedy, theirs))
     return {
         "prompts": asked.source,
         "digest": digest([prompt.text for prompt in prompts]),
@@ -116,8 +114,21 @@ def measure(
         "temperature": TEMPERATURE,
         "seeds": list(SEEDS),
         "dtype": str(dtype).removeprefix("torch."),
+        "asked": greedy_texts.asked(prompts),
         "models": models,
     }
+
+
+def _of_donor(
+    prompts: Sequence[Prompt], donor: Writer, options: Sequence[Options]
+) -> tuple[list[Text], dict[str, Figures]]:
+    """The donor's greedy texts, and the figures of all: greedy, sampled and again, of another seed."""
+    names = ("greedy", "sampled", "again")
+    texts = {how: donor.texts(each) for how, each in zip(names, options, strict=True)}
+    figures = {how: of_texts(prompts, donor.tokenizer, found) for how, found in texts.items()}
+    for how in ("sampled", "again"):
+        figures[how] = with_nats(figures[how], texts[how], texts[how])
+    return texts["greedy"], figures
 
 
 def _beside(
@@ -128,24 +139,21 @@ def _beside(
     donor_greedy: list[Text],
     theirs: dict[str, Figures],
 ) -> dict[str, Any]:
-    """What `compared` returns of the writer, whose texts are written and read by the donor for it."""
+    """What `compared` returns of the writer, whose texts are written and read by the donor for it, and the texts."""
     greedy, sampled = map(writer.texts, options[:2])
-    judged = _judged(writer, donor, sampled)
+    judged = judged_texts(writer, donor, sampled)
     ours = {
         "greedy": of_texts(prompts, writer.tokenizer, greedy),
         "sampled": with_nats(of_texts(prompts, writer.tokenizer, sampled), sampled, judged),
     }
-    return compared(
-        prompts,
-        ours,
-        theirs,
-        [each["kl"] for each in judged],
-        _divergences(donor, writer, donor_greedy, greedy),
-        _asked_otherwise(writer, donor),
-    )
+    divergences = _divergences(donor, writer, donor_greedy, greedy)
+    costs, otherwise = [each["kl"] for each in judged], _asked_otherwise(writer, donor)
+    said = greedy_texts.plain(writer.tokenizer, greedy)
+    texts = greedy_texts.beside(said, greedy_texts.plain(donor.tokenizer, donor_greedy), divergences)
+    return compared(prompts, ours, theirs, costs, divergences, otherwise) | {"texts": texts}
 
 
-def _judged(writer: Writer, donor: Writer, texts: Sequence[Text]) -> list[Judged]:
+def judged_texts(writer: Writer, donor: Writer, texts: Sequence[Text]) -> list[Judged]:
     """What the donor makes of each text of the writer."""
     found: list[Judged] = []
     for asked, donor_asked, text in zip(writer.rows, donor.rows, texts, strict=True):

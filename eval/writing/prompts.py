@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -102,14 +103,26 @@ def has_template(opened: OpenModel) -> bool:
 
 
 def prompt_rows(opened: OpenModel, asked: Asked) -> list[list[int]]:
+    """Token ids of each prompt, as `token_rows`. Raises MhconvertError too where the model reads fewer tokens than a
+    prompt and the new ones."""
+    rows = token_rows(opened, asked.prompts)
+    longest, new_tokens = max(map(len, rows)), asked.max_new_tokens
+    try:
+        opened.require_length(longest + new_tokens)
+    except MhconvertError as error:
+        raise MhconvertError(
+            f"{error}: {longest} of the longest prompt and {new_tokens} new ones; choose fewer with --max-new-tokens"
+        ) from error
+    return rows
+
+
+def token_rows(opened: OpenModel, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of each prompt: a user message in the model's chat template, plain text where it has none.
 
-    Raises:
-        MhconvertError: the template refuses a prompt, one has no tokens or one without an embedding, or the model
-            reads fewer tokens than a prompt and the new ones.
+    Raises MhconvertError: the template refuses a prompt, or one has no tokens or one without an embedding.
     """
     tokenizer, chat, rows = opened.tokenizer(), has_template(opened), []
-    for number, prompt in enumerate(asked.prompts, 1):
+    for number, prompt in enumerate(prompts, 1):
         try:
             ids = encode(tokenizer, prompt.text, chat, remedy="take that prompt out")["input_ids"]
         except MhconvertError as error:
@@ -118,11 +131,4 @@ def prompt_rows(opened: OpenModel, asked: Asked) -> list[list[int]]:
             raise MhconvertError(f"{opened.reference}, prompt {number}: it has no tokens; take it out")
         require_embedded(ids, tokenizer, opened.vocab_size)
         rows.append(ids[0].tolist())
-    longest, new_tokens = max(map(len, rows)), asked.max_new_tokens
-    try:
-        opened.require_length(longest + new_tokens)
-    except MhconvertError as error:
-        raise MhconvertError(
-            f"{error}: {longest} of the longest prompt and {new_tokens} new ones; choose fewer with --max-new-tokens"
-        ) from error
     return rows

@@ -40,8 +40,8 @@ def distinct(tokens: Sequence[int], n: int) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
-def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """The position of the first token that differs, or that one of two texts lacks; None for equal texts."""
+def first_difference(ours: Sequence[int] | str, theirs: Sequence[int] | str) -> int | None:
+    """The position of the first token or character that differs, or that one of both lacks; None for equal texts."""
     pairs = zip(ours, theirs, strict=False)
     shared = next((at for at, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(ours), len(theirs)))
     return None if shared == len(ours) == len(theirs) else shared

@@ -51,14 +51,17 @@ def _convert(
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.heads.measured_heads import with_measured_heads
     from mhconvert.eval.report.model_card import write_report
+    from mhconvert.eval.writing import on_policy
     from mhconvert.heal import layer_fit
 
+    on_policy.check(recipe)
     return pipeline.convert_checkpoint(
         recipe,
         complete=with_measured_heads,
         fit=layer_fit.fit,
         measure=Fidelity,
         finish=write_report,
+        writing=on_policy.measure,
         step=step,
         resume=resume,
         force=force,
@@ -124,7 +127,9 @@ def plan(recipe: Recipe, *, survey: bool = False, on_progress: Listener | None =
     from mhconvert.convert import pipeline
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.heads.measured_heads import with_measured_heads
+    from mhconvert.eval.writing import on_policy
 
+    on_policy.check(recipe)
     if not survey:
         return pipeline.plan(recipe, on_progress=on_progress)
     return pipeline.plan(recipe, surveyed=Fidelity, complete=with_measured_heads, on_progress=on_progress)

@@ -16,6 +16,7 @@ SCORES = (
     "previous_token",
     "duplicate_token",
     "induction",
+    "successor",
     "importance",
     "safety",
 )
@@ -68,8 +69,8 @@ def test_a_table_for_people_and_a_text_of_ones_own(
     assert "left out together, with the KL so far (Sahara)" in run.stdout
     assert "needle attention" in run.stdout
     lines = run.stdout.splitlines()
-    rows = [line for line in lines if sum(line.count(f" {i}.{h} ") for i in range(3) for h in range(4)) >= 5]
-    assert len(rows) == 10  # though the one head that was left out in fact has a row alone
+    rows = [line for line in lines if sum(line.count(f" {i}.{h} ") for i in range(3) for h in range(4)) >= 2]
+    assert len(rows) == 20  # of two tables, though the one head that was left out in fact has a row alone
 
 
 @pytest.mark.parametrize(

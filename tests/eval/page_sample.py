@@ -72,6 +72,7 @@ def written(kl: float, tokens: int | None, words: str, *notes: str) -> dict[str,
         "verdict": words.split()[0],
         "words": words,
         "notes": list(notes),
+        "texts": [{"text": "A river runs & sings", "same_characters": 13, "same_tokens": tokens}],
     }
 
 
@@ -82,11 +83,13 @@ GENERATION: dict[str, Any] = {
     "temperature": 1.0,
     "seeds": [0, 1],
     "dtype": "float32",
+    "asked": ["What does a river do?"],
     "models": [
         {
             "greedy": {name: {"value": 0.25} for name in NAMES},
             "sampled": {name: {"value": 0.25, "another_seed": 0.01} for name in (*NAMES, "nats")},
             "perplexity": 4.0,
+            "texts": [{"text": "A river runs to the sea"}],
         },
         written(0.01, None, "writes as its donor does"),
         written(1.25, 3, "loops in 80 % of its texts", "drifts after about 3 tokens", "repeats itself more"),

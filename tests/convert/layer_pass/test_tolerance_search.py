@@ -15,7 +15,8 @@ import mhconvert
 from mhconvert.convert import pipeline
 from mhconvert.convert.layer_pass import tolerance_search
 from mhconvert.convert.layer_pass.context import ConversionContext
-from mhconvert.convert.layer_pass.tolerance_search import REACH, round_up, smallest_budget_within, step_up
+from mhconvert.convert.layer_pass.loss_curve import REACH, round_up, smallest_budget_within
+from mhconvert.convert.layer_pass.tolerance_search import step_up
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe, load_recipe
 from mhconvert.convert.recipe.tolerance import parse
@@ -189,6 +190,38 @@ def test_a_resume_does_not_search_again(
     report = mhconvert.convert(wanted, resume=True)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
     assert report["tolerance"]["tried"][0]["kv_budget"] == 0.3
+
+
+def test_a_resume_between_two_attempts_knows_the_first(
+    asked: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is cut before it has begun."""
+    begun: list[int] = []
+    start = pipeline.layer_steps.teacher_start
+
+    def cut(*of: Any) -> Any:
+        begun.append(1)
+        if len(begun) == 2:
+            (tmp_path / "out.partial" / "model.safetensors").touch()  # as if not all had been removed
+            raise KeyboardInterrupt
+        return start(*of)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tolerance_search, "find_budget", too_small)
+        patch.setattr(pipeline.layer_steps, "teacher_start", cut)
+        with pytest.raises(KeyboardInterrupt):
+            mhconvert.convert(asked("kl=0.2"))
+    told: list[bool] = []
+
+    def look(event: Progress) -> None:
+        if event.stage == "layers":
+            told.append((tmp_path / "out.partial" / "model.safetensors").exists())
+
+    monkeypatch.setattr(tolerance_search, "find_budget", lambda _: pytest.fail("it searched again"))
+    tried = mhconvert.convert(asked("kl=0.2"), resume=True, on_progress=look)["tolerance"]["tried"]
+    assert [one["measured"] > 0.2 for one in tried] == [True, False]
+    assert not any(told)
+    assert tried[0]["kv_budget"] == 0.3
 
 
 def test_a_dry_run_says_that_the_budget_will_be_searched(asked: Build, tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_heads_are_measured_once(
     """A second run takes them, and so does the rest of an interrupted one; what is finished needs them not at all."""
     asked = recipe(tmp_path / "out", "moh", MoHSettings(protect="safety"), seed=3)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_complete_folder", interrupted)
+        patch.setattr(pipeline.whole_model, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mhconvert.convert(asked)
     assert surveys == ["safety"]

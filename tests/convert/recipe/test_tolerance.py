@@ -14,14 +14,21 @@ from mhconvert.errors import BudgetError, MhconvertError
 FOUND = {"kl": 0.05, "perplexity": {"donor": 20.0, "converted": 22.0}}
 
 
-def test_both_measures() -> None:
+def test_both_measures_on_held_out_text() -> None:
     kl, ppl = parse("kl=0.05"), parse("ppl=1.05")
     assert (kl.value(FOUND), ppl.value(FOUND)) == (0.05, 1.1)
-    assert (kl.met(FOUND), ppl.met(FOUND)) == (True, False)
     assert (kl.allowed, ppl.allowed) == (0.05, pytest.approx(0.05))
     assert ppl.beyond(1.1) == pytest.approx(0.1)
     assert (str(kl), str(ppl)) == ("kl=0.05", "ppl=1.05")
-    assert not kl.met(FOUND | {"kl": float("nan")})
+    assert kl.measured(FOUND) == {"measured": 0.05}
+
+
+def test_a_tolerance_on_what_the_model_writes() -> None:
+    generation = parse("generation=0.2")
+    assert (str(generation), generation.allowed, generation.on_policy) == ("generation=0.2", 0.2, True)
+    found = FOUND | {"on_policy": {"kl": 0.3, "kl_stderr": 0.02}}
+    assert generation.measured(found) == {"measured": 0.3, "stderr": 0.02, "kl": 0.05}
+    assert (generation.held_out, parse("ppl=1.05").held_out) == (parse("kl=0.2"), parse("ppl=1.05"))
 
 
 @pytest.mark.parametrize(
@@ -29,14 +36,15 @@ def test_both_measures() -> None:
     [
         ("kl=0", "tolerance 'kl=0' is out of reach: kl must be a number above 0, which is what the donor"),
         ("kl=-1", "kl must be a number above 0"),
+        ("generation=0", "generation must be a number above 0"),
         ("ppl=0.9", "ppl must be a number above 1"),
         ("ppl=1", "ppl must be a number above 1"),
         ("kl=nan", "kl must be a number above 0"),
         ("ppl=inf", "ppl must be a number above 1"),
         ("kl=much", "tolerance 'kl=much' has no number; write one such as kl=0.05"),
-        ("kl", "tolerance 'kl' is neither kl=NATS nor ppl=RATIO"),
-        ("0.05", "neither kl=NATS nor ppl=RATIO"),
-        ("mse=0.1", "neither kl=NATS nor ppl=RATIO"),
+        ("kl", "tolerance 'kl' is none of kl=NATS, ppl=RATIO and generation=NATS"),
+        ("0.05", "none of kl=NATS, ppl=RATIO and generation=NATS, such as kl=0.05, ppl=1.05, gen"),
+        ("mse=0.1", "none of kl=NATS, ppl=RATIO and generation=NATS, such as kl=0.05, ppl=1.05, gen"),
     ],
 )
 def test_refusals(text: str, message: str) -> None:

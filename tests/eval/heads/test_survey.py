@@ -26,7 +26,13 @@ def test_every_part_reports_each_of_its_steps(tmp_path: Path) -> None:
             lambda event: event.message,
         )
     }
-    steps = {"retrieval": 6, "repetition": 1, "importance": 2 * ROWS, "safety": (2 + SET - 1) * 2}
+    steps = {
+        "retrieval": 6,
+        "repetition": 1,
+        "successor": 1,
+        "importance": 2 * ROWS,
+        "safety": (2 + SET - 1) * 2,
+    }
     assert list(parts) == list(steps)
     for name, total in steps.items():
         assert parts[name] == [(done, total) for done in range(1, total + 1)]

@@ -175,6 +175,32 @@ def test_markdown_has_the_same_tables() -> None:
         assert len(widths) == 1
 
 
+def test_greedy_texts_are_folded_and_marked_where_they_leave_the_donors() -> None:
+    result = two_models()
+    model, first = result["generation"]["models"][1], result["generation"]["models"][0]["texts"]
+    words = (
+        "What does a river do? smollm2-135m A river runs to the sea mla-half, the same A river runs & sings"
+    )
+    written = page.html(result, REPORTS)
+    assert words in Reader(written).text
+    folded = written.split("<details><summary>Greedy texts")[1].split("</details>")[0]
+    assert "<dt>mla-half, the same</dt><dd dir=auto>A river runs <mark>&amp;</mark> sings</dd>" in folded
+    assert "Greedy texts" not in page.markdown(result, REPORTS)
+    hostile = f"{HOSTILE}\n\x00"
+    result["generation"]["asked"][0] = first[0]["text"] = hostile
+    model["texts"][0] = {"text": hostile, "same_characters": 8, "same_tokens": 1}
+    reader = Reader(escaped := page.html(result, REPORTS))
+    assert "script" not in reader.tags
+    assert "\x00" not in escaped
+    assert (
+        reader.text.count("mla-half, the same for 1 token <script> alert('x')</script> & $a_b$ | `c` \ufffd")
+        == 1
+    )
+    model["texts"] = None
+    first.clear()
+    assert "Greedy texts" not in page.html(result, REPORTS)
+
+
 @pytest.mark.parametrize("name", [HOSTILE, "_" + HOSTILE, "a" * 200])
 def test_names_are_text(name: str) -> None:
     result = changed()

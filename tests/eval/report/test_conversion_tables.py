@@ -47,6 +47,14 @@ def test_a_tolerance_has_a_row_of_its_own() -> None:
     row = ("tolerance ppl ≤ 1.3", "", "1.25", "at budget 31.2 %, on held-out text")
     assert row in conversion_rows(FULL | {"tolerance": found})
     assert not [quantity for quantity, *_ in conversion_rows(FULL) if quantity.startswith("tolerance")]
+    found |= {"asked": "generation=0.2", "measured": 0.187, "stderr": 0.0152}
+    row = (
+        "tolerance generation ≤ 0.2",
+        "",
+        "0.187 ± 0.02",
+        "at budget 31.2 %, KL on its own texts after 40 prompts",
+    )
+    assert row in conversion_rows(FULL | {"tolerance": found, "on_policy": {"count": 40}})
 
 
 def test_missing_facts_have_no_row() -> None:

@@ -103,12 +103,12 @@ def test_a_file_of_another_kind(tmp_path: Path, text: str, aside: int) -> None:
 
 def test_texts_of_other_lengths_are_kept_aside(tmp_path: Path) -> None:
     """The same texts anew take the place of earlier ones; what lacks them keeps them."""
-    short, long = ({"prompts": "own", "max_new_tokens": size, "models": [size]} for size in (64, 256))
+    short, long = ({"prompts": "own", "max_new_tokens": size, "models": [{"kl": size}]} for size in (64, 256))
     assert record_evaluation(result(tmp_path, generation=short)) == {}
     assert record_evaluation(result(tmp_path)) == {}
     assert recorded(tmp_path / "evaluation.json")["generation"] == short
-    assert record_evaluation(result(tmp_path, generation=short | {"models": [1]})) == {}
-    assert recorded(tmp_path / "evaluation.json")["generation"]["models"] == [1]
+    assert record_evaluation(result(tmp_path, generation=short | {"models": [{"kl": 1}]})) == {}
+    assert recorded(tmp_path / "evaluation.json")["generation"]["models"] == [{"kl": 1}]
     aside = {"kept_aside": [str(tmp_path / "evaluation-1.json")]}
     assert record_evaluation(result(tmp_path, generation=long)) == aside
     assert recorded(tmp_path / "evaluation.json")["generation"] == long

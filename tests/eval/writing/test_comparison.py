@@ -17,6 +17,7 @@ from mhconvert import Calibration, MLASettings, Recipe, api
 from mhconvert.eval.report.model_index import read_evaluation
 from mhconvert.eval.report.recorded_evaluation import record_evaluation
 from mhconvert.eval.settings import EvalSettings
+from mhconvert.eval.tasks.candidate import Candidate
 from mhconvert.eval.writing import continuations
 from tests.donors import make_donor
 
@@ -106,6 +107,8 @@ def test_a_conversion_without_loss_writes_as_its_donor(
     assert (whole["verdict"], whole["notes"]) == ("writes as its donor does", [])
     assert whole["kl"] == pytest.approx(0, abs=1e-5)
     assert whole["divergence"] == {"tokens": None, "equal": 1, "log_prob": None}
+    assert [each["same_tokens"] for each in whole["texts"]] == [None] * len(BEGINNINGS)
+    assert [each["text"] for each in whole["texts"]] == [each["text"] for each in of_donor["texts"]]
     assert whole["perplexity"] == pytest.approx(of_donor["perplexity"], rel=1e-4)
 
 
@@ -159,6 +162,28 @@ def test_an_interrupted_evaluation_goes_on(
     assert len(calls) == 21
 
 
+@pytest.mark.parametrize(("dtype", "loads"), [(None, 1), ("bfloat16", 2)])
+def test_the_donor_is_read_once_for_texts_that_are_written_and_read(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None, loads: int
+) -> None:
+    """Texts are read in float32, so that writing in another dtype takes it once more."""
+    monkeypatch.setenv("MHCONVERT_EVAL_CACHE", str(tmp_path / "cache"))
+    donor, other = make_donor(tmp_path / "one", layers=1), make_donor(tmp_path / "two", layers=1, seed=1)
+    loaded: list[str] = []
+    load = Candidate.load
+
+    def counted(candidate: Candidate, dtype: torch.dtype = torch.float32) -> Any:
+        loaded.append(candidate.name)
+        return load(candidate, dtype)
+
+    monkeypatch.setattr(Candidate, "load", counted)
+    text = tmp_path / "text.txt"
+    text.write_text("The river runs through the valley and the town. " * 20)
+    reading = {"text": (str(text),), "sequence_length": 32, "sequences": 1, "dtype": dtype}
+    written(donor, other, prompts, max_new_tokens=4, **reading)
+    assert loaded.count("one") == loads
+
+
 def test_a_model_alone_and_one_with_a_coded_cache(prompts: str, tmp_path: Path) -> None:
     """A donor alone has no verdict; with another cache it is its own conversion, read without padding."""
     donor = make_donor(tmp_path / "tiny", layers=1)
@@ -176,9 +201,20 @@ def test_the_card_has_the_verdict(prompts: str, tmp_path: Path) -> None:
     twin = make_donor(tmp_path / "twin", layers=1, seed=1)
     asked = EvalSettings(generation=True, prompts=prompts, max_new_tokens=8)
     result = api.evaluate(str(twin), asked, against=str(donor), device="cpu")
-    model = result["generation"]["models"][1]
+    theirs, model = result["generation"]["models"]
+    assert result["generation"]["asked"] == list(BEGINNINGS)
+    for ours, text in zip(model["texts"], theirs["texts"], strict=True):
+        at = ours["same_characters"]
+        assert (ours["text"][:at], ours["text"][at : at + 1]) != (
+            text["text"][:at],
+            text["text"][at : at + 1],
+        )
+        assert ours["text"][:at] == text["text"][:at]
     result["models"][1]["role"] = "converted"
     assert record_evaluation(result) == {}
+    recorded = json.loads((twin / "evaluation.json").read_text())["generation"]
+    assert "asked" not in recorded
+    assert [set(each) & {"texts", "greedy"} for each in recorded["models"]] == [{"greedy"}] * 2
     card = read_evaluation(twin)
     assert card is not None
     assert {row[0] for row in card.rows} >= {"generation: KL on its own text", "generation: texts that loop"}
