@@ -81,13 +81,13 @@ def convert_checkpoint(
         unplanned = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)
         needs = partial(space.needs, partial(survey.measure_needs, unplanned))
         context = replace(unplanned, needs=needs, chain_began=first_donor.with_weights(donor, first))
-        recipe, method, report = _convert_within_budget(context, space)
+        _, method, report = _convert_within_budget(context, space)
         _complete_folder(context, method, space, report)
         seconds = time.perf_counter() - started + space.earlier_seconds
         report |= {"output": str(output), "seconds": seconds, "peak_rss_bytes": peak_rss(report)}
         report["stage_seconds"] = on_progress.stop()  # of this run, where an earlier one was interrupted
         finish(space.partial, report)
-        provenance.write_provenance(space.partial, recipe, context.first, report)
+        provenance.write_provenance(space.partial, context.first, report)
         space.publish(finished=step is None)
     on_progress(Progress("done", 1, 1, str(output)))
     return report
@@ -207,6 +207,7 @@ def plan(
     *,
     surveyed: Measure | None = None,
     complete: Complete = as_it_is,
+    timed: bool = True,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """What `convert_checkpoint` would do: sizes, KV arithmetic, disk, memory, time. Reads no weights, writes nothing.
@@ -214,9 +215,9 @@ def plan(
     With a tolerance sizes are the most that they can come to, and layers and time are missing; time with healing too.
 
     Args:
-        surveyed: `measure` as in `convert_checkpoint`: the weights are read for a survey, and each layer's part of the
-            budget is known.
+        surveyed: `measure` as in `convert_checkpoint`; weights are read to know each layer's part of the budget.
         complete: as in `convert_checkpoint`.
+        timed: whether half a second is spent on the time that it would take.
     """
     device, on_progress = pick_device(recipe.device), on_progress or ignore
     donor, method = _resolve(recipe, on_progress)
@@ -231,7 +232,7 @@ def plan(
     sizes = cost_estimate.plan(recipe, donor, method, device)
     if recipe.tolerance is not None:
         return sizes | {"tolerance": recipe.tolerance, "layers": []}
-    if recipe.heal is not None:
+    if recipe.heal is not None or not timed:
         return sizes
     rates = time_estimate.probe(device)
     return sizes | {"expected_seconds": time_estimate.expected_seconds(recipe, donor, method, device, rates)}
