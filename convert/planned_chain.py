@@ -29,7 +29,9 @@ from .storage.atomic_files import write_json
 OF_BOTH_ENDS = ("kv_elements_per_token", "kv_bytes_per_token", "parameters")
 
 
-def plan(recipe: Recipe, output: Path, *, timed: bool = True, on_progress: Listener = ignore) -> dict[str, Any]:
+def plan(
+    recipe: Recipe, output: Path, *, timed: bool = True, on_progress: Listener = ignore
+) -> dict[str, Any]:
     """The plan of the chain `recipe`, which writes `output`: that of its last pass, from the first donor on, with
     steps (the plan of each pass), the most disk and memory that is needed at once, and the adapter behind it.
 

@@ -45,7 +45,9 @@ def _instead_of_budget(methods: Sequence[str]) -> dict[str, str]:
     return {name: words for each in methods for name, words in settings_class(each).instead_of_budget.items()}
 
 
-def recipe_of(donor: str, methods: Sequence[str], groups: Sequence[Group], options: Values, **others: Any) -> Recipe:
+def recipe_of(
+    donor: str, methods: Sequence[str], groups: Sequence[Group], options: Values, **others: Any
+) -> Recipe:
     """Return the recipe that the options describe; `others` are fields of it that are not options.
 
     Args:

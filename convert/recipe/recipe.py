@@ -175,9 +175,7 @@ class Recipe(Settings):
         steps = self.passes[:count]
         own, heal = steps[-1], self.heal if count == len(self.passes) else None
         kept = steps if count > 1 else ()
-        return dataclasses.replace(
-            self, method=own.method, settings=own.settings, methods=kept, heal=heal
-        )
+        return dataclasses.replace(self, method=own.method, settings=own.settings, methods=kept, heal=heal)
 
     def output_folder(self, donor_name: str) -> Path:
         """Where the checkpoint goes: `output`, or `./<donor>-<method>`, with the methods of a chain in order."""

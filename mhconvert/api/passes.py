@@ -114,7 +114,9 @@ def plan_chain(recipe: Recipe, *, survey: bool, on_progress: Listener | None) ->
     from mhconvert.convert import open_model, planned_chain
 
     if survey:
-        raise MhconvertError("a survey is of one conversion, whose donor is there; survey the first step alone")
+        raise MhconvertError(
+            "a survey is of one conversion, whose donor is there; survey the first step alone"
+        )
     return planned_chain.plan(recipe, open_model.output_folder(recipe), on_progress=on_progress or ignore)
 
 

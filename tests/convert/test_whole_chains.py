@@ -11,19 +11,31 @@ import yaml
 
 import mhconvert
 from mhconvert import api
+from mhconvert.convert.layer_pass import time_estimate
 from mhconvert.convert.methods.registry import settings_class
-from mhconvert.convert.recipe.recipe import Recipe
+from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.convert.recipe.steps import Step
 from mhconvert.convert.storage import disk_space
 from mhconvert.errors import OutputError, UnsupportedError
 from mhconvert.progress import Progress
-from tests.convert.test_chains import PASS, SETTINGS, record, recipe_of
+from tests.convert.test_chains import SETTINGS, record
 from tests.donors import make_donor
+
+PASS: dict[str, Any] = {
+    "effort": "quick",
+    "verify": False,
+    "calibration": Calibration(tokens=96, sequence_length=32, held_out=2),
+}
 
 
 @pytest.fixture(scope="module")
 def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_donor(tmp_path_factory.mktemp("chains") / "donor", heads=4, kv_heads=2, hidden=32)
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_estimate, "PROBE_SECONDS", 1e-4)
 
 
 def chain_of(model: Path, methods: tuple[str, ...], output: Path, **changes: dict[str, Any]) -> Recipe:
@@ -33,8 +45,12 @@ def chain_of(model: Path, methods: tuple[str, ...], output: Path, **changes: dic
 
 def by_steps(donor: Path, first: str, then: str, place: Path) -> bytes:
     """The tensors of two conversions, one behind the other."""
-    api.convert(recipe_of(donor, first, place / "first"))
-    api.convert(recipe_of(place / "first", then, place / "then", active=0.5))
+    for model, name, output, more in (
+        (donor, first, "first", {}),
+        (place / "first", then, "then", {"active": 0.5}),
+    ):
+        settings = settings_class(name)(**SETTINGS[name] | more)
+        api.convert(Recipe(str(model), name, settings=settings, output=str(place / output), **PASS))
     return (place / "then" / "model.safetensors").read_bytes()
 
 
@@ -59,10 +75,14 @@ def test_a_chain_is_its_steps_and_goes_on_behind_the_last_that_is_done(donor: Pa
     with pytest.raises(OutputError, match=r"out.step1 holds .* a step of a chain; --resume goes on from it"):
         api.convert(asked)
     other = chain_of(donor, ("dha", "moh"), output, dha={"kv_budget": 0.5})
-    with pytest.raises(OutputError, match="out.step1 was made with another settings; --resume needs the same"):
+    with pytest.raises(
+        OutputError, match="out.step1 was made with another settings; --resume needs the same"
+    ):
         api.convert(other, resume=True)
     told.clear()
-    report = api.convert(asked, resume=True, on_progress=lambda event: told.append((event.stage, event.message)))
+    report = api.convert(
+        asked, resume=True, on_progress=lambda event: told.append((event.stage, event.message))
+    )
     assert [text for stage, text in told if stage == "done"] == [str(output)]  # step 1 was not done again
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
