@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mhconvert.errors import MhconvertError
 
 from ..methods.registry import ADAPTERS, CACHE_METHODS
 from ..validation.field_types import changed_fields
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 OF_THE_PASS = (
     "tolerance",
@@ -25,7 +22,7 @@ OF_THE_PASS = (
 )  # no adapter has a use for these
 
 
-def require_together(recipe: Recipe) -> None:
+def require_together(recipe: Any) -> None:
     """Raise MhconvertError for choices that do not go together."""
     if recipe.method in ADAPTERS:
         _require_no_pass(recipe)
@@ -34,7 +31,7 @@ def require_together(recipe: Recipe) -> None:
         _require_free_budget(recipe)
 
 
-def _require_free_budget(recipe: Recipe) -> None:
+def _require_free_budget(recipe: Any) -> None:
     """Raise MhconvertError where there is no budget that the tolerance would decide."""
     if len(recipe.passes) > 1:
         raise MhconvertError(
@@ -51,7 +48,7 @@ def _require_free_budget(recipe: Recipe) -> None:
         )
 
 
-def _require_one_fusion(recipe: Recipe) -> None:
+def _require_one_fusion(recipe: Any) -> None:
     """Raise MhconvertError where only one of conversion and healing leaves the fusion of heads to training."""
     trained = getattr(recipe.settings, "fusion", None) == "trained"
     if recipe.heal is not None and trained != (recipe.heal.fusion is not None):
@@ -63,7 +60,7 @@ def _require_one_fusion(recipe: Recipe) -> None:
         )
 
 
-def _require_no_pass(recipe: Recipe) -> None:
+def _require_no_pass(recipe: Any) -> None:
     for name in changed_fields(recipe):
         if name in OF_THE_PASS:
             raise MhconvertError(

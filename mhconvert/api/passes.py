@@ -77,7 +77,7 @@ def _and_heal(
     on_progress: Listener | None,
 ) -> dict[str, Any]:
     """Convert into OUT.unhealed, heal that into OUT, and delete it: OUT is never there before it is healed."""
-    from mhconvert.api.conversion import heal
+    from mhconvert.api.healing import heal
     from mhconvert.convert import finished_conversion, open_model
     from mhconvert.convert.storage import step_folder
     from mhconvert.convert.storage.ownership import unmark

@@ -133,7 +133,7 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_recipes_that_ship_are_recipes(path: Path) -> None:
     recipe = load_recipe(path)
-    plain = f"{recipe.model}-{recipe.method.replace('+', '-')}"
+    plain = str(recipe.output_folder(recipe.model)).replace("+", "-")
     assert path.stem.removeprefix(plain) in ("", "-healed", "-coded", "-portable")
 
 
