@@ -18,7 +18,8 @@ def apply(document: Document, overrides: Sequence[str]) -> Document:
     """Return the document with each `key.sub=value` applied in order; the values are YAML.
 
     A mapping that is missing or null is created for a key that goes into it; null removes a stage; a step of `methods`
-    is named by its number from 0: methods.1.settings.active=0.5. The origin of a value that was set is the override. Whether the recipe has such a key is checked by the reader of the document.
+    is named by its number from 0: methods.1.settings.active=0.5. The origin of a value that was set is the override.
+    Whether the recipe has such a key is checked by the reader of the document.
 
     Raises:
         RecipeError: An override is not key=value, has no value, or goes into something that is not a mapping.

@@ -1,6 +1,7 @@
 """The stages of a recipe in order: convert, heal, adapter, evaluate, export, push. Finished stages are skipped.
 
-    recipe ─▶ OUT ─▶ OUT-healed (─▶ its adapter, OUT-healed-hydra) ─▶ evaluation.json and pages in it ─▶ OUT-<form> ─▶ the Hub
+    recipe ─▶ OUT ─▶ OUT-healed ─▶ evaluation.json and pages in it ─▶ OUT-<form> ─▶ the Hub
+                        └▶ OUT-healed-hydra, an adapter for it
 
 A stage's inputs are hashed: its part of the recipe, the model that it starts from, and the files that it reads.
 """

@@ -19,8 +19,8 @@ from .provenance import read_record
 def steps(folder: Path) -> list[dict[str, Any]]:
     """The steps that made `folder`, first to last: model (what it began with), method and settings of each.
 
-    The model is None for the later steps of one command: what they began with is gone. [] for a folder that no step made,
-    or whose record says nothing of them.
+    The model is None for the later steps of one command, as what they began with is gone. [] for a folder that no step
+    made, or whose record says nothing of them.
     """
     record = read_record(folder)
     recipe, merged, earlier = record.get("recipe"), record.get("merged"), record.get("chain")
