@@ -38,10 +38,10 @@ def differing(folder: Path, recipe: Recipe) -> str | None:
         budget = made.get("settings", {}).get("kv_budget")
         recipe = recipe.at_budget(budget) if budget else recipe
     wanted = json.loads(json.dumps(recipe.to_dict()))
-    own, asked = (last_step(values).get("settings") or {} for values in (made, wanted))
-    protect = own.get("protect")
-    if isinstance(protect, dict) and protect.get("from") == asked.get("protect"):
-        asked["protect"] = protect  # heads that were measured for the recipe's word
+    ran, chosen = (last_step(values).get("settings") or {} for values in (made, wanted))
+    protect = ran.get("protect")
+    if isinstance(protect, dict) and protect.get("from") == chosen.get("protect"):
+        chosen["protect"] = protect  # heads that were measured for the recipe's word
     keys = [key for key in {**wanted, **made} if key not in NOT_THE_RESULT]
     return next((key for key in keys if made.get(key) != wanted.get(key)), None)
 

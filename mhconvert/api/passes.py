@@ -129,7 +129,7 @@ def chain(recipe: Recipe, *, resume: bool, force: bool, on_progress: Listener | 
     output = open_model.output_folder(recipe)
     parts = [planned_chain.part(recipe, output, count + 1) for count in range(len(recipe.passes))]
     steps = [Path(str(part.output)) for part in parts[:-1]]
-    again = {"resume": resume, "force": force, "on_progress": on_progress}
+    again: dict[str, Any] = {"resume": resume, "force": force, "on_progress": on_progress}
     report = finished_conversion.report_of(output, parts[-1]) if resume and not force else None
     if report is None:
         _check_chain(recipe, output, steps, resume=resume, force=force)
