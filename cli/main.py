@@ -45,6 +45,7 @@ HELP = """Rewrite the attention of a pretrained language model so that its KV ca
                                              quality against KV budget, several at once
   mhconvert ./my-model --to mla --dry-run    the plan and its costs
   mhconvert heal ./my-model-mla --tokens 20M train it to predict as its donor does
+  mhconvert smollm2-135m --to dha+moh        fewer KV heads, and of them those that a token needs
   mhconvert llama3.2-1b --to hydra           an adapter for it that peft trains
   mhconvert merge ./adapter -o OUT           an adapter and its base as a plain checkpoint
   mhconvert ./my-model --to mla --profile portable

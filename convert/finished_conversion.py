@@ -11,7 +11,7 @@ from mhconvert.errors import OutputError
 
 from . import open_model
 from .checkpoint.provenance import read_record
-from .recipe.recorded import NOT_THE_RESULT, as_recorded
+from .recipe.recorded import NOT_THE_RESULT, as_recorded, last_step
 from .recipe.tolerance import parse
 from .storage.safetensors_reader import read_json
 
@@ -37,13 +37,11 @@ def differing(folder: Path, recipe: Recipe) -> str | None:
             return "tolerance"
         budget = made.get("settings", {}).get("kv_budget")
         recipe = recipe.at_budget(budget) if budget else recipe
-    protect = made.get("settings", {}).get("protect")
-    if isinstance(protect, dict) and protect.get("from") == getattr(recipe.settings, "protect", None):
-        heads = dataclasses.replace(
-            recipe.settings, protect=protect
-        )  # that were measured for the recipe's word
-        recipe = dataclasses.replace(recipe, settings=heads)
     wanted = json.loads(json.dumps(recipe.to_dict()))
+    ran, chosen = (last_step(values).get("settings") or {} for values in (made, wanted))
+    protect = ran.get("protect")
+    if isinstance(protect, dict) and protect.get("from") == chosen.get("protect"):
+        chosen["protect"] = protect  # heads that were measured for the recipe's word
     keys = [key for key in {**wanted, **made} if key not in NOT_THE_RESULT]
     return next((key for key in keys if made.get(key) != wanted.get(key)), None)
 
@@ -63,6 +61,15 @@ def written(recipe: Recipe) -> str | None:
     """The folder that the conversion `recipe` has written, if it has and nothing has healed it."""
     folder = open_model.output_folder(recipe)
     return str(folder) if is_result(folder, recipe) and not read_record(folder).get("healed") else None
+
+
+def report_of(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The report of the conversion `recipe`, healed if it says so, that made `folder`; None where it did not."""
+    plain = dataclasses.replace(recipe, heal=None)
+    if recipe.heal is not None:
+        return healed_report(folder, plain, recipe.heal)
+    made = is_result(folder, plain) and not read_record(folder).get("healed")
+    return read_json(folder / "report.json") if made else None
 
 
 def healed_report(folder: Path, recipe: Recipe, settings: HealSettings) -> dict[str, Any] | None:

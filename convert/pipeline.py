@@ -89,13 +89,13 @@ def convert_checkpoint(
         unplanned = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)
         needs = partial(space.needs, partial(survey.measure_needs, unplanned))
         context = replace(unplanned, needs=needs, chain_began=first_donor.with_weights(donor, first))
-        recipe, method, report = _convert_within_budget(context, space, writing)
+        report = _convert_within_budget(context, space, writing)
         whole_model.verify(context, space, report)
         seconds = time.perf_counter() - started + space.earlier_seconds
         report |= {"output": str(output), "seconds": seconds, "peak_rss_bytes": peak_rss(report)}
         report["stage_seconds"] = on_progress.stop()  # of this run, where an earlier one was interrupted
         finish(space.partial, report)
-        provenance.write_provenance(space.partial, recipe, context.first, report)
+        provenance.write_provenance(space.partial, context.first, report)
         space.publish(finished=step is None)
     on_progress(Progress("done", 1, 1, str(output)))
     return report
@@ -130,20 +130,18 @@ def _completed(
     return (recipe, method) if measured is recipe else (measured, _resolve(measured, on_progress)[1])
 
 
-def _convert_within_budget(
-    context: ConversionContext, space: Workspace, writing: Writing
-) -> tuple[Recipe, Method, dict[str, Any]]:
+def _convert_within_budget(context: ConversionContext, space: Workspace, writing: Writing) -> dict[str, Any]:
     """Convert every layer at the recipe's budget, or at the one that its tolerance asks for, and write the model."""
-    recipe, convert = context.recipe, partial(_convert_layers, space=space)
-    if recipe.tolerance is None:
-        method, report = convert(context)
-    elif on_policy(recipe.tolerance):
+    tolerance, convert = context.recipe.tolerance, partial(_convert_layers, space=space)
+    if tolerance is not None and on_policy(tolerance):
         write = partial(_convert_and_write, space=space, writing=writing)
-        return convert_within_tolerance(context, space, write)
+        return convert_within_tolerance(context, space, write)[2]
+    if tolerance is None:
+        method, report = convert(context)
     else:
-        recipe, method, report = convert_within_tolerance(context, space, convert)
+        _, method, report = convert_within_tolerance(context, space, convert)
     whole_model.write(context, method, space)
-    return recipe, method, report
+    return report
 
 
 def _convert_and_write(
@@ -203,6 +201,7 @@ def plan(
     *,
     surveyed: Measure | None = None,
     complete: Complete = as_it_is,
+    timed: bool = True,
     on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """What `convert_checkpoint` would do: sizes, KV arithmetic, disk, memory, time. Reads no weights, writes nothing.
@@ -210,9 +209,9 @@ def plan(
     With a tolerance sizes are the most that they can come to, and layers and time are missing; time with healing too.
 
     Args:
-        surveyed: `measure` as in `convert_checkpoint`: the weights are read for a survey, and each layer's part of the
-            budget is known.
+        surveyed: `measure` as in `convert_checkpoint`; weights are read to know each layer's part of the budget.
         complete: as in `convert_checkpoint`.
+        timed: whether half a second is spent on the time that it would take.
     """
     device, on_progress = pick_device(recipe.device), on_progress or ignore
     donor, method = _resolve(recipe, on_progress)
@@ -227,7 +226,7 @@ def plan(
     sizes = cost_estimate.plan(recipe, donor, method, device)
     if recipe.tolerance is not None:
         return sizes | {"tolerance": recipe.tolerance, "layers": []}
-    if recipe.heal is not None:
+    if recipe.heal is not None or not timed:
         return sizes
     rates = time_estimate.probe(device)
     return sizes | {"expected_seconds": time_estimate.expected_seconds(recipe, donor, method, device, rates)}

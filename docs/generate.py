@@ -21,6 +21,7 @@ from mhconvert.convert.methods.family_table import family_table, markdown
 from mhconvert.convert.methods.registry import METHOD_NAMES, settings_class
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
+from mhconvert.convert.recipe.steps import Step
 from mhconvert.convert.validation.option import Declared, declared, expected, settings_in
 from mhconvert.eval.settings import EvalSettings
 from mhconvert.run.stage_settings import ExportStage, PushStage
@@ -35,6 +36,7 @@ SECTIONS = (
     ("Recipe", Recipe),
     ("`calibration`", Calibration),
     *((f"`settings` of `method: {name}`", settings_class(name)) for name in METHOD_NAMES),
+    ("A step of `methods`", Step),
     ("`heal`", HealSettings),
     ("`eval`", EvalSettings),
     ("`export`", ExportStage),

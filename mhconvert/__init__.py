@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mhconvert.convert.recipe.recipe import Calibration as Calibration
     from mhconvert.convert.recipe.recipe import Recipe as Recipe
     from mhconvert.convert.recipe.recipe import load_recipe as load_recipe
+    from mhconvert.convert.recipe.steps import Step as Step
     from mhconvert.errors import MhconvertError as MhconvertError
     from mhconvert.eval.settings import EvalSettings as EvalSettings
     from mhconvert.run.run_recipe import run as run
@@ -55,6 +56,7 @@ _PUBLIC = {
     ),
     "mhconvert.eval.settings": ("EvalSettings",),
     "mhconvert.convert.recipe.recipe": ("Recipe", "Calibration", "load_recipe"),
+    "mhconvert.convert.recipe.steps": ("Step",),
     "mhconvert.convert.recipe.heal_settings": ("HealSettings",),
     "mhconvert.convert.methods.mla.settings": ("MLASettings",),
     "mhconvert.convert.methods.dha.settings": ("DHASettings",),

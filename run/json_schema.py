@@ -7,6 +7,7 @@ from typing import Any
 from ..convert.methods.registry import METHOD_NAMES, settings_class
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.recipe.recipe import Calibration, Recipe
+from ..convert.recipe.steps import Step
 from ..convert.validation.option import Declared, declared
 from .whole_recipe import KINDS
 
@@ -21,7 +22,7 @@ def schema() -> Schema:
     """
     from pydantic import TypeAdapter
 
-    kinds = [Recipe, Calibration, HealSettings, *KINDS.values(), *map(settings_class, METHOD_NAMES)]
+    kinds = [Recipe, Step, Calibration, HealSettings, *KINDS.values(), *map(settings_class, METHOD_NAMES)]
     _, whole = TypeAdapter.json_schemas([(kind, "validation", TypeAdapter(kind)) for kind in kinds])
     definitions = {name: _plain(mapping) for name, mapping in whole["$defs"].items()}
     for kind in kinds:
@@ -30,8 +31,18 @@ def schema() -> Schema:
     properties = root["properties"]
     for name, kind in KINDS.items():
         properties[name] = {"anyOf": [_reference(kind), {"type": "null"}], "description": kind.__doc__}
-    properties["method"]["enum"] = list(METHOD_NAMES)
-    root["allOf"] = [
+    root["oneOf"] = [{"required": ["method"]}, {"required": ["methods"]}]
+    properties["methods"]["minItems"] = 2
+    for step in (root, definitions["Step"]):
+        step["properties"]["method"] = {"enum": list(METHOD_NAMES)} | step["properties"]["method"]
+        step["properties"]["method"].pop("default", None)
+        step["allOf"] = _settings_by_method()
+    return {"$schema": DRAFT, "title": "A recipe of mhconvert", **root, "$defs": definitions}
+
+
+def _settings_by_method() -> list[Schema]:
+    """What `settings` has, by the method beside it."""
+    return [
         {
             "if": {"properties": {"method": {"const": name}}, "required": ["method"]},
             "then": {
@@ -40,7 +51,6 @@ def schema() -> Schema:
         }
         for name in METHOD_NAMES
     ]
-    return {"$schema": DRAFT, "title": "A recipe of mhconvert", **root, "$defs": definitions}
 
 
 def _reference(kind: Any) -> Schema:

@@ -65,10 +65,21 @@ def entry(path: Path) -> Entry:
         name=path.stem,
         about=comment.lstrip("# ").strip() if comment.startswith("#") else "",
         model=recipe.convert.model,
-        method=recipe.convert.method,
-        settings=document.values.get("settings") or {},
+        method="+".join(step.method for step in (recipe.convert.methods or recipe.convert.passes)),
+        settings=_settings(document.values),
         stages=recipe.stages,
     )
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a recipe's file; of a chain those of all steps, each key with its method in front."""
+    if "methods" not in values:
+        return values.get("settings") or {}
+    return {
+        f"{step['method']}.{name}": value
+        for step in values["methods"]
+        for name, value in (step.get("settings") or {}).items()
+    }
 
 
 def _folder() -> Path:

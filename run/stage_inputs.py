@@ -17,7 +17,7 @@ BEHIND = ("heal", "eval", "export", "push")  # of the recipe: the stages after t
 
 def of_conversion(recipe: RunRecipe) -> dict[str, Any]:
     """Hashes for the conversion: its part of the recipe, the donor's local files, the calibration text."""
-    plain = recipe.to_dict()
+    plain = recipe.convert.part(len(recipe.convert.passes)).to_dict()  # without an adapter behind it
     words = {key: value for key, value in plain.items() if key not in (*ELSEWHERE, *BEHIND)}
     return {
         "recipe": words,

@@ -17,6 +17,7 @@ from mhconvert.errors import OutputError, PublishError, RecipeError, TextError
 from mhconvert.progress import Listener
 
 from ..convert.checkpoint.provenance import EVALUATION
+from ..convert.planned_chain import adapter_recipe
 from ..convert.storage.folder_kind import is_adapter
 from ..convert.storage.output_folder import PARTIAL
 from ..eval import refusals
@@ -54,7 +55,12 @@ class Run:
 
 
 def conversion(work: Run) -> Any:
-    return dataclasses.replace(work.recipe.convert, heal=None, output=str(work.output))
+    recipe = work.recipe.convert
+    return dataclasses.replace(recipe.part(len(recipe.passes)), heal=None, output=str(work.output))
+
+
+def adapter(work: Run) -> Any:
+    return adapter_recipe(work.recipe.convert, str(work.final))
 
 
 def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
@@ -82,7 +88,7 @@ def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
 
 def _convert(work: Run) -> dict[str, Any]:
     recipe = conversion(work)
-    resume = _interrupted(work.output) and not work.force
+    resume = (bool(recipe.methods) or _interrupted(work.output)) and not work.force
     if work.output.exists() and not work.force:
         raise OutputError(
             f"{work.output} is there already and is not what this recipe makes; --force replaces it, --set output=OUT "
@@ -106,6 +112,12 @@ def _heal(work: Run) -> dict[str, Any]:
         on_progress=work.tell,
     )
     return {"output": str(work.healed), "report": report}
+
+
+def _adapter(work: Run) -> dict[str, Any]:
+    recipe = adapter(work)
+    force = work.force or work.ledger.known("adapter", Path(recipe.output))
+    return {"output": recipe.output, "report": api.convert(recipe, force=force, on_progress=work.tell)}
 
 
 def _evaluate(work: Run) -> dict[str, Any]:
@@ -175,6 +187,7 @@ def _interrupted(output: Path) -> bool:
 STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "convert": _convert,
     "heal": _heal,
+    "adapter": _adapter,
     "eval": _evaluate,
     "export": _export,
     "push": _push,

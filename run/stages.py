@@ -1,6 +1,7 @@
-"""The stages of a recipe in order: convert, heal, evaluate, export, push. Finished stages are skipped.
+"""The stages of a recipe in order: convert, heal, adapter, evaluate, export, push. Finished stages are skipped.
 
     recipe ─▶ OUT ─▶ OUT-healed ─▶ evaluation.json and pages in it ─▶ OUT-<form> ─▶ the Hub
+                        └▶ OUT-healed-hydra, an adapter for it
 
 A stage's inputs are hashed: its part of the recipe, the model that it starts from, and the files that it reads.
 """
@@ -21,7 +22,7 @@ from ..convert.checkpoint.provenance import EVALUATION, read_record
 from ..convert.storage.atomic_files import sha256
 from . import stage_inputs
 from .ledger import Ledger, mark
-from .stage_work import STAGES, Run, check_ahead, conversion, export_folder
+from .stage_work import STAGES, Run, adapter, check_ahead, conversion, export_folder
 from .whole_recipe import RunRecipe
 
 
@@ -126,7 +127,8 @@ def _inputs(work: Run, name: str) -> Any:
     if begins is None:
         return None
     trust = recipe.convert.trust_remote_code
-    found = {"model": begins, "settings": recipe.to_dict()[name], "trust_remote_code": trust}
+    settings = adapter(work).to_dict() if name == "adapter" else recipe.to_dict()[name]
+    found = {"model": begins, "settings": settings, "trust_remote_code": trust}
     if name == "heal":
         found |= stage_inputs.of_healing(recipe)
     if name == "eval":
@@ -147,4 +149,6 @@ def _place(work: Run, name: str) -> str:
         return str(export_folder(work))
     if name == "push":
         return recipe.push.repo if recipe.push else ""
+    if name == "adapter":
+        return str(adapter(work).output)
     return str({"convert": work.output, "heal": work.healed}.get(name, work.final / EVALUATION))

@@ -10,6 +10,7 @@ from typing import Any
 from ..convert.methods.registry import METHOD_NAMES
 from ..convert.recipe.recipe import STAGES, Recipe
 from ..convert.recipe.recorded import read_recipe
+from ..convert.recipe.steps import Step
 from ..convert.validation.field_types import changed_fields
 from ..convert.validation.from_values import Reading
 from ..convert.validation.settings import json_types
@@ -32,20 +33,18 @@ class RunRecipe:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The names of the stages, in order: convert, heal, eval, export, push."""
+        """The names of the stages, in order: convert, heal, adapter, eval, export, push."""
         healed = ("heal",) if self.convert.heal is not None else ()
-        return ("convert", *healed, *(name for name in STAGES if getattr(self, name) is not None))
+        adapted = ("adapter",) if self.convert.adapter is not None else ()
+        return ("convert", *healed, *adapted, *(name for name in STAGES if getattr(self, name) is not None))
 
     def summary(self) -> str:
         """What the run does, in words: "convert llama3-8b with mla (kv_budget=0.25), evaluate quick"."""
-        chosen = ", ".join(
-            f"{name}={getattr(self.convert.settings, name)}" for name in changed_fields(self.convert.settings)
-        )
-        words = [
-            f"convert {self.convert.model} with {self.convert.method}" + (f" ({chosen})" if chosen else "")
-        ]
+        words = [f"convert {self.convert.model} with {', then '.join(map(_chosen, self.convert.passes))}"]
         if self.convert.heal is not None:
             words.append(f"heal on {self.convert.heal.tokens + self.convert.heal.layer_tokens:,} tokens")
+        if self.convert.adapter is not None:
+            words.append(f"put beside it {_chosen(self.convert.adapter)}")
         if self.eval is not None:
             suite = [self.eval.suite] if self.eval.suite else []
             probes = ("retrieval", "generation", "refusals")
@@ -80,7 +79,7 @@ class RunRecipe:
         convert = Recipe.read(data, reading)
         named = [name for name in STAGES if data.get(name) is not None]
         stages = {name: reading.inner(KINDS[name], data[name], (name,)) for name in named}
-        export, method = stages.get("export"), data.get("method")
+        export, method = stages.get("export"), convert.method if convert else data.get("method")
         if export is not None and method in tuple(METHOD_NAMES):
             fault = export_fault(method, export)
             if fault is not None:
@@ -88,6 +87,12 @@ class RunRecipe:
                 reading.faults.append(origins.fault(("export", key), f"export.{why}"))
         reading.raise_faults()
         return RunRecipe(convert, **stages)
+
+
+def _chosen(step: Step) -> str:
+    """A step in words: "mla (kv_budget=0.25)"."""
+    chosen = ", ".join(f"{name}={getattr(step.settings, name)}" for name in changed_fields(step.settings))
+    return step.method + (f" ({chosen})" if chosen else "")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunRecipe:

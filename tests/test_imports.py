@@ -29,7 +29,7 @@ FLOORS = (
     ("run",),
     ("cli",),
 )
-# The same inside convert/, by folder; the two files on top are those that are opened first.
+# The same inside convert/, by folder; the files on top are those that are opened first.
 CONVERT_FLOORS = (
     ("storage",),
     ("validation",),
@@ -47,6 +47,7 @@ CONVERT_FLOORS = (
     ("finished_conversion",),
     ("export",),
     ("pipeline",),
+    ("planned_chain",),
 )
 ABOVE_ALL = ("mhconvert", "mhconvert.__main__")  # the public names and the script know every floor
 METHODS = tuple(path.parent.name for path in sorted(ROOT.glob("convert/methods/*/info.py")))

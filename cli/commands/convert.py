@@ -7,9 +7,10 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from ...convert.methods.registry import ADAPTERS, METHOD_NAMES, info
+from ...convert.methods.registry import ADAPTERS, METHOD_NAMES
 from ...convert.recipe.heal_settings import HealSettings, token_count
-from .. import adapter_tables
+from ...convert.recipe.steps import methods_of
+from .. import adapter_tables, plan_tables
 from ..options import common
 from ..options.common import ANY_METHOD, CALIBRATION, TOLERANCE, method_groups, recipe_group
 from ..options.from_settings import Group, readable, settings_options
@@ -54,6 +55,7 @@ def groups() -> tuple[Group, ...]:
 def command(
     donor: common.Donor,
     to: common.Method,
+    then: common.Then = None,
     output: common.Output = None,
     heal: HealFor = None,
     resume: common.Resume = False,
@@ -66,19 +68,22 @@ def command(
     **options: Any,
 ) -> None:
     """Convert DONOR's attention, or put an adapter beside it; DONOR itself is only read."""
-    require_applicable(to, groups(), options)
+    methods = (*methods_of(to), *(methods_of(then) if then else ()))
+    require_applicable(methods, groups(), options)
     for name, value in zip(OF_A_PASS, (heal, resume, survey), strict=True):
         if to in ADAPTERS and value:
             raise typer.BadParameter(f"--{name} does not apply to {to}")
     if survey and not dry_run:
         raise typer.BadParameter("--survey goes with --dry-run: a conversion surveys by itself")
+    if survey and len(methods) > 1:
+        raise typer.BadParameter(f"--survey is of one conversion, whose donor is there: --to {methods[0]}")
 
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
 
         calm_transformers()
         healing = _healing(heal, options)
-        recipe = recipe_of(donor, to, groups(), options, output=common.written(output), heal=healing)
+        recipe = recipe_of(donor, methods, groups(), options, output=common.written(output), heal=healing)
         if dry_run:
             with progress(quiet or not survey) as listener:
                 return api.plan(recipe, survey=survey, on_progress=listener)
@@ -91,7 +96,7 @@ def command(
     execute(
         Flags(json, quiet, debug),
         work,
-        show_plan if dry_run else shown(quiet, show_report),
+        plan_tables.show if dry_run else shown(quiet, _show),
         interrupted=INTERRUPTED,
     )
 
@@ -104,72 +109,8 @@ def _healing(tokens: str | None, options: Mapping[str, Any]) -> HealSettings | N
     return HealSettings(tokens=tokens, data=data, seed=options["seed"] or 0, device=options["device"])
 
 
-def active_heads(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """The row of a plan that says how many heads a token has; none for methods that keep all."""
-    heads = plan.get("active_heads")
-    return [("active heads a token", f"{heads['converted']} of {heads['donor']}")] if heads else []
-
-
-def length_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """The rows of a plan with windows or states: at which length the cache is counted, and what it is at others."""
-    from ...eval.report.length_rows import by_length
-
-    cache, lengths = plan["kv_bytes_per_token"], plan.get("windows") or plan.get("states")
-    if not lengths:
-        return []
-    from ...eval.report.units import size
-
-    context = lengths["context"]
-    return [
-        (
-            f"KV cache of {context:,} tokens",
-            f"{size(cache['donor'] * context)} → {size(cache['converted'] * context)}",
-        ),
-        *by_length(plan),
-    ]
-
-
-def expected_time(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """The row of the time, where the plan has one."""
-    from ...eval.report.units import duration
-
-    seconds = plan.get("expected_seconds")
-    return [("time expected, on this machine while idle", duration(sum(seconds.values())))] if seconds else []
-
-
-def show_plan(plan: dict[str, Any], console: Any) -> None:
-    """Print what a conversion would do and need."""
-    from rich.table import Table
-
-    from ...eval.report.units import share, size
-
-    cache, asked = plan["kv_bytes_per_token"], plan.get("tolerance")
-    part = share(cache["converted"] / cache["donor"])
-    console.out(f"{plan['donor']} → {plan['output']} (nothing was written)", highlight=False)
-    table = Table(show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
-    for name, value in (
-        ("method", plan["method"]),
-        (
-            "KV cache a token",
-            f"{size(cache['donor'])} → {'at most ' if asked else ''}{size(cache['converted'])}",
-        ),
-        ("share of the donor's", f"the smallest within {asked}; it will be searched" if asked else part),
-        *active_heads(plan),
-        *length_rows(plan),
-        ("size of the result", size(plan.get("output_bytes"))),
-        ("disk needed", size(plan.get("disk_needed_bytes"))),
-        ("memory needed", size(plan.get("memory_needed_bytes"))),
-        *expected_time(plan),
-    ):
-        table.add_row(name, value)
-    for label, key in info(plan["method"]).sizes:
-        widths = [layer[key] for layer in plan.get("layers", []) if key in layer]
-        if widths:
-            low, high = min(widths), max(widths)
-            table.add_row(label, str(low) if low == high else f"{low} to {high}, by layer")
-    console.print(table)
-    for notice in (plan.get("notice"), plan.get("calibration", {}).get("notice")):
-        if notice:
-            console.out(notice, highlight=False)
+def _show(report: dict[str, Any], console: Any) -> None:
+    """Print the conversion, and the adapter behind it."""
+    show_report(report, console)
+    if "adapter" in report:
+        adapter_tables.show_new(report["adapter"], console)

@@ -95,7 +95,7 @@ def command(
     --baselines adds the unconverted donor with quantised caches, --kv-cache-dtype one such point; the conversion's
     own cache stays as it is, other than in generate, eval and bench.
     """
-    require_applicable(to, groups(), options)
+    require_applicable((to,), groups(), options)
     files = list(output or ())
     if text is None:
         refuse_ignored({"sequences": sequences}, ("sequences",), "is of --text: name one, or leave it out")
@@ -109,7 +109,7 @@ def command(
 
         calm_transformers()
         curve_plot.check(files, force)
-        recipe = recipe_of(donor, to, groups(), options)
+        recipe = recipe_of(donor, (to,), groups(), options)
         with progress(quiet) as listener:
             result = api.curve(
                 recipe,

@@ -10,6 +10,7 @@ import typer
 
 from ...convert.methods.registry import CACHE_METHODS, METHOD_NAMES, METHODS, info, settings_class
 from ...convert.recipe.recipe import Calibration, Recipe
+from ...convert.recipe.steps import methods_of
 from ...convert.recipe.torch_device import known_device
 from ...convert.recipe.written_weights import shard_size
 from ...eval.settings import EvalSettings
@@ -29,6 +30,19 @@ def one_of(names: Collection[str], kind: str) -> Callable[[Any], Any]:
         if name is not None and name not in names:
             raise typer.BadParameter(f"'{name}' is not {kind}; choose one of {', '.join(names)}")
         return name
+
+    check.__dict__[NAMES] = names
+    return check
+
+
+def chain_of(names: Collection[str]) -> Callable[[Any], Any]:
+    """Return a check that a word is one of `names`, or several with a plus between them."""
+    known = one_of(names, "a method")
+
+    def check(chain: str | None) -> str | None:
+        for name in methods_of(chain) if chain is not None else ():
+            known(name)
+        return chain
 
     check.__dict__[NAMES] = names
     return check
@@ -80,9 +94,18 @@ Method = Annotated[
     str,
     typer.Option(
         "--to",
-        callback=one_of(METHOD_NAMES, "a method"),
+        callback=chain_of(METHOD_NAMES),
         metavar="METHOD",
-        help=f"{_described(METHOD_NAMES)}.",
+        help=f"{_described(METHOD_NAMES)}. A chain: dha+moh converts by dha, and the result by moh.",
+    ),
+]
+Then = Annotated[
+    str | None,
+    typer.Option(
+        "--then",
+        callback=chain_of(METHOD_NAMES),
+        metavar="METHOD",
+        help="What follows --to: --to mla --then hydra puts an adapter for OUT into OUT-hydra.",
     ),
 ]
 AnyMethod = Annotated[

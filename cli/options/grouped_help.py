@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from ...convert.methods.registry import ADAPTERS, METHOD_NAMES
+from ...convert.recipe.steps import methods_of
 from ...convert.validation.check import shown
 from .from_settings import by_parameter, heading_of, joint_help
 
@@ -21,6 +22,7 @@ NUMBERS = {  # of errors of the validator, by type
     "int_parsing_size": "a whole number",
     "finite_number": "a number",
 }
+CHAIN = ("--to", "--then")  # the options that name methods
 NAMES = "mhconvert.names"  # in a parameter's callback: the words that it accepts
 
 
@@ -30,7 +32,8 @@ class GroupedCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[WORDS] = list(args)
         if not ctx.resilient_parsing and any(word in ctx.help_option_names for word in args):
-            self._require_known_method(ctx, _after("--to", args))
+            for flag in CHAIN:
+                self._require_known_method(ctx, flag, _after(flag, args))
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
@@ -40,9 +43,9 @@ class GroupedCommand(TyperCommand):
             error.message = _as_in_a_recipe(error)
             raise
 
-    def _require_known_method(self, ctx: Any, to: str | None) -> None:
+    def _require_known_method(self, ctx: Any, flag: str, to: str | None) -> None:
         """Raise BadParameter for a method that there is not: `--help` is done before options are checked."""
-        parameter: Any = next((each for each in self.get_params(ctx) if "--to" in each.opts), None)
+        parameter: Any = next((each for each in self.get_params(ctx) if flag in each.opts), None)
         if to is None or to.startswith("-") or parameter is None or parameter.callback is None:
             return
         try:
@@ -53,11 +56,13 @@ class GroupedCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and the groups of options."""
-        to = _after("--to", ctx.meta.get(WORDS, ()))
+        words = ctx.meta.get(WORDS, ())
+        named = [name for flag in CHAIN for name in methods_of(_after(flag, words) or "")]
+        methods = [name for name in named if name in METHOD_NAMES]
         groups = self._of_callback("groups")
-        entries = by_parameter(group for group in groups if to not in METHOD_NAMES or group.concerns(str(to)))
-        known = by_parameter(groups).keys()
-        hidden = {*(known - entries.keys()), *(self._of_callback("of_a_pass") if to in ADAPTERS else ())}
+        entries = by_parameter(group for group in groups if not methods or any(map(group.concerns, methods)))
+        known, alone = by_parameter(groups).keys(), methods and ADAPTERS.keys() >= set(methods)
+        hidden = {*(known - entries.keys()), *(self._of_callback("of_a_pass") if alone else ())}
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)

@@ -10,6 +10,7 @@ from mhconvert.errors import UnsupportedError
 from ..methods import combinations
 from ..methods.registry import METHODS
 from ..recipe.recipe import Recipe
+from ..recipe.recorded import last_step
 from ..storage.safetensors_reader import read_json
 from . import identity
 from .provenance import read_record
@@ -18,7 +19,8 @@ from .provenance import read_record
 def steps(folder: Path) -> list[dict[str, Any]]:
     """The steps that made `folder`, first to last: model (what it began with), method and settings of each.
 
-    [] for a folder that no step made, or whose record says nothing of them.
+    The model is None for the later steps of one command, as what they began with is gone. [] for a folder that no step
+    made, or whose record says nothing of them.
     """
     record = read_record(folder)
     recipe, merged, earlier = record.get("recipe"), record.get("merged"), record.get("chain")
@@ -26,8 +28,8 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     if isinstance(merged, dict):
         own = [{"model": merged.get("base"), "method": merged.get("method"), "settings": {}}]
     elif isinstance(recipe, dict):
-        settings = recipe.get("settings") or {}
-        own = [{"model": recipe.get("model"), "method": recipe.get("method"), "settings": settings}]
+        last, model = last_step(recipe), None if recipe.get("methods") else recipe.get("model")
+        own = [{"model": model, "method": last.get("method"), "settings": last.get("settings") or {}}]
     return [*(earlier if isinstance(earlier, list) else []), *own]
 
 
@@ -53,12 +55,19 @@ def methods(folder: Path) -> list[str]:
     return recorded or ([own] if own else [])
 
 
+def refusal(folder: Path, recipe: Recipe) -> str | None:
+    """Why `recipe` cannot convert what earlier steps made in `folder`, by the table; None: it can."""
+    model_type = str(read_json(folder / "config.json").get("model_type", ""))
+    kinds = [combinations.held_kind(name, model_type) for name in methods(folder)]
+    return combinations.refusal(kinds, combinations.kind(recipe.method, recipe.settings))
+
+
 def require_donor(folder: Path, recipe: Recipe) -> None:
     """Raise UnsupportedError where `recipe` cannot convert its model in `folder`, as earlier steps made it.
 
     The message says which folder or order to take instead.
     """
-    reference, method = recipe.model, recipe.method
+    reference = recipe.model
     if identity.exported(str(folder)):
         exported = read_record(folder).get("exported") or {}
         source = (
@@ -68,9 +77,7 @@ def require_donor(folder: Path, recipe: Recipe) -> None:
     made = methods(folder)
     if not made:
         return
-    model_type = str(read_json(folder / "config.json").get("model_type", ""))
-    kinds = [combinations.held_kind(name, model_type) for name in made]
-    reason = combinations.refusal(kinds, combinations.kind(method, recipe.settings))
+    reason = refusal(folder, recipe)
     if reason is not None:
         first = first_model(folder)
         begun = f" (the first began with {first})" if first and "the first began with" in reason else ""

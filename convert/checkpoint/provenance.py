@@ -20,8 +20,7 @@ from ..donor.donor import Donor
 from ..donor.hub_download import NAMED_TEMPLATES
 from ..donor.tokenizer_files import TOKENIZER, require_tokenizer
 from ..methods.registry import Method
-from ..recipe.recipe import Recipe, save_recipe
-from ..recipe.recorded import RECORD, SAVED
+from ..recipe.recorded import RECORD, SAVED, save_values
 from ..storage.atomic_files import sha256, write_json
 from ..storage.ownership import MARK
 from ..storage.safetensors_reader import read_json
@@ -107,11 +106,11 @@ def needs_remote_code(model_class: Any) -> bool:
     return not model_class.__module__.startswith("transformers.")
 
 
-def write_provenance(folder: Path, recipe: Recipe, donor: Donor, report: dict[str, Any]) -> None:
+def write_provenance(folder: Path, donor: Donor, report: dict[str, Any]) -> None:
     """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer; where the budget was
     searched, the tolerance that it was searched for; where it counts for one length of text, that length; the steps
     before this one. `donor`: of the first of them."""
-    save_recipe(recipe, folder / RECIPE)
+    save_values(report["recipe"], folder / RECIPE)
     more = {"tolerance": report["tolerance"]["asked"]} if report.get("tolerance") else {}
     more |= {name: report[name] for name in ("chain", "cache_context") if report.get(name)}
     record(folder, donor, recipe=report["recipe"], **more, layers=report["layers"])

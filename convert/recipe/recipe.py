@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
-import yaml
-
 from mhconvert.errors import MhconvertError
 
-from ..methods.registry import ADAPTERS, CACHE_METHODS, METHOD_NAMES, settings_class
+from ..methods.registry import ADAPTERS, METHOD_NAMES, settings_class
 from ..storage.byte_size import DEFAULT_SHARD_SIZE
-from ..validation.field_types import changed_fields
 from ..validation.from_values import Reading
 from ..validation.option import Option, Takes, default
 from ..validation.settings import Settings
 from ..validation.yaml_file import NOWHERE, Origins
 from .calibration_settings import Calibration as Calibration
+from .choices_together import require_together
 from .folder_name import require_folder_name
 from .heal_settings import SEED, HealSettings
-from .recorded import read_recipe
+from .recorded import read_recipe, save_values
+from .steps import Step, choose, converting, read_steps, require_chain, unknown
 from .tolerance import checked
 from .torch_device import known_device
 from .written_weights import DTYPES, known_dtype, shard_size
 
 Effort = Literal["quick", "default", "high"]
 STAGES = ("eval", "export", "push")  # keys of a recipe's file that are no part of a conversion
-OF_THE_PASS = (
-    "tolerance",
-    "calibration",
-    "effort",
-    "fit_steps",
-    "dtype",
-    "device",
-    "max_shard_size",
-    "verify",
-    "heal",
-)  # no adapter has a use for these
 
 
 def named(model: str) -> str:
@@ -50,7 +39,7 @@ def named(model: str) -> str:
 
 @dataclass(frozen=True)
 class Recipe(Settings):
-    """One conversion. `settings` belongs to the method (its folder's `settings.py`)."""
+    """One conversion, or with `methods` a chain. `settings` belongs to the method (its folder's `settings.py`)."""
 
     model: Annotated[
         str,
@@ -62,7 +51,9 @@ class Recipe(Settings):
             flag="",
         ),
     ]
-    method: Annotated[str, Option("The conversion's method.", "METHOD", flag="")]
+    method: Annotated[
+        str, Option("The conversion's method.", "METHOD", flag="", default="required, or `methods`")
+    ] = ""
     settings: Annotated[Any, Option("What the method lets one choose.", flag="")] = None
     tolerance: Annotated[
         str | None,
@@ -132,60 +123,75 @@ class Recipe(Settings):
     heal: Annotated[
         HealSettings | None, Option("Train the result to predict as the donor does.", flag="")
     ] = None
+    methods: Annotated[
+        Takes[tuple[Step, ...], Sequence[Step]],
+        Option(
+            "A chain, instead of method and settings: steps {method: …, settings: …}, of which each converts what the "
+            "one before it made; hydra, last, puts its adapter into OUT-hydra.",
+            flag="",
+            default="none",
+        ),
+    ] = default(())
 
     def check(self) -> None:
-        """Raise MhconvertError for a method that there is not, and for choices that do not go together."""
+        """Raise MhconvertError for a method that there is not, and for choices that do not go together.
+
+        Of a chain, method and settings become those of the last step that rewrites layers.
+        """
+        if self.methods:
+            self._take_chain()
         if self.method not in METHOD_NAMES:
-            raise MhconvertError(f"unknown method '{self.method}'; choose one of {', '.join(METHOD_NAMES)}")
+            raise MhconvertError(unknown(self.method))
         if self.settings is None:
             self._set("settings", settings_class(self.method)())
         require_folder_name(self.output)
-        if self.method in ADAPTERS:
-            self._require_no_pass()
-        self._require_one_fusion()
-        if self.tolerance is not None:
-            if self.method not in CACHE_METHODS:
-                raise MhconvertError(
-                    f"a tolerance decides a KV budget, which {self.method} does not have; leave it out"
-                )
-            free = self.settings.at_budget(type(self.settings)().kv_budget)  # refuses explicit sizes
-            if free != self.settings:
-                raise MhconvertError(
-                    f"a tolerance decides the KV budget; leave out kv_budget={self.settings.kv_budget} or the "
-                    "tolerance"
-                )
+        require_together(self)
 
-    def _require_one_fusion(self) -> None:
-        """Raise MhconvertError where only one of conversion and healing leaves the fusion of heads to training."""
-        trained = getattr(self.settings, "fusion", None) == "trained"
-        if self.heal is not None and trained != (self.heal.fusion is not None):
-            raise MhconvertError(
-                "with fusion: trained heads become one while healing, which must say how many: give heal.fusion: 2 "
-                "beside it in a recipe, or convert first and then mhconvert heal CKPT --fusion 2"
-                if trained
-                else "heal.fusion is of heads still to be fused: give settings.fusion: trained, or leave it out"
-            )
-
-    def _require_no_pass(self) -> None:
-        for name in changed_fields(self):
-            if name in OF_THE_PASS:
-                raise MhconvertError(
-                    f"{name} does not apply to {self.method}, which adds an adapter and rewrites no layer; leave it out"
-                )
+    def _take_chain(self) -> None:
+        steps = tuple(self.methods)
+        require_chain(steps)
+        self._set("methods", steps)
+        own = converting(steps)
+        if self.method not in ("", own[-1].method) or self.settings not in (None, own[-1].settings):
+            raise MhconvertError("methods says what is done; leave out method and settings, or methods")
+        self._set("method", own[-1].method)
+        self._set("settings", own[-1].settings)
 
     def at_budget(self, share: float) -> Recipe:
         """Return the same conversion at another KV budget, without a tolerance."""
         return dataclasses.replace(self, settings=self.settings.at_budget(share), tolerance=None)
 
+    @property
+    def passes(self) -> tuple[Step, ...]:
+        """The steps that rewrite layers, each in a pass of its own."""
+        return converting(self.methods) or (Step(self.method, self.settings),)
+
+    @property
+    def adapter(self) -> Step | None:
+        """The last step of a chain where that puts an adapter beside the result."""
+        return self.methods[-1] if self.methods and self.methods[-1].method in ADAPTERS else None
+
+    def part(self, count: int) -> Recipe:
+        """Return the recipe of the first `count` passes; all of them: the whole without its adapter."""
+        steps = self.passes[:count]
+        own, heal = steps[-1], self.heal if count == len(self.passes) else None
+        kept = steps if count > 1 else ()
+        return dataclasses.replace(self, method=own.method, settings=own.settings, methods=kept, heal=heal)
+
     def output_folder(self, donor_name: str) -> Path:
-        """Where the checkpoint goes: `output`, or `./<donor>-<method>`."""
-        return Path(self.output) if self.output else Path(f"{donor_name}-{self.method}")
+        """Where the checkpoint goes: `output`, or `./<donor>-<method>`, with the methods of a chain in order."""
+        names = "-".join(step.method for step in self.passes)
+        return Path(self.output) if self.output else Path(f"{donor_name}-{names}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON/YAML types; `from_dict` of it equals this recipe."""
+        """Plain JSON/YAML types, of a chain its methods alone; `from_dict` of it equals this recipe."""
         plain = dataclasses.asdict(self)
         plain["calibration"]["sources"] = list(self.calibration.sources)
-        return plain
+        methods = list(plain.pop("methods"))
+        if not methods:
+            return plain
+        whole = {name: value for name, value in plain.items() if name not in ("method", "settings")}
+        return {"model": whole.pop("model"), "methods": methods, **whole}
 
     @staticmethod
     def from_dict(data: dict[str, Any], origins: Origins = NOWHERE) -> Recipe:
@@ -207,9 +213,11 @@ class Recipe(Settings):
     def read(data: dict[str, Any], reading: Reading) -> Any:
         """Return what `from_dict` returns, or None with faults in `reading`; without a method nothing else is read."""
         values = {name: value for name, value in data.items() if name not in STAGES}
+        if values.get("methods") is not None:
+            before, steps = len(reading.faults), read_steps(values, reading)
+            return reading.read(Recipe, steps) if len(reading.faults) == before else None
         if values.get("method") not in tuple(METHOD_NAMES):
-            found = f"unknown method '{values['method']}'" if "method" in values else "the method is missing"
-            what = f"{found}; choose one of {', '.join(METHOD_NAMES)}"
+            what = unknown(values["method"]) if "method" in values else f"the method is missing; {choose()}"
             reading.faults.append(reading.origins.fault(("method",), what))
             return None
         reading.kinds["settings"] = settings_class(values["method"])
@@ -224,4 +232,4 @@ def load_recipe(path: Path) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write `recipe` as YAML that `load_recipe` reads back to an equal recipe."""
-    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+    save_values(recipe.to_dict(), path)

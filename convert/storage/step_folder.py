@@ -1,4 +1,5 @@
-"""The folder of a result that is only a step to another: OUT.unhealed of a conversion that is then healed into OUT."""
+"""The folder of a result that is only a step to another: OUT.unhealed of a conversion that is then healed into OUT, and
+OUT.step1 … of a chain of conversions."""
 
 from __future__ import annotations
 
@@ -19,6 +20,11 @@ def unhealed(output: Path) -> Path:
     return output.with_name(output.name + UNHEALED)
 
 
+def numbered(output: Path, count: int, passes: int) -> Path:
+    """Where pass `count` of so many passes writes: OUT.step<count>, the last of them OUT itself."""
+    return output if count == passes else output.with_name(f"{output.name}.step{count}")
+
+
 def check_step(output: Path, step: Path, read: Path, *, resume: bool, force: bool) -> None:
     """Check that a run may write `step` and then `output`; what was moved aside by a killed run is put back.
 
@@ -35,9 +41,10 @@ def check_step(output: Path, step: Path, read: Path, *, resume: bool, force: boo
     if kind_of(step) is None and not is_blank(step):
         raise OutputError(f"{step} is not the work of mhconvert; move it away, or choose another -o")
     if not resume and not force:
-        raise OutputError(
-            f"{step} holds a conversion that is not healed yet; --resume heals it, --force starts over"
-        )
+        left = "that is not healed yet; --resume heals it"
+        if step != unhealed(output):
+            left = "that is a step of a chain; --resume goes on from it"
+        raise OutputError(f"{step} holds a conversion {left}, --force starts over")
 
 
 def remove_step(step: Path) -> None:

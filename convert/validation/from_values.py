@@ -63,8 +63,10 @@ class Reading:
         return (self.kinds.get(field.name) if not keys else None) or settings_in(field.hint)
 
     def inner(self, kind: Any, value: Any, keys: Keys) -> Any:
-        """Return the settings that stand at `keys`, which may be an instance already."""
-        if isinstance(value, kind):
+        """Return the settings that stand at `keys`, which may be an instance already, or several in a tuple."""
+        if isinstance(value, kind) or (
+            isinstance(value, tuple) and all(isinstance(one, kind) for one in value)
+        ):
             return value
         if isinstance(value, dict):
             return self.read(kind, value, keys)

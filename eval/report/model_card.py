@@ -9,6 +9,7 @@ from typing import Any
 from ...convert.checkpoint.card_front_matter import front_matter
 from ...convert.checkpoint.markdown_text import inline
 from ...convert.methods.registry import METHODS
+from ...convert.recipe.recorded import last_step
 from ...convert.storage.folder_kind import is_adapter
 from .conversion_tables import (
     chain_title,
@@ -131,7 +132,8 @@ def _protected(report: dict[str, Any]) -> list[str]:
         for key, unit in ((f"{kind}_heads", "head"), (f"{kind}_kv_heads", "KV head")):
             number = sum(len(layer.get(key, ())) for layer in report.get("layers", []))
             if number:
-                origin = inline(Path(str(report["recipe"]["settings"]["protect"]["from"])).name)
+                settings = last_step(report["recipe"])["settings"]
+                origin = inline(Path(str(settings["protect"]["from"])).name)
                 heads = f"{count(number)} {unit}{'s' * (number > 1)}"
                 return ["", f"{done} by the conversion: {heads} ({origin})."]
     return []

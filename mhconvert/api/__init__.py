@@ -3,8 +3,9 @@
 They compose the pass with healing, evaluation and the Hub, and import torch when they are called.
 """
 
-from mhconvert.api.conversion import convert, curve, heal, plan
+from mhconvert.api.conversion import convert, curve, plan
 from mhconvert.api.derived import export, merge, push, serving, verify
+from mhconvert.api.healing import heal
 from mhconvert.api.measurement import bench, evaluate, generate, inspect
 
 __all__ = [

@@ -1,0 +1,179 @@
+"""A conversion as one pass over the layers, healed or not, and a chain of them: what `convert` composes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mhconvert.convert.recipe.heal_settings import HealSettings
+from mhconvert.convert.recipe.recipe import Recipe
+from mhconvert.errors import MhconvertError
+from mhconvert.progress import Listener, ignore
+
+
+def convert(
+    recipe: Recipe,
+    *,
+    behind: Path | None = None,
+    resume: bool,
+    force: bool,
+    on_progress: Listener | None,
+) -> dict[str, Any]:
+    """The last pass of `recipe`, healed if it says so.
+
+    Args:
+        behind: the result of the passes before it; None: there are none.
+    """
+    if recipe.heal is None:
+        return _pass(recipe, behind, resume=resume, force=force, on_progress=on_progress)
+    return _and_heal(recipe, recipe.heal, behind, resume=resume, force=force, on_progress=on_progress)
+
+
+def _pass(
+    recipe: Recipe,
+    behind: Path | None,
+    *,
+    step: Path | None = None,
+    resume: bool,
+    force: bool,
+    on_progress: Listener | None,
+) -> dict[str, Any]:
+    """The conversion alone; `step` as `pipeline.convert_checkpoint` has it. What is recorded is the whole chain."""
+    from mhconvert.convert import pipeline, planned_chain
+    from mhconvert.convert.recipe.recorded import last_step
+    from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.heads.measured_heads import with_measured_heads
+    from mhconvert.eval.report.model_card import write_report
+    from mhconvert.eval.writing import on_policy
+    from mhconvert.heal import layer_fit
+
+    def finish(folder: Path, report: dict[str, Any]) -> None:
+        if behind is not None:
+            whole = recipe.to_dict()
+            last_step(whole)["settings"] = report["recipe"]["settings"]
+            report["recipe"] = whole
+        write_report(folder, report)
+
+    alone = recipe if behind is None else planned_chain.alone(recipe, str(behind))
+    on_policy.check(alone)
+    return pipeline.convert_checkpoint(
+        alone,
+        complete=with_measured_heads,
+        fit=layer_fit.fit,
+        measure=Fidelity,
+        finish=finish,
+        writing=on_policy.measure,
+        step=step,
+        resume=resume,
+        force=force,
+        on_progress=on_progress,
+    )
+
+
+def _and_heal(
+    recipe: Recipe,
+    settings: HealSettings,
+    behind: Path | None,
+    *,
+    resume: bool,
+    force: bool,
+    on_progress: Listener | None,
+) -> dict[str, Any]:
+    """Convert into OUT.unhealed, heal that into OUT, and delete it: OUT is never there before it is healed."""
+    from mhconvert.api.healing import heal
+    from mhconvert.convert import finished_conversion, open_model
+    from mhconvert.convert.storage import step_folder
+    from mhconvert.convert.storage.ownership import unmark
+    from mhconvert.heal import heal_text
+
+    plain = dataclasses.replace(recipe, heal=None)
+    output = open_model.output_folder(plain)
+    step = step_folder.unhealed(output)
+    done = resume and not force and finished_conversion.healed_report(output, plain, settings)
+    if done:  # an earlier run was killed when OUT had its name
+        unmark(output)
+        step_folder.remove_step(step)
+        return done
+    step_folder.check_step(output, step, Path(recipe.model).expanduser(), resume=resume, force=force)
+    if not (resume and finished_conversion.require_result(step, plain, force=force)):
+        heal_text.check(settings)
+        _pass(plain, behind, step=step, resume=resume, force=force, on_progress=on_progress)
+    report = heal(
+        str(step),
+        settings,
+        output=str(output),
+        resume=resume,
+        force=force,
+        verify=recipe.verify,
+        trust_remote_code=recipe.trust_remote_code,
+        on_progress=on_progress,
+    )
+    step_folder.remove_step(step)
+    return report
+
+
+def plan_chain(recipe: Recipe, *, survey: bool, on_progress: Listener | None) -> dict[str, Any]:
+    """What `chain` would do; see `planned_chain.plan`. Raises MhconvertError with `survey`, which reads weights."""
+    from mhconvert.convert import open_model, planned_chain
+
+    if survey:
+        raise MhconvertError(
+            "a survey is of one conversion, whose donor is there; survey the first step alone"
+        )
+    return planned_chain.plan(recipe, open_model.output_folder(recipe), on_progress=on_progress or ignore)
+
+
+def chain(recipe: Recipe, *, resume: bool, force: bool, on_progress: Listener | None) -> dict[str, Any]:
+    """Convert by each method of `recipe` in turn; the steps before the last are in OUT.step1 … until OUT is there."""
+    from mhconvert.convert import finished_conversion, open_model, planned_chain
+    from mhconvert.convert.storage import step_folder
+    from mhconvert.convert.storage.ownership import unmark
+
+    output = open_model.output_folder(recipe)
+    parts = [planned_chain.part(recipe, output, count + 1) for count in range(len(recipe.passes))]
+    steps = [Path(str(part.output)) for part in parts[:-1]]
+    again: dict[str, Any] = {"resume": resume, "force": force, "on_progress": on_progress}
+    report = finished_conversion.report_of(output, parts[-1]) if resume and not force else None
+    if report is None:
+        _check_chain(recipe, output, steps, resume=resume, force=force)
+        donor: Path | None = None
+        for part, step in zip(parts, steps, strict=False):
+            if not (resume and finished_conversion.require_result(step, part, force=force)):
+                _pass(part, donor, step=step, **again)
+            donor = step
+        report = convert(parts[-1], behind=donor, **again)
+    unmark(output)  # an earlier run may have been killed when OUT had its name
+    for step in (*steps, step_folder.unhealed(output)):
+        step_folder.remove_step(step)
+    return report | _with_adapter(recipe, output, **again)
+
+
+def _check_chain(recipe: Recipe, output: Path, steps: list[Path], *, resume: bool, force: bool) -> None:
+    """Raise MhconvertError for whatever the chain would refuse later, without reading weights."""
+    from mhconvert.convert import planned_chain
+    from mhconvert.convert.storage import disk_space, output_folder, step_folder
+
+    for step in steps:
+        step_folder.check_step(output, step, Path(recipe.model).expanduser(), resume=resume, force=force)
+    if recipe.adapter is not None:
+        place = planned_chain.adapter_recipe(recipe, str(output)).output
+        output_folder.check_free(Path(str(place)), force)
+    needed = planned_chain.plan(recipe, output, timed=False)["disk_needed_bytes"]
+    if not resume:
+        disk_space.check_space(output, needed)
+
+
+def _with_adapter(
+    recipe: Recipe, output: Path, *, resume: bool, force: bool, on_progress: Listener | None
+) -> dict[str, Any]:
+    """{"adapter": its report} where the chain ends in one, which is written beside `output`."""
+    from mhconvert.convert import finished_conversion, planned_chain
+    from mhconvert.convert.adapters import create
+
+    if recipe.adapter is None:
+        return {}
+    asked = planned_chain.adapter_recipe(recipe, str(output))
+    if resume and finished_conversion.is_result(Path(str(asked.output)), asked):
+        return {"adapter": create.describe(asked)}
+    return {"adapter": create.create_adapter(asked, force=force, on_progress=on_progress)}
