@@ -30,6 +30,7 @@ from .donor.donor import Donor, open_donor
 from .layer_pass import conversion_report, cost_estimate, first_donor, layer_steps, survey, time_estimate
 from .layer_pass.context import Complete, ConversionContext, Fit, Measure, as_it_is
 from .layer_pass.decoder_layer import Streams
+from .layer_pass.kind_survey import surveyed_plan
 from .layer_pass.resumable_run import Workspace
 from .layer_pass.tolerance_search import convert_within_tolerance, least_row
 from .methods.registry import Method, build_method
@@ -214,8 +215,7 @@ def plan(
     With a tolerance sizes are the most that they can come to, and layers and time are missing; time with healing too.
 
     Args:
-        surveyed: `measure` as in `convert_checkpoint`: the weights are read for a survey, and each layer's part of the
-            budget is known.
+        surveyed: `measure` as in `convert_checkpoint`: weights are read for a survey, and layers have their parts.
         complete: as in `convert_checkpoint`.
     """
     device, on_progress = pick_device(recipe.device), on_progress or ignore
@@ -227,8 +227,9 @@ def plan(
         _require_parts(recipe, method)
         rows = calibration_rows.draw(recipe, donor, device, on_progress)
         inputs = recipe, donor, device, cost_estimate.output_dtype(recipe, donor), rows
-        method.share_out(survey.measure_needs(ConversionContext(*inputs, _no_fit, surveyed, on_progress)))
-    sizes = cost_estimate.plan(recipe, donor, method, device)
+        sizes = surveyed_plan(ConversionContext(*inputs, _no_fit, surveyed, on_progress), method)
+    else:
+        sizes = cost_estimate.plan(recipe, donor, method, device)
     if recipe.tolerance is not None:
         return sizes | {"tolerance": recipe.tolerance, "layers": []}
     if recipe.heal is not None:

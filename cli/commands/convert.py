@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
 from ...convert.methods.registry import ADAPTERS, METHOD_NAMES, info
 from ...convert.recipe.heal_settings import HealSettings, token_count
+from ...convert.recipe.recipe import Recipe
 from .. import adapter_tables
 from ..options import common
 from ..options.common import ANY_METHOD, CALIBRATION, TOLERANCE, method_groups, recipe_group
@@ -32,6 +34,15 @@ Survey = Annotated[
     typer.Option(
         "--survey",
         help="With --dry-run: read DONOR and divide the budget over its layers; with --json a file for --plan.",
+    ),
+]
+Pages = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="With --survey, where layers become windowed or linear: draw each one's prices as a page, .html or .md; "
+        "repeatable.",
     ),
 ]
 OF_A_PASS = ("heal", "resume", "survey")  # options of this command that an adapter has no use for
@@ -60,6 +71,7 @@ def command(
     force: common.Force = False,
     dry_run: DryRun = False,
     survey: Survey = False,
+    report: Pages = None,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
@@ -72,6 +84,8 @@ def command(
             raise typer.BadParameter(f"--{name} does not apply to {to}")
     if survey and not dry_run:
         raise typer.BadParameter("--survey goes with --dry-run: a conversion surveys by itself")
+    if report and not (survey and info(to).layer_kind):
+        raise typer.BadParameter("--report draws a --survey of layers that become windowed or linear")
 
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
@@ -80,8 +94,7 @@ def command(
         healing = _healing(heal, options)
         recipe = recipe_of(donor, to, groups(), options, output=common.written(output), heal=healing)
         if dry_run:
-            with progress(quiet or not survey) as listener:
-                return api.plan(recipe, survey=survey, on_progress=listener)
+            return _planned(recipe, survey, report or [], quiet)
         with progress(quiet) as listener:
             return api.convert(recipe, resume=resume, force=force, on_progress=listener)
 
@@ -94,6 +107,24 @@ def command(
         show_plan if dry_run else shown(quiet, show_report),
         interrupted=INTERRUPTED,
     )
+
+
+def _planned(recipe: Recipe, survey: bool, report: list[Path], quiet: bool) -> dict[str, Any]:
+    """The plan of a conversion; of a survey the pages in `report` are written."""
+    from mhconvert import api
+
+    from ...eval.page import page
+
+    for path in report:
+        page.check(path)
+    with progress(quiet or not survey) as listener:
+        plan = api.plan(recipe, survey=survey, on_progress=listener)
+    if report:
+        from ...eval.page.layer_kinds import survey_page
+
+        for path in report:
+            page.write_blocks(path, f"Layers of {plan['donor']}", survey_page(plan))
+    return plan
 
 
 def _healing(tokens: str | None, options: Mapping[str, Any]) -> HealSettings | None:
@@ -170,6 +201,27 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
             low, high = min(widths), max(widths)
             table.add_row(label, str(low) if low == high else f"{low} to {high}, by layer")
     console.print(table)
+    _show_layers(plan, console)
     for notice in (plan.get("notice"), plan.get("calibration", {}).get("notice")):
         if notice:
             console.out(notice, highlight=False)
+
+
+def _show_layers(plan: dict[str, Any], console: Any) -> None:
+    """Print a surveyed plan's layers, where they are of several kinds: each one's kind, cache and prices."""
+    from rich.table import Column, Table
+
+    from ...eval.report.layer_kinds import kind_rows, kinds_known, picture, price_notes
+
+    if not kinds_known(plan):
+        return
+    console.out(picture(plan["layers"]), highlight=False)
+    if not (notes := price_notes(plan)):
+        return
+    titles, *rows = kind_rows(plan["layers"])
+    table = Table(*(Column(title, justify="right") for title in titles))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)

@@ -13,8 +13,9 @@ from transformers import __version__ as transformers_version
 
 from mhconvert.errors import BudgetError, UnsupportedError
 
+from ..layer_kinds import CODES, FULL, LINEAR, layer_kind
 from ..layer_sensitivity import LayerSensitivity
-from ..mla.bit_allocation import least_bytes
+from ..mla.bit_allocation import expected_divergence, least_bytes
 from ..mla.code_basis import LayerBases
 from ..mla.coded_class import coded_config
 from ..mla.coded_method import BUDGET_BYTES, CodedMLA
@@ -68,6 +69,7 @@ class HybridMLA(CodedMLA):
         self.cache_context, self.fitted_layers = self.context, self.count
         self.state_bytes = self._states(BUDGET_BYTES)
         self.linear: tuple[int, ...] = self.fixed or ()
+        self.costs: list[dict[str, float]] = [{} for _ in range(config.num_hidden_layers)]
         if self.fixed is None:
             self.survey_shares = (1.0,)
         self.config = coded_config(config, hybrid_class(type(config)))
@@ -106,24 +108,33 @@ class HybridMLA(CodedMLA):
         """Choose the linear layers, unless they are given, and the bits of the others' components."""
         self.bases = LayerBases(sensitivities)
         spectra, last = [basis.divergence for basis in self.bases], len(sensitivities) - 1
-        costs = [float(one.replaced_cost) if 0 < i < last else None for i, one in enumerate(sensitivities)]
         if self.fixed is not None:
             self.bits = with_linear(spectra, [0.0] * (last + 1), self.fixed, self.budget, self.widths).bits
-            return
-        found = choose(spectra, costs, self.count, self.budget, self.widths)
-        self._set_linear(found.linear)
-        self.bits = found.bits
-        listed = ", ".join(f"{i}: {cost:.2g}" for i, cost in enumerate(costs) if cost is not None)
-        self.notice = (
-            f"linear layers: {', '.join(map(str, found.linear))}; before their fit one alone costs, in nats a token: "
-            f"{listed}"
-        )
+        else:
+            measured = [float(one.replaced_cost) for one in sensitivities]
+            costs = [cost if 0 < i < last else None for i, cost in enumerate(measured)]
+            found = choose(spectra, costs, self.count, self.budget, self.widths)
+            self._set_linear(found.linear)
+            self.bits = found.bits
+            self.costs = [{LINEAR: cost} for cost in measured]
+            self.notice = f"linear layers: {', '.join(map(str, found.linear))}"
+        for index, (costs_of, spectrum, bits) in enumerate(zip(self.costs, spectra, self.bits, strict=True)):
+            if index not in self.linear:
+                costs_of[CODES] = expected_divergence([spectrum], [bits])
 
     def layer_sizes(self, index: int) -> dict[str, Any]:
         """The bytes of a state, or what coded latents say of a layer; nothing before the choice."""
-        if self.bits and index in self.linear:
-            return {"state_bytes": self.state_bytes}
-        return super().layer_sizes(index)
+        if not self.bits:
+            return {}
+        linear, donor = index in self.linear, self.elements * BUDGET_BYTES
+        sizes = {"state_bytes": self.state_bytes} if linear else super().layer_sizes(index)
+        size = self.state_bytes / self.context if linear else sizes["kv_code_bytes"]
+        return sizes | layer_kind(LINEAR if linear else FULL, size / donor, self.costs[index])
+
+    @property
+    def kind_facts(self) -> dict[str, Any]:
+        """What a linear layer is."""
+        return {"mixer": self.settings.mixer}
 
     def totals(self) -> dict[str, Any]:
         """{"states": what `facts_by_length` says of them}; which layers have one is None before the choice."""
@@ -158,7 +169,7 @@ class HybridMLA(CodedMLA):
             linear = mixer_layer(self.config, statistics, inputs, targets, device)
             linear.layer_idx = linear.mixer.layer_idx = index
             linear.cache_bytes = self.state_bytes / self.context
-            return linear, {"linear": True} | self.layer_sizes(index)
+            return linear, self.layer_sizes(index)
         module: Any
         module, chosen = super().convert(statistics, index, inputs, targets, position_embeddings)
         module.cache_bytes, module.closed_form = self.layer_bytes()[index], True
@@ -166,7 +177,7 @@ class HybridMLA(CodedMLA):
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
         """Take over a layer that an interrupted run finished."""
-        if not chosen.get("linear"):
+        if chosen["kind"] != LINEAR:
             super().restore(index, chosen)
 
     def example_config(self) -> Any:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mhconvert.errors import BudgetError
 
+from ..layer_kinds import CODES, FULL, WINDOWED, layer_kind
 from ..layer_sensitivity import LayerSensitivity
-from ..mla.bit_allocation import allocate, most_bytes
+from ..mla.bit_allocation import allocate, expected_divergence, most_bytes
 from ..mla.code_basis import LayerBases
 from ..mla.coded_method import BUDGET_BYTES, CodedMLA
 from ..refusals import require
@@ -35,6 +36,7 @@ class WindowedCodedMLA(CodedMLA):
         self.cache_context, self.least_row = plan.context, plan.window + 1
         self.held = held_tokens(plan.window, plan.context)  # of a windowed layer
         self.windows: Windows = [None] * config.num_hidden_layers
+        self.costs: list[dict[str, float]] = [{} for _ in self.windows]
         if plan.fixed is None:
             self.survey_shares = (1.0,)
         else:
@@ -66,22 +68,38 @@ class WindowedCodedMLA(CodedMLA):
         spectra = [basis.divergence for basis in self.bases]
         if self.plan.fixed is not None:
             self.bits = allocate(spectra, self.total, self.widths, self.cached())
-            return
+        else:
+            self._choose(sensitivities, spectra)
+        for costs, spectrum, bits in zip(self.costs, spectra, self.bits, strict=True):
+            costs[CODES] = expected_divergence([spectrum], [bits])
+
+    def _choose(self, sensitivities: Sequence[LayerSensitivity], spectra: Sequence[Tensor]) -> None:
         free = set(self.plan.free)
         costs = [float(one.replaced_cost) if i in free else None for i, one in enumerate(sensitivities)]
         found = choose(spectra, costs, self.cached(), self.held, self.total, self.widths)
         self._set_windows(found.windowed)
         self.bits = found.bits
-        listed = ", ".join(f"{i}: {cost:.2g}" for i, cost in enumerate(costs) if cost is not None)
+        self.costs = [{} if cost is None else {WINDOWED: cost} for cost in costs]
         self.notice = (
             f"windowed layers: {', '.join(str(i) for i, one in enumerate(found.windowed) if one) or 'none'}; windows "
-            f"and codes are expected to cost {found.divergence:.2g} nats a token. A window in one layer costs {listed}"
+            f"and codes are expected to cost {found.divergence:.2g} nats a token"
         )
 
     def layer_sizes(self, index: int) -> dict[str, Any]:
-        """As of coded latents, and the tokens that the layer caches at the context; nothing before the choice."""
+        """As of coded latents, the kind of layer, and the tokens that it caches; nothing before the choice."""
         sizes = super().layer_sizes(index)
-        return sizes and sizes | {"cached_tokens": self.cached()[index], "window": self.windows[index]}
+        if not sizes:
+            return {}
+        held, donor = self.cached()[index], self.plan.held(self.plan.own)[index]
+        share = sizes["kv_code_bytes"] * held / (self.elements * BUDGET_BYTES * donor)
+        window = self.windows[index]
+        kind = WINDOWED if window or self.plan.own[index] else FULL
+        return sizes | layer_kind(kind, share, self.costs[index]) | {"cached_tokens": held, "window": window}
+
+    @property
+    def kind_facts(self) -> dict[str, Any]:
+        """How wide a windowed layer's window is, and what stands for the tokens that it drops."""
+        return {"window": self.plan.window, "sinks": "first"}
 
     def totals(self) -> dict[str, Any]:
         """What a plan says of the windows, once they are chosen: {"windows": …} as of `--to swa`."""

@@ -20,6 +20,7 @@ INFO = MethodInfo(
     kind="layers",
     tag="sliding-window-attention",
     shrinks_cache=True,
+    layer_kind="windowed",
     row_tokens=4096,
     telling_row=telling_row,
     sizes=(("tokens that a layer caches at the context", "cached_tokens"),),

@@ -83,7 +83,12 @@ def test_a_surveyed_plan_is_that_of_the_conversion(
     assert (before["count"], before["linear_layers"]) == (1, None)
     planned, report = pipeline.plan(asked, surveyed=Fidelity), made[1]
     assert planned["states"] == report["states"]
-    assert "before their fit one alone costs, in nats a token: 1: " in planned["notice"]
+    assert planned["notice"] == f"linear layers: {report['states']['linear_layers'][0]}"
+    for planned_layer, layer in zip(planned["layers"], report["layers"], strict=True):
+        assert planned_layer["kind"] == layer["kind"]
+        assert {"windowed": planned_layer["costs"]["windowed"]} | layer["costs"] == planned_layer["costs"]
+        held = layer["kv_elements"]["converted"] / layer["kv_elements"]["donor"]
+        assert layer["kv_share"] == pytest.approx(2 * held)  # of a float32 donor: codes are bytes
     assert planned["kv_bytes_per_token"]["converted"] == report["kv_bytes_per_token"]["converted"]
 
 
