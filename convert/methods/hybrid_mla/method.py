@@ -15,7 +15,7 @@ from mhconvert.errors import BudgetError, UnsupportedError
 
 from ..layer_kinds import CODES, FULL, LINEAR, layer_kind
 from ..layer_sensitivity import LayerSensitivity
-from ..mla.bit_allocation import expected_divergence, least_bytes
+from ..mla.bit_allocation import expected_divergence, least_bytes, most_bytes
 from ..mla.code_basis import LayerBases
 from ..mla.coded_class import coded_config
 from ..mla.coded_method import BUDGET_BYTES, CodedMLA
@@ -77,6 +77,11 @@ class HybridMLA(CodedMLA):
         self._set_linear(self.linear)
         self.coded_layers = config.num_hidden_layers - self.count
         self._require_states()
+        if settings.plan is not None:
+            super()._take_plan(settings.plan)
+
+    def _take_plan(self, plan: Any) -> None:
+        """It is of linear layers too, and taken when the budget of the others is known."""
 
     def _require_budget(self, whole: int) -> None:
         """The budget is that of a length of text: see `_require_states`."""
@@ -86,7 +91,8 @@ class HybridMLA(CodedMLA):
         donor = self.elements * BUDGET_BYTES * self.donor_config.num_hidden_layers * self.context
         total, states = int(self.settings.kv_budget * donor), self.count * self.state_bytes
         smallest = least_bytes(self.coded_layers, min(self.widths))
-        self.budget = min(self.budget, (total - states) // self.context)
+        most = most_bytes(self.coded_layers, self.elements, max(self.widths))
+        self.budget = min(most, (total - states) // self.context)
         if self.budget < smallest:
             least = states + smallest * self.context
             raise BudgetError(
@@ -109,7 +115,9 @@ class HybridMLA(CodedMLA):
         self.bases = LayerBases(sensitivities)
         spectra, last = [basis.divergence for basis in self.bases], len(sensitivities) - 1
         if self.fixed is not None:
-            self.bits = with_linear(spectra, [0.0] * (last + 1), self.fixed, self.budget, self.widths).bits
+            if self.settings.plan is None:
+                none = [0.0] * (last + 1)
+                self.bits = with_linear(spectra, none, self.fixed, self.budget, self.widths).bits
         else:
             measured = [float(one.replaced_cost) for one in sensitivities]
             costs = [cost if 0 < i < last else None for i, cost in enumerate(measured)]
@@ -210,15 +218,18 @@ def _context(config: Any, settings: HybridSettings) -> int:
 
 def _linear_layers(layers: int, settings: HybridSettings) -> tuple[int, tuple[int, ...] | None]:
     """How many layers are linear, and which where the user says so. Raises BudgetError for what cannot be."""
-    if settings.linear_layers is not None:
-        for index in settings.linear_layers:
+    given = settings.linear_layers
+    if settings.plan is not None:
+        given = [index for index, layer in enumerate(settings.plan) if layer.get("kind") == LINEAR]
+    if given is not None:
+        for index in given:
             if not 0 <= index < layers:
                 raise BudgetError(f"linear_layers has {index}, and the donor's layers are 0 to {layers - 1}")
-        if not 0 < len(settings.linear_layers) < layers:
+        if not 0 < len(given) < layers:
             raise BudgetError(
                 "linear_layers are to be some of the layers, and not all: one has to keep the text"
             )
-        return len(settings.linear_layers), tuple(settings.linear_layers)
+        return len(given), tuple(given)
     if layers < 3:
         named = "name one with --linear-layers, or " * (layers == 2)
         raise BudgetError(

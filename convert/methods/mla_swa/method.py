@@ -14,10 +14,18 @@ from ..layer_kinds import CODES, FULL, WINDOWED, layer_kind
 from ..layer_sensitivity import LayerSensitivity
 from ..mla.bit_allocation import allocate, expected_divergence, most_bytes
 from ..mla.code_basis import LayerBases
+from ..mla.code_plan import planned_bits
 from ..mla.coded_method import BUDGET_BYTES, CodedMLA
 from ..refusals import require
 from ..swa.modeling_swa import in_window
-from ..swa.window_plan import Windows, every_layer_windowed, held_tokens, with_full_layers
+from ..swa.window_plan import (
+    Windows,
+    asked_window,
+    every_layer_windowed,
+    held_tokens,
+    with_full_layers,
+    with_planned_windows,
+)
 from .settings import MLASWASettings
 from .window_bits import choose
 
@@ -29,9 +37,12 @@ class WindowedCodedMLA(CodedMLA):
         """Raises UnsupportedError or BudgetError before any weight is read."""
         require(config, "mla+swa")
         super().__init__(config, settings, effort)
-        plan = every_layer_windowed(config, settings.window, settings.context, keeps_first=True)
+        window = asked_window(config, settings)
+        plan = every_layer_windowed(config, window, settings.context, keeps_first=True)
         if settings.full_layers is not None:
             plan = with_full_layers(plan, settings.full_layers)
+        if settings.plan is not None:
+            plan = with_planned_windows(plan, [layer["window"] for layer in settings.plan])
         self.plan = plan
         self.cache_context, self.least_row = plan.context, plan.window + 1
         self.held = held_tokens(plan.window, plan.context)  # of a windowed layer
@@ -44,9 +55,17 @@ class WindowedCodedMLA(CodedMLA):
                 [index in set(plan.free) - set(plan.fixed) for index in range(len(self.windows))]
             )
         self.donor_bytes = self.elements * BUDGET_BYTES * plan.donor_tokens()
-        most = most_bytes(config.num_hidden_layers, self.elements, max(self.widths)) * plan.context
+        most = most_bytes(1, self.elements, max(self.widths)) * sum(self.cached())
         self.total = min(int(settings.kv_budget * self.donor_bytes), most)
         self._require_total()
+        if settings.plan is not None:
+            unit = f"bytes of {plan.context:,} tokens"
+            self.bits = planned_bits(
+                settings.plan, self.elements, self.widths, self.total, self.cached(), unit
+            )
+
+    def _take_plan(self, plan: Any) -> None:
+        """It is of windows too, and taken when these are known."""
 
     def kv_bytes(self, element_bytes: int) -> int:
         """Bytes per token of the context, all layers, rounded up."""
@@ -66,10 +85,10 @@ class WindowedCodedMLA(CodedMLA):
         """Choose the layers with windows and the bits of every component, by one price of a byte."""
         self.bases = LayerBases(sensitivities)
         spectra = [basis.divergence for basis in self.bases]
-        if self.plan.fixed is not None:
-            self.bits = allocate(spectra, self.total, self.widths, self.cached())
-        else:
+        if self.plan.fixed is None:
             self._choose(sensitivities, spectra)
+        elif self.settings.plan is None:
+            self.bits = allocate(spectra, self.total, self.widths, self.cached())
         for costs, spectrum, bits in zip(self.costs, spectra, self.bits, strict=True):
             costs[CODES] = expected_divergence([spectrum], [bits])
 

@@ -109,14 +109,19 @@ def test_sinks_lower_the_error_of_the_layers(tmp_path: Path, recipe: Callable[..
     assert sum(errors["learnt"]) < sum(errors["none"])
 
 
-def test_a_resumed_run_writes_the_same(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
-    mhconvert.convert(recipe(tmp_path / "whole", verify=False))
-    interrupted = recipe(tmp_path / "resumed", verify=False)
+def test_a_resumed_run_and_one_of_its_plan_write_the_same(
+    tmp_path: Path, recipe: Callable[..., Recipe]
+) -> None:
+    report = mhconvert.convert(recipe(tmp_path / "whole", verify=False, fit_steps=10))
+    settings = SWASettings(context=CONTEXT, plan=report["layers"])
+    mhconvert.convert(recipe(tmp_path / "planned", settings, verify=False, fit_steps=10))
+    interrupted = recipe(tmp_path / "resumed", verify=False, fit_steps=10)
     with pytest.raises(KeyboardInterrupt):
         mhconvert.convert(interrupted, on_progress=stop_after(2, KeyboardInterrupt()))
     mhconvert.convert(interrupted, resume=True)
     weights = "model.safetensors"
-    assert hashes(tmp_path / "whole")[weights] == hashes(tmp_path / "resumed")[weights]
+    for folder in ("resumed", "planned"):
+        assert hashes(tmp_path / "whole")[weights] == hashes(tmp_path / folder)[weights]
 
 
 def test_the_survey_says_what_each_layer_costs(
