@@ -202,7 +202,7 @@ def show_plan(plan: dict[str, Any], console: Any) -> None:
             table.add_row(label, str(low) if low == high else f"{low} to {high}, by layer")
     console.print(table)
     _show_layers(plan, console)
-    for notice in (plan.get("notice"), plan.get("calibration", {}).get("notice")):
+    for notice in (plan.get("notice"), plan.get("cache_estimate"), plan.get("calibration", {}).get("notice")):
         if notice:
             console.out(notice, highlight=False)
 
