@@ -1,0 +1,40 @@
+"""How the lists among an evaluation's options are written. Imports no torch."""
+
+from __future__ import annotations
+
+from mhconvert.errors import RecipeError
+
+
+def task_names(text: str) -> tuple[str, ...]:
+    """("piqa", "arc_*") from "piqa,arc_*"; empty names are left out. Raises RecipeError where there is no other."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise RecipeError(f"tasks '{text}' has no name of a task")
+    return names
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """(512, 1024) from "512,1024". Raises RecipeError for anything but whole numbers above 0."""
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise RecipeError(f"'{text}' is not a list of tokens such as 512,1024")
+    return counts
+
+
+def needle_depths(text: str) -> tuple[float, ...]:
+    """(0.0, 0.5) from "0,0.5". Raises RecipeError for anything but numbers from 0 to 1."""
+    try:
+        depths = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        depths = ()
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise RecipeError(f"'{text}' is not a list of depths from 0, first, to 1, last, such as 0,0.25,0.9")
+    return depths
+
+
+def one_name(text: str) -> tuple[str, ...]:
+    """The name alone as a tuple."""
+    return (text,)
