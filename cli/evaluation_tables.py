@@ -160,7 +160,9 @@ def _retrieval(result: dict[str, Any], names: list[str], console: Any) -> None:
     from rich.table import Column, Table
 
     found = result["retrieval"]
-    console.out("retrieval: needles found again, by length of the text in tokens", highlight=False)
+    console.out(
+        "retrieval: needles found again, by length of the text in tokens and by depth in it", highlight=False
+    )
     table = Table(
         "",
         *(Column(str(length), justify="right") for length in found["lengths"]),
@@ -169,6 +171,10 @@ def _retrieval(result: dict[str, Any], names: list[str], console: Any) -> None:
     for name, model in zip(names, found["models"], strict=True):
         shares = [sum(row) / len(row) for row in model["recalled"]]
         table.add_row(name, *(f"{share:.0%}" for share in shares), f"{model['share']:.0%}")
+        for depth, recalled in zip(found["depths"], zip(*model["recalled"], strict=True), strict=True):
+            cells = (f"{share:.0%}" for share in (*recalled, sum(recalled) / len(recalled)))
+            table.add_row(f"  at {100 * depth:g} %", *cells, style="dim")
+        table.add_section()
     console.print(table)
 
 

@@ -84,6 +84,27 @@ def _show_one(plan: dict[str, Any], console: Any) -> None:
             low, high = min(widths), max(widths)
             table.add_row(label, str(low) if low == high else f"{low} to {high}, by layer")
     console.print(table)
-    for notice in (plan.get("notice"), plan.get("calibration", {}).get("notice")):
+    _show_layers(plan, console)
+    for notice in (plan.get("notice"), plan.get("cache_estimate"), plan.get("calibration", {}).get("notice")):
         if notice:
             console.out(notice, highlight=False)
+
+
+def _show_layers(plan: dict[str, Any], console: Any) -> None:
+    """Print a surveyed plan's layers, where they are of several kinds: each one's kind, cache and prices."""
+    from rich.table import Column, Table
+
+    from ..eval.report.layer_kinds import kind_rows, kinds_known, picture, price_notes
+
+    if not kinds_known(plan):
+        return
+    console.out(picture(plan["layers"]), highlight=False)
+    if not (notes := price_notes(plan)):
+        return
+    titles, *rows = kind_rows(plan["layers"])
+    table = Table(*(Column(title, justify="right") for title in titles))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)

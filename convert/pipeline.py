@@ -37,6 +37,7 @@ from .layer_pass import (
 )
 from .layer_pass.context import Complete, ConversionContext, Fit, Measure, Writing, as_it_is, unwritten
 from .layer_pass.decoder_layer import Streams
+from .layer_pass.kind_survey import surveyed_plan
 from .layer_pass.resumable_run import Workspace
 from .layer_pass.tolerance_search import convert_within_tolerance, least_row
 from .methods.registry import Method, build_method
@@ -222,8 +223,9 @@ def plan(
         _require_parts(recipe, method)
         rows = calibration_rows.draw(recipe, donor, device, on_progress)
         inputs = recipe, donor, device, cost_estimate.output_dtype(recipe, donor), rows
-        method.share_out(survey.measure_needs(ConversionContext(*inputs, _no_fit, surveyed, on_progress)))
-    sizes = cost_estimate.plan(recipe, donor, method, device)
+        sizes = surveyed_plan(ConversionContext(*inputs, _no_fit, surveyed, on_progress), method)
+    else:
+        sizes = cost_estimate.plan(recipe, donor, method, device)
     if recipe.tolerance is not None:
         return sizes | {"tolerance": recipe.tolerance, "layers": []}
     if recipe.heal is not None or not timed:

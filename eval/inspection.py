@@ -96,44 +96,84 @@ def attention(config: Any) -> dict[str, Any]:
         "hidden_size": text.hidden_size,
         "num_attention_heads": text.num_attention_heads,
     }
-    if getattr(text, "rope_frequencies", None) is not None:
-        layers = range(text.num_hidden_layers)
-        facts["kind"] = "latent (MLA)"
-        facts["kv_lora_rank"] = _one_or_all([text.latent_rank(i) for i in layers])
-        facts["qk_rope_head_dim"] = _one_or_all([2 * len(text.layer_frequencies(i)) for i in layers])
-        facts["qk_nope_head_dim"] = _one_or_all([text.nope_width(i) for i in layers])
-        facts["v_head_dim"] = text.v_head_dim
-    elif getattr(text, "kv_code_counts", None) is not None:
-        facts["kind"], facts["head_dim"] = "coded latents (MLA)", head_dim(text)
-        facts["num_key_value_heads"] = kv_heads(text)
-        coded = [counts for counts in text.kv_code_counts if any(counts)]  # linear layers have none
-        facts["kv_lora_rank"] = _one_or_all([sum(counts) for counts in coded])
-        facts["kv_code_bytes"] = _one_or_all([row_bytes(counts) for counts in coded])
-        if getattr(text, "linear_layers", None):
-            facts["kind"] = f"{text.linear_mixer} in some layers, coded latents (MLA) in the others"
-            facts["linear_layers"] = ", ".join(map(str, text.linear_layers))
-    elif hasattr(text, "shared_heads"):
-        layers = range(text.num_hidden_layers)
-        facts["kind"], facts["head_dim"] = "mixture of heads (MoH)", head_dim(text)
-        facts["num_key_value_heads"] = kv_heads(text)
-        facts["routed"] = f"{text.head_route}, by {text.head_router}"
-        facts["active_heads"] = _one_or_all(list(text.active_heads))
-        facts["shared_heads"] = _one_or_all([len(text.shared_heads[i]) for i in layers])
-    elif hasattr(text, "k_head_map"):
-        maps = [text.head_maps(i) for i in range(text.num_hidden_layers)]
-        facts["kind"], facts["head_dim"] = "decoupled heads (DHA)", head_dim(text)
-        facts["k_heads"] = _one_or_all([max(k) + 1 for k, _ in maps])
-        facts["v_heads"] = _one_or_all([max(v) + 1 for _, v in maps])
-    else:
-        heads, groups = text.num_attention_heads, kv_heads(text)
-        facts["kind"] = "multi-head" if heads == groups else "multi-query" if groups == 1 else "grouped-query"
-        facts["num_key_value_heads"], facts["head_dim"] = groups, head_dim(text)
+    found = [describe(text) for field, describe in KINDS if getattr(text, field, None) is not None]
+    for part in found or [_heads(text)]:
+        kinds = [facts["kind"]] if "kind" in facts else []
+        facts |= part | {"kind": " and ".join([*kinds, part["kind"]])}
     if getattr(text, "kv_windows", None) is not None:
         facts["kv_windows"] = [window or "full" for window in text.kv_windows]
+    own = [family_facts.layer_window(text, index) for index in range(text.num_hidden_layers)]
+    if any(own):
+        facts["sliding_window"] = _one_or_all([window or "full" for window in own])
     rope = family_facts.rope_settings(text)[0]
     facts["rope_type"], facts["rope_theta"] = rope.get("rope_type", "default"), rope.get("rope_theta")
     facts["max_position_embeddings"] = getattr(text, "max_position_embeddings", None)
     return facts
+
+
+def _latents(text: Any) -> dict[str, Any]:
+    layers = range(text.num_hidden_layers)
+    return {
+        "kind": "latent (MLA)",
+        "kv_lora_rank": _one_or_all([text.latent_rank(i) for i in layers]),
+        "qk_rope_head_dim": _one_or_all([2 * len(text.layer_frequencies(i)) for i in layers]),
+        "qk_nope_head_dim": _one_or_all([text.nope_width(i) for i in layers]),
+        "v_head_dim": text.v_head_dim,
+    }
+
+
+def _codes(text: Any) -> dict[str, Any]:
+    coded = [counts for counts in text.kv_code_counts if any(counts)]  # linear layers have none
+    facts = {
+        "kind": "coded latents (MLA)",
+        "head_dim": head_dim(text),
+        "num_key_value_heads": kv_heads(text),
+        "kv_lora_rank": _one_or_all([sum(counts) for counts in coded]),
+        "kv_code_bytes": _one_or_all([row_bytes(counts) for counts in coded]),
+    }
+    if not getattr(text, "linear_layers", None):
+        return facts
+    return facts | {
+        "kind": f"{text.linear_mixer} in some layers, coded latents (MLA) in the others",
+        "linear_layers": ", ".join(map(str, text.linear_layers)),
+    }
+
+
+def _fewer_heads(text: Any) -> dict[str, Any]:
+    maps = [text.head_maps(i) for i in range(text.num_hidden_layers)]
+    return {
+        "kind": "decoupled heads (DHA)",
+        "head_dim": head_dim(text),
+        "k_heads": _one_or_all([max(k) + 1 for k, _ in maps]),
+        "v_heads": _one_or_all([max(v) + 1 for _, v in maps]),
+    }
+
+
+def _routed(text: Any) -> dict[str, Any]:
+    chained = any(getattr(text, field, None) is not None for field, _ in KINDS[:-1])
+    heads = {} if chained else {"head_dim": head_dim(text), "num_key_value_heads": kv_heads(text)}
+    return {
+        "kind": "mixture of heads (MoH)",
+        **heads,
+        "routed": f"{text.head_route}, by {text.head_router}",
+        "active_heads": _one_or_all(list(text.active_heads)),
+        "shared_heads": _one_or_all([len(heads) for heads in text.shared_heads]),
+    }
+
+
+def _heads(text: Any) -> dict[str, Any]:
+    heads, groups = text.num_attention_heads, kv_heads(text)
+    kind = "multi-head" if heads == groups else "multi-query" if groups == 1 else "grouped-query"
+    return {"kind": kind, "num_key_value_heads": groups, "head_dim": head_dim(text)}
+
+
+# Field of a config -> what is said of attention that has it; a chain of conversions may have several.
+KINDS = (
+    ("rope_frequencies", _latents),
+    ("kv_code_counts", _codes),
+    ("k_head_map", _fewer_heads),
+    ("shared_heads", _routed),
+)
 
 
 def _methods(donor: Donor, config: Any) -> dict[str, Any]:
@@ -166,7 +206,7 @@ def _adapter(donor: Donor, method: str) -> dict[str, Any]:
     return {"trainable_parameters": plan["parameters"]["trainable"], "output_bytes": plan["output_bytes"]}
 
 
-def _one_or_all(values: list[int]) -> int | list[int]:
+def _one_or_all(values: list[Any]) -> Any:
     return values[0] if len(set(values)) == 1 else values
 
 

@@ -16,9 +16,7 @@ from mhconvert.errors import MhconvertError
 from .binomial import share_with_error
 from .last_logits import last_logits
 from .needle_text import Case, make_case
-from .settings import RETRIEVAL_LENGTHS
-
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+from .settings import RETRIEVAL_DEPTHS, RETRIEVAL_LENGTHS
 
 
 def usable_lengths(limit: int | None, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -32,7 +30,7 @@ def probe(
     tokenizer: Any,
     *,
     lengths: Sequence[int] = RETRIEVAL_LENGTHS,
-    depths: Sequence[float] = DEPTHS,
+    depths: Sequence[float] = RETRIEVAL_DEPTHS,
     trials: int = 2,
     seed: int = 0,
     beyond: bool = False,

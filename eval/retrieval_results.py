@@ -26,14 +26,15 @@ def probe(candidate: Candidate, fresh: bool, store: Store, on_rows: OnRows) -> d
             f"{candidate.opened.reference} reads {limit} tokens, fewer than the shortest text of the retrieval probe "
             f"({min(asked)}); leave out --retrieval, or name shorter --retrieval-lengths"
         )
-    trials = candidate.settings.retrieval_trials
-    key = candidate.key() | {"probe": lengths, "trials": trials}
+    trials, depths = candidate.settings.retrieval_trials, candidate.settings.retrieval_depths
+    key = candidate.key() | {"probe": lengths, "depths": depths, "trials": trials}
     result = None if fresh else store.load(key)
     if result is None:
         result = retrieval.probe(
             candidate.model(),
             candidate.opened.tokenizer(),
             lengths=lengths,
+            depths=depths,
             trials=trials,
             beyond=beyond,
             on_cell=lambda done, total: on_rows("retrieval", done, total),

@@ -12,7 +12,7 @@ from mhconvert.errors import RecipeError
 from ..convert.recipe.written_weights import DTYPES, dtype_name
 from ..convert.validation.option import Names, Option, Takes, default
 from ..convert.validation.settings import Settings
-from .written_values import one_name, task_names, token_counts
+from .written_values import needle_depths, one_name, task_names, token_counts
 
 Suite = Literal["quick", "standard", "transmla", "moh", "dha", "open-llm", "generation"]
 Backend = Literal["hf", "vllm"]
@@ -20,6 +20,7 @@ KvCacheDtype = Literal["auto", "int8", "int4", "int3", "int2", "fp8"]
 OWN_CACHE: KvCacheDtype = "auto"
 LongContextKind = Literal["longheads", "yarn", "dynamic", "window"]
 RETRIEVAL_LENGTHS = (256, 512, 1024, 2048)
+RETRIEVAL_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BASELINES: tuple[KvCacheDtype, ...] = ("int8", "int4", "int3", "int2")  # the donor's caches beside a curve
 
 
@@ -96,8 +97,17 @@ class EvalSettings(Settings):
         Takes[tuple[int, ...], str | Sequence[int]],
         Option("Of retrieval: tokens of a text at most.", "N,N,…", parse=token_counts, also=str),
     ] = default(RETRIEVAL_LENGTHS)
+    retrieval_depths: Annotated[
+        Takes[tuple[float, ...], str | Sequence[float]],
+        Option(
+            "Of retrieval: where in a text the needle is, from 0, first, to 1, last.",
+            "D,D,…",
+            parse=needle_depths,
+            also=str,
+        ),
+    ] = default(RETRIEVAL_DEPTHS)
     retrieval_trials: Annotated[
-        int, Option("Of retrieval: texts for each length and each of five depths.", "N", ge=1)
+        int, Option("Of retrieval: texts for each length and each depth.", "N", ge=1)
     ] = 2
     generation: Annotated[
         bool, Option("Texts that each model writes, beside its donor's: do they drift, loop or end?")
@@ -193,10 +203,12 @@ class EvalSettings(Settings):
         shape = (self.sequences, self.sequence_length)
         if not self.text and shape != (EvalSettings.sequences, EvalSettings.sequence_length):
             raise RecipeError("sequences and sequence_length are of text: name one, or leave them out")
-        probe = (self.retrieval_lengths, self.retrieval_trials)
-        if not self.retrieval and probe != (RETRIEVAL_LENGTHS, EvalSettings.retrieval_trials):
+        probe = (self.retrieval_lengths, self.retrieval_depths, self.retrieval_trials)
+        usual = (RETRIEVAL_LENGTHS, RETRIEVAL_DEPTHS, EvalSettings.retrieval_trials)
+        if not self.retrieval and probe != usual:
             raise RecipeError(
-                "retrieval_lengths and retrieval_trials are of retrieval: set that too, or leave them out"
+                "retrieval_lengths, retrieval_depths and retrieval_trials are of retrieval: set that too, or leave "
+                "them out"
             )
         if self.long_context and (
             self.has_tasks or self.generation or self.refusals or not (self.text or self.retrieval)

@@ -1,4 +1,4 @@
-"""Values of the evaluation's options as they are written: lists of names and of numbers."""
+"""How the lists among an evaluation's options are written. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def token_counts(text: str) -> tuple[int, ...]:
     if not counts or min(counts) < 1:
         raise RecipeError(f"'{text}' is not a list of tokens such as 512,1024")
     return counts
+
+
+def needle_depths(text: str) -> tuple[float, ...]:
+    """(0.0, 0.5) from "0,0.5". Raises RecipeError for anything but numbers from 0 to 1."""
+    try:
+        depths = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        depths = ()
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise RecipeError(f"'{text}' is not a list of depths from 0, first, to 1, last, such as 0,0.25,0.9")
+    return depths
 
 
 def one_name(text: str) -> tuple[str, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
-from ...convert.methods.registry import ADAPTERS, METHOD_NAMES
+from ...convert.methods.registry import ADAPTERS, METHOD_NAMES, info
 from ...convert.recipe.heal_settings import HealSettings, token_count
+from ...convert.recipe.recipe import Recipe
 from ...convert.recipe.steps import methods_of
 from .. import adapter_tables, plan_tables
 from ..options import common
@@ -33,6 +35,15 @@ Survey = Annotated[
     typer.Option(
         "--survey",
         help="With --dry-run: read DONOR and divide the budget over its layers; with --json a file for --plan.",
+    ),
+]
+Pages = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="With --survey, where layers become windowed or linear: draw each one's prices as a page, .html or .md; "
+        "repeatable.",
     ),
 ]
 OF_A_PASS = ("heal", "resume", "survey")  # options of this command that an adapter has no use for
@@ -62,6 +73,7 @@ def command(
     force: common.Force = False,
     dry_run: DryRun = False,
     survey: Survey = False,
+    report: Pages = None,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
@@ -77,6 +89,8 @@ def command(
         raise typer.BadParameter("--survey goes with --dry-run: a conversion surveys by itself")
     if survey and len(methods) > 1:
         raise typer.BadParameter(f"--survey is of one conversion, whose donor is there: --to {methods[0]}")
+    if report and not (survey and info(methods[0]).layer_kind):
+        raise typer.BadParameter("--report draws a --survey of layers that become windowed or linear")
 
     def work(_: TextIO) -> dict[str, Any]:
         from mhconvert import api
@@ -85,8 +99,7 @@ def command(
         healing = _healing(heal, options)
         recipe = recipe_of(donor, methods, groups(), options, output=common.written(output), heal=healing)
         if dry_run:
-            with progress(quiet or not survey) as listener:
-                return api.plan(recipe, survey=survey, on_progress=listener)
+            return _planned(recipe, survey, report or [], quiet)
         with progress(quiet) as listener:
             return api.convert(recipe, resume=resume, force=force, on_progress=listener)
 
@@ -99,6 +112,24 @@ def command(
         plan_tables.show if dry_run else shown(quiet, _show),
         interrupted=INTERRUPTED,
     )
+
+
+def _planned(recipe: Recipe, survey: bool, report: list[Path], quiet: bool) -> dict[str, Any]:
+    """The plan of a conversion; of a survey the pages in `report` are written."""
+    from mhconvert import api
+
+    from ...eval.page import page
+
+    for path in report:
+        page.check(path)
+    with progress(quiet or not survey) as listener:
+        plan = api.plan(recipe, survey=survey, on_progress=listener)
+    if report:
+        from ...eval.page.layer_kinds import survey_page
+
+        for path in report:
+            page.write_blocks(path, f"Layers of {plan['donor']}", survey_page(plan))
+    return plan
 
 
 def _healing(tokens: str | None, options: Mapping[str, Any]) -> HealSettings | None:

@@ -60,6 +60,13 @@ FIELDS = (
     "min_heads",
     "max_heads",
     "head_multiple",
+    "context",
+    "window",
+    "sinks",
+    "full_layers",
+    "linear",
+    "linear_layers",
+    "mixer",
 )  # beside the budgets
 
 RIVAL = Group("A KV cache of the donor, measured beside the curve", EvalSettings, ("kv_cache_dtype",))

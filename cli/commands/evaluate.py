@@ -55,7 +55,7 @@ OF_TASKS = (
     "backend",
 )
 OF_TEXT = ("sequences", "sequence_length")
-OF_RETRIEVAL = ("retrieval_lengths", "retrieval_trials")
+OF_RETRIEVAL = ("retrieval_lengths", "retrieval_depths", "retrieval_trials")
 OF_LONGHEADS = ("chunk_size", "chunks")
 OF_GENERATION = ("prompts", "max_new_tokens")
 GROUP = Group("What is measured", EvalSettings)

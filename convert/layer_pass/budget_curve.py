@@ -26,7 +26,7 @@ from ..calibration import calibration_rows
 from ..calibration.token_rows import require_embedded
 from ..checkpoint import chain
 from ..donor.donor import Donor, open_donor
-from ..methods.registry import Method, build_method, whole_elements
+from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
 from . import conversion_report, cost_estimate, layer_steps, survey
 from .context import Complete, ConversionContext, Fit, Measure, as_it_is
@@ -194,16 +194,16 @@ def _pass_layer(context: ConversionContext, index: int, students: list[Student])
     targets = layer_steps.observe(context, layer, students[0].method, shared.teacher, shared.fitted)
     for student in students:
         begun = time.perf_counter()
-        attention, _ = layer_steps.convert_attention(student.context, layer, student.method, targets)
+        attention, chosen = layer_steps.convert_attention(student.context, layer, student.method, targets)
         layer_steps.refit_block(student.context, layer, attention, student.streams)
         measured = layer_steps.advance_student(layer, attention, targets, student.streams.student)
-        student.layers.append(measured)
+        student.layers.append(chosen | measured)
         student.seconds += time.perf_counter() - begun
 
 
 def _elements(student: Student, side: str) -> float:
-    elements = sum(layer["kv_elements"][side] for layer in student.layers)
-    return whole_elements(elements, layer_steps.stated_context(student.method, student.context.donor))
+    context = layer_steps.stated_context(student.method, student.context.donor)
+    return conversion_report.counted(student.layers, side, context)
 
 
 def _point(student: Student, result: dict[str, Any]) -> dict[str, Any]:

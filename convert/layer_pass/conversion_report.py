@@ -42,8 +42,7 @@ def conversion_facts(
         "remote_code": needs_remote_code(model_class),  # the folder carries its own modeling file
         "dtype": sizes["dtype"],
         "kv_bytes_per_token": {
-            side: _counted(sum(layer["kv_elements"][side] for layer in layers), layers, sizes) * width
-            for side in ("donor", "converted")
+            side: counted(layers, side, sizes.get("cache_context")) * width for side in ("donor", "converted")
         },
         "parameters": dict(sizes["parameters"]),
         **{name: sizes[name] for name in (*info(recipe.method).totals, "cache_context") if name in sizes},
@@ -122,11 +121,17 @@ def add_reload(report: dict[str, Any], folder: Path, probe: Path, trusted: bool)
     report["parameters"]["converted"] = result["parameters"]
     report["sample"] = {"prompt": result["sample"]["prompt"], "converted": result["sample"]["text"]}
     width = DTYPES[report["dtype"]].itemsize
-    elements = _counted(result["cache"]["elements_per_token"], report["layers"], report)
+    elements = _whole(result["cache"]["elements_per_token"], report["layers"], context)
     report["kv_bytes_per_token"]["converted"] = elements * width
 
 
-def _counted(elements: float, layers: list[dict[str, Any]], sizes: dict[str, Any]) -> float:
-    """Cache elements per token as plans count them: codes by their bytes, others rounded up at the context."""
-    coded = any("kv_code_bytes" in layer for layer in layers)
-    return elements if coded else whole_elements(elements, sizes.get("cache_context"))
+def counted(layers: list[dict[str, Any]], side: str, context: int | None) -> float:
+    """Cache elements per token of `side`, "donor" or "converted", as plans count them."""
+    return _whole(sum(layer["kv_elements"][side] for layer in layers), layers, context)
+
+
+def _whole(elements: float, layers: list[dict[str, Any]], context: int | None) -> float:
+    """Codes are counted by their bytes, others rounded up at the context."""
+    return (
+        elements if any("kv_code_bytes" in layer for layer in layers) else whole_elements(elements, context)
+    )

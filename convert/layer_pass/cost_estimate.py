@@ -33,6 +33,10 @@ SURVEY_COPIES = 2
 SURVEY_STREAMS = 2 * SAMPLES + 4  # besides: gradients before and behind a layer, the donor's own and results
 # Float64 matrices, and rows of keys and values, that a layer's transform and levels take.
 BASIS_SQUARES, BASIS_ROWS = 10, 4
+ESTIMATE = (
+    "the size of the cache is an estimate: an earlier step left windows in some layers, and layers may get unequal "
+    "parts of the budget; the report has what was measured"
+)
 STREAM_COPIES = 4  # teacher, attention inputs, attention outputs, and a temporary result
 
 
@@ -114,6 +118,7 @@ def _cache_sizes(method: Method, donor: Donor, width: int) -> dict[str, Any]:
         "kv_elements_per_token": {"donor": of_donor, "converted": elements},
         "kv_bytes_per_token": {"donor": of_donor * width, "converted": size},
         **({"cache_context": context} if context else {}),
+        **({"cache_estimate": ESTIMATE} if context != method.cache_context and method.divisible else {}),
     }
 
 

@@ -64,15 +64,15 @@ def measure_needs(context: ConversionContext) -> list[LayerNeed] | list[LayerSen
     """What the method's `share_out` wants to know of every layer, whatever the recipe's own budget."""
     method = _at_any_budget(context.recipe, context.donor)
     if not method.surveys_sensitivity:
-        return _layer_needs(context, method)
+        return layer_needs(context, method)
     found = measure_sensitivities(context)
     if not method.survey_shares:
         return found
-    costs = [torch.tensor(need.divergence).double() for need in _layer_needs(context, method)]
+    costs = [torch.tensor(need.divergence).double() for need in layer_needs(context, method)]
     return [replace(layer, replaced_cost=cost) for layer, cost in zip(found, costs, strict=True)]
 
 
-def _layer_needs(context: ConversionContext, method: Method) -> list[LayerNeed]:
+def layer_needs(context: ConversionContext, method: Method) -> list[LayerNeed]:
     """The need of every layer, measured at those of the method's shares that the donor can express."""
     methods = _methods(context.recipe, context.donor, method.survey_shares)
     if not methods:  # layers of so few elements that there is nothing to divide

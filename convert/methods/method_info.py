@@ -41,6 +41,8 @@ class MethodInfo:
     exact: whether a setting of it computes what the donor computes.
     shrinks_cache: whether a conversion at `kv_budget` < 1 leaves a smaller KV cache.
     caches_key_scales: whether the cache also holds the numbers 1 / RMS of a donor's normed keys.
+    layer_kind: what a layer may become beside one that keeps the whole text, "windowed" or "linear"; "" where there is
+        no such choice. Of the methods of one kind the last stands for it in surveys of others.
     row_tokens: of a calibration row that the user asks no other length for.
     telling_row: (donor's config, settings) -> tokens of a row that shows well what the method changes, where that may
         be more than `row_tokens`.
@@ -61,6 +63,7 @@ class MethodInfo:
     exact: bool = True
     shrinks_cache: bool = False
     caches_key_scales: bool = False
+    layer_kind: str = ""
     row_tokens: int = 512
     telling_row: Callable[[Any, Any], int] | None = None
     sizes: tuple[tuple[str, str], ...] = ()

@@ -138,6 +138,11 @@ class Method(Protocol):
         """Sums over the layers beside cache and parameters: name -> {"donor": …, "converted": …}."""
         ...
 
+    @property
+    def kind_facts(self) -> dict[str, Any]:
+        """What its `layer_kind` is made with, such as the width of a window; empty where layers are of one kind."""
+        return {}
+
     def new_parameters(self) -> int:
         """Parameters that the method writes in one layer, at most; in the mean layer where layers differ in size."""
         ...

@@ -10,6 +10,7 @@ from ..report.units import count, duration, number, share, size
 from ..settings import OWN_CACHE
 from .blocks import Block, Cell, Code, Heading, Paragraph, Table
 from .figures import curves, layers
+from .layer_kinds import layer_kinds
 from .task_table import tasks
 from .text_table import has_table, text_section
 from .verdict import cache_length, cache_shares, cache_tokens, conversions, kind, ratio, title, verdict
@@ -37,6 +38,7 @@ def blocks(result: Result, reports: Reports, recipe: str | None) -> list[Block]:
     page += retrieval(result)
     page += writing(result)
     page += curves(result)
+    page += layer_kinds(result, reports)
     page += layers(result, reports)
     page += healing(result, reports)
     page += cost(result, reports)

@@ -37,7 +37,7 @@ def curves(result: Mapping[str, Any]) -> list[Block]:
             page.append(Figure(plots.budget(points, text["text"]), caption))
         ordered = sorted(points, key=lambda point: -point.kept)
         rows = [[point.name, share(point.kept), f"× {point.ratio:.3f}"] for point in ordered]
-        page.append(_figure_table(Table(["model", "KV cache", f"perplexity on {text['text']}"], rows)))
+        page.append(figure_table(Table(["model", "KV cache", f"perplexity on {text['text']}"], rows)))
     return page if plots.available() else [*page, Paragraph(NO_PLOT)]
 
 
@@ -61,17 +61,22 @@ def layers(result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> l
     if len(exact) == len(series):
         return page
     if plots.available():
-        page.append(Figure(plots.layers(series), "Relative error of each layer, on a logarithmic scale."))
+        page.append(
+            Figure(
+                plots.layers(series, "relative error", "Relative error of each layer"),
+                "Relative error of each layer, on a logarithmic scale.",
+            )
+        )
     else:
         page.append(Paragraph(NO_PLOT))
     rows = [
         [str(index), *map(number, errors)]
         for index, errors in enumerate(zip_longest(*(e for _, e in series)))
     ]
-    return [*page, _figure_table(Table(["layer", *(name for name, _ in series)], rows))]
+    return [*page, figure_table(Table(["layer", *(name for name, _ in series)], rows))]
 
 
-def _figure_table(table: Table) -> Table:
+def figure_table(table: Table) -> Table:
     """The table of a figure's numbers, collapsed if the figure is drawn."""
     folded = "The numbers" if plots.available() else ""
     return Table(table.columns, table.rows, folded=folded)

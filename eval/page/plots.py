@@ -51,15 +51,16 @@ def available() -> bool:
     return extras.is_installed("matplotlib")
 
 
-def layers(series: Sequence[tuple[str, Sequence[float | None]]]) -> str:
-    """SVG of the relative errors by layer on a logarithmic axis; zeros are gaps.
+def layers(series: Sequence[tuple[str, Sequence[float | None]]], y: str, label: str) -> str:
+    """SVG of a value by layer on a logarithmic axis; zeros are gaps.
 
     Args:
-        series: (model, errors by layer), one line each.
+        series: (name, values by layer), one line each.
+        y, label: of the axis, and of the whole for those who do not see it.
     """
-    axes = _axes("layer", "relative error")
-    for index, (_, errors) in enumerate(series):
-        drawn = [error if _positive(error) else math.nan for error in errors]
+    axes = _axes("layer", y)
+    for index, (_, values) in enumerate(series):
+        drawn = [value if _positive(value) else math.nan for value in values]
         axes.plot(drawn, label=str(index), **_line_style(index))
     axes.set_yscale("log")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -70,7 +71,7 @@ def layers(series: Sequence[tuple[str, Sequence[float | None]]]) -> str:
     for text in legend.get_texts():
         text.set_text(_short(series[int(text.get_text())][0]))
         text.set_parse_math(False)
-    return _svg(axes, "Relative error of each layer")
+    return _svg(axes, label)
 
 
 def budget(points: Sequence[Point], text: str) -> str:

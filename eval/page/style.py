@@ -53,7 +53,11 @@ table.heat tr > th:first-child { text-align: left; min-width: 4rem; padding-left
 td.heat {
   background: rgba(var(--hit), calc(var(--share) * .5));
 }
-td.heat small { color: inherit; }
+td.heat small, td.kind small { color: inherit; }
+td.kind { background: color-mix(in srgb, var(--kind) 28%, var(--ground)); border: 1px solid var(--ground); }
+.kind-full { --kind: var(--series-0); }
+.kind-windowed { --kind: var(--series-1); }
+.kind-linear { --kind: var(--series-2); }
 figure { margin: 1rem 0; max-width: 36rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: system-ui, sans-serif !important; }
@@ -81,7 +85,7 @@ pre { background: var(--band); padding: .9rem 1rem; font: .85rem/1.5 ui-monospac
   th, td { white-space: normal; padding: .2rem .4rem; }
   tr, figure { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
-  td.heat { print-color-adjust: exact; }
+  td.heat, td.kind { print-color-adjust: exact; }
   tbody th { position: static; }
 }
 """ + "".join(f".heat-{tenth} {{ --share: {tenth / 10}; }}\n" for tenth in range(11))

@@ -58,7 +58,7 @@ def cache_tokens(result: Mapping[str, Any]) -> int | None:
 
 
 def cache_length(result: Mapping[str, Any], index: int) -> str:
-    """Where the share of one model's cache holds: "at 8,192 tokens (41 % at 1,024)"; "" where it does for any text.
+    """Where the share of one model's cache holds: "at 8,192 tokens, 41 % at 1,024"; "" where it does for any text.
 
     The share of a shorter text is named where it is another one.
     """
@@ -68,7 +68,7 @@ def cache_length(result: Mapping[str, Any], index: int) -> str:
     own, donors = (result["cache"][at]["by_length"] for at in (index, 0))
     at_context, *shorter = [(length, share(own[length] / donors[length])) for length in reversed(own)]
     others = [f"{part} at {int(length):,}" for length, part in shorter if part != at_context[1]]
-    return f"at {tokens:,} tokens" + (f" ({', '.join(others)})" if others else "")
+    return ", ".join([f"at {tokens:,} tokens", *others])
 
 
 def ratio(value: float | None, base: float | None) -> float | None:

@@ -20,6 +20,7 @@ from .conversion_tables import (
     json_safe,
     loading_code,
 )
+from .layer_kinds import kind_rows, kinds_known, picture, price_notes
 from .units import count, share, size
 
 REPORT = "report.json"
@@ -68,6 +69,7 @@ def model_card(report: dict[str, Any], licence: str | None = None) -> str:
         "",
     ]
     results = _healing_results(report) if report.get("healing") else _conversion_results(report)
+    results += _layers(report)
     return head + "\n".join(about + results + usage(name, has_remote_code(report)) + _origin(report, licence))
 
 
@@ -162,6 +164,18 @@ def _conversion_results(report: dict[str, Any]) -> list[str]:
             + " of the same text that were held out of the conversion; `mhconvert eval` measures on any text.",
         ]
     return [*lines, ""]
+
+
+def _layers(report: dict[str, Any]) -> list[str]:
+    """The section on layers of several kinds: a picture of them, and each one's share and price; [] without any."""
+    if not kinds_known(report):
+        return []
+    layers = report["layers"]
+    titles, *rows = kind_rows(layers)
+    lines = ["## Layers", "", f"`{picture(layers)}`", "", *price_notes(report)]
+    lines += ["", "<details><summary>each layer</summary>", "", "| " + " | ".join(titles) + " |"]
+    lines += ["|---|---|" + "---:|" * (len(titles) - 2), *("| " + " | ".join(row) + " |" for row in rows)]
+    return [*lines, "", "</details>", ""]
 
 
 def usage(name: str, remote: bool) -> list[str]:

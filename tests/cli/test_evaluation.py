@@ -34,7 +34,8 @@ def test_everything_in_one_command(
     pages = [tmp_path / "report.html", tmp_path / "report.md"]
     words = [
         *("eval", twin, "--against", donor, "--suite", "quick", "--text", text, "--sequence-length", 64),
-        *("--sequences", 2, "--retrieval", "--device", "cpu", "--report", pages[0], "--report", pages[1]),
+        *("--sequences", 2, "--retrieval", "--retrieval-depths", "0,.1,.9", "--retrieval-trials", 1),
+        *("--device", "cpu", "--report", pages[0], "--report", pages[1]),
     ]
     done = here(*words, "--json", COLUMNS="160")
     assert done.returncode == 0, done.stderr
@@ -44,6 +45,8 @@ def test_everything_in_one_command(
     assert result["texts"][0]["models"][1]["kl"] > 0
     assert result["retrieval"]["lengths"] == [256, 512]
     assert result["retrieval"]["left_out"] == [1024, 2048]
+    assert result["retrieval"]["depths"] == [0, 0.1, 0.9]
+    assert all([len(row) for row in one["recalled"]] == [3, 3] for one in result["retrieval"]["models"])
     for page in pages:
         content = page.read_text(encoding="utf-8")
         assert "mhconvert_quick" in content.replace("\\", "")
@@ -55,6 +58,9 @@ def test_everything_in_one_command(
         "lm-eval",
         "mhconvert_quick",
         "retrieval",
+        "at 0 %",
+        "at 10 %",
+        "at 90 %",
         "≈: within two standard errors",
     ):
         assert part in again.stdout, again.stdout

@@ -125,6 +125,8 @@ def test_the_chain_is_inspected_and_reloads(made: Convert, root: Path) -> None:
     found = api.inspect(str(folder))
     assert found["chain"] == ["mla", "moh"]
     assert found["first_donor"] == str(root / "donor")
+    assert found["attention"]["kind"] == "latent (MLA) and mixture of heads (MoH)"
+    assert {"kv_lora_rank", "active_heads"} <= found["attention"].keys()
     assert (
         found["kv"]["elements_per_token"]
         == api.inspect(str(made("donor", "mla")))["kv"]["elements_per_token"]
@@ -146,6 +148,9 @@ def test_windows_of_a_checkpoint_stay(then: str, root: Path, made: Convert) -> N
     assert report["cache_context"] == record(folder)["cache_context"] == held["cache_context"] == 64
     plan = api.plan(recipe_of(root / "donor-swa", then, root / "planned"))
     assert plan["cache_context"] == 64
+    assert ("cache_estimate" in plan) == (then == "dha")  # quick mla gives all layers the same
+    assert config.layer_types == ["sliding_attention"] * 2
+    assert api.inspect(str(folder))["attention"]["sliding_window"] == 16
     assert plan["kv_bytes_per_token"]["converted"] == report["kv_bytes_per_token"]["converted"]
 
 

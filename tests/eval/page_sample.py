@@ -230,3 +230,9 @@ REPORTS = [
     report(0.003, 5760.0),
     report(0.003, 5760.0) | {"healing": HEALING},
 ]
+
+KINDS = [  # layers of a report, of several kinds
+    {"kind": "full", "kv_share": 1.0, "window": None, "costs": {"windowed": 0.25, "linear": 1.5}},
+    {"kind": "windowed", "kv_share": 0.125, "window": 1024, "costs": {"windowed": 0.0625, "linear": 0.5}},
+    {"kind": "linear", "kv_share": 0.03125, "costs": {"linear": 0.01}},
+]

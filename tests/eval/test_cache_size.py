@@ -115,8 +115,8 @@ def test_windows_save_in_an_evaluation_what_they_save_at_the_context(tmp_path: P
     result = api.evaluate(str(tmp_path / "swa"), settings, device="cpu")
     kept = (context + 3 * window) / (4 * context)
     assert cache_shares(result) == [1, kept]
-    assert cache_length(result, 1) == "at 128 tokens (62.5 % at 16)"
-    assert f"keeps {100 * kept:.3g} % of the KV cache at 128 tokens (62.5 % at 16)" in verdict(result)[0]
+    assert cache_length(result, 1) == "at 128 tokens, 62.5 % at 16"
+    assert f"keeps {100 * kept:.3g} % of the KV cache at 128 tokens, 62.5 % at 16" in verdict(result)[0]
     coded = api.evaluate(
         str(tmp_path / "swa"), dataclasses.replace(settings, kv_cache_dtype="fp8"), device="cpu"
     )

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mhconvert.errors import MhconvertError
+from mhconvert.errors import MhconvertError, RecipeError
 from mhconvert.eval.needle_text import Case, make_case
 from mhconvert.eval.retrieval import measure, probe, usable_lengths
+from mhconvert.eval.settings import EvalSettings
 from tests.donors import make_config, make_model, make_tokenizer
 
 CERTAIN = 30.0  # a logit among zeros: the others together have 300 · e^−30 of the probability
@@ -208,3 +209,12 @@ def test_the_standard_error_narrows_with_trials(tokenizer: Any) -> None:
     )
     assert few > many > 0
     assert math.isfinite(few)
+
+
+def test_depths_are_read_from_text_and_lists() -> None:
+    assert EvalSettings(retrieval=True, retrieval_depths="0,.1,.9").retrieval_depths == (0, 0.1, 0.9)
+    assert EvalSettings(retrieval=True, retrieval_depths=[0, 1]).retrieval_depths == (0, 1)
+    with pytest.raises(RecipeError, match="'0,2' is not a list of depths from 0, first, to 1, last"):
+        EvalSettings(retrieval=True, retrieval_depths="0,2")
+    with pytest.raises(RecipeError, match="retrieval_depths and retrieval_trials are of retrieval"):
+        EvalSettings(text="a.txt", retrieval_depths="0.5")

@@ -12,6 +12,7 @@ INFO = MethodInfo(
     checks=(*ATTENTION_CHECKS, "own_windows"),
     exact=False,
     shrinks_cache=True,
+    layer_kind="linear",
     sizes=(
         ("bytes of a code", "kv_code_bytes"),
         ("latent width", "kv_lora_rank"),

@@ -13,8 +13,9 @@ from transformers import __version__ as transformers_version
 
 from mhconvert.errors import BudgetError, UnsupportedError
 
+from ..layer_kinds import CODES, FULL, LINEAR, layer_kind
 from ..layer_sensitivity import LayerSensitivity
-from ..mla.bit_allocation import least_bytes
+from ..mla.bit_allocation import expected_divergence, least_bytes, most_bytes
 from ..mla.code_basis import LayerBases
 from ..mla.coded_class import coded_config
 from ..mla.coded_method import BUDGET_BYTES, CodedMLA
@@ -68,6 +69,7 @@ class HybridMLA(CodedMLA):
         self.cache_context, self.fitted_layers = self.context, self.count
         self.state_bytes = self._states(BUDGET_BYTES)
         self.linear: tuple[int, ...] = self.fixed or ()
+        self.costs: list[dict[str, float]] = [{} for _ in range(config.num_hidden_layers)]
         if self.fixed is None:
             self.survey_shares = (1.0,)
         self.config = coded_config(config, hybrid_class(type(config)))
@@ -75,6 +77,11 @@ class HybridMLA(CodedMLA):
         self._set_linear(self.linear)
         self.coded_layers = config.num_hidden_layers - self.count
         self._require_states()
+        if settings.plan is not None:
+            super()._take_plan(settings.plan)
+
+    def _take_plan(self, plan: Any) -> None:
+        """It is of linear layers too, and taken when the budget of the others is known."""
 
     def _require_budget(self, whole: int) -> None:
         """The budget is that of a length of text: see `_require_states`."""
@@ -84,7 +91,8 @@ class HybridMLA(CodedMLA):
         donor = self.elements * BUDGET_BYTES * self.donor_config.num_hidden_layers * self.context
         total, states = int(self.settings.kv_budget * donor), self.count * self.state_bytes
         smallest = least_bytes(self.coded_layers, min(self.widths))
-        self.budget = min(self.budget, (total - states) // self.context)
+        most = most_bytes(self.coded_layers, self.elements, max(self.widths))
+        self.budget = min(most, (total - states) // self.context)
         if self.budget < smallest:
             least = states + smallest * self.context
             raise BudgetError(
@@ -106,24 +114,35 @@ class HybridMLA(CodedMLA):
         """Choose the linear layers, unless they are given, and the bits of the others' components."""
         self.bases = LayerBases(sensitivities)
         spectra, last = [basis.divergence for basis in self.bases], len(sensitivities) - 1
-        costs = [float(one.replaced_cost) if 0 < i < last else None for i, one in enumerate(sensitivities)]
         if self.fixed is not None:
-            self.bits = with_linear(spectra, [0.0] * (last + 1), self.fixed, self.budget, self.widths).bits
-            return
-        found = choose(spectra, costs, self.count, self.budget, self.widths)
-        self._set_linear(found.linear)
-        self.bits = found.bits
-        listed = ", ".join(f"{i}: {cost:.2g}" for i, cost in enumerate(costs) if cost is not None)
-        self.notice = (
-            f"linear layers: {', '.join(map(str, found.linear))}; before their fit one alone costs, in nats a token: "
-            f"{listed}"
-        )
+            if self.settings.plan is None:
+                none = [0.0] * (last + 1)
+                self.bits = with_linear(spectra, none, self.fixed, self.budget, self.widths).bits
+        else:
+            measured = [float(one.replaced_cost) for one in sensitivities]
+            costs = [cost if 0 < i < last else None for i, cost in enumerate(measured)]
+            found = choose(spectra, costs, self.count, self.budget, self.widths)
+            self._set_linear(found.linear)
+            self.bits = found.bits
+            self.costs = [{LINEAR: cost} for cost in measured]
+            self.notice = f"linear layers: {', '.join(map(str, found.linear))}"
+        for index, (costs_of, spectrum, bits) in enumerate(zip(self.costs, spectra, self.bits, strict=True)):
+            if index not in self.linear:
+                costs_of[CODES] = expected_divergence([spectrum], [bits])
 
     def layer_sizes(self, index: int) -> dict[str, Any]:
         """The bytes of a state, or what coded latents say of a layer; nothing before the choice."""
-        if self.bits and index in self.linear:
-            return {"state_bytes": self.state_bytes}
-        return super().layer_sizes(index)
+        if not self.bits:
+            return {}
+        linear, donor = index in self.linear, self.elements * BUDGET_BYTES
+        sizes = {"state_bytes": self.state_bytes} if linear else super().layer_sizes(index)
+        size = self.state_bytes / self.context if linear else sizes["kv_code_bytes"]
+        return sizes | layer_kind(LINEAR if linear else FULL, size / donor, self.costs[index])
+
+    @property
+    def kind_facts(self) -> dict[str, Any]:
+        """What a linear layer is."""
+        return {"mixer": self.settings.mixer}
 
     def totals(self) -> dict[str, Any]:
         """{"states": what `facts_by_length` says of them}; which layers have one is None before the choice."""
@@ -158,7 +177,7 @@ class HybridMLA(CodedMLA):
             linear = mixer_layer(self.config, statistics, inputs, targets, device)
             linear.layer_idx = linear.mixer.layer_idx = index
             linear.cache_bytes = self.state_bytes / self.context
-            return linear, {"linear": True} | self.layer_sizes(index)
+            return linear, self.layer_sizes(index)
         module: Any
         module, chosen = super().convert(statistics, index, inputs, targets, position_embeddings)
         module.cache_bytes, module.closed_form = self.layer_bytes()[index], True
@@ -166,7 +185,7 @@ class HybridMLA(CodedMLA):
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
         """Take over a layer that an interrupted run finished."""
-        if not chosen.get("linear"):
+        if chosen["kind"] != LINEAR:
             super().restore(index, chosen)
 
     def example_config(self) -> Any:
@@ -199,15 +218,18 @@ def _context(config: Any, settings: HybridSettings) -> int:
 
 def _linear_layers(layers: int, settings: HybridSettings) -> tuple[int, tuple[int, ...] | None]:
     """How many layers are linear, and which where the user says so. Raises BudgetError for what cannot be."""
-    if settings.linear_layers is not None:
-        for index in settings.linear_layers:
+    given = settings.linear_layers
+    if settings.plan is not None:
+        given = [index for index, layer in enumerate(settings.plan) if layer.get("kind") == LINEAR]
+    if given is not None:
+        for index in given:
             if not 0 <= index < layers:
                 raise BudgetError(f"linear_layers has {index}, and the donor's layers are 0 to {layers - 1}")
-        if not 0 < len(settings.linear_layers) < layers:
+        if not 0 < len(given) < layers:
             raise BudgetError(
                 "linear_layers are to be some of the layers, and not all: one has to keep the text"
             )
-        return len(settings.linear_layers), tuple(settings.linear_layers)
+        return len(given), tuple(given)
     if layers < 3:
         named = "name one with --linear-layers, or " * (layers == 2)
         raise BudgetError(

@@ -11,9 +11,10 @@ from mhconvert.errors import BudgetError
 
 from ...validation.option import Option, Takes, default
 from ...validation.settings import Settings
+from ..kind_plan import read_linear
+from ..layer_options import ByteBudget, CodeBits, Context, KindPlan
 
 Mixer = Literal["mamba2", "gated-deltanet"]
-Bits = Literal["auto", "2", "3", "4", "5", "6", "7", "8"]
 
 
 def linear_list(text: str) -> list[int]:
@@ -29,31 +30,11 @@ class HybridSettings(Settings):
     """How many layers are linear, and one budget in bytes at one length of text for all."""
 
     fault = BudgetError
-    plan: ClassVar[Any] = None  # coded latents without linear layers may have one, and protected heads
-    protect: ClassVar[Any] = None
+    protect: ClassVar[Any] = None  # coded latents without linear layers may have protected heads
     coded: ClassVar[bool] = True
 
-    kv_budget: Annotated[
-        float,
-        Option(
-            "Share of the bytes of the donor's 16-bit cache that states and codes may have together when it holds as "
-            "many tokens as --context says.",
-            "SHARE",
-            gt=0,
-            le=1,
-            range_hint="is outside (0, 1]; it is a share of the donor's cache at the context",
-        ),
-    ] = 0.25
-    context: Annotated[
-        int | None,
-        Option(
-            "Tokens in the cache for which the budget is counted: states weigh the same whatever the length.",
-            "TOKENS",
-            ge=1,
-            range_hint="is not a number of tokens from 1",
-            default="what the donor reads, at most 32768",
-        ),
-    ] = None
+    kv_budget: ByteBudget = 0.25
+    context: Context = None
     linear: Annotated[
         float,
         Option(
@@ -81,25 +62,25 @@ class HybridSettings(Settings):
             "What a linear layer is: mamba2 decays its state, gated-deltanet also overwrites what a key held."
         ),
     ] = "mamba2"
-    kv_bits: Annotated[
-        Takes[Bits, int],
-        Option(
-            "auto: each component of the latent of a layer that is not linear has the 0 to 8 bits that it is worth. 2 "
-            "to 8: so many or none.",
-            parse=str,
-            also=int,
-        ),
-    ] = default("auto")
+    kv_bits: CodeBits = default("auto")
+    plan: KindPlan = None
 
     def check(self) -> None:
-        """Raise BudgetError for a list beside a share."""
+        """Read the plan. Raise BudgetError for two of a share, a list and a plan."""
         if self.linear_layers is not None:
             self._set("linear_layers", sorted(set(self.linear_layers)))
             if self.linear != type(self).linear:
                 raise BudgetError("linear_layers decides every layer; leave out linear or linear_layers")
+        if self.plan is not None:
+            for name in ("linear", "linear_layers"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise BudgetError(f"a plan decides every layer; leave out {name} or the plan")
+            self._set("plan", read_linear(self.plan))
 
     def at_budget(self, share: float) -> HybridSettings:
-        """The same choices at another budget."""
+        """The same choices at another budget. Raises BudgetError where a plan has fixed it."""
+        if self.plan is not None:
+            raise BudgetError("the plan fixes the KV budget; leave it out to vary it")
         return dataclasses.replace(self, kv_budget=share)
 
 

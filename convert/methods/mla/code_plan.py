@@ -14,22 +14,36 @@ from .latent_code import WIDTHS, row_bytes
 
 
 def planned_bits(
-    plan: Sequence[dict[str, Any]], layers: int, elements: int, widths: Sequence[int], budget: int
+    plan: Sequence[dict[str, Any]],
+    elements: int,
+    widths: Sequence[int],
+    budget: int,
+    tokens: Sequence[int],
+    unit: str = "bytes a token",
 ) -> list[Tensor]:
     """For each layer (elements,), the bits of its components, the most for those that are worth most, int64.
+
+    A layer that the plan gives no components_by_bits has none.
+
+    Args:
+        budget: in `unit`.
+        tokens: of which each layer holds the codes; 1 where the budget is of a token.
 
     Raises:
         BudgetError: naming the layer and the number that does not fit the donor, the widths or the budget in bytes.
     """
-    if len(plan) != layers:
-        raise BudgetError(f"the plan has {len(plan)} layers and the donor {layers}")
+    if len(plan) != len(tokens):
+        raise BudgetError(f"the plan has {len(plan)} layers and the donor {len(tokens)}")
     used, bits = 0, []
     for index, layer in enumerate(plan):
+        if "components_by_bits" not in layer:
+            bits.append(torch.zeros(elements, dtype=torch.int64))
+            continue
         counts = _counts(f"plan, layer {index}", layer["components_by_bits"], elements, widths)
-        used += row_bytes(counts)
+        used += row_bytes(counts) * tokens[index]
         if used > budget:
             raise BudgetError(
-                f"plan, layer {index}: {used:,} bytes a token up to here are over the budget of {budget:,}; plan "
+                f"plan, layer {index}: {used:,} {unit} up to here are over the budget of {budget:,}; plan "
                 "fewer, or raise kv_budget"
             )
         repeated = [torch.full((count,), width) for width, count in zip(WIDTHS, counts, strict=True)]

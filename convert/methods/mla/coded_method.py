@@ -85,7 +85,12 @@ class CodedMLA(Method):
         self.bases = LayerBases([])
         self.bits: list[Tensor] = []
         if settings.plan is not None:
-            self.bits = planned_bits(settings.plan, layers, self.elements, self.widths, self.budget)
+            self._take_plan(settings.plan)
+
+    def _take_plan(self, plan: Any) -> None:
+        """Take over the bits of a user's plan. Raise BudgetError where it does not fit the donor or the budget."""
+        tokens = [1] * self.donor_config.num_hidden_layers
+        self.bits = planned_bits(plan, self.elements, self.widths, self.budget, tokens)
 
     def _require_budget(self, whole: int) -> None:
         """Raise BudgetError where the smallest codes are over the budget; whole: bytes of the donor."""

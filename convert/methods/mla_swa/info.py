@@ -11,6 +11,7 @@ INFO = MethodInfo(
     kind="layers",
     tag="multi-head-latent-attention",
     shrinks_cache=True,
+    layer_kind="windowed",
     row_tokens=WINDOWS.row_tokens,
     telling_row=WINDOWS.telling_row,
     sizes=(

@@ -10,13 +10,22 @@ from torch import Tensor, nn
 
 from mhconvert.errors import BudgetError
 
+from ..layer_kinds import CODES, FULL, WINDOWED, layer_kind
 from ..layer_sensitivity import LayerSensitivity
-from ..mla.bit_allocation import allocate, most_bytes
+from ..mla.bit_allocation import allocate, expected_divergence, most_bytes
 from ..mla.code_basis import LayerBases
+from ..mla.code_plan import planned_bits
 from ..mla.coded_method import BUDGET_BYTES, CodedMLA
 from ..refusals import require
 from ..swa.modeling_swa import in_window
-from ..swa.window_plan import Windows, every_layer_windowed, held_tokens, with_full_layers
+from ..swa.window_plan import (
+    Windows,
+    asked_window,
+    every_layer_windowed,
+    held_tokens,
+    with_full_layers,
+    with_planned_windows,
+)
 from .settings import MLASWASettings
 from .window_bits import choose
 
@@ -28,13 +37,17 @@ class WindowedCodedMLA(CodedMLA):
         """Raises UnsupportedError or BudgetError before any weight is read."""
         require(config, "mla+swa")
         super().__init__(config, settings, effort)
-        plan = every_layer_windowed(config, settings.window, settings.context, keeps_first=True)
+        window = asked_window(config, settings)
+        plan = every_layer_windowed(config, window, settings.context, keeps_first=True)
         if settings.full_layers is not None:
             plan = with_full_layers(plan, settings.full_layers)
+        if settings.plan is not None:
+            plan = with_planned_windows(plan, [layer["window"] for layer in settings.plan])
         self.plan = plan
         self.cache_context, self.least_row = plan.context, plan.window + 1
         self.held = held_tokens(plan.window, plan.context)  # of a windowed layer
         self.windows: Windows = [None] * config.num_hidden_layers
+        self.costs: list[dict[str, float]] = [{} for _ in self.windows]
         if plan.fixed is None:
             self.survey_shares = (1.0,)
         else:
@@ -42,9 +55,17 @@ class WindowedCodedMLA(CodedMLA):
                 [index in set(plan.free) - set(plan.fixed) for index in range(len(self.windows))]
             )
         self.donor_bytes = self.elements * BUDGET_BYTES * plan.donor_tokens()
-        most = most_bytes(config.num_hidden_layers, self.elements, max(self.widths)) * plan.context
+        most = most_bytes(1, self.elements, max(self.widths)) * sum(self.cached())
         self.total = min(int(settings.kv_budget * self.donor_bytes), most)
         self._require_total()
+        if settings.plan is not None:
+            unit = f"bytes of {plan.context:,} tokens"
+            self.bits = planned_bits(
+                settings.plan, self.elements, self.widths, self.total, self.cached(), unit
+            )
+
+    def _take_plan(self, plan: Any) -> None:
+        """It is of windows too, and taken when these are known."""
 
     def kv_bytes(self, element_bytes: int) -> int:
         """Bytes per token of the context, all layers, rounded up."""
@@ -64,24 +85,40 @@ class WindowedCodedMLA(CodedMLA):
         """Choose the layers with windows and the bits of every component, by one price of a byte."""
         self.bases = LayerBases(sensitivities)
         spectra = [basis.divergence for basis in self.bases]
-        if self.plan.fixed is not None:
+        if self.plan.fixed is None:
+            self._choose(sensitivities, spectra)
+        elif self.settings.plan is None:
             self.bits = allocate(spectra, self.total, self.widths, self.cached())
-            return
+        for costs, spectrum, bits in zip(self.costs, spectra, self.bits, strict=True):
+            costs[CODES] = expected_divergence([spectrum], [bits])
+
+    def _choose(self, sensitivities: Sequence[LayerSensitivity], spectra: Sequence[Tensor]) -> None:
         free = set(self.plan.free)
         costs = [float(one.replaced_cost) if i in free else None for i, one in enumerate(sensitivities)]
         found = choose(spectra, costs, self.cached(), self.held, self.total, self.widths)
         self._set_windows(found.windowed)
         self.bits = found.bits
-        listed = ", ".join(f"{i}: {cost:.2g}" for i, cost in enumerate(costs) if cost is not None)
+        self.costs = [{} if cost is None else {WINDOWED: cost} for cost in costs]
         self.notice = (
             f"windowed layers: {', '.join(str(i) for i, one in enumerate(found.windowed) if one) or 'none'}; windows "
-            f"and codes are expected to cost {found.divergence:.2g} nats a token. A window in one layer costs {listed}"
+            f"and codes are expected to cost {found.divergence:.2g} nats a token"
         )
 
     def layer_sizes(self, index: int) -> dict[str, Any]:
-        """As of coded latents, and the tokens that the layer caches at the context; nothing before the choice."""
+        """As of coded latents, the kind of layer, and the tokens that it caches; nothing before the choice."""
         sizes = super().layer_sizes(index)
-        return sizes and sizes | {"cached_tokens": self.cached()[index], "window": self.windows[index]}
+        if not sizes:
+            return {}
+        held, donor = self.cached()[index], self.plan.held(self.plan.own)[index]
+        share = sizes["kv_code_bytes"] * held / (self.elements * BUDGET_BYTES * donor)
+        window = self.windows[index]
+        kind = WINDOWED if window or self.plan.own[index] else FULL
+        return sizes | layer_kind(kind, share, self.costs[index]) | {"cached_tokens": held, "window": window}
+
+    @property
+    def kind_facts(self) -> dict[str, Any]:
+        """How wide a windowed layer's window is, and what stands for the tokens that it drops."""
+        return {"window": self.plan.window, "sinks": "first"}
 
     def totals(self) -> dict[str, Any]:
         """What a plan says of the windows, once they are chosen: {"windows": …} as of `--to swa`."""

@@ -7,9 +7,9 @@ from ..method_info import MethodInfo
 
 def telling_row(config: Any, settings: Any) -> int:
     """Twice the window: half of the tokens of a row then lack some of the text."""
-    from .window_plan import every_layer_windowed
+    from .window_plan import asked_window, every_layer_windowed
 
-    return 2 * every_layer_windowed(config, settings.window, settings.context).window
+    return 2 * every_layer_windowed(config, asked_window(config, settings), settings.context).window
 
 
 INFO = MethodInfo(
@@ -20,6 +20,7 @@ INFO = MethodInfo(
     kind="layers",
     tag="sliding-window-attention",
     shrinks_cache=True,
+    layer_kind="windowed",
     row_tokens=4096,
     telling_row=telling_row,
     sizes=(("tokens that a layer caches at the context", "cached_tokens"),),

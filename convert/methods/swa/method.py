@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...families.facts import attention_facts
 from ..budget_division import LayerNeed
+from ..layer_kinds import FULL, WINDOWED, layer_kind
 from ..refusals import require
 from ..registry import Method, whole_elements
 from .converted_class import converted_class, first_tokens_config
@@ -45,6 +46,7 @@ class SWA(Method):
         self.least_row = 0 if windowless else self.plan.window + 1
         self.cache_context = self.plan.context
         self.shared_out = False
+        self.costs: dict[int, float] = {}
 
     def kv_elements(self) -> int:
         """Cache elements per token of the context, all layers, rounded up."""
@@ -63,19 +65,27 @@ class SWA(Method):
 
     def share_out(self, needs: Sequence[LayerNeed]) -> None:
         """Keep those layers full whose windowing was measured to cost most."""
-        costs = {index: needs[index].divergence for index in self.plan.free}
-        full = sorted(sorted(costs, key=lambda index: -costs[index])[: self.plan.full])
+        self.costs = {index: needs[index].divergence for index in self.plan.free}
+        full = sorted(sorted(self.costs, key=lambda index: -self.costs[index])[: self.plan.full])
         self.windows, self.shared_out = self.plan.windows(full), True
-        kept = ", ".join(map(str, full))
-        listed = ", ".join(f"{index}: {cost:.2g}" for index, cost in costs.items())
-        self.notice = f"full layers: {kept}. Windowing one layer costs, in nats a token: {listed}"
+        self.notice = f"full layers: {', '.join(map(str, full))}"
 
-    def layer_sizes(self, index: int) -> dict[str, int]:
-        """The tokens that a layer caches at the context; missing where a survey will choose."""
+    def layer_sizes(self, index: int) -> dict[str, Any]:
+        """The kind of layer, and the tokens that it caches at the context; nothing where a survey will choose."""
         if self.divisible and not self.shared_out:
             return {}
-        window = self.windows[index]
-        return {"cached_tokens": self.plan.held(self.windows)[index]} | ({"window": window} if window else {})
+        held, donor = (self.plan.held(windows)[index] for windows in (self.windows, self.plan.own))
+        window, cost = self.windows[index], self.costs.get(index)
+        costs = {} if cost is None else {WINDOWED: cost}
+        return layer_kind(WINDOWED if window else FULL, held / donor, costs) | {
+            "window": window,
+            "cached_tokens": held,
+        }
+
+    @property
+    def kind_facts(self) -> dict[str, Any]:
+        """How wide a windowed layer's window is, and what stands for the tokens that it drops."""
+        return {"window": self.plan.window, "sinks": self.totals()["windows"]["sinks"]}
 
     def totals(self) -> dict[str, Any]:
         """{"windows": what `WindowPlan.facts` says of them}."""
@@ -130,7 +140,7 @@ class SWA(Method):
         module.cache_elements = (
             self.facts.kv_elements * self.plan.held(self.windows)[index] / self.plan.context
         )
-        return module.eval().requires_grad_(False), {"window": window}
+        return module.eval().requires_grad_(False), {"window": window} | self.layer_sizes(index)
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
         """Take over a layer that an interrupted run finished."""

@@ -9,8 +9,9 @@ from typing import Any
 from mhconvert.errors import BudgetError
 
 from ...families.facts import LONGEST_CONTEXT, counted_context
+from ..layer_options import LEAST_WINDOW, require_shorter
 from .first_tokens import FIRST
-from .settings import LEAST_WINDOW, SWASettings, require_shorter
+from .settings import SWASettings
 from .targets import own_windows
 
 # A window of 1024 tokens is measured on rows of 4096, which a survey can read of any donor; half the layers of a donor
@@ -148,12 +149,22 @@ def _require_fewer(window: int, context: int) -> None:
         )
 
 
+def asked_window(config: Any, settings: Any) -> int | None:
+    """The width that the user asks for, in tokens, or that the windows of the user's plan have; None: the default."""
+    if settings.window or not settings.plan:
+        return settings.window
+    pairs = zip(settings.plan, own_windows(config), strict=False)
+    return next((layer["window"] for layer, own in pairs if layer["window"] and not own), None)
+
+
 def window_plan(config: Any, settings: SWASettings, keeps_first: bool = False) -> WindowPlan:
     """The plan of `settings` for a donor. Raises BudgetError for settings that no plan fulfils."""
-    most = every_layer_windowed(config, settings.window, settings.context, keeps_first)
+    most = every_layer_windowed(config, asked_window(config, settings), settings.context, keeps_first)
     context, window = most.context, most.window
     if settings.full_layers is not None:
         return with_full_layers(most, settings.full_layers)
+    if settings.plan is not None:
+        return with_planned_windows(most, [layer["window"] for layer in settings.plan])
     donor, least = most.donor_tokens(), sum(most.held(most.windows(())))
     left = settings.kv_budget * donor - least
     full = int(left / (donor - least) * len(most.free) + ROUNDING)
@@ -191,3 +202,20 @@ def with_full_layers(plan: WindowPlan, layers: Sequence[int]) -> WindowPlan:
                 f"full_layers has {index}, which has a window of {plan.own[index]} in the donor; windows are kept"
             )
     return replace(plan, full=len(layers), fixed=tuple(layers))
+
+
+def with_planned_windows(plan: WindowPlan, windows: Windows) -> WindowPlan:
+    """`plan` with the windows of every layer that the user plans. Raises BudgetError for those that cannot be.
+
+    plan: of the width that the planned windows have.
+    """
+    if len(windows) != len(plan.own):
+        raise BudgetError(f"the plan has {len(windows)} layers and the donor {len(plan.own)}")
+    for index, (window, own) in enumerate(zip(windows, plan.own, strict=True)):
+        wanted = own or plan.window
+        if window not in (None, wanted):
+            reason = (
+                "the donor's own, which is kept" if own else "that of the other windows, which have one width"
+            )
+            raise BudgetError(f"plan, layer {index}: its window is {window}, and not {wanted}, {reason}")
+    return with_full_layers(plan, [index for index in plan.free if windows[index] is None])

@@ -15,8 +15,9 @@ import pytest
 from mhconvert.errors import OutputError
 from mhconvert.eval.page import page, plots
 from mhconvert.eval.page.blocks import Code, Paragraph, Table, to_html, to_markdown
+from mhconvert.eval.page.layer_kinds import layer_kinds
 from mhconvert.eval.text_spread import over_texts
-from tests.eval.page_sample import GENERATION, RECIPE, REPORTS, RESULT, measured, model, report
+from tests.eval.page_sample import GENERATION, KINDS, RECIPE, REPORTS, RESULT, measured, model, report
 
 HOSTILE = "<script>alert('x')</script> & $a_b$ | `c`"
 
@@ -386,3 +387,25 @@ def test_blocks_escape() -> None:
     assert to_markdown(Paragraph("a_b <i>\n\nc")) == r"a\_b \<i\> c"
     assert to_markdown(Code("a\n```\nb")) == "````yaml\na\n```\nb\n````"
     assert "| a \\| b |" in to_markdown(Table(["x"], [["a | b"]]))
+
+
+def test_layers_of_several_kinds_are_drawn_once_for_a_conversion_and_what_is_healed_of_it() -> None:
+    """The map has a coloured cell for each layer; beside the picture of the prices are their numbers."""
+    made = [dict(report) for report in REPORTS]
+    for one in made[1:]:
+        one["layers"] = KINDS
+    blocks = layer_kinds(RESULT, made)
+    written = "".join(map(to_html, blocks))
+    read = Reader(written)
+    words = read.text.replace("\u00a0", " ")
+    assert "Kinds of layers mla-eighth, mla-eighth-healed Each layer's kind" in words
+    assert "layers 0 to 2 full 100 % windowed 12.5 % linear 3.12 %" in words
+    assert [value for name, value in read.attributes if name == "class" and "kind-" in value] == [
+        f"kind kind-{kind}" for kind in ("full", "windowed", "linear")
+    ]
+    assert written.count('aria-label="Price of each layer"') == 1
+    assert "1 windowed 1,024 12.5 % 0.0625 0.5" in words
+    assert layer_kinds(RESULT, REPORTS) == []
+    text = "\n".join(map(to_markdown, blocks))
+    assert "| layers 0 to 2 | full (100 %) | windowed (12.5 %) | linear (3.12 %) |" in text
+    assert "| 2 | linear | — | 3.12 % | — | 0.01 |" in text

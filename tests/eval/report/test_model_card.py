@@ -15,6 +15,7 @@ from mhconvert.convert.checkpoint import fingerprint
 from mhconvert.errors import CheckpointError
 from mhconvert.eval.report.model_card import CARD, REPORT, model_card, write_report
 from mhconvert.eval.report.model_index import read_evaluation
+from tests.eval.page_sample import KINDS
 
 FULL = {
     "output": "some/where/tiny-mla",
@@ -282,3 +283,11 @@ def test_names_show_as_they_are_and_steer_nothing() -> None:
     code = body.split("```python\n")[1].split("```")[0]
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     assert [ast.literal_eval(call.args[0]) for call in calls] == [Path(evil).name] * 2
+
+
+def test_the_card_draws_layers_of_several_kinds() -> None:
+    card = model_card(FULL | {"layers": KINDS})
+    assert "`█▄▁ (█ full, ▄ windowed, ▁ linear)`" in card
+    assert "| layer | kind | window | KV cache | price, windowed | price, linear |" in card
+    assert "| 0 | full |  | 100 % | 0.25 | 1.5 |" in card
+    assert "## Layers" not in model_card(FULL)

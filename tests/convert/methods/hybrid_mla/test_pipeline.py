@@ -83,17 +83,25 @@ def test_a_surveyed_plan_is_that_of_the_conversion(
     assert (before["count"], before["linear_layers"]) == (1, None)
     planned, report = pipeline.plan(asked, surveyed=Fidelity), made[1]
     assert planned["states"] == report["states"]
-    assert "before their fit one alone costs, in nats a token: 1: " in planned["notice"]
+    assert planned["notice"] == f"linear layers: {report['states']['linear_layers'][0]}"
+    for planned_layer, layer in zip(planned["layers"], report["layers"], strict=True):
+        assert planned_layer["kind"] == layer["kind"]
+        assert {"windowed": planned_layer["costs"]["windowed"]} | layer["costs"] == planned_layer["costs"]
+        held = layer["kv_elements"]["converted"] / layer["kv_elements"]["donor"]
+        assert layer["kv_share"] == pytest.approx(2 * held)  # of a float32 donor: codes are bytes
     assert planned["kv_bytes_per_token"]["converted"] == report["kv_bytes_per_token"]["converted"]
 
 
-def test_a_resumed_run_writes_the_same(
+def test_a_resumed_run_and_one_of_its_plan_write_the_same(
     tmp_path: Path, recipe: Callable[..., Recipe], made: tuple[Path, Any]
 ) -> None:
     interrupted = recipe(tmp_path / "resumed")
     with pytest.raises(KeyboardInterrupt):
         mhconvert.convert(interrupted, on_progress=stop_after(3, KeyboardInterrupt()))
     mhconvert.convert(interrupted, resume=True)
+    settings = HybridSettings(SHARE, context=CONTEXT, plan=made[1]["layers"])
+    mhconvert.convert(recipe(tmp_path / "planned", settings))
+    assert hashes(tmp_path / "planned")["model.safetensors"] == hashes(made[0])["model.safetensors"]
     weights = {name: hashed for name, hashed in hashes(tmp_path / "resumed").items() if "safetensors" in name}
     assert weights
     assert weights.items() <= hashes(made[0]).items()
@@ -122,6 +130,13 @@ def test_the_layer_stage_brings_a_linear_layer_nearer(tmp_path: Path, recipe: Ca
         ({"linear": 0.05}, "linear=0.05 of 4 layers is 0; from 1 to 2 can be linear"),
         ({"linear": 0.9}, "linear=0.9 of 4 layers is 4; from 1 to 2 can be linear"),
         ({"linear_layers": "1,two"}, "'1,two' is no list of layers such as 3,7,11"),
+        ({"plan": [{"kind": "linear"}] * 4}, "not all: one has to keep the text"),
+        ({"plan": [{"kind": "linear"}] * 4, "linear": 0.5}, "leave out linear or the plan"),
+        ({"plan": [{"kind": "linear"}, {"kind": "full"}]}, "it needs components_by_bits"),
+        (
+            {"plan": [{"kind": "linear"}, {"components_by_bits": {8: 8}}]},
+            "the plan has 2 layers and the donor 4",
+        ),
         ({"context": 10**6}, "more than the 512 tokens that the donor reads"),
     ],
 )

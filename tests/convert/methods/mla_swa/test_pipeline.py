@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.donors import make_config, make_donor
 
 LAYERS, WINDOW, CONTEXT = 4, 16, 128
 DONOR_BYTES = LAYERS * 64 * 2  # of a token
+PLANNED = {"components_by_bits": {8: 20}, "window": 16}  # 21 bytes of each of 19 tokens
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,12 @@ def test_a_surveyed_plan_is_that_of_the_conversion(tmp_path: Path, recipe: Calla
     from mhconvert.convert import pipeline
 
     planned = pipeline.plan(asked, surveyed=Fidelity)
+    (file := tmp_path / "plan.json").write_text(json.dumps(planned))
     report = mhconvert.convert(asked)
+    same = replace(asked.settings, plan=file)
+    mhconvert.convert(recipe(tmp_path / "planned", same, verify=False))
+    weights = (hashes(tmp_path / folder)["model.safetensors"] for folder in ("out", "planned"))
+    assert len(set(weights)) == 1
     assert planned["windows"] == report["windows"]
     assert planned["kv_bytes_per_token"]["converted"] == pytest.approx(
         report["kv_bytes_per_token"]["converted"], abs=1
@@ -122,6 +129,30 @@ def test_a_resumed_run_writes_the_same(tmp_path: Path, recipe: Callable[..., Rec
     assert hashes(tmp_path / "resumed") == hashes(tmp_path / "whole")
 
 
+def test_a_curve_is_of_the_conversions_and_a_tolerance_is_met(
+    tmp_path: Path, recipe: Callable[..., Recipe]
+) -> None:
+    """Fewer bytes leave more divergence; each point is what a conversion at its budget has."""
+    curve = mhconvert.curve(recipe(tmp_path / "out"), [0.3, 0.1, 0.03])
+    for field, falling in (("kv_bytes_per_token", True), ("kl", False)):
+        values = [point[field] for point in curve["points"]]
+        assert len(set(values)) == 3
+        assert values == sorted(values, reverse=falling)
+    for point in curve["points"]:
+        assert 0.8 * point["kv_budget"] < point["kv_share"] <= point["kv_budget"]
+    middle = curve["points"][1]
+    settings = MLASWASettings(0.1, window=WINDOW, context=CONTEXT)
+    report = mhconvert.convert(recipe(tmp_path / "at", settings, verify=False))
+    assert report["kv_bytes_per_token"]["converted"] == pytest.approx(middle["kv_bytes_per_token"])
+    assert report["kl"] == pytest.approx(middle["kl"], rel=1e-4)
+    limit = 1.05 * middle["kl"]
+    settings = MLASWASettings(window=WINDOW, context=CONTEXT)
+    asked = recipe(tmp_path / "within", settings, tolerance=f"kl={limit}", verify=False)
+    found = mhconvert.convert(asked)
+    assert 0.5 * limit < found["kl"] == found["tolerance"]["measured"] <= limit
+    assert found["tolerance"]["kv_budget"] < 0.12
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -131,6 +162,21 @@ def test_a_resumed_run_writes_the_same(tmp_path: Path, recipe: Callable[..., Rec
             "window=600: a layer caches 516 tokens, .* and context=512 is not more",
         ),
         ({"kv_budget": 0.1, "full_layers": [9]}, "full_layers has 9, and the donor's layers are 0 to 3"),
+        ({"plan": [PLANNED] * 3}, "the plan has 3 layers and the donor 4"),
+        ({"plan": [PLANNED] * 4, "full_layers": [0]}, "leave out full_layers or the plan"),
+        (
+            {"plan": [PLANNED] * 3 + [PLANNED | {"window": 32}]},
+            "layer 3: its window is 32, and not 16, that of the",
+        ),
+        ({"plan": [PLANNED, {"window": None}]}, "plan, layer 1: it needs components_by_bits"),
+        (
+            {"plan": [{"components_by_bits": {4: 8}}]},
+            "layer 0: it needs window, a number of tokens from 2, or null",
+        ),
+        (
+            {"plan": [PLANNED] * 4, "kv_budget": 0.002},
+            "layer 1: 798 bytes of 512 tokens up to here are over the",
+        ),
         ({"kv_budget": 0.1, "context": 10**6}, "more than the 512 tokens that the donor reads"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import mhconvert
+from mhconvert.cli import plan_tables
 from mhconvert.convert.calibration import calibration_rows
 from mhconvert.convert.methods import registry
 from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import CalibrationError
-from tests.conftest import Cli
+from tests.conftest import Main
 from tests.convert.conversions import logits, relative, token_ids
 from tests.convert.test_pipeline import hashes, stop_after
 from tests.donors import make_donor
@@ -105,22 +109,42 @@ def test_sinks_lower_the_error_of_the_layers(tmp_path: Path, recipe: Callable[..
     assert sum(errors["learnt"]) < sum(errors["none"])
 
 
-def test_a_resumed_run_writes_the_same(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
-    mhconvert.convert(recipe(tmp_path / "whole", verify=False))
-    interrupted = recipe(tmp_path / "resumed", verify=False)
+def test_a_resumed_run_and_one_of_its_plan_write_the_same(
+    tmp_path: Path, recipe: Callable[..., Recipe]
+) -> None:
+    report = mhconvert.convert(recipe(tmp_path / "whole", verify=False, fit_steps=10))
+    settings = SWASettings(context=CONTEXT, plan=report["layers"])
+    mhconvert.convert(recipe(tmp_path / "planned", settings, verify=False, fit_steps=10))
+    interrupted = recipe(tmp_path / "resumed", verify=False, fit_steps=10)
     with pytest.raises(KeyboardInterrupt):
         mhconvert.convert(interrupted, on_progress=stop_after(2, KeyboardInterrupt()))
     mhconvert.convert(interrupted, resume=True)
     weights = "model.safetensors"
-    assert hashes(tmp_path / "whole")[weights] == hashes(tmp_path / "resumed")[weights]
+    for folder in ("resumed", "planned"):
+        assert hashes(tmp_path / "whole")[weights] == hashes(tmp_path / folder)[weights]
 
 
-def test_the_survey_says_what_each_layer_costs(tmp_path: Path, donor: Path, text: Path, cli: Cli) -> None:
+def test_the_survey_says_what_each_layer_costs(
+    tmp_path: Path, donor: Path, text: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--window", WINDOW, "--context", CONTEXT, "--kv-budget", 0.6, "--calibration", text]
     asked = ["--calibration-tokens", 1024, "--sequence-length", 64, "--dry-run", "--survey"]
-    shown = cli(donor, "--to", "swa", *options, *asked).stdout
-    assert "Windowing one layer costs" in shown
+    page = tmp_path / "survey.md"
+    assert main(donor, "--to", "swa", *options, *asked, "--report", page, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    plan_tables.show(plan, console := Console(file=io.StringIO(), width=120))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "128: 56.2 %" in shown
+    for layer in plan["layers"]:
+        prices = [f"{layer['costs'][kind]:.4g}" for kind in ("windowed", "linear")]
+        row = [str(layer["index"]), layer["kind"], *(["16"] if layer["window"] else [])]
+        row += ["12.5 %" if layer["window"] else "100 %", *prices]
+        assert " ".join(row) in " ".join(shown.replace("│", " ").split())
+        assert prices[0] in page.read_text(encoding="utf-8")
+    kept = sorted(range(LAYERS), key=lambda i: -plan["layers"][i]["costs"]["windowed"])[:2]
+    assert [layer["index"] for layer in plan["layers"] if layer["kind"] == "full"] == sorted(kept)
+    assert "".join("█" if i in kept else "▄" for i in range(LAYERS)) in shown
+    assert main(donor, "--to", "mla", "--dry-run", "--survey", "--report", page) == 2
 
 
 def test_a_survey_reads_rows_beyond_a_wide_window(

@@ -53,9 +53,17 @@ def test_layers_are_full_whose_windowing_costs_most() -> None:
     assert method.layer_sizes(0) == {}
     method.share_out([LayerNeed((least,), (0.1,), least, cost) for cost in costs])
     assert [i for i, window in enumerate(method.windows) if window is None] == [1, 3, 5, 7]
-    assert method.layer_sizes(1) == {"cached_tokens": 8192}
-    assert method.layer_sizes(0) == {"cached_tokens": 1024, "window": 1024}
-    assert "full layers: 1, 3, 5, 7." in method.notice
+    full = {
+        "kind": "full",
+        "kv_share": 1.0,
+        "costs": {"windowed": 0.5},
+        "window": None,
+        "cached_tokens": 8192,
+    }
+    assert method.layer_sizes(1) == full
+    windowed = {"kind": "windowed", "kv_share": 0.125, "window": 1024, "cached_tokens": 1024}
+    assert method.layer_sizes(0) == windowed | {"costs": {"windowed": 0.1}}
+    assert method.notice == "full layers: 1, 3, 5, 7"
     shares = method.totals()["windows"]["shares"]
     assert shares == {"1024": 1.0, "2048": 0.75, "4096": 0.625, "8192": 0.5625}
     assert method.kv_elements() == method.facts.kv_elements * LAYERS * 0.5625
@@ -114,6 +122,14 @@ def test_windows_of_the_donor_are_kept() -> None:
         plan(SWASettings(kv_budget=0.1), **own)
     with pytest.raises(BudgetError, match="full_layers has 0, which has a window of 2048 in the donor"):
         plan(SWASettings(full_layers=[0]), **own)
+    windows = [{"window": own or (None if index < 4 else 2048)} for index, own in enumerate(found.own)]
+    assert plan(SWASettings(plan=windows), **own).windows([1, 3]) == [one["window"] for one in windows]
+    with pytest.raises(BudgetError, match="layer 0: its window is 100, and not 2048, the donor's own"):
+        plan(SWASettings(plan=[{"window": 100}, *windows[1:]]), **own)
+    with pytest.raises(BudgetError, match="plan decides every layer; leave out kv_budget or plan"):
+        SWASettings(kv_budget=0.3, plan=windows)
+    with pytest.raises(BudgetError, match="plan fixes the KV budget; leave it out to vary it"):
+        SWASettings(plan=windows).at_budget(0.5)
 
 
 def test_a_row_needs_more_than_the_window_only_where_a_layer_is_windowed() -> None:
