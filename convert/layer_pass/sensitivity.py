@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhconvert.device import half_products
 from mhconvert.progress import Progress
 
+from ..attention.half_attention import half_layers
 from ..families.facts import attention_facts
 from ..methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensitivity
 from . import layer_steps
@@ -121,7 +121,7 @@ def _one_pass(
         inputs.append(hidden)
         layer = layer_steps.read_layer(context, index, rows.shape[1])
         block = layer.block(layer.attention, nn.Identity())
-        with half_products(context.device):
+        with half_layers(context.device):
             hidden = layer.through(lambda x, block=block: block(x, None)[0], hidden)
         yield
     gradient = torch.empty_like(hidden)

@@ -58,7 +58,7 @@ def context_of(recipe: Recipe) -> ConversionContext:
 @pytest.fixture
 def whole_products(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (sensitivity, backward):
-        monkeypatch.setattr(module, "half_products", lambda _: nullcontext())
+        monkeypatch.setattr(module, "half_layers", lambda _: nullcontext())
 
 
 @pytest.mark.usefixtures("whole_products")
@@ -86,7 +86,7 @@ def test_products_of_16_bits_change_the_prices_little(
     measured = []
     for products in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         for module in (sensitivity, backward):
-            monkeypatch.setattr(module, "half_products", lambda _, products=products: products)
+            monkeypatch.setattr(module, "half_layers", lambda _, products=products: products)
         measured.append(measure_sensitivities(context))
     for index, (exact, rounded) in enumerate(zip(*measured, strict=True)):
         moved = (rounded.covariance - exact.covariance).norm() / exact.covariance.norm()
