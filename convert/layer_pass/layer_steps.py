@@ -122,10 +122,13 @@ def observe(
     """
     fit, held = teacher[:fitted], teacher[fitted:]
     inputs = layer.attention_inputs(fit)
-    with half_layers(context.device):
-        targets = layer.attend(layer.attention, inputs)
-    require_finite_states(layer.index, attention_inputs=inputs, attention_outputs=targets)
+    require_finite_states(layer.index, attention_inputs=inputs)
     statistics = method.observe(layer.attention, inputs, layer.rotary)
+    targets = getattr(statistics, "outputs", None)
+    if targets is None:
+        with half_layers(context.device):
+            targets = layer.attend(layer.attention, inputs)
+    require_finite_states(layer.index, attention_outputs=targets)
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)
     elements = layer.cache_elements(layer.attention, held_inputs)
