@@ -18,8 +18,9 @@ def torch_dtype(name: str, error: type[MhconvertError] = MhconvertError) -> torc
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether `tensor` has no NaN and no infinity. One pass without a temporary: 25 times as fast as isfinite of all."""
-    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())  # of a NaN, NaN
+    """Whether `tensor` has no NaN and no infinity, in one pass without a temporary: isfinite takes 25 times as long."""
+    extremes = tensor.aminmax() if tensor.numel() else ()  # NaN where there is one
+    return all(bool(extreme.isfinite()) for extreme in extremes)
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
