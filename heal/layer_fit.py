@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from mhconvert.device import half_products
-
+from ..convert.attention.half_attention import half_layers
 from ..convert.attention.linalg import relative_error
 from .coordinates import Coordinates, linear_coordinates
 
@@ -103,7 +102,7 @@ def _train(
         x, expected = inputs[batch].to(device), targets[batch].to(device)
         x = x if input_root is None else x @ input_root
         with torch.enable_grad():
-            with half_products(device):
+            with half_layers(device):
                 output = attention(x, position_embeddings)[0].float()
             loss = (output - expected).square().sum() / expected.square().sum()
             loss.backward()

@@ -48,6 +48,7 @@ def whole_model(
 
 def final_logits(config: Any, logits: Tensor) -> Tensor:
     """The logits after the scaling of Granite and the softcap of Gemma 2, if the config has them."""
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    scaling = getattr(config, "logits_scaling", None)
+    logits = logits / scaling if scaling else logits  # without a copy: they are as large as a layer
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mhconvert.device import half_products
-
+from ..attention.half_attention import half_layers
 from ..calibration.token_rows import random_ids
 from .context import ConversionContext
 from .decoder_layer import Layer
@@ -60,7 +59,7 @@ def back_through(
     parts = zip(hidden.split(rows), gradients.split(rows, dim=1), found.split(rows, dim=1), strict=True)
     for part, behind, before in parts:
         leaf = part.to(context.device).requires_grad_()
-        with torch.enable_grad(), half_products(context.device):
+        with torch.enable_grad(), half_layers(context.device):
             output = block(leaf, None)[0]
         for number, (sample, target) in enumerate(zip(behind, before, strict=True), start=1):
             output.backward(sample.to(output), retain_graph=number < len(behind))

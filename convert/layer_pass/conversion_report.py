@@ -18,7 +18,7 @@ from ..storage.dtype_cast import DTYPES
 from .context import ConversionContext
 from .loss_by_source import by_source, warnings
 
-PROBE_ROWS, PROBE_TOKENS = 2, 4096  # the most whose logits a reload is compared with; one row at least
+PROBE_ROWS, PROBE_TOKENS = 2, 512  # the most whose logits a reload is compared with; one row at least
 
 
 def conversion_facts(
@@ -73,7 +73,7 @@ def held_out_fidelity(
 
     Args:
         teacher, students: (M, L, D), hidden states behind the last layer; the teacher is `context.first`.
-        probe: where the first student's logits of two rows are written, for `add_reload`.
+        probe: where the first student's logits of `probe_rows` rows are written, for `add_reload`.
     """
     donor, held_out = context.donor, context.rows.held_out
     predictions = [context.measure() for _ in students]

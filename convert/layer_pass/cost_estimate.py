@@ -17,6 +17,7 @@ from ..calibration.calibration_rows import (
 from ..donor.donor import Donor
 from ..families.facts import attention_facts, cached_part
 from ..methods.cache_elements import cache_elements
+from ..methods.layer_sensitivity import SAMPLE_TOKENS
 from ..methods.registry import Method, whole_elements
 from ..recipe.recipe import Recipe
 from ..recipe.tolerance import on_policy
@@ -127,11 +128,10 @@ def _survey(method: Method, config: Any, elements: int, rows: int, length: int) 
     if not method.surveys_sensitivity:
         return 0, 0, 0
     layers = config.num_hidden_layers
-    tokens = math.prod(surveyed_shape(rows, length, elements))
-    read = min(rows * length, method.layer_tokens or rows * length)
-    basis = 8 * (BASIS_SQUARES * elements**2 + BASIS_ROWS * read * elements)
-    kept = stored_bytes(elements, layers)
-    return peak_bytes(elements, layers, config.hidden_size, tokens), basis, kept
+    shape = surveyed_shape(rows, length, elements)
+    basis = 8 * (BASIS_SQUARES * elements**2 + BASIS_ROWS * SAMPLE_TOKENS * elements)
+    kept = stored_bytes(elements, layers, *shape)
+    return peak_bytes(elements, layers, config.hidden_size, *shape), basis, kept
 
 
 def _notice(method: Method, elements: int, rows: int, length: int) -> dict[str, str]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.device import half_products
 from mhconvert.errors import CheckpointError
 
+from ..attention.half_attention import half_layers
 from ..attention.linalg import relative_error
 from ..attention.rotary import layer_rotary
 from ..checkpoint.provenance import recorded_context
@@ -122,16 +122,20 @@ def observe(
     """
     fit, held = teacher[:fitted], teacher[fitted:]
     inputs = layer.attention_inputs(fit)
-    targets = layer.attend(layer.attention, inputs)
-    require_finite_states(layer.index, attention_inputs=inputs, attention_outputs=targets)
+    require_finite_states(layer.index, attention_inputs=inputs)
     statistics = method.observe(layer.attention, inputs, layer.rotary)
+    targets = getattr(statistics, "outputs", None)
+    if targets is None:
+        with half_layers(context.device):
+            targets = layer.attend(layer.attention, inputs)
+    require_finite_states(layer.index, attention_outputs=targets)
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)
     elements = layer.cache_elements(layer.attention, held_inputs)
     stated = stated_context(method, context.donor)
     part = cached_part(context.donor.config, layer.index, stated)
     cached = 1.0 if stated == method.cache_context else part
-    with half_products(context.device):
+    with half_layers(context.device):
         layer.complete(fit, targets)
     layer.complete(held, held_targets)
     del layer.module.self_attn  # the donor's is not written

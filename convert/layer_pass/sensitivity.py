@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from mhconvert.device import half_products
 from mhconvert.progress import Progress
 
+from ..attention.half_attention import half_layers
 from ..families.facts import attention_facts
-from ..methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensitivity
+from ..methods.layer_sensitivity import FIRST_TOKENS, SAMPLE_TOKENS, LayerMoments, LayerSensitivity
 from . import layer_steps
 from .backward import back_through, gradients_of_samples
 from .context import ConversionContext
@@ -82,20 +83,21 @@ def _state_bytes(layers: int, hidden: int) -> int:
     return 4 * (layers + STATE_COPIES) * hidden
 
 
-def stored_bytes(elements: int, layers: int) -> int:
-    """Bytes of what a survey finds, in memory and in its file."""
-    return layers * (8 * (elements + elements**2 + 1) + 4 * elements**2)
+def stored_bytes(elements: int, layers: int, rows: int, length: int) -> int:
+    """Bytes of what a survey of `rows` rows of `length` tokens finds, in memory and in its file."""
+    kept = min(SAMPLE_TOKENS, rows * (length - FIRST_TOKENS))
+    return layers * (8 * (2 * elements + elements**2 + 2) + 4 * elements * (elements + kept))
 
 
-def peak_bytes(elements: int, layers: int, hidden: int, tokens: int) -> int:
-    """Memory of a survey of `tokens` tokens, without a layer's weights and the logits of a row.
+def peak_bytes(elements: int, layers: int, hidden: int, rows: int, length: int) -> int:
+    """Memory of a survey of `rows` rows of `length` tokens, without a layer's weights and the logits of a row.
 
     The states at each layer's input are those of one pass, and gone when the file's bytes are made in memory.
     """
-    tokens = min(tokens, pass_tokens(layers, hidden))
+    tokens = min(rows * length, pass_tokens(layers, hidden))
     states = tokens * _state_bytes(layers, hidden)
     part = 8 * (PART_COPIES * tokens * elements + SQUARE_COPIES * elements**2)
-    found = stored_bytes(elements, layers)
+    found = stored_bytes(elements, layers, rows, length)
     return found + max(states + part, found)
 
 
@@ -121,24 +123,26 @@ def _one_pass(
         inputs.append(hidden)
         layer = layer_steps.read_layer(context, index, rows.shape[1])
         block = layer.block(layer.attention, nn.Identity())
-        with half_products(context.device):
+        with half_layers(context.device):
             hidden = layer.through(lambda x, block=block: block(x, None)[0], hidden)
         yield
     gradient = torch.empty_like(hidden)
     for row, behind in zip(hidden, gradient, strict=True):
-        behind.copy_(gradients_of_samples(context, row, generator)[0])
+        with half_products(context.device):
+            behind.copy_(gradients_of_samples(context, row, generator)[0])
         yield
     context.donor.release()
     for index in reversed(range(context.layers)):
         values, gradients, gradient = _through_layer(context, index, inputs.pop(), gradient)
-        moments[index].add(values, gradients)
+        moments[index].begin(values[:, 0])
+        moments[index].add(*(part[:, FIRST_TOKENS:].flatten(0, 1) for part in (values, gradients)))
         yield
 
 
 def _through_layer(
     context: ConversionContext, index: int, hidden: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer's keys and values (tokens, m), the gradients at them (tokens, m), and the gradient at its input.
+    """One layer's keys and values (N, L, m), the gradients at them (N, L, m), and the gradient at its input.
 
     Args:
         hidden: (N, L, D), the layer's input; gradient: (N, L, D), at its output.
@@ -155,7 +159,7 @@ def _through_layer(
 def _key_value_projections(attention: Any, config: Any) -> Iterator[Any]:
     """A function that returns the keys before RoPE and values [k; v] of the last rows, and the gradient at them.
 
-    Both are (N (L − FIRST_TOKENS), m), on the CPU.
+    Both are (N, L, m), on the CPU.
     """
     facts = attention_facts(config)
     fused = hasattr(attention, "qkv_proj")
@@ -178,10 +182,7 @@ def _key_value_projections(attention: Any, config: Any) -> Iterator[Any]:
     def read() -> tuple[Tensor, Tensor]:
         values, gradients = ([flat(getattr(o, name)) for o in outputs] for name in ("data", "grad"))
         outputs.clear()
-        joined = (
-            torch.cat(parts, dim=-1)[:, FIRST_TOKENS:, -facts.kv_elements :].flatten(0, 1)
-            for parts in (values, gradients)
-        )
+        joined = (torch.cat(parts, dim=-1)[..., -facts.kv_elements :] for parts in (values, gradients))
         keys_values, at_them = (part.cpu() for part in joined)
         return keys_values, at_them
 

@@ -36,7 +36,7 @@ PROBE_SECONDS = 0.12  # for each of four rates
 SIZE = 1024  # of the matrices that are multiplied
 START_SECONDS = 4.0  # of a process with torch and transformers, whatever the donor
 # By how much a stage is slower than its products alone, on two cores: attention, copies, and what is not multiplied.
-SAMPLING_FACTOR, SURVEY_FACTOR, NEEDS_FACTOR, PASS_FACTOR, FIT_FACTOR = 3.0, 2.6, 2.0, 2.5, 3.0
+SAMPLING_FACTOR, SURVEY_FACTOR, NEEDS_FACTOR, PASS_FACTOR, FIT_FACTOR = 3.0, 2.2, 1.3, 2.5, 2.4
 SURGERY_PRODUCTS = 100  # of float64 matrices as wide as the hidden states, that a layer's closed form takes
 
 
@@ -102,7 +102,7 @@ def expected_seconds(
     fitted = step * layer_fit_steps(recipe, method, length) * method.new_parameters()
     fitted_layers = layers if method.fitted_layers is None else method.fitted_layers
     blocks = step * block_steps(recipe, rows, length) * layer
-    passed = 2 * layers * layer * (text + 2 * held) / rates.single
+    passed = 2 * layers * layer * (text / rates.half + 2 * held / rates.single)
     return {
         "donor": START_SECONDS,
         "calibrate": _calibration(
@@ -136,11 +136,7 @@ def _survey(
     if method.surveys_sensitivity:
         elements = attention_facts(config).kv_elements
         tokens = math.prod(surveyed_shape(rows, length, elements))
-        products = (
-            6 * layers * layer / rates.half
-            + 4 * head / rates.single
-            + 4 * layers * elements**2 / rates.double
-        )
+        products = (6 * layers * layer + 4 * head) / rates.half + 4 * layers * elements**2 / rates.double
         seconds = SURVEY_FACTOR * tokens * products
         if not method.survey_shares:
             return seconds

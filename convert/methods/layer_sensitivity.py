@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FIRST_TOKENS = 4  # of each row, which are left out of all moments: models park their attention on them
+SAMPLE_TOKENS = 2048  # of the first text that is counted, whose keys and values are kept as they are
 CLIPPED = 0.98  # quantile of the gradients' norms over tokens at which they are clipped: a few would be most of the sum
 
 
@@ -21,6 +22,8 @@ class LayerSensitivity:
         price: (m, m), E[g gᵀ], g = ∂ log p(token drawn from the model) / ∂y: the model's Fisher information, so that an
             error e of one token's y adds ½ eᵀ price e nats to the model's divergence, to second order.
         tokens: (), how many the moments are of, int64.
+        first: (m,), the mean of y at the first position of a row, which the moments leave out; float64.
+        sample: (at most SAMPLE_TOKENS, m), y of some of the tokens, float32.
         replaced_cost: (), what the method's other kind of layer in its place alone adds, such as one with a window,
             nats per token, where a method asks for it; float64.
     """
@@ -29,6 +32,8 @@ class LayerSensitivity:
     covariance: Tensor
     price: Tensor
     tokens: Tensor
+    first: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    sample: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     replaced_cost: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
 
@@ -52,9 +57,19 @@ class LayerMoments:
         self.mean = torch.zeros(elements, dtype=torch.float64)
         self.covariance = torch.zeros(elements, elements, dtype=torch.float64)
         self.price = torch.zeros(elements, elements)
+        self.rows, self.firsts = 0, torch.zeros(elements, dtype=torch.float64)
+        self.sample = torch.zeros(0, elements)
+
+    def begin(self, firsts: Tensor) -> None:
+        """Count the keys and values (rows, m) at the first position of rows."""
+        self.rows += len(firsts)
+        self.firsts += firsts.sum(0, dtype=torch.float64)
 
     def add(self, values: Tensor, gradients: Tensor) -> None:
         """Count keys and values (tokens, m), and the gradients at them (tokens, m)."""
+        wanted = SAMPLE_TOKENS - len(self.sample)
+        if wanted:
+            self.sample = torch.cat((self.sample, values[:: -(-len(values) // wanted)].float()))
         values, priced = values.double(), _clipped(gradients.double())
         count = len(values)
         mean = values.mean(0)
@@ -68,7 +83,8 @@ class LayerMoments:
 
     def sensitivity(self) -> LayerSensitivity:
         """What was gathered so far."""
-        return LayerSensitivity(self.mean, self.covariance, self.price, torch.tensor(self.count))
+        moments = self.mean, self.covariance, self.price, torch.tensor(self.count)
+        return LayerSensitivity(*moments, self.firsts / max(1, self.rows), self.sample)
 
 
 def _clipped(gradients: Tensor) -> Tensor:

@@ -154,6 +154,8 @@ class Method(Protocol):
     def observe(self, attention: Any, inputs: Any, rotary: Any) -> Any:
         """What `convert` needs of a donor layer; the same for every budget, and kept when the layer is gone.
 
+        A method that computes the attention's outputs (N, L, D) for it returns them too, as `outputs`.
+
         Args:
             attention: the donor's attention module, float32.
             inputs: (N, L, D) float32, what it reads on calibration text.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mhconvert.errors import CheckpointError
 
+from .dtype_cast import is_finite
 from .regular_file import require_regular
 from .safetensors_header import StoredTensor, read_header
 from .unicode_text import lone_surrogate
@@ -201,7 +202,7 @@ def require_finite(tensor: Tensor, name: str, file: Path) -> None:
     for block in tensor.view(-1).split(FINITE_BLOCK):
         if block.element_size() == 1:
             block = block.float()
-        if not torch.isfinite(block).all():
+        if not is_finite(block):
             kind = "NaN" if torch.isnan(block).any() else "infinite"
             raise CheckpointError(f"tensor {name} in {file} holds {kind} values; the checkpoint is damaged")
 

@@ -29,12 +29,15 @@ class CodeBasis:
         down: (m, m), z = down @ (y − mean), of variance 1.
         up: (m, m), y − mean = up @ z.
         divergence: (m,), nats per token that leaving out a component adds.
+        first, sample: y at the first position of a row, and of some tokens, as in `LayerSensitivity`.
     """
 
     mean: Tensor
     down: Tensor
     up: Tensor
     divergence: Tensor
+    first: Tensor
+    sample: Tensor
 
 
 def code_basis(layer: LayerSensitivity) -> CodeBasis:
@@ -49,7 +52,7 @@ def code_basis(layer: LayerSensitivity) -> CodeBasis:
     values, vectors = values.flip(0).clamp_min(TINY), vectors.flip(1)
     scale = values.sqrt()
     down, up = (vectors / scale).mT @ root, inverse @ vectors * scale
-    return CodeBasis(layer.mean.double(), down, up, values / 2)
+    return CodeBasis(layer.mean.double(), down, up, values / 2, layer.first, layer.sample)
 
 
 class LayerBases(Sequence[CodeBasis]):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhconvert.errors import BudgetError
@@ -22,7 +21,7 @@ from mhconvert.errors import BudgetError
 from ...attention.projections import QKNorm, projections, qk_norm
 from ...attention.rotary import LayerRotary
 from ...families.facts import attention_facts
-from ..layer_sensitivity import FIRST_TOKENS, LayerSensitivity
+from ..layer_sensitivity import LayerSensitivity
 from ..protected_heads import groups_of, head_weights, protected_heads
 from ..refusals import require
 from ..registry import Method
@@ -36,7 +35,6 @@ from .latent_code import WIDTHS, row_bytes
 from .settings import CodeSettings
 
 BUDGET_BYTES = 2  # of a donor's cache element, of which the budget is a share
-LEVEL_TOKENS = 8192  # whose components the levels are fitted to
 EXAMPLE_WIDTH = 4
 LEAST_RMS = 1e-6  # of a token's components, by which they are divided
 
@@ -57,7 +55,7 @@ class CodedMLA(Method):
 
     replaced = ("self_attn.",)
     closed_form = True
-    layer_tokens = LEVEL_TOKENS
+    layer_tokens = 1  # a row: the survey has kept what the levels are fitted to
     added_tensors = 11  # of six projections with biases, two norms and a code of three, where six were
     surveys_sensitivity = True
     survey_shares: tuple[float, ...] = ()
@@ -167,21 +165,22 @@ class CodedMLA(Method):
         targets: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """The coded attention of layer `index`, float32 on the embeddings' device, and the bits of its components."""
+        """The coded attention of layer `index`, float32 on the embeddings' device, and the bits of its components.
+
+        Its levels are fitted to what the survey kept; `inputs` and `targets` are not read.
+        """
         basis, bits = self.bases[index], self.bits[index]
         order = bits.argsort(descending=True, stable=True)[: int((bits > 0).sum())]
         mean, down, up = basis.mean, basis.down[order], basis.up[:, order]
-        rows = inputs[: max(1, LEVEL_TOKENS // inputs.shape[1])].double()
-        written = self._keys_and_values(statistics, rows)  # N L m
         self._set(index, width_counts(bits))
         with torch.device("meta"):
             module = modeling_coded_mla.CodedLatentAttention(copy.deepcopy(self.config), index)
-        sink = written[:, 0].mean(0) - mean
-        rest = (written[:, FIRST_TOKENS:] - mean) @ down.mT
+        sink = basis.first - mean
+        rest = (basis.sample.double() - mean) @ down.mT
         rest = rest / rest.square().mean(-1, keepdim=True).sqrt().clamp_min(LEAST_RMS)
         tensors = {
             "code.sink": down @ sink,
-            "code.levels": layer_levels(rest.flatten(0, 1), module.code.ranges),
+            "code.levels": layer_levels(rest, module.code.ranges),
             "code.weight": basis.divergence[order] / basis.divergence[order].max(),
             **_projections(statistics, down, mean),
             "kv_b_proj.weight": torch.cat((up, sink.unsqueeze(1)), dim=1),
@@ -196,15 +195,6 @@ class CodedMLA(Method):
         module.load_state_dict(state, strict=True, assign=True)
         own = {"weighted_kv_heads": self.kept[index]} if self.kept[index] else {}
         return module.eval().requires_grad_(False), self.layer_sizes(index) | own
-
-    def _keys_and_values(self, donor: DonorAttention, rows: Tensor) -> Tensor:
-        """[k; v] of rows (N, L, D) before RoPE, the keys normed where the donor has QK-norm: (N, L, m)."""
-        key, value = (rows @ weight.mT + bias for weight, bias in (donor.k, donor.v))
-        if donor.norm is not None:
-            heads = key.unflatten(-1, (self.facts.key_scales, -1))
-            normed = F.rms_norm(heads, heads.shape[-1:], eps=self.donor_config.rms_norm_eps)
-            key = normed.flatten(-2) * donor.norm.k.flatten()
-        return torch.cat((key, value), dim=-1)
 
     def restore(self, index: int, chosen: dict[str, Any]) -> None:
         """Take over a layer that an interrupted run finished."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...attention.half_attention import half_layers
 from .modeling_moh import MixtureOfHeadAttention
 from .surgery import RoutingStatistics
 
@@ -21,10 +22,12 @@ class Observed:
     Attributes:
         attention: the donor's module, float32.
         statistics: sums over the calibration text.
+        outputs: (N, L, D) float32 on the CPU, what the attention returns for it, by `half_layers`.
     """
 
     attention: nn.Module
     statistics: RoutingStatistics
+    outputs: Tensor
 
 
 @torch.no_grad()
@@ -48,15 +51,26 @@ def observe(
     units, width = config.routing_units, whole.heads * whole.head_dim // config.routing_units
     weight = whole.o_proj.weight.float().unflatten(1, (units, width))  # D U w
     metric = torch.einsum("duw,duv->uwv", weight, weight)
-    statistics = RoutingStatistics.empty(inputs.shape[-1], units)
-    outputs: list[Tensor] = []
-    hook = whole.o_proj.register_forward_pre_hook(lambda _, arguments: outputs.append(arguments[0]))
-    for rows in inputs.split(max(1, STEP_TOKENS // inputs.shape[1])):
+    statistics, outputs = RoutingStatistics.empty(inputs.shape[-1], units), torch.empty_like(inputs)
+    seen: dict[str, Tensor] = {}
+    hook = whole.o_proj.register_forward_pre_hook(lambda _, arguments: seen.update(heads=arguments[0]))
+    projections = whole.projections
+
+    def kept_queries(x: Tensor) -> tuple[Tensor, ...]:
+        found = projections(x)
+        seen["queries"] = found[0]
+        return found
+
+    whole.projections = kept_queries
+    step = max(1, STEP_TOKENS // inputs.shape[1])
+    for rows, target in zip(inputs.split(step), outputs.split(step), strict=True):
         x = rows.to(device)
-        whole(x, position_embeddings)
-        heads = outputs.pop().float().unflatten(-1, (units, width)).flatten(0, 1)
+        with half_layers(device):
+            target.copy_(whole(x, position_embeddings)[0])
+        heads, queries = (
+            seen.pop(name).float().unflatten(-1, (units, -1)).flatten(0, 1) for name in ("heads", "queries")
+        )
         energies = torch.einsum("nuw,uwv,nuv->nu", heads, metric, heads)
-        queries = whole.projections(x)[0].float().unflatten(-1, (units, -1)).flatten(0, 1)
         statistics.add(x.flatten(0, 1), energies, queries.square().sum(-1))
     hook.remove()
-    return Observed(attention, statistics)
+    return Observed(attention, statistics, outputs)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mhconvert.convert.methods import layer_sensitivity
 from mhconvert.convert.methods.layer_sensitivity import LayerMoments, LayerSensitivity
 from mhconvert.convert.methods.mla.bit_allocation import allocate
 from mhconvert.convert.methods.mla.code_basis import code_basis, shrunk_spectrum
@@ -91,6 +92,17 @@ def test_parts_of_the_text_are_the_whole() -> None:
     torch.testing.assert_close(parts.covariance, (values - mean).mT @ (values - mean) / 300)
     torch.testing.assert_close(parts.covariance, whole.covariance)
     assert parts.count == whole.count == 300
+
+
+def test_a_sample_is_spread_over_the_first_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_sensitivity, "SAMPLE_TOKENS", 40)
+    values, moments = correlated(190, 1), LayerMoments(ELEMENTS)
+    for begin, end in ((0, 30), (30, 90), (90, 190)):  # 30 of the 40, then 10 of 60, then no more
+        moments.begin(values[begin : begin + 1])
+        moments.add(values[begin:end], values[begin:end])
+    found = moments.sensitivity()
+    assert torch.equal(found.sample, torch.cat((values[:30], values[30:90:6])).float())
+    torch.testing.assert_close(found.first, (values[0] + values[30] + values[90]) / 3)
 
 
 def test_directions_that_a_layer_cannot_write_stay_empty() -> None:

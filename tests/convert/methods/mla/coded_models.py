@@ -57,10 +57,10 @@ def whole_model_sensitivities(donor: Any, ids: Tensor, seed: int = 0) -> list[La
     for hook in hooks:
         hook.remove()
 
-    def joined(outputs: list[Tensor]) -> Tensor:
+    def joined(outputs: list[Tensor], positions: slice = slice(FIRST_TOKENS, None)) -> Tensor:
         pairs = [outputs] if fused else [outputs[::2], outputs[1::2]]
         rows = [torch.cat([each[0] for each in parts], dim=-1) for parts in zip(*pairs, strict=True)]
-        return torch.cat([row[FIRST_TOKENS:, -key_value:] for row in rows]).double()
+        return torch.cat([row[positions, -key_value:] for row in rows]).double()
 
     found = []
     for outputs in written:
@@ -69,6 +69,7 @@ def whole_model_sensitivities(donor: Any, ids: Tensor, seed: int = 0) -> list[La
             for tensors in ([o.detach() for o in outputs], [o.grad for o in outputs])  # type: ignore[misc]
         )
         moments = LayerMoments(key_value)
+        moments.begin(joined(values, slice(1)))
         moments.add(joined(values), joined(gradients))
         found.append(moments.sensitivity())
     return found
