@@ -173,9 +173,7 @@ class Workspace:
         """Forget all layers; the calibration rows, the layers' needs and the state of the search are kept."""
         self.layers, self.search = [], search
         self._streams = self._writer = None
-        write_json(
-            self._folder.state_file, self._state()
-        )  # first, as what it counted as finished is removed next
+        write_json(self._folder.state_file, self._state())  # first, as what it counted is removed next
         self._folder.empty(*KEPT)
 
     def finish_tensors(self) -> int:
