@@ -173,9 +173,7 @@ class Workspace:
         """Forget all layers; the calibration rows, the layers' needs and the state of the search are kept."""
         self.layers, self.search = [], search
         self._streams = self._writer = None
-        write_json(
-            self._folder.state_file, self._state()
-        )  # first, as what it counted as finished is removed next
+        write_json(self._folder.state_file, self._state())  # first, as what it counted is removed next
         self._folder.empty(*KEPT)
 
     def finish_tensors(self) -> int:
@@ -200,8 +198,8 @@ class Workspace:
         save_tensors(
             {"teacher": self.streams.teacher, "student": self.streams.student}, self._stream_file(count)
         )
-        of_layers = {"fitted": self.streams.fitted, "tensors": self._tensors, "writer": self._writer.state}
-        write_json(self._folder.state_file, self._state() | of_layers)
+        state = self._state() | {"fitted": self.streams.fitted, "tensors": self._tensors}
+        write_json(self._folder.state_file, state | {"writer": self._writer.state})
         for stale in self._work.glob("streams-*.safetensors"):
             if stale != self._stream_file(count):
                 stale.unlink()
