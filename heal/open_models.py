@@ -15,7 +15,8 @@ from mhconvert.progress import Listener, Progress
 
 from ..convert import open_model
 from ..convert.bare_process.reload import PROMPT
-from ..convert.checkpoint import identity
+from ..convert.checkpoint import chain, identity
+from ..convert.checkpoint.provenance import read_record
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage import folder_kind, output_folder
 from ..convert.storage.linked_files import own_files
@@ -50,8 +51,9 @@ def open_both(
     settings, place = asked.settings, str(accelerator.device)
     if asked.tensorboard is not None:
         require_tensorboard()
-    method = identity.made_by(asked.checkpoint)
-    if method is None and not folder_kind.is_adapter(Path(asked.checkpoint)):
+    folder = Path(asked.checkpoint)
+    converted = identity.made_by(asked.checkpoint) or chain.methods(folder)
+    if not converted and not folder_kind.is_adapter(folder):
         raise HealError(
             f"{asked.checkpoint} is not a checkpoint that mhconvert wrote; convert a donor first: "
             f"mhconvert {asked.checkpoint} --to mla"
@@ -78,13 +80,21 @@ def open_both(
 
 
 def _recorded_donor(checkpoint: str) -> str:
-    """The reference of the donor in the checkpoint's record; raises HealError if there is none."""
+    """The reference of the donor in the checkpoint's record; raises HealError if there is none, or if an adapter is
+    merged behind it: the donor does not have what was trained."""
     try:
-        return open_model.recorded_donor(checkpoint)
+        reference = open_model.recorded_donor(checkpoint)
     except MhconvertError as error:
         raise HealError(
             f"{checkpoint} does not say what it was made from; name the donor with --teacher"
         ) from error
+    if "merged" in read_record(Path(checkpoint)):
+        raise HealError(
+            f"{checkpoint} has an adapter merged into it, and {reference}, which it was merged into, would teach it to "
+            "undo what was trained; name with --teacher a model that has learnt the same, or heal the base before an "
+            "adapter is trained on it"
+        )
+    return reference
 
 
 def _require_same_shape(student: open_model.OpenModel, teacher: open_model.OpenModel) -> None:

@@ -16,8 +16,9 @@ from mhconvert import api
 from mhconvert.convert import open_model
 from mhconvert.convert.methods import combinations
 from mhconvert.convert.methods.registry import METHOD_NAMES, settings_class
+from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
-from mhconvert.errors import UnsupportedError
+from mhconvert.errors import HealError, UnsupportedError
 from tests.convert.conversions import logits, token_ids
 from tests.donors import make_donor
 
@@ -213,6 +214,8 @@ def test_adapters_of_converted_checkpoints_merge(first: str, root: Path, made: C
     assert torch.allclose(logits(merged, token_ids(1, 20)), expected, atol=1e-4)  # W + BA in one product
     assert [step["method"] for step in record(root / f"merged-{first}")["chain"]] == [first]
     assert record(root / f"merged-{first}").get("cache_context") == record(base).get("cache_context")
+    with pytest.raises(HealError, match=f"{base}, which it was .* would teach it to undo .* --teacher"):
+        api.heal(str(root / f"merged-{first}"), HealSettings(tokens=64), output=str(root / "healed"))
     api.convert(recipe_of(root / f"merged-{first}", "moh", root / f"merged-{first}-moh"))
     assert api.inspect(str(root / f"merged-{first}-moh"))["chain"] == [first, "lora", "moh"]
     api.convert(recipe_of(base, "hydra", root / f"hydra-{first}"))
