@@ -126,8 +126,7 @@ def observe(
     statistics = method.observe(layer.attention, inputs, layer.rotary)
     targets = getattr(statistics, "outputs", None)
     if targets is None:
-        with half_layers(context.device):
-            targets = layer.attend(layer.attention, inputs)
+        targets = layer.attend(layer.attention, inputs)
     require_finite_states(layer.index, attention_outputs=targets)
     held_inputs = layer.attention_inputs(held)
     held_targets = layer.attend(layer.attention, held_inputs)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention.half_attention import half_layers
 from .modeling_moh import MixtureOfHeadAttention
 from .surgery import RoutingStatistics
 
@@ -22,12 +21,12 @@ class Observed:
     Attributes:
         attention: the donor's module, float32.
         statistics: sums over the calibration text.
-        outputs: (N, L, D) float32 on the CPU, what the attention returns for it, by `half_layers`.
+        outputs: (N, L, D) float32 on the CPU, what the attention returns for it; None where it has a window within L.
     """
 
     attention: nn.Module
     statistics: RoutingStatistics
-    outputs: Tensor
+    outputs: Tensor | None
 
 
 @torch.no_grad()
@@ -65,12 +64,14 @@ def observe(
     step = max(1, STEP_TOKENS // inputs.shape[1])
     for rows, target in zip(inputs.split(step), outputs.split(step), strict=True):
         x = rows.to(device)
-        with half_layers(device):
-            target.copy_(whole(x, position_embeddings)[0])
+        target.copy_(whole(x, position_embeddings)[0])
+        if "queries" not in seen:  # latents make them in a part of their own
+            seen["queries"] = projections(x)[0]
         heads, queries = (
             seen.pop(name).float().unflatten(-1, (units, -1)).flatten(0, 1) for name in ("heads", "queries")
         )
         energies = torch.einsum("nuw,uwv,nuv->nu", heads, metric, heads)
         statistics.add(x.flatten(0, 1), energies, queries.square().sum(-1))
     hook.remove()
-    return Observed(attention, statistics, outputs)
+    windowed = whole.window is not None and whole.window < inputs.shape[1]  # which is not masked here
+    return Observed(attention, statistics, None if windowed else outputs)
