@@ -24,7 +24,8 @@ from .tasks.candidate import Candidate, LazyModel
 from .tasks.chat_template import asked_through
 from .tasks.harness import OnRows
 from .tasks.language_model import language_model
-from .tasks.task_choice import TaskSet, resolve
+from .tasks.task_choice import resolve
+from .tasks.task_set import TaskSet
 from .text_choice import Text
 from .vllm.engine import EngineError, installed, loadable
 from .writing import prompts
@@ -51,7 +52,6 @@ def evaluate(
         against: the donor; by default the one that the first checkpoint was made from.
         device, trust_remote_code: CUDA by default where there is one; lets a checkpoint run its own code.
         on_progress, fresh, store: as in `Run`; what was finished before an error is not measured again.
-
     Raises MhconvertError as `open_models`.
     """
     started = time.perf_counter()
@@ -62,12 +62,10 @@ def evaluate(
         how = (bool(settings.text), device, trust_remote_code, on_progress, settings.kv_cache_dtype)
         opened = open_models(checkpoints, against, *how, settings.long_context is not None)
         if tasks is not None:
-            settings = replace(settings, chat_template=asked_through(settings, opened[0]))
-            tasks = ruler.written(tasks, opened, settings)
+            settings, tasks = _for_models(settings, tasks, opened)
         run = Run(settings, *asked, store or Store(), fresh, on_progress)
         text_rows = text_choice.token_rows(run.texts, opened, beyond=settings.long_context is not None)
-        prompt_rows = _prompt_rows(run, opened)
-        candidates = candidates_of(opened, settings)
+        prompt_rows, candidates = _prompt_rows(run, opened), candidates_of(opened, settings)
         on_texts = _measure_texts(run, candidates, text_rows, prompt_rows)
         candidates, left_out = _without_unloadable(run, candidates, checkpoints, tasks)
         outcomes, probes, refused = _measure_models(run, candidates, tasks)
@@ -85,6 +83,14 @@ def evaluate(
         "versions": _versions(tasks is not None, settings),
         "seconds": time.perf_counter() - started,
     }
+
+
+def _for_models(
+    settings: EvalSettings, tasks: TaskSet, opened: Sequence[OpenModel]
+) -> tuple[EvalSettings, TaskSet]:
+    """Whether the donor is asked through its chat template, and the tasks with texts made of its tokens."""
+    settings = replace(settings, chat_template=asked_through(settings, opened[0]))
+    return settings, ruler.written(tasks, opened, settings)
 
 
 @dataclass(frozen=True)

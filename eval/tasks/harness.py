@@ -21,7 +21,7 @@ from ..vllm.engine import installed
 from .candidate import Candidate
 from .language_model import language_model
 from .outcome import plain_outcome
-from .task_choice import TaskSet, TaskSpec
+from .task_set import TaskSet, TaskSpec
 
 OnRows = Callable[[str, int, int], None]  # task, rows done, rows in all
 

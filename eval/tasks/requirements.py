@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from mhconvert.errors import MhconvertError, TextError
@@ -16,9 +15,7 @@ from mhconvert.errors import MhconvertError, TextError
 from ..settings import EvalSettings
 from .generated_code import UNRUN
 from .ruler import MAKERS, OF_ESSAYS, REFUSED
-
-if TYPE_CHECKING:
-    from .task_choice import TaskSpec
+from .task_set import TaskSpec
 
 PACKAGES = {  # what a task's name begins with: the extra of lm-eval, and the modules that its code imports
     "ifeval": ("ifeval", ("langdetect", "immutabledict", "nltk")),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -24,9 +24,7 @@ from ...convert.open_model import OpenModel
 from ..generation import encode
 from ..settings import EvalSettings
 from .local_data import Function, LocalTask, standard_config
-
-if TYPE_CHECKING:
-    from .task_choice import TaskSet
+from .task_set import TaskSet
 
 METRIC = "recall"
 LONGEST = 4096  # tokens of a row where --max-length does not say it: lm-eval's own default

@@ -272,7 +272,7 @@ def test_ctrl_c_tells_how_to_go_on(
         ),
         ("run smollm2-135m-mla --set heal", "--set heal is not key=value; for example heal.tokens=1B"),
         ("recipes validate smollm2-135m-mla --set heal.tokens=", "--set heal.tokens= has no value"),
-        ("tiny --to mla --tolerance kl", "tolerance 'kl' is neither kl=NATS nor ppl=RATIO"),
+        ("tiny --to mla --tolerance kl", "tolerance 'kl' is none of kl=NATS, ppl=RATIO and generation=NATS"),
         ("tiny --to moh --active many", "'many' is neither a share of heads nor a list"),
     ],
 )

@@ -105,7 +105,7 @@ def test_the_table_and_the_files(
         ("curve tiny --to mla --kv-cache-dtype int5", "is not one of auto, int8, int4, int3, int2, fp8"),
         ("curve tiny", "--to"),
         ("curve tiny --to mla --kv-budget 0.5", "--kv-budget"),
-        ("tiny --to mla --tolerance fine", "neither kl=NATS nor ppl=RATIO"),
+        ("tiny --to mla --tolerance fine", "none of kl=NATS, ppl=RATIO and generation=NATS"),
         ("tiny --to mla --tolerance kl=1 --kv-budget 0.5", "give --tolerance, or a budget or sizes"),
         ("tiny --to mla --tolerance kl=1 --kv-lora-rank 8 --qk-rope-head-dim 8", "give --tolerance"),
     ],

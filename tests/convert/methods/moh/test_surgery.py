@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import Tensor
 
 from mhconvert.convert.attention.rotary import layer_rotary
-from mhconvert.convert.methods.moh import observed
 from mhconvert.convert.methods.moh.converted_class import mixture_config
 from mhconvert.convert.methods.moh.method import MoH
 from mhconvert.convert.methods.moh.observed import observe
@@ -49,10 +46,7 @@ def test_scales_and_offsets_of_norms_are_found_and_a_constant_norm_says_nothing(
 
 
 @pytest.mark.parametrize(("route", "kv_heads"), [("heads", 4), ("heads", 2), ("groups", 2)])
-def test_an_energy_is_what_leaving_a_head_out_changes(
-    monkeypatch: pytest.MonkeyPatch, route: str, kv_heads: int
-) -> None:
-    monkeypatch.setattr(observed, "half_layers", lambda _: nullcontext())
+def test_an_energy_is_what_leaving_a_head_out_changes(route: str, kv_heads: int) -> None:
     donor = donor_model(1, heads=4, kv_heads=kv_heads)
     [x, _] = attention_inputs(donor, token_ids(2, 16))
     attention = donor.model.layers[0].self_attn
