@@ -12,7 +12,7 @@ from mhconvert.errors import RecipeError
 from ..convert.recipe.written_weights import DTYPES, dtype_name
 from ..convert.validation.option import Names, Option, Takes, default
 from ..convert.validation.settings import Settings
-from .written_values import needle_depths, one_name, task_names, token_counts
+from .written_values import needle_depths, one_name, require_depths, task_names, token_counts
 
 Suite = Literal["quick", "standard", "transmla", "moh", "dha", "open-llm", "generation"]
 Backend = Literal["hf", "vllm"]
@@ -203,12 +203,12 @@ class EvalSettings(Settings):
         shape = (self.sequences, self.sequence_length)
         if not self.text and shape != (EvalSettings.sequences, EvalSettings.sequence_length):
             raise RecipeError("sequences and sequence_length are of text: name one, or leave them out")
+        require_depths(self.retrieval_depths, list(self.retrieval_depths))
         probe = (self.retrieval_lengths, self.retrieval_depths, self.retrieval_trials)
         usual = (RETRIEVAL_LENGTHS, RETRIEVAL_DEPTHS, EvalSettings.retrieval_trials)
         if not self.retrieval and probe != usual:
             raise RecipeError(
-                "retrieval_lengths, retrieval_depths and retrieval_trials are of retrieval: set that too, or leave "
-                "them out"
+                "retrieval_lengths, _depths and _trials are of retrieval: set that too, or leave them out"
             )
         if self.long_context and (
             self.has_tasks or self.generation or self.refusals or not (self.text or self.retrieval)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mhconvert.errors import RecipeError
 
 
@@ -25,14 +27,21 @@ def token_counts(text: str) -> tuple[int, ...]:
 
 
 def needle_depths(text: str) -> tuple[float, ...]:
-    """(0.0, 0.5) from "0,0.5". Raises RecipeError for anything but numbers from 0 to 1."""
+    """(0.0, 0.5) from "0,0.5". Raises RecipeError as `require_depths`."""
     try:
         depths = tuple(float(part) for part in text.split(","))
     except ValueError:
         depths = ()
-    if not depths or not all(0 <= depth <= 1 for depth in depths):
-        raise RecipeError(f"'{text}' is not a list of depths from 0, first, to 1, last, such as 0,0.25,0.9")
+    require_depths(depths, text)
     return depths
+
+
+def require_depths(depths: Sequence[float], written: object) -> None:
+    """Raises RecipeError, which says what is `written`, for anything but different numbers from 0 to 1."""
+    if not depths or not all(0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
+        raise RecipeError(
+            f"'{written}' is not a list of different depths from 0, first, to 1, last, such as 0,0.25,0.9"
+        )
 
 
 def one_name(text: str) -> tuple[str, ...]:

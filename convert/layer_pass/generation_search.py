@@ -86,6 +86,7 @@ def _wanted(
 def _scaled(curve: list[Point], measured: Point) -> list[Point]:
     """The closed forms' losses, times what the measured one is of theirs at its budget."""
     budget, loss = measured
+    curve = [point for point in curve if point[0] < 1.0] or curve  # the whole budget's is 0, on no such line
     factor = max(loss, LEAST) / _at(curve, budget)
     return [(share, value * factor) for share, value in curve]
 

@@ -16,6 +16,7 @@ from ..validation.option import declared
 from . import cost_estimate, survey
 from .context import ConversionContext
 
+CHOSEN = "the plan, or the list of layers, says which ones they are"
 SHARED = ("context", "window")  # choices that methods of both kinds have, and that mean the same
 
 
@@ -30,7 +31,9 @@ def surveyed_plan(context: ConversionContext, method: Method) -> dict[str, Any]:
     own, layers = info(context.recipe.method).layer_kind, plan["layers"]
     if not own:
         return plan
-    priced = {own: {"method": context.recipe.method} | method.kind_facts}
+    measured = any(own in layer.get("costs", {}) for layer in layers)
+    own_price = {"method": context.recipe.method} | method.kind_facts if measured else {"reason": CHOSEN}
+    priced = {own: own_price}
     for kind, name in {each.layer_kind: each.name for each in METHODS.values() if each.layer_kind}.items():
         if kind == own:
             continue

@@ -27,7 +27,8 @@ LEAST_PAIRS = 8  # neighbours that are tokens of their own; with fewer the score
 
 def successors(model: Any, tokenizer: Any) -> Tensor | None:
     """`successors_of` numbers, days, months and letters; None where too few of them are tokens of their own."""
-    orders = [[_token(tokenizer, word) for word in order.split()] for order in ORDERS]
+    found = [[_token(tokenizer, word) for word in order.split()] for order in ORDERS]
+    orders = [order for order in found if len({*order} - {None}) > 2]  # a pair alone has no others
     if sum(None not in pair for order in orders for pair in pairwise(order)) < LEAST_PAIRS:
         return None
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]

@@ -30,8 +30,11 @@ def layer_kinds(result: Mapping[str, Any], reports: Sequence[Mapping[str, Any]])
 
 def survey_page(plan: Mapping[str, Any]) -> list[Block]:
     """The page of a surveyed plan: what every layer becomes, and what it costs as each kind."""
-    about = f"What every layer of {plan['donor']} is worth, with {plan['method']} at a budget of " + share(
-        plan["kv_bytes_per_token"]["converted"] / plan["kv_bytes_per_token"]["donor"]
+    lengths = plan.get("windows") or plan["states"]
+    part = share(lengths["shares"][str(lengths["context"])])
+    about = (
+        f"What every layer of {plan['donor']} is worth, with {plan['method']} and {part} of the cache of "
+        f"{lengths['context']:,} tokens"
     )
     return [Heading(about, 1), *pictures(plan)]
 

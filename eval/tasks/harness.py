@@ -18,10 +18,15 @@ from ...convert.calibration.text_files import require_reader
 from ..result_cache import Store
 from ..settings import OWN_CACHE, EvalSettings
 from ..vllm.engine import installed
+from . import requirements
 from .candidate import Candidate
 from .language_model import language_model
 from .outcome import plain_outcome
 from .task_set import TaskSet, TaskSpec
+
+ENDS_AND_CUTS = (
+    2  # counts the ways in which texts ended and long prompts were cut: what is kept of another is not read
+)
 
 OnRows = Callable[[str, int, int], None]  # task, rows done, rows in all
 
@@ -65,7 +70,7 @@ def evaluate(
     keys = [_task_key(candidate, spec) for spec in tasks.specs]
     outcomes = [None if fresh else store.load(key) for key in keys]
     if fresh and rank() == 0:
-        store.forget_responses(candidate.key())
+        store.forget_responses(responses_key(candidate))
     _barrier(candidate)
     for index, spec in enumerate(tasks.specs):
         if outcomes[index] is None:
@@ -83,13 +88,18 @@ def all_stored(candidate: Candidate, tasks: TaskSet, store: Store) -> bool:
 def _task_key(candidate: Candidate, spec: TaskSpec) -> dict[str, Any]:
     """Everything on which the outcome of a task depends."""
     settings = candidate.settings
-    return candidate.key() | {
+    return responses_key(candidate) | {
         "task": spec.name,
         "digest": spec.digest,
         "num_fewshot": spec.num_fewshot,
         "limit": settings.limit,
         "chat_template": bool(settings.chat_template),
     }
+
+
+def responses_key(candidate: Candidate) -> dict[str, Any]:
+    """Everything on which the response to a prompt depends."""
+    return candidate.key() | {"ends_and_cuts": ENDS_AND_CUTS}
 
 
 def _evaluate_task(
@@ -102,6 +112,9 @@ def _evaluate_task(
     evaluator.add_env_info = lambda results: None  # runs pip for every task, and is no part of an outcome
     started = time.perf_counter()
     loaded = _load_documents(manager, spec)
+    for name, task in loaded["tasks"].items():  # of a group, too
+        marked = bool(getattr(task, "UNSAFE_CODE", False))
+        requirements.refuse_code(name, candidate.settings, marked=marked)
     lm = language_model(candidate)
     _require_room(candidate, lm, loaded["tasks"])
     rolling = any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in loaded["tasks"].values())
@@ -109,14 +122,14 @@ def _evaluate_task(
         lm.batch_size_per_gpu = candidate.batch_size(rolling)
     lm.on_rows = lambda done, total: on_rows(spec.name, done, total)
     group = loaded["groups"].get(spec.name)
-    with store.database_errors(candidate.key()):
+    with store.database_errors(responses_key(candidate)):
         results = evaluator.simple_evaluate(
             model=lm,
             tasks=list(loaded["tasks"].values()) if group is None else [group],
             num_fewshot=spec.num_fewshot,
             limit=candidate.settings.limit,
             apply_chat_template=bool(candidate.settings.chat_template),
-            use_cache=store.responses(candidate.key()),
+            use_cache=store.responses(responses_key(candidate)),
             task_manager=manager,
             confirm_run_unsafe_code=candidate.settings.run_generated_code,
         )

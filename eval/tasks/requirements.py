@@ -28,7 +28,7 @@ IMPORTS_NLTK = {  # lm-eval's modules that fetch PUNKT when they are imported, a
 }
 PUNKT = "punkt_tab"  # nltk's data, which splits sentences
 OF_SENTENCES = (b"length_constraints:number_sentences", b"change_case:capital_word_frequency")  # that need it
-RUNS_CODE = re.compile("humaneval|mbpp")
+RUNS_CODE = re.compile("humaneval|mbpp|cruxeval|pseudo_to_code")  # by their names; a group may hide them
 
 
 def require(specs: Sequence[TaskSpec], settings: EvalSettings) -> None:
@@ -54,12 +54,19 @@ def refuse(names: Sequence[str], settings: EvalSettings) -> None:
             raise MhconvertError(
                 f"{name} is not run: {REFUSED[name]}; RULER's others are {', '.join(MAKERS)}"
             )
-        if RUNS_CODE.search(name) and name not in UNRUN and not settings.run_generated_code:
-            raise MhconvertError(
-                f"{name} runs the code that a model writes, on this machine and with your rights; --run-generated-code "
-                "allows that"
-            )
+        refuse_code(name, settings)
     _require_packages(names)
+
+
+def refuse_code(name: str, settings: EvalSettings, *, marked: bool = False) -> None:
+    """Raises MhconvertError for a task, by its name or `marked` by lm-eval, that runs what a model writes, where that
+    is not allowed."""
+    runs = marked or RUNS_CODE.search(name)
+    if runs and name not in UNRUN and not settings.run_generated_code:
+        raise MhconvertError(
+            f"{name} runs the code that a model writes, on this machine and with your rights; --run-generated-code "
+            "allows that"
+        )
 
 
 def _require_packages(names: Sequence[str]) -> None:

@@ -42,8 +42,8 @@ def resolve(settings: EvalSettings, folder: Path) -> TaskSet:
     for name in local:
         if wanted[name] and not local[name].own_examples:
             raise TextError(
-                f"{name} with {wanted[name]} examples draws them from the task's training split, which a local copy "
-                "does not have; use --num-fewshot 0, or no --data"
+                f"{name} with {wanted[name]} examples draws them from the task's training split, which our form of it "
+                "does not have; use --num-fewshot 0" + ", or no --data" * (settings.data_folder is not None)
             )
     local_data.write_yaml(list(local.values()), folder)
     manager = _manager(settings, folder, only_local=set(wanted) <= set(local))
@@ -120,8 +120,9 @@ def _glob(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def _ours_first(wanted: dict[str, int | None], settings: EvalSettings) -> dict[str, int | None]:
-    """`wanted`, where a glob that matches RULER's tasks, or tasks with local copies, stands for these alone."""
+    """`wanted`, where a glob that matches tasks in our own form, or with local copies, stands for these alone."""
     ours = [*ruler.MAKERS, *(local_data.templates() if settings.data_folder is not None else ())]
+    ours += [] if settings.run_generated_code else generated_code.UNRUN
     names: dict[str, int | None] = {}
     for pattern, num_fewshot in wanted.items():
         names |= dict.fromkeys(_glob(pattern, ours) or [pattern], num_fewshot)

@@ -214,7 +214,10 @@ def test_the_standard_error_narrows_with_trials(tokenizer: Any) -> None:
 def test_depths_are_read_from_text_and_lists() -> None:
     assert EvalSettings(retrieval=True, retrieval_depths="0,.1,.9").retrieval_depths == (0, 0.1, 0.9)
     assert EvalSettings(retrieval=True, retrieval_depths=[0, 1]).retrieval_depths == (0, 1)
-    with pytest.raises(RecipeError, match="'0,2' is not a list of depths from 0, first, to 1, last"):
+    with pytest.raises(RecipeError, match="'0,2' is not a list of different depths from 0"):
         EvalSettings(retrieval=True, retrieval_depths="0,2")
-    with pytest.raises(RecipeError, match="retrieval_depths and retrieval_trials are of retrieval"):
+    for depths in ([2.0], [], [math.nan], [0.5, 0.5]):
+        with pytest.raises(RecipeError, match="is not a list of different depths"):
+            EvalSettings(retrieval=True, retrieval_depths=depths)
+    with pytest.raises(RecipeError, match="_depths and _trials are of retrieval"):
         EvalSettings(text="a.txt", retrieval_depths="0.5")

@@ -221,13 +221,15 @@ def _linear_layers(layers: int, settings: HybridSettings) -> tuple[int, tuple[in
     given = settings.linear_layers
     if settings.plan is not None:
         given = [index for index, layer in enumerate(settings.plan) if layer.get("kind") == LINEAR]
+        if len(settings.plan) != layers:
+            raise BudgetError(f"the plan has {len(settings.plan)} layers and the donor {layers}")
     if given is not None:
         for index in given:
             if not 0 <= index < layers:
                 raise BudgetError(f"linear_layers has {index}, and the donor's layers are 0 to {layers - 1}")
         if not 0 < len(given) < layers:
             raise BudgetError(
-                "linear_layers are to be some of the layers, and not all: one has to keep the text"
+                f"{len(given)} of {layers} layers are linear: some are to be, and one keeps the text"
             )
         return len(given), tuple(given)
     if layers < 3:

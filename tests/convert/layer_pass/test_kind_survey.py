@@ -109,6 +109,10 @@ def test_a_kind_that_the_text_or_the_donor_does_not_show_has_a_reason(
         "rows of 16 tokens show nothing of a window of 16;"
     )
     assert all(set(layer["costs"]) <= {"linear", "codes"} for layer in short["layers"])
+    named = surveyed(recipe("mla+swa", full_layers=[0]))
+    assert named["priced"]["windowed"] == {
+        "reason": "the plan, or the list of layers, says which ones they are"
+    }
     own = make_donor(tmp_path / "own", layers=4, family="gemma2", sliding_window=17)
     asked = dataclasses.replace(recipe("swa", kv_budget=0.8, window=17), model=str(own))
     plan = surveyed(asked)

@@ -64,6 +64,18 @@ def test_random_weights_have_no_such_head() -> None:
 
 
 def test_a_tokenizer_without_such_tokens_has_no_score() -> None:
+    class Pairs:
+        """ "one two", "Monday Tuesday" and so on are tokens: rows of two, in which nothing else could be meant."""
+
+        bos_token_id = None
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            known = [word for order in ORDERS for word in order.split()[:2]]
+            word = text.strip()
+            return {"input_ids": [known.index(word)] if word in known else [0, 0]}
+
+    assert successors(None, Pairs()) is None
+
     class Letters:
         bos_token_id = None
 

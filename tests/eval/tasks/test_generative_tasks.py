@@ -386,10 +386,20 @@ def test_code_runs_only_where_that_is_allowed(
         raise FileNotFoundError("no Hub")
 
     (tmp_path / "tasks").mkdir()
-    with pytest.raises(
-        MhconvertError, match="mbpp runs the code that a model writes.*--run-generated-code allows"
-    ):
-        resolve(EvalSettings(tasks=("mbpp",)), tmp_path / "tasks")
+    for name in ("mbpp", "cruxeval_output"):
+        with pytest.raises(
+            MhconvertError, match=f"{name} runs the code that a model writes.*--run-generated-code allows"
+        ):
+            resolve(EvalSettings(tasks=(name,)), tmp_path / "tasks")
+    for marked, allowed in ((False, False), (True, True)):
+        requirements.refuse_code(
+            "group_of_mine", EvalSettings(tasks="a", run_generated_code=allowed), marked=marked
+        )
+    with pytest.raises(MhconvertError, match="group_of_mine runs the code"):
+        requirements.refuse_code("group_of_mine", EvalSettings(tasks="a"), marked=True)
+    globbed = EvalSettings(tasks="humaneva?", data=str(copies))
+    (spec,) = resolve(globbed, tmp_path / "tasks").specs
+    assert (spec.name, spec.local) == ("humaneval", copies / "HumanEval.jsonl")
     asked: dict[str, Any] = {"suite": None, "tasks": ("humaneval_instruct",), "data": str(copies)}
     asked["run_generated_code"] = True
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")

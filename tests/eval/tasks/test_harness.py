@@ -279,7 +279,7 @@ def test_a_store_that_cannot_be_written_is_said(donor: Path, tmp_path: Path) -> 
 
 def test_a_damaged_database_is_removed_and_said(donor: Path, store: Store, tmp_path: Path) -> None:
     each = candidate(donor, limit=2)
-    database = Path(store.responses(each.key()) + "_rank0.db")
+    database = Path(store.responses(harness.responses_key(each)) + "_rank0.db")
     database.write_bytes(b"no database at all " * 400)
     with pytest.raises(OutputError, match=r"were damaged \(.*\) and are removed; run the same command again"):
         evaluate(each, store, tmp_path / "tasks")

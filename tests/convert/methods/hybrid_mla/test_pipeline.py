@@ -125,12 +125,15 @@ def test_the_layer_stage_brings_a_linear_layer_nearer(tmp_path: Path, recipe: Ca
     [
         ({"kv_budget": 0.01}, "1 states of .* and the smallest codes need .* the least is kv_budget=0"),
         ({"linear_layers": [1, 9]}, "linear_layers has 9, and the donor's layers are 0 to 3"),
-        ({"linear_layers": [0, 1, 2, 3]}, "not all: one has to keep the text"),
+        ({"linear_layers": [0, 1, 2, 3]}, "4 of 4 layers are linear: some are to be, and one keeps the text"),
         ({"linear_layers": [1], "linear": 0.5}, "leave out linear or linear_layers"),
         ({"linear": 0.05}, "linear=0.05 of 4 layers is 0; from 1 to 2 can be linear"),
         ({"linear": 0.9}, "linear=0.9 of 4 layers is 4; from 1 to 2 can be linear"),
         ({"linear_layers": "1,two"}, "'1,two' is no list of layers such as 3,7,11"),
-        ({"plan": [{"kind": "linear"}] * 4}, "not all: one has to keep the text"),
+        (
+            {"plan": [{"kind": "linear"}] * 4},
+            "4 of 4 layers are linear: some are to be, and one keeps the text",
+        ),
         ({"plan": [{"kind": "linear"}] * 4, "linear": 0.5}, "leave out linear or the plan"),
         ({"plan": [{"kind": "linear"}, {"kind": "full"}]}, "it needs components_by_bits"),
         (
