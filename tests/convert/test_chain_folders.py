@@ -12,7 +12,7 @@ import yaml
 
 import mhconvert
 from mhconvert import api
-from mhconvert.convert.layer_pass import resumable_run
+from mhconvert.convert.layer_pass import resumable_run, time_estimate
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.convert.storage import ownership, step_folder
@@ -28,6 +28,11 @@ ACTIVE = {"active": 0.5}
 @pytest.fixture(scope="module")
 def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_donor(tmp_path_factory.mktemp("folders") / "donor", heads=4, kv_heads=2, hidden=32)
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_estimate, "PROBE_SECONDS", 1e-4)
 
 
 def names(folder: Path) -> set[str]:
