@@ -59,6 +59,7 @@ def convert_checkpoint(
     complete: Complete = as_it_is,
     writing: Writing = unwritten,
     step: Path | None = None,
+    chained: Recipe | None = None,
     resume: bool = False,
     force: bool = False,
     on_progress: Listener | None = None,
@@ -71,6 +72,7 @@ def convert_checkpoint(
         complete: measures what the recipe leaves to be measured, behind the refusals that need no weights.
         writing: measures the text that a converted model writes (`eval.writing.on_policy.measure`).
         step: a folder to write instead of the recipe's, marked as a step to something else.
+        chained: the recipe of all passes up to this one, which a run that is resumed must share; None: the only one.
         resume, force: continue an interrupted run of the same recipe; replace an existing output folder.
 
     Raises:
@@ -84,7 +86,8 @@ def convert_checkpoint(
     recipe, method = _completed(recipe, method, complete, on_progress)
     donor.open_weights(on_progress)
     needed = cost_estimate.plan(recipe, donor, method, device)["disk_needed_bytes"]
-    with Workspace(output, recipe, needed, resume=resume, force=force) as space:
+    asked = (chained or recipe).with_last(recipe.settings)
+    with Workspace(output, asked, needed, resume=resume, force=force) as space:
         rows = space.rows(lambda: calibration_rows.draw(recipe, donor, device, on_progress))
         dtype = cost_estimate.output_dtype(recipe, donor)
         unplanned = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)

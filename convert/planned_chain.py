@@ -20,10 +20,10 @@ from mhconvert.progress import Listener, ignore
 from . import pipeline
 from .checkpoint import chain, provenance
 from .donor.donor import open_donor
-from .layer_pass import cost_estimate
+from .layer_pass import cost_estimate, first_donor
 from .methods.registry import build_method
 from .recipe.recipe import Recipe
-from .storage import step_folder
+from .storage import output_folder, step_folder
 from .storage.atomic_files import write_json
 
 OF_BOTH_ENDS = ("kv_elements_per_token", "kv_bytes_per_token", "parameters")
@@ -51,9 +51,10 @@ def _plans(
     recipe: Recipe, output: Path, place: Path, timed: bool, on_progress: Listener
 ) -> Iterator[dict[str, Any]]:
     """The plan of each pass, and of the adapter; donors are written into folders below `place`."""
-    donor, behind, passes = recipe.model, "", len(recipe.passes)
+    donor, behind, passes, read = recipe.model, "", len(recipe.passes), read_folders(recipe)
     for count in range(1, passes + 1):
         step = alone(part(recipe, output, count), donor)
+        output_folder.check_free(Path(str(step.output)), True, *read)
         with _named(donor, behind):
             if behind and (reason := chain.refusal(Path(donor), step)) is not None:
                 raise UnsupportedError(reason)
@@ -66,6 +67,7 @@ def _plans(
         from .adapters.create import describe
 
         asked = adapter_recipe(recipe, str(output))
+        output_folder.check_free(Path(str(asked.output)), True, *read)
         with _named(donor, behind):
             adapter = describe(dataclasses.replace(asked, model=donor))
         yield adapter | {"donor": str(output)}
@@ -91,6 +93,14 @@ def part(recipe: Recipe, output: Path, count: int) -> Recipe:
 def alone(chained: Recipe, model: str) -> Recipe:
     """The recipe of the last pass of `chained` alone, on `model`, the result of those before it."""
     return dataclasses.replace(chained, model=model, methods=())
+
+
+def read_folders(recipe: Recipe) -> set[Path]:
+    """The folders that the chain reads: its donor's, and that of the donor which that was made from."""
+    trust = recipe.trust_remote_code
+    return first_donor.first_donor(
+        open_donor(recipe.model, trust_remote_code=trust), trust_remote_code=trust
+    )[1]
 
 
 def adapter_recipe(recipe: Recipe, base: str) -> Recipe:

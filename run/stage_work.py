@@ -17,14 +17,16 @@ from mhconvert.errors import OutputError, PublishError, RecipeError, TextError
 from mhconvert.progress import Listener
 
 from ..convert.checkpoint.provenance import EVALUATION
-from ..convert.planned_chain import adapter_recipe
+from ..convert.methods.registry import info
+from ..convert.planned_chain import adapter_recipe, read_folders
 from ..convert.storage.folder_kind import is_adapter
-from ..convert.storage.output_folder import PARTIAL
+from ..convert.storage.output_folder import PARTIAL, check_free
 from ..eval import refusals
 from ..eval.page import page
 from ..eval.tasks.harness import require_available
 from ..eval.tasks.task_choice import resolve
 from ..eval.writing import prompts
+from ..eval.writing.greedy_texts import without_texts
 from ..heal import heal_text
 from .ledger import Ledger
 from .stage_settings import export_fault
@@ -63,8 +65,14 @@ def adapter(work: Run) -> Any:
     return adapter_recipe(work.recipe.convert, str(work.final))
 
 
-def check_ahead(recipe: RunRecipe, stages: Sequence[str]) -> None:
-    """Raise MhconvertError for what a later stage would refuse: missing files or libraries, tasks, a form, no token."""
+def check_ahead(work: Run, stages: Sequence[str]) -> None:
+    """Raise MhconvertError for what a later stage would refuse: missing files or libraries, tasks, a form, no token, an
+    adapter in the place of a donor."""
+    recipe = work.recipe
+    if recipe.convert.adapter is not None and "adapter" in stages:
+        place = Path(adapter(work).output)
+        if place.exists() and not work.ledger.known("adapter", place):
+            check_free(place, True, *read_folders(recipe.convert))
     if recipe.convert.heal is not None and "heal" in stages:
         heal_text.check(recipe.convert.heal)
     if recipe.eval is not None and "eval" in stages:
@@ -135,16 +143,26 @@ def _evaluate(work: Run) -> dict[str, Any]:
         on_progress=work.tell,
     )
     reports, _ = page.sources(result)
+    public = result | {"generation": without_texts(result.get("generation"))}  # a push sends the pages along
     text = yaml.safe_dump(work.recipe.to_dict(), sort_keys=False, allow_unicode=True)
     for name in PAGES:
-        page.write(work.final / name, result, reports, text)
+        page.write(work.final / name, public, reports, text)
     return {"output": str(work.final / EVALUATION), "result": result}
 
 
 def export_folder(work: Run) -> Path:
+    """The folder of the export; of a GGUF, also where `auto` takes that for its engine, the file."""
+    from ..convert.export.forms import automatic_forms
+
     stage = work.recipe.export
     assert stage is not None
-    return Path(stage.output) if stage.output else work.final.with_name(f"{work.final.name}-{stage.to}")
+    if stage.output:
+        return Path(stage.output)
+    form = stage.to
+    if form == "auto" and stage.engine is not None:
+        form = automatic_forms(info(work.recipe.convert.method), stage.engine)[0].name
+    ending = f"{stage.kind}.gguf" if form == "gguf" else stage.to
+    return work.final.with_name(f"{work.final.name}-{ending}")
 
 
 def _export(work: Run) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from mhconvert.progress import Listener, Progress
 
 from ..convert import finished_conversion, open_model
 from ..convert.checkpoint.provenance import EVALUATION, read_record
+from ..convert.storage import step_folder
 from ..convert.storage.atomic_files import sha256
+from ..convert.storage.ownership import unmark
 from . import stage_inputs
 from .ledger import Ledger, mark
 from .stage_work import STAGES, Run, adapter, check_ahead, conversion, export_folder
@@ -49,13 +51,18 @@ def run(
             raise RecipeError(f"the recipe has no stage '{name}'; it has {', '.join(recipe.stages)}")
     output = output_folder(recipe)
     work = Run(recipe, output, Ledger(output), force, on_progress, [])
-    check_ahead(recipe, [name for name in recipe.stages if not only or name in only])
+    check_ahead(work, [name for name in recipe.stages if not only or name in only])
     for name in recipe.stages:
         if only and name not in only:
             continue
         depends = _inputs(work, name)
         entry = None if force or depends is None else _done(work, name, depends)
         if entry is not None:
+            if (
+                name == "convert" and recipe.convert.methods and not dry_run
+            ):  # perhaps of a run that was killed
+                unmark(output)
+                step_folder.remove_steps(output, recipe.convert.model)
             work.results.append({"stage": name, "status": "skipped", **_kept(name, entry)})
         elif dry_run:
             work.results.append({"stage": name, "status": "to do", "output": _place(work, name)})

@@ -24,7 +24,7 @@ from ..methods.refusals import require
 from ..recipe.recipe import Recipe, save_recipe
 from ..storage import output_folder
 from ..storage.byte_size import SLACK_BYTES
-from ..storage.output_folder import whole_folder
+from ..storage.whole_folder import whole_folder
 from . import card
 from .saved_adapter import WEIGHTS
 

@@ -24,7 +24,7 @@ from ..methods.hydra.branches import merged_bias, merged_weight
 from ..storage import shard_writer
 from ..storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
 from ..storage.dtype_cast import cast, torch_dtype
-from ..storage.output_folder import whole_folder
+from ..storage.whole_folder import whole_folder
 from . import card
 from .saved_adapter import AdapterFolder, open_adapter, open_base, output_folder
 from .shape_check import require_fit, require_vocabulary

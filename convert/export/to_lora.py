@@ -26,7 +26,7 @@ from ..checkpoint import provenance
 from ..donor.donor import Donor
 from ..methods.hydra.branches import as_lora, bias_delta
 from ..storage.byte_size import SLACK_BYTES
-from ..storage.output_folder import whole_folder
+from ..storage.whole_folder import whole_folder
 
 BIASES = {"none": "none", "all": "all", "hydra_only": "lora_only"}
 

@@ -178,6 +178,11 @@ class Recipe(Settings):
         kept = steps if count > 1 else ()
         return dataclasses.replace(self, method=own.method, settings=own.settings, methods=kept, heal=heal)
 
+    def with_last(self, settings: Any) -> Recipe:
+        """Return the same conversion, or chain of passes, with other settings of the last."""
+        steps = (*self.methods[:-1], Step(self.method, settings)) if self.methods else ()
+        return dataclasses.replace(self, settings=settings, methods=steps)
+
     def output_folder(self, donor_name: str) -> Path:
         """Where the checkpoint goes: `output`, or `./<donor>-<method>`, with the methods of a chain in order."""
         names = "-".join(step.method for step in self.passes)
@@ -213,7 +218,9 @@ class Recipe(Settings):
     def read(data: dict[str, Any], reading: Reading) -> Any:
         """Return what `from_dict` returns, or None with faults in `reading`; without a method nothing else is read."""
         values = {name: value for name, value in data.items() if name not in STAGES}
-        if values.get("methods") is not None:
+        if values.get("methods") is None:
+            values.pop("methods", None)
+        else:
             before, steps = len(reading.faults), read_steps(values, reading)
             return reading.read(Recipe, steps) if len(reading.faults) == before else None
         if values.get("method") not in tuple(METHOD_NAMES):

@@ -1,7 +1,7 @@
 """Output folders that get their final name only when they are complete.
 
-A command writes into OUT.partial, which is locked while it runs and renamed at the end. `whole_folder` is for commands
-that start over after an interruption, `ResumableFolder` for runs that can resume from a state file.
+A command writes into OUT.partial, which is locked while it runs and renamed at the end. `ResumableFolder` is for runs
+that can resume from a state file; `whole_folder.py` has what starts over after an interruption.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mhconvert.errors import OutputError
 
-from .disk_space import check_space, out_of_space
+from .disk_space import check_space
 from .folder_kind import KINDS
 from .output_lock import OutputLock
 from .ownership import empty, is_blank, kind_of, mark
@@ -109,6 +109,26 @@ class ResumableFolder(PartialFolder):
         """The contents of the state file; None before it is first written."""
         return json.loads(self.state_file.read_text()) if self.state_file.is_file() else None
 
+    def require_usable(
+        self, finished: Callable[[dict[str, Any] | None], str] | None = None, *, resume: bool, force: bool
+    ) -> None:
+        """Raise OutputError where no run may begin or go on in the folder, for the reasons of `enter`."""
+        if self.exists and not self.is_ours:
+            raise OutputError(
+                f"{self.folder} is not the work of mhconvert; move it away, or choose another -o"
+            )
+        if not self.exists or force:
+            return
+        if kind_of(self.folder) not in (None, self.kind):
+            raise OutputError(
+                f"{self.folder} holds an interrupted run of another command; --force starts over"
+            )
+        if not resume:
+            done = f" ({finished(self.state())})" if finished else ""
+            raise OutputError(
+                f"{self.folder} holds an interrupted run{done}; --resume continues it, --force starts over"
+            )
+
     def enter(
         self,
         needed: int,
@@ -130,21 +150,11 @@ class ResumableFolder(PartialFolder):
         existed = self.exists
         if not existed:
             check_space(self.folder, needed)
-        elif not self.is_ours:
-            raise OutputError(
-                f"{self.folder} is not the work of mhconvert; move it away, or choose another -o"
-            )
+        self.require_usable(resume=resume, force=True)  # the rest once no other run is writing it
         self.make()
         try:
-            if existed and kind_of(self.folder) != self.kind and not force:
-                raise OutputError(
-                    f"{self.folder} holds an interrupted run of another command; --force starts over"
-                )
-            if existed and not resume and not force:
-                raise OutputError(
-                    f"{self.folder} holds an interrupted run ({finished(self.state())}); --resume continues it, "
-                    "--force starts over"
-                )
+            if existed:
+                self.require_usable(finished, resume=resume, force=force)
             if existed and not (resume and self.state_file.is_file()):
                 self.empty()
                 check_space(self.folder, needed)
@@ -175,40 +185,6 @@ def require_outside(output: Path, *read: Path | None) -> None:
             raise OutputError(
                 f"{output} is inside {folder}, which is only read; choose another folder with -o"
             )
-
-
-@contextmanager
-def whole_folder(output: Path, needed: int, *, force: bool) -> Iterator[Path]:
-    """A context with OUT.partial, which is renamed to `output` at the end, or deleted after an error.
-
-    It replaces `output` without a check; call `check_free` first.
-
-    Args:
-        needed: bytes that will be written.
-        force: delete the OUT.partial of an interrupted run.
-
-    Raises:
-        OutputError: the disk is too small, or OUT.partial exists.
-    """
-    partial = PartialFolder(output, "write")
-    if partial.exists and not (force and partial.is_ours):
-        hint = "--force starts over" if partial.is_ours else "it is not the work of mhconvert"
-        raise OutputError(f"{partial.folder} is there already: {hint}; move it away, or choose another -o")
-    check_space(partial.folder, needed)
-    partial.make()
-    try:
-        partial.empty()
-        yield partial.folder
-        partial.publish()
-    except BaseException as error:
-        partial.discard()
-        if words := out_of_space(error):
-            raise OutputError(
-                f"{output} cannot be written: {words}; make room, or choose another -o"
-            ) from error
-        raise
-    finally:
-        partial.unlock()
 
 
 def check_free(output: Path, force: bool, *read: Path | None) -> None:

@@ -3,6 +3,7 @@ OUT.step1 … of a chain of conversions."""
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 
@@ -25,16 +26,16 @@ def numbered(output: Path, count: int, passes: int) -> Path:
     return output if count == passes else output.with_name(f"{output.name}.step{count}")
 
 
-def check_step(output: Path, step: Path, read: Path, *, resume: bool, force: bool) -> None:
+def check_step(output: Path, step: Path, *read: Path | None, resume: bool, force: bool) -> None:
     """Check that a run may write `step` and then `output`; what was moved aside by a killed run is put back.
 
     Args:
-        read: the donor, which neither of them may replace.
+        read: folders that the command reads, which neither of them may replace.
 
     Raises:
         OutputError: one of them exists; `step` may where it is marked as ours and is resumed or replaced.
     """
-    check_free(output, force, read if read.is_dir() else None)
+    check_free(output, force, *read)
     recover(step)
     if not os.path.lexists(step):
         return
@@ -51,6 +52,14 @@ def remove_step(step: Path) -> None:
     """Delete `step`, if it is ours."""
     if kind_of(step) is not None:
         delete(step)
+
+
+def remove_steps(output: Path, donor: str) -> None:
+    """Delete every OUT.step<N> that is ours, of a shorter or longer chain too; but not the `donor`."""
+    for step in output.parent.glob(f"{glob.escape(output.name)}.step*"):
+        number = step.name.removeprefix(f"{output.name}.step")
+        if number.isdecimal() and step.resolve() != Path(donor).expanduser().resolve():
+            remove_step(step)
 
 
 def lasting_name(checkpoint: str, output: Path) -> str:

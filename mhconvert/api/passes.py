@@ -65,6 +65,7 @@ def _pass(
         finish=finish,
         writing=on_policy.measure,
         step=step,
+        chained=recipe,
         resume=resume,
         force=force,
         on_progress=on_progress,
@@ -82,8 +83,8 @@ def _and_heal(
 ) -> dict[str, Any]:
     """Convert into OUT.unhealed, heal that into OUT, and delete it: OUT is never there before it is healed."""
     from mhconvert.api.healing import heal
-    from mhconvert.convert import finished_conversion, open_model
-    from mhconvert.convert.storage import step_folder
+    from mhconvert.convert import finished_conversion, open_model, planned_chain
+    from mhconvert.convert.storage import output_folder, step_folder
     from mhconvert.convert.storage.ownership import unmark
     from mhconvert.heal import heal_text
 
@@ -95,10 +96,12 @@ def _and_heal(
         unmark(output)
         step_folder.remove_step(step)
         return done
-    step_folder.check_step(output, step, Path(recipe.model).expanduser(), resume=resume, force=force)
+    step_folder.check_step(output, step, *planned_chain.read_folders(recipe), resume=resume, force=force)
     if not (resume and finished_conversion.require_result(step, plain, force=force)):
         heal_text.check(settings)
+        output_folder.ResumableFolder(output, "heal", "").require_usable(resume=resume, force=force)
         _pass(plain, behind, step=step, resume=resume, force=force, on_progress=on_progress)
+        resume, force = False, True  # what was trained so far began with another conversion
     report = heal(
         str(step),
         settings,
@@ -137,28 +140,49 @@ def chain(recipe: Recipe, *, resume: bool, force: bool, on_progress: Listener | 
     report = finished_conversion.report_of(output, parts[-1]) if resume and not force else None
     if report is None:
         _check_chain(recipe, output, steps, resume=resume, force=force)
-        donor: Path | None = None
-        for part, step in zip(parts, steps, strict=False):
-            if not (resume and finished_conversion.require_result(step, part, force=force)):
-                _pass(part, donor, step=step, **again)
-            donor = step
-        report = convert(parts[-1], behind=donor, **again)
+        report = _each_pass(parts, steps, **again)
     unmark(output)  # an earlier run may have been killed when OUT had its name
-    for step in (*steps, step_folder.unhealed(output)):
-        step_folder.remove_step(step)
+    step_folder.remove_steps(output, recipe.model)
+    if recipe.heal is not None:
+        step_folder.remove_step(step_folder.unhealed(output))
     return report | _with_adapter(recipe, output, **again)
+
+
+def _each_pass(
+    parts: list[Recipe], steps: list[Path], *, resume: bool, force: bool, on_progress: Listener | None
+) -> dict[str, Any]:
+    """Every pass whose result is not there; what an earlier run left behind the first of them is of another donor."""
+    from mhconvert.convert import finished_conversion
+
+    behind: Path | None = None
+    for part, step in zip(parts, steps, strict=False):
+        if not (resume and finished_conversion.require_result(step, part, force=force)):
+            _pass(part, behind, step=step, resume=resume, force=force, on_progress=on_progress)
+            resume, force = False, True
+        behind = step
+    return convert(parts[-1], behind=behind, resume=resume, force=force, on_progress=on_progress)
 
 
 def _check_chain(recipe: Recipe, output: Path, steps: list[Path], *, resume: bool, force: bool) -> None:
     """Raise MhconvertError for whatever the chain would refuse later, without reading weights."""
     from mhconvert.convert import planned_chain
-    from mhconvert.convert.storage import disk_space, output_folder, step_folder
+    from mhconvert.convert.storage import disk_space, output_folder, step_folder, whole_folder
+    from mhconvert.heal import heal_text
 
-    for step in steps:
-        step_folder.check_step(output, step, Path(recipe.model).expanduser(), resume=resume, force=force)
+    read = planned_chain.read_folders(recipe)
+    output_folder.check_free(output, force, *read)
+    places, last = list(steps), "convert"
+    if recipe.heal is not None:
+        heal_text.check(recipe.heal)
+        places, last = [*steps, step_folder.unhealed(output)], "heal"
+    for step in places:
+        step_folder.check_step(output, step, *read, resume=resume, force=force)
+    for place, kind in (*((step, "convert") for step in places), (output, last)):
+        output_folder.ResumableFolder(place, kind, "").require_usable(resume=resume, force=force)
     if recipe.adapter is not None:
-        place = planned_chain.adapter_recipe(recipe, str(output)).output
-        output_folder.check_free(Path(str(place)), force)
+        beside = Path(str(planned_chain.adapter_recipe(recipe, str(output)).output))
+        output_folder.check_free(beside, force, *read)
+        whole_folder.require_no_partial(beside, force=force)
     needed = planned_chain.plan(recipe, output, timed=False)["disk_needed_bytes"]
     if not resume:
         disk_space.check_space(output, needed)

@@ -14,8 +14,12 @@ from transformers import AutoModelForCausalLM
 import mhconvert
 from mhconvert import api
 from mhconvert.errors import MhconvertError, OutputError, RecipeError
+from mhconvert.progress import ignore
 from mhconvert.run.ledger import Ledger
+from mhconvert.run.stage_work import STAGES, Run, export_folder
+from mhconvert.run.whole_recipe import RunRecipe
 from tests.donors import make_donor
+from tests.eval import page_sample
 
 TEXT = "The river ran slowly past the town, and the boats came home. " * 60
 
@@ -198,6 +202,35 @@ def test_an_export_takes_the_options_of_the_command(
     assert set(statuses(mhconvert.run(file)).values()) == {"skipped"}
     again = recipe(place, tmp_path / "out", heal=None, eval=None, export=chosen | {"pad_row": 512}, **changes)
     assert statuses(mhconvert.run(again)) == {"convert": "skipped", "export": "done"}
+
+
+@pytest.mark.parametrize(
+    ("export", "name"),
+    [
+        ({"to": "gguf"}, "out-bf16.gguf"),
+        ({"to": "auto", "engine": "llama.cpp", "kind": "q8_0"}, "out-q8_0.gguf"),
+        ({"to": "auto", "engine": "vllm"}, "out-auto"),
+        ({"to": "youtu"}, "out-youtu"),
+        ({"to": "gguf", "output": "mine.gguf"}, "mine.gguf"),
+    ],
+)
+def test_the_name_of_an_export_fits_its_form(tmp_path: Path, export: dict[str, str], name: str) -> None:
+    plain = {"model": "x", "method": "mla", "settings": {"profile": "portable"}, "export": export}
+    work = Run(RunRecipe.from_dict(plain), tmp_path / "out", Ledger(tmp_path / "out"), False, ignore, [])
+    assert export_folder(work).name == name
+
+
+def test_the_pages_of_a_checkpoint_have_no_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "evaluate", lambda *_, **__: page_sample.RESULT)
+    (tmp_path / "out").mkdir()
+    recipe = RunRecipe.from_dict({"model": "x", "method": "dha", "eval": {"generation": True}})
+    work = Run(recipe, tmp_path / "out", Ledger(tmp_path / "out"), False, ignore, [])
+    assert STAGES["eval"](work)["result"] == page_sample.RESULT
+    for name in ("evaluation.html", "evaluation.md"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert "drifts after about 3 tokens" in text
+        assert "What does a river do" not in text
+        assert "A river runs" not in text
 
 
 def test_a_ledger_that_cannot_be_read_is_no_ledger(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from ... import open_model
 from ...donor.carried_files import carry_files
 from ...storage.atomic_files import write_json
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
-from ...storage.output_folder import check_free, whole_folder
+from ...storage.output_folder import check_free
 from ...storage.shard_writer import ShardWriter
+from ...storage.whole_folder import whole_folder
 from .. import same_outputs
 from ..written_export import write_card, write_record
 from .head_groups import GroupPlan, cached_heads, regrouped

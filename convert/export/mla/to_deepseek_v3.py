@@ -16,9 +16,10 @@ from ...checkpoint import identity
 from ...checkpoint.provenance import recorded_donor
 from ...donor.carried_files import carry_files
 from ...storage.byte_size import DEFAULT_SHARD_SIZE, SLACK_BYTES, byte_size
-from ...storage.output_folder import check_free, whole_folder
+from ...storage.output_folder import check_free
 from ...storage.safetensors_reader import SafetensorsSource
 from ...storage.shard_writer import ShardWriter
+from ...storage.whole_folder import whole_folder
 from .. import engine_support, same_outputs
 from ..written_export import bytes_in, write_card, write_record, written_dtype
 from . import deepseek_tensors, padded_row

@@ -104,6 +104,14 @@ def test_faults_are_named_with_their_line(methods: str, words: str, tmp_path: Pa
         load(file)
 
 
+def test_no_methods_are_one_conversion(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: x\nmethod: moh\nmethods: null\n", encoding="utf-8")
+    assert load(file).convert == Recipe("x", "moh")
+    file.write_text("model: x\nmethods: [{method: dha}, {method: moh}]\n", encoding="utf-8")
+    assert load(file, ["methods=null", "method=moh"]).convert == Recipe("x", "moh")
+
+
 @pytest.mark.parametrize(
     ("given", "fault", "words"),
     [

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mhconvert.convert.storage.output_folder import PartialFolder, ResumableFolder, check_free, whole_folder
+from mhconvert.convert.storage.output_folder import PartialFolder, ResumableFolder, check_free
 from mhconvert.convert.storage.output_lock import OutputLock
 from mhconvert.convert.storage.ownership import MARK, kind_of, mark
 from mhconvert.convert.storage.publishing import publish
+from mhconvert.convert.storage.whole_folder import whole_folder
 from mhconvert.errors import OutputError
 
 KILLED = 9
