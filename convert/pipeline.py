@@ -59,7 +59,7 @@ def convert_checkpoint(
     complete: Complete = as_it_is,
     writing: Writing = unwritten,
     step: Path | None = None,
-    chained: Recipe | None = None,
+    chained: Callable[[Recipe], Recipe] = lambda own: own,
     resume: bool = False,
     force: bool = False,
     on_progress: Listener | None = None,
@@ -71,8 +71,7 @@ def convert_checkpoint(
         finish: writes report and card into the folder (`eval.report.model_card.write_report`).
         complete: measures what the recipe leaves to be measured, behind the refusals that need no weights.
         writing: measures the text that a converted model writes (`eval.writing.on_policy.measure`).
-        step: a folder to write instead of the recipe's, marked as a step to something else.
-        chained: the recipe of all passes up to this one, which a run that is resumed must share; None: the only one.
+        step, chained: a folder to write instead, marked as a step; of this pass's recipe that of all passes up to it.
         resume, force: continue an interrupted run of the same recipe; replace an existing output folder.
 
     Raises:
@@ -86,8 +85,7 @@ def convert_checkpoint(
     recipe, method = _completed(recipe, method, complete, on_progress)
     donor.open_weights(on_progress)
     needed = cost_estimate.plan(recipe, donor, method, device)["disk_needed_bytes"]
-    asked = (chained or recipe).with_last(recipe.settings)
-    with Workspace(output, asked, needed, resume=resume, force=force) as space:
+    with Workspace(output, chained(recipe), needed, resume=resume, force=force) as space:
         rows = space.rows(lambda: calibration_rows.draw(recipe, donor, device, on_progress))
         dtype = cost_estimate.output_dtype(recipe, donor)
         unplanned = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)
@@ -95,9 +93,8 @@ def convert_checkpoint(
         context = replace(unplanned, needs=needs, chain_began=first_donor.with_weights(donor, first))
         report = _convert_within_budget(context, space, writing)
         whole_model.verify(context, space, report)
-        seconds = time.perf_counter() - started + space.earlier_seconds
-        report |= {"output": str(output), "seconds": seconds, "peak_rss_bytes": peak_rss(report)}
-        report["stage_seconds"] = on_progress.stop()  # of this run, where an earlier one was interrupted
+        report |= {"output": str(output), "seconds": time.perf_counter() - started + space.earlier_seconds}
+        report |= {"peak_rss_bytes": peak_rss(report), "stage_seconds": on_progress.stop()}  # of this run
         finish(space.partial, report)
         provenance.write_provenance(space.partial, context.first, report)
         space.publish(finished=step is None)

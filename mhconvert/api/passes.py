@@ -65,7 +65,7 @@ def _pass(
         finish=finish,
         writing=on_policy.measure,
         step=step,
-        chained=recipe,
+        chained=lambda own: recipe.with_last(own.settings),
         resume=resume,
         force=force,
         on_progress=on_progress,
