@@ -13,6 +13,7 @@ import yaml
 
 import mhconvert
 from mhconvert.convert import finished_conversion
+from mhconvert.convert.layer_pass import resumable_run
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe, load_recipe
 from mhconvert.convert.recipe.recorded import as_recorded
@@ -86,7 +87,10 @@ def test_a_finished_conversion_is_recognised_by_its_old_record(recipe: Build, tm
     assert not finished_conversion.is_result(tmp_path / "out", dataclasses.replace(searched, seed=1))
 
 
-def test_an_interrupted_conversion_goes_on_from_its_old_state(recipe: Build, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_goes_on_from_its_old_state(
+    recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resumable_run, "COMMIT_SHARE", 1e9)  # every layer is kept, on a busy machine too
     options: dict[str, Any] = {"effort": "quick", "fit_steps": 0}
     asked = recipe(tmp_path / "out", **options)
     with pytest.raises(KeyboardInterrupt):
