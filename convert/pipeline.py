@@ -136,11 +136,9 @@ def _convert_within_budget(context: ConversionContext, space: Workspace, writing
     tolerance, convert = context.recipe.tolerance, partial(_convert_layers, space=space)
     if tolerance is not None and on_policy(tolerance):
         write = partial(_convert_and_write, space=space, writing=writing)
-        return convert_within_tolerance(context, space, write)[2]
-    if tolerance is None:
-        method, report = convert(context)
-    else:
-        _, method, report = convert_within_tolerance(context, space, convert)
+        return convert_within_tolerance(context, space, write)[1]
+    searched = tolerance is not None
+    method, report = convert_within_tolerance(context, space, convert) if searched else convert(context)
     whole_model.write(context, method, space)
     return report
 

@@ -58,10 +58,8 @@ def run(
         depends = _inputs(work, name)
         entry = None if force or depends is None else _done(work, name, depends)
         if entry is not None:
-            if (
-                name == "convert" and recipe.convert.methods and not dry_run
-            ):  # perhaps of a run that was killed
-                unmark(output)
+            if name == "convert" and recipe.convert.methods and not dry_run:
+                unmark(output)  # an earlier run may have been killed when OUT had its name
                 step_folder.remove_steps(output, recipe.convert.model)
             work.results.append({"stage": name, "status": "skipped", **_kept(name, entry)})
         elif dry_run:

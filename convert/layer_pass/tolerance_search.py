@@ -47,7 +47,7 @@ def least_row(recipe: Recipe, donor: Donor, method: Method) -> int:
 
 def convert_within_tolerance(
     context: ConversionContext, space: Workspace, attempt: Attempt
-) -> tuple[Recipe, Method, dict[str, Any]]:
+) -> tuple[Method, dict[str, Any]]:
     """Convert at the budget that a search gives, and at larger ones as long as the measured result misses.
 
     Args:
@@ -56,7 +56,7 @@ def convert_within_tolerance(
         attempt: converts into `space`.
 
     Returns:
-        The recipe that was converted, its method, and the report with the search in it.
+        The method at the budget that was taken, and the report with its recipe and the search in it.
 
     Raises:
         BudgetError: Not even the whole budget is near enough.
@@ -67,13 +67,13 @@ def convert_within_tolerance(
         space.search = find_budget(context)
     while True:
         state = space.search
-        budget, settled = state["kv_budget"], recipe.at_budget(state["kv_budget"])
-        method, report = attempt(context.with_recipe(settled))
+        budget = state["kv_budget"]
+        method, report = attempt(context.with_recipe(recipe.at_budget(budget)))
         measured = target.measured(report)
         state = state | {"tried": [*state["tried"], {"kv_budget": budget} | measured]}
         following = (_another if target.on_policy else _larger)(context, state, target)
         if following is None:
-            return settled, method, report | {"tolerance": state | measured}
+            return method, report | {"tolerance": state | measured}
         message = f"budget {budget:g} measured {measured['measured']:.4g}: now {following:g}"
         context.on_progress(Progress("search", 1, 1, message))
         space.start_over(state | {"kv_budget": following})
