@@ -187,7 +187,7 @@ def test_the_estimate_grows_with_the_load(pair: tuple[str, str]) -> None:
 
 def test_the_memory_that_a_step_takes_is_measured() -> None:
     cpu, kept = torch.device("cpu"), []
-    grown = [torch.ones(2**21)] * 30  # 8 MiB each, one at a time replaced by a larger one
+    grown = [torch.ones(2**23)] * 8  # 32 MiB each, one at a time replaced by a larger one
 
     def grow() -> None:
         for index, part in enumerate(grown):
@@ -204,8 +204,9 @@ def test_the_memory_that_a_step_takes_is_measured() -> None:
     ]
     if None in found:
         pytest.skip("the machine does not tell")
-    for taken, expected in zip(found, (0, 2**27, 2**27, 2**23), strict=True):
-        assert taken == pytest.approx(expected, abs=2**21)
+    for taken, expected in zip(found, (0, 2**27, 2**27, 2**25), strict=True):
+        # Linux counts the pages of a process by CPU and adds them up late: megabytes on machines with many of them.
+        assert taken == pytest.approx(expected, abs=3 * 2**22)
 
 
 def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
