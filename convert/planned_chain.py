@@ -21,8 +21,10 @@ from . import pipeline
 from .checkpoint import chain, provenance
 from .donor.donor import open_donor
 from .layer_pass import cost_estimate, first_donor
+from .methods import combinations
 from .methods.registry import build_method
 from .recipe.recipe import Recipe
+from .recipe.steps import taking_no_codes
 from .storage import output_folder, step_folder
 from .storage.atomic_files import write_json
 
@@ -59,7 +61,7 @@ def _plans(
             if behind and (reason := chain.refusal(Path(donor), step)) is not None:
                 raise UnsupportedError(reason)
             sizes = pipeline.plan(step, timed=timed, on_progress=on_progress)
-        yield sizes | {"donor": behind or recipe.model}
+        yield sizes | {"donor": behind or recipe.model} | _elements(recipe, count, sizes)
         if count < passes or recipe.adapter is not None:
             donor = _without_weights(step, part(recipe, output, count), sizes, place / str(count))
             behind = sizes["output"]
@@ -71,6 +73,16 @@ def _plans(
         with _named(donor, behind):
             adapter = describe(dataclasses.replace(asked, model=donor))
         yield adapter | {"donor": str(output)}
+
+
+def _elements(recipe: Recipe, count: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The notice of the plan of pass `count`, `sizes`, where a later one takes only latents with elements of 16 bits."""
+    own, *later = recipe.passes[count - 1 :]
+    needing = taking_no_codes(later) if combinations.kind(own.method, own.settings) == "mla" else None
+    if needing is None:
+        return {}
+    words = f"the cache has elements of 16 bits (--kv-bits 16): {needing}, which follows, takes no codes"
+    return {"notice": "; ".join(filter(None, (sizes.get("notice"), words)))}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from .choices_together import require_together
 from .folder_name import require_folder_name
 from .heal_settings import SEED, HealSettings
 from .recorded import read_recipe, save_values
-from .steps import Step, choose, converting, read_steps, require_chain, unknown
+from .steps import Step, choose, converting, read_steps, require_chain, settled, unknown
 from .tolerance import checked
 from .torch_device import known_device
 from .written_weights import DTYPES, known_dtype, shard_size
@@ -148,7 +148,7 @@ class Recipe(Settings):
         require_together(self)
 
     def _take_chain(self) -> None:
-        steps = tuple(self.methods)
+        steps = settled(self.methods)
         require_chain(steps)
         self._set("methods", steps)
         own = converting(steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from tests.donors import make_donor
         ),
         ("--to moh+mla", 1, "mla (coded) cannot follow moh: routers choose among heads"),
         ("--to mla+dha", 1, "dha cannot follow mla (coded): both rewrite keys and values"),
-        ("--to mla+moh", 1, "take latents of 16-bit elements: --to mla --kv-bits 16, and then moh"),
+        ("--to mla+moh --kv-bits 8", 1, "take latents of 16-bit elements: --to mla --kv-bits 16, and then moh"),
         ("--to hydra --then moh", 1, "an adapter lies beside a model and comes last"),
         ("--to dha+moh --tolerance kl=0.1", 1, "a tolerance decides the budget of one conversion"),
     ],
@@ -45,6 +46,19 @@ def test_help_has_the_options_of_each_step(here: Cli) -> None:
         assert f"\n{heading}\n" in said
     assert "--window" not in said
     assert "--resume" in said
+
+
+def test_the_plan_says_why_latents_have_elements(
+    here: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_estimate, "PROBE_SECONDS", 1e-4)
+    donor = make_donor(tmp_path / "donor", heads=4, kv_heads=2, hidden=32)
+    done = here(donor, "--to", "mla+moh", "-o", tmp_path / "out", "--dry-run", "--json")
+    first, last = json.loads(done.stdout)["steps"]
+    words = "the cache has elements of 16 bits (--kv-bits 16): moh, which follows, takes no codes"
+    assert first["notice"] == words
+    assert "notice" not in last
+    assert "kv_lora_rank" in first["layers"][0]
 
 
 def test_the_plan_of_a_chain(here: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
