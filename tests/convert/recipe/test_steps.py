@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,30 @@ def test_faults_are_named_with_their_line(methods: str, words: str, tmp_path: Pa
     file.write_text(f"model: x\nmethods: {methods}\n", encoding="utf-8")
     with pytest.raises(RecipeError, match=words):
         load(file)
+
+
+TWO = [{"method": "dha"}, {"method": "moh"}]
+
+
+@pytest.mark.parametrize(
+    ("values", "valid"),
+    [
+        ({"method": "moh", "methods": None}, True),
+        ({"method": None, "settings": None, "methods": TWO}, True),
+        ({"method": "moh", "settings": {"active": 0.5}, "methods": None}, True),
+        ({"method": None}, False),
+        ({"methods": None}, False),
+        ({"method": "moh", "methods": TWO}, False),
+        ({"settings": {}, "methods": TWO}, False),
+        ({"method": "moh", "settings": {"activ": 0.5}, "methods": None}, False),
+        ({"methods": [{"method": None}, {"method": "moh"}]}, False),
+    ],
+)
+def test_schema_and_loader_take_the_same(values: dict[str, Any], valid: bool) -> None:
+    whole = {"model": "x"} | values
+    assert jsonschema.Draft202012Validator(schema()).is_valid(whole) == valid
+    with nullcontext() if valid else pytest.raises(RecipeError):
+        RunRecipe.from_dict(whole)
 
 
 def test_no_methods_are_one_conversion(tmp_path: Path) -> None:
