@@ -108,7 +108,10 @@ def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if parameters:
         table.append(("parameters", count(parameters.get("donor")), count(parameters.get("converted")), ""))
     if report.get("seconds") is not None:
-        table.append(("time to convert", "", duration(report["seconds"]), ""))
+        by_step = ", ".join(
+            f"{step['method']} {duration(step['seconds'])}" for step in report.get("steps") or ()
+        )
+        table.append(("time to convert", "", duration(report["seconds"]), by_step))
     if report.get("peak_rss_bytes") is not None:
         table.append(("peak memory", "", size(report["peak_rss_bytes"]), "resident"))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.errors import MhconvertError
 from mhconvert.progress import Listener, ignore
+
+STEP = ("method", "seconds")  # of each step in a chain's report
 
 
 def convert(
@@ -42,6 +45,7 @@ def _pass(
     """The conversion alone; `step` as `pipeline.convert_checkpoint` has it. What is recorded is the whole chain."""
     from mhconvert.convert import pipeline, planned_chain
     from mhconvert.convert.recipe.recorded import last_step
+    from mhconvert.convert.storage.safetensors_reader import read_json
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.heads.measured_heads import with_measured_heads
     from mhconvert.eval.report.model_card import write_report
@@ -53,6 +57,7 @@ def _pass(
             whole = recipe.to_dict()
             last_step(whole)["settings"] = report["recipe"]["settings"]
             report["recipe"] = whole
+            report |= _with_earlier(report, read_json(behind / "report.json"))
         write_report(folder, report)
 
     alone = recipe if behind is None else planned_chain.alone(recipe, str(behind))
@@ -70,6 +75,22 @@ def _pass(
         force=force,
         on_progress=on_progress,
     )
+
+
+def _with_earlier(report: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """What a pass's report has of all passes up to it: time and memory, and steps, the time of each.
+
+    earlier: the report of the pass before it.
+    """
+    steps = earlier.get("steps") or [{name: earlier[name] for name in STEP}]
+    stages = Counter(earlier["stage_seconds"])
+    stages.update(report["stage_seconds"])
+    return {
+        "seconds": earlier["seconds"] + report["seconds"],
+        "stage_seconds": dict(stages),
+        "peak_rss_bytes": max(earlier["peak_rss_bytes"], report["peak_rss_bytes"]),
+        "steps": [*steps, {name: report[name] for name in STEP}],
+    }
 
 
 def _and_heal(

@@ -28,7 +28,11 @@ from tests.donors import make_donor
         ),
         ("--to moh+mla", 1, "mla (coded) cannot follow moh: routers choose among heads"),
         ("--to mla+dha", 1, "dha cannot follow mla (coded): both rewrite keys and values"),
-        ("--to mla+moh --kv-bits 8", 1, "take latents of 16-bit elements: --to mla --kv-bits 16, and then moh"),
+        (
+            "--to mla+moh --kv-bits 8",
+            1,
+            "take latents of 16-bit elements: --to mla --kv-bits 16, and then moh",
+        ),
         ("--to hydra --then moh", 1, "an adapter lies beside a model and comes last"),
         ("--to dha+moh --tolerance kl=0.1", 1, "a tolerance decides the budget of one conversion"),
     ],

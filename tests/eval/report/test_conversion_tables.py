@@ -57,6 +57,13 @@ def test_a_tolerance_has_a_row_of_its_own() -> None:
     assert row in conversion_rows(FULL | {"tolerance": found, "on_policy": {"count": 40}})
 
 
+def test_the_time_of_a_chain_is_of_all_its_steps() -> None:
+    steps = [{"method": "dha", "seconds": 51.0}, {"method": "moh", "seconds": 75.0}]
+    row = ("time to convert", "", "2:06", "dha 51.0 s, moh 1:15")
+    assert row in conversion_rows(FULL | {"seconds": 126.0, "steps": steps})
+    assert ("time to convert", "", "1:01", "") in conversion_rows(FULL)
+
+
 def test_missing_facts_have_no_row() -> None:
     assert conversion_rows({"output": "x", "method": "mla"}) == []
 
