@@ -67,7 +67,7 @@ def require_chain(steps: Sequence[Step]) -> None:
 
 
 def settled(steps: Sequence[Step]) -> tuple[Step, ...]:
-    """The steps, with elements of 16 bits in the cache of one that leaves that open where a later step takes no codes."""
+    """The steps; of one that leaves it open whether its cache has codes, it has none where a later one takes none."""
     return tuple(
         dataclasses.replace(step, settings=step.settings.with_elements())
         if _kind(step) == combinations.CODED and taking_no_codes(steps[number:])

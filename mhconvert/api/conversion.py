@@ -52,7 +52,8 @@ def plan(recipe: Recipe, *, survey: bool = False, on_progress: Listener | None =
 
     Args:
         recipe: what would be converted and how.
-        survey: read the weights and divide the budget over the layers, as `convert` would.
+        survey: read the weights and divide the budget over the layers, as `convert` would; of a chain that of its
+            first step, in steps[0].
         on_progress: called with the progress.
 
     Returns:

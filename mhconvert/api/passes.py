@@ -9,7 +9,6 @@ from typing import Any
 
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
-from mhconvert.errors import MhconvertError
 from mhconvert.progress import Listener, ignore
 
 STEP = ("method", "seconds")  # of each step in a chain's report
@@ -138,14 +137,14 @@ def _and_heal(
 
 
 def plan_chain(recipe: Recipe, *, survey: bool, on_progress: Listener | None) -> dict[str, Any]:
-    """What `chain` would do; see `planned_chain.plan`. Raises MhconvertError with `survey`, which reads weights."""
+    """What `chain` would do; see `planned_chain.plan`. `survey`: read weights, and survey the first step."""
     from mhconvert.convert import open_model, planned_chain
+    from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.heads.measured_heads import with_measured_heads
 
-    if survey:
-        raise MhconvertError(
-            "a survey is of one conversion, whose donor is there; survey the first step alone"
-        )
-    return planned_chain.plan(recipe, open_model.output_folder(recipe), on_progress=on_progress or ignore)
+    surveying: dict[str, Any] = {"surveyed": Fidelity, "complete": with_measured_heads} if survey else {}
+    output = open_model.output_folder(recipe)
+    return planned_chain.plan(recipe, output, **surveying, on_progress=on_progress or ignore)
 
 
 def chain(recipe: Recipe, *, resume: bool, force: bool, on_progress: Listener | None) -> dict[str, Any]:

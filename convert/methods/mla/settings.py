@@ -74,8 +74,8 @@ class MLASettings(Settings):
         Takes[Bits, int],
         Option(
             "auto: the cache is coded; each component of a joint latent of keys and values has the 0 to 8 bits that it "
-            "is worth. 16 with profile portable, explicit widths, or moh behind it in a chain. 2 to 8: coded too, and each "
-            "component has so many bits or none. 16: cache elements of the weights' dtype, as engines know them.",
+            "is worth. 16 with profile portable, explicit widths, or moh behind it in a chain. 2 to 8: coded too, and "
+            "each component has so many bits or none. 16: cache elements of the weights' dtype, as engines know them.",
             parse=str,
             also=int,
         ),
