@@ -8,9 +8,11 @@ from mhconvert.errors import MhconvertError
 
 from ..methods.registry import ADAPTERS, CACHE_METHODS
 from ..validation.field_types import changed_fields
+from .tolerance import on_policy
 
 OF_THE_PASS = (
     "tolerance",
+    "prompts",
     "calibration",
     "effort",
     "fit_steps",
@@ -27,6 +29,10 @@ def require_together(recipe: Any) -> None:
     if recipe.method in ADAPTERS:
         _require_no_pass(recipe)
     _require_one_fusion(recipe)
+    if recipe.prompts is not None and not on_policy(recipe.tolerance):
+        raise MhconvertError(
+            "prompts are of a tolerance on generation: give generation=NATS, or leave them out"
+        )
     if recipe.tolerance is not None:
         _require_free_budget(recipe)
 

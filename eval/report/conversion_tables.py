@@ -10,6 +10,7 @@ from typing import Any
 from ...convert.calibration.text_files import told_apart
 from ...convert.methods.combinations import behind_adapters
 from ...convert.methods.registry import METHODS
+from ...convert.recipe.tolerance import OWN_PROMPTS
 from ...convert.storage.folder_kind import is_adapter
 from .length_rows import by_length
 from .units import count, duration, number, share, size
@@ -45,7 +46,8 @@ def _tolerance_row(found: dict[str, Any], on_policy: dict[str, Any] | None) -> t
     measure, limit = found["asked"].split("=")
     stderr, where = found.get("stderr"), "on held-out text"
     if on_policy:
-        where = f"KL on its own texts after {on_policy['count']} prompts"
+        of = f" of {on_policy['prompts']}" if on_policy.get("prompts", OWN_PROMPTS) != OWN_PROMPTS else ""
+        where = f"KL on its own texts after {on_policy['count']} prompts{of}"
     value = number(found["measured"]) + (f" ± {stderr:.1g}" if stderr is not None else "")
     return f"tolerance {measure} ≤ {limit}", "", value, f"at budget {share(found['kv_budget'])}, {where}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def _pass(
     """The conversion alone; `step` as `pipeline.convert_checkpoint` has it. What is recorded is the whole chain."""
     from mhconvert.convert import pipeline, planned_chain
     from mhconvert.convert.recipe.recorded import last_step
+    from mhconvert.convert.recipe.tolerance import prompts_file
     from mhconvert.convert.storage.safetensors_reader import read_json
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.heads.measured_heads import with_measured_heads
@@ -67,7 +69,7 @@ def _pass(
         fit=layer_fit.fit,
         measure=Fidelity,
         finish=finish,
-        writing=on_policy.measure,
+        writing=partial(on_policy.measure, prompts=prompts_file(recipe.prompts)),
         step=step,
         chained=lambda own: recipe.with_last(own.settings),
         resume=resume,
@@ -141,7 +143,9 @@ def plan_chain(recipe: Recipe, *, survey: bool, on_progress: Listener | None) ->
     from mhconvert.convert import open_model, planned_chain
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.heads.measured_heads import with_measured_heads
+    from mhconvert.eval.writing import on_policy
 
+    on_policy.check(recipe)
     surveying: dict[str, Any] = {"surveyed": Fidelity, "complete": with_measured_heads} if survey else {}
     output = open_model.output_folder(recipe)
     return planned_chain.plan(recipe, output, **surveying, on_progress=on_progress or ignore)
