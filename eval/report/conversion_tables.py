@@ -15,6 +15,8 @@ from ...convert.storage.folder_kind import is_adapter
 from .length_rows import by_length
 from .units import count, duration, number, share, size
 
+FEW_PREDICTED = 0.9  # of the tokens of a healing: below it there is padding, or there are many short texts
+
 
 def json_safe(value: Any) -> Any:
     """A copy of `value` that JSON can hold: NaN and infinities become None, paths and dictionary keys strings."""
@@ -154,7 +156,10 @@ def healing_line(report: dict[str, Any]) -> str:
     speed, layer_tokens = healing.get("tokens_per_second"), healing["settings"].get("layer_tokens")
     stages = [f"each layer on {layer_tokens:,} tokens"] if layer_tokens else []
     if healing["steps"]:
-        stages.append(f"{healing['trained_tokens']:,} tokens in {healing['steps']:,} steps")
+        trained, predicted = healing["trained_tokens"], healing.get("predictions")
+        padded = predicted is not None and predicted < FEW_PREDICTED * trained
+        of_these = f" ({predicted:,} predicted, the others padding or the first of a text)" if padded else ""
+        stages.append(f"{trained:,} tokens{of_these} in {healing['steps']:,} steps")
     if own := healing.get("own_texts"):
         dropped = f"; dropped: {own['empty']} empty, {own['loops']} in loops"
         stages.append(f"{own['rows']:,} texts of its own{dropped if own['empty'] + own['loops'] else ''}")
