@@ -130,7 +130,7 @@ class MLASettings(Settings):
     def with_elements(self) -> MLASettings:
         """The same choices with cache elements of 16 bits, where `kv_bits` auto leaves that open."""
         is_open = self.kv_bits == "auto" and self.plan is None
-        return dataclasses.replace(self, kv_bits="16") if is_open else self
+        return dataclasses.replace(self, kv_bits=16) if is_open else self
 
     def at_budget(self, share: float) -> MLASettings:
         """The same choices at another budget. Raises BudgetError where explicit sizes have fixed it."""
