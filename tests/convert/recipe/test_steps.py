@@ -133,6 +133,11 @@ def test_faults_are_named_with_their_line(methods: str, words: str, tmp_path: Pa
         load(file)
 
 
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    return jsonschema.Draft202012Validator(schema())
+
+
 TWO = [{"method": "dha"}, {"method": "moh"}]
 
 
@@ -150,9 +155,9 @@ TWO = [{"method": "dha"}, {"method": "moh"}]
         ({"methods": [{"method": None}, {"method": "moh"}]}, False),
     ],
 )
-def test_schema_and_loader_take_the_same(values: dict[str, Any], valid: bool) -> None:
+def test_schema_and_loader_take_the_same(values: dict[str, Any], valid: bool, validator: Any) -> None:
     whole = {"model": "x"} | values
-    assert jsonschema.Draft202012Validator(schema()).is_valid(whole) == valid
+    assert validator.is_valid(whole) == valid
     with nullcontext() if valid else pytest.raises(RecipeError):
         RunRecipe.from_dict(whole)
 
