@@ -12,7 +12,7 @@ from mhconvert.errors import OutputError
 from . import open_model
 from .checkpoint.provenance import read_record
 from .recipe.recorded import NOT_THE_RESULT, as_recorded, last_step
-from .recipe.tolerance import parse
+from .recipe.tolerance import OWN_PROMPTS, parse, prompts_file
 from .storage.safetensors_reader import read_json
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ def differing(folder: Path, recipe: Recipe) -> str | None:
         asked = str(parse(recipe.tolerance))
         if record.get("tolerance", asked) != asked:
             return "tolerance"
+        file = prompts_file(recipe.prompts)
+        if record.get("prompts", OWN_PROMPTS) != (file.name if file else OWN_PROMPTS):
+            return "prompts"
         budget = made.get("settings", {}).get("kv_budget")
         recipe = recipe.at_budget(budget) if budget else recipe
     wanted = json.loads(json.dumps(recipe.to_dict()))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +22,49 @@ from . import pipeline
 from .checkpoint import chain, provenance
 from .donor.donor import open_donor
 from .layer_pass import cost_estimate, first_donor
+from .layer_pass.context import Complete, Measure, as_it_is
+from .methods import combinations
 from .methods.registry import build_method
 from .recipe.recipe import Recipe
+from .recipe.steps import taking_no_codes
 from .storage import output_folder, step_folder
 from .storage.atomic_files import write_json
 
+Plan = Callable[[Recipe], dict[str, Any]]
+SURVEYED = "the survey is of {}, the first step; what follows is planned on equal parts of its budget"
 OF_BOTH_ENDS = ("kv_elements_per_token", "kv_bytes_per_token", "parameters")
 
 
 def plan(
-    recipe: Recipe, output: Path, *, timed: bool = True, on_progress: Listener = ignore
+    recipe: Recipe,
+    output: Path,
+    *,
+    surveyed: Measure | None = None,
+    complete: Complete = as_it_is,
+    timed: bool = True,
+    on_progress: Listener = ignore,
 ) -> dict[str, Any]:
     """The plan of the chain `recipe`, which writes `output`: that of its last pass, from the first donor on, with
     steps (the plan of each pass), the most disk and memory that is needed at once, and the adapter behind it.
 
     Args:
+        surveyed, complete: as in `pipeline.plan`, of the first step: of others there are no weights.
         timed: as in `pipeline.plan`.
 
     Raises:
         MhconvertError: whatever a step refuses without weights.
     """
     with tempfile.TemporaryDirectory(prefix="mhconvert-") as place:
-        plans = list(_plans(recipe, output, Path(place), timed, on_progress))
-    adapter = [plans.pop()] if recipe.adapter else []
-    return _whole(recipe, plans) | ({"adapter": adapter[0]} if adapter else {})
+        unsurveyed = partial(pipeline.plan, timed=timed, on_progress=on_progress)
+        first = partial(unsurveyed, surveyed=surveyed, complete=complete)
+        plans = list(_plans(recipe, output, Path(place), first, unsurveyed))
+    adapter = {"adapter": plans.pop()} if recipe.adapter else {}
+    notice = {"notice": SURVEYED.format(plans[0]["method"])} if surveyed is not None else {}
+    return _whole(recipe, plans) | notice | adapter
 
 
 def _plans(
-    recipe: Recipe, output: Path, place: Path, timed: bool, on_progress: Listener
+    recipe: Recipe, output: Path, place: Path, planned_first: Plan, planned: Plan
 ) -> Iterator[dict[str, Any]]:
     """The plan of each pass, and of the adapter; donors are written into folders below `place`."""
     donor, behind, passes, read = recipe.model, "", len(recipe.passes), read_folders(recipe)
@@ -58,8 +74,8 @@ def _plans(
         with _named(donor, behind):
             if behind and (reason := chain.refusal(Path(donor), step)) is not None:
                 raise UnsupportedError(reason)
-            sizes = pipeline.plan(step, timed=timed, on_progress=on_progress)
-        yield sizes | {"donor": behind or recipe.model}
+            sizes = (planned if behind else planned_first)(step)
+        yield sizes | {"donor": behind or recipe.model} | _elements(recipe, count, sizes)
         if count < passes or recipe.adapter is not None:
             donor = _without_weights(step, part(recipe, output, count), sizes, place / str(count))
             behind = sizes["output"]
@@ -71,6 +87,16 @@ def _plans(
         with _named(donor, behind):
             adapter = describe(dataclasses.replace(asked, model=donor))
         yield adapter | {"donor": str(output)}
+
+
+def _elements(recipe: Recipe, count: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The notice of the plan `sizes` of pass `count`, where a later one takes no codes."""
+    own, *later = recipe.passes[count - 1 :]
+    needing = taking_no_codes(later) if combinations.kind(own.method, own.settings) == "mla" else None
+    if needing is None:
+        return {}
+    words = f"the cache has elements of 16 bits (--kv-bits 16): {needing}, which follows, takes no codes"
+    return {"notice": "; ".join(filter(None, (sizes.get("notice"), words)))}
 
 
 @contextmanager

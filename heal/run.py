@@ -140,7 +140,7 @@ class _Healing:
             text = heal_text.prepare(settings, tokenizer, self.vocab_size, length, rows, sample, alone)
             if alone:
                 padding = (text.train.positions[:, 1:] == 0).sum().item() / text.train.positions.numel()
-                words = f"each document has rows of its own, of which {padding:.0%} is padding"
+                words = f"each document has rows of its own, of which {padding:.0%} is padding, which --tokens counts"
                 self.on_progress(Progress("text", 1, 1, words))
             if skipped := sum(text.skipped.values()):
                 self.on_progress(Progress("text", 1, 1, f"{skipped:,} records without text were skipped"))

@@ -56,7 +56,7 @@ def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[st
     kept = {
         name: value
         for name, value in old.items()
-        if name not in ("tolerance", "verified", "seconds", "sample", "by_source", "warnings")
+        if name not in ("tolerance", "verified", "seconds", "steps", "sample", "by_source", "warnings")
     }
     return (
         copy.deepcopy(kept)

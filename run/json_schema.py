@@ -31,13 +31,20 @@ def schema() -> Schema:
     properties = root["properties"]
     for name, kind in KINDS.items():
         properties[name] = {"anyOf": [_reference(kind), {"type": "null"}], "description": kind.__doc__}
-    root["oneOf"] = [{"required": ["method"]}, {"required": ["methods"]}]
-    properties["methods"]["minItems"] = 2
+    root["oneOf"] = [_given("method", "string", "methods"), _given("methods", "array", "method", "settings")]
     for step in (root, definitions["Step"]):
         step["properties"]["method"] = {"enum": list(METHOD_NAMES)} | step["properties"]["method"]
         step["properties"]["method"].pop("default", None)
         step["allOf"] = _settings_by_method()
+    properties["method"] = _or_null(properties["method"])
+    properties["methods"] = _or_null(properties["methods"] | {"minItems": 2})
     return {"$schema": DRAFT, "title": "A recipe of mhconvert", **root, "$defs": definitions}
+
+
+def _given(name: str, kind: str, *others: str) -> Schema:
+    """That `name` has a value of the JSON type `kind`, and none of `others` has one; null is none."""
+    kinds = {name: kind} | dict.fromkeys(others, "null")
+    return {"required": [name], "properties": {key: {"type": each} for key, each in kinds.items()}}
 
 
 def _settings_by_method() -> list[Schema]:
@@ -72,5 +79,9 @@ def _complete(mapping: Schema, fields: dict[str, Declared]) -> None:
     for name, field in fields.items():
         known = mapping["properties"][name]
         if field.default is None and {"type": "null"} not in known.get("anyOf", []) and len(known) > 1:
-            described = {key: known.pop(key) for key in ("description", "default") if key in known}
-            mapping["properties"][name] = {"anyOf": [known, {"type": "null"}]} | described
+            mapping["properties"][name] = _or_null(known)
+
+
+def _or_null(known: Schema) -> Schema:
+    described = {key: known.pop(key) for key in ("description", "default") if key in known}
+    return {"anyOf": [known, {"type": "null"}]} | described

@@ -16,13 +16,13 @@ BEHIND = ("heal", "eval", "export", "push")  # of the recipe: the stages after t
 
 
 def of_conversion(recipe: RunRecipe) -> dict[str, Any]:
-    """Hashes for the conversion: its part of the recipe, the donor's local files, the calibration text."""
+    """Hashes for the conversion: its part of the recipe, the donor's local files, the calibration text, prompts."""
     plain = recipe.convert.part(len(recipe.convert.passes)).to_dict()  # without an adapter behind it
     words = {key: value for key, value in plain.items() if key not in (*ELSEWHERE, *BEHIND)}
     return {
         "recipe": words,
         "donor": model_mark(recipe.convert.model),
-        "text": files(recipe.convert.calibration.sources),
+        "text": files((*recipe.convert.calibration.sources, *filter(None, (recipe.convert.prompts,)))),
     }
 
 

@@ -34,7 +34,8 @@ Survey = Annotated[
     bool,
     typer.Option(
         "--survey",
-        help="With --dry-run: read DONOR and divide the budget over its layers; with --json a file for --plan.",
+        help="With --dry-run: read DONOR and divide the budget over its layers; with --json a file for --plan. Of a "
+        "chain: its first step's.",
     ),
 ]
 Pages = Annotated[
@@ -87,8 +88,6 @@ def command(
             raise typer.BadParameter(f"--{name} does not apply to {to}")
     if survey and not dry_run:
         raise typer.BadParameter("--survey goes with --dry-run: a conversion surveys by itself")
-    if survey and len(methods) > 1:
-        raise typer.BadParameter(f"--survey is of one conversion, whose donor is there: --to {methods[0]}")
     if report and not (survey and info(methods[0]).layer_kind):
         raise typer.BadParameter("--report draws a --survey of layers that become windowed or linear")
 
@@ -127,8 +126,9 @@ def _planned(recipe: Recipe, survey: bool, report: list[Path], quiet: bool) -> d
     if report:
         from ...eval.page.layer_kinds import survey_page
 
+        drawn = plan.get("steps", [plan])[0]
         for path in report:
-            page.write_blocks(path, f"Layers of {plan['donor']}", survey_page(plan))
+            page.write_blocks(path, f"Layers of {drawn['donor']}", survey_page(drawn))
     return plan
 
 

@@ -132,7 +132,7 @@ Output = Annotated[
 ]
 
 CALIBRATION = Group("Calibration", Calibration, layers=True)
-TOLERANCE = Group("Conversion", Recipe, ("tolerance",), layers=True, cache=True)
+TOLERANCE = Group("Conversion", Recipe, ("tolerance", "prompts"), layers=True, cache=True)
 KV_CACHE = Group("KV cache", EvalSettings, ("kv_cache_dtype",))
 LONG_CONTEXT = Group(
     "Texts beyond the trained length", EvalSettings, ("long_context", "chunk_size", "chunks")

@@ -39,6 +39,10 @@ def require_applicable(methods: Sequence[str], groups: Sequence[Group], options:
             raise typer.BadParameter(f"give --kv-budget, or {words}, but not both")
     if sizes and options.get("tolerance") is not None:
         raise typer.BadParameter("give --tolerance, or a budget or sizes, but not both")
+    if options.get("prompts") is not None and not str(options.get("tolerance")).startswith("generation="):
+        raise typer.BadParameter(
+            "--prompts is of --tolerance generation=NATS: give that too, or leave it out"
+        )
 
 
 def _instead_of_budget(methods: Sequence[str]) -> dict[str, str]:

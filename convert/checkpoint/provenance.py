@@ -108,10 +108,11 @@ def needs_remote_code(model_class: Any) -> bool:
 
 def write_provenance(folder: Path, donor: Donor, report: dict[str, Any]) -> None:
     """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer; where the budget was
-    searched, the tolerance that it was searched for; where it counts for one length of text, that length; the steps
-    before this one. `donor`: of the first of them."""
+    searched, the tolerance that it was searched for, and the prompts of one on generation; where it counts for one
+    length of text, that length; the steps before this one. `donor`: of the first of them."""
     save_values(report["recipe"], folder / RECIPE)
     more = {"tolerance": report["tolerance"]["asked"]} if report.get("tolerance") else {}
+    more |= {"prompts": report["on_policy"]["prompts"]} if "on_policy" in report else {}
     more |= {name: report[name] for name in ("chain", "cache_context") if report.get(name)}
     record(folder, donor, recipe=report["recipe"], **more, layers=report["layers"])
 

@@ -169,6 +169,11 @@ def refusal(steps: Iterable[str], then: str) -> str | None:
     return None
 
 
+def takes_no_codes(then: str) -> bool:
+    """Whether a step of kind `then` may follow latents with elements of 16 bits, and none with codes."""
+    return refusal(["mla"], then) is None and refusal([CODED], then) is not None
+
+
 def behind_adapters(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of a chain's steps that come behind its last merged adapter; all where no adapter was merged."""
     begun = [number for number, step in enumerate(steps, 1) if step.get("method") not in (*METHODS, None)]

@@ -8,9 +8,11 @@ from mhconvert.errors import MhconvertError
 
 from ..methods.registry import ADAPTERS, CACHE_METHODS
 from ..validation.field_types import changed_fields
+from .tolerance import on_policy
 
 OF_THE_PASS = (
     "tolerance",
+    "prompts",
     "calibration",
     "effort",
     "fit_steps",
@@ -27,6 +29,10 @@ def require_together(recipe: Any) -> None:
     if recipe.method in ADAPTERS:
         _require_no_pass(recipe)
     _require_one_fusion(recipe)
+    if recipe.prompts is not None and not on_policy(recipe.tolerance):
+        raise MhconvertError(
+            "prompts are of a tolerance on generation: give generation=NATS, or leave them out"
+        )
     if recipe.tolerance is not None:
         _require_free_budget(recipe)
 
@@ -35,7 +41,9 @@ def _require_free_budget(recipe: Any) -> None:
     """Raise MhconvertError where there is no budget that the tolerance would decide."""
     if len(recipe.passes) > 1:
         raise MhconvertError(
-            "a tolerance decides the budget of one conversion; convert by its method first, and then the result"
+            "a tolerance decides the budget of one conversion; search that of the first step alone, with "
+            f"{_first(recipe)} --tolerance {recipe.tolerance}, and convert the folder that it makes, or give the chain "
+            "the budget found"
         )
     if recipe.method not in CACHE_METHODS:
         raise MhconvertError(
@@ -46,6 +54,13 @@ def _require_free_budget(recipe: Any) -> None:
         raise MhconvertError(
             f"a tolerance decides the KV budget; leave out kv_budget={settings.kv_budget} or the tolerance"
         )
+
+
+def _first(recipe: Any) -> str:
+    """The options of the first step of a chain alone, as later ones need it."""
+    first = recipe.passes[0]
+    bits = getattr(first.settings, "kv_bits", None)
+    return f"--to {first.method}" + (f" --kv-bits {bits}" if bits else "")
 
 
 def _require_one_fusion(recipe: Any) -> None:

@@ -21,8 +21,8 @@ from .choices_together import require_together
 from .folder_name import require_folder_name
 from .heal_settings import SEED, HealSettings
 from .recorded import read_recipe, save_values
-from .steps import Step, choose, converting, read_steps, require_chain, unknown
-from .tolerance import checked
+from .steps import Step, choose, converting, read_steps, require_chain, settled, unknown
+from .tolerance import PROMPTS, checked
 from .torch_device import known_device
 from .written_weights import DTYPES, known_dtype, shard_size
 
@@ -66,6 +66,7 @@ class Recipe(Settings):
             also=str,
         ),
     ] = None
+    prompts: Annotated[Takes[str | None, str | PurePath | None], PROMPTS] = default(None)
     output: Annotated[
         Takes[str | None, str | PurePath | None],
         Option("Folder to write.", "OUT", flag="", default="./DONOR-METHOD"),
@@ -148,7 +149,7 @@ class Recipe(Settings):
         require_together(self)
 
     def _take_chain(self) -> None:
-        steps = tuple(self.methods)
+        steps = settled(self.methods)
         require_chain(steps)
         self._set("methods", steps)
         own = converting(steps)
@@ -159,7 +160,8 @@ class Recipe(Settings):
 
     def at_budget(self, share: float) -> Recipe:
         """Return the same conversion at another KV budget, without a tolerance."""
-        return dataclasses.replace(self, settings=self.settings.at_budget(share), tolerance=None)
+        settings = self.settings.at_budget(share)
+        return dataclasses.replace(self, settings=settings, tolerance=None, prompts=None)
 
     @property
     def passes(self) -> tuple[Step, ...]:
@@ -192,6 +194,8 @@ class Recipe(Settings):
         """Plain JSON/YAML types, of a chain its methods alone; `from_dict` of it equals this recipe."""
         plain = dataclasses.asdict(self)
         plain["calibration"]["sources"] = list(self.calibration.sources)
+        if self.prompts is None:  # which recipes of earlier versions do not have
+            del plain["prompts"]
         methods = list(plain.pop("methods"))
         if not methods:
             return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -58,11 +59,30 @@ def require_chain(steps: Sequence[Step]) -> None:
     """Raise UnsupportedError for steps of which one cannot follow another, by the table of combinations."""
     if len(steps) == 1:
         raise MhconvertError("methods has one step; give it as method and settings")
-    kinds = [combinations.kind(step.method, step.settings) for step in steps]
+    kinds = [_kind(step) for step in steps]
     for number, then in enumerate(kinds):
         reason = combinations.refusal(kinds[:number], then)
         if reason is not None:
             raise UnsupportedError(f"methods {' and then '.join(step.method for step in steps)}: {reason}")
+
+
+def settled(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps; of one that leaves it open whether its cache has codes, it has none where a later one takes none."""
+    return tuple(
+        dataclasses.replace(step, settings=step.settings.with_elements())
+        if _kind(step) == combinations.CODED and taking_no_codes(steps[number:])
+        else step
+        for number, step in enumerate(steps, 1)
+    )
+
+
+def taking_no_codes(steps: Sequence[Step]) -> str | None:
+    """The first method of `steps` that may follow latents only where they have elements of 16 bits; None: no one."""
+    return next((step.method for step in steps if combinations.takes_no_codes(_kind(step))), None)
+
+
+def _kind(step: Step) -> str:
+    return combinations.kind(step.method, step.settings)
 
 
 def converting(steps: Sequence[Step]) -> tuple[Step, ...]:

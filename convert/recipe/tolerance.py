@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mhconvert.errors import BudgetError
 
+from ..validation.option import Option
 from ..validation.refusal import RefusedError
 
 MEASURES = {"kl": 0.0, "ppl": 1.0, "generation": 0.0}  # what the donor itself has
+OWN_PROMPTS = "own"  # what reports and records call the prompts that ship with mhconvert
+PROMPTS = Option(
+    "Of a tolerance on generation: what the result is asked, in a file as eval --generation reads it.",
+    "FILE",
+    default="forty of our own",
+)
 EXAMPLES = {"kl": "kl=0.05", "ppl": "ppl=1.05", "generation": "generation=0.2"}
 
 
@@ -90,6 +98,11 @@ def parse(text: str) -> Tolerance:
             "what the donor itself has"
         )
     return Tolerance(measure, limit)
+
+
+def prompts_file(prompts: str | None) -> Path | None:
+    """The file of a recipe's prompts, with ~ expanded; None for our own."""
+    return Path(prompts).expanduser() if prompts else None
 
 
 def on_policy(text: str | None) -> bool:

@@ -10,9 +10,12 @@ from typing import Any
 from ...convert.calibration.text_files import told_apart
 from ...convert.methods.combinations import behind_adapters
 from ...convert.methods.registry import METHODS
+from ...convert.recipe.tolerance import OWN_PROMPTS
 from ...convert.storage.folder_kind import is_adapter
 from .length_rows import by_length
 from .units import count, duration, number, share, size
+
+FEW_PREDICTED = 0.9  # of the tokens of a healing: below it there is padding, or there are many short texts
 
 
 def json_safe(value: Any) -> Any:
@@ -45,7 +48,8 @@ def _tolerance_row(found: dict[str, Any], on_policy: dict[str, Any] | None) -> t
     measure, limit = found["asked"].split("=")
     stderr, where = found.get("stderr"), "on held-out text"
     if on_policy:
-        where = f"KL on its own texts after {on_policy['count']} prompts"
+        of = f" of {on_policy['prompts']}" if on_policy.get("prompts", OWN_PROMPTS) != OWN_PROMPTS else ""
+        where = f"KL on its own texts after {on_policy['count']} prompts{of}"
     value = number(found["measured"]) + (f" ± {stderr:.1g}" if stderr is not None else "")
     return f"tolerance {measure} ≤ {limit}", "", value, f"at budget {share(found['kv_budget'])}, {where}"
 
@@ -108,7 +112,10 @@ def conversion_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if parameters:
         table.append(("parameters", count(parameters.get("donor")), count(parameters.get("converted")), ""))
     if report.get("seconds") is not None:
-        table.append(("time to convert", "", duration(report["seconds"]), ""))
+        by_step = ", ".join(
+            f"{step['method']} {duration(step['seconds'])}" for step in report.get("steps") or ()
+        )
+        table.append(("time to convert", "", duration(report["seconds"]), by_step))
     if report.get("peak_rss_bytes") is not None:
         table.append(("peak memory", "", size(report["peak_rss_bytes"]), "resident"))
     return table
@@ -149,7 +156,10 @@ def healing_line(report: dict[str, Any]) -> str:
     speed, layer_tokens = healing.get("tokens_per_second"), healing["settings"].get("layer_tokens")
     stages = [f"each layer on {layer_tokens:,} tokens"] if layer_tokens else []
     if healing["steps"]:
-        stages.append(f"{healing['trained_tokens']:,} tokens in {healing['steps']:,} steps")
+        trained, predicted = healing["trained_tokens"], healing.get("predictions")
+        padded = predicted is not None and predicted < FEW_PREDICTED * trained
+        of_these = f" ({predicted:,} predicted, the others padding or the first of a text)" if padded else ""
+        stages.append(f"{trained:,} tokens{of_these} in {healing['steps']:,} steps")
     if own := healing.get("own_texts"):
         dropped = f"; dropped: {own['empty']} empty, {own['loops']} in loops"
         stages.append(f"{own['rows']:,} texts of its own{dropped if own['empty'] + own['loops'] else ''}")

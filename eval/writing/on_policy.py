@@ -12,7 +12,7 @@ from mhconvert.progress import Listener, Progress
 
 from ...convert.open_model import OpenModel, open_model
 from ...convert.recipe.recipe import Recipe
-from ...convert.recipe.tolerance import on_policy
+from ...convert.recipe.tolerance import OWN_PROMPTS, on_policy, prompts_file
 from ..compared_models import candidates_of, open_models
 from ..generation import Options
 from ..result_cache import Store
@@ -27,16 +27,19 @@ LEAST_NEW_TOKENS = 16
 
 
 def check(recipe: Recipe) -> None:
-    """Raises MhconvertError where a recipe has a tolerance on generation and its donor cannot be asked our prompts: its
-    template refuses one, it lacks an embedding for a token, or it reads too few tokens. No weights are read."""
+    """Raises MhconvertError where a recipe has a tolerance on generation and its donor cannot be asked the prompts:
+    their file is bad, its template refuses one, it lacks an embedding for a token, or it reads too few tokens. No
+    weights are read."""
     if not on_policy(recipe.tolerance):
         return
+    file = prompts_file(recipe.prompts)
+    prompts = read(file)
     opened = open_model(recipe.model, device=recipe.device, trust_remote_code=recipe.trust_remote_code)
     opened.require_tokenizer()
-    _asked(opened, read(None))
+    _asked(opened, prompts, file)
 
 
-def _asked(opened: OpenModel, prompts: list[Prompt]) -> Asked:
+def _asked(opened: OpenModel, prompts: list[Prompt], file: Path | None) -> Asked:
     """The prompts, and texts of as many tokens as `mhconvert eval` asks for, or as the model reads behind them."""
     longest, most = max(map(len, token_rows(opened, prompts))), SETTINGS.max_new_tokens
     room = most if opened.longest is None else opened.longest - longest
@@ -45,10 +48,12 @@ def _asked(opened: OpenModel, prompts: list[Prompt]) -> Asked:
             f"{opened.reference} reads at most {opened.longest} tokens, and the longest prompt of a tolerance on "
             f"generation has {longest}: no room to write; use a tolerance on held-out text, such as kl=0.05"
         )
-    return Asked(prompts, "own", min(most, room))
+    return Asked(prompts, file.name if file else OWN_PROMPTS, min(most, room))
 
 
-def measure(folder: Path, donor: str, recipe: Recipe, *, kept: Path, on_progress: Listener) -> dict[str, Any]:
+def measure(
+    folder: Path, donor: str, recipe: Recipe, *, prompts: Path | None, kept: Path, on_progress: Listener
+) -> dict[str, Any]:
     """How far the model in `folder` is from its donor where it writes: kl, kl_stderr over prompts, in nats a token, as
     `mhconvert eval --generation` has them; prompts, count, max_new_tokens, dtype.
 
@@ -56,12 +61,13 @@ def measure(folder: Path, donor: str, recipe: Recipe, *, kept: Path, on_progress
         folder: of a converted model; a report or a record it need not have.
         donor: its reference.
         recipe: device, and whether code of the donor may run.
+        prompts: their file; None: our own.
         kept: a folder for texts and readings, which are not made again.
         on_progress: called with the texts that are written, and then read.
     """
     device, trusted = recipe.device, recipe.trust_remote_code
     opened = open_models([str(folder)], donor, True, device, trusted, lambda _: None)
-    asked = _asked(opened[0], read(None))
+    asked = _asked(opened[0], read(prompts), prompts)
     own = [token_rows(each, asked.prompts) for each in opened]
 
     def tell(name: str, done: int, total: int) -> None:

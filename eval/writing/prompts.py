@@ -13,6 +13,7 @@ from mhconvert.errors import MhconvertError, TextError
 from ...convert.calibration import text_files
 from ...convert.calibration.token_rows import require_embedded
 from ...convert.open_model import OpenModel
+from ...convert.recipe.tolerance import OWN_PROMPTS
 from ...convert.storage.unicode_text import lone_surrogate
 from ..generation import encode
 from ..settings import EvalSettings
@@ -45,7 +46,7 @@ class Asked:
 
     Attributes:
         prompts: at least one.
-        source: the name of their file; "own" for our own.
+        source: the name of their file; OWN_PROMPTS for our own.
         max_new_tokens: of a text.
     """
 
@@ -61,11 +62,11 @@ def asked(settings: EvalSettings) -> Asked | None:
     """
     if settings.generation:
         file = settings.prompts_file
-        return Asked(read(file), file.name if file else "own", settings.max_new_tokens)
+        return Asked(read(file), file.name if file else OWN_PROMPTS, settings.max_new_tokens)
     of_suite = suites()[settings.suite].get("generation") if settings.suite else None
     if of_suite is None:
         return None
-    return Asked(read(None)[: of_suite["prompts"]], "own", of_suite["max_new_tokens"])
+    return Asked(read(None)[: of_suite["prompts"]], OWN_PROMPTS, of_suite["max_new_tokens"])
 
 
 def read(path: Path | None) -> list[Prompt]:

@@ -27,7 +27,8 @@ def convert(
     Returns:
         The report, also `report.json` in the folder; with `recipe.heal` that of `heal`. For method hydra, which writes
         an untrained adapter from the donor's shape: modules (their names) and parameters {base, trainable, share}. Of a
-        chain the report is the last pass's, compared with the first donor, and adapter is that of OUT-hydra.
+        chain the report is the last pass's, compared with the first donor, with seconds of all and of each of its
+        steps; adapter is that of OUT-hydra.
 
     Raises:
         MhconvertError: What a user can correct. An output folder that exists afterwards is whole.
@@ -51,7 +52,8 @@ def plan(recipe: Recipe, *, survey: bool = False, on_progress: Listener | None =
 
     Args:
         recipe: what would be converted and how.
-        survey: read the weights and divide the budget over the layers, as `convert` would.
+        survey: read the weights and divide the budget over the layers, as `convert` would; of a chain that of its
+            first step, in steps[0].
         on_progress: called with the progress.
 
     Returns:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
-from mhconvert.errors import MhconvertError
 from mhconvert.progress import Listener, ignore
+
+STEP = ("method", "seconds")  # of each step in a chain's report
 
 
 def convert(
@@ -42,6 +45,8 @@ def _pass(
     """The conversion alone; `step` as `pipeline.convert_checkpoint` has it. What is recorded is the whole chain."""
     from mhconvert.convert import pipeline, planned_chain
     from mhconvert.convert.recipe.recorded import last_step
+    from mhconvert.convert.recipe.tolerance import prompts_file
+    from mhconvert.convert.storage.safetensors_reader import read_json
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.heads.measured_heads import with_measured_heads
     from mhconvert.eval.report.model_card import write_report
@@ -53,6 +58,7 @@ def _pass(
             whole = recipe.to_dict()
             last_step(whole)["settings"] = report["recipe"]["settings"]
             report["recipe"] = whole
+            report |= _with_earlier(report, read_json(behind / "report.json"))
         write_report(folder, report)
 
     alone = recipe if behind is None else planned_chain.alone(recipe, str(behind))
@@ -63,13 +69,29 @@ def _pass(
         fit=layer_fit.fit,
         measure=Fidelity,
         finish=finish,
-        writing=on_policy.measure,
+        writing=partial(on_policy.measure, prompts=prompts_file(recipe.prompts)),
         step=step,
         chained=lambda own: recipe.with_last(own.settings),
         resume=resume,
         force=force,
         on_progress=on_progress,
     )
+
+
+def _with_earlier(report: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """What a pass's report has of all passes up to it: time and memory, and steps, the time of each.
+
+    earlier: the report of the pass before it.
+    """
+    steps = earlier.get("steps") or [{name: earlier[name] for name in STEP}]
+    stages = Counter(earlier["stage_seconds"])
+    stages.update(report["stage_seconds"])
+    return {
+        "seconds": earlier["seconds"] + report["seconds"],
+        "stage_seconds": dict(stages),
+        "peak_rss_bytes": max(earlier["peak_rss_bytes"], report["peak_rss_bytes"]),
+        "steps": [*steps, {name: report[name] for name in STEP}],
+    }
 
 
 def _and_heal(
@@ -117,14 +139,16 @@ def _and_heal(
 
 
 def plan_chain(recipe: Recipe, *, survey: bool, on_progress: Listener | None) -> dict[str, Any]:
-    """What `chain` would do; see `planned_chain.plan`. Raises MhconvertError with `survey`, which reads weights."""
+    """What `chain` would do; see `planned_chain.plan`. `survey`: read weights, and survey the first step."""
     from mhconvert.convert import open_model, planned_chain
+    from mhconvert.eval.fidelity import Fidelity
+    from mhconvert.eval.heads.measured_heads import with_measured_heads
+    from mhconvert.eval.writing import on_policy
 
-    if survey:
-        raise MhconvertError(
-            "a survey is of one conversion, whose donor is there; survey the first step alone"
-        )
-    return planned_chain.plan(recipe, open_model.output_folder(recipe), on_progress=on_progress or ignore)
+    on_policy.check(recipe)
+    surveying: dict[str, Any] = {"surveyed": Fidelity, "complete": with_measured_heads} if survey else {}
+    output = open_model.output_folder(recipe)
+    return planned_chain.plan(recipe, output, **surveying, on_progress=on_progress or ignore)
 
 
 def chain(recipe: Recipe, *, resume: bool, force: bool, on_progress: Listener | None) -> dict[str, Any]:

@@ -236,6 +236,8 @@ def test_ctrl_c_tells_how_to_go_on(
         ("tiny --to moa --help", "'moa' is not a method; choose one of"),
         ("curve tiny --to=moh -h", "'moh' is not a method that changes the KV cache; choose one of"),
         ("tiny --to moh --tolerance kl=0.1", "--tolerance does not apply to moh"),
+        ("tiny --to mla --tolerance kl=0.1 --prompts x", "--prompts is of --tolerance generation=NATS"),
+        ("tiny --to mla --prompts x", "--prompts is of --tolerance generation=NATS"),
         (
             "tiny --to mla --effort huge",
             "Error: Invalid value for '--effort': 'huge' is not one of quick, default, high\n",

@@ -72,6 +72,7 @@ def test_a_chain_is_its_steps_and_goes_on_behind_the_last_that_is_done(donor: Pa
     step = tmp_path / "out.step1"
     assert (step / "model.safetensors").is_file()
     assert not output.exists()
+    first = json.loads((step / "report.json").read_text(encoding="utf-8"))
     with pytest.raises(OutputError, match=r"out.step1 holds .* a step of a chain; --resume goes on from it"):
         api.convert(asked)
     other = chain_of(donor, ("dha", "moh"), output, dha={"kv_budget": 0.5})
@@ -90,6 +91,10 @@ def test_a_chain_is_its_steps_and_goes_on_behind_the_last_that_is_done(donor: Pa
     alone = json.loads((tmp_path / "two" / "then" / "report.json").read_text(encoding="utf-8"))
     for name in ("kl", "perplexity", "kv_bytes_per_token", "parameters", "donor", "chain"):
         assert report[name] == alone[name], name
+    assert [each["method"] for each in report["steps"]] == ["dha", "moh"]
+    assert report["steps"][0]["seconds"] == first["seconds"] > 0
+    assert report["seconds"] == sum(each["seconds"] for each in report["steps"]) > first["seconds"]
+    assert report["stage_seconds"]["layers"] > first["stage_seconds"]["layers"]
     assert not any(b".step1" in path.read_bytes() for path in output.iterdir())
     assert api.inspect(str(output))["chain"] == ["dha", "moh"]
     assert mhconvert.load_recipe(output / "recipe.yaml").methods == asked.methods
@@ -142,6 +147,7 @@ def test_a_plan_reads_no_weights_and_is_what_comes(tmp_path: Path) -> None:
     report = api.convert(asked)
     for name in ("kv_bytes_per_token", "parameters"):
         assert plan[name] == report[name], name
+    assert [each["method"] for each in report["steps"]] == ["swa", "mla"]
     assert plan["adapter"]["modules"] == report["adapter"]["modules"] != []
     assert plan["adapter"]["output"] == report["adapter"]["output"] == str(tmp_path / "out-hydra")
 

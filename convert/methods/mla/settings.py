@@ -74,8 +74,8 @@ class MLASettings(Settings):
         Takes[Bits, int],
         Option(
             "auto: the cache is coded; each component of a joint latent of keys and values has the 0 to 8 bits that it "
-            "is worth. 16 with profile portable or explicit widths. 2 to 8: coded too, and each component has so many "
-            "bits or none. 16: cache elements of the weights' dtype, as engines know them.",
+            "is worth. 16 with profile portable, explicit widths, or moh behind it in a chain. 2 to 8: coded too, and "
+            "each component has so many bits or none. 16: cache elements of the weights' dtype, as engines know them.",
             parse=str,
             also=int,
         ),
@@ -126,6 +126,11 @@ class MLASettings(Settings):
         if self.profile == "portable":
             return "profile portable"
         return None if self.kv_lora_rank is None else "kv_lora_rank and qk_rope_head_dim"
+
+    def with_elements(self) -> MLASettings:
+        """The same choices with cache elements of 16 bits, where `kv_bits` auto leaves that open."""
+        is_open = self.kv_bits == "auto" and self.plan is None
+        return dataclasses.replace(self, kv_bits=16) if is_open else self
 
     def at_budget(self, share: float) -> MLASettings:
         """The same choices at another budget. Raises BudgetError where explicit sizes have fixed it."""

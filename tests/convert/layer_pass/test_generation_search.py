@@ -14,19 +14,18 @@ from hypothesis import strategies as st
 
 import mhconvert
 from mhconvert import api
-from mhconvert.convert import pipeline
+from mhconvert.convert import finished_conversion, pipeline
 from mhconvert.convert.layer_pass import tolerance_search
 from mhconvert.convert.layer_pass.generation_search import CLOSE, MOST_CONVERSIONS, following
 from mhconvert.convert.layer_pass.loss_curve import STEP_UP
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe, load_recipe
 from mhconvert.convert.recipe.tolerance import parse
-from mhconvert.errors import BudgetError, MhconvertError, OutputError
+from mhconvert.errors import BudgetError, MhconvertError, OutputError, TextError
 from mhconvert.eval.report.units import number
 from mhconvert.eval.result_cache import Store
 from mhconvert.eval.settings import EvalSettings
 from mhconvert.eval.writing import continuations, on_policy
-from mhconvert.eval.writing.prompts import Prompt
 from mhconvert.progress import Progress
 from tests.donors import make_donor
 
@@ -112,13 +111,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def asked(recipe: Build, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     """Four prompts and twelve tokens instead of forty and 256."""
-    prompts = [Prompt(text) for text in ("The river", "A boat", "She said", "Two and two")]
-    (tmp_path / "prompts.txt").write_text("\n".join(prompt.text for prompt in prompts))
-    monkeypatch.setattr(on_policy, "read", lambda _: prompts)
+    prompts = ("The river", "A boat", "She said", "Two and two")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     monkeypatch.setattr(on_policy, "SETTINGS", EvalSettings(generation=True, max_new_tokens=12))
 
     def build(tolerance: str, **changes: Any) -> Recipe:
-        plain = {"settings": MLASettings(kv_bits="16"), "effort": "quick", "fit_steps": 0, "verify": False}
+        plain = {
+            "prompts": str(tmp_path / "prompts.txt") if tolerance.startswith("generation") else None,
+            "settings": MLASettings(kv_bits="16"),
+            "effort": "quick",
+            "fit_steps": 0,
+            "verify": False,
+        }
         return dataclasses.replace(
             recipe(tmp_path / "out", tolerance=tolerance, **plain | changes), model=small
         )
@@ -145,7 +149,13 @@ def test_the_smallest_that_writes_near_enough(asked: Build, tmp_path: Path) -> N
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     value = f"{number(found['measured'])} ± {found['stderr']:.1g}"
     assert f"| tolerance generation ≤ 0.005 |  | {value} | at budget" in card
-    assert "KL on its own texts after 4 prompts |" in card
+    assert "KL on its own texts after 4 prompts of prompts.txt |" in card
+    assert finished_conversion.is_result(tmp_path / "out", wanted)
+    (other := tmp_path / "other.jsonl").write_text('{"prompt": "A town"}\n{}\n')
+    for changed in (dataclasses.replace(wanted, prompts=file) for file in (str(other), None)):
+        assert finished_conversion.differing(tmp_path / "out", changed) == "prompts"
+    with pytest.raises(TextError, match="other.jsonl, line 2: it has no text in 'prompt'"):
+        mhconvert.plan(dataclasses.replace(wanted, prompts=str(other)))
 
 
 def test_a_resume_goes_on_in_the_texts(asked: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

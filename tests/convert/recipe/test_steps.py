@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 from mhconvert.convert.methods.dha.settings import DHASettings
 from mhconvert.convert.methods.hydra.settings import HydraSettings
+from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.methods.moh.settings import MoHSettings
+from mhconvert.convert.methods.swa.settings import SWASettings
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.convert.recipe.steps import Step, methods_of
 from mhconvert.errors import MhconvertError, RecipeError, UnsupportedError
@@ -78,6 +81,29 @@ def test_a_file_with_methods(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("methods", "bits"),
+    [
+        (("mla", "moh"), "16"),
+        (("swa", "mla", "moh", "hydra"), "16"),
+        (("mla", "hydra"), "auto"),  # an adapter goes on codes
+        (("swa", "mla"), "auto"),
+    ],
+)
+def test_latents_have_elements_where_a_later_step_takes_no_codes(methods: tuple[str, ...], bits: str) -> None:
+    settings = {"swa": SWASettings(sinks="none"), "mla": MLASettings(kv_budget=0.75)}
+    recipe = Recipe("x", methods=[Step(name, settings.get(name)) for name in methods])
+    chosen = recipe.methods[methods.index("mla")].settings
+    assert chosen == MLASettings(kv_budget=0.75, kv_bits=bits)
+    assert RunRecipe.from_dict(recipe.to_dict()).convert == recipe
+
+
+def test_a_plan_of_codes_is_no_open_choice() -> None:
+    coded = MLASettings(plan=[{"components_by_bits": {"8": 4}}])
+    with pytest.raises(UnsupportedError, match=r"moh cannot follow mla \(coded\)"):
+        Recipe("x", methods=[Step("mla", coded), Step("moh")])
+
+
+@pytest.mark.parametrize(
     ("methods", "words"),
     [
         ("dha", "line 2: methods is not a list of steps such as"),
@@ -88,7 +114,10 @@ def test_a_file_with_methods(tmp_path: Path) -> None:
         ("[{method: dha, settings: {active: 1}}, {method: moh}]", "methods.0.settings has no key 'active'"),
         ("[{method: moh}, {method: dha}]", "dha cannot follow moh: .*; take the other order, moh last"),
         ("[{method: mla}, {method: dha}]", r"dha cannot follow mla \(coded\): both rewrite keys and values"),
-        ("[{method: mla}, {method: moh}]", "take latents of 16-bit elements: --to mla --kv-bits 16"),
+        (
+            "[{method: mla, settings: {kv_bits: 4}}, {method: moh}]",
+            "take latents of 16-bit elements: --to mla --kv-bits 16",
+        ),
         ("[{method: hydra}, {method: dha}]", "an adapter lies beside a model and comes last"),
         (
             "[{method: dha}, {method: moh}]\ntolerance: kl=0.1",
@@ -102,6 +131,35 @@ def test_faults_are_named_with_their_line(methods: str, words: str, tmp_path: Pa
     file.write_text(f"model: x\nmethods: {methods}\n", encoding="utf-8")
     with pytest.raises(RecipeError, match=words):
         load(file)
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    return jsonschema.Draft202012Validator(schema())
+
+
+TWO = [{"method": "dha"}, {"method": "moh"}]
+
+
+@pytest.mark.parametrize(
+    ("values", "valid"),
+    [
+        ({"method": "moh", "methods": None}, True),
+        ({"method": None, "settings": None, "methods": TWO}, True),
+        ({"method": "moh", "settings": {"active": 0.5}, "methods": None}, True),
+        ({"method": None}, False),
+        ({"methods": None}, False),
+        ({"method": "moh", "methods": TWO}, False),
+        ({"settings": {}, "methods": TWO}, False),
+        ({"method": "moh", "settings": {"activ": 0.5}, "methods": None}, False),
+        ({"methods": [{"method": None}, {"method": "moh"}]}, False),
+    ],
+)
+def test_schema_and_loader_take_the_same(values: dict[str, Any], valid: bool, validator: Any) -> None:
+    whole = {"model": "x"} | values
+    assert validator.is_valid(whole) == valid
+    with nullcontext() if valid else pytest.raises(RecipeError):
+        RunRecipe.from_dict(whole)
 
 
 def test_no_methods_are_one_conversion(tmp_path: Path) -> None:

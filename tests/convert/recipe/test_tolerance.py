@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe
 from mhconvert.convert.recipe.tolerance import parse
 from mhconvert.errors import BudgetError, MhconvertError
+from mhconvert.run.stage_inputs import of_conversion
+from mhconvert.run.whole_recipe import RunRecipe
 
 FOUND = {"kl": 0.05, "perplexity": {"donor": 20.0, "converted": 22.0}}
 
@@ -71,6 +74,26 @@ def test_a_recipe_with_a_tolerance_survives_yaml_types() -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     settled = recipe.at_budget(0.4)
     assert settled == Recipe("tiny", "mla", settings=MLASettings(kv_budget=0.4, profile="portable"))
+
+
+def test_prompts_are_of_a_tolerance_on_generation(tmp_path: Path) -> None:
+    asked = Recipe("tiny", "mla", tolerance="generation=0.2", prompts=Path("mine.txt"))
+    assert asked.to_dict()["prompts"] == "mine.txt"
+    assert Recipe.from_dict(asked.to_dict()) == asked
+    assert asked.at_budget(0.4).prompts is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert of_conversion(RunRecipe(asked))["text"] == {}
+        (tmp_path / "mine.txt").write_text(
+            "What is a river?"
+        )  # a run repeats what was done with other prompts
+        assert of_conversion(RunRecipe(asked))["text"].keys() == {"mine.txt"}
+    assert "prompts" not in Recipe("tiny", "mla", tolerance="generation=0.2").to_dict()
+    for tolerance in ("kl=0.2", None):
+        with pytest.raises(
+            MhconvertError, match="prompts are of a tolerance on generation: give generation=NATS"
+        ):
+            Recipe("tiny", "mla", tolerance=tolerance, prompts="mine.txt")
 
 
 @pytest.mark.parametrize("text", ["ppl=1.0000001", "kl=0.0499999", "kl=0.05", "ppl=1.05", "kl=1e-07"])

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mhconvert.eval.report import units
-from mhconvert.eval.report.conversion_tables import conversion_rows, show
+from mhconvert.eval.report.conversion_tables import conversion_rows, healing_line, show
 
 FULL = {
     "output": "some/where/tiny-mla",
@@ -55,6 +55,29 @@ def test_a_tolerance_has_a_row_of_its_own() -> None:
         "at budget 31.2 %, KL on its own texts after 40 prompts",
     )
     assert row in conversion_rows(FULL | {"tolerance": found, "on_policy": {"count": 40}})
+
+
+def test_the_time_of_a_chain_is_of_all_its_steps() -> None:
+    steps = [{"method": "dha", "seconds": 51.0}, {"method": "moh", "seconds": 75.0}]
+    row = ("time to convert", "", "2:06", "dha 51.0 s, moh 1:15")
+    assert row in conversion_rows(FULL | {"seconds": 126.0, "steps": steps})
+    assert ("time to convert", "", "1:01", "") in conversion_rows(FULL)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "words"),
+    [
+        (
+            700,
+            "1,000 tokens (700 predicted, the others padding or the first of a text) in 4 steps, 1:01 in all",
+        ),
+        (950, "1,000 tokens in 4 steps, 1:01 in all"),
+    ],
+)
+def test_a_healing_with_padding_says_what_was_predicted(predictions: int, words: str) -> None:
+    healing = {"settings": {}, "steps": 4, "trained_tokens": 1000, "seconds": 61.0, "teacher": "x/tiny"}
+    line = healing_line({"healing": healing | {"predictions": predictions}})
+    assert line == f"{words}; teacher tiny"
 
 
 def test_missing_facts_have_no_row() -> None:
