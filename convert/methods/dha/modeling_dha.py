@@ -27,7 +27,10 @@ from .configuration_dha import DecoupledHeadFields
 
 
 class HeadLists:
-    """Lists of heads, as tensors too. Not a module and no buffers: nothing is left uninitialised by `from_pretrained`."""
+    """Lists of heads, as tensors too.
+
+    Not a module and no buffers: nothing is left uninitialised by `from_pretrained`.
+    """
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, torch.device], Tensor] = {}
@@ -87,15 +90,16 @@ class StepRuns(HeadLists):
         self.places = [self.order.index(head) for head in range(len(pairs))]
         self.plain = self.order == list(range(len(pairs)))
         runs: list[list[tuple[int, int]]] = []
-        for pair in members:
-            longer = [*(runs[-1] if runs else []), pair]
-            if len({len(members[each]) for each in longer}) == 1 and all(map(neighbours, zip(*longer))):
+        for pair, heads in members.items():
+            longer = [*runs[-1], pair] if runs else [pair]
+            alike = len(members[longer[0]]) == len(heads)
+            if alike and all(neighbours(side) for side in zip(*longer, strict=True)):
                 runs[-1:] = [longer]
             else:
                 runs.append([pair])
-        self.runs = [
-            (len(run), len(members[run[0]]), [slice(side[0], side[-1] + 1) for side in zip(*run)]) for run in runs
-        ]
+        self.pairs = [len(run) for run in runs]
+        self.queries = [len(run) * len(members[run[0]]) for run in runs]
+        self.spans = [[slice(side[0], side[-1] + 1) for side in zip(*run, strict=True)] for run in runs]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
@@ -104,9 +108,11 @@ class StepRuns(HeadLists):
         if not self.plain:
             query = query.index_select(1, self.index("order", query.device))
         found: list[Tensor] = []
-        parts = query.split([count * size for count, size, _ in self.runs], dim=1)
-        for rows, (count, _, spans) in zip(parts, self.runs, strict=True):
-            cached = [x[:, span].expand(-1, count, -1, -1) for x, span in zip((key, value), spans, strict=True)]
+        parts = query.split_with_sizes(self.queries, dim=1)
+        for rows, count, spans in zip(parts, self.pairs, self.spans, strict=True):
+            cached = [
+                x[:, span].expand(-1, count, -1, -1) for x, span in zip((key, value), spans, strict=True)
+            ]
             grouped = rows.reshape(len(rows), count, -1, rows.shape[-1])
             outputs = F.scaled_dot_product_attention(grouped, *cached, mask, scale=scaling)
             found.append(outputs.reshape(rows.shape))
@@ -216,7 +222,7 @@ class DecoupledHeadAttention(nn.Module):
         if cos.shape[-1] < self.head_dim:
             return apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
         both = torch.cat((query, key), dim=2).transpose(1, 2)
-        query, key = rotated(both, cos, sin).split([query.shape[2], key.shape[2]], dim=1)
+        query, key = turned(both, cos, sin).split_with_sizes([query.shape[2], key.shape[2]], dim=1)
         return query, key
 
     def can_group(self, length: int, attention_mask: Any) -> bool:
@@ -272,7 +278,7 @@ def neighbours(heads: tuple[int, ...]) -> bool:
     return len(set(heads)) == 1 or heads == tuple(range(heads[0], heads[0] + len(heads)))
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE of whole heads: x [B, n, T, d], cos and sin [B, T, d]."""
     left, right = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-right, left), dim=-1) * sin.unsqueeze(1)
@@ -282,14 +288,14 @@ def beside(x: Tensor, wide: int) -> Tensor:
     """[B, n, S, d] -> [B, wide, S, n / wide · d]: heads that follow each other in one row."""
     if x.shape[1] == wide:
         return x
-    return x.unflatten(1, (wide, -1)).transpose(2, 3).flatten(3)
+    return x.view(len(x), wide, -1, *x.shape[2:]).transpose(2, 3).flatten(3)
 
 
 def apart(x: Tensor, head_dim: int) -> Tensor:
     """[B, wide, S, m · d] -> [B, wide · m, S, d]."""
     if x.shape[-1] == head_dim:
         return x
-    return x.unflatten(3, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
+    return x.view(*x.shape[:3], -1, head_dim).transpose(2, 3).flatten(1, 2)
 
 
 def products(rows: Tensor, cached: Tensor, head_dim: int, transposed: bool) -> Tensor:

@@ -120,7 +120,8 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What q_proj gives -> q_nope [B, H, T, n], q_rope [B, H, T, p], and what `expand_kv` reads of the cache."""
         length = hidden_states.shape[1]
-        q_nope, q_rope = self.queries(query).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        widths = [self.qk_nope_head_dim, self.qk_rope_head_dim]
+        q_nope, q_rope = self.queries(query).split_with_sizes(widths, dim=-1)
         row = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         scales = self.key_scales(hidden_states) if self.num_key_scales else row[..., :0]
         if not self.rope_in_latent:
@@ -181,9 +182,8 @@ class LatentAttention(nn.Module):
         """What q_proj gives [B, T, …] -> [B, H, T, n + p]. H is counted: tensor parallelism divides it."""
         batch, length, _ = query.shape
         if self.qk_norm is None:
-            return query.view(batch, length, -1, self.qk_nope_head_dim + self.qk_rope_head_dim).transpose(
-                1, 2
-            )
+            width = self.qk_nope_head_dim + self.qk_rope_head_dim
+            return query.view(batch, length, -1, width).transpose(1, 2)
         heads = query.view(batch, length, self.num_heads, -1)
         groups = query.view(batch, length, self.num_heads if self.qk_norm == "head" else 1, -1)
         return self.q_b_proj(heads * self.inverse_rms(groups))
@@ -330,8 +330,8 @@ class LatentAttention(nn.Module):
 
     def up_maps(self, heads: int) -> Any:
         """What kv_b_proj has for each head, from rows of the cache to keys and to values: (H, n, r), (H, v, r)."""
-        maps = self.kv_b_proj.weight.unflatten(0, (heads, -1))
-        return maps.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        maps = self.kv_b_proj.weight.view(heads, -1, self.kv_b_proj.in_features)
+        return maps.split_with_sizes([self.qk_nope_head_dim, self.v_head_dim], dim=1)
 
 
 def by_heads(x: Tensor, maps: Tensor) -> Tensor:

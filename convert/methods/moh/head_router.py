@@ -64,6 +64,7 @@ def is_one_token(x: Tensor) -> bool:
 
 
 def softmax(logits: list[float]) -> list[float]:
+    """Of one number or more."""
     most = max(logits)
     powers = [math.exp(logit - most) for logit in logits]
     total = sum(powers)
@@ -122,18 +123,19 @@ class HeadRouter(nn.Module):
         # Of equal scores the first unit has precedence, however many tokens are read together.
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.chosen]
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
-        active = self.spread(chosen)
         if self.training:
+            active = self.spread(chosen)
             probability = scores.softmax(-1) if self.straight_through else scores.softmax(-1).detach()
             self.last = probability, chosen
             routed = chosen.to(scores.dtype) + (probability - probability.detach())  # the value is 0 or 1
             gates = self.spread(routed)
             return active, gates * self.coefficients(read, chosen) if self.learned else gates
         if not self.learned:
-            return active, None
+            return self.spread(chosen), None
         with torch.no_grad():  # a layer's fit leaves gates at 1
             gates = self.coefficients(read, chosen)
-            return active, gates if "routed" in self.maps else gates * active
+            gates = gates if "routed" in self.maps else gates * self.spread(chosen)
+            return gates != 0, gates
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last": None}  # a graph is not copied
@@ -161,8 +163,10 @@ class HeadRouter(nn.Module):
     def mapped(self, hidden_states: Tensor, joined: Tensor | None) -> dict[str, Tensor]:
         """What `score` and each of `maps` make of [B, T, D], float32."""
         if joined is None:
-            return {"score": self.score(hidden_states)} | {n: part(hidden_states) for n, part in self.maps.items()}
-        score, *others = joined.split(self.sizes, dim=-1)
+            return {"score": self.score(hidden_states)} | {
+                n: part(hidden_states) for n, part in self.maps.items()
+            }
+        score, *others = joined.split_with_sizes(self.sizes, dim=-1)
         return {"score": score + self.score.bias.float()} | dict(zip(self.maps, others, strict=True))
 
     def gates_of_token(self, read: list[float]) -> list[float]:
