@@ -119,7 +119,6 @@ class Run:
     @torch.no_grad()
     def step(self) -> None:
         """Decode one token (or `step_tokens`) in every row: always the same, as speed does not depend on it."""
-        switch_absorption(self.model, self.absorb)
         call = self.model.get_compiled_call(None) if self.load.compile else self.model
         call(input_ids=self._token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
@@ -213,12 +212,15 @@ def compare(
 def _decode(runs: list[Run], load: Load, on_step: Callable[[], None]) -> None:
     """Run the warm-up steps and the timed steps of all runs, alternating between them."""
     for run in runs:
+        switch_absorption(run.model, run.absorb)
         run.step_memory = peak_bytes(run.step, run.model.device, load.compile)
     for run in runs:
+        switch_absorption(run.model, run.absorb)
         run.step()
     for _ in range(load.new_tokens):
         for run in runs:
             if not run.finished():
+                switch_absorption(run.model, run.absorb)
                 run.steps.append(seconds(run.step, run.model.device))
         on_step()
 

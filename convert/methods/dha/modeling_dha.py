@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING
@@ -25,20 +26,13 @@ from . import configuration_dha
 from .configuration_dha import DecoupledHeadFields
 
 
-class HeadGroups:
-    """Which query heads read which cached head, for products of all heads at once.
+class HeadLists:
+    """Lists of heads, as tensors too.
 
-    A group that is smaller than the largest is filled up with a head of its own. Not a module and no buffers: nothing
-    is left uninitialised by `from_pretrained`.
+    Not a module and no buffers: nothing is left uninitialised by `from_pretrained`.
     """
 
-    def __init__(self, head_map: list[int]):
-        members = [[h for h, read in enumerate(head_map) if read == n] for n in range(max(head_map) + 1)]
-        self.count, self.size = len(members), max(map(len, members))
-        self.spread = [heads[min(i, len(heads) - 1)] for heads in members for i in range(self.size)]
-        self.places = [self.spread.index(head) for head in range(len(head_map))]
-        self.plain = self.spread == list(range(len(head_map)))  # as grouped-query attention has them
-        self.head_map = head_map
+    def __init__(self) -> None:
         self.known: dict[tuple[str, torch.device], Tensor] = {}
 
     def index(self, name: str, device: torch.device) -> Tensor:
@@ -48,6 +42,22 @@ class HeadGroups:
         if (name, device) not in self.known:
             self.known[name, device] = torch.tensor(getattr(self, name), device=device)
         return self.known[name, device]
+
+
+class HeadGroups(HeadLists):
+    """Which query heads read which cached head, for products of all heads at once.
+
+    A group that is smaller than the largest is filled up with a head of its own.
+    """
+
+    def __init__(self, head_map: list[int]):
+        super().__init__()
+        members = [[h for h, read in enumerate(head_map) if read == n] for n in range(max(head_map) + 1)]
+        self.count, self.size = len(members), max(map(len, members))
+        self.spread = [heads[min(i, len(heads) - 1)] for heads in members for i in range(self.size)]
+        self.places = [self.spread.index(head) for head in range(len(head_map))]
+        self.plain = self.spread == list(range(len(head_map)))  # as grouped-query attention has them
+        self.head_map = head_map
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, H, T, n] -> [B, count, size · T, n]: the rows that meet each cached head."""
@@ -63,6 +73,53 @@ class HeadGroups:
     def expand(self, cached: Tensor) -> Tensor:
         """[B, count, S, d] -> [B, H, S, d]: each query head's own."""
         return cached.index_select(1, self.index("head_map", cached.device))
+
+
+class StepRuns(HeadLists):
+    """What the kernel behind sdpa reads of the cache in a step of one token, nothing of which is copied.
+
+    Query heads that read the same pair of cached heads are rows of one product. A run is of pairs that equally many
+    heads read, whose key heads are one or follow each other, and whose value heads are or do: one call of the kernel.
+    """
+
+    def __init__(self, keys: HeadGroups, values: HeadGroups):
+        super().__init__()
+        pairs = list(zip(keys.head_map, values.head_map, strict=True))
+        members = {pair: [h for h, read in enumerate(pairs) if read == pair] for pair in sorted(set(pairs))}
+        self.order = [head for heads in members.values() for head in heads]
+        self.places = [self.order.index(head) for head in range(len(pairs))]
+        self.plain = self.order == list(range(len(pairs)))
+        runs: list[list[tuple[int, int]]] = []
+        for pair, heads in members.items():
+            longer = [*runs[-1], pair] if runs else [pair]
+            alike = len(members[longer[0]]) == len(heads)
+            if alike and all(neighbours(side) for side in zip(*longer, strict=True)):
+                runs[-1:] = [longer]
+            else:
+                runs.append([pair])
+        self.pairs = [len(run) for run in runs]
+        self.queries = [len(run) * len(members[run[0]]) for run in runs]
+        self.spans = [[slice(side[0], side[-1] + 1) for side in zip(*run, strict=True)] for run in runs]
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """query [B, H, 1, d], key [B, K, S, d], value [B, V, S, d], mask [B, 1, 1, S] -> output [B, 1, H d]."""
+        if not self.plain:
+            query = query.index_select(1, self.index("order", query.device))
+        found: list[Tensor] = []
+        parts = query.split_with_sizes(self.queries, dim=1)
+        for rows, count, spans in zip(parts, self.pairs, self.spans, strict=True):
+            cached = [
+                x[:, span].expand(-1, count, -1, -1) for x, span in zip((key, value), spans, strict=True)
+            ]
+            grouped = rows.reshape(len(rows), count, -1, rows.shape[-1])
+            outputs = F.scaled_dot_product_attention(grouped, *cached, mask, scale=scaling)
+            found.append(outputs.reshape(rows.shape))
+        whole = torch.cat(found, dim=1) if len(found) > 1 else found[0]
+        if not self.plain:
+            whole = whole.index_select(1, self.index("places", whole.device))
+        return whole.flatten(1).unsqueeze(1)
 
 
 class DecoupledHeadAttention(nn.Module):
@@ -92,6 +149,9 @@ class DecoupledHeadAttention(nn.Module):
         self.stock = k_map == v_map and self.keys.plain  # grouped-query attention
         self.num_key_value_groups = self.keys.size if self.stock else 1
         self.cached_heads = math.gcd(self.keys.count, self.values.count)
+        # Where cached heads are views of the wider ones that they lie in.
+        views = self.cached_heads == 1 or self.cached_heads == self.keys.count == self.values.count
+        self.step = StepRuns(self.keys, self.values) if views and config.attention_softcap is None else None
         self.scaling = config.softmax_scale or self.head_dim**-0.5
         self.softcap = config.attention_softcap
         self.window = config.layer_window(layer_idx)
@@ -120,9 +180,8 @@ class DecoupledHeadAttention(nn.Module):
         query, key = query.view(heads), key.view(heads)
         if self.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = self.rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             cached = (beside(key, self.cached_heads), beside(value, self.cached_heads))
             key, value = past_key_values.update(*cached, self.layer_idx)
@@ -158,6 +217,14 @@ class DecoupledHeadAttention(nn.Module):
         )
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
+    def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """query [B, T, H, d], key [B, T, K, d] -> [B, H, T, d], [B, K, T, d]."""
+        if cos.shape[-1] < self.head_dim:
+            return apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+        both = torch.cat((query, key), dim=2).transpose(1, 2)
+        query, key = turned(both, cos, sin).split_with_sizes([query.shape[2], key.shape[2]], dim=1)
+        return query, key
+
     def can_group(self, length: int, attention_mask: Any) -> bool:
         """Whether `grouped_attention` can read the mask ([B, 1, T, S]; none for one token). Kernels do dropout."""
         if length > self.max_grouped_tokens or (self.training and self.attention_dropout):
@@ -168,12 +235,16 @@ class DecoupledHeadAttention(nn.Module):
 
     def grouped_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention of a few query tokens on the cached heads, none of which is copied.
 
         query [B, H, T, d]; key [B, c, S, K / c · d], value [B, c, S, V / c · d]
-        -> output [B, T, H d], weights [B, H, T, S].
+        -> output [B, T, H d], weights [B, H, T, S] or, of a step with sdpa, None.
         """
+        if self.step is not None and query.shape[2] == 1 and self.config._attn_implementation == "sdpa":
+            mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+            heads = apart(key, self.head_dim), apart(value, self.head_dim)
+            return self.step.attend(query, *heads, mask, self.scaling), None
         scores = self.keys.scatter(products(self.keys.gather(query * self.scaling), key, self.head_dim, True))
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
@@ -202,18 +273,29 @@ class DecoupledHeadAttention(nn.Module):
         return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(~visible, lowest)[None, None]
 
 
+def neighbours(heads: tuple[int, ...]) -> bool:
+    """Whether they are one head, or follow each other."""
+    return len(set(heads)) == 1 or heads == tuple(range(heads[0], heads[0] + len(heads)))
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of whole heads: x [B, n, T, d], cos and sin [B, T, d]."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-right, left), dim=-1) * sin.unsqueeze(1)
+
+
 def beside(x: Tensor, wide: int) -> Tensor:
     """[B, n, S, d] -> [B, wide, S, n / wide · d]: heads that follow each other in one row."""
     if x.shape[1] == wide:
         return x
-    return x.unflatten(1, (wide, -1)).transpose(2, 3).flatten(3)
+    return x.view(len(x), wide, -1, *x.shape[2:]).transpose(2, 3).flatten(3)
 
 
 def apart(x: Tensor, head_dim: int) -> Tensor:
     """[B, wide, S, m · d] -> [B, wide · m, S, d]."""
     if x.shape[-1] == head_dim:
         return x
-    return x.unflatten(3, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
+    return x.view(*x.shape[:3], -1, head_dim).transpose(2, 3).flatten(1, 2)
 
 
 def products(rows: Tensor, cached: Tensor, head_dim: int, transposed: bool) -> Tensor:

@@ -98,7 +98,7 @@ def rotated(x: Tensor, by: Tensor) -> Tensor:
     of every other element. A compiler makes one pass of those, and of complex numbers none.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    pairs, by = wide.unflatten(-1, (-1, 2)), by.unsqueeze(1).to(wide.dtype)
+    pairs, by = wide.view(*wide.shape[:-1], -1, 2), by.unsqueeze(1).to(wide.dtype)
     if torch.compiler.is_compiling():
         (left, right), (cos, sin) = pairs.unbind(-1), by.unbind(-1)
         turned = torch.stack((left * cos - right * sin, right * cos + left * sin), dim=-1)

@@ -4,6 +4,8 @@ This file is shipped inside converted checkpoints: it imports torch and its sibl
 query heads, d head_dim, D hidden_size; U routing units (heads, or groups of them), of which R are routed.
 """
 
+import math
+from operator import add
 from typing import Any
 
 import torch
@@ -34,11 +36,39 @@ class FloatLinear(nn.Linear):
     """A linear map in float32, whatever its weights are kept in: a choice must not hang on bfloat16's rounding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        given = input.float(), self.weight.float(), None if self.bias is None else self.bias.float()
-        if not torch.is_autocast_enabled(input.device.type):
-            return F.linear(*given)
-        with torch.autocast(input.device.type, enabled=False):
-            return F.linear(*given)
+        return float_linear(input, self.weight, self.bias)
+
+    def is_plain(self) -> bool:
+        """Whether it does what its weights say: no adapter, hook or offload."""
+        hooked = self._forward_hooks or self._forward_pre_hooks or "_hf_hook" in vars(self)
+        return type(self) is FloatLinear and type(self.weight) is nn.Parameter and not hooked
+
+
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` in float32, also where autocast is on."""
+    given = x.float(), weight.float(), None if bias is None else bias.float()
+    if not torch.is_autocast_enabled(x.device.type):
+        return F.linear(*given)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(*given)
+
+
+def is_one_token(x: Tensor) -> bool:
+    """Whether x [B, T, n] is of one token and its numbers can be had at once: on a CPU, and no graph is made."""
+    return (
+        x.shape[:2] == (1, 1)
+        and x.device.type == "cpu"
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+    )
+
+
+def softmax(logits: list[float]) -> list[float]:
+    """Of one number or more."""
+    most = max(logits)
+    powers = [math.exp(logit - most) for logit in logits]
+    total = sum(powers)
+    return [power / total for power in powers]
 
 
 class HeadRouter(nn.Module):
@@ -64,8 +94,11 @@ class HeadRouter(nn.Module):
                 "shared": shared * (shared > 1),
                 "stage": 2 * (shared > 0),
             }
-            maps = {name: FloatLinear(width, size, bias=False) for name, size in sizes.items() if size}
-            self.maps = nn.ModuleDict(maps)
+            sizes = {name: size for name, size in sizes.items() if size}
+            maps = {name: FloatLinear(width, size, bias=False) for name, size in sizes.items()}
+            self.maps, self.sizes = nn.ModuleDict(maps), [routed, *sizes.values()]
+            starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+            self.spans = dict(zip(("score", *maps), zip(starts, self.sizes, strict=True), strict=True))
             self.stages = tuple(int(unit in self.routed_units) for unit in range(self.units))
             counts = len(self.shared_units), self.chosen
             # Each unit's share where the coefficients are equal.
@@ -81,22 +114,28 @@ class HeadRouter(nn.Module):
         """hidden_states [B, T, D], query [B, T, H d] before norm and rotation -> which units are active [B, T, U], and
         their gates, 0 where they are not; None: all 1.
         """
-        scores = self.score(hidden_states) if self.learned else self.norms(query)
+        joined = self.joined(hidden_states) if self.learned else None
+        if joined is not None and not self.training and is_one_token(joined):
+            gates = torch.tensor([[self.gates_of_token(joined.flatten().tolist())]])
+            return gates != 0, gates
+        read = self.mapped(hidden_states, joined) if self.learned else {"score": self.norms(query)}
+        scores = read["score"]
         # Of equal scores the first unit has precedence, however many tokens are read together.
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.chosen]
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
-        active = self.spread(chosen)
         if self.training:
+            active = self.spread(chosen)
             probability = scores.softmax(-1) if self.straight_through else scores.softmax(-1).detach()
             self.last = probability, chosen
             routed = chosen.to(scores.dtype) + (probability - probability.detach())  # the value is 0 or 1
             gates = self.spread(routed)
-            return active, gates * self.coefficients(hidden_states, chosen) if self.learned else gates
+            return active, gates * self.coefficients(read, chosen) if self.learned else gates
         if not self.learned:
-            return active, None
+            return self.spread(chosen), None
         with torch.no_grad():  # a layer's fit leaves gates at 1
-            gates = self.coefficients(hidden_states, chosen)
-            return active, gates if "routed" in self.maps else gates * active
+            gates = self.coefficients(read, chosen)
+            gates = gates if "routed" in self.maps else gates * self.spread(chosen)
+            return gates != 0, gates
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last": None}  # a graph is not copied
@@ -112,18 +151,54 @@ class HeadRouter(nn.Module):
         scale, offset = (constant(each, scores, scores.dtype) for each in (self.norm_scale, self.norm_offset))
         return scores * scale + offset
 
-    def coefficients(self, hidden_states: Tensor, chosen: Tensor) -> Tensor:
+    def joined(self, hidden_states: Tensor) -> Tensor | None:
+        """What the weights of `score` and of `maps` make of [B, T, D], float32, in one product; None: one is more than
+        its weight.
+        """
+        parts: list[Any] = [self.score, *self.maps.values()]
+        if not all(type(part) is FloatLinear and part.is_plain() for part in parts):
+            return None
+        return float_linear(hidden_states, torch.cat([part.weight for part in parts]), None)
+
+    def mapped(self, hidden_states: Tensor, joined: Tensor | None) -> dict[str, Tensor]:
+        """What `score` and each of `maps` make of [B, T, D], float32."""
+        if joined is None:
+            return {"score": self.score(hidden_states)} | {
+                n: part(hidden_states) for n, part in self.maps.items()
+            }
+        score, *others = joined.split_with_sizes(self.sizes, dim=-1)
+        return {"score": score + self.score.bias.float()} | dict(zip(self.maps, others, strict=True))
+
+    def gates_of_token(self, read: list[float]) -> list[float]:
+        """The choice of a single token and its `coefficients`, from `joined`: the gates of U units, 0: not active.
+
+        The dozen operations on tensors that it stands for take several times as long.
+        """
+        part = {name: read[start : start + size] for name, (start, size) in self.spans.items()}
+        scores = list(map(add, part["score"], self.score.bias.tolist()))
+        best = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: self.chosen]  # stable
+        logits = part.get("routed", scores)  # of a single one the share is 1
+        active = [([self.routed_units[i] for i in best], softmax([logits[i] for i in best]))]
+        if self.shared_units:
+            active.insert(0, (self.shared_units, softmax(part.get("shared", [0.0]))))
+        gates = [0.0] * self.units
+        for (units, shares), stage in zip(active, softmax(part.get("stage", [0.0])), strict=True):
+            for unit, share in zip(units, shares, strict=True):
+                gates[unit] = share * stage / self.equal[unit]
+        return gates
+
+    def coefficients(self, read: dict[str, Tensor], chosen: Tensor) -> Tensor:
         """[B, T, U]: of mean 1 among the shared units and among the chosen ones, and the two stages' α around it."""
-        maps, shared = self.maps, None
-        if "routed" in maps:
-            routed = torch.where(chosen, maps["routed"](hidden_states), -torch.inf).softmax(-1)
+        shared = None
+        if "routed" in read:
+            routed = torch.where(chosen, read["routed"], -torch.inf).softmax(-1)
         else:
             routed = torch.ones_like(chosen, dtype=torch.float32)
-        if "shared" in maps:
-            shared = maps["shared"](hidden_states).softmax(-1)
+        if "shared" in read:
+            shared = read["shared"].softmax(-1)
         shares = self.spread(routed, shared)
-        if "stage" in maps:
-            stage = maps["stage"](hidden_states).softmax(-1)
+        if "stage" in read:
+            stage = read["stage"].softmax(-1)
             shares = shares * stage.index_select(-1, constant(self.stages, stage))
         # A quotient of equal numbers is exactly 1; a product with the number of units is not, for 41 of them.
         return shares / constant(self.equal, shares, shares.dtype)

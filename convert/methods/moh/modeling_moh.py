@@ -22,7 +22,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb  # the o
 
 from . import configuration_moh
 from .configuration_moh import MixtureOfHeadFields
-from .head_router import HeadRouter
+from .head_router import HeadRouter, is_one_token
 
 # From how many keys on it is worth while (two CPU cores): to leave heads out of a prompt, of a decoding step, and to
 # read a KV head for some rows of a batch only.
@@ -60,6 +60,7 @@ class MixtureOfHeadAttention(nn.Module):
     def route(self, config: Any, layer_idx: int) -> None:
         """Add the router of a layer that has something to choose."""
         _, self.routed_units, self.chosen = config.layer_routing(layer_idx)
+        self.unit_size = self.heads // config.routing_units
         if 0 < self.chosen < len(self.routed_units):
             self.router = HeadRouter(config, layer_idx)
         self.whole_start = config.whole_start and hasattr(self, "router")
@@ -103,7 +104,7 @@ class MixtureOfHeadAttention(nn.Module):
     def projections(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Queries [B, T, H d] and keys [B, T, G d] before any norm, values [B, G, T, d]."""
         maps: Any = self
-        if hasattr(self, "qkv_proj"):
+        if "qkv_proj" in self._modules:
             sizes = [self.head_dim * count for count in (self.heads, self.kv_heads, self.kv_heads)]
             query, key, value = maps.qkv_proj(hidden_states).split(sizes, dim=-1)
         else:
@@ -112,7 +113,7 @@ class MixtureOfHeadAttention(nn.Module):
 
     def normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, H, T, d] and keys [B, G, T, d] as they are rotated: over the width or each head, as the donor."""
-        if not hasattr(self, "q_norm"):
+        if "q_norm" not in self._modules:
             return self.by_head(query), self.by_head(key)
         norms: Any = self
         if norms.q_norm.weight.numel() != self.head_dim:
@@ -121,7 +122,7 @@ class MixtureOfHeadAttention(nn.Module):
 
     def by_head(self, x: Tensor) -> Tensor:
         """[B, T, n d] -> [B, n, T, d]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def choice(
         self, hidden_states: Tensor, query: Tensor, position_embeddings: tuple[Tensor, Tensor]
@@ -132,7 +133,9 @@ class MixtureOfHeadAttention(nn.Module):
             return active, gates
         # The later tokens attend to the first one, and what makes it their sink may be any of its heads. Only its
         # angles are zero; the fastest is, as the first one, no multiple of π at any other position.
-        start = (position_embeddings[1][..., :1] == 0).expand(*hidden_states.shape[:2], 1)
+        start = position_embeddings[1][..., :1] == 0
+        if is_one_token(start) and not start:
+            return active, gates
         return active | start, None if gates is None else gates.masked_fill(start, 1)
 
     def routing(self, hidden_states: Tensor, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -145,7 +148,7 @@ class MixtureOfHeadAttention(nn.Module):
             fixed = [unit not in self.routed_units for unit in range(self.config.routing_units)]
             shared = torch.tensor(fixed, device=hidden_states.device)
             active, gates = shared.expand(*hidden_states.shape[:2], -1), None
-        size = self.heads // self.config.routing_units
+        size = self.unit_size
         if size > 1:
             active = active.repeat_interleave(size, dim=-1)
             gates = None if gates is None else gates.repeat_interleave(size, dim=-1)
@@ -214,22 +217,22 @@ class MixtureOfHeadAttention(nn.Module):
     ) -> Tensor:
         """`active_attention` of one token a row: the queries that share a KV head meet it together. Of a long cache it
         is read where a row needs it; over many keys, for the rows alone that do."""
-        seen, first = key.shape[2], 0
-        if attention_mask is None and self.window is not None:
-            first = max(0, seen - self.window)
-        grouped = query.squeeze(2).unflatten(1, (self.kv_heads, -1)).to(key.dtype)  # B G size d
-        if attention_mask is not None:
-            attention_mask = attention_mask.expand(len(query), -1, -1, -1)
-
-        def attend(rows: slice, heads: slice) -> Tensor:
-            part = rows, heads, slice(first, None)
-            mask = None if attention_mask is None else attention_mask[rows]
-            given = grouped[rows, heads], key[part], value[part], mask
-            return F.scaled_dot_product_attention(*given, scale=self.scaling)
-
+        batch, seen, width = len(query), key.shape[2], value.shape[-1]
+        if attention_mask is None and self.window is not None and self.window < seen:
+            key, value = key[:, :, -self.window :], value[:, :, -self.window :]
+        grouped = query.reshape(batch, self.kv_heads, -1, query.shape[-1]).to(key.dtype)  # B G size d
         needed = self.rows_to_read(active, seen) if seen >= LEAST_KEYS_OF_A_STEP else None
         if needed is None:
-            return attend(slice(None), slice(None)).flatten(1, 2).unsqueeze(1)
+            found = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=self.scaling)
+            return found.reshape(batch, 1, self.heads, width)
+        if attention_mask is not None:
+            attention_mask = attention_mask.expand(batch, -1, -1, -1)
+
+        def attend(rows: slice, heads: slice) -> Tensor:
+            mask = None if attention_mask is None else attention_mask[rows]
+            given = grouped[rows, heads], key[rows, heads], value[rows, heads], mask
+            return F.scaled_dot_product_attention(*given, scale=self.scaling)
+
         output = value.new_zeros(grouped.shape)
         for kv_head, rows in enumerate(needed):
             heads = slice(kv_head, kv_head + 1)

@@ -28,7 +28,7 @@ class RoutedDecoupledAttention(MixtureOfHeadAttention, DecoupledHeadAttention):
         super().__init__(donor, config, layer_idx)
         known: Any = donor
         self.keys, self.values, self.stock = known.keys, known.values, known.stock
-        self.cached_heads = known.cached_heads
+        self.cached_heads, self.step = known.cached_heads, known.step
         self.num_key_value_groups = known.num_key_value_groups
         self.kv_heads = (
             self.heads // self.num_key_value_groups

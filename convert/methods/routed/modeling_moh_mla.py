@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .configuration_moh_mla import __getattr__ as config_class
-from .modeling_mla import LatentAttention
+from .modeling_mla import LatentAttention, by_heads
 from .modeling_mla import __getattr__ as donor_class
 from .modeling_moh import MixtureOfHeadAttention, gated
 from .routed_class import routed_class
@@ -96,15 +96,14 @@ class RoutedLatentAttention(MixtureOfHeadAttention, LatentAttention):
         """`absorbed_attention` of the heads `places` [B, T, A] alone -> output [B, T, H v], 0 elsewhere."""
         batch, heads, length, _ = q_nope.shape
         row, count = row.squeeze(1), places.shape[-1]
+        to_latent, to_value = self.up_maps(heads)
 
         def chosen(x: Tensor) -> Tensor:  # B H T w -> B (T A) w
             x = x.transpose(1, 2)
             return x.gather(2, places.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])).flatten(1, 2)
 
-        scores = torch.bmm(chosen(q_rope * self.scaling), k_rope.squeeze(1).mT)
-        scores = torch.baddbmm(scores, chosen(self.latent_queries(q_nope)), row.mT).view(
-            batch, length, count, -1
-        )
+        scores = self.scores(chosen(by_heads(q_nope, to_latent)), chosen(q_rope), row, k_rope)
+        scores = scores.view(batch, length, count, -1)
         if self.num_key_scales:
             by_head = self.head_scales(scales).unsqueeze(2).expand(-1, -1, length, -1)  # B H T S
             scores = scores * chosen(by_head).view_as(scores)
@@ -114,7 +113,7 @@ class RoutedLatentAttention(MixtureOfHeadAttention, LatentAttention):
         latent = torch.bmm(weights.flatten(1, 2), row).view(batch, length, count, -1)
         whole = latent.new_zeros(batch, length, heads, latent.shape[-1])
         whole.scatter_(2, places.unsqueeze(-1).expand_as(latent), latent)
-        return self.head_values(whole.transpose(1, 2))
+        return by_heads(whole.transpose(1, 2), to_value.mT).transpose(1, 2).flatten(2)
 
 
 def __getattr__(name: str) -> Any:

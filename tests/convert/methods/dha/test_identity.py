@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mhconvert.convert.bare_process.child import cache_storage
-from mhconvert.convert.methods.dha import register
+from mhconvert.convert.methods.dha import modeling_dha, register
 from mhconvert.convert.methods.dha.converted_class import decoupled_config
+from mhconvert.convert.methods.dha.modeling_dha import HeadGroups, StepRuns
 from mhconvert.convert.methods.dha.settings import DHASettings
 from tests.convert.conversions import converted, donor_model, logits, relative, token_ids
 from tests.convert.methods.mla.test_families_exact import VARIANTS, WINDOW, by_steps, donor_of
@@ -173,6 +175,35 @@ def test_a_cast_keeps_the_frequencies_and_bfloat16_reads_alike() -> None:
     assert torch.equal(model.model.rotary_emb.inv_freq, exact)
     # 8 bits a number, a few roundings in each of two layers, and a score's share of them in its exponential.
     assert relative(by_steps(model, ids, 6).float(), logits(model, ids).float()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("k_map", "v_map", "calls"),
+    [
+        ([0, 0, 1, 1, 2, 2], [0] * 6, 1),
+        ([0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1], 2),
+        ([0, 0, 0, 0, 1, 1], [0] * 6, 2),  # groups of two sizes
+        ([1, 0, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0], 1),
+    ],
+)
+def test_a_step_copies_no_cached_head(
+    k_map: list[int], v_map: list[int], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads that read alike meet their cached heads in few calls of the kernel, on views of the cache."""
+    keys, values = HeadGroups(k_map), HeadGroups(v_map)
+    query = torch.randn(2, 6, 1, 8)
+    key, value = torch.randn(2, keys.count, 9, 8), torch.randn(2, values.count, 9, 8)
+    expected = scaled_dot_product_attention(query, keys.expand(key), values.expand(value), scale=0.3)
+    read: list[tuple[int, int]] = []
+
+    def recorded(rows: Tensor, k: Tensor, v: Tensor, *mask: Any, **options: Any) -> Tensor:
+        read.append((k.untyped_storage().data_ptr(), v.untyped_storage().data_ptr()))
+        return scaled_dot_product_attention(rows, k, v, *mask, **options)
+
+    monkeypatch.setattr(modeling_dha.F, "scaled_dot_product_attention", recorded)
+    found = StepRuns(keys, values).attend(query, key, value, None, 0.3)
+    assert relative(found, expected.transpose(1, 2).flatten(2)) < FLOAT32
+    assert read == [(key.data_ptr(), value.data_ptr())] * calls
 
 
 @pytest.mark.parametrize(

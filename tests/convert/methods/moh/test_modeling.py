@@ -335,6 +335,37 @@ def test_coefficients_are_the_two_stages_of_the_paper() -> None:
     assert torch.equal(gates > 0, active)
 
 
+@pytest.mark.parametrize("shared", [[], [1], [0, 3]])
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_a_single_token_is_routed_as_it_is_among_others(shared: list[int], chosen: int) -> None:
+    """Its choice is made of numbers, and that of several tokens of tensors."""
+    route, _ = router("learned", shared_heads=[shared] * 2, active_heads=[len(shared) + chosen] * 2)
+    torch.nn.init.normal_(route.score.bias)
+    x = torch.randn(1, 20, 64)
+    with torch.no_grad():
+        active, gates = route(x, x)
+        alone = [route(token, token) for token in x.split(1, dim=1)]
+    assert torch.equal(torch.cat([each for each, _ in alone], dim=1), active)
+    torch.testing.assert_close(torch.cat([each for _, each in alone], dim=1), gates)
+    assert gates.std() > 0.01
+
+
+def test_maps_of_a_router_with_a_hook_are_called() -> None:
+    """An adapter or an offloaded weight is more than what the one product of all maps reads."""
+    route, _ = router("learned", shared_heads=[[1]] * 2, active_heads=[2] * 2)
+    x = torch.randn(1, 6, 64)
+    with torch.no_grad():
+        plain = route(x, x)[0]
+        hook = route.score.register_forward_hook(lambda module, given, output: -output)
+        several, alone = route(x, x)[0], torch.cat([route(t, t)[0] for t in x.split(1, dim=1)], dim=1)
+        hook.remove()
+        for parameter in route.score.parameters():
+            parameter.neg_()
+        assert torch.equal(several, route(x, x)[0])
+    assert torch.equal(several, alone)
+    assert not torch.equal(several, plain)
+
+
 def test_a_head_that_is_never_chosen_might_as_well_have_no_output_rows() -> None:
     """Check 5."""
     model, ids = (
