@@ -1,8 +1,8 @@
 """A forward pass that keeps less for its backward pass: not what takes next to no time to compute again.
 
-Under autocast each product with a frozen weight keeps a 16-bit copy of the weight, and each product with one input a copy
-of that input; a gated MLP keeps the output of its activation beside both factors. Here inputs are cast once, and copies of
-weights and outputs of activations are computed again in the backward pass, bit for bit.
+Under autocast each product with a frozen weight keeps a 16-bit copy of the weight, each with a trained one a copy of its
+input, and a gated MLP keeps the output of its activation beside both factors. Here an input is cast once for all its
+products, and copies of weights and outputs of activations are computed again in the backward pass, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ def lean_forward() -> Iterator[None]:
     calls = _Calls()
     with calls, torch.autograd.graph.saved_tensors_hooks(calls.pack, lambda packed: packed()):
         yield
-    calls.latest.clear()
+    calls.latest.clear()  # a graph that is kept holds `calls`
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast would cast the input `x` of a product."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 class _Calls(TorchFunctionMode):
     """Casts for linear maps itself, and knows how the tensors that they and activations made are made again.
 
     Attributes:
-        latest: "weight" and "input" -> the last tensor that was cast, its version, whether with gradients, and the cast.
+        latest: "weight", "input" -> the tensor that was cast last, its version, whether with gradients, and the cast.
         made: address of a storage -> the tensor on it, its version and a function that computes it again.
     """
 
@@ -45,8 +50,8 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is F.linear and not kwargs and torch.is_autocast_enabled(args[0].device.type):
-            args = self._cast_once(*args) if args[0].dtype != torch.float64 else args
+        if function is F.linear and not kwargs and _is_cast(args[0]):
+            args = self._cast_once(*args)
         result = function(*args, **kwargs)
         if function in ACTIVATIONS and not kwargs.get("inplace"):
             source = args[0].detach()
@@ -80,9 +85,9 @@ class _Calls(TorchFunctionMode):
 
     def pack(self, kept: Tensor) -> Callable[[], Tensor]:
         """What autograd keeps for `kept`: a function that returns it."""
-        ref, version, again = self.made.get(kept.untyped_storage().data_ptr(), (lambda: None, 0, None))
-        made = ref()
-        if again is None or made is None or made._version != version or made.dtype != kept.dtype:
+        noted = self.made.get(kept.untyped_storage().data_ptr())
+        made = None if noted is None else noted[0]()
+        if noted is None or made is None or made._version != noted[1] or made.dtype != kept.dtype:
             return lambda: kept
-        size, stride, offset = kept.size(), kept.stride(), kept.storage_offset()
+        again, size, stride, offset = noted[2], kept.size(), kept.stride(), kept.storage_offset()
         return lambda: again().as_strided(size, stride, offset)
