@@ -1,6 +1,6 @@
 """A forward pass that keeps less for its backward pass: not what takes next to no time to compute again.
 
-Under autocast each product with a frozen weight keeps a 16-bit copy of the weight, each with a trained one a copy of its
+Under autocast a product with a frozen weight keeps a 16-bit copy of the weight, one with a trained weight a copy of its
 input, and a gated MLP keeps the output of its activation beside both factors. Here an input is cast once for all its
 products, and copies of weights and outputs of activations are computed again in the backward pass, bit for bit.
 """
