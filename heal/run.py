@@ -95,6 +95,8 @@ class _Healing:
             text = self._text(teacher)
             lesson = Lesson(teacher, text, self._fidelity_function(teacher, text))
             model = self.student.model(trainable=self.adapter)
+            if self.settings.train != "all":
+                teacher.share(model)
             before = lesson.fidelity(model)
             metrics = self._metrics(before) if self.main else None
             if self.settings.layer_tokens:
@@ -121,8 +123,7 @@ class _Healing:
 
     def _teacher_model(self) -> Any:
         """The teacher's model, in bfloat16 if the student is trained in it on a GPU, else in float32."""
-        accelerator = self.accelerator
-        half = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+        half = self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
         return self.teacher.model(torch.bfloat16 if half else torch.float32)
 
     def _text(self, teacher: Teacher) -> heal_text.HealText:

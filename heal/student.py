@@ -13,6 +13,7 @@ from mhconvert.errors import HealError
 from ..convert.donor.whole_model import final_logits
 from ..convert.recipe.heal_settings import HealSettings
 from .layer_fit import tensor_scale
+from .lean_forward import lean_forward
 from .losses import Predictions, chunked_loss, hidden_error
 from .packed_rows import Rows
 
@@ -64,6 +65,10 @@ class Student(nn.Module):
             with torch.no_grad(), torch.autocast(rows.ids.device.type, enabled=False):
                 self._measure(rows, teacher, measure)
             return {}
+        with lean_forward():
+            return self._losses(rows, teacher, weights)
+
+    def _losses(self, rows: Rows, teacher: Teacher, weights: Weights) -> dict[str, Tensor]:
         every_layer = weights.hidden > 0
         own = states(self.model, rows, every_layer)
         balance = self.balance(weights)
@@ -88,10 +93,8 @@ class Student(nn.Module):
         self, rows: Rows, predictions: Predictions, weights: Weights
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted losses of the predictions, and kl, ce, own and own_count; own text has no cross-entropy."""
-        head, own = (
-            self.model.get_output_embeddings(),
-            torch.zeros_like(predictions.targets, dtype=torch.bool),
-        )
+        head = self.model.get_output_embeddings()
+        own = torch.zeros_like(predictions.targets, dtype=torch.bool)
         if rows.by_student is not None:
             own = rows.by_student[:, None].expand(rows.predicted().shape)[rows.predicted()]
         loss, of_text = chunked_loss(predictions.part(~own), head, weights.kl, weights.ce)
@@ -142,6 +145,19 @@ class Teacher:
 
     def __init__(self, model: Any):
         self.model = model.eval().requires_grad_(False)
+
+    def share(self, student: Any) -> None:
+        """Take from `student` the parameters outside attention that are equal, so that both have them in memory once.
+
+        For a student whose attention alone is trained or merged.
+        """
+        own = dict(student.named_parameters(remove_duplicate=False))
+        for name, taught in list(self.model.named_parameters(remove_duplicate=False)):
+            other = own.get(name)
+            same = other is not None and other.dtype == taught.dtype and torch.equal(other, taught)
+            if same and ".self_attn." not in name:
+                module, _, last = name.rpartition(".")
+                setattr(self.model.get_submodule(module), last, other)
 
     @torch.no_grad()
     def states(self, rows: Rows, every_layer: bool = False) -> list[Tensor]:
