@@ -61,8 +61,8 @@ def fit(
     parameters = [p for p in (attention.parameters() if trained is None else trained) if p.numel()]
     original = [parameter.detach().clone() for parameter in parameters]
     seen = len(inputs) - unseen
-    options = {"steps": steps, "rows": rows, "seed": seed, "bottlenecks": bottlenecks}
-    _train(attention, inputs[:seen], targets[:seen], position_embeddings, parameters, **options)
+    x, y, cos_sin = inputs[:seen], targets[:seen], position_embeddings
+    _train(attention, x, y, cos_sin, parameters, steps=steps, rows=rows, seed=seed, bottlenecks=bottlenecks)
     if not _error(attention, inputs[held_out], targets[held_out], position_embeddings) < before:
         with torch.no_grad():
             for parameter, value in zip(parameters, original, strict=True):

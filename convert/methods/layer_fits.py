@@ -1,7 +1,7 @@
 """How the layer fit trains what a method makes: optimiser steps by effort, and what `heal.layer_fit.fit` is told.
 
 Of layers of SmolLM2-135M, fitted on 65,536 tokens of books, the default steps leave no larger an error on another
-textbook and on WikiText-2 than 180 steps without Muon.
+textbook and on WikiText-2 than 180 steps without Muon, within 0.5 %.
 """
 
 from __future__ import annotations
