@@ -150,7 +150,8 @@ def convert_attention(
     attention, chosen = method.convert(targets.statistics, layer.index, *text)
     steps = layer_fit_steps(context.recipe, method, targets.inputs.shape[1])
     if steps and not getattr(attention, "closed_form", False):
-        context.fit(attention, *text, steps=steps, **_fit_options(context, layer, targets.inputs))
+        options = _fit_options(context, layer, targets.inputs)
+        context.fit(attention, *text, steps=steps, **options, **method.fit_options)
     _round_to(attention, context.dtype, f"layer {layer.index}: self_attn.")
     return attention, chosen
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from mhconvert.errors import MhconvertError, UnsupportedError
 
+from .layer_fits import PLAIN, Options
 from .method_info import ATTENTION_CHECKS as ATTENTION_CHECKS
 from .method_info import MODEL_CHECKS as MODEL_CHECKS
 from .method_info import Form as Form
@@ -86,6 +87,7 @@ class Method(Protocol):
     closed_form: bool = False
     fitted_layers: int | None = None  # how many layers a fit follows; None: all
     fit_steps: dict[str, int] | None = None  # of a layer by effort; None: as for the others
+    fit_options: Options = PLAIN  # what the fit of a layer is told beside its steps
     least_row: int = 0  # tokens that a calibration row needs to show what the method changes
     cache_context: int | None = None  # tokens for which cache sizes a token are stated; None: any number
     layer_tokens: int | None = None  # of calibration text that a layer is converted from; None: all of it

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mhconvert.convert.methods.mla.settings import MLASettings
-from mhconvert.heal.layer_fit import UNSEEN, fit
+from mhconvert.heal.layer_fit import LEARNING_RATE, LEAST_SHORT, NARROW, UNSEEN, _optimisers, fit
 from tests.convert.conversions import attention_inputs, converted, donor_model, rotary_of, token_ids
 
 Problem = tuple[nn.Module, Tensor, Tensor, tuple[Tensor, Tensor]]
@@ -106,3 +106,41 @@ def test_the_rows_that_judge_never_get_worse(budget: float) -> None:
     judged = (inputs[unseen], targets[unseen], embeddings)
     trained = fitted(attention, inputs, targets, embeddings, steps=100)
     assert error(trained, *judged) <= error(attention, *judged)
+
+
+class Bottleneck(nn.Module):
+    """A map of rank 16 from 64 elements to 64, with the call signature of an attention."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.down, self.up = nn.Linear(64, 16, bias=False), nn.Linear(16, 64, bias=False)
+        for weight in self.parameters():
+            weight.data = torch.randn(weight.shape, generator=draw)
+
+    def forward(self, x: Tensor, _: Any) -> tuple[Tensor]:
+        return (self.up(self.down(x)),)
+
+
+@pytest.mark.parametrize(("bottlenecks", "part"), [(False, 0.6), (True, 0.9)])
+def test_bottlenecks_learn_with_either_optimiser(bottlenecks: bool, part: float) -> None:
+    start = Bottleneck(0).requires_grad_(False)
+    end = copy.deepcopy(start)
+    for number, weight in enumerate(end.parameters()):
+        weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(9 + number))
+    inputs = torch.randn(24, 32, 64, generator=torch.Generator().manual_seed(1))
+    data = (inputs, end(inputs, None)[0], (inputs, inputs))
+    trained = copy.deepcopy(start)
+    fit(trained, *data, steps=40, rows=4, seed=0, bottlenecks=bottlenecks)
+    assert error(trained, *data) < part * error(start, *data)
+
+
+def test_only_narrow_matrices_are_bottlenecks() -> None:
+    short, long = LEAST_SHORT, NARROW * LEAST_SHORT
+    shapes = [(short, long), (long, short), (short, long - 1), (short - 1, 2 * long), (long,)]
+    variables = [torch.ones(shape) for shape in shapes]
+    adam, muon = _optimisers(variables, bottlenecks=True)
+    assert [group["params"][0].shape for group in muon.param_groups] == shapes[:2]
+    assert [group["params"][0].shape for group in adam.param_groups] == shapes[2:]
+    [alone] = _optimisers(variables, bottlenecks=False)
+    assert [group["lr"] for group in alone.param_groups] == pytest.approx([LEARNING_RATE] * 5)

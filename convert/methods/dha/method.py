@@ -20,6 +20,7 @@ from ...attention.rotary import LayerRotary
 from ...attention.statistics import observe
 from ...families.facts import attention_facts, family_of
 from ..budget_division import LayerNeed
+from ..layer_fits import BOTTLENECKS, FUSED_STEPS
 from ..refusals import require
 from ..registry import Method
 from .assembly import assemble
@@ -41,6 +42,7 @@ class DHA(Method):
     """Grouped-query or multi-head attention → decoupled heads; the mathematics is in `surgery`."""
 
     replaced = ("self_attn.",)
+    fit_steps, fit_options = FUSED_STEPS, BOTTLENECKS
 
     def __init__(self, config: Any, settings: DHASettings, effort: str):
         """Raises UnsupportedError or BudgetError before any weight is read."""
@@ -227,10 +229,9 @@ class DHA(Method):
         """The layer whose heads training will fuse, into the clusters of least cost by closed form."""
         keys, values = self._candidates(seen, index)[0]
         module = self._module(aligned(seen.heads, keys, values), seen, index, device)
-        maps = cluster_map(keys), cluster_map(values)
-        self._set_unfused(index, *maps)
-        counts = {"k_heads": len(keys), "v_heads": len(values)} | seen.protected
-        return module, counts | {"k_map": maps[0], "v_map": maps[1]}
+        maps = {"k_map": cluster_map(keys), "v_map": cluster_map(values)}
+        self._set_unfused(index, **maps)
+        return module, {"k_heads": len(keys), "v_heads": len(values)} | seen.protected | maps
 
     def _set_unfused(self, index: int, k_map: list[int], v_map: list[int]) -> None:
         """Write the maps of layer `index` before fusion into the configuration, and which heads become one."""

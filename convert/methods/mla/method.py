@@ -18,6 +18,7 @@ from ...attention.rotary import LayerRotary
 from ...attention.statistics import observe
 from ...families.facts import attention_facts
 from ..budget_division import LayerNeed, divide
+from ..layer_fits import BOTTLENECKS, LATENT_STEPS
 from ..protected_heads import head_weights, protected_heads
 from ..refusals import require, served_refusal
 from ..registry import Method
@@ -56,6 +57,7 @@ class MLA(Method):
     """Grouped-query or multi-head attention → latent attention; the mathematics is in `surgery`."""
 
     replaced = ("self_attn.",)
+    fit_steps, fit_options = LATENT_STEPS, BOTTLENECKS
 
     def __init__(self, config: Any, settings: MLASettings, effort: str):
         """Raises UnsupportedError or BudgetError before any weight is read."""
@@ -118,12 +120,7 @@ class MLA(Method):
     def observe(self, attention: Any, inputs: Tensor, rotary: LayerRotary) -> Observed:
         """The weights of a donor's attention, and their statistics on the calibration text `inputs` (N, L, D)."""
         statistics = observe(
-            attention,
-            self.donor_config,
-            inputs,
-            rotary.embeddings,
-            rotary.inv_freq,
-            rotary.attention_scaling,
+            attention, self.donor_config, inputs, rotary.embeddings, rotary.inv_freq, rotary.attention_scaling
         )
         plain, norm = attention_weights(attention, self.facts), qk_norm(attention, self.facts)
         named = self.protected[attention.layer_idx]
