@@ -21,6 +21,9 @@ from .surgery import (
 
 FORM_TOKENS = 16384  # that the output's map is fitted to
 ROWS = 4  # that go through a mixer at once
+JUDGING = (
+    16  # one in so many rows, the last ones, judges the fit (`heal.layer_fit`): the start must not know them
+)
 
 
 def mixer_layer(
@@ -34,7 +37,8 @@ def mixer_layer(
 
     Args:
         config: of the converted model.
-        inputs, targets: (N, L, D), what the donor's attention reads and returns.
+        inputs, targets: (N, L, D), what the donor's attention reads and returns; the last rows, which judge the
+            fit, are not read.
     """
     from ..mla.modeling_hybrid import LinearAttention
 
@@ -43,7 +47,8 @@ def mixer_layer(
     module: Any = LinearAttention(made, 0)
     if donor is None or inputs is None or targets is None:
         return module
-    rows = slice(max(1, FORM_TOKENS // inputs.shape[1]))
+    known = len(inputs) - max(1, len(inputs) // JUDGING)
+    rows = slice(max(1, min(known, FORM_TOKENS // inputs.shape[1])))
     inputs, targets = inputs[rows], targets[rows]
     state = _start(config, donor, inputs)
     wanted = module.mixer.state_dict()
