@@ -31,6 +31,7 @@ def fit(
     steps: int,
     rows: int,
     seed: int,
+    rate: float = LEARNING_RATE,
     trained: Sequence[nn.Parameter] | None = None,
 ) -> None:
     """Train `attention` in place so that attention(inputs) ≈ targets.
@@ -45,6 +46,7 @@ def fit(
         position_embeddings: (cos, sin), each (1, L, head_dim), on the device of `attention`.
         steps: optimiser steps.
         rows: per step, drawn without replacement until all have been seen.
+        rate: the highest of a step, as a fraction of the RMS of each tensor.
         trained: the parameters to train; None for all.
     """
     unseen = max(1, len(inputs) // UNSEEN) if len(inputs) > 1 else 0
@@ -56,7 +58,7 @@ def fit(
     original = [parameter.detach().clone() for parameter in parameters]
     seen = len(inputs) - unseen
     options = {"steps": steps, "rows": rows, "seed": seed}
-    _train(attention, inputs[:seen], targets[:seen], position_embeddings, parameters, **options)
+    _train(attention, inputs[:seen], targets[:seen], position_embeddings, parameters, peak=rate, **options)
     if not _error(attention, inputs[held_out], targets[held_out], position_embeddings) < before:
         with torch.no_grad():
             for parameter, value in zip(parameters, original, strict=True):
@@ -79,6 +81,7 @@ def _train(
     position_embeddings: tuple[Tensor, Tensor],
     parameters: list[nn.Parameter],
     *,
+    peak: float,
     steps: int,
     rows: int,
     seed: int,
@@ -87,7 +90,7 @@ def _train(
     space = linear_coordinates(attention, inputs, position_embeddings)
     input_root = next((c.root for c in space.values() if c.of_input), None)
     variables = [_variable(p, space.get(p)) for p in parameters]
-    groups = [{"params": [v], "lr": LEARNING_RATE * tensor_scale(v)} for v in variables]
+    groups = [{"params": [v], "lr": peak * tensor_scale(v)} for v in variables]
     optimiser = torch.optim.Adam(groups, betas=BETAS)
     peaks = [group["lr"] for group in optimiser.param_groups]
     device = position_embeddings[0].device
@@ -96,8 +99,8 @@ def _train(
         parameter.requires_grad_(True)
     for step in range(steps):
         rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = peak * rate
+        for group, highest in zip(optimiser.param_groups, peaks, strict=True):
+            group["lr"] = highest * rate
         batch = next(batches)
         x, expected = inputs[batch].to(device), targets[batch].to(device)
         x = x if input_root is None else x @ input_root
