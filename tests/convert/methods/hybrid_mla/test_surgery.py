@@ -64,7 +64,7 @@ def test_the_maps_are_at_their_places() -> None:
             found = [part[0].permute(1, 2, 0) for part in parts]
         for expected, one in zip((q, k, v), found, strict=False):
             assert torch.allclose(one, expected, atol=1e-6)
-        of_gate = GATE * constant_reader(inputs).float()  # whose SiLU is 1
+        of_gate = GATE * constant_reader(inputs[:-1]).float()  # whose SiLU is 1
         assert torch.allclose(found[3], of_gate.expand(HEADS, WIDTH, -1), atol=1e-6)
         assert not linear.mixer.conv1d.weight[..., :-1].any()
         assert (linear.mixer.conv1d.weight[..., -1] > 0).all()
