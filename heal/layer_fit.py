@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ def fit(
     steps: int,
     rows: int,
     seed: int,
+    rate: float = LEARNING_RATE,
     trained: Sequence[nn.Parameter] | None = None,
     bottlenecks: bool = False,
 ) -> None:
@@ -50,6 +52,7 @@ def fit(
         position_embeddings: (cos, sin), each (1, L, head_dim), on the device of `attention`.
         steps: optimiser steps.
         rows: per step, drawn without replacement until all have been seen.
+        rate: the highest of a step, as a fraction of the RMS of each tensor.
         trained: the parameters to train; None for all.
         bottlenecks: whether Muon trains the narrow matrices.
     """
@@ -62,7 +65,8 @@ def fit(
     original = [parameter.detach().clone() for parameter in parameters]
     seen = len(inputs) - unseen
     x, y, cos_sin = inputs[:seen], targets[:seen], position_embeddings
-    _train(attention, x, y, cos_sin, parameters, steps=steps, rows=rows, seed=seed, bottlenecks=bottlenecks)
+    how: dict[str, Any] = {"rows": rows, "seed": seed, "highest": rate, "bottlenecks": bottlenecks}
+    _train(attention, x, y, cos_sin, parameters, steps=steps, **how)
     if not _error(attention, inputs[held_out], targets[held_out], position_embeddings) < before:
         with torch.no_grad():
             for parameter, value in zip(parameters, original, strict=True):
@@ -88,13 +92,14 @@ def _train(
     steps: int,
     rows: int,
     seed: int,
+    highest: float,
     bottlenecks: bool,
 ) -> None:
     """Train the parameters in place; see `fit`."""
     space = linear_coordinates(attention, inputs, position_embeddings)
     input_root = next((c.root for c in space.values() if c.of_input), None)
     variables = [_variable(p, space.get(p)) for p in parameters]
-    optimisers = _optimisers(variables, bottlenecks)
+    optimisers = _optimisers(variables, bottlenecks, highest)
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]
     peaks = [group["lr"] for group in groups]
     device = position_embeddings[0].device
@@ -121,11 +126,13 @@ def _train(
             parameter.copy_(parameter @ space[parameter].root)
 
 
-def _optimisers(variables: list[Tensor], bottlenecks: bool) -> list[torch.optim.Optimizer]:
+def _optimisers(
+    variables: list[Tensor], bottlenecks: bool, highest: float = LEARNING_RATE
+) -> list[torch.optim.Optimizer]:
     """Muon for the `bottlenecks` among the variables, Adam for the others; each variable with a rate of its own."""
     wide, narrow = [], []
     for variable in variables:
-        rate = LEARNING_RATE * tensor_scale(variable)
+        rate = highest * tensor_scale(variable)
         sides = sorted(variable.shape)
         if bottlenecks and len(sides) == 2 and sides[1] >= NARROW * sides[0] >= NARROW * LEAST_SHORT:
             narrow.append({"params": [variable], "lr": MUON_RATE * rate})

@@ -45,7 +45,11 @@ def conversion_facts(
             side: counted(layers, side, sizes.get("cache_context")) * width for side in ("donor", "converted")
         },
         "parameters": dict(sizes["parameters"]),
-        **{name: sizes[name] for name in (*info(recipe.method).totals, "cache_context") if name in sizes},
+        **{
+            name: sizes[name]
+            for name in (*info(recipe.method).totals, "cache_context", "priced")
+            if name in sizes
+        },
         "layers": layers,
         "calibration": calibration_facts(context)
         | {name: text for name, text in sizes["calibration"].items() if name == "notice"},

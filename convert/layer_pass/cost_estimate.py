@@ -18,7 +18,7 @@ from ..donor.donor import Donor
 from ..families.facts import attention_facts, cached_part
 from ..methods.cache_elements import cache_elements
 from ..methods.layer_sensitivity import SAMPLE_TOKENS
-from ..methods.registry import Method, whole_elements
+from ..methods.registry import Method, info, whole_elements
 from ..recipe.recipe import Recipe
 from ..recipe.tolerance import on_policy
 from ..recipe.written_weights import dtype_name
@@ -78,7 +78,7 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
         "output": str(recipe.output_folder(donor.name)),
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
-        "layers": [{"index": i} | method.layer_sizes(i) for i in range(layers)],
+        **_layers(recipe, method, layers),
         **_cache_sizes(method, donor, width),
         "parameters": {"donor": outer + in_layers, "converted": converted},
         **method.totals(),
@@ -97,6 +97,18 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
             **_notice(method, elements, rows, length),
         },
     }
+
+
+def _layers(recipe: Recipe, method: Method, count: int) -> dict[str, Any]:
+    """{"layers": what each becomes}, and behind a survey of the method's own kind {"priced": {kind: what `costs` are
+    of}}."""
+    layers, kind = (
+        [{"index": i} | method.layer_sizes(i) for i in range(count)],
+        info(recipe.method).layer_kind,
+    )
+    measured = any(kind in layer.get("costs", {}) for layer in layers)
+    priced = {"priced": {kind: {"method": recipe.method} | method.kind_facts}} if measured else {}
+    return {"layers": layers, **priced}
 
 
 def donor_elements(config: Any, context: int | None) -> int:

@@ -31,9 +31,7 @@ def surveyed_plan(context: ConversionContext, method: Method) -> dict[str, Any]:
     own, layers = info(context.recipe.method).layer_kind, plan["layers"]
     if not own:
         return plan
-    measured = any(own in layer.get("costs", {}) for layer in layers)
-    own_price = {"method": context.recipe.method} | method.kind_facts if measured else {"reason": CHOSEN}
-    priced = {own: own_price}
+    priced = plan.get("priced", {own: {"reason": CHOSEN}})
     for kind, name in {each.layer_kind: each.name for each in METHODS.values() if each.layer_kind}.items():
         if kind == own:
             continue

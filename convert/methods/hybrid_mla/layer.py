@@ -20,7 +20,11 @@ from .surgery import (
 )
 
 FORM_TOKENS = 16384  # that the output's map is fitted to
+FIT_RATE = 3e-3  # of the fit that follows; at that of attentions the error on other rows rises
 ROWS = 4  # that go through a mixer at once
+JUDGING = (
+    16  # one in so many rows, the last ones, judges the fit (`heal.layer_fit`): the start must not know it
+)
 
 
 def mixer_layer(
@@ -34,16 +38,19 @@ def mixer_layer(
 
     Args:
         config: of the converted model.
-        inputs, targets: (N, L, D), what the donor's attention reads and returns.
+        inputs, targets: (N, L, D), what the donor's attention reads and returns; the last rows, which judge the
+            fit, are not read.
     """
     from ..mla.modeling_hybrid import LinearAttention
 
     made = copy.copy(config)
     made.dtype = torch.float32
     module: Any = LinearAttention(made, 0)
+    module.fit_rate = FIT_RATE
     if donor is None or inputs is None or targets is None:
         return module
-    rows = slice(max(1, FORM_TOKENS // inputs.shape[1]))
+    known = len(inputs) - max(1, len(inputs) // JUDGING)
+    rows = slice(max(1, min(known, FORM_TOKENS // inputs.shape[1])))
     inputs, targets = inputs[rows], targets[rows]
     state = _start(config, donor, inputs)
     wanted = module.mixer.state_dict()

@@ -82,6 +82,8 @@ def test_a_surveyed_plan_is_that_of_the_conversion(
     before = mhconvert.plan(asked)["states"]
     assert (before["count"], before["linear_layers"]) == (1, None)
     planned, report = pipeline.plan(asked, surveyed=Fidelity), made[1]
+    assert report["priced"] == {"linear": {"method": "hybrid", "mixer": "mamba2"}}
+    assert report["priced"].items() <= planned["priced"].items()
     assert planned["states"] == report["states"]
     assert planned["notice"] == f"linear layers: {report['states']['linear_layers'][0]}"
     for planned_layer, layer in zip(planned["layers"], report["layers"], strict=True):
@@ -100,7 +102,7 @@ def test_a_resumed_run_and_one_of_its_plan_write_the_same(
         mhconvert.convert(interrupted, on_progress=stop_after(3, KeyboardInterrupt()))
     mhconvert.convert(interrupted, resume=True)
     settings = HybridSettings(SHARE, context=CONTEXT, plan=made[1]["layers"])
-    mhconvert.convert(recipe(tmp_path / "planned", settings))
+    assert "priced" not in mhconvert.convert(recipe(tmp_path / "planned", settings))
     assert hashes(tmp_path / "planned")["model.safetensors"] == hashes(made[0])["model.safetensors"]
     weights = {name: hashed for name, hashed in hashes(tmp_path / "resumed").items() if "safetensors" in name}
     assert weights
@@ -115,7 +117,7 @@ def test_the_layer_stage_brings_a_linear_layer_nearer(tmp_path: Path, recipe: Ca
         report = mhconvert.convert(asked)
         assert report["states"]["linear_layers"] == [2]
         errors.append((report["layers"][2]["relative_error"], report["kl"]))
-    assert errors[1][0] < 0.9 * errors[0][0]
+    assert errors[1][0] < 0.95 * errors[0][0]
     assert errors[1][1] < errors[0][1]
     assert errors[2][1] < errors[0][1]  # with the block's output on the student's own states
 

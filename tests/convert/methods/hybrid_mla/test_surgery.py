@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mhconvert.convert.attention.linalg import relative_error
 from mhconvert.convert.attention.rotary import layer_rotary
 from mhconvert.convert.layer_pass.decoder_layer import Layer
-from mhconvert.convert.methods.hybrid_mla.layer import mixer_layer
+from mhconvert.convert.methods.hybrid_mla.layer import JUDGING, mixer_layer
 from mhconvert.convert.methods.hybrid_mla.method import HybridMLA
 from mhconvert.convert.methods.hybrid_mla.settings import HybridSettings, Mixer
 from mhconvert.convert.methods.hybrid_mla.surgery import (
@@ -21,6 +21,7 @@ from mhconvert.convert.methods.hybrid_mla.surgery import (
     inverse_softplus,
     output_map,
 )
+from mhconvert.heal.layer_fit import UNSEEN
 from tests.convert.conversions import attention_inputs, donor_model, token_ids
 
 from .hybrids import MIXERS
@@ -63,10 +64,25 @@ def test_the_maps_are_at_their_places() -> None:
             found = [part[0].permute(1, 2, 0) for part in parts]
         for expected, one in zip((q, k, v), found, strict=False):
             assert torch.allclose(one, expected, atol=1e-6)
-        of_gate = GATE * constant_reader(inputs).float()  # whose SiLU is 1
+        of_gate = GATE * constant_reader(inputs[:-1]).float()  # whose SiLU is 1
         assert torch.allclose(found[3], of_gate.expand(HEADS, WIDTH, -1), atol=1e-6)
         assert not linear.mixer.conv1d.weight[..., :-1].any()
         assert (linear.mixer.conv1d.weight[..., -1] > 0).all()
+
+
+def test_the_start_does_not_know_the_rows_that_judge_its_fit() -> None:
+    """Else it is nearer on them than any fit of few rows, which is then thrown away."""
+    assert JUDGING == UNSEEN
+    donor = donor_model(layers=3, hidden=32, std=0.3)
+    method = HybridMLA(donor.config, HybridSettings(0.9, linear_layers=[1]), "quick")
+    inputs, attention = torch.randn(6, 48, 32), donor.model.layers[1].self_attn
+    seen = method.observe(attention, inputs, layer_rotary(donor.model.rotary_emb, donor.config, 1, 48))
+    targets, other = torch.randn(6, 48, 32), torch.randn(6, 48, 32)
+    other[:5] = targets[:5]
+    maps = [mixer_layer(method.config, seen, inputs, each).mixer.out_proj.weight for each in (targets, other)]
+    assert torch.equal(*maps)
+    other[4] += 1
+    assert not torch.equal(maps[0], mixer_layer(method.config, seen, inputs, other).mixer.out_proj.weight)
 
 
 def test_a_neutral_mamba2_is_linear_attention() -> None:
