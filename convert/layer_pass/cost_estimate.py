@@ -102,10 +102,8 @@ def plan(recipe: Recipe, donor: Donor, method: Method, device: torch.device) -> 
 def _layers(recipe: Recipe, method: Method, count: int) -> dict[str, Any]:
     """{"layers": what each becomes}, and behind a survey of the method's own kind {"priced": {kind: what `costs` are
     of}}."""
-    layers, kind = (
-        [{"index": i} | method.layer_sizes(i) for i in range(count)],
-        info(recipe.method).layer_kind,
-    )
+    layers: list[dict[str, Any]] = [{"index": i} | method.layer_sizes(i) for i in range(count)]
+    kind = info(recipe.method).layer_kind
     measured = any(kind in layer.get("costs", {}) for layer in layers)
     priced = {"priced": {kind: {"method": recipe.method} | method.kind_facts}} if measured else {}
     return {"layers": layers, **priced}

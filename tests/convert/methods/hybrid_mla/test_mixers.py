@@ -32,7 +32,7 @@ def caches(model: Any) -> list[Cache]:
 @torch.no_grad()
 def test_pieces_give_what_the_whole_gives(model: Any) -> None:
     """One token at a time is the mixers' recurrence, several are their scan."""
-    ids = token_ids(2, 100, seed=3)  # none of whose codes lies so near to a rounding that noise tips it over
+    ids = token_ids(2, 100, seed=5)  # none of whose codes lies so near to a rounding that noise tips it over
     whole = logits(model, ids)
     for cache in caches(model):
         parts, begin = [], 0
