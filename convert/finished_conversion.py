@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mhconvert.errors import OutputError
 
 from . import open_model
-from .checkpoint.provenance import read_record
+from .checkpoint.provenance import prompts_digest, read_record
 from .recipe.recorded import NOT_THE_RESULT, as_recorded, last_step
 from .recipe.tolerance import OWN_PROMPTS, parse, prompts_file
 from .storage.safetensors_reader import read_json
@@ -35,8 +35,7 @@ def differing(folder: Path, recipe: Recipe) -> str | None:
         asked = str(parse(recipe.tolerance))
         if record.get("tolerance", asked) != asked:
             return "tolerance"
-        file = prompts_file(recipe.prompts)
-        if record.get("prompts", OWN_PROMPTS) != (file.name if file else OWN_PROMPTS):
+        if record.get("prompts", OWN_PROMPTS) != prompts_digest(prompts_file(recipe.prompts)):
             return "prompts"
         budget = made.get("settings", {}).get("kv_budget")
         recipe = recipe.at_budget(budget) if budget else recipe

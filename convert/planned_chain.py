@@ -59,8 +59,10 @@ def plan(
         first = partial(unsurveyed, surveyed=surveyed, complete=complete)
         plans = list(_plans(recipe, output, Path(place), first, unsurveyed))
     adapter = {"adapter": plans.pop()} if recipe.adapter else {}
-    notice = {"notice": SURVEYED.format(plans[0]["method"])} if surveyed is not None else {}
-    return _whole(recipe, plans) | notice | adapter
+    whole = _whole(recipe, plans)
+    if surveyed is not None and len(plans) > 1:
+        whole["notice"] = "; ".join(filter(None, (whole.get("notice"), SURVEYED.format(plans[0]["method"]))))
+    return whole | adapter
 
 
 def _plans(

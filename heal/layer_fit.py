@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from ..convert.attention.linalg import relative_error
 from .coordinates import Coordinates, linear_coordinates
 
 LEARNING_RATE = 1e-2  # per step, as a fraction of the RMS of each tensor
+LINEAR_RATE = 3e-3  # with a linear mixer: at that of attentions the error on other rows rises
 BETAS, MOMENTUM = (0.9, 0.95), 0.9  # of Adam, of Muon
 # A matrix whose long side is so many times the short one, and the short one no less than LEAST_SHORT, is a bottleneck:
 # Muon trains it in fewer steps than Adam. Its orthogonal steps cost little there, and more than they save elsewhere.
@@ -36,7 +36,6 @@ def fit(
     steps: int,
     rows: int,
     seed: int,
-    rate: float = LEARNING_RATE,
     trained: Sequence[nn.Parameter] | None = None,
     bottlenecks: bool = False,
 ) -> None:
@@ -52,7 +51,6 @@ def fit(
         position_embeddings: (cos, sin), each (1, L, head_dim), on the device of `attention`.
         steps: optimiser steps.
         rows: per step, drawn without replacement until all have been seen.
-        rate: the highest of a step, as a fraction of the RMS of each tensor.
         trained: the parameters to train; None for all.
         bottlenecks: whether Muon trains the narrow matrices.
     """
@@ -65,8 +63,7 @@ def fit(
     original = [parameter.detach().clone() for parameter in parameters]
     seen = len(inputs) - unseen
     x, y, cos_sin = inputs[:seen], targets[:seen], position_embeddings
-    how: dict[str, Any] = {"rows": rows, "seed": seed, "highest": rate, "bottlenecks": bottlenecks}
-    _train(attention, x, y, cos_sin, parameters, steps=steps, **how)
+    _train(attention, x, y, cos_sin, parameters, steps=steps, rows=rows, seed=seed, bottlenecks=bottlenecks)
     if not _error(attention, inputs[held_out], targets[held_out], position_embeddings) < before:
         with torch.no_grad():
             for parameter, value in zip(parameters, original, strict=True):
@@ -92,14 +89,14 @@ def _train(
     steps: int,
     rows: int,
     seed: int,
-    highest: float,
     bottlenecks: bool,
 ) -> None:
     """Train the parameters in place; see `fit`."""
     space = linear_coordinates(attention, inputs, position_embeddings)
     input_root = next((c.root for c in space.values() if c.of_input), None)
     variables = [_variable(p, space.get(p)) for p in parameters]
-    optimisers = _optimisers(variables, bottlenecks, highest)
+    linear = any(hasattr(part, "mixer") for part in attention.modules())
+    optimisers = _optimisers(variables, bottlenecks, LINEAR_RATE if linear else LEARNING_RATE)
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]
     peaks = [group["lr"] for group in groups]
     device = position_embeddings[0].device

@@ -25,14 +25,30 @@ ACTIVATIONS = (F.silu, F.gelu)
 def lean_forward() -> Iterator[None]:
     """Forward passes inside keep less; their backward pass may run outside."""
     calls = _Calls()
-    with calls, torch.autograd.graph.saved_tensors_hooks(calls.pack, lambda packed: packed()):
-        yield
-    calls.latest.clear()  # a graph that is kept holds `calls`
+    try:
+        with calls, torch.autograd.graph.saved_tensors_hooks(calls.pack, lambda packed: packed()):
+            yield
+    finally:
+        calls.latest.clear()  # a graph that is kept holds `calls`
 
 
 def _is_cast(x: Tensor) -> bool:
     """Whether autocast would cast the input `x` of a product."""
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def unchanged(source: Tensor, made: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`made`, with a RuntimeError where `source` was changed in place since: with hooks autograd does not look."""
+    version = source._version
+
+    def checked() -> Tensor:
+        if source._version != version:
+            raise RuntimeError(
+                f"a tensor of shape {list(source.shape)} that the gradient needs was changed in place"
+            )
+        return made()
+
+    return checked
 
 
 class _Calls(TorchFunctionMode):
@@ -53,9 +69,9 @@ class _Calls(TorchFunctionMode):
         if function is F.linear and not kwargs and _is_cast(args[0]):
             args = self._cast_once(*args)
         result = function(*args, **kwargs)
-        if function in ACTIVATIONS and not kwargs.get("inplace"):
+        if function in ACTIVATIONS and args and result is not args[0]:
             source = args[0].detach()
-            self._note(result, lambda: function(source, *args[1:], **kwargs))
+            self._note(result, source, lambda: function(source, *args[1:], **kwargs))
         return result
 
     def _cast_once(self, x: Tensor, weight: Tensor, *bias: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -63,7 +79,7 @@ class _Calls(TorchFunctionMode):
         x = self._cast("input", x, dtype)
         if not weight.requires_grad and weight.dtype != dtype:
             source, weight = weight, self._cast("weight", weight, dtype)
-            self._note(weight, lambda: self._cast("weight", source, dtype, keep=False))
+            self._note(weight, source, lambda: self._cast("weight", source, dtype, keep=False))
         return (x, weight, *bias)
 
     def _cast(self, role: str, tensor: Tensor, dtype: torch.dtype, keep: bool = True) -> Tensor:
@@ -77,10 +93,10 @@ class _Calls(TorchFunctionMode):
             self.latest[role] = (tensor, *state, cast)
         return cast
 
-    def _note(self, made: Tensor, again: Callable[[], Tensor]) -> None:
+    def _note(self, made: Tensor, source: Tensor, again: Callable[[], Tensor]) -> None:
         if torch.is_grad_enabled():
             address = made.untyped_storage().data_ptr()
-            self.made[address] = (TensorWeakRef(made), made._version, again)
+            self.made[address] = (TensorWeakRef(made), made._version, unchanged(source, again))
             weakref.finalize(made, self.made.pop, address, None)  # then another tensor may have the address
 
     def pack(self, kept: Tensor) -> Callable[[], Tensor]:
@@ -88,6 +104,6 @@ class _Calls(TorchFunctionMode):
         noted = self.made.get(kept.untyped_storage().data_ptr())
         made = None if noted is None else noted[0]()
         if noted is None or made is None or made._version != noted[1] or made.dtype != kept.dtype:
-            return lambda: kept
+            return unchanged(kept, lambda: kept)
         again, size, stride, offset = noted[2], kept.size(), kept.stride(), kept.storage_offset()
         return lambda: again().as_strided(size, stride, offset)

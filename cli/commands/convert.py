@@ -35,7 +35,7 @@ Survey = Annotated[
     typer.Option(
         "--survey",
         help="With --dry-run: read DONOR and divide the budget over its layers; with --json a file for --plan. Of a "
-        "chain: its first step's.",
+        "chain the first step is surveyed, and its layers are in steps[0].",
     ),
 ]
 Pages = Annotated[

@@ -21,6 +21,7 @@ from ..donor.hub_download import NAMED_TEMPLATES
 from ..donor.tokenizer_files import TOKENIZER, require_tokenizer
 from ..methods.registry import Method
 from ..recipe.recorded import RECORD, SAVED, save_values
+from ..recipe.tolerance import OWN_PROMPTS
 from ..storage.atomic_files import sha256, write_json
 from ..storage.ownership import MARK
 from ..storage.safetensors_reader import read_json
@@ -108,13 +109,20 @@ def needs_remote_code(model_class: Any) -> bool:
 
 def write_provenance(folder: Path, donor: Donor, report: dict[str, Any]) -> None:
     """Write recipe.yaml, and mhconvert.json with the recipe as run and the results of each layer; where the budget was
-    searched, the tolerance that it was searched for, and the prompts of one on generation; where it counts for one
-    length of text, that length; the steps before this one. `donor`: of the first of them."""
+    searched, the tolerance that it was searched for, and the digest of the prompts of one on generation; where it
+    counts for one length of text, that length; the steps before this one. `donor`: of the first of them."""
     save_values(report["recipe"], folder / RECIPE)
     more = {"tolerance": report["tolerance"]["asked"]} if report.get("tolerance") else {}
-    more |= {"prompts": report["on_policy"]["prompts"]} if "on_policy" in report else {}
+    more |= {"prompts": report["on_policy"]["digest"]} if "on_policy" in report else {}
     more |= {name: report[name] for name in ("chain", "cache_context") if report.get(name)}
     record(folder, donor, recipe=report["recipe"], **more, layers=report["layers"])
+
+
+def prompts_digest(file: Path | None) -> str:
+    """What tells the prompts of a tolerance from others: the SHA-256 of their file, OWN_PROMPTS for our own."""
+    if file is None:
+        return OWN_PROMPTS
+    return sha256(file) if file.is_file() else ""
 
 
 def record(folder: Path, donor: Donor, **facts: Any) -> None:

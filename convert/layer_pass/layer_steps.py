@@ -150,7 +150,7 @@ def convert_attention(
     attention, chosen = method.convert(targets.statistics, layer.index, *text)
     steps = layer_fit_steps(context.recipe, method, targets.inputs.shape[1])
     if steps and not getattr(attention, "closed_form", False):
-        options = _fit_options(context, layer, attention, targets.inputs)
+        options = _fit_options(context, layer, targets.inputs)
         context.fit(attention, *text, steps=steps, **options, **method.fit_options)
     _round_to(attention, context.dtype, f"layer {layer.index}: self_attn.")
     return attention, chosen
@@ -174,7 +174,7 @@ def refit_block(context: ConversionContext, layer: Layer, attention: Any, stream
         layer.through(following, streams.teacher[: streams.fitted]),
         layer.position_embeddings,
         steps=steps,
-        **_fit_options(context, layer, attention, student),
+        **_fit_options(context, layer, student),
         trained=list(attention.parameters()),
     )
     _round_to(attention, context.dtype, f"layer {layer.index}: self_attn.")
@@ -205,11 +205,9 @@ def advance_student(layer: Layer, attention: Any, targets: LayerTargets, student
     return {"relative_error": error, "kv_elements": sizes}
 
 
-def _fit_options(context: ConversionContext, layer: Layer, attention: Any, inputs: Tensor) -> dict[str, Any]:
-    """How a fit reads `inputs`, and its rate where the attention has one of its own."""
+def _fit_options(context: ConversionContext, layer: Layer, inputs: Tensor) -> dict[str, int]:
     rows = max(1, FIT_TOKENS // inputs.shape[1])
-    own = {"rate": attention.fit_rate} if hasattr(attention, "fit_rate") else {}
-    return {"rows": rows, "seed": context.recipe.seed * 1000 + layer.index, **own}
+    return {"rows": rows, "seed": context.recipe.seed * 1000 + layer.index}
 
 
 @torch.no_grad()

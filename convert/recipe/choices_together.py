@@ -29,6 +29,8 @@ def require_together(recipe: Any) -> None:
     if recipe.method in ADAPTERS:
         _require_no_pass(recipe)
     _require_one_fusion(recipe)
+    if recipe.prompts is not None and not recipe.prompts.strip():
+        raise MhconvertError("prompts is empty; name a file, or leave it out for our own")
     if recipe.prompts is not None and not on_policy(recipe.tolerance):
         raise MhconvertError(
             "prompts are of a tolerance on generation: give generation=NATS, or leave them out"
@@ -42,8 +44,8 @@ def _require_free_budget(recipe: Any) -> None:
     if len(recipe.passes) > 1:
         raise MhconvertError(
             "a tolerance decides the budget of one conversion; search that of the first step alone, with "
-            f"{_first(recipe)} --tolerance {recipe.tolerance}, and convert the folder that it makes, or give the chain "
-            "the budget found"
+            f"{_first(recipe)} --tolerance {recipe.tolerance} and whatever else that step has, and convert the folder "
+            "that it makes, or give the chain the budget found"
         )
     if recipe.method not in CACHE_METHODS:
         raise MhconvertError(

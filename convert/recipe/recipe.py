@@ -66,7 +66,6 @@ class Recipe(Settings):
             also=str,
         ),
     ] = None
-    prompts: Annotated[Takes[str | None, str | PurePath | None], PROMPTS] = default(None)
     output: Annotated[
         Takes[str | None, str | PurePath | None],
         Option("Folder to write.", "OUT", flag="", default="./DONOR-METHOD"),
@@ -133,6 +132,7 @@ class Recipe(Settings):
             default="none",
         ),
     ] = default(())
+    prompts: Annotated[Takes[str | None, str | PurePath | None], PROMPTS] = default(None)
 
     def check(self) -> None:
         """Raise MhconvertError for a method that there is not, and for choices that do not go together.

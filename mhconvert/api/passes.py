@@ -44,8 +44,8 @@ def _pass(
 ) -> dict[str, Any]:
     """The conversion alone; `step` as `pipeline.convert_checkpoint` has it. What is recorded is the whole chain."""
     from mhconvert.convert import pipeline, planned_chain
+    from mhconvert.convert.layer_pass.context import unwritten
     from mhconvert.convert.recipe.recorded import last_step
-    from mhconvert.convert.recipe.tolerance import prompts_file
     from mhconvert.convert.storage.safetensors_reader import read_json
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.heads.measured_heads import with_measured_heads
@@ -58,18 +58,19 @@ def _pass(
             whole = recipe.to_dict()
             last_step(whole)["settings"] = report["recipe"]["settings"]
             report["recipe"] = whole
-            report |= _with_earlier(report, read_json(behind / "report.json"))
+            report |= _with_earlier(report, earlier)
         write_report(folder, report)
 
+    earlier = {} if behind is None else read_json(behind / "report.json")
     alone = recipe if behind is None else planned_chain.alone(recipe, str(behind))
-    on_policy.check(alone)
+    given = on_policy.check(alone)
     return pipeline.convert_checkpoint(
         alone,
         complete=with_measured_heads,
         fit=layer_fit.fit,
         measure=Fidelity,
         finish=finish,
-        writing=partial(on_policy.measure, prompts=prompts_file(recipe.prompts)),
+        writing=unwritten if given is None else partial(on_policy.measure, given=given),
         step=step,
         chained=lambda own: recipe.with_last(own.settings),
         resume=resume,

@@ -30,8 +30,16 @@ from tests.donors import TEXT, make_donor
             "take latents of 16-bit elements: --to mla --kv-bits 16, and then moh",
         ),
         ("--to hydra --then moh", 1, "an adapter lies beside a model and comes last"),
-        ("--to dha+moh --tolerance kl=0.1", 1, "of the first step alone, with --to dha --tolerance kl=0.1,"),
-        ("--to mla+moh --tolerance kl=0.1", 1, "with --to mla --kv-bits 16 --tolerance kl=0.1, and convert"),
+        (
+            "--to dha+moh --tolerance kl=0.1",
+            1,
+            "of the first step alone, with --to dha --tolerance kl=0.1 and whatever else",
+        ),
+        (
+            "--to mla+moh --tolerance kl=0.1",
+            1,
+            "with --to mla --kv-bits 16 --tolerance kl=0.1 and whatever else",
+        ),
     ],
 )
 def test_what_is_refused(words: str, code: int, said: str, here: Cli) -> None:

@@ -78,6 +78,18 @@ def test_what_was_changed_after_it_was_made_is_not_made_again() -> None:
     assert torch.equal(torch.autograd.grad(value, weight)[0], plain)
 
 
+@pytest.mark.parametrize("changed", ["input", "weight"])
+def test_what_a_gradient_needs_must_not_be_changed_in_place(changed: str) -> None:
+    x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4)
+    with lean_forward(), torch.autocast("cpu", torch.bfloat16):
+        hidden = x * 1.0
+        value = (F.silu(hidden) * F.silu(hidden)).sum() if changed == "input" else F.linear(x, weight).sum()
+    with torch.no_grad():
+        (hidden if changed == "input" else weight).mul_(5)
+    with pytest.raises(RuntimeError, match="was changed in place"):
+        value.backward()
+
+
 def test_the_teacher_takes_equal_parameters_outside_attention_from_the_student() -> None:
     model, donor = pair()
     expected = donor(torch.arange(2, 12)[None]).logits

@@ -40,7 +40,8 @@ class HeadLists:
         if torch.compiler.is_compiling():
             return torch.tensor(getattr(self, name), device=device)
         if (name, device) not in self.known:
-            self.known[name, device] = torch.tensor(getattr(self, name), device=device)
+            with torch.inference_mode(False):  # a later pass may have gradients
+                self.known[name, device] = torch.tensor(getattr(self, name), device=device)
         return self.known[name, device]
 
 
@@ -288,14 +289,14 @@ def beside(x: Tensor, wide: int) -> Tensor:
     """[B, n, S, d] -> [B, wide, S, n / wide · d]: heads that follow each other in one row."""
     if x.shape[1] == wide:
         return x
-    return x.view(len(x), wide, -1, *x.shape[2:]).transpose(2, 3).flatten(3)
+    return x.view(len(x), wide, x.shape[1] // wide, *x.shape[2:]).transpose(2, 3).flatten(3)
 
 
 def apart(x: Tensor, head_dim: int) -> Tensor:
     """[B, wide, S, m · d] -> [B, wide · m, S, d]."""
     if x.shape[-1] == head_dim:
         return x
-    return x.view(*x.shape[:3], -1, head_dim).transpose(2, 3).flatten(1, 2)
+    return x.view(*x.shape[:3], x.shape[-1] // head_dim, head_dim).transpose(2, 3).flatten(1, 2)
 
 
 def products(rows: Tensor, cached: Tensor, head_dim: int, transposed: bool) -> Tensor:

@@ -20,11 +20,9 @@ from .surgery import (
 )
 
 FORM_TOKENS = 16384  # that the output's map is fitted to
-FIT_RATE = 3e-3  # of the fit that follows; at that of attentions the error on other rows rises
 ROWS = 4  # that go through a mixer at once
-JUDGING = (
-    16  # one in so many rows, the last ones, judges the fit (`heal.layer_fit`): the start must not know it
-)
+# One in so many rows, the last ones, judges the fit (`heal.layer_fit`): the start must not know it.
+JUDGING = 16
 
 
 def mixer_layer(
@@ -46,7 +44,6 @@ def mixer_layer(
     made = copy.copy(config)
     made.dtype = torch.float32
     module: Any = LinearAttention(made, 0)
-    module.fit_rate = FIT_RATE
     if donor is None or inputs is None or targets is None:
         return module
     known = len(inputs) - max(1, len(inputs) // JUDGING)

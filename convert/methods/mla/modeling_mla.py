@@ -312,7 +312,7 @@ class LatentAttention(nn.Module):
         """
         batch, heads, length, _ = q_nope.shape
         row, (to_latent, to_value) = row.squeeze(1), self.up_maps(heads)
-        q_latent = by_heads(q_nope, to_latent).reshape(batch, heads * length, -1)
+        q_latent = by_heads(q_nope * self.scaling, to_latent).reshape(batch, heads * length, -1)
         scores = self.scores(q_latent, q_rope.reshape(batch, heads * length, -1), row, k_rope)
         scores = scores.view(batch, heads, length, -1)
         if self.num_key_scales:
@@ -324,9 +324,9 @@ class LatentAttention(nn.Module):
         return by_heads(output, to_value.mT).transpose(1, 2).flatten(2), weights
 
     def scores(self, q_latent: Tensor, q_rope: Tensor, row: Tensor, k_rope: Tensor) -> Tensor:
-        """Scaled scores [B, N, S] of queries [B, N, r or r + p] and [B, N, p] on row [B, S, r or r + p] and k_rope."""
+        """Scaled scores [B, N, S] of q_latent [B, N, r or r + p], scaled, and q_rope [B, N, p] on row and k_rope."""
         scores = torch.bmm(q_rope * self.scaling, k_rope.squeeze(1).mT)
-        return torch.baddbmm(scores, q_latent * self.scaling, row.mT)
+        return torch.baddbmm(scores, q_latent, row.mT)
 
     def up_maps(self, heads: int) -> Any:
         """What kv_b_proj has for each head, from rows of the cache to keys and to values: (H, n, r), (H, v, r)."""

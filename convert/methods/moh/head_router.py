@@ -40,7 +40,7 @@ class FloatLinear(nn.Linear):
 
     def is_plain(self) -> bool:
         """Whether it does what its weights say: no adapter, hook or offload."""
-        hooked = self._forward_hooks or self._forward_pre_hooks or "_hf_hook" in vars(self)
+        hooked = self._forward_hooks or self._forward_pre_hooks or {"_hf_hook", "forward"} & vars(self).keys()
         return type(self) is FloatLinear and type(self.weight) is nn.Parameter and not hooked
 
 
@@ -116,7 +116,7 @@ class HeadRouter(nn.Module):
         """
         joined = self.joined(hidden_states) if self.learned else None
         if joined is not None and not self.training and is_one_token(joined):
-            gates = torch.tensor([[self.gates_of_token(joined.flatten().tolist())]])
+            gates = joined.new_tensor([[self.gates_of_token(joined.flatten().tolist())]])
             return gates != 0, gates
         read = self.mapped(hidden_states, joined) if self.learned else {"score": self.norms(query)}
         scores = read["score"]

@@ -49,7 +49,7 @@ def test_every_choice_differs_from_its_default_in_the_round_trip() -> None:
         f.name for f in dataclasses.fields(Recipe) if getattr(plain, f.name) == getattr(EVERYTHING, f.name)
     ]
     # a tolerance, of prompts, stands instead of sizes: test_tolerance.py; methods instead of a method: test_steps.py
-    assert same == ["method", "tolerance", "prompts", "methods"]
+    assert same == ["method", "tolerance", "methods", "prompts"]
 
 
 def test_defaults() -> None:

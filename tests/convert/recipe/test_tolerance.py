@@ -94,6 +94,8 @@ def test_prompts_are_of_a_tolerance_on_generation(tmp_path: Path) -> None:
             MhconvertError, match="prompts are of a tolerance on generation: give generation=NATS"
         ):
             Recipe("tiny", "mla", tolerance=tolerance, prompts="mine.txt")
+    with pytest.raises(MhconvertError, match="prompts is empty"):
+        Recipe("tiny", "mla", tolerance="generation=0.2", prompts="")
 
 
 @pytest.mark.parametrize("text", ["ppl=1.0000001", "kl=0.0499999", "kl=0.05", "ppl=1.05", "kl=1e-07"])

@@ -348,6 +348,11 @@ def test_a_single_token_is_routed_as_it_is_among_others(shared: list[int], chose
     assert torch.equal(torch.cat([each for each, _ in alone], dim=1), active)
     torch.testing.assert_close(torch.cat([each for _, each in alone], dim=1), gates)
     assert gates.std() > 0.01
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert route(x[:, :1], x[:, :1])[1].dtype == gates.dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_maps_of_a_router_with_a_hook_are_called() -> None:
