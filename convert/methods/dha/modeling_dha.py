@@ -111,11 +111,11 @@ class StepRuns(HeadLists):
         found: list[Tensor] = []
         parts = query.split_with_sizes(self.queries, dim=1)
         for rows, count, spans in zip(parts, self.pairs, self.spans, strict=True):
-            cached = [
+            read, mixed = (
                 x[:, span].expand(-1, count, -1, -1) for x, span in zip((key, value), spans, strict=True)
-            ]
+            )
             grouped = rows.reshape(len(rows), count, -1, rows.shape[-1])
-            outputs = F.scaled_dot_product_attention(grouped, *cached, mask, scale=scaling)
+            outputs = F.scaled_dot_product_attention(grouped, read, mixed, mask, scale=scaling)
             found.append(outputs.reshape(rows.shape))
         whole = torch.cat(found, dim=1) if len(found) > 1 else found[0]
         if not self.plain:
