@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mhconvert.errors import MhconvertError, UnsupportedError
-from mhconvert.progress import Listener, ignore
+from mhconvert.progress import Listener
 
 from . import pipeline
 from .checkpoint import chain, provenance
@@ -42,7 +42,7 @@ def plan(
     surveyed: Measure | None = None,
     complete: Complete = as_it_is,
     timed: bool = True,
-    on_progress: Listener = ignore,
+    on_progress: Listener | None = None,
 ) -> dict[str, Any]:
     """The plan of the chain `recipe`, which writes `output`: that of its last pass, from the first donor on, with
     steps (the plan of each pass), the most disk and memory that is needed at once, and the adapter behind it.

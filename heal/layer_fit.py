@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..convert.attention.half_attention import half_layers
 from ..convert.attention.linalg import relative_error
+from ..convert.methods.layer_fits import UNSEEN
 from .coordinates import Coordinates, linear_coordinates
 
 LEARNING_RATE = 1e-2  # per step, as a fraction of the RMS of each tensor
@@ -22,7 +23,6 @@ BETAS, MOMENTUM = (0.9, 0.95), 0.9  # of Adam, of Muon
 # Muon trains it in fewer steps than Adam. Its orthogonal steps cost little there, and more than they save elsewhere.
 NARROW, LEAST_SHORT = 3, 16
 MUON_RATE = 2.0  # of Adam's, for entries 0.4 times as large in the RMS
-UNSEEN = 16  # one in UNSEEN rows is held out
 WARMUP = 5  # steps
 EXACT = 1e-10  # a loss below this is float32 rounding, from which Adam would still take full steps
 

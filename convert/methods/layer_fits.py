@@ -13,6 +13,9 @@ from typing import Any
 
 Options = Mapping[str, Any]
 
+# One in so many rows, the last ones, judges a fit: neither its steps nor the start before it know it.
+UNSEEN = 16
+
 PLAIN: Options = MappingProxyType({})
 # Muon is of most use to what writes and reads a latent, and of some to fused heads, fewer than the query heads.
 BOTTLENECKS: Options = MappingProxyType({"bottlenecks": True})

@@ -67,19 +67,17 @@ def plan(recipe: Recipe, *, survey: bool = False, on_progress: Listener | None =
         from mhconvert.convert.adapters import create
 
         return create.plan(recipe)
-    if recipe.methods:
-        from mhconvert.api import passes
-
-        return passes.plan_chain(recipe, survey=survey, on_progress=on_progress)
-    from mhconvert.convert import pipeline
+    from mhconvert.convert import open_model, pipeline, planned_chain
     from mhconvert.eval.fidelity import Fidelity
     from mhconvert.eval.heads.measured_heads import with_measured_heads
     from mhconvert.eval.writing import on_policy
 
     on_policy.check(recipe)
-    if not survey:
-        return pipeline.plan(recipe, on_progress=on_progress)
-    return pipeline.plan(recipe, surveyed=Fidelity, complete=with_measured_heads, on_progress=on_progress)
+    options: dict[str, Any] = {"surveyed": Fidelity, "complete": with_measured_heads} if survey else {}
+    options["on_progress"] = on_progress
+    if recipe.methods:
+        return planned_chain.plan(recipe, open_model.output_folder(recipe), **options)
+    return pipeline.plan(recipe, **options)
 
 
 def curve(

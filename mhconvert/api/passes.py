@@ -10,7 +10,7 @@ from typing import Any
 
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Recipe
-from mhconvert.progress import Listener, ignore
+from mhconvert.progress import Listener
 
 STEP = ("method", "seconds")  # of each step in a chain's report
 
@@ -137,19 +137,6 @@ def _and_heal(
     )
     step_folder.remove_step(step)
     return report
-
-
-def plan_chain(recipe: Recipe, *, survey: bool, on_progress: Listener | None) -> dict[str, Any]:
-    """What `chain` would do; see `planned_chain.plan`. `survey`: read weights, and survey the first step."""
-    from mhconvert.convert import open_model, planned_chain
-    from mhconvert.eval.fidelity import Fidelity
-    from mhconvert.eval.heads.measured_heads import with_measured_heads
-    from mhconvert.eval.writing import on_policy
-
-    on_policy.check(recipe)
-    surveying: dict[str, Any] = {"surveyed": Fidelity, "complete": with_measured_heads} if survey else {}
-    output = open_model.output_folder(recipe)
-    return planned_chain.plan(recipe, output, **surveying, on_progress=on_progress or ignore)
 
 
 def chain(recipe: Recipe, *, resume: bool, force: bool, on_progress: Listener | None) -> dict[str, Any]:

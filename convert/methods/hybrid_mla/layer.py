@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layer_fits import UNSEEN
 from ..mla.coded_method import DonorAttention
 from .surgery import (
     constant_reader,
@@ -21,8 +22,6 @@ from .surgery import (
 
 FORM_TOKENS = 16384  # that the output's map is fitted to
 ROWS = 4  # that go through a mixer at once
-# One in so many rows, the last ones, judges the fit (`heal.layer_fit`): the start must not know it.
-JUDGING = 16
 
 
 def mixer_layer(
@@ -46,7 +45,7 @@ def mixer_layer(
     module: Any = LinearAttention(made, 0)
     if donor is None or inputs is None or targets is None:
         return module
-    known = len(inputs) - max(1, len(inputs) // JUDGING)
+    known = len(inputs) - max(1, len(inputs) // UNSEEN)
     rows = slice(max(1, min(known, FORM_TOKENS // inputs.shape[1])))
     inputs, targets = inputs[rows], targets[rows]
     state = _start(config, donor, inputs)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mhconvert.convert.attention.linalg import relative_error
 from mhconvert.convert.attention.rotary import layer_rotary
 from mhconvert.convert.layer_pass.decoder_layer import Layer
-from mhconvert.convert.methods.hybrid_mla.layer import JUDGING, mixer_layer
+from mhconvert.convert.methods.hybrid_mla.layer import UNSEEN as JUDGING
+from mhconvert.convert.methods.hybrid_mla.layer import mixer_layer
 from mhconvert.convert.methods.hybrid_mla.method import HybridMLA
 from mhconvert.convert.methods.hybrid_mla.settings import HybridSettings, Mixer
 from mhconvert.convert.methods.hybrid_mla.surgery import (
