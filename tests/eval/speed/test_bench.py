@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -186,12 +187,18 @@ def test_the_estimate_grows_with_the_load(pair: tuple[str, str]) -> None:
 
 
 def test_the_memory_that_a_step_takes_is_measured() -> None:
-    cpu, kept = torch.device("cpu"), []
+    cpu, kept, layer = torch.device("cpu"), [], torch.nn.Identity()
+    # Free memory of the process that fits such blocks, as other work leaves it behind.
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(memory.MMAP_THRESHOLD, memory.LARGE_BLOCK)
+    other = [torch.ones(31 * 2**18) for _ in range(14)]  # 31 MiB each
+    del other[1:13]
     grown = [torch.ones(2**23)] * 8  # 32 MiB each, one at a time replaced by a larger one
 
     def grow() -> None:
         for index, part in enumerate(grown):
-            grown[index] = torch.cat((part, part[:1]))
+            grown[index] = torch.cat((layer(part), part[:1]))
 
     found = [
         memory.peak_bytes(work, cpu)
