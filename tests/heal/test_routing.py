@@ -62,7 +62,7 @@ def real(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str,
 )
 @pytest.mark.parametrize(
     ("name", "source", "factor"),
-    [("stories260k-gqa", "classic-books.jsonl", 1.5), ("poems750k-mha", "poems.jsonl", 1.5)],
+    [("stories260k-gqa", "classic-books.jsonl", 1.35), ("poems750k-mha", "poems.jsonl", 1.5)],
 )
 def test_a_real_checkpoint_is_healed(
     name: str,
@@ -77,7 +77,7 @@ def test_a_real_checkpoint_is_healed(
     text = data / "calib" / source
     checkpoint = real(name, text)
     settings = HealSettings(
-        tokens="36k",
+        tokens="18k",
         data={str(text): 1.0},
         train=train,
         lr=3e-3,
