@@ -21,7 +21,6 @@ from ..convert import finished_conversion, open_model
 from ..convert.checkpoint.provenance import EVALUATION, read_record
 from ..convert.storage import step_folder
 from ..convert.storage.atomic_files import sha256
-from ..convert.storage.ownership import unmark
 from . import stage_inputs
 from .ledger import Ledger, mark
 from .stage_work import STAGES, Run, adapter, check_ahead, conversion, export_folder
@@ -59,8 +58,7 @@ def run(
         entry = None if force or depends is None else _done(work, name, depends)
         if entry is not None:
             if name == "convert" and recipe.convert.methods and not dry_run:
-                unmark(output)  # an earlier run may have been killed when OUT had its name
-                step_folder.remove_steps(output, recipe.convert.model)
+                step_folder.end_chain(output, recipe.convert.model)
             work.results.append({"stage": name, "status": "skipped", **_kept(name, entry)})
         elif dry_run:
             work.results.append({"stage": name, "status": "to do", "output": _place(work, name)})

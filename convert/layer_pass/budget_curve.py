@@ -107,6 +107,10 @@ def _resolve(
 
     Every refusal that needs no weights happens here.
     """
+    if recipe.methods:
+        raise MhconvertError(
+            "a curve is of one conversion, not of a chain: convert by its first methods, and draw it of their result"
+        )
     donor = open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code, on_progress=on_progress)
     chain.require_donor(donor.folder, recipe)
     on_progress(Progress("donor", 1, 1, donor.notice or donor.name))

@@ -10,7 +10,7 @@ from pathlib import Path
 from mhconvert.errors import OutputError
 
 from .output_folder import check_free
-from .ownership import delete, is_blank, kind_of
+from .ownership import delete, is_blank, kind_of, unmark
 from .publishing import recover
 
 UNHEALED = ".unhealed"
@@ -54,8 +54,12 @@ def remove_step(step: Path) -> None:
         delete(step)
 
 
-def remove_steps(output: Path, donor: str) -> None:
-    """Delete every OUT.step<N> that is ours, of a shorter or longer chain too; but not the `donor`."""
+def end_chain(output: Path, donor: str) -> None:
+    """What is left to do where a chain's OUT has its name, if only because an earlier run was killed just then.
+
+    OUT loses its mark, and every OUT.step<N> of ours is deleted, of a shorter or longer chain too; but not the `donor`.
+    """
+    unmark(output)
     for step in output.parent.glob(f"{glob.escape(output.name)}.step*"):
         number = step.name.removeprefix(f"{output.name}.step")
         if number.isdecimal() and step.resolve() != Path(donor).expanduser().resolve():

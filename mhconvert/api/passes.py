@@ -143,7 +143,6 @@ def chain(recipe: Recipe, *, resume: bool, force: bool, on_progress: Listener | 
     """Convert by each method of `recipe` in turn; the steps before the last are in OUT.step1 … until OUT is there."""
     from mhconvert.convert import finished_conversion, open_model, planned_chain
     from mhconvert.convert.storage import step_folder
-    from mhconvert.convert.storage.ownership import unmark
 
     output = open_model.output_folder(recipe)
     parts = [planned_chain.part(recipe, output, count + 1) for count in range(len(recipe.passes))]
@@ -153,8 +152,7 @@ def chain(recipe: Recipe, *, resume: bool, force: bool, on_progress: Listener | 
     if report is None:
         _check_chain(recipe, output, steps, resume=resume, force=force)
         report = _each_pass(parts, steps, **again)
-    unmark(output)  # an earlier run may have been killed when OUT had its name
-    step_folder.remove_steps(output, recipe.model)
+    step_folder.end_chain(output, recipe.model)
     if recipe.heal is not None:
         step_folder.remove_step(step_folder.unhealed(output))
     return report | _with_adapter(recipe, output, **again)

@@ -16,7 +16,7 @@ from mhconvert.convert.methods.registry import settings_class
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.convert.recipe.steps import Step
 from mhconvert.convert.storage import disk_space
-from mhconvert.errors import OutputError, UnsupportedError
+from mhconvert.errors import MhconvertError, OutputError, UnsupportedError
 from mhconvert.progress import Progress
 from tests.convert.test_chains import SETTINGS, record
 from tests.donors import make_donor
@@ -170,4 +170,6 @@ def test_what_a_later_step_refuses_is_refused_before_the_first(
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match="free and the conversion needs"):
         api.convert(asked)
+    with pytest.raises(MhconvertError, match="a curve is of one conversion, not of a chain"):
+        api.curve(asked)
     assert list(tmp_path.iterdir()) == []
