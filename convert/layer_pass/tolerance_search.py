@@ -70,7 +70,9 @@ def convert_within_tolerance(
         budget = state["kv_budget"]
         method, report = attempt(context.with_recipe(recipe.at_budget(budget)))
         measured = target.measured(report)
-        state = state | {"tried": [*state["tried"], {"kv_budget": budget} | measured]}
+        # On resume the prompts may be other ones, of which the earlier figures say nothing.
+        tried = [one for one in state["tried"] if one.get("digest") == measured.get("digest")]
+        state = state | {"tried": [*tried, {"kv_budget": budget} | measured]}
         following = (_another if target.on_policy else _larger)(context, state, target)
         if following is None:
             return method, report | {"tolerance": state | measured}

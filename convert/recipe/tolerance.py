@@ -57,13 +57,14 @@ class Tolerance:
         return float(found["kl"] if self.measure == "kl" else perplexity["converted"] / perplexity["donor"])
 
     def measured(self, report: dict[str, Any]) -> dict[str, Any]:
-        """measured: the value in a conversion's report; of text that the model wrote also stderr, over prompts, and kl,
-        that on held-out text."""
+        """measured: the value in a conversion's report; of text that the model wrote also stderr, over prompts, digest,
+        of the prompts, and kl, that on held-out text."""
         if not self.on_policy:
             return {"measured": self.value(report)}
         return {
             "measured": self.value(report),
             "stderr": report["on_policy"]["kl_stderr"],
+            "digest": report["on_policy"]["digest"],
             "kl": report["kl"],
         }
 

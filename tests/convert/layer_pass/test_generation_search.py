@@ -6,6 +6,7 @@ import dataclasses
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from mhconvert.convert import finished_conversion, pipeline
 from mhconvert.convert.layer_pass import tolerance_search
 from mhconvert.convert.layer_pass.generation_search import CLOSE, MOST_CONVERSIONS, following
 from mhconvert.convert.layer_pass.loss_curve import STEP_UP
+from mhconvert.convert.layer_pass.tolerance_search import convert_within_tolerance
 from mhconvert.convert.methods.mla.settings import MLASettings
 from mhconvert.convert.recipe.recipe import Recipe, load_recipe
 from mhconvert.convert.recipe.tolerance import parse
@@ -137,7 +139,9 @@ def test_the_smallest_that_writes_near_enough(asked: Build, tmp_path: Path) -> N
     assert found["asked"] == "generation=0.005"
     assert report["on_policy"]["kl"] == found["measured"] <= 0.005
     assert (report["on_policy"]["count"], report["on_policy"]["max_new_tokens"]) == (4, 12)
-    assert found["tried"][-1] == {name: found[name] for name in ("kv_budget", "measured", "stderr", "kl")}
+    assert found["tried"][-1] == {
+        name: found[name] for name in ("kv_budget", "measured", "stderr", "digest", "kl")
+    }
     assert [one for one in found["tried"] if one["measured"] > 0.005]
     assert all(one["kv_budget"] >= found["kv_budget"] for one in found["tried"] if one["measured"] <= 0.005)
     assert load_recipe(tmp_path / "out" / "recipe.yaml") == wanted.at_budget(found["kv_budget"])
@@ -186,6 +190,21 @@ def test_a_resume_goes_on_in_the_texts(asked: Build, tmp_path: Path, monkeypatch
     assert next(event for event in begun if event.stage == "layers").done == 1
     different = len({one["kv_budget"] for one in resumed})
     assert (len(written), len(read)) == (different, 4 * different)
+
+
+def test_figures_of_other_prompts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of prompts that was edited before --resume: what was tried with it is tried anew where it counts."""
+    monkeypatch.setattr(tolerance_search, "_another", lambda *_: None)
+    before = [{"kv_budget": 0.6, "measured": 9.0, "digest": digest} for digest in ("old", "new")]
+    recipe = SimpleNamespace(tolerance="generation=0.1", at_budget=lambda _: None)
+    context = SimpleNamespace(recipe=recipe, with_recipe=lambda _: None)
+    report = {"kl": 0.2, "on_policy": {"kl": 0.05, "kl_stderr": 0.01, "digest": "new"}}
+    space = SimpleNamespace(search={"kv_budget": 0.7, "looked": [], "tried": before})
+    found = convert_within_tolerance(context, space, lambda _: (None, report))[1]["tolerance"]  # type: ignore[arg-type, return-value]
+    assert found["tried"] == [
+        before[1],
+        {"kv_budget": 0.7, "measured": 0.05, "stderr": 0.01, "digest": "new", "kl": 0.2},
+    ]
 
 
 def test_a_full_disk_leaves_the_run(asked: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
