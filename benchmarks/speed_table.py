@@ -1,9 +1,10 @@
 """The table of speeds: SmolLM2-135M-Instruct's conversions beside their donor, in turns. `make bench` runs it.
 
-    PYTHONPATH=. python benchmarks/speed_table.py FOLDER [-o benchmarks/speed.json]
+    PYTHONPATH=. python benchmarks/speed_table.py FOLDER [-o benchmarks/speed.json] [--method NAME …]
 
-The conversions are made in FOLDER, quickly, as their quality is not what is timed. It takes about an
-hour on two cores, which have to be idle otherwise; the file is written at the end.
+The conversions are made in FOLDER, quickly, as their quality is not what is timed. It takes about an hour and a
+quarter on two cores, which have to be idle otherwise; the file is written behind each method, whose rows replace those
+that it had.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ CONVERSIONS = {
     "DHA": ("66.7 % of the KV cache", "--to dha --kv-budget 0.6667"),
     "MoH": ("75 % of the heads active", "--to moh --active 0.75"),
 }
+# The donor itself, with a cache of codes.
+RIVALS = {"donor, int2 cache": ("18.75 % of the bytes", "--kv-cache-dtype int2")}
 QUICKLY = "--effort quick --calibration-tokens 8192 --no-verify"
 # What is timed of each: its name in the table, and the options of `mhconvert bench`.
 LOADS = {
@@ -55,9 +58,9 @@ COLUMNS = [
     {"key": "planned", "label": "counted before", "format": "{planned} MiB"},
 ]
 ABOUT = (
-    "SmolLM2-135M-Instruct and its conversions, timed in turns: tokens a second of a batch that decodes, by the tokens "
-    "in the cache, the speed of reading a prompt of one row as a multiple of the donor's, and the memory that a "
-    "decoding step takes beside weights and cache."
+    "SmolLM2-135M-Instruct and its conversions, or itself with a quantised cache, timed in turns: tokens a second of a "
+    "batch that decodes, by the tokens in the cache, the speed of reading a prompt of one row as a multiple of the "
+    "donor's, and the memory that a decoding step takes beside weights and cache."
 )
 
 
@@ -65,17 +68,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "speed.json")
+    names = [*CONVERSIONS, *RIVALS]
+    parser.add_argument("--method", choices=names, action="append", help="only these; may be repeated")
     asked = parser.parse_args()
-    facts, rows = about(), []
-    for method, (setting, words) in CONVERSIONS.items():
-        converted = str(asked.folder / method.lower().replace(", ", "-"))
-        mhconvert(DONOR, *words.split(), *QUICKLY.split(), "-o", converted, "--force")
-        for load, options in LOADS.items():
-            found = json.loads(mhconvert("bench", converted, *options.split(), "--json"))
-            rows += [
-                {"method": method, "setting": setting, "load": load} | row(each) for each in found["rows"]
-            ]
-    asked.output.write_text(text_of(facts, rows), encoding="utf-8")
+    for method in asked.method or names:
+        write(asked.output, method, timed(method, asked.folder))
+
+
+def timed(method: str, folder: Path) -> list[dict[str, Any]]:
+    """The rows of a conversion, which is made in `folder`, or of a rival."""
+    if method in RIVALS:
+        setting, words = RIVALS[method]
+        model = [DONOR, "--against", DONOR, *words.split()]
+    else:
+        setting, words = CONVERSIONS[method]
+        model = [str(folder / method.lower().replace(", ", "-"))]
+        mhconvert(DONOR, *words.split(), *QUICKLY.split(), "-o", *model, "--force")
+    rows = []
+    for load, options in LOADS.items():
+        found = json.loads(mhconvert("bench", *model, *options.split(), "--json"))
+        rows += [{"method": method, "setting": setting, "load": load} | row(each) for each in found["rows"]]
+    return rows
+
+
+def write(path: Path, method: str, rows: list[dict[str, Any]]) -> None:
+    """The file of the figure with `rows` in the place of those that it has of `method`; each says when it was made."""
+    now, order = about(), [*CONVERSIONS, *RIVALS]
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now | {"rows": []}
+    made = {name: now[name] for name in ("commit", "date", "machine")}
+    kept = [each for each in before["rows"] if each["method"] != method]
+    rows = sorted([*kept, *(each | made for each in rows)], key=lambda each: order.index(each["method"]))
+    path.write_text(text_of({name: before[name] for name in now}, rows), encoding="utf-8")
 
 
 def mhconvert(*words: str) -> str:

@@ -209,6 +209,8 @@ def test_columns_of_a_rows_making_are_shown_when_named() -> None:
 def test_what_make_bench_runs_are_commands() -> None:
     for _, words in speed_table.CONVERSIONS.values():
         parse(f"mhconvert {speed_table.DONOR} {words} {speed_table.QUICKLY} -o out --force")
+    for _, words in speed_table.RIVALS.values():
+        parse(f"mhconvert bench {speed_table.DONOR} --against {speed_table.DONOR} {words} --json")
     for options in speed_table.LOADS.values():
         parse(f"mhconvert bench out {options} --json")
 
@@ -226,11 +228,12 @@ def test_what_make_bench_writes_is_a_figure(tmp_path: Path) -> None:
     [found] = api.bench(donor, **timed)["rows"]
     about = {"method": "DHA", "setting": "half", "load": "float32, batch 2"}
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks/speed.json").write_text(
-        speed_table.text_of(speed_table.about(), [about | speed_table.row(found)]), encoding="utf-8"
-    )
+    file = tmp_path / "benchmarks/speed.json"
+    for method in ("MoH", "MLA", "DHA", "MoH"):  # the second time its rows are replaced
+        speed_table.write(file, method, [about | speed_table.row(found) | {"method": method}])
     made = figures.load(tmp_path)
-    row = figures.table(made, "speed").splitlines()[2]
+    assert [each["method"] for each in made["speed"]["rows"]] == ["MLA", "DHA", "MoH"]
+    row = figures.table(made, "speed").splitlines()[3]
     assert row.startswith("| DHA | half | float32, batch 2 | 24 | ")
     assert f"| {found['ratio']:.2f} × | {found['prefill_ratio']:.2f} × |" in row
     assert figures.provenance(made["speed"], made["speed"]["rows"][0])["command"] == ["make bench"]
