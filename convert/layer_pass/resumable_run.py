@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from mhconvert.errors import MhconvertError, OutputError, ReloadKilledError
 from mhconvert.library_versions import versions
 
 from ..calibration.calibration_rows import Rows
-from ..methods.budget_division import LayerNeed
-from ..methods.layer_sensitivity import LayerSensitivity
 from ..recipe.recipe import Recipe
 from ..recipe.recorded import NOT_THE_RESULT, as_recorded
 from ..storage.atomic_files import save_tensors, write_json
@@ -25,17 +22,16 @@ from ..storage.byte_size import byte_size
 from ..storage.disk_space import out_of_space
 from ..storage.output_folder import ResumableFolder
 from ..storage.shard_writer import ShardWriter
+from . import stored_needs
 from .decoder_layer import Streams
-from .stored_sensitivities import StoredSensitivities, write_sensitivities
+from .stored_needs import Needs, Survey
 
 # Files in the work folder:
 STATE = "state.json"  # what is finished
 ROWS = "rows.safetensors"  # the calibration rows
 SOURCES = "sources.json"  # where the held-out ones are from
-NEEDS = "needs.json"  # what a survey of the layers found
-SENSITIVITIES = "sensitivities.safetensors"  # the same, where it is tensors
 TEXTS = "texts"  # a folder: what the converted model wrote
-KEPT = (STATE, ROWS, SOURCES, NEEDS, SENSITIVITIES, TEXTS)  # by a search, from one conversion to the next
+KEPT = (STATE, ROWS, SOURCES, *stored_needs.FILES, TEXTS)  # by a search, from one conversion to the next
 
 # Largest share of wall time spent writing resume state; each write saves both hidden-state streams.
 COMMIT_SHARE = 0.1
@@ -129,20 +125,9 @@ class Workspace:
             **load_file(path), sources=tuple(json.loads(sources.read_text()) if sources.is_file() else ())
         )
 
-    def needs(
-        self, survey: Callable[[], list[LayerNeed] | list[LayerSensitivity]]
-    ) -> Sequence[LayerNeed] | Sequence[LayerSensitivity]:
+    def needs(self, survey: Survey) -> Needs:
         """What this run's survey found of each layer: made once, the same after every resume."""
-        path, tensors = self._work / NEEDS, self._work / SENSITIVITIES
-        if not (path.is_file() or tensors.is_file()):
-            surveyed = survey()
-            if isinstance(surveyed[0], LayerSensitivity):
-                write_sensitivities(surveyed, tensors)  # type: ignore[arg-type]
-            else:
-                write_json(path, [dataclasses.asdict(need) for need in surveyed])
-        if path.is_file():
-            return [LayerNeed(**need) for need in json.loads(path.read_text())]
-        return StoredSensitivities(tensors)
+        return stored_needs.made_once(self._work, survey)
 
     def begin(self, streams: Streams, outer: Iterable[tuple[str, Tensor]], tensors: int) -> None:
         """Start with the embedded rows, and write the tensors `outer` that belong to no layer.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from mhconvert.progress import Progress
 
 from ..attention.half_attention import half_layers
 from ..families.facts import attention_facts
-from ..methods.layer_sensitivity import FIRST_TOKENS, SAMPLE_TOKENS, LayerMoments, LayerSensitivity
+from ..methods.layer_sensitivity import FIRST_TOKENS, SAMPLE_TOKENS, LayerMoments
 from . import layer_steps
 from .backward import back_through, gradients_of_samples
 from .context import ConversionContext
+from .stored_sensitivities import MomentFiles, Sensitivities, moments_of
 
 WANTED_PER_ELEMENT = 20  # tokens for each element of a layer's keys and values, which few_tokens names
 MOST_PER_ELEMENT = 80  # that are read: twice as many make the divergence less than 1 % smaller
@@ -38,13 +40,16 @@ STATE_COPIES = 2
 PART_COPIES, SQUARE_COPIES = 6, 4  # of keys, values and gradients, and of their products, float64
 
 
-def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
-    """The sensitivity of every layer, on the CPU."""
+def measure_sensitivities(context: ConversionContext, folder: Path | None = None) -> Sensitivities:
+    """The sensitivity of every layer, on the CPU.
+
+    folder: a new one for their files, of which one layer's is in memory at a time; None: all are in memory.
+    """
     elements = attention_facts(context.donor.config).kv_elements
     rows = surveyed_rows(context.rows.fit, elements)
     tokens = pass_tokens(context.layers, context.donor.config.hidden_size)
     passes = rows.split(max(1, tokens // rows.shape[1]))
-    moments = [LayerMoments(elements) for _ in range(context.layers)]
+    moments = moments_of(context.layers, elements, folder)
     generator = torch.Generator().manual_seed(context.recipe.seed)
     steps, total = itertools.count(1), 2 * context.layers * len(passes) + len(rows)
     notice = few_tokens(rows.numel(), elements)
@@ -53,7 +58,7 @@ def measure_sensitivities(context: ConversionContext) -> list[LayerSensitivity]:
         for _ in _one_pass(context, part, generator, moments):
             context.on_progress(Progress("survey", next(steps), total))
     context.on_progress(Progress("survey", total, total, notice))
-    return [each.sensitivity() for each in moments]
+    return Sensitivities(moments)
 
 
 def surveyed_rows(rows: Tensor, elements: int) -> Tensor:
@@ -84,7 +89,7 @@ def _state_bytes(layers: int, hidden: int) -> int:
 
 
 def stored_bytes(elements: int, layers: int, rows: int, length: int) -> int:
-    """Bytes of what a survey of `rows` rows of `length` tokens finds, in memory and in its file."""
+    """Bytes of what a survey of `rows` rows of `length` tokens finds, in its files."""
     kept = min(SAMPLE_TOKENS, rows * (length - FIRST_TOKENS))
     return layers * (8 * (2 * elements + elements**2 + 2) + 4 * elements * (elements + kept))
 
@@ -92,13 +97,12 @@ def stored_bytes(elements: int, layers: int, rows: int, length: int) -> int:
 def peak_bytes(elements: int, layers: int, hidden: int, rows: int, length: int) -> int:
     """Memory of a survey of `rows` rows of `length` tokens, without a layer's weights and the logits of a row.
 
-    The states at each layer's input are those of one pass, and gone when the file's bytes are made in memory.
+    The states at each layer's input are those of one pass. What is found of a layer is there twice when it is written.
     """
     tokens = min(rows * length, pass_tokens(layers, hidden))
     states = tokens * _state_bytes(layers, hidden)
     part = 8 * (PART_COPIES * tokens * elements + SQUARE_COPIES * elements**2)
-    found = stored_bytes(elements, layers, rows, length)
-    return found + max(states + part, found)
+    return 2 * stored_bytes(elements, 1, rows, length) + states + part
 
 
 def few_tokens(tokens: int, elements: int) -> str:
@@ -112,7 +116,10 @@ def few_tokens(tokens: int, elements: int) -> str:
 
 
 def _one_pass(
-    context: ConversionContext, rows: Tensor, generator: torch.Generator, moments: list[LayerMoments]
+    context: ConversionContext,
+    rows: Tensor,
+    generator: torch.Generator,
+    moments: list[LayerMoments] | MomentFiles,
 ) -> Iterator[None]:
     """Count rows (N, L) in the moments of every layer; yields behind each layer forward, each row's predictions, and
     each layer backward.
@@ -134,8 +141,10 @@ def _one_pass(
     context.donor.release()
     for index in reversed(range(context.layers)):
         values, gradients, gradient = _through_layer(context, index, inputs.pop(), gradient)
-        moments[index].begin(values[:, 0])
-        moments[index].add(*(part[:, FIRST_TOKENS:].flatten(0, 1) for part in (values, gradients)))
+        gathered = moments[index]
+        gathered.begin(values[:, 0])
+        gathered.add(*(part[:, FIRST_TOKENS:].flatten(0, 1) for part in (values, gradients)))
+        moments[index] = gathered
         yield
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,13 +24,13 @@ from ..attention.linalg import relative_error
 from ..calibration import calibration_rows
 from ..donor.donor import Donor
 from ..methods.budget_division import LayerNeed
-from ..methods.layer_sensitivity import LayerSensitivity
 from ..methods.registry import Method, build_method
 from ..recipe.recipe import Recipe
 from . import layer_steps
 from .backward import back_through, gradients_of_samples
 from .context import ConversionContext
 from .sensitivity import measure_sensitivities
+from .stored_sensitivities import Sensitivities
 
 PROBE_BUDGET = 5 / 16  # one layer alone is converted at it, or at the nearest that the donor can express
 LEAST_TOKENS = 4096  # of the calibration text that the statistics come from
@@ -60,16 +61,18 @@ class _Streams:
         return len(self.teacher) - self.eval_rows
 
 
-def measure_needs(context: ConversionContext) -> list[LayerNeed] | list[LayerSensitivity]:
-    """What the method's `share_out` wants to know of every layer, whatever the recipe's own budget."""
+def measure_needs(context: ConversionContext, folder: Path | None = None) -> list[LayerNeed] | Sensitivities:
+    """What the method's `share_out` wants to know of every layer, whatever the recipe's own budget.
+
+    folder: a new one for what is too large for the memory; None: it is in memory all the same.
+    """
     method = _at_any_budget(context.recipe, context.donor)
     if not method.surveys_sensitivity:
         return layer_needs(context, method)
-    found = measure_sensitivities(context)
-    if not method.survey_shares:
-        return found
-    costs = [torch.tensor(need.divergence).double() for need in layer_needs(context, method)]
-    return [replace(layer, replaced_cost=cost) for layer, cost in zip(found, costs, strict=True)]
+    found = measure_sensitivities(context, folder)
+    if method.survey_shares:
+        found.set_costs(need.divergence for need in layer_needs(context, method))
+    return found
 
 
 def layer_needs(context: ConversionContext, method: Method) -> list[LayerNeed]:

@@ -59,6 +59,15 @@ class LayerMoments:
         self.price = torch.zeros(elements, elements)
         self.rows, self.firsts = 0, torch.zeros(elements, dtype=torch.float64)
         self.sample = torch.zeros(0, elements)
+        self.replaced_cost = torch.zeros((), dtype=torch.float64)
+
+    @classmethod
+    def of(cls, gathered: dict[str, Tensor]) -> LayerMoments:
+        """The moments whose attributes are `gathered`, as tensors."""
+        moments = cls(0)
+        for name, value in gathered.items():
+            setattr(moments, name, int(value) if name in ("count", "rows") else value)
+        return moments
 
     def begin(self, firsts: Tensor) -> None:
         """Count the keys and values (rows, m) at the first position of rows."""
@@ -84,7 +93,7 @@ class LayerMoments:
     def sensitivity(self) -> LayerSensitivity:
         """What was gathered so far."""
         moments = self.mean, self.covariance, self.price, torch.tensor(self.count)
-        return LayerSensitivity(*moments, self.firsts / max(1, self.rows), self.sample)
+        return LayerSensitivity(*moments, self.firsts / max(1, self.rows), self.sample, self.replaced_cost)
 
 
 def _clipped(gradients: Tensor) -> Tensor:

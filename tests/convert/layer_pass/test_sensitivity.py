@@ -27,7 +27,7 @@ from mhconvert.convert.layer_pass.sensitivity import (
     surveyed_rows,
     surveyed_shape,
 )
-from mhconvert.convert.layer_pass.stored_sensitivities import StoredSensitivities, write_sensitivities
+from mhconvert.convert.layer_pass.stored_sensitivities import MomentFiles, Sensitivities
 from mhconvert.convert.methods import layer_sensitivity
 from mhconvert.convert.methods.layer_sensitivity import FIRST_TOKENS, LayerMoments, LayerSensitivity
 from mhconvert.convert.methods.mla.code_basis import LayerBases, code_basis
@@ -137,7 +137,9 @@ def test_several_passes_are_one(recipe: Build, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(layer_sensitivity, "CLIPPED", 1.0)
     whole = measure_sensitivities(context)
     monkeypatch.setattr(sensitivity, "PASS_TOKENS", 3 * 64)
-    for found, wanted in zip(measure_sensitivities(context), whole, strict=True):
+    parts = measure_sensitivities(context, tmp_path / "files")
+    assert all(int(layer.tokens) == int(whole[0].tokens) > 3 * 64 for layer in parts)
+    for found, wanted in zip(parts, whole, strict=True):
         for field in dataclasses.fields(found):
             one, other = (getattr(each, field.name).double() for each in (found, wanted))
             assert (one - other).norm() <= 1e-5 * other.norm(), field.name
@@ -168,18 +170,20 @@ def test_a_survey_reads_all_of_a_calibration_text_up_to_80_tokens_an_element(
 def test_the_plan_counts_what_a_survey_holds_and_stores(
     recipe: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file to the byte, but for its names; the memory of an 8B donor by hand: 32 layers, 8 KV heads of 128."""
-    files: list[int] = []
+    """The files to the byte, but for their names; the memory of an 8B donor by hand: 32 layers, 8 KV heads of 128."""
+    sizes: dict[str, int] = {}
+    share_out = resumable_run.Workspace.needs
 
-    def written(layers: Any, path: Path) -> None:
-        write_sensitivities(layers, path)
-        files.append(path.stat().st_size)
+    def measured(space: Any, survey: Any) -> Any:
+        found = share_out(space, survey)
+        sizes.update((path.name, path.stat().st_size) for path in space.texts.parent.glob("sensitivities/*"))
+        return found
 
-    monkeypatch.setattr(resumable_run, "write_sensitivities", written)
+    monkeypatch.setattr(resumable_run.Workspace, "needs", measured)
     asked = dataclasses.replace(recipe(tmp_path / "out"), settings=CODED)
     mhconvert.convert(asked)
-    [size] = files
-    assert 0 < size - stored_bytes(64, 5, 16, 64) < 8192
+    assert len(sizes) == 5
+    assert 0 < sum(sizes.values()) - stored_bytes(64, 5, 16, 64) < 5 * 1024
     plain = pipeline.plan(recipe(tmp_path / "out"))
     coded = pipeline.plan(asked)
     disk = [plan["disk_needed_bytes"] - plan["output_bytes"] for plan in (plain, coded)]
@@ -189,21 +193,24 @@ def test_the_plan_counts_what_a_survey_holds_and_stores(
     assert stored_bytes(2048, 32, 80, 512) == pytest.approx(matrices, rel=1e-3)
     tokens = 2**31 // (4096 * 4 * 34)  # of one pass: 40,960 tokens are read, and 2 GiB of states kept
     part = tokens * 2048 * 8 * 6 + 4 * 2048**2 * 8
-    assert peak_bytes(2048, 32, 4096, 80, 512) == pytest.approx(matrices + 2**31 + part, rel=1e-3)
-    assert peak_bytes(2048, 32, 4096, 5, 512) == 2 * stored_bytes(2048, 32, 5, 512)  # its file made
+    assert peak_bytes(2048, 32, 4096, 80, 512) == pytest.approx(matrices / 16 + 2**31 + part, rel=1e-3)
     assert pass_tokens(30, 576) == 8192
     assert pass_tokens(80, 8192) == 4 * 24 * 8192**2 // (8192 * 4 * 82) > 2048  # Llama 3's 70B
     assert pass_tokens(4000, 4096) == 512
 
 
 def test_one_layer_is_read_at_a_time(tmp_path: Path) -> None:
-    layers = []
-    for number in range(1, 4):
-        moments = LayerMoments(6)
-        moments.add(*torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(number)))
-        layers.append(moments.sensitivity())
-    write_sensitivities(layers, tmp_path / "found.safetensors")
-    stored = StoredSensitivities(tmp_path / "found.safetensors")
+    moments = [LayerMoments(6) for _ in range(3)]
+    for number, each in enumerate(moments, 1):
+        each.add(*torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(number)))
+    layers = [each.sensitivity() for each in moments]
+    files = MomentFiles(tmp_path / "found")
+    for index, gathered in enumerate(moments):
+        files[index] = gathered
+    stored = Sensitivities(files)
+    stored.set_costs(iter([0.5, 0.25, 0.0]))
+    assert [float(layer.replaced_cost) for layer in stored] == [0.5, 0.25, 0.0]
+    stored.set_costs(iter([0.0] * 3))
     assert len(stored) == 3
     for found, wanted in zip(stored, layers, strict=True):
         for field in dataclasses.fields(found):
