@@ -154,10 +154,13 @@ def _options(command: Any, context: Any, skip: tuple[str, ...] = (), only: tuple
 
 
 def _effect(text: str) -> tuple[str, str | None]:
-    """Help text as a table cell, and the default that the parser shows behind it."""
-    default = re.search(r"\[(?:.*; )?default: ([^;\]]+)[^]]*\]", text)
+    """Help text as a table cell, and the default that the parser shows behind it; several ones stay where they are."""
+    bracket = r"\s*\[(?:[^]]*; )?default: ([^]]+?)(?:; [^];]*[<>][^]]*)?\]"
+    defaults = re.findall(bracket, text)
+    if len(defaults) > 1:
+        return _cell(re.sub(bracket, r" Default: `\1`.", text)), None
     plain = re.sub(r"\s*\[(?:default: |required|x>)[^]]*\]", "", text).strip()
-    return _cell(plain), default[1] if default else None
+    return _cell(plain), defaults[0] if defaults else None
 
 
 def _default(value: Any) -> str:

@@ -27,7 +27,8 @@ Set = Annotated[
     ),
 ]
 Only = Annotated[
-    str | None, typer.Option(metavar="STAGE,…", help="Of convert, heal, eval, export, push only these.")
+    str | None,
+    typer.Option(metavar="STAGE,…", help="Of convert, heal, adapter, eval, export, push only these."),
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Do stages again that are done, and replace what they wrote.")
