@@ -113,7 +113,7 @@ class _Healing:
         return HealSpace(
             self.asked.output,
             self.settings,
-            str(Path(self.asked.checkpoint).resolve()),
+            {"checkpoint": self.student, "teacher": self.teacher},
             {name: getattr(self.steps, name) for name in ("steps", "length", "batch_rows")},
             needed=needed_bytes(self.student, self.source, self.steps, self.settings),
             resume=self.asked.resume,

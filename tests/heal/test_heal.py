@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from mhconvert import api
 from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.open_model import OpenModel
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import HealError, MhconvertError, OutputError
@@ -161,7 +162,8 @@ def test_a_layer_stage_before_it_changes_nothing_of_that(
 
 
 def test_a_refused_resume_touches_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    settings = HealSettings(tokens=1024, data={str(text): 1}, layer_tokens=2048, **SMALL)
+    teacher = str(make_donor(tmp_path / "teacher"))
+    settings = HealSettings(tokens=1024, teacher=teacher, data={str(text): 1}, layer_tokens=2048, **SMALL)
 
     def cut(event: Progress) -> None:
         if event.stage == "heal":
@@ -174,7 +176,46 @@ def test_a_refused_resume_touches_nothing(checkpoint: Path, text: Path, tmp_path
     other = dataclasses.replace(settings, seed=5)
     with pytest.raises(HealError, match="was started with another seed"):
         api.heal(str(checkpoint), other, output=str(tmp_path / "out"), verify=False, resume=True)
+    make_donor(Path(teacher), seed=4)
+    with pytest.raises(HealError, match="was started with another teacher; --resume needs the same command"):
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False, resume=True)
     assert sorted(path.name for path in (tmp_path / "out.partial" / "work").iterdir()) == kept
+
+
+def test_a_resume_knows_its_models_by_their_files(tmp_path: Path) -> None:
+    def write(name: str, value: int) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(str(value), encoding="utf-8")
+
+    def space(checkpoint: str = "checkpoint") -> resumable_run.HealSpace:
+        places = {"checkpoint": checkpoint, "teacher": "teacher"}
+        models = {name: OpenModel(str(tmp_path / place), None, "cpu", None) for name, place in places.items()}
+        told: dict[str, bool] = {"resume": True, "force": False, "main": True}
+        return resumable_run.HealSpace(
+            tmp_path / "out", HealSettings(tokens=1), models, {"steps": 1}, needed=0, **told
+        )
+
+    write("checkpoint", 1)
+    write("teacher", 2)
+    write("moved", 1)
+    with space() as begun:
+        begun.start()
+    space().load()
+    space("moved").load()
+    for name, value in (("checkpoint", 1), ("teacher", 2)):
+        write(name, 3)
+        with pytest.raises(HealError, match=f"out.partial was started with another {name}; --resume needs"):
+            space().load()
+        write(name, value)
+
+    write("checkpoint", 3)
+    file = tmp_path / "out.partial" / "work" / resumable_run.STATE
+    state = json.loads(file.read_text(encoding="utf-8"))
+    del state["models"]  # as earlier versions wrote it
+    file.write_text(json.dumps(state), encoding="utf-8")
+    space().load()
+    with pytest.raises(HealError, match=r"was started with another checkpoint \(.*checkpoint\)"):
+        space("moved").load()
 
 
 def test_the_text_alone_after_the_teacher_is_no_leap(
