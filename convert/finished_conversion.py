@@ -27,8 +27,8 @@ def is_result(folder: Path, recipe: Recipe) -> bool:
 
 
 def differing(folder: Path, recipe: Recipe) -> str | None:
-    """The first key in which `recipe` is not the conversion that made `folder`, healed or not; "donor" where its model has
-    other files now; None: it is."""
+    """The first key in which `recipe` is not the conversion that made `folder`, healed or not; "donor" where its model
+    has other files now; None: it is."""
     record = read_record(folder)
     made = as_recorded(record.get("recipe"))
     if not isinstance(made, dict):

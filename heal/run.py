@@ -135,7 +135,7 @@ class _Healing:
 
             def sample(count: int, prompts: list[list[int]]) -> torch.Tensor:
                 told = (settings.seed, self.on_progress)
-                return sampled_rows(teacher.model, tokenizer, count, length, *told, prompts)
+                return sampled_rows(teacher.model, tokenizer, count, length, *told, prompts, self.vocab_size)
 
             alone = reads_rows_whole(self.student.config)
             text = heal_text.prepare(settings, tokenizer, self.vocab_size, length, rows, sample, alone)

@@ -127,8 +127,8 @@ def prompts_digest(file: Path | None) -> str:
 
 
 def record(folder: Path, donor: Donor, **facts: Any) -> None:
-    """Write mhconvert.json with `facts`, the donor, the versions of libraries, and the hashes of the folder's files; with a
-    recipe in `facts` the fingerprint of its model, where that is here."""
+    """Write mhconvert.json with `facts`, the donor, the versions of libraries, and the hashes of the folder's files;
+    with a recipe in `facts` also the fingerprint of its model, where that is here."""
     origin = {"reference": donor.reference, "hub_id": donor.hub_id, "licence": donor.licence}
     common = {"donor": origin, "versions": versions(), "sha256": hashes(folder)}
     if recipe := facts.get("recipe"):

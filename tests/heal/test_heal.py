@@ -23,10 +23,10 @@ from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import HealError, MhconvertError, OutputError
 from mhconvert.eval.report.conversion_tables import healing_line
-from mhconvert.heal import distill, resumable_run
+from mhconvert.heal import distill, resumable_run, write_result
 from mhconvert.heal.metrics import read
 from mhconvert.progress import Progress
-from tests.donors import TEXT, make_checkpoint, make_donor
+from tests.donors import TEXT, make_checkpoint, make_donor, make_tokenizer
 
 SMALL = {"sequence_length": 32, "batch_tokens": 256, "held_out": 2, "micro_batch": 2}
 
@@ -112,6 +112,9 @@ def test_what_trains_where_nothing_is_said() -> None:
 
 
 def test_a_run_that_was_cut_short_goes_on_to_the_bit(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "ckpt"))
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}), encoding="utf-8")
     settings = HealSettings(tokens=256 * 12, data={str(text): 1}, epochs=9, save_tokens=1024, **SMALL)
     api.heal(str(checkpoint), settings, output=str(tmp_path / "whole"), verify=False)
 
@@ -251,8 +254,10 @@ def test_gradients_are_of_what_trains(checkpoint: Path, text: Path, tmp_path: Pa
 
 
 def test_a_wider_teacher_of_the_same_tokenizer(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    wide = make_donor(tmp_path / "wide", hidden=96, layers=3, seed=4)
-    settings = HealSettings(tokens=256 * 6, teacher=str(wide), data={str(text): 1}, epochs=9, **SMALL)
+    wide = make_donor(tmp_path / "wide", hidden=96, layers=3, seed=4, vocab=384)  # rows that no token has
+    make_tokenizer().save_pretrained(wide)
+    data = {str(text): 1.0, "self": 1.0}
+    settings = HealSettings(tokens=256 * 6, teacher=str(wide), data=data, epochs=9, **SMALL)
     report = api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
     assert report["kl"] < report["before"]["kl"]
     assert "KL from the teacher" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -261,6 +266,15 @@ def test_a_wider_teacher_of_the_same_tokenizer(checkpoint: Path, text: Path, tmp
         with pytest.raises(HealError, match="num_hidden_layers is 3 in the teacher .*wide and 2"):
             api.heal(str(checkpoint), other, output=str(tmp_path / "other"), verify=False)
     assert not (tmp_path / "other.partial").exists()
+
+
+def test_a_report_keeps_nothing_that_is_of_the_unhealed_model(tmp_path: Path) -> None:
+    kept = {"method": "mla", "parameters": {"donor": 2, "converted": 1}}
+    gone = {"tolerance": {"asked": "generation=0.1"}, "on_policy": {"kl": 0.09, "count": 8}, "seconds": 3.0}
+    (tmp_path / "report.json").write_text(json.dumps(kept | gone), encoding="utf-8")
+    before, after = ({"perplexity": {}, "kl": kl, "top1_agreement": 0.5} for kl in (0.2, 0.1))
+    report = write_result.report(str(tmp_path), tmp_path / "out", before, after)
+    assert report == kept | after | {"before": before, "output": str(tmp_path / "out")}
 
 
 def test_force_replaces_no_donor(checkpoint: Path, text: Path, tmp_path: Path) -> None:
