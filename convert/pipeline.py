@@ -24,7 +24,7 @@ from mhconvert.progress import Listener, Progress, StageClock, ignore
 
 from .bare_process.reload import peak_rss
 from .calibration import calibration_rows
-from .checkpoint import chain, fingerprint, provenance
+from .checkpoint import chain, provenance
 from .donor.donor import Donor, open_donor
 from .layer_pass import (
     conversion_report,
@@ -85,8 +85,7 @@ def convert_checkpoint(
     recipe, method = _completed(recipe, method, complete, on_progress)
     donor.open_weights(on_progress)
     needed = cost_estimate.plan(recipe, donor, method, device)["disk_needed_bytes"]
-    begun = chained(recipe), fingerprint.of_place(donor.place, fingerprint.sampled)
-    with Workspace(output, *begun, needed, resume=resume, force=force) as space:
+    with Workspace(output, chained(recipe), donor.place, needed, resume=resume, force=force) as space:
         rows = space.rows(lambda: calibration_rows.draw(recipe, donor, device, on_progress))
         dtype = cost_estimate.output_dtype(recipe, donor)
         unplanned = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)

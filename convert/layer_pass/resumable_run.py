@@ -15,6 +15,7 @@ from mhconvert.errors import MhconvertError, OutputError, ReloadKilledError
 from mhconvert.library_versions import versions
 
 from ..calibration.calibration_rows import Rows
+from ..checkpoint.fingerprint import of_place, sampled
 from ..recipe.recipe import Recipe
 from ..recipe.recorded import NOT_THE_RESULT, as_recorded
 from ..storage.atomic_files import save_tensors, write_json
@@ -53,10 +54,10 @@ class Workspace:
         texts: the folder of what the converted model wrote, and of how its donor reads it.
     """
 
-    def __init__(self, output: Path, recipe: Recipe, donor: str, needed: int, *, resume: bool, force: bool):
+    def __init__(self, output: Path, recipe: Recipe, donor: Path, needed: int, *, resume: bool, force: bool):
         """
         Args:
-            donor: its fingerprint.
+            donor: the folder or file that the conversion reads.
             needed: bytes that a new run writes.
             resume: go on with an interrupted run of the same recipe and donor.
             force: start over where there is an interrupted run.
@@ -64,7 +65,7 @@ class Workspace:
         self._folder = ResumableFolder(output, "convert", STATE)
         self.partial, self._work = self._folder.folder, self._folder.work
         self.probe, self.texts = self._work / "probe.safetensors", self._work / TEXTS
-        self._recipe, self._donor, self._needed = recipe, donor, needed
+        self._recipe, self._donor, self._needed = recipe, of_place(donor, sampled), needed
         self._resume, self._force = resume, force
         self._limit = byte_size(recipe.max_shard_size)
         self.layers: list[dict[str, Any]] = []
