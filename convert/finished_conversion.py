@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mhconvert.errors import OutputError
 
 from . import open_model
+from .checkpoint.fingerprint import of_local
 from .checkpoint.provenance import prompts_digest, read_record
 from .recipe.recorded import NOT_THE_RESULT, as_recorded, last_step
 from .recipe.tolerance import OWN_PROMPTS, parse, prompts_file
@@ -26,7 +27,8 @@ def is_result(folder: Path, recipe: Recipe) -> bool:
 
 
 def differing(folder: Path, recipe: Recipe) -> str | None:
-    """The first key in which `recipe` is not the conversion that made `folder`, healed or not; None: it is."""
+    """The first key in which `recipe` is not the conversion that made `folder`, healed or not; "donor" where its model
+    has other files now; None: it is."""
     record = read_record(folder)
     made = as_recorded(record.get("recipe"))
     if not isinstance(made, dict):
@@ -45,7 +47,14 @@ def differing(folder: Path, recipe: Recipe) -> str | None:
     if isinstance(protect, dict) and protect.get("from") == chosen.get("protect"):
         chosen["protect"] = protect  # heads that were measured for the recipe's word
     keys = [key for key in {**wanted, **made} if key not in NOT_THE_RESULT]
-    return next((key for key in keys if made.get(key) != wanted.get(key)), None)
+    other = next((key for key in keys if made.get(key) != wanted.get(key)), None)
+    return "donor" if other is None and _other_donor(record, recipe.model) else other
+
+
+def _other_donor(record: dict[str, Any], model: str) -> bool:
+    """Whether `model` is known to have other files than what `record` is of; versions before 0.3.0 do not say."""
+    recorded = record.get("model_fingerprint")
+    return recorded is not None and of_local(model) not in (None, recorded)
 
 
 def require_result(step: Path, recipe: Recipe, *, force: bool) -> bool:

@@ -17,17 +17,17 @@ from mhconvert.errors import CheckpointError, MhconvertError
 
 from .bare_process.child import keep_token_ids
 from .checkpoint import chain
-from .checkpoint.fingerprint import of_files, of_folder
+from .checkpoint.fingerprint import Hash, of_folder, of_place
 from .checkpoint.identity import converted_method, exported
 from .checkpoint.provenance import read_record, require_recorded_tokenizer
 from .donor import hub_download
 from .donor.aliases import ALIASES
 from .donor.config_check import require_config, require_padding
 from .donor.donor import Donor, open_donor
-from .donor.gguf_reader import split_parts
 from .donor.reference import HUB_ID
 from .donor.tokenizer_files import load_tokenizer
 from .methods.registry import register
+from .storage.atomic_files import sha256
 from .storage.folder_kind import is_adapter
 from .storage.safetensors_reader import SafetensorsSource, read_json, require_finite
 
@@ -219,12 +219,14 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def of_model(opened: OpenModel) -> str:
-    """The hash of an opened model; of an adapter together with its base. A Hub model's weights are downloaded."""
+def of_model(opened: OpenModel, hashed: Hash = sha256) -> str:
+    """The fingerprint of an opened model, of an adapter with its base; `hashed` as of `fingerprint.of_place`.
+
+    A Hub model's weights are downloaded.
+    """
     if opened.donor is None:
-        return of_folder(opened.folder)
-    place = opened.donor.model_files()
-    base = of_folder(place) if place.is_dir() else of_files(split_parts(place))
+        return of_folder(opened.folder, hashed)
+    base = of_place(opened.donor.model_files(), hashed)
     if opened.adapter is None:
         return base
-    return hashlib.sha256(f"{of_folder(opened.adapter.folder)} on {base}".encode()).hexdigest()
+    return hashlib.sha256(f"{of_folder(opened.adapter.folder, hashed)} on {base}".encode()).hexdigest()

@@ -85,7 +85,7 @@ def convert_checkpoint(
     recipe, method = _completed(recipe, method, complete, on_progress)
     donor.open_weights(on_progress)
     needed = cost_estimate.plan(recipe, donor, method, device)["disk_needed_bytes"]
-    with Workspace(output, chained(recipe), needed, resume=resume, force=force) as space:
+    with Workspace(output, chained(recipe), donor.place, needed, resume=resume, force=force) as space:
         rows = space.rows(lambda: calibration_rows.draw(recipe, donor, device, on_progress))
         dtype = cost_estimate.output_dtype(recipe, donor)
         unplanned = ConversionContext(recipe, donor, device, dtype, rows, fit, measure, on_progress)

@@ -143,7 +143,8 @@ class Distillation:
         """The micro-batches of this process for all remaining steps."""
         plan, accelerator = self.plan, self.accelerator
         rows = OrderedRows(text.train, order, self.step * plan.batch_rows)
-        loader = DataLoader(rows, batch_size=plan.micro_rows, shuffle=False)
+        # A loader draws a seed when it begins: not from the state that a resume has restored.
+        loader = DataLoader(rows, batch_size=plan.micro_rows, shuffle=False, generator=torch.Generator())
         for batch in accelerator.prepare_data_loader(loader, device_placement=True):
             # Batches are fetched ahead of the round that writes their rows, so the student's text is put in here.
             plain = Rows(batch["ids"], batch["positions"])

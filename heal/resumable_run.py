@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from mhconvert.errors import HealError, MhconvertError, OutputError, ReloadKilledError
 
+from ..convert.checkpoint.fingerprint import sampled
+from ..convert.open_model import OpenModel, of_model
 from ..convert.recipe.heal_settings import HealSettings
 from ..convert.storage.atomic_files import save_tensors, write_json
 from ..convert.storage.disk_space import out_of_space
@@ -34,7 +37,7 @@ class HealSpace:
     """The folder of a run, a context manager: locked inside, deleted if the run fails before any training was saved.
 
     Args:
-        source: path of the checkpoint that is healed.
+        models: the checkpoint that is healed, and the teacher.
         shape: numbers that a resumed run must repeat.
         needed: bytes of disk space.
         main: whether this is the first of several processes, the only one that creates, locks and writes the folder.
@@ -47,7 +50,7 @@ class HealSpace:
         self,
         output: Path,
         settings: HealSettings,
-        source: str,
+        models: dict[str, OpenModel],
         shape: dict[str, int],
         *,
         needed: int,
@@ -57,7 +60,8 @@ class HealSpace:
     ):
         self._folder = ResumableFolder(output, "heal", STATE)
         self.partial, self.work = self._folder.folder, self._folder.work
-        self._settings, self._source, self._shape, self._needed = settings, source, shape, needed
+        self._settings, self._models, self._shape, self._needed = settings, models, shape, needed
+        self._source = str(Path(models["checkpoint"].reference).resolve())
         self._resume, self._force, self._main = resume, force, main
         self.step = 0
         self._new = False
@@ -78,14 +82,12 @@ class HealSpace:
         """Read the state in every process.
 
         Raises:
-            HealError: it is the state of a run with other settings.
+            HealError: it is the state of a run with other settings, or other weights of a model.
         """
         state = self._folder.state()
         if state is None:
             return
-        other = self._settings.same_run(state["settings"])
-        if state["source"] != self._source:
-            other = f"checkpoint ({state['source']})"
+        other = self._settings.same_run(state["settings"]) or self._other_model(state)
         if other is not None:
             raise HealError(
                 f"{self.partial} was started with another {other}; --resume needs the same command, --force starts over"
@@ -167,12 +169,24 @@ class HealSpace:
         if self._folder.state() is None:
             self._write_state(0)
 
+    def _other_model(self, state: dict[str, Any]) -> str | None:
+        """The model with other weights than the run of `state` began with; None: there is none."""
+        begun = state.get("models")
+        if begun is None:  # versions before 0.3.0 record the path alone
+            return None if state["source"] == self._source else f"checkpoint ({state['source']})"
+        return next((name for name, own in self._fingerprints.items() if begun[name] != own), None)
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        return {name: of_model(model, sampled) for name, model in self._models.items()}
+
     def _write_state(self, step: int) -> None:
         settings = dataclasses.asdict(self._settings)
         seconds = self.earlier_seconds + time.perf_counter() - self._begun
         state = {
             "settings": settings,
             "source": self._source,
+            "models": self._fingerprints,
             "shape": self._shape,
             "step": step,
             "seconds": seconds,
@@ -182,6 +196,12 @@ class HealSpace:
     def publish(self) -> None:
         """Rename OUT.partial to OUT."""
         self._folder.publish()
+
+
+def began_with_another(output: Path, checkpoint: OpenModel) -> bool:
+    """Whether an interrupted healing into `output` is known to have begun with other weights than `checkpoint` has."""
+    begun = (ResumableFolder(output, "heal", STATE).state() or {}).get("models")
+    return begun is not None and begun["checkpoint"] != of_model(checkpoint, sampled)
 
 
 def disk_needed(parameters: int, trained: int, written: int, tokens: int) -> int:

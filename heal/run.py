@@ -113,7 +113,7 @@ class _Healing:
         return HealSpace(
             self.asked.output,
             self.settings,
-            str(Path(self.asked.checkpoint).resolve()),
+            {"checkpoint": self.student, "teacher": self.teacher},
             {name: getattr(self.steps, name) for name in ("steps", "length", "batch_rows")},
             needed=needed_bytes(self.student, self.source, self.steps, self.settings),
             resume=self.asked.resume,
@@ -135,7 +135,7 @@ class _Healing:
 
             def sample(count: int, prompts: list[list[int]]) -> torch.Tensor:
                 told = (settings.seed, self.on_progress)
-                return sampled_rows(teacher.model, tokenizer, count, length, *told, prompts)
+                return sampled_rows(teacher.model, tokenizer, count, length, *told, prompts, self.vocab_size)
 
             alone = reads_rows_whole(self.student.config)
             text = heal_text.prepare(settings, tokenizer, self.vocab_size, length, rows, sample, alone)

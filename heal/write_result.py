@@ -35,6 +35,11 @@ PICTURES = (METRICS, "healing.svg")
 REWRITTEN = (REPORT, "README.md", provenance.PROVENANCE, provenance.EVALUATION, INDEX, *PICTURES)
 PROBE_ROWS, PROBE_TOKENS = 2, 512  # part of the held-out rows on which the reloaded model is compared
 MEASURED = ("perplexity", "kl", "top1_agreement")
+# Entries of a checkpoint's report that are not of the healed model.
+OF_THE_UNHEALED = (
+    *("tolerance", "on_policy", "verified", "seconds", "steps"),
+    *("sample", "by_source", "warnings"),
+)
 
 
 def merge_adapter(model: Any) -> Any:
@@ -53,11 +58,7 @@ def round_weights(model: Any, source: SafetensorsSource) -> None:
 def report(checkpoint: str, output: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's report with the results on the held-out rows before and after healing."""
     old = _json(Path(checkpoint) / REPORT)
-    kept = {
-        name: value
-        for name, value in old.items()
-        if name not in ("tolerance", "verified", "seconds", "steps", "sample", "by_source", "warnings")
-    }
+    kept = {name: value for name, value in old.items() if name not in OF_THE_UNHEALED}
     return (
         copy.deepcopy(kept)
         | {"output": str(output), "before": {name: before[name] for name in MEASURED}}

@@ -16,6 +16,7 @@ from mhconvert import api
 from mhconvert.errors import OutputError, PublishError, RecipeError, TextError
 from mhconvert.progress import Listener
 
+from ..convert import open_model
 from ..convert.checkpoint.provenance import EVALUATION
 from ..convert.methods.registry import info
 from ..convert.planned_chain import adapter_recipe, read_folders
@@ -27,7 +28,7 @@ from ..eval.tasks.harness import require_available
 from ..eval.tasks.task_choice import resolve
 from ..eval.writing import prompts
 from ..eval.writing.greedy_texts import without_texts
-from ..heal import heal_text
+from ..heal import heal_text, resumable_run
 from .ledger import Ledger
 from .stage_settings import export_fault
 from .whole_recipe import RunRecipe
@@ -109,14 +110,19 @@ def _convert(work: Run) -> dict[str, Any]:
 def _heal(work: Run) -> dict[str, Any]:
     recipe = work.recipe.convert
     assert recipe.heal is not None
+    resume, force = _interrupted(work.healed), work.ledger.known("heal", work.healed)
+    trusted = recipe.trust_remote_code
+    checkpoint = open_model.open_model(str(work.output), trust_remote_code=trusted)
+    if resume and resumable_run.began_with_another(work.healed, checkpoint):
+        resume, force = False, force or not work.healed.exists()  # what was trained is not of this checkpoint
     report = api.heal(
         str(work.output),
         recipe.heal,
         output=str(work.healed),
-        resume=_interrupted(work.healed) and not work.force,
-        force=work.force or work.ledger.known("heal", work.healed),
+        resume=resume and not work.force,
+        force=work.force or force,
         verify=recipe.verify,
-        trust_remote_code=recipe.trust_remote_code,
+        trust_remote_code=trusted,
         on_progress=work.tell,
     )
     return {"output": str(work.healed), "report": report}

@@ -72,16 +72,18 @@ def sampled_rows(
     seed: int,
     on_progress: Listener,
     prompts: Sequence[Sequence[int]] = (),
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Token ids (rows, length), sampled from `model` at temperature 1 after a random first token.
 
     Every second row continues one of the `prompts` instead, which have fewer tokens than a row, in their order and
     again from the first. Sampling continues after an end-of-text token. A seed gives the same rows only on the same
-    machine.
+    machine. `vocab_size`: as of `continued`.
     """
     prefix = start_of_text(tokenizer)
     generator = torch.Generator().manual_seed(seed)
-    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    own = model.config.get_text_config().vocab_size
+    known = min(len(tokenizer), own, vocab_size or own)
     ordinary = torch.tensor(sorted(set(range(known)) - set(tokenizer.all_special_ids)))
     chosen = ordinary[torch.randint(len(ordinary), (rows,), generator=generator)]
     begun = [[*prefix, token] for token in chosen.tolist()]
@@ -90,7 +92,8 @@ def sampled_rows(
     together = -(-rows // batches_of(rows, length))
     batches: list[Tensor] = []
     for start in range(0, rows, together):
-        for ids in continued(model, begun[start : start + together], length, generator, growing_cache()):
+        given = begun[start : start + together]
+        for ids in continued(model, given, length, generator, growing_cache(), vocab_size):
             done = start * length + ids.numel()
             on_progress(Progress("calibrate", done, rows * length, "text sampled from the donor"))
         batches.append(ids)

@@ -25,6 +25,7 @@ from ..recipe.tolerance import OWN_PROMPTS
 from ..storage.atomic_files import sha256, write_json
 from ..storage.ownership import MARK
 from ..storage.safetensors_reader import read_json
+from . import fingerprint
 
 PROVENANCE, RECIPE = RECORD, SAVED
 EVALUATION = "evaluation.json"  # written by `mhconvert eval --record`, for the card on the Hub
@@ -126,9 +127,12 @@ def prompts_digest(file: Path | None) -> str:
 
 
 def record(folder: Path, donor: Donor, **facts: Any) -> None:
-    """Write mhconvert.json with `facts`, the donor, the versions of libraries, and the hashes of the folder's files."""
+    """Write mhconvert.json with `facts`, the donor, the versions of libraries, and the hashes of the folder's files;
+    with a recipe in `facts` also the fingerprint of its model, where that is here."""
     origin = {"reference": donor.reference, "hub_id": donor.hub_id, "licence": donor.licence}
     common = {"donor": origin, "versions": versions(), "sha256": hashes(folder)}
+    if recipe := facts.get("recipe"):
+        common["model_fingerprint"] = fingerprint.of_local(recipe["model"])
     write_json(folder / PROVENANCE, facts | common)
 
 

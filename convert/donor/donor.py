@@ -50,7 +50,7 @@ class Donor:
         hub_id: None if unknown.
         licence: its id; None if unknown.
         config: of transformers.
-        folder: of its files.
+        folder, place: of its files; the same, or of a GGUF donor the file.
         generation_file: its generation_config.json, which is carried as it is; None where there is none.
     """
 
@@ -59,7 +59,7 @@ class Donor:
         self._trust = trust_remote_code
         self.reference, self.name, self.hub_id = resolved.reference, resolved.name, resolved.hub_id
         self.folder, self.generation_file = resolved.folder, resolved.generation_file
-        self.licence, self._last_layer = resolved.licence, -1
+        self.licence, self.place, self._last_layer = resolved.licence, resolved.weights_path, -1
         self._notices = list(resolved.notices)
         self.config: Any = resolved.config
         self.config._attn_implementation = attention_implementation(self.config)
@@ -104,7 +104,7 @@ class Donor:
     @property
     def location(self) -> str:
         """The Hub id, or the absolute path of the folder or file: a reference that is valid in any directory."""
-        return self.hub_id or str(self._resolved.weights_path.resolve())
+        return self.hub_id or str(self.place.resolve())
 
     def model_files(self) -> Path:
         """The GGUF file, or the folder of config, tokenizer and weights, which are downloaded if necessary."""

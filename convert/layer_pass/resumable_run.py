@@ -15,6 +15,7 @@ from mhconvert.errors import MhconvertError, OutputError, ReloadKilledError
 from mhconvert.library_versions import versions
 
 from ..calibration.calibration_rows import Rows
+from ..checkpoint.fingerprint import of_place, sampled
 from ..recipe.recipe import Recipe
 from ..recipe.recorded import NOT_THE_RESULT, as_recorded
 from ..storage.atomic_files import save_tensors, write_json
@@ -53,17 +54,18 @@ class Workspace:
         texts: the folder of what the converted model wrote, and of how its donor reads it.
     """
 
-    def __init__(self, output: Path, recipe: Recipe, needed: int, *, resume: bool, force: bool):
+    def __init__(self, output: Path, recipe: Recipe, donor: Path, needed: int, *, resume: bool, force: bool):
         """
         Args:
+            donor: the folder or file that the conversion reads.
             needed: bytes that a new run writes.
-            resume: go on with an interrupted run of the same recipe.
+            resume: go on with an interrupted run of the same recipe and donor.
             force: start over where there is an interrupted run.
         """
         self._folder = ResumableFolder(output, "convert", STATE)
         self.partial, self._work = self._folder.folder, self._folder.work
         self.probe, self.texts = self._work / "probe.safetensors", self._work / TEXTS
-        self._recipe, self._needed = recipe, needed
+        self._recipe, self._donor, self._needed = recipe, of_place(donor, sampled), needed
         self._resume, self._force = resume, force
         self._limit = byte_size(recipe.max_shard_size)
         self.layers: list[dict[str, Any]] = []
@@ -194,16 +196,18 @@ class Workspace:
     def _state(self) -> dict[str, Any]:
         """What is finished; of layers where their tensors are comes to it."""
         spent = self.earlier_seconds + time.perf_counter() - self._begun
-        facts = {"recipe": self._result_recipe(), "versions": versions(), "seconds": spent}
-        return facts | {"layers": self.layers, "search": self.search}
+        asked = {"recipe": self._result_recipe(), "donor": self._donor, "versions": versions()}
+        return asked | {"seconds": spent, "layers": self.layers, "search": self.search}
 
     def _load(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Raises OutputError where another recipe or other versions wrote it."""
-        begun = as_recorded(state["recipe"])
-        if begun != self._result_recipe():
-            keys = [k for k, v in self._result_recipe().items() if begun.get(k) != v]
+        """Continue from `state`. Raises OutputError where another recipe, another donor or other versions wrote it."""
+        begun, asked = as_recorded(state["recipe"]), self._result_recipe()
+        others = [key for key in asked | begun if begun.get(key) != asked.get(key)]
+        if state.get("donor", self._donor) != self._donor:  # versions before 0.3.0 do not say
+            others.append("donor")
+        if others:
             raise OutputError(
-                f"{self.partial} was started with another {keys[0]}; --resume needs the same command, --force "
+                f"{self.partial} was started with another {others[0]}; --resume needs the same command, --force "
                 "starts over"
             )
         for name, version in versions().items():

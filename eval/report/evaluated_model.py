@@ -62,7 +62,7 @@ def _fingerprint(models: list[dict[str, Any]], folder: Path) -> str | None:
     base = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     path = Path(base).expanduser()
     if base and path.exists():
-        base_fingerprint = fingerprint.of_folder(path) if path.is_dir() else fingerprint.of_files([path])
+        base_fingerprint = fingerprint.of_place(path)
     else:
         # A base model on the Hub is not downloaded. If it was evaluated too, the file has its fingerprint.
         stated = (m.get("fingerprint") for m in models if str(m.get("reference")).partition("@")[0] == base)

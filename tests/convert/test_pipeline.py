@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mhconvert
-from mhconvert.convert import pipeline
+from mhconvert.convert import finished_conversion, pipeline
 from mhconvert.convert.donor.donor import open_donor
 from mhconvert.convert.layer_pass import layer_steps, resumable_run
 from mhconvert.convert.methods.mla.settings import MLASettings
@@ -121,6 +122,32 @@ def test_an_interrupted_run_is_not_overwritten_unasked(recipe: Callable[..., Rec
     assert (tmp_path / "cut.partial").is_dir()  # refused, not deleted
     mhconvert.convert(cut, force=True)
     assert (tmp_path / "cut").is_dir()
+
+
+def test_an_interrupted_run_goes_on_with_its_own_donor_alone(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resumable_run, "COMMIT_SHARE", 1e9)  # every layer is kept, on a busy machine too
+    make_donor(tmp_path / "donor")
+    cut = recipe(tmp_path / "cut", model=str(tmp_path / "donor"), effort="quick", fit_steps=0)
+    with pytest.raises(KeyboardInterrupt):
+        mhconvert.convert(cut, on_progress=stop_after(1, KeyboardInterrupt()))
+    make_donor(tmp_path / "donor", seed=4)
+    with pytest.raises(OutputError, match="cut.partial was started with another donor; --resume needs the"):
+        mhconvert.convert(cut, resume=True)
+    shutil.rmtree(tmp_path / "donor")
+    make_donor(tmp_path / "donor")
+    state = json.loads((tmp_path / "cut.partial" / "work" / "state.json").read_text())
+    assert len(state["layers"]) == 1  # refused, and nothing of it changed
+    assert mhconvert.convert(cut, resume=True)["layers"][0]["seconds"] == state["layers"][0]["seconds"]
+
+    make_donor(tmp_path / "donor", seed=4)
+    assert finished_conversion.differing(tmp_path / "cut", cut) == "donor"
+    record = tmp_path / "cut" / "mhconvert.json"
+    facts = json.loads(record.read_text())
+    assert len(facts.pop("model_fingerprint")) == 64
+    record.write_text(json.dumps(facts))  # as earlier versions wrote it
+    assert finished_conversion.is_result(tmp_path / "cut", cut)
 
 
 def test_a_full_disk_keeps_what_is_finished(

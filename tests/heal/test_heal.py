@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 
 from mhconvert import api
 from mhconvert.convert.methods.mla.settings import MLASettings
+from mhconvert.convert.open_model import OpenModel
 from mhconvert.convert.recipe.heal_settings import HealSettings
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import HealError, MhconvertError, OutputError
 from mhconvert.eval.report.conversion_tables import healing_line
-from mhconvert.heal import distill, resumable_run
+from mhconvert.heal import distill, resumable_run, write_result
 from mhconvert.heal.metrics import read
 from mhconvert.progress import Progress
-from tests.donors import TEXT, make_checkpoint, make_donor
+from tests.donors import TEXT, make_checkpoint, make_donor, make_tokenizer
 
 SMALL = {"sequence_length": 32, "batch_tokens": 256, "held_out": 2, "micro_batch": 2}
 
@@ -111,6 +112,9 @@ def test_what_trains_where_nothing_is_said() -> None:
 
 
 def test_a_run_that_was_cut_short_goes_on_to_the_bit(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "ckpt"))
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}), encoding="utf-8")
     settings = HealSettings(tokens=256 * 12, data={str(text): 1}, epochs=9, save_tokens=1024, **SMALL)
     api.heal(str(checkpoint), settings, output=str(tmp_path / "whole"), verify=False)
 
@@ -161,7 +165,8 @@ def test_a_layer_stage_before_it_changes_nothing_of_that(
 
 
 def test_a_refused_resume_touches_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    settings = HealSettings(tokens=1024, data={str(text): 1}, layer_tokens=2048, **SMALL)
+    teacher = str(make_donor(tmp_path / "teacher"))
+    settings = HealSettings(tokens=1024, teacher=teacher, data={str(text): 1}, layer_tokens=2048, **SMALL)
 
     def cut(event: Progress) -> None:
         if event.stage == "heal":
@@ -174,7 +179,46 @@ def test_a_refused_resume_touches_nothing(checkpoint: Path, text: Path, tmp_path
     other = dataclasses.replace(settings, seed=5)
     with pytest.raises(HealError, match="was started with another seed"):
         api.heal(str(checkpoint), other, output=str(tmp_path / "out"), verify=False, resume=True)
+    make_donor(Path(teacher), seed=4)
+    with pytest.raises(HealError, match="was started with another teacher; --resume needs the same command"):
+        api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False, resume=True)
     assert sorted(path.name for path in (tmp_path / "out.partial" / "work").iterdir()) == kept
+
+
+def test_a_resume_knows_its_models_by_their_files(tmp_path: Path) -> None:
+    def write(name: str, value: int) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(str(value), encoding="utf-8")
+
+    def space(checkpoint: str = "checkpoint") -> resumable_run.HealSpace:
+        places = {"checkpoint": checkpoint, "teacher": "teacher"}
+        models = {name: OpenModel(str(tmp_path / place), None, "cpu", None) for name, place in places.items()}
+        told: dict[str, bool] = {"resume": True, "force": False, "main": True}
+        return resumable_run.HealSpace(
+            tmp_path / "out", HealSettings(tokens=1), models, {"steps": 1}, needed=0, **told
+        )
+
+    write("checkpoint", 1)
+    write("teacher", 2)
+    write("moved", 1)
+    with space() as begun:
+        begun.start()
+    space().load()
+    space("moved").load()
+    for name, value in (("checkpoint", 1), ("teacher", 2)):
+        write(name, 3)
+        with pytest.raises(HealError, match=f"out.partial was started with another {name}; --resume needs"):
+            space().load()
+        write(name, value)
+
+    write("checkpoint", 3)
+    file = tmp_path / "out.partial" / "work" / resumable_run.STATE
+    state = json.loads(file.read_text(encoding="utf-8"))
+    del state["models"]  # as earlier versions wrote it
+    file.write_text(json.dumps(state), encoding="utf-8")
+    space().load()
+    with pytest.raises(HealError, match=r"was started with another checkpoint \(.*checkpoint\)"):
+        space("moved").load()
 
 
 def test_the_text_alone_after_the_teacher_is_no_leap(
@@ -210,8 +254,10 @@ def test_gradients_are_of_what_trains(checkpoint: Path, text: Path, tmp_path: Pa
 
 
 def test_a_wider_teacher_of_the_same_tokenizer(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    wide = make_donor(tmp_path / "wide", hidden=96, layers=3, seed=4)
-    settings = HealSettings(tokens=256 * 6, teacher=str(wide), data={str(text): 1}, epochs=9, **SMALL)
+    wide = make_donor(tmp_path / "wide", hidden=96, layers=3, seed=4, vocab=384)  # rows that no token has
+    make_tokenizer().save_pretrained(wide)
+    data = {str(text): 1.0, "self": 1.0}
+    settings = HealSettings(tokens=256 * 6, teacher=str(wide), data=data, epochs=9, **SMALL)
     report = api.heal(str(checkpoint), settings, output=str(tmp_path / "out"), verify=False)
     assert report["kl"] < report["before"]["kl"]
     assert "KL from the teacher" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -220,6 +266,15 @@ def test_a_wider_teacher_of_the_same_tokenizer(checkpoint: Path, text: Path, tmp
         with pytest.raises(HealError, match="num_hidden_layers is 3 in the teacher .*wide and 2"):
             api.heal(str(checkpoint), other, output=str(tmp_path / "other"), verify=False)
     assert not (tmp_path / "other.partial").exists()
+
+
+def test_a_report_keeps_nothing_that_is_of_the_unhealed_model(tmp_path: Path) -> None:
+    kept = {"method": "mla", "parameters": {"donor": 2, "converted": 1}}
+    gone = {"tolerance": {"asked": "generation=0.1"}, "on_policy": {"kl": 0.09, "count": 8}, "seconds": 3.0}
+    (tmp_path / "report.json").write_text(json.dumps(kept | gone), encoding="utf-8")
+    before, after = ({"perplexity": {}, "kl": kl, "top1_agreement": 0.5} for kl in (0.2, 0.1))
+    report = write_result.report(str(tmp_path), tmp_path / "out", before, after)
+    assert report == kept | after | {"before": before, "output": str(tmp_path / "out")}
 
 
 def test_force_replaces_no_donor(checkpoint: Path, text: Path, tmp_path: Path) -> None:

@@ -161,6 +161,36 @@ def test_an_interrupted_run_goes_on(place: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_healing_of_another_checkpoint_starts_over(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe(place, tmp_path / "out", eval=None, verify=False)
+
+    def stop(event: Any) -> None:
+        if event.stage == "heal":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mhconvert.run(file, on_progress=stop)
+    asked: list[tuple[bool, bool]] = []
+
+    def seen(*_: Any, resume: bool, force: bool, **__: Any) -> dict[str, Any]:
+        asked.append((resume, force))
+        return {}
+
+    monkeypatch.setattr(api, "heal", seen)
+    mhconvert.run(file, only=["heal"])
+    (tmp_path / "out.run.json").unlink()
+    with open(tmp_path / "out" / "model.safetensors", "r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x55")
+    mhconvert.run(file, only=["heal"])
+    (tmp_path / "out.run.json").unlink()
+    (tmp_path / "out-healed").mkdir()  # of another run, which is not replaced
+    mhconvert.run(file, only=["heal"])
+    assert asked == [(True, False), (False, True), (False, False)]
+
+
 def test_an_adapter_is_made_evaluated_and_exported(place: Path, tmp_path: Path) -> None:
     plain = {
         "model": str(place / "donor"),

@@ -236,6 +236,8 @@ def test_sampled_rows_begin_with_tokens_that_the_model_has() -> None:
     rows = sampled_rows(donor_model(), tokenizer, 40, 9, 0, ignore)
     assert rows.max() < 320
     assert rows[:, 0].unique().numel() > 20
+    assert rows.max() >= 300
+    assert sampled_rows(donor_model(), tokenizer, 40, 9, 0, ignore, vocab_size=300).max() < 300
 
 
 def test_a_token_without_an_embedding_is_named() -> None:
