@@ -137,7 +137,7 @@ def test_the_layer_stage_brings_a_linear_layer_nearer(tmp_path: Path, recipe: Ca
             "4 of 4 layers are linear: some are to be, and one keeps the text",
         ),
         ({"plan": [{"kind": "linear"}] * 4, "linear": 0.5}, "leave out linear or the plan"),
-        ({"plan": [{"kind": "linear"}, {"kind": "full"}]}, "it needs components_by_bits"),
+        ({"plan": [{"kind": "linear"}, {"kind": "full"}]}, "plan, layer 1: it needs components_by_bits"),
         (
             {"plan": [{"kind": "linear"}, {"components_by_bits": {8: 8}}]},
             "the plan has 2 layers and the donor 4",
@@ -150,6 +150,15 @@ def test_what_no_plan_fulfils_is_refused(
 ) -> None:
     with pytest.raises(BudgetError, match=message):
         mhconvert.plan(recipe(tmp_path / "out", HybridSettings(**({"context": CONTEXT} | settings))))
+
+
+def test_a_layer_of_a_plans_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "kinds.json"
+    file.write_text('{"layers": [{"kind": "linear"}, {"components_by_bits": {"8": 4}}, {"kind": "full"}]}')
+    with pytest.raises(
+        BudgetError, match=f"^plan {file}, layer 2: it needs components_by_bits, .* it is {{'kind'"
+    ):
+        HybridSettings(plan=str(file))
 
 
 @pytest.mark.parametrize(
