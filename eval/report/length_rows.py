@@ -17,15 +17,18 @@ def by_length(content: dict[str, Any]) -> list[tuple[str, str]]:
 def _windows(windows: dict[str, Any], coded: bool) -> list[tuple[str, str]]:
     """(quantity, value) of a plan's `windows`: what is full, in which class, and the share of the cache by length.
 
-    coded: whether the cache has codes, whose shares are of the donor's at 16 bits.
+    What a survey has yet to choose is missing. coded: whether the cache has codes, whose shares are of 16 bits.
     """
-    shares = ", ".join(f"{int(length):,}: {share(part)}" for length, part in windows["shares"].items())
+    shares = ", ".join(
+        f"{int(length):,}: {share(part)}" for length, part in windows.get("shares", {}).items()
+    )
     kinds = {"learnt": "with sinks", "first": "with the first tokens", "none": "without sinks"}
     sinks = kinds[windows["sinks"]]
     beside = " and the first ones" if windows["sinks"] == "first" else ""
+    full = windows.get("full_layers", "chosen by a survey")
     return [
-        ("full layers", f"{windows['full_layers']}; the others see {windows['window']:,} tokens{beside}"),
-        (f"share of the cache by length{', at 16 bits' * coded}", shares),
+        ("full layers", f"{full}; the others see {windows['window']:,} tokens{beside}"),
+        *([(f"share of the cache by length{', at 16 bits' * coded}", shares)] if shares else []),
         ("class", f"{windows['class']}, {sinks}"),
     ]
 
