@@ -7,6 +7,8 @@ from typing import Any
 from ..convert.methods.registry import METHODS
 from . import adapter_tables
 
+CODED = 0.75  # codes are counted as elements of 16 bits, and are of float32 about half that share
+
 
 def active_heads(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """The row of a plan that says how many heads a token has; none for methods that keep all."""
@@ -33,6 +35,18 @@ def length_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def donor_share(plan: dict[str, Any]) -> str:
+    """The share of the donor's cache; of codes beside float32 also that of 16 bits, which their budget is of."""
+    from ..eval.report.units import share
+
+    part, counted = (
+        plan[name]["converted"] / plan[name]["donor"]
+        for name in ("kv_bytes_per_token", "kv_elements_per_token")
+    )
+    coded = plan["dtype"] == "float32" and part < CODED * counted
+    return f"{share(part)} of float32, {share(counted)} of 16 bits" if coded else share(part)
+
+
 def expected_time(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """The row of the time, where the plan has one."""
     from ..eval.report.units import duration
@@ -54,10 +68,9 @@ def show(plan: dict[str, Any], console: Any) -> None:
 def _show_one(plan: dict[str, Any], console: Any) -> None:
     from rich.table import Table
 
-    from ..eval.report.units import share, size
+    from ..eval.report.units import size
 
     cache, asked = plan["kv_bytes_per_token"], plan.get("tolerance")
-    part = share(cache["converted"] / cache["donor"])
     console.out(f"{plan['donor']} → {plan['output']} (nothing was written)", highlight=False)
     table = Table(show_header=False)
     table.add_column("")
@@ -68,7 +81,10 @@ def _show_one(plan: dict[str, Any], console: Any) -> None:
             "KV cache a token",
             f"{size(cache['donor'])} → {'at most ' if asked else ''}{size(cache['converted'])}",
         ),
-        ("share of the donor's", f"the smallest within {asked}; it will be searched" if asked else part),
+        (
+            "share of the donor's",
+            f"the smallest within {asked}; it will be searched" if asked else donor_share(plan),
+        ),
         *active_heads(plan),
         *length_rows(plan),
         ("size of the result", size(plan.get("output_bytes"))),

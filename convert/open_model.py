@@ -29,6 +29,7 @@ from .donor.tokenizer_files import load_tokenizer
 from .methods.registry import register
 from .storage.atomic_files import sha256
 from .storage.folder_kind import is_adapter
+from .storage.output_folder import require_finished
 from .storage.safetensors_reader import SafetensorsSource, read_json, require_finite
 
 if TYPE_CHECKING:
@@ -137,9 +138,11 @@ def checkpoint_folder(reference: str, *, weights: bool = True) -> Path | None:
     """The folder of a converted checkpoint: `reference` itself, or the snapshot of org/name[@revision] on the Hub.
 
     None for anything else. weights: whether a snapshot has to have them. Raises CheckpointError where the Hub does not
-    give it.
+    give it, and for a folder that is unfinished.
     """
     path = Path(reference).expanduser()
+    if reference not in ALIASES:
+        require_finished(path)
     if path.exists() or reference in ALIASES or not HUB_ID.fullmatch(reference):
         return path if converted_method(reference) is not None else None
     snapshot = hub_download.download_config(reference)
@@ -192,6 +195,16 @@ def open_model(reference: str, *, device: str | None = None, trust_remote_code: 
     return OpenModel(reference, donor.config, place, donor, trust_remote_code)
 
 
+def require_folder(reference: str) -> None:
+    """Raises CheckpointError where `reference` can only be a folder, and there is none or an unfinished one."""
+    path = Path(reference).expanduser()
+    if reference in ALIASES or path.exists():
+        return
+    require_finished(path)
+    if not HUB_ID.fullmatch(reference):
+        raise CheckpointError(f"there is no folder {reference}")
+
+
 def output_folder(recipe: Recipe) -> Path:
     """The folder that the conversion `recipe` writes, its default by the donor's name."""
     return recipe.output_folder(open_donor(recipe.model, trust_remote_code=recipe.trust_remote_code).name)
@@ -200,6 +213,7 @@ def output_folder(recipe: Recipe) -> Path:
 def recorded_donor(checkpoint: str) -> str:
     """What the checkpoint is measured against, by its record: `chain.measured_model`, or the base model of an adapter,
     merged or not. MhconvertError when there is none."""
+    require_folder(checkpoint)
     if is_adapter(Path(checkpoint).expanduser()):
         from .adapters.saved_adapter import open_adapter
 

@@ -115,6 +115,8 @@ def _resolve(recipe: Recipe, on_progress: Listener) -> tuple[Donor, Method]:
     largest = recipe if recipe.tolerance is None else recipe.at_budget(1.0)
     method = build_method(recipe.method, donor.config, largest.settings, recipe.effort)
     calibration_rows.check(recipe, donor.config, least_row(recipe, donor, method))
+    if isinstance(word := getattr(recipe.settings, "protect", None), str):
+        first_donor.with_same_heads(donor, word, trust_remote_code=recipe.trust_remote_code)
     dtype = cost_estimate.output_dtype(recipe, donor)
     twin = build_method(recipe.method, donor.config, largest.settings, recipe.effort)  # an example changes it
     if method.notice and recipe.tolerance is None:

@@ -12,7 +12,7 @@ from mhconvert.errors import RecipeError
 from ..convert.recipe.written_weights import DTYPES, dtype_name
 from ..convert.validation.option import Names, Option, Takes, default
 from ..convert.validation.settings import Settings
-from .written_values import needle_depths, one_name, require_depths, task_names, token_counts
+from .written_values import needle_depths, one_name, require_needles, task_names, token_counts
 
 Suite = Literal["quick", "standard", "transmla", "moh", "dha", "open-llm", "generation"]
 Backend = Literal["hf", "vllm"]
@@ -203,7 +203,7 @@ class EvalSettings(Settings):
         shape = (self.sequences, self.sequence_length)
         if not self.text and shape != (EvalSettings.sequences, EvalSettings.sequence_length):
             raise RecipeError("sequences and sequence_length are of text: name one, or leave them out")
-        require_depths(self.retrieval_depths, list(self.retrieval_depths))
+        require_needles(self.retrieval_lengths, self.retrieval_depths)
         probe = (self.retrieval_lengths, self.retrieval_depths, self.retrieval_trials)
         usual = (RETRIEVAL_LENGTHS, RETRIEVAL_DEPTHS, EvalSettings.retrieval_trials)
         if not self.retrieval and probe != usual:

@@ -16,14 +16,19 @@ def task_names(text: str) -> tuple[str, ...]:
 
 
 def token_counts(text: str) -> tuple[int, ...]:
-    """(512, 1024) from "512,1024". Raises RecipeError for anything but whole numbers above 0."""
+    """(512, 1024) from "512,1024". Raises RecipeError as `require_counts`."""
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
         counts = ()
-    if not counts or min(counts) < 1:
-        raise RecipeError(f"'{text}' is not a list of tokens such as 512,1024")
+    require_counts(counts, text)
     return counts
+
+
+def require_counts(counts: Sequence[int], written: object) -> None:
+    """Raises RecipeError, which says what is `written`, for anything but different numbers above 0."""
+    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+        raise RecipeError(f"'{written}' is not a list of different numbers of tokens, such as 512,1024")
 
 
 def needle_depths(text: str) -> tuple[float, ...]:
@@ -42,6 +47,12 @@ def require_depths(depths: Sequence[float], written: object) -> None:
         raise RecipeError(
             f"'{written}' is not a list of different depths from 0, first, to 1, last, such as 0,0.25,0.9"
         )
+
+
+def require_needles(lengths: Sequence[int], depths: Sequence[float]) -> None:
+    """Raises RecipeError as `require_counts` of the texts' lengths and `require_depths`."""
+    require_counts(lengths, list(lengths))
+    require_depths(depths, list(depths))
 
 
 def one_name(text: str) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ def open_both(
     if asked.tensorboard is not None:
         require_tensorboard()
     folder = Path(asked.checkpoint)
+    open_model.require_folder(asked.checkpoint)
     converted = identity.made_by(asked.checkpoint) or chain.methods(folder)
     if not converted and not folder_kind.is_adapter(folder):
         raise HealError(

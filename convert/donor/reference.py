@@ -17,6 +17,7 @@ from mhconvert.errors import CheckpointError
 from mhconvert.progress import Listener
 
 from ..storage.bounded_yaml import load_yaml
+from ..storage.output_folder import require_finished
 from ..storage.regular_file import require_regular
 from ..storage.safetensors_reader import SafetensorsSource, TensorSource, read_json
 from . import hub_download, wheel_download
@@ -113,13 +114,14 @@ def resolve(reference: str, *, on_progress: Listener) -> ResolvedReference:
     An alias takes precedence over a folder of the same name (./name is the folder), a folder over a Hub id.
 
     Raises:
-        CheckpointError: there is no such model; the message lists similar aliases.
+        CheckpointError: there is no such model, or an unfinished one; the message lists similar aliases.
         UnsupportedError: transformers does not know the model type.
     """
     path = Path(reference).expanduser()
     if reference in ALIASES:
         return _from_alias(reference, on_progress)
     if not path.is_dir():
+        require_finished(path)
         require_regular(path)
     if reference and path.is_dir():
         return _from_folder(reference, path, name=path.resolve().name.lower())

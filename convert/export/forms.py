@@ -136,6 +136,7 @@ def _write(reference: str, form: Form, options: Options, on_progress: Listener |
 def _method(reference: str) -> MethodInfo:
     """The method that made the checkpoint. Raises ExportError for what has nothing to export."""
     path = Path(reference).expanduser()
+    open_model.require_folder(reference)
     if is_adapter(path):
         kind = str(read_json(path / ADAPTER_CONFIG).get("peft_type")).lower()
         return ADAPTERS.get(kind) or next(iter(ADAPTERS.values()))  # a writer refuses adapters of other kinds

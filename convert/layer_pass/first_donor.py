@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhconvert.errors import MhconvertError
+from mhconvert.errors import MhconvertError, UnsupportedError
 
 from ..attention.rotary import layer_rotary
-from ..checkpoint import chain
+from ..checkpoint import chain, identity
 from ..donor.donor import Donor, open_donor
 from ..families.facts import layer_window
 from ..methods.registry import Method
@@ -40,6 +40,25 @@ def with_weights(donor: Donor, first: Donor) -> Donor:
         if first.source:
             return first
     return donor
+
+
+def with_same_heads(donor: Donor, word: str, *, trust_remote_code: bool) -> Donor:
+    """The plain model on which `protect` measures the heads that `word` means: `donor` itself, or what its chain began
+    with where it has a class of ours, which keeps the query heads and their numbers.
+
+    Raises UnsupportedError where that is not at hand, or had an adapter merged into it since.
+    """
+    if identity.converted_method(str(donor.folder)) is None:
+        return donor
+    first, _ = first_donor(donor, trust_remote_code=trust_remote_code)
+    if first is donor:
+        missing = chain.measured_model(donor.folder) or "that, with the adapter merged into it,"
+        raise UnsupportedError(
+            f"protect {word}: heads are measured on the plain model that {donor.reference} was made from, and "
+            f"{missing} is not at hand; take heads.protect.{word} of mhconvert inspect DONOR --heads --json as a FILE "
+            "for protect"
+        )
+    return first
 
 
 def notice(donor: Donor, first: Donor) -> str | None:

@@ -8,7 +8,7 @@ from mhconvert.errors import BudgetError
 
 from .layer_kinds import LINEAR
 from .layer_options import LEAST_WINDOW
-from .mla.plan_file import read_plan
+from .mla.plan_file import layer_bits, read_plan
 from .plan_file import name_of, read_layers
 
 WINDOW = "window"
@@ -35,5 +35,7 @@ def read_coded_windows(plan: Any) -> list[dict[str, Any]]:
 def read_linear(plan: Any) -> list[dict[str, Any]]:
     """[{"kind": "linear"}, or components_by_bits] of every layer. Raises BudgetError for anything else."""
     layers = read_layers(plan, f"{{kind: {LINEAR}}} or {{components_by_bits: {{8: 4, 2: 90}}}}")
-    linear = [{"kind": LINEAR} if layer.get("kind") == LINEAR else None for layer in layers]
-    return [one or read_plan([layer])[0] for one, layer in zip(linear, layers, strict=True)]
+    return [
+        {"kind": LINEAR} if layer.get("kind") == LINEAR else layer_bits(plan, index, layer)
+        for index, layer in enumerate(layers)
+    ]

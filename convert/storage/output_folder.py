@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mhconvert.errors import OutputError
+from mhconvert.errors import CheckpointError, OutputError
 
 from .disk_space import check_space
 from .folder_kind import KINDS
@@ -174,6 +174,15 @@ class ResumableFolder(PartialFolder):
     def publish(self, *, finished: bool = True) -> None:
         self.state_file.unlink()  # first: a partly deleted work folder must not be resumed
         super().publish(finished=finished)
+
+
+def require_finished(folder: Path) -> None:
+    """Raises CheckpointError where there is no `folder` yet, only the work of the run that writes it."""
+    if not folder.exists() and (partial := folder.with_name(folder.name + PARTIAL)).is_dir():
+        raise CheckpointError(
+            f"{folder} is unfinished, there is only {partial}: run the command that writes it again, a conversion or "
+            "healing with --resume"
+        )
 
 
 def require_outside(output: Path, *read: Path | None) -> None:

@@ -23,7 +23,7 @@ HOW = (
     ("texts", "text", "sequences", "sequence_length"),
     ("tasks", "task", "num_fewshot"),
 )  # of rows, what they are
-ASKED = ("generation", "refusals")  # parts that depend on what the models are asked
+ASKED = ("retrieval", "generation", "refusals")  # parts that depend on what the models are asked
 COMPARED = ("models", "settings", "versions")  # parts in which two results of one table agree
 
 
@@ -94,13 +94,17 @@ def _loses(earlier: dict[str, Any], whole: dict[str, Any]) -> bool:
 
 
 def _measured(result: dict[str, Any], part: str, *fields: str) -> set[tuple[Any, ...]]:
-    """What each row of a part measures: the text or task, and how."""
-    return {tuple(row[name] for name in fields) for row in result.get(part) or []}
+    """What each row of a part measures: the text, or each metric of the task, and how."""
+    return {
+        (*(row[name] for name in fields), metric.get("metric"))
+        for row in result.get(part) or []
+        for metric in row.get("metrics") or [{}]
+    }
 
 
 def _asked(part: dict[str, Any]) -> dict[str, Any]:
-    """What the models were asked, and how: all of the part but its figures."""
-    return {key: value for key, value in part.items() if key != "models"}
+    """What the models were asked, and how: all of the part but its figures, and lengths that none of them reads."""
+    return {key: value for key, value in part.items() if key not in ("models", "left_out")}
 
 
 def _kept_aside(file: Path) -> Path:

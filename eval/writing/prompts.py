@@ -107,12 +107,18 @@ def prompt_rows(opened: OpenModel, asked: Asked) -> list[list[int]]:
     """Token ids of each prompt, as `token_rows`. Raises MhconvertError too where the model reads fewer tokens than a
     prompt and the new ones."""
     rows = token_rows(opened, asked.prompts)
-    longest, new_tokens = max(map(len, rows)), asked.max_new_tokens
+    lengths = [len(row) for row in rows]
+    longest, new_tokens = max(lengths), asked.max_new_tokens
     try:
         opened.require_length(longest + new_tokens)
     except MhconvertError as error:
+        way_out = (
+            "shorten or leave out that prompt" if asked.source != OWN_PROMPTS else "ask others with --prompts"
+        )
+        if (room := (opened.longest or 0) - longest) > 0:
+            way_out = f"choose at most {room} with --max-new-tokens, or {way_out}"
         raise MhconvertError(
-            f"{error}: {longest} of the longest prompt and {new_tokens} new ones; choose fewer with --max-new-tokens"
+            f"{error}: {longest} of prompt {1 + lengths.index(longest)} and {new_tokens} new ones; {way_out}"
         ) from error
     return rows
 

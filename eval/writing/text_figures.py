@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from ...convert.calibration.loops import longest_loop, loops
 
 DISTINCT = (2, 4)  # n of distinct-n
+YES_OR_NO = ("loops", "ends", "format")  # figures that are 1 or 0 for a text
 FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 

@@ -11,7 +11,7 @@ from ..fidelity import perplexity
 from .continuations import Judged, Text
 from .differences import Values, beside, error, mean, paired
 from .prompts import Prompt
-from .text_figures import figures
+from .text_figures import YES_OR_NO, figures
 from .verdict import drift_tokens, verdict
 
 Figures = dict[str, Values]  # by name, of each prompt's text
@@ -92,7 +92,10 @@ def compared(
         for name in ours["sampled"]
     }
     sampled, greedy = (
-        {name: beside(values, theirs[how][name], spread[name]) for name, values in ours[how].items()}
+        {
+            name: beside(values, theirs[how][name], spread[name], yes_or_no=name in YES_OR_NO)
+            for name, values in ours[how].items()
+        }
         for how in ("sampled", "greedy")
     )
     found = {

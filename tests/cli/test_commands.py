@@ -143,6 +143,8 @@ def test_dry_run_plans(
         "donor": "tiny",
         "output": "tiny-mla",
         "method": "mla",
+        "dtype": "bfloat16",
+        "kv_elements_per_token": {"donor": 2048, "converted": 512},
         "kv_bytes_per_token": {"donor": 4096, "converted": 1024},
         "layers": [{"index": 0, "kv_lora_rank": 24, "qk_rope_head_dim": 8}],
     }

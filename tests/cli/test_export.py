@@ -124,6 +124,8 @@ def test_what_has_nothing_to_export(
     donor = portable.parent / "donor"
     assert main("export", donor, "--to", "auto", "--quiet") == 1
     assert "is no checkpoint that mhconvert converted; an export begins with one" in capsys.readouterr().err
+    assert main("export", f"{donor}-", "--to", "auto", "--quiet") == 1
+    assert f"there is no folder {donor}-" in capsys.readouterr().err
     assert main("export", portable, "--to", "vllm", "--quiet") == 2
     capsys.readouterr()
     quality = make_checkpoint(tmp_path / "quality")

@@ -80,6 +80,20 @@ def test_the_donor_is_read_from_the_provenance(pair: tuple[Path, Path], text: Pa
         recorded_donor(str(donor))
 
 
+@pytest.mark.parametrize("reference", ["half", "out/half"])  # the second could be a name on the Hub
+def test_what_is_not_there_is_not_asked_for_its_donor(
+    tmp_path: Path, text: Path, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(f"{reference}.partial").mkdir(parents=True)
+    unfinished = f"^{reference} is unfinished, there is only {reference}.partial: .* --resume"
+    for work in (lambda: api.evaluate(reference, on(text, 1)), lambda: open_model(reference)):
+        with pytest.raises(CheckpointError, match=unfinished):
+            work()
+    with pytest.raises(CheckpointError, match="^there is no folder nowhere$"):
+        api.evaluate("nowhere", on(text, 1))
+
+
 def test_another_vocabulary_cannot_be_compared(pair: tuple[Path, Path], text: Path, folder: Path) -> None:
     small = make_donor(folder / "small", vocab=300)
     with pytest.raises(MhconvertError, match=r"300 tokens and .* has 320"):

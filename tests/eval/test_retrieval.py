@@ -221,3 +221,13 @@ def test_depths_are_read_from_text_and_lists() -> None:
             EvalSettings(retrieval=True, retrieval_depths=depths)
     with pytest.raises(RecipeError, match="_depths and _trials are of retrieval"):
         EvalSettings(text="a.txt", retrieval_depths="0.5")
+
+
+def test_lengths_are_different_numbers_above_none() -> None:
+    """A length twice would be counted as other trials, and is the same texts."""
+    assert EvalSettings(retrieval=True, retrieval_lengths="512,256").retrieval_lengths == (512, 256)
+    for lengths in ((0,), (), [512, 512], "512,512", "512,", "-3"):
+        with pytest.raises(
+            RecipeError, match="is not a list of different numbers of tokens, such as 512,1024"
+        ):
+            EvalSettings(retrieval=True, retrieval_lengths=lengths)

@@ -422,6 +422,12 @@ def test_a_donor_is_not_healed(checkpoint: Path) -> None:
     donor = checkpoint.parent / "donor"
     with pytest.raises(HealError, match="is not a checkpoint that mhconvert wrote; convert a donor first"):
         api.heal(str(donor), HealSettings(tokens=256, **SMALL), verify=False)
+    for reference, message in (
+        (f"{donor}-", "there is no folder"),
+        ("smollm2-135m", "convert a donor first"),
+    ):
+        with pytest.raises(MhconvertError, match=message):
+            api.heal(reference, HealSettings(tokens=256, **SMALL), verify=False)
 
 
 def test_too_little_memory_says_what_helps(

@@ -121,10 +121,12 @@ class WindowedCodedMLA(CodedMLA):
         return {"window": self.plan.window, "sinks": "first"}
 
     def totals(self) -> dict[str, Any]:
-        """What a plan says of the windows, once they are chosen: {"windows": …} as of `--to swa`."""
-        if not self.bits:
-            return {}
-        facts = self.plan.facts(self.windows, self._share)
+        """What a plan says of the windows: {"windows": …} as of `--to swa`, without what a survey has yet to choose."""
+        facts: dict[str, Any] = {"context": self.plan.context, "window": self.plan.window}
+        if self.plan.fixed is not None:
+            facts["full_layers"] = self.plan.full
+        if self.bits:
+            facts |= self.plan.facts(self.windows, self._share)
         return {"windows": facts | {"class": self.config.model_type, "sinks": "first"}}
 
     def observe(self, attention: Any, inputs: Tensor, rotary: Any) -> Any:

@@ -173,7 +173,7 @@ def window_plan(config: Any, settings: SWASettings, keeps_first: bool = False) -
         raise BudgetError(
             f"kv_budget={settings.kv_budget} cannot be reached: with window={window} in every layer "
             f"{least / donor:.4g} of the donor's cache of {context} tokens is left; choose a budget of at least "
-            f"{least / donor:.4g}{narrower}, or a longer context"
+            f"{-(-10000 * least // donor) / 10000:g}{narrower}, or a longer context"
         )
     return replace(most, full=min(full, len(most.free)))
 

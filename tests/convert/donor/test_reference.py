@@ -25,6 +25,12 @@ def test_references_that_mean_nothing(reference, words):
     assert words in str(error.value)
 
 
+def test_a_folder_that_is_unfinished(tmp_path):
+    (tmp_path / "half.partial").mkdir()
+    with pytest.raises(CheckpointError, match=r"half is unfinished, there is only .*half\.partial"):
+        open_donor(str(tmp_path / "half"))
+
+
 def test_a_file_that_is_no_gguf(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()

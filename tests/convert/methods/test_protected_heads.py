@@ -14,6 +14,7 @@ import torch
 import mhconvert
 from mhconvert.convert import finished_conversion, pipeline
 from mhconvert.convert.checkpoint.provenance import read_record
+from mhconvert.convert.layer_pass import time_estimate
 from mhconvert.convert.methods.dha.method import DHA
 from mhconvert.convert.methods.dha.settings import DHASettings
 from mhconvert.convert.methods.layer_sensitivity import LayerSensitivity, weighted
@@ -26,9 +27,11 @@ from mhconvert.convert.methods.protected_heads import head_weights, read_protect
 from mhconvert.convert.methods.registry import build_method
 from mhconvert.convert.open_model import open_model
 from mhconvert.convert.recipe.recipe import Calibration, Recipe, load_recipe
-from mhconvert.errors import BudgetError, MhconvertError, OutputError
+from mhconvert.convert.recipe.steps import Step
+from mhconvert.errors import BudgetError, MhconvertError, OutputError, UnsupportedError
 from mhconvert.eval.heads import measured_heads
 from mhconvert.eval.heads.survey import Asked, survey
+from mhconvert.progress import ignore
 from tests.donors import make_config, make_donor
 
 LAYERS, HEADS, GROUPS = 3, 8, 4
@@ -318,6 +321,37 @@ def test_a_curve_measures_the_heads_of_a_word(
     with pytest.raises(MhconvertError, match="a curve needs at least one budget"):
         mhconvert.curve(replace(asked, settings=DHASettings(protect="retrieval")), ())
     assert surveys == ["safety"]
+
+
+def test_heads_of_a_converted_donor_are_those_of_the_first(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the same numbers; where the first donor is gone, the plan says so."""
+    asked, first, small = [], tmp_path / "first", tmp_path / "small"
+    protect = {"from": "safety"} | given([[3]])
+
+    def known(reference: str, *_: Any) -> dict[str, Any]:
+        asked.append(reference)
+        return {"protect": {"safety": protect}}
+
+    monkeypatch.setattr(measured_heads, "survey", known)
+    monkeypatch.setattr(time_estimate, "PROBE_SECONDS", 1e-4)
+    monkeypatch.setenv("MHCONVERT_EVAL_CACHE", str(tmp_path / "kept"))
+    make_donor(first, layers=1, kv_heads=2)
+    pieces = Calibration((str(text),), tokens=128, sequence_length=64, held_out=2)
+    how: dict[str, Any] = {"calibration": pieces, "effort": "quick", "verify": False, "device": "cpu"}
+    routed = MoHSettings(protect="safety")
+    mhconvert.plan(Recipe(str(first), methods=[Step("dha"), Step("moh", routed)], **how))
+    assert asked == []
+    mhconvert.convert(Recipe(str(first), "dha", DHASettings(0.75), output=str(small), **how))
+    then = Recipe(str(small), "moh", routed, output=str(tmp_path / "out"), **how)
+    assert measured_heads.with_measured_heads(then, ignore).settings.protect == protect
+    assert asked == [str(first)]
+    first.rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        UnsupportedError, match=f"protect safety: .* {first} is not at hand; take heads.protect.s"
+    ):
+        mhconvert.plan(replace(then, output=str(tmp_path / "new")))
 
 
 def test_a_donor_without_such_heads(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def result(folder: Path, **changed: Any) -> dict[str, Any]:
         for place, role in ((folder / "donor", "donor"), (folder, "converted"))
     ]
     text = {"text": "a.txt", "sequences": 4, "sequence_length": 64, "models": []}
-    task = {"task": "piqa", "num_fewshot": 0, "models": []}
+    task = {"task": "piqa", "num_fewshot": 0, "metrics": [{"metric": "acc", "models": []}]}
     parts = {
         "texts": [text],
         "tasks": [task],
@@ -52,7 +52,8 @@ def one_score(monkeypatch: pytest.MonkeyPatch) -> None:
         {"settings": {"suite": None, "limit": 100, "batch_size": 8, "device": "cpu"}},
         {"versions": {"torch": "3"}},
         {"texts": [{"text": "a.txt", "sequences": 4, "sequence_length": 128, "models": []}]},
-        {"tasks": [{"task": "piqa", "num_fewshot": 5, "models": []}]},
+        {"tasks": [{"task": "piqa", "num_fewshot": 5, "metrics": [{"metric": "acc", "models": []}]}]},
+        {"tasks": [{"task": "piqa", "num_fewshot": 0, "metrics": [{"metric": "parses", "models": []}]}]},
     ],
 )
 def test_figures_in_other_settings_are_kept_aside(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -121,3 +122,14 @@ def test_refusals_of_other_requests_are_kept_aside(tmp_path: Path) -> None:
     assert len(record_evaluation(result(tmp_path, refusals=theirs))["kept_aside"]) == 1
     assert recorded(tmp_path / "evaluation.json")["refusals"] == theirs
     assert recorded(tmp_path / "evaluation-1.json")["refusals"]["models"] == [1]
+
+
+@pytest.mark.parametrize("change", [{"lengths": [256]}, {"depths": [0.0]}, {"trials": 8}])
+def test_retrieval_with_other_needles_is_kept_aside(tmp_path: Path, change: dict[str, Any]) -> None:
+    first = {"lengths": [256, 512], "depths": [0.0, 1.0], "trials": 2, "left_out": [2048], "models": [0.25]}
+    assert record_evaluation(result(tmp_path, retrieval=first)) == {}
+    assert record_evaluation(result(tmp_path)) == {}  # keeps it
+    assert record_evaluation(result(tmp_path, retrieval=first | {"left_out": [], "models": [0.5]})) == {}
+    assert len(record_evaluation(result(tmp_path, retrieval=first | change))["kept_aside"]) == 1
+    assert recorded(tmp_path / "evaluation.json")["retrieval"] == first | change
+    assert recorded(tmp_path / "evaluation-1.json")["retrieval"]["models"] == [0.5]

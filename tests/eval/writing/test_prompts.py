@@ -81,10 +81,21 @@ def test_a_template_is_used_where_there_is_one(tmp_path: Path) -> None:
 def test_what_a_model_cannot_be_asked(tmp_path: Path) -> None:
     donor = make_donor(tmp_path / "tiny", layers=1)
     opened = open_model(str(donor))
-    with pytest.raises(
-        MhconvertError, match=r"reads at most 512 tokens and \d+ are asked for: \d+ of the longest"
+    (length,) = map(len, prompt_rows(opened, RIVER))
+    prompts, read = (
+        [Prompt("A"), *RIVER.prompts],
+        f"reads at most 512 tokens and {length + 500} are asked for",
+    )
+    for source, others in (
+        ("own", "ask others with --prompts"),
+        ("p.txt", "shorten or leave out that prompt"),
     ):
-        prompt_rows(opened, Asked(RIVER.prompts, "own", 500))
+        asked_for = f"{read}: {length} of prompt 2 and 500 new ones"
+        words = f"{asked_for}; choose at most {512 - length} with --max-new-tokens, or "
+        with pytest.raises(MhconvertError, match=f"{words}{others}$"):
+            prompt_rows(opened, Asked(prompts, source, 500))
+        with pytest.raises(MhconvertError, match=f" of prompt 1 and 4 new ones; {others}$"):
+            prompt_rows(opened, Asked([Prompt("river " * 512), *prompts], source, 4))
     (donor / "chat_template.jinja").write_text(
         "{% if 'boat' in messages[0]['content'] %}{{ raise_exception('no boats') }}{% endif %}x"
     )

@@ -47,14 +47,24 @@ def test_means_and_errors_over_prompts() -> None:
 
 
 def test_few_texts_that_changed_alike_are_not_certain() -> None:
-    one = beside([0.0], [1.0], spread=0.0)
-    assert one["difference"] == -1
-    assert one["difference_stderr"] is one["within_noise"] is None
-    two = beside([0.0, 0.0], [1.0, 1.0], spread=0.0)  # with a pair of either sign: 1, −1, −1, −1
-    assert two["difference_stderr"] == pytest.approx(0.5)
-    many = beside([0.0] * 20, [1.0] * 20, spread=0.0)
-    assert many["difference_stderr"] < 0.1
-    assert many["within_noise"] is False
+    def changed(count: int, yes_or_no: bool = True) -> dict[str, Any]:
+        return beside([0.0] * count, [1.0] * count, spread=0.0, yes_or_no=yes_or_no)
+
+    assert changed(1)["difference"] == -1
+    assert changed(1)["difference_stderr"] is changed(1)["within_noise"] is None
+    assert changed(2)["difference_stderr"] == pytest.approx(0.5)  # with a pair of either sign: 1, −1, −1, −1
+    assert changed(20)["difference_stderr"] < 0.1
+    assert changed(20)["within_noise"] is False
+    assert changed(2, yes_or_no=False)["difference_stderr"] == 0
+
+
+def test_only_what_is_yes_or_no_is_counted_as_a_share() -> None:
+    """The same texts: a length is no share though its differences are 0."""
+    greedy = found()["greedy"]
+    errors = {name: figure["difference_stderr"] for name, figure in greedy.items()}
+    assert errors.pop("format") == pytest.approx(error([0.0] * (COUNT // 2) + [1.0, -1.0]))
+    assert errors.pop("loops") == errors.pop("ends") == pytest.approx(error([0.0] * COUNT + [1.0, -1.0]))
+    assert errors == dict.fromkeys(("distinct_2", "distinct_4", "longest_loop", "tokens"), 0)
 
 
 def test_loops_beyond_noise_count_though_others_differ_more() -> None:

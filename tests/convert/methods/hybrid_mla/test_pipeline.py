@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import mhconvert
+from mhconvert.cli import plan_tables
 from mhconvert.convert import pipeline
+from mhconvert.convert.layer_pass import time_estimate
 from mhconvert.convert.methods.hybrid_mla import method
 from mhconvert.convert.methods.hybrid_mla.settings import HybridSettings
 from mhconvert.convert.methods.hybrid_mla.states import state_bytes
@@ -137,7 +142,7 @@ def test_the_layer_stage_brings_a_linear_layer_nearer(tmp_path: Path, recipe: Ca
             "4 of 4 layers are linear: some are to be, and one keeps the text",
         ),
         ({"plan": [{"kind": "linear"}] * 4, "linear": 0.5}, "leave out linear or the plan"),
-        ({"plan": [{"kind": "linear"}, {"kind": "full"}]}, "it needs components_by_bits"),
+        ({"plan": [{"kind": "linear"}, {"kind": "full"}]}, "plan, layer 1: it needs components_by_bits"),
         (
             {"plan": [{"kind": "linear"}, {"components_by_bits": {8: 8}}]},
             "the plan has 2 layers and the donor 4",
@@ -150,6 +155,32 @@ def test_what_no_plan_fulfils_is_refused(
 ) -> None:
     with pytest.raises(BudgetError, match=message):
         mhconvert.plan(recipe(tmp_path / "out", HybridSettings(**({"context": CONTEXT} | settings))))
+
+
+def test_a_plan_says_what_its_shares_are_of(
+    tmp_path: Path, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget of codes is of 16 bits, which a donor in float32 has twice."""
+    monkeypatch.setattr(time_estimate, "PROBE_SECONDS", 1e-4)
+    for dtype, of_cache in (
+        ("float32", r"2\d\.\d % of float32, 4\d\.\d % of 16 bits"),
+        ("bfloat16", r"4\d\.\d %"),
+    ):
+        asked = HybridSettings(0.5, context=CONTEXT)
+        plan = mhconvert.plan(recipe(tmp_path / "out", asked, dtype=dtype))
+        plan_tables.show(plan, console := Console(file=io.StringIO(), width=120))
+        shown = " ".join(console.file.getvalue().replace("│", " ").split())  # type: ignore[attr-defined]
+        assert re.search(f"share of the donor's {of_cache} KV cache of {CONTEXT}", shown)
+        assert re.search(rf"share of the donor's at 16 bits {CONTEXT}: [\d.]+ KiB, 4\d\.\d %", shown)
+
+
+def test_a_layer_of_a_plans_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "kinds.json"
+    file.write_text('{"layers": [{"kind": "linear"}, {"components_by_bits": {"8": 4}}, {"kind": "full"}]}')
+    with pytest.raises(
+        BudgetError, match=f"^plan {file}, layer 2: it needs components_by_bits, .* it is {{'kind'"
+    ):
+        HybridSettings(plan=str(file))
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ import pytest
 import mhconvert
 from mhconvert.convert.calibration import calibration_rows
 from mhconvert.convert.methods.mla_swa.settings import MLASWASettings
+from mhconvert.convert.methods.registry import build_method
 from mhconvert.convert.open_model import open_model
 from mhconvert.convert.recipe.recipe import Calibration, Recipe
 from mhconvert.errors import BudgetError, CalibrationError
 from mhconvert.eval.cache_size import elements_per_token, lengths
+from mhconvert.eval.report.length_rows import by_length
 from tests.convert.test_pipeline import hashes, stop_after
 from tests.donors import make_config, make_donor
 
@@ -100,11 +102,21 @@ def test_rows_are_twice_a_window_that_is_wider_than_half_of_them(
         assert calibration_rows.judged_tokens(asked, config) == length
 
 
+@pytest.mark.parametrize(("full", "said"), [(None, "chosen by a survey"), ([0, 1], "2")])
+def test_a_plan_without_a_survey_says_at_which_length(full: list[int] | None, said: str) -> None:
+    settings = MLASWASettings(0.1, window=WINDOW, context=CONTEXT, full_layers=full)
+    method = build_method("mla+swa", make_config(layers=LAYERS), settings, "quick")
+    windows = method.totals()["windows"]
+    assert (windows["context"], windows["window"]) == (CONTEXT, WINDOW)
+    rows = by_length({"windows": windows})
+    assert rows[0] == ("full layers", f"{said}; the others see {WINDOW} tokens and the first ones")
+    assert [name for name, _ in rows] == ["full layers", "class"]  # no share that a survey decides
+
+
 def test_a_surveyed_plan_is_that_of_the_conversion(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
     from mhconvert.eval.fidelity import Fidelity
 
     asked = recipe(tmp_path / "out", verify=False)
-    assert "windows" not in mhconvert.plan(asked)
     from mhconvert.convert import pipeline
 
     planned = pipeline.plan(asked, surveyed=Fidelity)

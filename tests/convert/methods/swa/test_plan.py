@@ -82,6 +82,18 @@ def test_first_tokens_count_beside_the_window() -> None:
         SWA(config(), SWASettings(kv_budget=0.125, sinks="first"), "quick")
 
 
+def test_the_smallest_budget_that_an_error_names_is_enough() -> None:
+    def full_layers(budget: float) -> int:
+        found: int = plan(SWASettings(kv_budget=budget, window=100, context=512)).full
+        return found
+
+    with pytest.raises(
+        BudgetError, match=r"0\.1953 of .* is left; choose a budget of at least 0\.1954, a narrower"
+    ):
+        full_layers(0.1953)  # 100 / 512 is 0.1953125
+    assert full_layers(0.1954) == 0
+
+
 def test_first_tokens_have_a_window_of_any_width_beside_the_donors_own() -> None:
     donor = config(family="gemma2", sliding_window=2048, max_position_embeddings=8192)
     plan_of = [SWA(donor, SWASettings(0.9, window=w, sinks="first"), "quick").plan for w in (None, 512)]
