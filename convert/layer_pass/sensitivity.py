@@ -31,8 +31,8 @@ WANTED_PER_ELEMENT = 20  # tokens for each element of a layer's keys and values,
 MOST_PER_ELEMENT = 80  # that are read: twice as many make the divergence less than 1 % smaller
 FEW_PER_ELEMENT = 2  # below it the transform fits the text that it was made from
 PASS_TOKENS = 8192  # that go through the layers at once, at most
-# Of their states: 1.25 GiB, or what a layer's weights and a third have in float32, about 12 D² elements each. Every pass
-# reads all layers twice, so that a large donor should not have many.
+# Of their states: 1.25 GiB, or what a layer's weights and a third have in float32, about 12 D² elements each. Every
+# pass reads all layers twice, so that a large donor should not have many.
 LEAST_STATE_BYTES, LAYER_SQUARES = 5 << 28, 16
 ROW_TOKENS = 512
 # Beside the layers' inputs: the gradients behind a layer and before it.
