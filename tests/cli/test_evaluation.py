@@ -78,7 +78,7 @@ def test_everything_in_one_command(
         (["--suite", "quick", "--backend", "vllm"], "needs vllm, which is not installed here"),
         ([], "give --text, --tasks, --suite, --retrieval, --generation or --refusals"),
         (["--generation", "--prompts", "{empty}/none.txt"], "none.txt cannot be read: No such file"),
-        (["--generation", "--max-new-tokens", "500"], "choose fewer with --max-new-tokens"),
+        (["--generation", "--max-new-tokens", "500"], "ask others with --prompts"),
     ],
 )
 def test_faults(
