@@ -13,6 +13,7 @@ from ..donor.aliases import ALIASES
 from ..donor.gguf_reader import split_parts
 from ..donor.hub_download import TEXT_FILES
 from ..storage.atomic_files import sha256
+from ..storage.regular_file import require_regular
 from ..storage.safetensors_reader import INDEX, read_weight_map
 
 MODEL_FILES = (
@@ -75,6 +76,7 @@ def of_files(paths: Iterable[Path], hashed: Hash = sha256) -> str:
     """
     digest = hashlib.sha256()
     for path in paths:
+        require_regular(path)
         try:
             digest.update(f"{path.name} {hashed(path)}\n".encode())
         except OSError as error:

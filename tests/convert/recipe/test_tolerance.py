@@ -29,8 +29,8 @@ def test_both_measures_on_held_out_text() -> None:
 def test_a_tolerance_on_what_the_model_writes() -> None:
     generation = parse("generation=0.2")
     assert (str(generation), generation.allowed, generation.on_policy) == ("generation=0.2", 0.2, True)
-    found = FOUND | {"on_policy": {"kl": 0.3, "kl_stderr": 0.02}}
-    assert generation.measured(found) == {"measured": 0.3, "stderr": 0.02, "kl": 0.05}
+    found = FOUND | {"on_policy": {"kl": 0.3, "kl_stderr": 0.02, "digest": "own"}}
+    assert generation.measured(found) == {"measured": 0.3, "stderr": 0.02, "digest": "own", "kl": 0.05}
     assert (generation.held_out, parse("ppl=1.05").held_out) == (parse("kl=0.2"), parse("ppl=1.05"))
 
 
