@@ -112,9 +112,10 @@ def _heal(work: Run) -> dict[str, Any]:
     assert recipe.heal is not None
     resume, force = _interrupted(work.healed), work.ledger.known("heal", work.healed)
     trusted = recipe.trust_remote_code
-    checkpoint = open_model.open_model(str(work.output), trust_remote_code=trusted)
-    if resume and resumable_run.began_with_another(work.healed, checkpoint):
-        resume, force = False, force or not work.healed.exists()  # what was trained is not of this checkpoint
+    if resume:
+        checkpoint = open_model.open_model(str(work.output), trust_remote_code=trusted)
+        if resumable_run.began_with_another(work.healed, checkpoint):  # what was trained is not of this one
+            resume, force = False, force or not work.healed.exists()
     report = api.heal(
         str(work.output),
         recipe.heal,

@@ -37,9 +37,8 @@ class MomentFiles:
 
 def moments_of(layers: int, elements: int, folder: Path | None) -> list[LayerMoments] | MomentFiles:
     """Those of so many layers, of which nothing was counted yet, in a new `folder`; None: in memory."""
-    moments = [LayerMoments(elements) for _ in range(layers if folder is None else 0)]
     if folder is None:
-        return moments
+        return [LayerMoments(elements) for _ in range(layers)]
     files = MomentFiles(folder)
     for index in range(layers):
         files[index] = LayerMoments(elements)

@@ -12,7 +12,7 @@ from ...convert.methods.combinations import behind_adapters
 from ...convert.methods.registry import METHODS
 from ...convert.recipe.tolerance import OWN_PROMPTS
 from ...convert.storage.folder_kind import is_adapter
-from .length_rows import by_length
+from .length_rows import by_length, has_codes
 from .units import count, duration, number, share, size
 
 FEW_PREDICTED = 0.9  # of the tokens of a healing: below it there is padding, or there are many short texts
@@ -35,8 +35,7 @@ def _cache_row(report: dict[str, Any]) -> tuple[str, str, str, str]:
     part = ""
     if donor and converted:
         part = share(converted / donor) + " of the donor's"
-        coded = any("kv_code_bytes" in layer for layer in report.get("layers") or ())
-        if coded and report.get("dtype") == "float32":
+        if has_codes(report) and report.get("dtype") == "float32":
             part += f" float32, {share(2 * converted / donor)} of 16 bits"
     context = report.get("cache_context")
     where = f" at {context:,} tokens" if context else ""

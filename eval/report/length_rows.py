@@ -9,9 +9,13 @@ from .units import share, size
 
 def by_length(content: dict[str, Any]) -> list[tuple[str, str]]:
     """(quantity, value) of `windows` and of `states`; empty where a token leaves the same at any length."""
-    coded = any("kv_code_bytes" in layer for layer in content.get("layers") or ())
-    rows = _windows(content["windows"], coded) if content.get("windows") else []
+    rows = _windows(content["windows"], has_codes(content)) if content.get("windows") else []
     return rows + (_states(content["states"]) if content.get("states") else [])
+
+
+def has_codes(content: dict[str, Any]) -> bool:
+    """Whether a layer of a report, or of a plan behind a survey, caches codes."""
+    return any("kv_code_bytes" in layer for layer in content.get("layers") or ())
 
 
 def _windows(windows: dict[str, Any], coded: bool) -> list[tuple[str, str]]:
